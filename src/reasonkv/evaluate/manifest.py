@@ -1,0 +1,164 @@
+"""The results folder: which command it belongs to, and that one process writes it at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+MANIFEST = "manifest.json"
+_LOCK = ".lock"
+_PACKAGES = ("reasonkv", "torch", "transformers", "numpy", "safetensors")
+
+
+class ResultsError(ValueError):
+    """A results folder that this command cannot use; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What wrote a results folder.
+
+    Args:
+        command: the command's name.
+        arguments: every argument that decides which records there are and what is in them; how they are computed
+            (batch size, device) is left out, so that a run may be continued elsewhere.
+        model: the model's name and hash.
+        device: where the run began, in words.
+        versions: versions of Python and of the packages that decide results.
+        date: when the run began, UTC.
+    """
+
+    command: str
+    arguments: dict[str, Any]
+    model: dict[str, str]
+    device: str
+    versions: dict[str, str] = field(default_factory=lambda: package_versions())
+    date: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds"))
+
+    @property
+    def run(self) -> str:
+        """Twelve hex digits that stand for the command, its arguments and the model's weights."""
+        identity = json.dumps([self.command, self.arguments, self.model["hash"]], sort_keys=True)
+        return hashlib.sha256(identity.encode()).hexdigest()[:12]
+
+    def write(self, path: Path) -> None:
+        """Write to `path`, whole or not at all."""
+        write_atomically(path, (json.dumps({"run": self.run, **asdict(self)}, indent=2) + "\n").encode())
+
+    @classmethod
+    def read(cls, path: Path) -> Manifest:
+        """Read a manifest.
+
+        Raises:
+            ResultsError: it cannot be read.
+        """
+        try:
+            data = json.loads(path.read_text())
+            data.pop("run")
+            return cls(**data)
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            raise ResultsError(f"{path} cannot be read as a manifest; choose another --out folder.") from None
+
+
+@contextmanager
+def open_results(folder: Path, manifest: Manifest) -> Iterator[Path]:
+    """Hold a results folder for one process; a new folder gets the manifest, a known one must have an equal one.
+
+    Yields:
+        The folder.
+
+    Raises:
+        ResultsError: the folder belongs to another command or other arguments, holds something else, cannot be
+            written, or is being written by another process.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise ResultsError(f"{folder} cannot be used for results: {error.strerror}; choose another --out.") from None
+    try:
+        _lock(descriptor, folder)
+        _claim(folder, manifest)
+        yield folder
+    finally:
+        os.close(descriptor)  # the lock goes with it, and would go with a killed process too
+
+
+def _lock(descriptor: int, folder: Path) -> None:
+    try:
+        import fcntl
+    except ImportError:  # no such locks on Windows
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise ResultsError(
+            f"Another process is writing {folder}; wait for it to end, or choose another --out."
+        ) from None
+
+
+def _claim(folder: Path, manifest: Manifest) -> None:
+    path = folder / MANIFEST
+    if not path.exists():
+        if any(not entry.name.startswith(".") for entry in folder.iterdir()):
+            raise ResultsError(f"{folder} holds files that are not results of reasonkv; choose another --out folder.")
+        manifest.write(path)
+        return
+    found = Manifest.read(path)
+    difference = _difference(found, manifest)
+    if difference:
+        raise ResultsError(
+            f"{folder} holds results of another command ({difference}); choose another --out folder, or repeat "
+            f"that command to continue it."
+        )
+
+
+def _difference(found: Manifest, wanted: Manifest) -> str | None:
+    """The first thing in which two manifests differ, in words."""
+    if found.command != wanted.command:
+        return f"{found.command}, not {wanted.command}"
+    if found.model["hash"] != wanted.model["hash"]:
+        return f"model {found.model['name']} with other weights"
+    for name in sorted({*found.arguments, *wanted.arguments}):
+        before, now = found.arguments.get(name), wanted.arguments.get(name)
+        if before != now:
+            return f"{name} {_text(before)}, not {_text(now)}"
+    return None
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list):
+        return ",".join(_text(one) for one in value)
+    if isinstance(value, dict):
+        return ",".join(f"{key}={_text(one)}" for key, one in value.items())
+    return str(value)
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide results."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file that is either whole or absent, even if the process is killed."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)

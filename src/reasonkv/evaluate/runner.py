@@ -1,0 +1,170 @@
+"""The replay run: methods x budgets x tasks x examples, in batches, continued where a kill stopped it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from reasonkv.budget import Budget
+from reasonkv.evaluate.manifest import Manifest, open_results
+from reasonkv.evaluate.records import RECORDS, Record, append_records, read_records, record_key, repair
+from reasonkv.evaluate.replay import Cell, replay_batch, to_record
+from reasonkv.evaluate.traces import Trace, TraceSettings, load_or_make_traces
+from reasonkv.methods import Method
+from reasonkv.models import LoadedModel
+from reasonkv.tasks import get_task
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, how many of it are done, and how many there are."""
+
+
+def _silent(what: str, done: int, total: int) -> None:
+    return None
+
+
+@dataclass(frozen=True)
+class ReplayJob:
+    """Everything that decides the records of a run.
+
+    Args:
+        command: the command it is recorded as.
+        tasks: task specs.
+        methods: methods; each bounded one meets every budget, full KV none.
+        budgets: budgets.
+        limit: examples 0 to limit - 1 of each task.
+        seed: of problems, sampling and methods.
+        traces: how traces are made.
+        batch_size: rows at once; changes nothing but rounding.
+    """
+
+    tasks: Sequence[str]
+    methods: Sequence[Method]
+    budgets: Sequence[Budget]
+    limit: int
+    seed: int = 0
+    traces: TraceSettings = field(default_factory=TraceSettings)
+    batch_size: int = 16
+    command: str = "replay"
+
+    def cells(self) -> list[Cell]:
+        """Full KV once, then every bounded method at every budget, each once.
+
+        Raises:
+            BudgetError: a method's own window does not fit a budget.
+        """
+        cells: list[Cell] = []
+        for method in self.methods:
+            for budget in self.budgets if method.bounded else [None]:
+                if budget is not None:
+                    budget.check_protected(recent=method.needs.recent)
+                cell = Cell(method, budget)
+                if cell not in cells:
+                    cells.append(cell)
+        return cells
+
+    def manifest(self, model: LoadedModel) -> Manifest:
+        """What the results folder will say about this run."""
+        arguments = {
+            "model": model.name,
+            "dtype": model.dtype,
+            "task": list(self.tasks),
+            "methods": [method.spec() for method in self.methods],
+            "budgets": [budget.to_dict() for budget in self.budgets],
+            "limit": self.limit,
+            "seed": self.seed,
+            "traces": asdict(self.traces),
+        }
+        return Manifest(self.command, arguments, {"name": model.name, "hash": model.hash}, model.device_name)
+
+
+def run_replay(job: ReplayJob, model: LoadedModel, folder: Path, progress: Progress = _silent) -> list[Record]:
+    """Run a job into a results folder, or finish one that was stopped.
+
+    Returns:
+        Every record of the folder.
+
+    Raises:
+        BudgetError, MethodError, TaskError: arguments that cannot be carried out.
+        ResultsError, RecordError: the folder belongs to something else, or is damaged.
+        ReplayError: numbers that cannot be trusted.
+    """
+    cells = job.cells()
+    tasks = {spec: get_task(spec) for spec in job.tasks}
+    manifest = job.manifest(model)
+    with open_results(folder, manifest):
+        path = folder / RECORDS
+        repair(path)
+        done = {record.key for record in read_records(path)}
+        for spec, task in tasks.items():
+            counted = 0
+
+            def traces_done(count: int, spec: str = spec) -> None:
+                nonlocal counted
+                counted += count
+                progress(f"{spec}: full-KV traces", counted, job.limit)
+
+            traces = load_or_make_traces(
+                model.model,
+                model.tokenizer,
+                task,
+                task_spec=spec,
+                examples=range(job.limit),
+                seed=job.seed,
+                settings=job.traces,
+                folder=folder,
+                batch_size=job.batch_size,
+                on_done=traces_done,
+            )
+            _check_prompts(cells, traces)
+            for cell in cells:
+                _replay_cell(job, model, spec, cell, traces, manifest.run, path, done, progress)
+        return read_records(path)
+
+
+def batches(traces: Sequence[Trace], size: int) -> list[list[Trace]]:
+    """Traces of similar length together, since a batch runs as long as its longest row; the same every time."""
+    ordered = sorted(traces, key=lambda trace: (len(trace.output_T), len(trace.prompt_P), trace.example))
+    return [ordered[at : at + size] for at in range(0, len(ordered), size)]
+
+
+def _replay_cell(
+    job: ReplayJob,
+    model: LoadedModel,
+    task: str,
+    cell: Cell,
+    traces: Sequence[Trace],
+    run: str,
+    path: Path,
+    done: set[str],
+    progress: Progress,
+) -> None:
+    """Replay what is missing of one cell. A batch that was stopped half-way is replayed whole and its missing records
+    written, so that no record depends, even in its last bit, on where a run was stopped."""
+
+    def key(trace: Trace) -> str:
+        budget = cell.budget.to_dict() if cell.budget else None
+        return record_key(cell.method.name, cell.method.options(), budget, task, trace.example, job.seed)
+
+    what, finished = f"{task}: {cell.label}", 0
+    for batch in batches(traces, job.batch_size):
+        missing = {trace.example for trace in batch if key(trace) not in done}
+        if missing:
+            outcomes = replay_batch(model.model, batch, cell, seed=job.seed)
+            records = [
+                to_record(run, task, job.seed, cell, trace, outcome)
+                for trace, outcome in zip(batch, outcomes, strict=True)
+                if trace.example in missing
+            ]
+            append_records(path, records)
+            done.update(record.key for record in records)
+        finished += len(batch)
+        progress(what, finished, len(traces))
+
+
+def _check_prompts(cells: Sequence[Cell], traces: Sequence[Trace]) -> None:
+    """Refuse a prompt no budget can hold before the first cell has cost time, not when its turn comes."""
+    longest = max(len(trace.prompt_P) for trace in traces)
+    for cell in cells:
+        if cell.budget is not None:
+            cell.budget.check_protected(recent=cell.method.needs.recent, prompt_length=longest)

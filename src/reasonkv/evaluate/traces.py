@@ -1,0 +1,252 @@
+"""Reference traces: what full KV wrote, and how sure it was of every token, computed once and kept with the results.
+
+The traces come from plain `generate` with the stock cache, and their log-probabilities from a teacher-forced pass of
+the stock cache over them, so nothing of this library stands between the model and the reference.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+from reasonkv.evaluate.generate import Sampling, encode, end_tokens, generate_rows
+from reasonkv.evaluate.manifest import ResultsError, write_atomically
+from reasonkv.evaluate.metrics import Reference
+from reasonkv.evaluate.pieces import Row, feed
+from reasonkv.tasks import Problem, Task
+
+WHOLE_VOCABULARY = 256
+"""Vocabularies up to this size are stored whole."""
+TOP_K = 64
+"""Tokens stored per position of larger vocabularies."""
+
+
+class TraceError(ValueError):
+    """Traces that cannot be made from this task and model."""
+
+
+@dataclass(frozen=True)
+class TraceSettings:
+    """How traces are made; part of what a results folder belongs to.
+
+    Args:
+        source: "greedy" or "sampled" generation by full KV, or the task's own "reference" text.
+        max_new_tokens: most output tokens.
+        temperature: of sampling.
+        top_p: of sampling.
+    """
+
+    source: Literal["greedy", "sampled", "reference"] = "greedy"
+    max_new_tokens: int = 2048
+    temperature: float = 0.6
+    top_p: float = 0.95
+
+    def sampling(self) -> Sampling | None:
+        """How `generate_rows` should sample, or None for greedy."""
+        return Sampling(self.temperature, self.top_p) if self.source == "sampled" else None
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One prompt with its output (end-of-sequence token included if it was reached).
+
+    Args:
+        example: number of the problem.
+        prompt_P: int64 token ids.
+        output_T: int64 token ids.
+        reference: full KV's opinion at the T positions that predict `output_T`.
+        correct: whether the task's checker accepts the output.
+    """
+
+    example: int
+    prompt_P: Tensor
+    output_T: Tensor
+    reference: Reference
+    correct: bool
+
+
+def trace_path(folder: Path, task: str) -> Path:
+    """Where a task's traces lie; its name with everything but letters and digits turned into dashes."""
+    return folder / f"traces-{re.sub(r'[^A-Za-z0-9]+', '-', task).strip('-')}.safetensors"
+
+
+def load_or_make_traces(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    *,
+    task_spec: str,
+    examples: Sequence[int],
+    seed: int,
+    settings: TraceSettings,
+    folder: Path,
+    batch_size: int,
+    on_done: Callable[[int], None] = lambda count: None,
+) -> list[Trace]:
+    """A task's traces, from `folder` where they are and made where they are not; one file per finished batch.
+
+    Args:
+        model: the full-KV model, with its stock attention.
+        tokenizer: its tokenizer.
+        task: where problems come from.
+        task_spec: the task as the user wrote it.
+        examples: numbers of the problems, in the order wanted.
+        seed: of the problems and of sampling.
+        settings: how traces are made.
+        folder: the results folder; `traces-<task>.safetensors` and `.json` are written there.
+        batch_size: rows generated at once.
+        on_done: called with a number of traces whenever that many are there.
+
+    Raises:
+        TraceError: a prompt that leaves no room for output.
+        ResultsError: the folder's traces are damaged or belong to other settings.
+    """
+    path = trace_path(folder, task_spec)
+    origin: dict[str, Any] = {"task": task_spec, "seed": seed, "settings": asdict(settings)}
+    found = _read_all(path, origin)
+    on_done(len(found.keys() & set(examples)))
+    missing = [example for example in examples if example not in found]
+    for number in range(0, len(missing), batch_size):
+        batch = [task.problem(example, seed=seed) for example in missing[number : number + batch_size]]
+        traces = _make(model, tokenizer, task, batch, seed, settings)
+        _write(_part(path, batch[0].example), traces, origin)
+        found.update({trace.example: trace for trace in traces})
+        on_done(len(traces))
+    if missing or _parts(path):
+        _write(path, [found[example] for example in sorted(found)], origin)
+        for part in _parts(path):
+            part.unlink()
+            part.with_suffix(".json").unlink(missing_ok=True)
+    return [found[example] for example in examples]
+
+
+def _make(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    problems: Sequence[Problem],
+    seed: int,
+    settings: TraceSettings,
+) -> list[Trace]:
+    prompts = [encode(tokenizer, problem.prompt) for problem in problems]
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = max(len(prompt) for prompt in prompts)
+    if limit is not None and longest >= limit:
+        raise TraceError(
+            f"A prompt of {task.name} has {longest} tokens, but the model's context is {limit}; "
+            f"choose easier dials for the task or another model."
+        )
+    room = settings.max_new_tokens if limit is None else min(settings.max_new_tokens, limit - longest)
+    if settings.source == "reference":
+        tail = torch.tensor(end_tokens(model)[:1], dtype=torch.long)
+        outputs = [torch.cat([encode(tokenizer, problem.trace), tail])[:room] for problem in problems]
+    else:
+        outputs = generate_rows(model, prompts, room, sampling=settings.sampling(), seed=seed + problems[0].example)
+    references = reference_logprobs(model, prompts, outputs)
+    traces = []
+    for problem, prompt, output, reference in zip(problems, prompts, outputs, references, strict=True):
+        text = tokenizer.decode(output, skip_special_tokens=True)
+        traces.append(Trace(problem.example, prompt, output, reference, task.check(problem, str(text))))
+    return traces
+
+
+def reference_logprobs(model: PreTrainedModel, prompts: Sequence[Tensor], outputs: Sequence[Tensor]) -> list[Reference]:
+    """Full KV's log-probabilities at every position that predicts an output token, with the stock cache.
+
+    Returns:
+        One reference of T positions per row.
+    """
+    vocabulary = int(model.config.get_text_config().vocab_size)
+    k = vocabulary if vocabulary <= WHOLE_VOCABULARY else TOP_K
+    rows = [Row(prompt, output) for prompt, output in zip(prompts, outputs, strict=True)]
+    pieces: list[list[Reference]] = [[] for _ in rows]
+    cache = DynamicCache(config=model.config)
+    for scored in feed(model, cache, rows):
+        pieces[scored.row].append(Reference.from_logits(scored.logits_NV, k).to(torch.device("cpu")))
+    return [_concatenate(parts) for parts in pieces]
+
+
+def _concatenate(parts: Sequence[Reference]) -> Reference:
+    ids = [part.ids_Nk for part in parts if part.ids_Nk is not None]
+    return Reference(
+        torch.cat(ids) if ids else None,
+        torch.cat([part.logprobs_Nk for part in parts]),
+        torch.cat([part.rest_N for part in parts]),
+    )
+
+
+def _part(path: Path, first: int) -> Path:
+    return path.with_name(f"{path.stem}.part{first:06d}.safetensors")
+
+
+def _parts(path: Path) -> list[Path]:
+    return sorted(path.parent.glob(f"{path.stem}.part*.safetensors"))
+
+
+def _write(path: Path, traces: Sequence[Trace], origin: dict[str, Any]) -> None:
+    tensors: dict[str, Tensor] = {}
+    for trace in traces:
+        name = str(trace.example)
+        tensors[f"{name}.prompt"] = trace.prompt_P.to(torch.int32)
+        tensors[f"{name}.output"] = trace.output_T.to(torch.int32)
+        tensors[f"{name}.logprobs"] = trace.reference.logprobs_Nk.contiguous()
+        tensors[f"{name}.rest"] = trace.reference.rest_N.contiguous()
+        if trace.reference.ids_Nk is not None:
+            tensors[f"{name}.ids"] = trace.reference.ids_Nk.to(torch.int32).contiguous()
+    temporary = path.with_name(f".{path.name}.tmp")
+    save_file(tensors, temporary)
+    temporary.replace(path)
+    summary = {
+        **origin,
+        "traces": [
+            {
+                "example": trace.example,
+                "prompt_tokens": len(trace.prompt_P),
+                "output_tokens": len(trace.output_T),
+                "correct": trace.correct,
+            }
+            for trace in traces
+        ],
+    }
+    write_atomically(path.with_suffix(".json"), (json.dumps(summary, indent=1) + "\n").encode())
+
+
+def _read_all(path: Path, origin: dict[str, Any]) -> dict[int, Trace]:
+    found: dict[int, Trace] = {}
+    for one in [path, *_parts(path)]:
+        # the JSON file is written last, so a tensor file without one was cut short by a kill
+        if one.exists() and one.with_suffix(".json").exists():
+            found.update({trace.example: trace for trace in _read(one, origin)})
+    return found
+
+
+def _read(path: Path, origin: dict[str, Any]) -> Iterator[Trace]:
+    try:
+        summary = json.loads(path.with_suffix(".json").read_text())
+        if any(summary[name] != value for name, value in origin.items()):
+            raise ResultsError(f"{path} holds traces made with other settings; choose another --out folder.")
+        with safe_open(path, "pt") as file:
+            names = set(file.keys())
+            for row in summary["traces"]:
+                name = row["example"]
+                ids = file.get_tensor(f"{name}.ids").long() if f"{name}.ids" in names else None
+                reference = Reference(ids, file.get_tensor(f"{name}.logprobs"), file.get_tensor(f"{name}.rest"))
+                yield Trace(
+                    name,
+                    file.get_tensor(f"{name}.prompt").long(),
+                    file.get_tensor(f"{name}.output").long(),
+                    reference,
+                    bool(row["correct"]),
+                )
+    except (OSError, SafetensorError, KeyError, TypeError, json.JSONDecodeError):
+        raise ResultsError(f"{path} is damaged; delete it to have its traces made again.") from None

@@ -1,0 +1,64 @@
+"""What a method decided at one event: the slots that stay, and what is folded into them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+class PlanError(RuntimeError):
+    """A method returned a plan that no cache can carry out: a defect of the method, not of the user's input."""
+
+
+@dataclass(frozen=True)
+class Fold:
+    """Slots merged into kept ones; every output slot is a weighted sum over its group.
+
+    Args:
+        into_BHN: int64; the output slot (0..K-1) an input slot contributes to, or -1 for a dropped slot. A kept slot
+            contributes to its own output slot.
+        key_weights_BHN: float32; a group's weights sum to 1. One-hot weights return the chosen key bit for bit.
+        value_weights_BHN: the same for values.
+    """
+
+    into_BHN: Tensor
+    key_weights_BHN: Tensor
+    value_weights_BHN: Tensor
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One event of one layer, for rows that share their physical length N and their target K.
+
+    Args:
+        kept_BHK: int64, ascending; output slot j continues input slot kept[j]: its position, and its key and value
+            unless a fold says otherwise.
+        fold: None when slots are only dropped.
+        state: method state that the plan itself rewrites, by name, [B, H, K]; all other state moves with its slot.
+    """
+
+    kept_BHK: Tensor
+    fold: Fold | None = None
+    state: dict[str, Tensor] = field(default_factory=dict)
+
+    def check(self, shape_BHN: tuple[int, int, int], keep: int, is_protected_BHN: Tensor | None = None) -> None:
+        """Check the invariants; one pass over indices, cheap beside the gather.
+
+        Raises:
+            PlanError: wrong shape, indices out of range, not strictly ascending, or a protected slot dropped.
+        """
+        B, H, N = shape_BHN
+        kept = self.kept_BHK
+        if tuple(kept.shape) != (B, H, keep):
+            raise PlanError(f"A plan must keep [{B}, {H}, {keep}] slots, got {list(kept.shape)}.")
+        ascending = bool((kept[..., 1:] > kept[..., :-1]).all())
+        if not ascending or bool((kept[..., :1] < 0).any()) or bool((kept[..., -1:] >= N).any()):
+            raise PlanError(f"Kept slots must be strictly ascending indices below {N}.")
+        if is_protected_BHN is not None:
+            marked = torch.zeros(shape_BHN, dtype=torch.bool, device=kept.device).scatter_(2, kept, True)
+            if bool((is_protected_BHN & ~marked).any()):
+                raise PlanError("A plan dropped a protected slot (a sink, a recent token or a kept prompt).")
+        if self.fold is not None and tuple(self.fold.into_BHN.shape) != shape_BHN:
+            raise PlanError(f"A fold must name a target for every slot, [{B}, {H}, {N}].")

@@ -1,0 +1,1 @@
+"""Where compressed caches run."""

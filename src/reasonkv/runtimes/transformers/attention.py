@@ -1,0 +1,191 @@
+"""The attention functions that compressed layers run under, and the mask function that goes with them.
+
+Registered with transformers' public `AttentionInterface` and `AttentionMaskInterface` under `reasonkv_<kernel>`. Keys
+that come from a compressed layer carry a reference to it; every other call is handed to the stock function untouched.
+
+Visibility needs no per-head masks: whatever a slot held before, it is older than every new token, so a query sees all
+slots up to its own and nothing else.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from reasonkv.runtimes.transformers.support import KERNELS, UnsupportedModelError
+
+if TYPE_CHECKING:
+    from reasonkv.runtimes.transformers.cache import CompressedCache, CompressedLayer
+
+GROUPED_ROWS = 1024  # up to this many query rows per KV head, query heads of a group become rows of one product
+
+
+class MaskLength(int):
+    """A key length that says which compressed cache it came from, so that the mask function needs no global state."""
+
+    cache: CompressedCache
+
+    def __new__(cls, length: int, cache: CompressedCache) -> MaskLength:
+        made = super().__new__(cls, length)
+        made.cache = cache
+        return made
+
+
+def implementation_name(kernel: str) -> str:
+    """The name a kernel is registered under."""
+    return f"reasonkv_{kernel}"
+
+
+def reference_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Attention written out: the yardstick for the fast kernels, in the dtype of its inputs throughout.
+
+    Args:
+        query: [B, Hq, q, D]; key, value: [B, H, S, D].
+        attention_mask: boolean or additive, broadcastable to [B, Hq, q, S]; None is causal, aligned to the end.
+        scaling: factor on the products, D ** -0.5 by default.
+        softcap: Gemma 2's cap * tanh(x / cap).
+        s_aux: learned sink logits [Hq] (gpt-oss), which take probability and give nothing.
+
+    Returns:
+        [B, q, Hq, D] and None.
+    """
+    B, Hq, q, D = query.shape
+    H, S = key.shape[1], key.shape[2]
+    grouped = query.view(B, H, Hq // H, q, D)
+    logits = torch.einsum("bhgqd,bhsd->bhgqs", grouped, key) * (D**-0.5 if scaling is None else scaling)
+    logits = logits.view(B, Hq, q, S)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    if attention_mask is None and q > 1:
+        attention_mask = torch.ones(q, S, dtype=torch.bool, device=query.device).tril(S - q)
+    if attention_mask is not None:
+        if attention_mask.dtype == torch.bool:
+            logits = logits.masked_fill(~attention_mask, float("-inf"))
+        else:
+            logits = logits + attention_mask
+    if s_aux is not None:
+        sink = s_aux.to(logits.dtype).view(1, Hq, 1, 1).expand(B, Hq, q, 1)
+        weights = torch.cat([logits, sink], -1).softmax(-1)[..., :-1]
+    else:
+        weights = logits.softmax(-1)
+    out = torch.einsum("bhgqs,bhsd->bhgqd", weights.view(B, H, Hq // H, q, S), value)
+    return out.reshape(B, Hq, q, D).transpose(1, 2).contiguous(), None
+
+
+def _sdpa(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, layer: CompressedLayer, kwargs: dict[str, Any]
+) -> Tensor:
+    """Scaled-dot-product attention that never repeats keys: a group's query heads stand as rows of one product."""
+    piece = layer.piece
+    B, Hq, q, D = query.shape
+    H = key.shape[1]
+    group = Hq // H
+    if piece.is_uniform and piece.columns > 1 and piece.width == piece.columns:
+        out: Tensor = ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, None, **kwargs)[0]
+        return out  # a whole prompt: the stock causal kernel
+    if group * q <= GROUPED_ROWS:
+        rows = query.reshape(B, H, group * q, D)
+        mask = None
+        if not (piece.is_uniform and q == 1):
+            mask = piece.additive_mask(query.device, query.dtype, repeats=group)
+        attended = nn.functional.scaled_dot_product_attention(
+            rows, key, value, attn_mask=mask, scale=kwargs.get("scaling")
+        )
+        return attended.view(B, Hq, q, value.shape[-1]).transpose(1, 2).contiguous()
+    mask = piece.additive_mask(query.device, query.dtype)
+    out = ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, mask, **kwargs)[0]
+    return out
+
+
+def _attend(
+    kernel: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, layer: CompressedLayer, kwargs: Any
+) -> Tensor:
+    piece = layer.piece
+    if kernel.startswith("flash") and piece.is_uniform:
+        # old slots are visible to all queries and flash aligns its causal triangle to the end: no mask needed
+        out: Tensor = ALL_ATTENTION_FUNCTIONS[kernel](module, query, key, value, None, **kwargs)[0]
+        return out
+    if kernel == "eager":
+        mask = piece.additive_mask(query.device, query.dtype)
+        out = _model_eager(module)(module, query, key, value, mask, **kwargs)[0]
+        return out
+    if kernel == "reference" or kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
+        mask = piece.additive_mask(query.device, query.dtype)
+        return reference_attention(module, query, key, value, mask, **kwargs)[0]
+    return _sdpa(module, query, key, value, layer, kwargs)
+
+
+def _model_eager(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """The eager attention of the model's own file (it knows the model's softcap and sinks)."""
+    found = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    if found is None:
+        raise UnsupportedModelError(f"{type(module).__name__} has no eager attention to call; load it with sdpa.")
+    function: Callable[..., tuple[Tensor, Tensor | None]] = found
+    return function
+
+
+def _stock(kernel: str, module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    if kernel == "eager":
+        return _model_eager(module)
+    if kernel == "reference":
+        return reference_attention
+    function: Callable[..., tuple[Tensor, Tensor | None]] = ALL_ATTENTION_FUNCTIONS[kernel]
+    return function
+
+
+def _attention_function(kernel: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    def forward(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        layer: CompressedLayer | None = getattr(key, "reasonkv_layer", None)
+        if layer is None:
+            return _stock(kernel, module)(module, query, key, value, attention_mask, **kwargs)
+        if kwargs.get("output_attentions"):
+            raise UnsupportedModelError("A compressed cache does not return attention weights; drop output_attentions.")
+        kwargs.pop("dropout", None)  # a cache is for inference
+        out = _attend(kernel, module, query, key, value, layer, kwargs)
+        layer.after_attention(query, kwargs.get("scaling"))
+        return out, None
+
+    return forward
+
+
+def _mask_function(kernel: str) -> Callable[..., Tensor | None]:
+    stock_kernel = "eager" if kernel in {"eager"} else "sdpa" if kernel == "reference" else kernel
+
+    def build(*args: Any, **kwargs: Any) -> Tensor | None:
+        length = kwargs.get("kv_length")
+        if not isinstance(length, MaskLength):
+            mask: Tensor | None = ALL_MASK_ATTENTION_FUNCTIONS[stock_kernel](*args, **kwargs)
+            return mask
+        if kwargs.get("mask_function") is not causal_mask_function:
+            raise UnsupportedModelError(
+                "This forward asks for more than a causal mask (bidirectional, packed or block-wise attention), "
+                "which a compressed cache cannot honour once slots are dropped."
+            )
+        length.cache.begin_forward(int(kwargs["batch_size"]), int(kwargs["q_length"]), kwargs.get("attention_mask"))
+        return None  # compressed layers build their own from what they hold
+
+    return build
+
+
+for _kernel in KERNELS:
+    AttentionInterface.register(implementation_name(_kernel), _attention_function(_kernel))
+    AttentionMaskInterface.register(implementation_name(_kernel), _mask_function(_kernel))

@@ -1,0 +1,510 @@
+"""CompressedCache: a transformers cache that stays within a budget.
+
+    cache = CompressedCache(model, "snapkv", Budget(tokens=512))
+    model.generate(**inputs, past_key_values=cache)
+
+One forward goes: the mask function announces its tokens (`begin_forward`); every compressed layer appends them, attends
+to everything it was promised, and only then carries out its event (`CompressedLayer.after_attention`); after the last
+layer the rows move on. All decisions about when and how many are integers (`reasonkv.schedule`).
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+import weakref
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
+
+from reasonkv import schedule
+from reasonkv.budget import Budget, BudgetError, slot_bytes
+from reasonkv.methods import Method, get_method
+from reasonkv.plan import Plan
+from reasonkv.runtimes.transformers.attention import MaskLength, implementation_name
+from reasonkv.runtimes.transformers.rows import Piece, Row
+from reasonkv.runtimes.transformers.stats import CacheStats, RowStats
+from reasonkv.runtimes.transformers.storage import LayerStorage
+from reasonkv.runtimes.transformers.support import UnsupportedModelError, base_kernel, check_model, text_config
+from reasonkv.view import SlotView
+
+
+class CompressedLayer(CacheLayerMixin):
+    """One full-attention layer of a `CompressedCache`: its storage, and its event after attention."""
+
+    is_sliding = False
+    is_croppable = False
+    is_compileable = False
+    supports_early_init = False
+
+    def __init__(self, cache: CompressedCache, index: int) -> None:
+        super().__init__()
+        self.attach(cache)
+        self.index = index
+        self.waiting = False  # between `update` and `after_attention`
+        self.storage: LayerStorage | None = None
+
+    def attach(self, cache: CompressedCache) -> None:
+        """Belong to a cache (weakly: the cache owns its layers)."""
+        self._cache = weakref.ref(cache)
+
+    @property
+    def cache(self) -> CompressedCache:
+        """The cache this layer belongs to."""
+        owner = self._cache()
+        assert owner is not None, "a layer does not outlive its cache"
+        return owner
+
+    @property
+    def piece(self) -> Piece:
+        """The forward under way."""
+        piece = self.cache.piece
+        if piece is None:
+            raise UnsupportedModelError(
+                f"{self.cache.describe_model()} did not build its masks through AttentionMaskInterface for this forward; "
+                "a compressed cache needs the 2-D attention mask (do not pass a 4-D one)."
+            )
+        return piece
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Part of the layer contract; storage is made by the first forward, which knows the prompt."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append one forward's keys and values [B, H, q, D]; return views of everything the layer attends to."""
+        if torch.is_grad_enabled() and key_states.requires_grad:
+            raise UnsupportedModelError("A compressed cache is for inference; call the model under torch.no_grad().")
+        if self.storage is None:
+            self.storage = self.cache.new_storage()
+        keys, values = self.storage.append(key_states, value_states, self.piece)
+        keys.reasonkv_layer = self  # type: ignore[attr-defined]
+        self.waiting = self.is_initialized = True
+        return keys, values
+
+    def after_attention(self, query: Tensor, scaling: float | None) -> None:
+        """Remember the queries, carry out the events of this forward, and hand on to the cache.
+
+        Args:
+            query: rotated queries [B, Hq, q, D].
+            scaling: the model's factor on query-key products.
+        """
+        assert self.storage is not None
+        piece = self.piece
+        self.storage.remember_queries(query, piece)
+        if any(keep is not None for keep in piece.keep):
+            start = time.perf_counter()
+            self._compact(piece, query.shape[-1] ** -0.5 if scaling is None else scaling)
+            self.cache.compaction_seconds += time.perf_counter() - start
+        self.waiting = False
+        self.cache.layer_done()
+
+    def _compact(self, piece: Piece, scaling: float) -> None:
+        storage, cache = self.storage, self.cache
+        assert storage is not None
+        plans: list[tuple[list[int], Plan, Tensor, Tensor]] = []
+        for rows in piece.groups(storage.ring_length):
+            view = self.view(rows, piece, scaling)
+            keep = piece.keep[rows[0]]
+            assert keep is not None
+            plan = cache.method.plan(view, keep)
+            plan.check(tuple(view.positions_BHN.shape), keep, view.is_protected_BHN)  # type: ignore[arg-type]
+            if plan.fold is not None:
+                if not cache.method.needs.folds:
+                    raise UnsupportedModelError(f"{cache.method.name} folds slots without declaring Needs(folds=True).")
+                cache.note_folds(rows, plan)
+            plans.append((rows, plan, view.positions_BHN, view.counts_BHN))
+        storage.carry_out(plans, piece)
+
+    def view(self, rows: list[int], piece: Piece, scaling: float) -> SlotView:
+        """What the method may look at for rows that hold equally many slots."""
+        storage, cache = self.storage, self.cache
+        assert storage is not None
+        held = piece.held[rows[0]]
+        lengths = [piece.after[row].length for row in rows]
+        settled = [piece.rows[row].settled for row in rows]
+        keys, values = storage.slots(rows, held)
+        index = storage.token_indices(rows, held, lengths, settled)
+        queries = query_index = None
+        if storage.ring_length:
+            queries, query_index = storage.recent_queries(rows, lengths)
+        is_prompt = cache.is_prompt(index, rows)
+
+        def numbers(values: list[int]) -> Tensor:
+            return torch.tensor(values, device=keys.device)
+
+        return SlotView(
+            keys_BHND=keys,
+            values_BHND=values,
+            positions_BHN=index,
+            counts_BHN=storage.source_counts(rows, held, settled),
+            is_prompt_BHN=is_prompt,
+            is_protected_BHN=cache.is_protected(index, is_prompt),
+            queries_BHqTD=queries,
+            query_positions_BT=query_index,
+            scaling=scaling,
+            length_B=numbers(lengths),
+            event_B=numbers([piece.rows[row].events for row in rows]),
+            row_seed_B=numbers([piece.rows[row].seed for row in rows]),
+            seed=cache.seed,
+            layer=self.index,
+        )
+
+    # -- the layer contract of transformers ---------------------------------------------------------------------
+
+    def get_seq_length(self) -> int:
+        """Columns fed so far, padding included: what positions and `generate` count with."""
+        return self.cache.columns_seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Logical sizes; the length says whose it is, so that the mask function can announce the forward."""
+        self.cache.take_over()
+        return MaskLength(self.cache.columns_seen + query_length, self.cache), 0
+
+    def get_max_length(self) -> int:
+        """No limit on what may be fed."""
+        return -1
+
+    def reset(self) -> None:
+        """Forget this layer's slots."""
+        self.storage, self.waiting, self.is_initialized = None, False, False
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Move rows with their beams."""
+        if self.storage is not None:
+            self.storage.select_rows(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row; `CompressedCache.batch_repeat_interleave` does it for the bookkeeping too."""
+        if self.storage is not None and self.storage.keys is not None:
+            rows = torch.arange(self.storage.keys.shape[0], device=self.storage.keys.device)
+            self.storage.select_rows(rows.repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some rows."""
+        if self.storage is not None and self.storage.keys is not None:
+            rows = torch.arange(self.storage.keys.shape[0], device=self.storage.keys.device)
+            self.storage.select_rows(rows[indices.to(rows.device)])
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Refused: dropped slots cannot come back, so a rollback (assisted decoding) would be wrong."""
+        raise UnsupportedModelError(
+            "A compressed cache cannot be rolled back, which assisted (speculative) decoding needs; use plain decoding."
+        )
+
+
+class CompressedCache(Cache):
+    """A KV cache whose full-attention layers stay within a budget; sliding-window layers stay stock.
+
+    Args:
+        model: the model that will use the cache; its attention implementation is wrapped until `close()`.
+        method: a `Method`, or its spec (`"snapkv"`, `"rkv:form=port"`).
+        budget: a `Budget`, or its `tokens`, or None for full KV alone.
+        prompt_lengths: tokens of each row's prompt. Needed when a prompt is fed in several pieces; otherwise what the
+            first forward feeds is the prompt.
+        seed: seed of stochastic methods.
+        row_seeds: a further seed per row (0 each unless given), for several samples of one prompt.
+        max_length: most tokens a row will ever see, if known; storage is never larger.
+        reopen_prompt: count what later turns feed in pieces of several tokens as prompt, too.
+        kernel: attention kernel to drive ("sdpa", "eager", "flash_attention_2", "reference"); the model's by default.
+
+    Raises:
+        UnsupportedModelError: the model cannot be served; one sentence says why.
+        BudgetError, MethodError: what was asked for makes no sense; one sentence says why.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        method: str | Method = "full",
+        budget: Budget | int | None = None,
+        *,
+        prompt_lengths: list[int] | int | None = None,
+        seed: int = 0,
+        row_seeds: list[int] | None = None,
+        max_length: int | None = None,
+        reopen_prompt: bool = False,
+        kernel: str | None = None,
+    ) -> None:
+        problems = check_model(model)
+        if problems:
+            raise UnsupportedModelError(problems[0])
+        self.method = get_method(method)
+        self.budget = _checked_budget(self.method, budget)
+        self.seed, self.row_seeds, self.max_length = seed, row_seeds, max_length
+        self.prompt_lengths = [prompt_lengths] if isinstance(prompt_lengths, int) else prompt_lengths
+        self.reopen_prompt = reopen_prompt
+        self.piece: Piece | None = None
+        self.rows: list[Row] = []
+        self.columns_seen = 0
+        self.compaction_seconds = 0.0
+        self._model = weakref.ref(model)
+        self._restore = base_kernel(model.config)
+        self._name = implementation_name(base_kernel(model.config, kernel))
+        self.take_over()
+        stock = DynamicCache(config=model.config).layers
+        super().__init__(
+            layers=[CompressedLayer(self, i) if type(x) is DynamicLayer else x for i, x in enumerate(stock)]
+        )
+        self.compressed_layers: list[CompressedLayer] = [
+            layer for layer in self.layers if isinstance(layer, CompressedLayer)
+        ]
+
+    # -- one forward ----------------------------------------------------------------------------------------------
+
+    def begin_forward(self, batch: int, columns: int, attention_mask: Tensor | None) -> None:
+        """Announce a forward; called by the registered mask function before the first layer.
+
+        Args:
+            batch: rows.
+            columns: tokens per row, padding included.
+            attention_mask: 2-D mask over every column fed so far and these, or None when nothing is padding.
+
+        Raises:
+            UnsupportedModelError, BudgetError: the forward cannot be served.
+        """
+        if self.piece is not None and (self.piece.layers_done or any(x.waiting for x in self.compressed_layers)):
+            raise UnsupportedModelError(
+                "The previous forward did not finish, or its attention did not go through this cache; "
+                "call cache.reset() before going on."
+            )
+        if self.rows and len(self.rows) != batch:
+            raise UnsupportedModelError(
+                f"This cache holds {len(self.rows)} rows but the forward has {batch}; "
+                "call cache.reset() or make a new cache for a new batch."
+            )
+        valid = None
+        if attention_mask is not None:
+            if attention_mask.shape[-1] < columns:
+                raise UnsupportedModelError(
+                    f"The attention mask covers {attention_mask.shape[-1]} columns but the forward feeds {columns}; "
+                    "it must cover every column fed so far."
+                )
+            valid = attention_mask[:, -columns:].bool()
+        fed = [columns] * batch if valid is None else [int(n) for n in valid.sum(-1).tolist()]
+        if not self.rows:
+            self.rows = self._first_rows(batch, fed)
+        else:
+            self._check_later_prompt(columns, fed)
+        self.piece = Piece.plan(self.budget, self.rows, columns, valid)
+
+    def layer_done(self) -> None:
+        """Called by every compressed layer after its event; the last one moves the rows on."""
+        piece = self.piece
+        assert piece is not None
+        piece.layers_done += 1
+        if piece.layers_done == len(self.compressed_layers):
+            piece.commit()
+            self.columns_seen += piece.columns
+            self.piece = None
+
+    def tokens_to_next_event(self) -> list[int | None]:
+        """Per row, how many more tokens until its next event: the longest piece that crosses none. None: never."""
+        states = [row.state for row in self.rows]
+        if not states and self.prompt_lengths:
+            states = [schedule.State(prompt=prompt) for prompt in self.prompt_lengths]
+        boundaries = [schedule.next_event(self.budget, state) for state in states]
+        return [None if n is None else n - s.length for n, s in zip(boundaries, states, strict=True)]
+
+    def new_storage(self) -> LayerStorage:
+        """Storage for one layer, sized by the longest row's schedule."""
+        needs = self.method.needs
+        if self.budget is None:
+            return LayerStorage(None)
+        return LayerStorage(max(map(self._capacity, self.rows)), queries=needs.queries, counts=needs.folds)
+
+    def is_prompt(self, index_BHN: Tensor, rows: list[int]) -> Tensor:
+        """Which slots hold a token of their row's prompt, bool [b, H, N]."""
+        marked = torch.zeros_like(index_BHN, dtype=torch.bool)
+        for place, row in enumerate(rows):
+            for start, end in self.rows[row].prompt_spans:
+                marked[place] |= (index_BHN[place] >= start) & (index_BHN[place] < end)
+        return marked
+
+    def is_protected(self, index_BHN: Tensor, is_prompt_BHN: Tensor) -> Tensor:
+        """Which slots no method may drop: sinks, the newest ones, and the prompt if the budget says so."""
+        assert self.budget is not None
+        recent = max(self.budget.recent, self.method.needs.recent)
+        protected = index_BHN < self.budget.sinks
+        if recent:
+            protected[:, :, -recent:] = True
+        return protected if self.budget.prompt == "count" else protected | is_prompt_BHN
+
+    def note_folds(self, rows: list[int], plan: Plan) -> None:
+        """Count folded slots for `stats()`, as a mean over heads and layers."""
+        assert plan.fold is not None
+        kept = plan.kept_BHK.shape[-1]
+        per_row = ((plan.fold.into_BHN >= 0).sum(-1) - kept).float().mean(-1) / len(self.compressed_layers)
+        for row, folded in zip(rows, per_row.tolist(), strict=True):
+            self.rows[row].folded += folded
+
+    # -- what it held ----------------------------------------------------------------------------------------------
+
+    def stats(self) -> CacheStats:
+        """What every row held and dropped so far, and the bytes of it."""
+        storages = [layer.storage for layer in self.compressed_layers if layer.storage is not None]
+        slot = sum(s.bytes_per_slot() for s in storages)
+        fixed = sum(s.bytes_per_row() for s in storages)
+        plain = sum(_plain_slot_bytes(s) for s in storages)
+        rows = []
+        for row in self.rows:
+            state = row.state
+            allocated = state.held if self.budget is None else self._capacity(row)
+            peak = max(row.peak, allocated)
+            rows.append(
+                RowStats(
+                    length=state.length,
+                    prompt=min(state.prompt, state.length),
+                    physical_mean=row.attended / row.decoded if row.decoded else 0.0,
+                    physical_peak=row.peak,
+                    physical_terminal=state.held,
+                    events=row.events,
+                    tokens_dropped=row.dropped,
+                    tokens_folded=row.folded,
+                    bytes_held=allocated * slot + fixed,
+                    bytes_peak=peak * slot + fixed,
+                    bytes_full=state.length * plain,
+                )
+            )
+        live = sum(t.numel() * t.element_size() for s in storages for t in (s.keys, s.values) if t is not None)
+        compressed = len(self.compressed_layers)
+        return CacheStats(rows, compressed, len(self.layers) - compressed, self.compaction_seconds, live)
+
+    def slot_positions(self, layer: int) -> list[Tensor]:
+        """Token index of every slot a layer holds now, int64 [H, P] per row."""
+        found = self.layers[layer]
+        if not isinstance(found, CompressedLayer) or found.storage is None:
+            raise ValueError(f"Layer {layer} is not a compressed layer that has seen a token.")
+        return [
+            found.storage.token_indices([i], row.state.held, [row.state.length], [row.settled])[0]
+            for i, row in enumerate(self.rows)
+        ]
+
+    # -- life cycle -------------------------------------------------------------------------------------------------
+
+    def reset(self) -> None:
+        """Forget everything fed; the cache can then be used for another batch."""
+        super().reset()
+        self.rows, self.piece, self.columns_seen, self.compaction_seconds = [], None, 0, 0.0
+
+    def take_over(self) -> None:
+        """Set the model's attention to ours, in case another cache was made or closed since."""
+        model = self._model()
+        if model is not None and text_config(model.config)._attn_implementation != self._name:
+            model.set_attn_implementation(self._name)
+
+    def close(self) -> None:
+        """Give the model its attention implementation back. Closing twice is fine; a later forward takes it again."""
+        model = self._model()
+        if model is not None and text_config(model.config)._attn_implementation == self._name:
+            model.set_attn_implementation(self._restore)
+
+    def __enter__(self) -> CompressedCache:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CompressedCache:
+        """An independent cache with the same contents (a shared prompt, decoded several ways)."""
+        twin = object.__new__(type(self))
+        memo[id(self)] = twin
+        for name, value in self.__dict__.items():
+            setattr(twin, name, copy.deepcopy(value, memo))
+        for layer in twin.compressed_layers:
+            layer.attach(twin)
+        return twin
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Move rows with their beams."""
+        super().reorder_cache(beam_idx)
+        self.rows = [self.rows[i].copy() for i in beam_idx.tolist()]
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row `repeats` times."""
+        super().batch_repeat_interleave(repeats)
+        self.rows = [row.copy() for row in self.rows for _ in range(repeats)]
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some rows, by index or by boolean mask."""
+        super().batch_select_indices(indices)
+        chosen = torch.arange(len(self.rows))[indices.cpu()].tolist()
+        self.rows = [self.rows[i].copy() for i in chosen]
+
+    def describe_model(self) -> str:
+        """The model's class name, for messages."""
+        model = self._model()
+        return "The model" if model is None else type(model).__name__
+
+    # -- internals ----------------------------------------------------------------------------------------------------
+
+    def _capacity(self, row: Row) -> int:
+        longest = self.max_length if self.max_length is not None else 1 << 62
+        return schedule.capacity(self.budget, row.state.prompt, max(longest, row.state.length))
+
+    def _first_rows(self, batch: int, fed: list[int]) -> list[Row]:
+        prompts = _spread(self.prompt_lengths, batch, "prompt_lengths") or fed
+        seeds = _spread(self.row_seeds, batch, "row_seeds") or [0] * batch
+        for prompt, first in zip(prompts, fed, strict=True):
+            if self.prompt_lengths is not None and prompt < first and first > 1:
+                raise BudgetError(
+                    f"prompt_lengths says {prompt} tokens, but the first forward feeds {first}; "
+                    "feed the prompt in pieces that end with it, or correct prompt_lengths."
+                )
+        if self.budget is not None:
+            needs = self.method.needs
+            self.budget.check_protected(recent=needs.recent, prompt_length=max(prompts))
+        return [
+            Row(schedule.State(prompt=prompt), seed, prompt_spans=[(0, prompt)])
+            for prompt, seed in zip(prompts, seeds, strict=True)
+        ]
+
+    def _check_later_prompt(self, columns: int, fed: list[int]) -> None:
+        """A second piece of several tokens is either a promised part of the prompt, or a later turn."""
+        if columns == 1 or self.budget is None:
+            return
+        still_prompt = all(row.decoded == 0 for row in self.rows)
+        if still_prompt and self.prompt_lengths is None:
+            raise BudgetError(
+                "This prompt is fed in several pieces, so the cache cannot tell where it ends; "
+                "pass prompt_lengths=[tokens of each row's prompt] to CompressedCache."
+            )
+        if not self.reopen_prompt or still_prompt:
+            return
+        for row, count in zip(self.rows, fed, strict=True):
+            state = row.state
+            row.prompt_spans.append((state.length, state.length + count))
+            row.state = schedule.State(state.length, state.held, state.prompt + count)
+            self.budget.check_protected(recent=self.method.needs.recent, prompt_length=row.state.prompt)
+
+
+def _checked_budget(method: Method, budget: Budget | int | None) -> Budget | None:
+    if not method.bounded:
+        if budget is not None:
+            raise BudgetError(f"{method.name} keeps everything and takes no budget; leave it out or choose a method.")
+        return None
+    if budget is None:
+        raise BudgetError(f"{method.name} needs a budget, such as Budget(tokens=512).")
+    made = Budget(tokens=budget) if isinstance(budget, int) else budget
+    made.check_protected(recent=method.needs.recent)
+    return made
+
+
+def _spread(values: list[int] | None, batch: int, name: str) -> list[int] | None:
+    """One value per row; a value per prompt is repeated when `generate` expands prompts to several rows each."""
+    if values is None:
+        return None
+    if not values or batch % len(values):
+        raise BudgetError(f"{name} has {len(values)} entries for a batch of {batch} rows.")
+    return [value for value in values for _ in range(batch // len(values))]
+
+
+def _plain_slot_bytes(storage: LayerStorage) -> int:
+    if storage.keys is None or storage.values is None:
+        return 0
+    width = slot_bytes(storage.keys.shape[3], storage.values.shape[3], storage.keys.element_size())
+    return storage.keys.shape[1] * width

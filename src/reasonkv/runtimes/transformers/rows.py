@@ -1,0 +1,169 @@
+"""Host-side bookkeeping: what every row of a batch holds, and what one forward does to it. Integers and masks only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from reasonkv import schedule
+from reasonkv.budget import Budget
+
+
+@dataclass
+class Row:
+    """One row of the batch: exactly what it would be alone.
+
+    Args:
+        state: logical length, physical length and prompt tokens.
+        seed: the row's seed.
+        settled: slots whose token index is stored explicitly (those an event left); later slots are consecutive.
+        prompt_spans: half-open ranges of token indices that count as prompt.
+        events: events so far.
+        dropped, folded: source tokens dropped and slots folded away, per KV head, averaged over layers and heads.
+        attended: slots attended, summed over the tokens fed after the prompt.
+        decoded: tokens fed after the prompt.
+        peak: most slots held at once.
+    """
+
+    state: schedule.State
+    seed: int = 0
+    settled: int = 0
+    prompt_spans: list[tuple[int, int]] = field(default_factory=list)
+    events: int = 0
+    dropped: int = 0
+    folded: float = 0.0
+    attended: int = 0
+    decoded: int = 0
+    peak: int = 0
+
+    def copy(self) -> Row:
+        """An independent row (beams, repeated rows)."""
+        return replace(self, prompt_spans=list(self.prompt_spans))
+
+
+@dataclass
+class Piece:
+    """One forward: the tokens of every row, where they are written, what they may see, and which rows have an event.
+
+    Args:
+        rows: the rows before the forward.
+        columns: width q of the forward.
+        fed: valid tokens per row (padding is not fed).
+        valid_Bq: bool, True at tokens; None when nothing is padding.
+        after: every row's state after the forward, its event included.
+        keep: slots a row's event keeps, or None.
+        layers_done: compressed layers that have attended.
+    """
+
+    rows: list[Row]
+    columns: int
+    fed: list[int]
+    valid_Bq: Tensor | None
+    after: list[schedule.State]
+    keep: list[int | None]
+    layers_done: int = 0
+    _per_device: dict[object, Tensor | tuple[Tensor, ...]] = field(default_factory=dict)
+
+    @classmethod
+    def plan(cls, budget: Budget | None, rows: list[Row], columns: int, valid_Bq: Tensor | None) -> Piece:
+        """Work out one forward of `columns` columns; `valid_Bq` is read on the host once."""
+        fed = [columns] * len(rows)
+        if valid_Bq is not None:
+            fed = [int(count) for count in valid_Bq.sum(-1).tolist()]
+            if all(count == columns for count in fed):
+                valid_Bq = None
+        steps = [schedule.step(budget, row.state, count) for row, count in zip(rows, fed, strict=True)]
+        return cls(rows, columns, fed, valid_Bq, [state for state, _ in steps], [keep for _, keep in steps])
+
+    @cached_property
+    def held(self) -> list[int]:
+        """Slots per row during attention: those held before plus the new ones."""
+        return [row.state.held + count for row, count in zip(self.rows, self.fed, strict=True)]
+
+    @cached_property
+    def width(self) -> int:
+        """Slots the longest row attends to."""
+        return max(self.held)
+
+    @cached_property
+    def is_uniform(self) -> bool:
+        """All rows hold equally many slots and nothing is padding: plain slices, no mask for one token."""
+        return self.valid_Bq is None and len({row.state.held for row in self.rows}) == 1
+
+    @cached_property
+    def same_length(self) -> bool:
+        """All rows have seen equally many tokens and nothing is padding."""
+        return self.valid_Bq is None and len({row.state.length for row in self.rows}) == 1
+
+    def scatter(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Where every new token goes: its row, its column in the forward, its slot, its token index (int64 [n])."""
+        if ("scatter", device) not in self._per_device:
+            held = torch.tensor([row.state.held for row in self.rows], device=device)
+            length = torch.tensor([row.state.length for row in self.rows], device=device)
+            if self.valid_Bq is None and self.columns == 1:
+                row = torch.arange(len(self.rows), device=device)
+                column, rank = torch.zeros_like(row), torch.zeros_like(row)
+            else:
+                valid = self._valid(device)
+                row, column = valid.nonzero(as_tuple=True)
+                rank = (valid.cumsum(-1) - 1)[row, column]
+            self._per_device["scatter", device] = (row, column, held[row] + rank, length[row] + rank)
+        found = self._per_device["scatter", device]
+        assert isinstance(found, tuple)
+        return found[0], found[1], found[2], found[3]
+
+    def visible_Bq(self, device: torch.device) -> Tensor:
+        """How many of its row's slots every query may see; a padding query sees one, so that its softmax is finite."""
+        if ("visible", device) not in self._per_device:
+            held = torch.tensor([row.state.held for row in self.rows], device=device)
+            self._per_device["visible", device] = (held[:, None] + self._valid(device).cumsum(-1)).clamp(min=1)
+        found = self._per_device["visible", device]
+        assert isinstance(found, Tensor)
+        return found
+
+    def additive_mask(self, device: torch.device, dtype: torch.dtype, repeats: int = 1) -> Tensor:
+        """0 where a query may attend and -inf elsewhere: [B, 1, repeats * q, width], query index fastest.
+
+        Built once per forward and shared by all layers.
+        """
+        key = ("mask", device, dtype, repeats)
+        if key not in self._per_device:
+            slots = torch.arange(self.width, device=device)
+            hidden = slots >= self.visible_Bq(device).repeat(1, repeats)[:, None, :, None]
+            mask = torch.zeros(hidden.shape, dtype=dtype, device=device)
+            self._per_device[key] = mask.masked_fill_(hidden, float("-inf"))
+        found = self._per_device[key]
+        assert isinstance(found, Tensor)
+        return found
+
+    def groups(self, queries: int) -> list[list[int]]:
+        """Rows with an event, gathered by slots held, slots kept and queries at hand: one plan each."""
+        found: dict[tuple[int, int, int], list[int]] = {}
+        for index, keep in enumerate(self.keep):
+            if keep is not None:
+                key = (self.held[index], keep, min(queries, self.after[index].length))
+                found.setdefault(key, []).append(index)
+        return list(found.values())
+
+    def commit(self) -> None:
+        """Move the rows on, once every layer has attended and compacted."""
+        for index, row in enumerate(self.rows):
+            fed, keep, before = self.fed[index], self.keep[index], row.state
+            first = max(before.prompt - before.length, 0)  # rank of the first token after the prompt
+            if fed > first:
+                row.decoded += fed - first
+                row.attended += sum(range(before.held + first + 1, before.held + fed + 1))
+            row.peak = max(row.peak, self.held[index])
+            if keep is not None:
+                row.dropped += self.held[index] - keep
+                row.events += 1
+                row.settled = keep
+            row.state = self.after[index]
+
+    def _valid(self, device: torch.device) -> Tensor:
+        if self.valid_Bq is None:
+            return torch.ones(len(self.rows), self.columns, dtype=torch.bool, device=device)
+        return self.valid_Bq.to(device)

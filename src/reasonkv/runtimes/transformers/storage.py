@@ -1,0 +1,265 @@
+"""One layer's slots: keys, values, token indices, counts and the ring of recent queries, allocated once.
+
+Row b's slots are 0..P_b-1 of its line; new tokens are written at P_b; everything behind is zero or stale and is masked
+by whoever attends. Zeros matter: an uninitialised NaN would survive a mask.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from reasonkv.compaction import compact_pair, fold_counts, gather_slots
+from reasonkv.plan import Plan
+from reasonkv.runtimes.transformers.rows import Piece
+
+GROWTH = 256  # slots; an unbounded cache grows by at least this much, and by half of what it holds
+
+
+class LayerStorage:
+    """Storage of one layer for a whole batch.
+
+    Args:
+        capacity: slots allocated once and for all, or None for a cache without bound, which grows.
+        queries: length T of the ring of recent queries (0: none).
+        counts: whether slots carry the number of source tokens they stand for.
+    """
+
+    def __init__(self, capacity: int | None, *, queries: int = 0, counts: bool = False) -> None:
+        self.capacity = capacity
+        self.ring_length = queries
+        self.stores_counts = counts
+        self.keys: Tensor | None = None  # [B, H, A, D]; A = capacity, or more while staging
+        self.values: Tensor | None = None
+        self.home: tuple[Tensor, Tensor] | None = None  # the permanent pair, put aside while staging
+        self.token_index: Tensor | None = None  # int32 [B, H, K]; meaningful for a row's settled slots
+        self.counts: Tensor | None = None  # int32 [B, H, K]
+        self.ring: Tensor | None = None  # [B, Hq, T, D]; token t stands at t % T
+        self.peak_bytes = 0
+
+    @property
+    def allocated(self) -> int:
+        """Slots per KV head that the live buffers can hold."""
+        return 0 if self.keys is None else self.keys.shape[2]
+
+    def append(self, keys_BHqD: Tensor, values_BHqD: Tensor, piece: Piece) -> tuple[Tensor, Tensor]:
+        """Write one forward's tokens and return views of everything to attend to, [B, H, width, D]."""
+        self._make_room(piece.width, keys_BHqD, values_BHqD)
+        assert self.keys is not None and self.values is not None
+        if piece.is_uniform:
+            start, end = piece.rows[0].state.held, piece.width
+            self.keys[:, :, start:end].copy_(keys_BHqD)
+            self.values[:, :, start:end].copy_(values_BHqD)
+        else:
+            row, column, slot, _ = piece.scatter(self.keys.device)
+            self.keys[row, :, slot] = keys_BHqD[row, :, column]
+            self.values[row, :, slot] = values_BHqD[row, :, column]
+        return self.keys[:, :, : piece.width], self.values[:, :, : piece.width]
+
+    def remember_queries(self, queries_BHqqD: Tensor, piece: Piece) -> None:
+        """Keep the newest T rotated queries of every row."""
+        T = self.ring_length
+        if T == 0:
+            return
+        B, Hq, _, D = queries_BHqqD.shape
+        if self.ring is None:
+            self.ring = queries_BHqqD.new_zeros(B, Hq, T, D)
+        if piece.columns == 1 and piece.same_length:
+            self.ring[:, :, piece.rows[0].state.length % T] = queries_BHqqD[:, :, 0]
+            return
+        row, column, _, token = piece.scatter(queries_BHqqD.device)
+        if piece.columns > T:  # several tokens of this piece share a place in the ring: only the newest may write
+            ends = torch.tensor([s.length + f for s, f in zip(_states(piece), piece.fed, strict=True)])
+            newest = token >= (ends.to(token.device) - T)[row]
+            row, column, token = row[newest], column[newest], token[newest]
+        self.ring[row, :, token % T] = queries_BHqqD[row, :, column]
+
+    def recent_queries(self, rows: list[int], lengths: list[int]) -> tuple[Tensor, Tensor]:
+        """The newest queries of rows that have equally many, oldest first.
+
+        Args:
+            rows: batch rows.
+            lengths: tokens each of them has seen, this forward included.
+
+        Returns:
+            Queries [b, Hq, n, D] and their token indices [b, n], n = min(T, length).
+        """
+        assert self.ring is not None
+        n = min(self.ring_length, *lengths)
+        device = self.ring.device
+        newest_b = torch.tensor(lengths, device=device)
+        token_bn = newest_b[:, None] - n + torch.arange(n, device=device)
+        row_b1 = torch.tensor(rows, device=device)[:, None]
+        return self.ring[row_b1, :, token_bn % self.ring_length].transpose(1, 2), token_bn
+
+    def slots(self, rows: list[int], held: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [b, H, held, D] of some rows; views when the rows are the whole batch."""
+        assert self.keys is not None and self.values is not None
+        keys, values = self.keys[:, :, :held], self.values[:, :, :held]
+        if rows == list(range(keys.shape[0])):
+            return keys, values
+        index = torch.tensor(rows, device=keys.device)
+        return keys.index_select(0, index), values.index_select(0, index)
+
+    def token_indices(self, rows: list[int], held: int, lengths: list[int], settled: list[int]) -> Tensor:
+        """Token index of every slot of some rows, int64 [b, H, held].
+
+        Slots that an event left carry theirs; later ones are consecutive up to the row's newest token, so decoding
+        never writes an index.
+        """
+        assert self.keys is not None
+        H, device = self.keys.shape[1], self.keys.device
+        slot = torch.arange(held, device=device)
+        consecutive = (torch.tensor(lengths, device=device)[:, None, None] - held) + slot
+        consecutive = consecutive.expand(len(rows), H, held)
+        if self.token_index is None:
+            return consecutive
+        return self._settled_or(self.token_index, consecutive, rows, held, settled)
+
+    def source_counts(self, rows: list[int], held: int, settled: list[int]) -> Tensor:
+        """Source tokens of every slot, int32 [b, H, held]."""
+        assert self.keys is not None
+        ones = torch.ones(1, dtype=torch.int32, device=self.keys.device).expand(len(rows), self.keys.shape[1], held)
+        return ones if self.counts is None else self._settled_or(self.counts, ones, rows, held, settled)
+
+    def carry_out(
+        self, plans: list[tuple[list[int], Plan, Tensor, Tensor]], piece: Piece
+    ) -> None:
+        """Rewrite the storage after one forward's events, and leave the staging buffer once everything fits.
+
+        Args:
+            plans: for every group of rows: the rows, their plan, and the token indices and counts [b, H, N] it saw.
+            piece: the forward.
+        """
+        if self.keys is None or self.values is None:
+            return
+        moved = [
+            (rows, compact_pair(self.keys, self.values, rows, piece.held[rows[0]], plan), plan, index, counts)
+            for rows, plan, index, counts in plans
+        ]
+        still_there = [row for row, keep in enumerate(piece.keep) if keep is None]
+        self._leave_staging(still_there, piece)
+        for rows, (keys, values), plan, index, counts in moved:
+            self._write(rows, keys, values)
+            self._settle(rows, plan, index, counts)
+
+    def bytes_per_slot(self) -> int:
+        """Bytes of one slot of all KV heads: key, value, token index and count."""
+        if self.keys is None or self.values is None:
+            return 0
+        H, element = self.keys.shape[1], self.keys.element_size()
+        state = 4 * (int(self.capacity is not None) + int(self.stores_counts))
+        return H * ((self.keys.shape[3] + self.values.shape[3]) * element + state)
+
+    def bytes_per_row(self) -> int:
+        """Bytes of a row that do not depend on its slots: its part of the ring of queries."""
+        return 0 if self.ring is None else self.ring[0].numel() * self.ring.element_size()
+
+    def select_rows(self, index: Tensor) -> None:
+        """Reorder, repeat or drop rows everywhere (beams)."""
+        for name in ("keys", "values", "token_index", "counts", "ring"):
+            tensor = getattr(self, name)
+            if tensor is not None:
+                setattr(self, name, tensor.index_select(0, index.to(tensor.device)))
+        if self.home is not None:
+            self.home = tuple(t.index_select(0, index.to(t.device)) for t in self.home)  # type: ignore[assignment]
+
+    def reset(self) -> None:
+        """Forget everything, the allocation included."""
+        self.keys = self.values = self.home = self.token_index = self.counts = self.ring = None
+
+    # -- internals ----------------------------------------------------------------------------------------------
+
+    def _make_room(self, width: int, keys: Tensor, values: Tensor) -> None:
+        if width <= self.allocated:
+            return
+        if self.keys is None and self.capacity is not None and width <= self.capacity:
+            self.keys, self.values = self._new(self.capacity, keys, values)
+        elif self.capacity is None:
+            self._grow(width + max(GROWTH, width // 2), keys, values)
+        else:  # staging: attended and cut by this forward, or by a later one
+            if self.keys is not None and self.values is not None and self.home is None:
+                self.home = (self.keys, self.values)
+            self._grow(width, keys, values)
+        assert self.keys is not None and self.values is not None
+        self._note_peak()
+
+    def _grow(self, slots: int, keys: Tensor, values: Tensor) -> None:
+        old = (self.keys, self.values)
+        self.keys, self.values = self._new(slots, keys, values)
+        for new, previous in ((self.keys, old[0]), (self.values, old[1])):
+            if previous is not None:
+                new[:, :, : previous.shape[2]].copy_(previous)
+
+    def _new(self, slots: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        B, H = keys.shape[:2]
+        return keys.new_zeros(B, H, slots, keys.shape[3]), values.new_zeros(B, H, slots, values.shape[3])
+
+    def _leave_staging(self, unmoved: list[int], piece: Piece) -> None:
+        """Go back to the permanent buffers if every row fits; rows without an event are copied over."""
+        assert self.keys is not None and self.values is not None
+        if self.capacity is None or self.allocated <= self.capacity:
+            return
+        if max(state.held for state in piece.after) > self.capacity:
+            return
+        staged = (self.keys, self.values)
+        self.keys, self.values = self.home if self.home is not None else self._new(self.capacity, *staged)
+        self.home = None
+        for row in unmoved:
+            held = piece.held[row]
+            for new, old in zip((self.keys, self.values), staged, strict=True):
+                new[row, :, :held].copy_(old[row, :, :held])
+
+    def _write(self, rows: list[int], keys: Tensor, values: Tensor) -> None:
+        assert self.keys is not None and self.values is not None
+        kept = keys.shape[2]
+        if rows == list(range(self.keys.shape[0])):
+            self.keys[:, :, :kept].copy_(keys)
+            self.values[:, :, :kept].copy_(values)
+            return
+        index = torch.tensor(rows, device=keys.device)
+        self.keys[:, :, :kept].index_copy_(0, index, keys)
+        self.values[:, :, :kept].index_copy_(0, index, values)
+
+    def _settle(self, rows: list[int], plan: Plan, index_BHN: Tensor, counts_BHN: Tensor) -> None:
+        """Store the token indices (and counts) of the slots an event left."""
+        keep = plan.kept_BHK.shape[-1]
+        row = torch.tensor(rows, device=index_BHN.device)
+        self.token_index = self._sized(self.token_index, keep, index_BHN)
+        self.token_index[:, :, :keep].index_copy_(0, row, index_BHN.gather(2, plan.kept_BHK).int())
+        if self.stores_counts:
+            new = fold_counts(counts_BHN, plan.fold, keep) if plan.fold else counts_BHN.gather(2, plan.kept_BHK)
+            self.counts = self._sized(self.counts, keep, counts_BHN)
+            self.counts[:, :, :keep].index_copy_(0, row, new.int())
+
+    def _sized(self, tensor: Tensor | None, keep: int, like_BHN: Tensor) -> Tensor:
+        assert self.keys is not None
+        if tensor is not None and tensor.shape[2] >= keep:
+            return tensor
+        new = torch.zeros(*self.keys.shape[:2], max(keep, self.capacity or 0), dtype=torch.int32, device=like_BHN.device)
+        if tensor is not None:
+            new[:, :, : tensor.shape[2]] = tensor
+        return new
+
+    def _settled_or(
+        self, stored_BHK: Tensor, fresh_BHN: Tensor, rows: list[int], held: int, settled: list[int]
+    ) -> Tensor:
+        device = stored_BHK.device
+        upto = min(held, stored_BHK.shape[2])
+        old = stored_BHK[:, :, :upto].index_select(0, torch.tensor(rows, device=device)).to(fresh_BHN.dtype)
+        is_old = torch.arange(upto, device=device) < torch.tensor(settled, device=device)[:, None, None]
+        out = fresh_BHN.clone(memory_format=torch.contiguous_format)
+        out[:, :, :upto] = torch.where(is_old, old, out[:, :, :upto])
+        return out
+
+    def _note_peak(self) -> None:
+        live = [self.keys, self.values, *(self.home or ())]
+        total = sum(t.numel() * t.element_size() for t in live if t is not None)
+        self.peak_bytes = max(self.peak_bytes, total)
+
+
+def _states(piece: Piece) -> list:  # type: ignore[type-arg]
+    return [row.state for row in piece.rows]
+
+
+__all__ = ["LayerStorage", "gather_slots"]

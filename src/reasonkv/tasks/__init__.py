@@ -1,0 +1,63 @@
+"""Task families with seeded problems and answer checkers; `get_task("program:lines=48")`."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import fields
+
+from .base import Draft, Draw, GeneratedTask, Kind, Problem, Task, TaskError, split_of
+from .longdoc import LongDoc
+from .program import Program
+from .recall import Recall
+
+__all__ = [
+    "Draft",
+    "Draw",
+    "GeneratedTask",
+    "Kind",
+    "Problem",
+    "Task",
+    "TaskError",
+    "get_task",
+    "split_of",
+    "task_names",
+]
+
+_FAMILIES: dict[str, type[GeneratedTask]] = {
+    family.name: family for family in (Program, Recall, LongDoc)
+}
+
+
+def task_names() -> list[str]:
+    """The names `get_task` knows, in the order they are shown."""
+    return list(_FAMILIES)
+
+
+def get_task(spec: str) -> GeneratedTask:
+    """The task for `name` or `name:dial=value,dial=value`.
+
+    Raises `TaskError` (one sentence) for an unknown task or dial and a value out of range.
+    """
+    name, _, options = spec.partition(":")
+    if name not in _FAMILIES:
+        near = difflib.get_close_matches(name, task_names(), n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise TaskError(
+            f"There is no task {name!r}; {hint}The tasks are {', '.join(task_names())}."
+            if not hint
+            else f"There is no task {name!r}; {hint}(The tasks are {', '.join(task_names())}.)"
+        )
+    family = _FAMILIES[name]
+    dials = {one.name: one for one in fields(family)}  # type: ignore[arg-type]
+    chosen: dict[str, int | str] = {}
+    for option in filter(None, options.split(",")):
+        key, equals, value = option.partition("=")
+        if key not in dials:
+            raise TaskError(f"Task {name!r} has no dial {key!r}; its dials are {', '.join(dials)}.")
+        if not equals:
+            raise TaskError(f"Dial {key!r} of task {name!r} needs a value, as in {key}=VALUE.")
+        if "choices" in dials[key].metadata:
+            chosen[key] = value
+        else:
+            chosen[key] = int(value) if value.isascii() and value.isdigit() else value
+    return family(**chosen)

@@ -1,0 +1,59 @@
+"""The training curve as a figure: accuracy by token kind and loss, per family."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402  # the backend must be chosen first
+
+from ..tasks import Kind  # noqa: E402
+
+_COUNTERS = {"step", "tokens", "seconds", "learning_rate"}
+
+
+def draw_curve(log: Path, path: Path) -> Path:
+    """Draw `training_log.jsonl` as a PNG with one column a family; returns `path`.
+
+    The upper row is the running error (1 - accuracy) of each token kind, the lower row the loss,
+    both at the family's stage of that moment: a jump up is a promotion to longer problems (dotted
+    lines).
+    """
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    families = [key for key in lines[0] if key not in _COUNTERS] if lines else []
+    figure, axes = plt.subplots(
+        2, max(1, len(families)), figsize=(4.2 * max(1, len(families)), 6), squeeze=False
+    )
+    for column, family in enumerate(families):
+        seen = [line["tokens"] / 1e6 for line in lines]
+        errors, losses = axes[0][column], axes[1][column]
+        for kind in Kind:
+            name = kind.name.lower()
+            points = [
+                (x, max(1 - line[family][name], 1e-5))
+                for x, line in zip(seen, lines, strict=True)
+                if name in line[family]
+            ]
+            if points:
+                errors.plot(*zip(*points, strict=True), label=name, linewidth=1)
+        points = [
+            (x, line[family]["loss"])
+            for x, line in zip(seen, lines, strict=True)
+            if line[family]["loss"]
+        ]
+        if points:
+            losses.plot(*zip(*points, strict=True), color="black", linewidth=1)
+        for before, after in zip(lines, lines[1:], strict=False):
+            if after[family]["level"] > before[family]["level"]:
+                for axis in (errors, losses):
+                    axis.axvline(after["tokens"] / 1e6, color="grey", linestyle=":", linewidth=0.8)
+        errors.set(title=family, yscale="log", ylabel="share of tokens wrong" if not column else "")
+        losses.set(yscale="log", xlabel="million tokens seen", ylabel="" if column else "loss")
+        errors.legend(fontsize="small")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return path

@@ -1,0 +1,89 @@
+"""SlotView: what a method may look at when it plans an event of one layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from reasonkv import noise
+
+
+@dataclass(frozen=True)
+class SlotView:
+    """The slots of one layer for B rows that all hold N slots and keep the same number at this event.
+
+    Rows of a batch that differ in length come in separate views, so a method never sees padding and needs no mask.
+    Legend: B rows, H KV heads, Hq query heads (query head h reads KV head h // (Hq / H)), N slots, T queries, D head_dim.
+
+    Args:
+        keys_BHND: rotated keys, in the model's dtype.
+        values_BHND: values.
+        positions_BHN: int64, the token's index in its row, ascending in N.
+        counts_BHN: int32, source tokens a slot stands for (1 unless folded).
+        is_prompt_BHN: bool, the slot holds a token of the prompt.
+        is_protected_BHN: bool, the slot may not be dropped (sinks, recent, and the prompt if the budget says so).
+        queries_BHqTD: the newest T rotated queries, oldest first, or None if the method asked for none.
+        query_positions_BT: int64, their token indices.
+        scaling: the factor the model applies to query-key products (usually D ** -0.5).
+        state: method state by name, [B, H, N].
+        length_B: int64, tokens the row has seen.
+        event_B: int64, number of the row's event, from 0.
+        row_seed_B: int64, the row's seed.
+        seed: the run's seed.
+        layer: index of the layer in the model.
+        first_head: global index of KV head 0 (other than 0 under tensor parallelism).
+    """
+
+    keys_BHND: Tensor
+    values_BHND: Tensor
+    positions_BHN: Tensor
+    counts_BHN: Tensor
+    is_prompt_BHN: Tensor
+    is_protected_BHN: Tensor
+    queries_BHqTD: Tensor | None
+    query_positions_BT: Tensor | None
+    scaling: float
+    length_B: Tensor
+    event_B: Tensor
+    row_seed_B: Tensor
+    seed: int
+    layer: int
+    first_head: int = 0
+    state: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def group_size(self) -> int:
+        """Query heads per KV head (1 when the method asked for no queries)."""
+        return 1 if self.queries_BHqTD is None else self.queries_BHqTD.shape[1] // self.keys_BHND.shape[1]
+
+    def queries_BHgTD(self) -> Tensor:
+        """The queries with their KV head as an axis of its own: [B, H, g, T, D].
+
+        Raises:
+            ValueError: the method declared no `needs.queries`.
+        """
+        if self.queries_BHqTD is None:
+            raise ValueError("This method needs recent queries; declare them in Needs(queries=T).")
+        B, _, T, D = self.queries_BHqTD.shape
+        return self.queries_BHqTD.view(B, self.keys_BHND.shape[1], self.group_size, T, D)
+
+    def uniform_BHN(self, draw: int = 0, *, per_event: bool = True) -> Tensor:
+        """One float32 uniform in (0, 1) per slot: a hash of seed, row seed, layer, head, event and token index.
+
+        Args:
+            draw: number of the draw within the event, for methods that need several.
+            per_event: fresh numbers at every event; False gives a token the same number for ever.
+        """
+        event_B = self.event_B if per_event else torch.zeros_like(self.event_B)
+        heads = torch.arange(self.first_head, self.first_head + self.keys_BHND.shape[1], device=self.length_B.device)
+        return noise.uniform(
+            self.positions_BHN,
+            seed=self.seed,
+            row_seed=self.row_seed_B[:, None, None],
+            layer=self.layer,
+            head=heads[None, :, None],
+            event=event_B[:, None, None],
+            draw=draw,
+        )
