@@ -73,7 +73,7 @@ def generate_rows(
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), torch.no_grad():
         torch.manual_seed(seed)
-        out_BN: Any = model.generate(  # type: ignore[operator]
+        out_BN: Any = model.generate(
             input_ids=ids_BL.to(model.device),
             attention_mask=mask_BL.to(model.device),
             generation_config=config,

@@ -14,9 +14,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import reasonkv
+
 MANIFEST = "manifest.json"
 _LOCK = ".lock"
-_PACKAGES = ("reasonkv", "torch", "transformers", "numpy", "safetensors")
+_PACKAGES = ("torch", "transformers", "numpy", "safetensors")
 
 
 class ResultsError(ValueError):
@@ -145,7 +147,7 @@ def _text(value: Any) -> str:
 
 def package_versions() -> dict[str, str]:
     """Versions of Python and of the packages that decide results."""
-    found = {"python": platform.python_version()}
+    found = {"reasonkv": reasonkv.__version__, "python": platform.python_version()}
     for name in _PACKAGES:
         try:
             found[name] = version(name)

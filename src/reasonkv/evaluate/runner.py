@@ -66,7 +66,6 @@ class ReplayJob:
     def manifest(self, model: LoadedModel) -> Manifest:
         """What the results folder will say about this run."""
         arguments = {
-            "model": model.name,
             "dtype": model.dtype,
             "task": list(self.tasks),
             "methods": [method.spec() for method in self.methods],
@@ -139,8 +138,11 @@ def _replay_cell(
     done: set[str],
     progress: Progress,
 ) -> None:
-    """Replay what is missing of one cell. A batch that was stopped half-way is replayed whole and its missing records
-    written, so that no record depends, even in its last bit, on where a run was stopped."""
+    """Replay what is missing of one cell.
+
+    A batch that was stopped half-way is replayed whole and its missing records written, so that no record depends,
+    even in its last bit, on where a run was stopped.
+    """
 
     def key(trace: Trace) -> str:
         budget = cell.budget.to_dict() if cell.budget else None

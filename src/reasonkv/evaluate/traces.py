@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -203,9 +203,7 @@ def _write(path: Path, traces: Sequence[Trace], origin: dict[str, Any]) -> None:
         tensors[f"{name}.rest"] = trace.reference.rest_N.contiguous()
         if trace.reference.ids_Nk is not None:
             tensors[f"{name}.ids"] = trace.reference.ids_Nk.to(torch.int32).contiguous()
-    temporary = path.with_name(f".{path.name}.tmp")
-    save_file(tensors, temporary)
-    temporary.replace(path)
+    write_atomically(path, save(tensors))
     summary = {
         **origin,
         "traces": [

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from .base import LABELS, LETTERS, Draft, Draw, GeneratedTask, dial
 from .steps import Line, ask_names, execute_line, random_operator, state_line
 
-_INITIAL = 3  # working variables that get a starting value right after the constants
+_INITIAL = 2  # working variables that get a starting value right after the constants
 
 
 @dataclass(frozen=True)

@@ -93,12 +93,12 @@ class Recipe:
         return replace(
             Recipe(courses=courses),
             steps=8,
-            layers=1,
-            hidden=32,
+            layers=2,
+            hidden=64,
             query_heads=2,
             kv_heads=1,
             head_dim=16,
-            intermediate=32,
+            intermediate=64,
             warmup=2,
             save_every=4,
             log_every=1,
@@ -129,7 +129,7 @@ def _longdoc(tokens: int, length: Range, ask: Range, *modes: str) -> Stage:
 _COURSES: Mapping[str, Course] = {
     "program": Course(
         (
-            _program(1400, (6, 12), (1, 3), (3, 6), (1, 4)),
+            _program(1400, (8, 14), (1, 2), (4, 8), (2, 4)),
             _program(2000, (10, 24), (2, 4), (4, 8), (2, 6)),
             _program(3200, (20, 48), (3, 6), (6, 12), (3, 6)),
             _program(3200, (40, 72), (4, 6), (8, 14), (4, 8)),

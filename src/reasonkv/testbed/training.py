@@ -26,6 +26,7 @@ from transformers import AttentionInterface, Qwen3ForCausalLM
 from ..tasks import Kind
 from .attention import NAME, training_attention
 from .data import Batch, choose_stage, make_batch
+from .initial import initialise
 from .recipe import Recipe
 from .tokenizer import make_tokenizer
 
@@ -190,6 +191,7 @@ def _make_model(recipe: Recipe) -> Qwen3ForCausalLM:
     """A fresh model that attends with the training kernel (the saved model does not know it)."""
     AttentionInterface.register(NAME, training_attention)
     model = Qwen3ForCausalLM(recipe.model_config())
+    initialise(model)
     model.set_attn_implementation(NAME)
     return model
 

@@ -75,16 +75,17 @@ def reference_attention(
         logits = softcap * torch.tanh(logits / softcap)
     if attention_mask is None and q > 1:
         attention_mask = torch.ones(q, S, dtype=torch.bool, device=query.device).tril(S - q)
-    if attention_mask is not None:
-        if attention_mask.dtype == torch.bool:
-            logits = logits.masked_fill(~attention_mask, float("-inf"))
-        else:
-            logits = logits + attention_mask
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        logits = logits.masked_fill(~attention_mask, float("-inf"))
+    elif attention_mask is not None:
+        logits = logits + attention_mask
     if s_aux is not None:
         sink = s_aux.to(logits.dtype).view(1, Hq, 1, 1).expand(B, Hq, q, 1)
         weights = torch.cat([logits, sink], -1).softmax(-1)[..., :-1]
     else:
         weights = logits.softmax(-1)
+    if attention_mask is not None:  # a query that sees nothing (padding) gives zeros, as in sdpa
+        weights = weights.masked_fill((logits == float("-inf")).all(-1, keepdim=True), 0.0)
     out = torch.einsum("bhgqs,bhsd->bhgqd", weights.view(B, H, Hq // H, q, S), value)
     return out.reshape(B, Hq, q, D).transpose(1, 2).contiguous(), None
 

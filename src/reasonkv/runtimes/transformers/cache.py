@@ -241,7 +241,8 @@ class CompressedCache(Cache):
         self.columns_seen = 0
         self.compaction_seconds = 0.0
         self._model = weakref.ref(model)
-        self._restore = base_kernel(model.config)
+        current = base_kernel(model.config)
+        self._restore = "eager" if current == "reference" else current  # another open cache may drive our own kernel
         self._name = implementation_name(base_kernel(model.config, kernel))
         self.take_over()
         stock = DynamicCache(config=model.config).layers

@@ -1,0 +1,29 @@
+"""The command line: every command parses, calls the API, and renders. Heavy imports wait until a command runs."""
+
+from __future__ import annotations
+
+import typer
+
+from reasonkv.cli.generate import generate
+from reasonkv.cli.info import doctor, methods
+from reasonkv.cli.replay import demo, replay
+from reasonkv.cli.train import train_testbed
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="reasonkv",
+    help="A bounded KV cache for models that reason: compare compression methods with full KV, and use them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for command in (demo, methods, doctor, generate, replay, train_testbed):
+    app.command(name=command.__name__.replace("_", "-"))(command)
+
+
+def main() -> None:
+    """Entry point of the `reasonkv` script."""
+    app()

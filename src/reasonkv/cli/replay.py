@@ -1,0 +1,151 @@
+"""`reasonkv replay` and `reasonkv demo`: full KV's traces through bounded caches, as a table and a figure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from reasonkv.cli import common
+from reasonkv.cli.common import UsageError, expected_errors, make_budget, note, split_specs, whole_numbers
+
+if TYPE_CHECKING:
+    from reasonkv.evaluate.runner import ReplayJob
+    from reasonkv.evaluate.summary import Row
+
+_SOURCES = ("greedy", "sampled", "reference")
+FIGURE = "frontier.png"
+
+
+@expected_errors
+def replay(
+    task: Annotated[str, typer.Option(help="Tasks, with dials: program,recall:distance=900.")],
+    methods: Annotated[str, typer.Option(help="Methods, with options: full,snapkv,rkv:KEY=VALUE.")],
+    budgets: Annotated[str, typer.Option(help="Slots per KV head and layer after a compaction: 128,256,512.")],
+    out: Annotated[Path, typer.Option(help="Results folder; the same command continues where it stopped.")],
+    model: common.Model = "testbed",
+    limit: Annotated[int, typer.Option(help="Problems per task.")] = 16,
+    seed: common.Seed = 0,
+    interval: common.Interval = 128,
+    sinks: common.Sinks = 4,
+    recent: common.Recent = 64,
+    prompt_policy: common.PromptPolicy = "count",
+    trigger: common.Trigger = "occupancy",
+    trigger_counts: common.TriggerCounts = "all",
+    cut_prompt: common.CutPrompt = "prefill",
+    prefill_chunk: common.PrefillChunk = None,
+    traces: Annotated[str, typer.Option(help="Where traces come from: greedy, sampled or reference (the task's).")] = (
+        "greedy"
+    ),
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most output tokens of a trace.")] = 2048,
+    temperature: Annotated[float, typer.Option(min=0.01, help="Of sampled traces.")] = 0.6,
+    top_p: Annotated[float, typer.Option(min=0.01, max=1.0, help="Of sampled traces.")] = 0.95,
+    batch_size: common.BatchSize = 16,
+    dtype: common.Dtype = "auto",
+    device: common.Device = "auto",
+    json: common.Json = False,
+) -> None:
+    """Replay full KV's traces through bounded caches and score every token.
+
+    Full KV writes each trace once. A method is then fed the same tokens, and every output token is scored against full
+    KV's own prediction. Leaves records.jsonl, manifest.json, the traces and frontier.png in --out.
+
+    Example: [b]reasonkv replay --task program --methods full,random,rkv --budgets 128,256 --limit 8 --out results[/b]
+    """
+    from reasonkv.evaluate.runner import ReplayJob
+    from reasonkv.evaluate.traces import TraceSettings
+    from reasonkv.methods import get_method
+    from reasonkv.tasks import get_task
+
+    common.check_limit(limit)
+    if traces not in _SOURCES:
+        raise UsageError(f"--traces must be one of {', '.join(_SOURCES)}, not {traces!r}.")
+    chosen = [get_method(spec) for spec in split_specs(methods)]
+    tasks = split_specs(task)
+    for spec in tasks:
+        get_task(spec)
+    fields = {
+        "interval": interval, "sinks": sinks, "recent": recent, "prompt": prompt_policy, "trigger": trigger,
+        "trigger_counts": trigger_counts, "cut_prompt": cut_prompt, "prefill_chunk": prefill_chunk,
+    }  # fmt: skip
+    job = ReplayJob(
+        tasks=tasks,
+        methods=chosen,
+        budgets=[make_budget(tokens, **fields) for tokens in whole_numbers(budgets, "--budgets")],
+        limit=limit,
+        seed=seed,
+        traces=TraceSettings(traces, max_new_tokens, temperature, top_p),  # type: ignore[arg-type]
+        batch_size=batch_size,
+    )
+    _run(job, model, dtype, device, out, json)
+
+
+@expected_errors
+def demo(
+    out: Annotated[Path, typer.Option(help="Results folder.")] = Path("reasonkv-demo"),
+    limit: Annotated[int, typer.Option(help="Problems per family.")] = 12,
+    seed: common.Seed = 0,
+    batch_size: common.BatchSize = 12,
+    device: common.Device = "auto",
+    json: common.Json = False,
+) -> None:
+    """See the main job on the bundled model: full KV against six methods, three budgets, two task families.
+
+    Takes a few minutes on two CPU cores and needs no network.
+
+    Example: [b]reasonkv demo[/b]
+    """
+    from reasonkv.evaluate.demo import demo_job
+
+    common.check_limit(limit)
+    _run(demo_job(limit=limit, seed=seed, batch_size=batch_size), "testbed", "auto", device, out, json)
+    if not json:
+        from reasonkv.evaluate.demo import WHAT_TO_LOOK_AT
+
+        typer.echo("\n".join(["What to look at:", *(f"  - {line}" for line in WHAT_TO_LOOK_AT)]))
+
+
+def _run(job: ReplayJob, model: str, dtype: str, device: str, out: Path, json: bool) -> None:
+    from reasonkv.evaluate.records import RECORDS
+    from reasonkv.evaluate.runner import run_replay
+    from reasonkv.evaluate.summary import summarize
+    from reasonkv.report.tables import caption, replay_tables
+
+    cells = job.cells()
+    loaded = common.open_model(model, dtype, device)
+    note(f"{loaded.name}: {loaded.dtype} on {loaded.device_name}; results in {common.show(out)}")
+    with common.progress_bars(len(job.tasks) * (1 + len(cells))) as progress:
+        records = run_replay(job, loaded, out, progress)
+    rows = summarize(records)
+    figure = _draw(rows, out / FIGURE)
+    if json:
+        common.print_json(
+            {
+                "out": str(out),
+                "records": str(out / RECORDS),
+                "figure": str(figure) if figure else None,
+                "rows": [row.to_dict() for row in rows],
+            }
+        )
+        return
+    from rich.console import Console
+
+    console = Console(width=common.width() or None)
+    for table in replay_tables(rows):
+        console.print(table)
+    console.print(caption(records), style="dim", highlight=False)
+    typer.echo(f"Records: {common.show(out / RECORDS)}" + (f"\nFigure:  {common.show(figure)}" if figure else ""))
+
+
+def _draw(rows: Sequence[Row], path: Path) -> Path | None:
+    """The figure, or None where there is nothing to draw or nothing to draw with."""
+    if all(row.tokens is None for row in rows):
+        return None
+    try:
+        from reasonkv.report.figures import frontier
+    except ImportError:
+        note("No figure without matplotlib; install it with: pip install 'reasonkv[report]'")
+        return None
+    return frontier(rows, path)

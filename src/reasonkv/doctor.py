@@ -1,0 +1,94 @@
+"""What `reasonkv doctor` finds: versions, devices, and whether a model can be served."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+import torch
+
+from reasonkv.evaluate.manifest import package_versions
+from reasonkv.models import TESTBED, ModelError, device_words, load_config
+from reasonkv.runtimes.transformers import TESTED, check_model
+
+_OPTIONAL = {"vllm": "the vLLM runtime", "flash_attn": "flash attention kernels"}
+
+
+@dataclass(frozen=True)
+class Report:
+    """One examination.
+
+    Args:
+        versions: of Python and packages.
+        devices: in words, with their memory.
+        testbed: whether the bundled model is there.
+        model: facts about the model asked for, in words; empty if none was.
+        problems: what needs attention, one sentence each.
+        advice: one sentence on what to do next.
+    """
+
+    versions: dict[str, str]
+    devices: list[str]
+    testbed: str
+    model: dict[str, str]
+    problems: list[str]
+    advice: str
+
+
+def examine(model: str | None = None) -> Report:
+    """Look at this installation, and at a model's configuration if one is named.
+
+    Args:
+        model: "testbed", a folder, or a hub name; only its configuration is read.
+    """
+    versions = package_versions()
+    for name, what in _OPTIONAL.items():
+        versions[name] = "installed" if find_spec(name) else f"not installed (only {what} needs it)"
+    try:
+        load_config(TESTBED)
+        testbed, problems = "bundled model found", []
+    except ModelError as error:
+        testbed, problems = "missing", [str(error)]
+    facts: dict[str, str] = {}
+    if model is not None:
+        try:
+            facts, reasons = _model_facts(model)
+            problems += reasons
+        except ModelError as error:
+            problems.append(str(error))
+    return Report(versions, _devices(), testbed, facts, problems, _advice(model, problems))
+
+
+def _model_facts(name: str) -> tuple[dict[str, str], list[str]]:
+    config = load_config(name)
+    decoder = config.get_text_config(decoder=True)
+    kind = str(decoder.model_type)
+    reasons = check_model(config)
+    tested = "tested" if kind in TESTED else f"not among the tested types ({', '.join(TESTED)})"
+    heads = getattr(decoder, "num_key_value_heads", None) or getattr(decoder, "num_attention_heads", "?")
+    facts = {
+        "model": name,
+        "type": f"{kind}, {tested}",
+        "shape": f"{getattr(decoder, 'num_hidden_layers', '?')} layers, {heads} KV heads",
+        "supported": "no" if reasons else "yes",
+    }
+    return facts, reasons
+
+
+def _devices() -> list[str]:
+    found = [f"{device_words(torch.device('cpu'))}, {os.cpu_count()} cores"]
+    for index in range(torch.cuda.device_count()):
+        memory = torch.cuda.get_device_properties(index).total_memory / 2**30
+        found.append(f"cuda:{index} {torch.cuda.get_device_name(index)}, {memory:.0f} GiB")
+    if torch.backends.mps.is_available():
+        found.append("mps")
+    return found
+
+
+def _advice(model: str | None, problems: list[str]) -> str:
+    if problems:
+        return "Use another model, or the bundled one with --model testbed." if model else "See the problem above."
+    if model is None:
+        return "All is well; try `reasonkv demo`, or `reasonkv doctor --model M` for a model of yours."
+    return f"All is well; try `reasonkv generate --model {model} --method snapkv --budget 1024 --prompt TEXT`."

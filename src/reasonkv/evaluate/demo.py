@@ -1,0 +1,38 @@
+"""The demo's job: six methods and full KV on the bundled model, everything but the method equal."""
+
+from __future__ import annotations
+
+from reasonkv.budget import Budget
+from reasonkv.evaluate.runner import ReplayJob
+from reasonkv.methods import get_method
+
+TASKS = ("program", "recall")
+METHODS = ("full", "random", "streaming", "snapkv", "rkv", "keydiff")
+TOKENS = (64, 128, 256)
+WHAT_TO_LOOK_AT = (
+    "full KV is the ceiling: it replays its own traces, so its top-1 is 100 % and its KL is 0 up to rounding.",
+    "random keeps the prompt like every other method; a method earns its keep by how far it is above random.",
+    "mean and peak slots are what attention reads, so two methods compare at equal slots, not at equal names.",
+)
+
+
+def demo_job(*, limit: int = 12, seed: int = 0, batch_size: int = 12) -> ReplayJob:
+    """The replay job behind `reasonkv demo`.
+
+    Every method protects the prompt and holds it on top of the budget, so the budget is what each may keep of a trace.
+
+    Args:
+        limit: problems per family.
+        seed: of problems and methods.
+        batch_size: rows at once.
+    """
+    budgets = [Budget(tokens, interval=32, sinks=4, recent=16, prompt="on_top") for tokens in TOKENS]
+    return ReplayJob(
+        command="demo",
+        tasks=TASKS,
+        methods=[get_method(name) for name in METHODS],
+        budgets=budgets,
+        limit=limit,
+        seed=seed,
+        batch_size=batch_size,
+    )

@@ -1,0 +1,178 @@
+"""From records to what a table or figure shows: means over traces, standard errors, paired differences."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from reasonkv.evaluate.records import Record
+
+METRICS = ("top1", "top5", "nll", "kl", "physical_mean", "physical_peak", "saved_bytes", "seconds")
+_RESAMPLES = 5000
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over traces and its standard error (None for a single trace)."""
+
+    mean: float
+    se: float | None
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Mean of paired differences over the traces two cells share, with a 95 % bootstrap interval."""
+
+    mean: float
+    low: float
+    high: float
+    pairs: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """One cell on one task.
+
+    Args:
+        task: the task.
+        method: the method, with the options that tell it from others in the same records.
+        tokens: the budget's tokens, None for full KV.
+        n: traces.
+        estimates: by name, one of `METRICS`.
+        versus_full: paired differences to full KV (top1, nll, kl), where full KV was replayed.
+        versus_random: the same to `random` at the same budget.
+    """
+
+    task: str
+    method: str
+    tokens: int | None
+    n: int
+    estimates: dict[str, Estimate]
+    versus_full: dict[str, Difference]
+    versus_random: dict[str, Difference]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON output."""
+        return {
+            "task": self.task,
+            "method": self.method,
+            "tokens": self.tokens,
+            "n": self.n,
+            **{name: {"mean": one.mean, "se": one.se} for name, one in self.estimates.items()},
+            "versus_full": {name: vars(one) for name, one in self.versus_full.items()},
+            "versus_random": {name: vars(one) for name, one in self.versus_random.items()},
+        }
+
+
+def value(record: Record, metric: str) -> float:
+    """One of `METRICS` of a record; "saved_bytes" is the share of full KV's bytes no longer held at the end."""
+    if metric == "saved_bytes":
+        return 1 - record.bytes_held / record.bytes_full
+    return float(getattr(record, metric))
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+    """Mean and standard error of independent values."""
+    array = np.asarray(values, dtype=np.float64)
+    se = float(array.std(ddof=1) / np.sqrt(len(array))) if len(array) > 1 else None
+    return Estimate(float(array.mean()), se)
+
+
+def paired_difference(
+    ours: dict[int, float], theirs: dict[int, float], *, seed: int = 0, resamples: int = _RESAMPLES
+) -> Difference | None:
+    """Bootstrap over the examples both have; None when they share none.
+
+    Args:
+        ours: values by example.
+        theirs: the values they are compared with, by example.
+        seed: of the resampling.
+        resamples: bootstrap samples.
+    """
+    shared = sorted(ours.keys() & theirs.keys())
+    if not shared:
+        return None
+    difference: NDArray[np.float64] = np.array([ours[one] - theirs[one] for one in shared])
+    draws = np.random.default_rng(seed).integers(0, len(shared), size=(resamples, len(shared)))
+    low, high = np.percentile(difference[draws].mean(axis=1), [2.5, 97.5])
+    return Difference(float(difference.mean()), float(low), float(high), len(shared))
+
+
+def summarize(records: Sequence[Record], *, seed: int = 0) -> list[Row]:
+    """One row per task and cell, in the order tasks and methods first occur, budgets ascending.
+
+    Args:
+        records: records of one results folder.
+        seed: of the bootstrap.
+    """
+    labels = method_labels(records)
+    cells: dict[tuple[str, str, str], list[Record]] = {}
+    for record in records:
+        budget = json.dumps(record.budget, sort_keys=True)
+        cells.setdefault((record.task, labels[_method_key(record)], budget), []).append(record)
+    tasks, methods = list(dict.fromkeys(r.task for r in records)), list(dict.fromkeys(labels.values()))
+
+    def order(key: tuple[str, str, str]) -> tuple[int, int, int, str]:
+        task, method, budget = key
+        return tasks.index(task), methods.index(method), (json.loads(budget) or {}).get("tokens", 0), budget
+
+    rows = []
+    for key in sorted(cells, key=order):
+        task, method, budget = key
+        full = [one for (t, _, _), members in cells.items() if t == task for one in members if one.method == "full"]
+        random = [
+            one
+            for (t, _, b), members in cells.items()
+            if t == task and b == budget
+            for one in members
+            if one.method == "random"
+        ]
+        members = cells[key]
+        rows.append(
+            Row(
+                task=task,
+                method=method,
+                tokens=members[0].budget["tokens"] if members[0].budget else None,
+                n=len(members),
+                estimates={name: estimate([value(one, name) for one in members]) for name in METRICS},
+                versus_full={} if members[0].method == "full" else _differences(members, full, seed),
+                versus_random={} if members[0].method in {"full", "random"} else _differences(members, random, seed),
+            )
+        )
+    return rows
+
+
+def method_labels(records: Sequence[Record]) -> dict[str, str]:
+    """A label for every (method, options): the name, and the options in which two of the same name differ."""
+    options: dict[str, list[dict[str, Any]]] = {}
+    for record in records:
+        known = options.setdefault(record.method, [])
+        if record.options not in known:
+            known.append(record.options)
+    labels = {}
+    for name, variants in options.items():
+        differing = [key for key in variants[0] if any(one.get(key) != variants[0][key] for one in variants)]
+        for one in variants:
+            text = ",".join(f"{key}={one.get(key)}" for key in differing)
+            labels[json.dumps([name, one], sort_keys=True)] = f"{name}:{text}" if text else name
+    return labels
+
+
+def _method_key(record: Record) -> str:
+    return json.dumps([record.method, record.options], sort_keys=True)
+
+
+def _differences(ours: Sequence[Record], theirs: Sequence[Record], seed: int) -> dict[str, Difference]:
+    found = {}
+    for metric in ("top1", "nll", "kl"):
+        one = paired_difference(
+            {r.example: value(r, metric) for r in ours}, {r.example: value(r, metric) for r in theirs}, seed=seed
+        )
+        if one is not None:
+            found[metric] = one
+    return found

@@ -1,0 +1,33 @@
+"""KeyDiff: keep the keys least like the others."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from reasonkv.methods.base import ScorerMethod
+from reasonkv.selection import upcast
+from reasonkv.view import SlotView
+
+
+@dataclass(frozen=True)
+class KeyDiff(ScorerMethod):
+    """Keep keys that point away from the mean direction (Park et al., 2025, "KeyDiff: Key Similarity-Based KV Cache
+    Eviction", arXiv 2504.15364, section 3).
+
+    The anchor is the mean of the NORMALISED keys of a KV head, over all slots held. The paper applies this block by
+    block to a prompt under a hard cap, which is what events do during decode.
+    """
+
+    name: ClassVar[str] = "keydiff"
+    title: ClassVar[str] = "Keys that differ most from the mean key"
+    paper: ClassVar[str] = "KeyDiff, arXiv 2504.15364"
+
+    def score(self, view: SlotView) -> Tensor:
+        """-cos(k, anchor)."""
+        unit_BHND = F.normalize(upcast(view.keys_BHND), dim=-1)
+        anchor_BH1D = F.normalize(unit_BHND.mean(dim=2, keepdim=True), dim=-1)
+        return -(anchor_BH1D @ unit_BHND.mT).squeeze(2)

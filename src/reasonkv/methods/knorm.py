@@ -1,0 +1,31 @@
+"""Knorm: keep the keys with the smallest norm."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from reasonkv.methods.base import ScorerMethod
+from reasonkv.selection import upcast
+from reasonkv.view import SlotView
+
+
+@dataclass(frozen=True)
+class Knorm(ScorerMethod):
+    """Keep LOW key norms (Devoto et al., 2024, "A Simple and Effective L2 Norm-Based Strategy for KV Cache
+    Compression", arXiv 2406.11430, section 3).
+
+    The paper leaves the first two layers uncompressed; here all layers share one budget. RoPE does not change a norm.
+    Models that normalise keys (Qwen3) have nearly constant norms, so expect little there.
+    """
+
+    name: ClassVar[str] = "knorm"
+    title: ClassVar[str] = "The smallest key norms"
+    paper: ClassVar[str] = "L2-norm strategy, arXiv 2406.11430"
+
+    def score(self, view: SlotView) -> Tensor:
+        """-||k||."""
+        return -torch.linalg.vector_norm(upcast(view.keys_BHND), dim=-1)

@@ -1,0 +1,210 @@
+"""R-KV: importance minus redundancy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from reasonkv.methods.base import Needs, ScorerMethod
+from reasonkv.selection import (
+    average_pool,
+    block_elements,
+    fill_window,
+    group_mean,
+    head_blocks,
+    max_pool,
+    upcast,
+    window_attention,
+)
+from reasonkv.view import SlotView
+
+
+class _Defaults(NamedTuple):
+    window: int
+    kernel: int
+    weight: float
+
+
+Spare = Literal["last", "first", "none"]
+_FIRST_WIDTH = 32  # columns compared first; models whose keys have a common direction are done after them
+_FORMS = {"official": _Defaults(8, 7, 0.1), "port": _Defaults(64, 5, 0.5)}
+
+
+@dataclass(frozen=True)
+class RKV(ScorerMethod):
+    """Keep what is attended to and not said again (Cai et al., 2025, "R-KV: Redundancy-aware KV Cache Compression for
+    Reasoning Models", arXiv 2505.24133, sections 3.2 to 3.4).
+
+    score = weight * importance - (1 - weight) * redundancy, both softmaxes over slots.
+
+    `form="official"` is the authors' code; `form="port"` is the one in VaSE's harness, which most published
+    comparisons ran. They differ in more than numbers: see the two methods below. The authors' code computes the
+    redundancy of batch row 0 and uses it for every row; here every row has its own.
+
+    Args:
+        form: "official" or "port".
+        window: newest queries that vote; their tokens always stay. 0 stands for the form's own: 8, port 64.
+        kernel: slots pooled together, odd; 0 stands for the form's own: 7 (maximum), port 5 (mean).
+        weight: the paper's lambda, 0 to 1; -1 stands for the form's own: 0.1 (comparisons by others run the official
+            form with 0.1; the default of the authors' class is 0.07), port 0.5.
+        threshold: official form; cosine above which two keys count as duplicates.
+        retain: official form; "last" - the newest duplicate of each key is spared; "first" - slot 0 is spared
+            instead, whatever the threshold (a slip of the authors' code, for comparison only).
+    """
+
+    name: ClassVar[str] = "rkv"
+    title: ClassVar[str] = "Attention of the newest queries minus redundancy of keys"
+    paper: ClassVar[str] = "R-KV, arXiv 2505.24133"
+
+    form: Literal["official", "port"] = "official"
+    window: int = 0
+    kernel: int = 0
+    weight: float = -1.0
+    threshold: float = 0.5
+    retain: Literal["last", "first"] = "last"
+
+    def __post_init__(self) -> None:
+        if self.form not in _FORMS:
+            raise ValueError(f"form must be official or port, not {self.form!r}.")
+        for key, unset in (("window", 0), ("kernel", 0), ("weight", -1.0)):
+            if getattr(self, key) == unset:
+                object.__setattr__(self, key, getattr(_FORMS[self.form], key))
+        if self.window < 1:
+            raise ValueError(f"window must be at least 1, not {self.window}.")
+        if self.kernel < 1 or self.kernel % 2 == 0:
+            raise ValueError(f"kernel must be an odd number of slots, not {self.kernel}.")
+        if not 0.0 <= self.weight <= 1.0:
+            raise ValueError(f"weight must be between 0 and 1, not {self.weight}.")
+        if not 0.0 <= self.threshold <= 1.0:
+            raise ValueError(f"threshold must be between 0 and 1, not {self.threshold}.")
+        if self.retain not in ("last", "first"):
+            raise ValueError(f"retain must be last or first, not {self.retain!r}.")
+
+    @property
+    def needs(self) -> Needs:
+        """The window's queries, and its tokens protected."""
+        return Needs(queries=self.window, recent=self.window)
+
+    def spec(self) -> str:
+        """As for every method, but against the defaults of the form."""
+        base = RKV(form=self.form).options() | {"form": "official"}
+        changed = [f"{key}={value}" for key, value in self.options().items() if value != base[key]]
+        return self.name + (":" + ",".join(changed) if changed else "")
+
+    def score(self, view: SlotView) -> Tensor:
+        """weight * importance - (1 - weight) * redundancy of the slots before the window."""
+        importance_BHn = self.importance(view)
+        redundancy_BHn = self.redundancy(view)[..., : importance_BHn.shape[-1]]
+        score_BHn = self.weight * importance_BHn - (1.0 - self.weight) * redundancy_BHn
+        return fill_window(score_BHn, view.positions_BHN.shape[-1])
+
+    def importance(self, view: SlotView) -> Tensor:
+        """Attention of the window to the slots before it, with those alone in the softmax: [B, H, n].
+
+        Official: maximum of the LOGITS over the group, softmax, mean over queries, maximum over neighbours.
+        Port: softmax, mean over queries, mean over neighbours, mean over the group.
+        """
+        if self.form == "official":
+            return max_pool(group_mean(window_attention(view, over="old", merge_logits=True)), self.kernel)
+        return average_pool(group_mean(window_attention(view, over="old")), self.kernel)
+
+    def redundancy(self, view: SlotView) -> Tensor:
+        """Softmax over slots of the mean cosine with the other keys.
+
+        Official: over all N slots, where each key's newest duplicate is spared the cosine: [B, H, N].
+        Port: over the n slots before the window, nothing spared: [B, H, n].
+        """
+        keys_BHND = view.keys_BHND
+        spare: Spare = self.retain
+        if self.form == "port":
+            keys_BHND, spare = keys_BHND[:, :, : keys_BHND.shape[2] - view.queries_BHgTD().shape[3]], "none"
+        return mean_cosine(keys_BHND, spare, self.threshold).softmax(-1)
+
+
+def mean_cosine(keys_BHND: Tensor, spare: Spare = "last", threshold: float = 0.5) -> Tensor:
+    """Mean over i of cos(i, j), the diagonal and the spared entries counted as 0: how much slot j is said elsewhere.
+
+    The sum of column j is k_j . (sum of all k) - k_j . k_j over unit keys, so the N x N matrix is never formed; only
+    the entries that are spared have to be found.
+
+    Args:
+        keys_BHND: keys as cached (rotated).
+        spare: in each row i, "last" - the entry of the newest duplicate of i, or of slot 0 if i has none; "first" -
+            the entry of slot 0; "none" - no entry.
+        threshold: cosine above which two keys are duplicates, at least 0.
+
+    Returns:
+        float32 [B, H, N].
+    """
+    keys_RND = keys_BHND.flatten(0, 1)
+    R, N, D = keys_RND.shape
+    parts = []
+    for block in head_blocks(R, N * D, keys_RND.device):
+        unit_RND = F.normalize(upcast(keys_RND[block]), dim=-1)
+        column_RN = (unit_RND.sum(1, keepdim=True) @ unit_RND.mT).squeeze(1) - unit_RND.square().sum(-1)
+        if spare != "none":
+            spared_RN, cosine_RN = spared_columns(unit_RND, threshold if spare == "last" else None)
+            # Added in float64: the order in which an accelerator adds does not show after rounding.
+            spared = torch.zeros_like(column_RN, dtype=torch.float64).scatter_add_(1, spared_RN, cosine_RN.double())
+            column_RN = column_RN - spared.to(column_RN.dtype)
+        parts.append(column_RN / N)
+    return torch.cat(parts).unflatten(0, keys_BHND.shape[:2])
+
+
+def spared_columns(unit_RND: Tensor, threshold: float | None) -> tuple[Tensor, Tensor]:
+    """For every row i of the cosine matrix the last column j with cos(i, j) > threshold, j != i; 0 where none is.
+
+    Blocks of columns are visited from the newest to the oldest, and a row leaves as soon as it has its column: work
+    is O(N^2 D) only for rows without a duplicate, and memory is one block.
+
+    Args:
+        unit_RND: unit keys of R heads.
+        threshold: at least 0; None names column 0 for every row.
+
+    Returns:
+        int64 [R, N], the column of each row; [R, N], the cosine there (0 on the diagonal).
+    """
+    R, N, _ = unit_RND.shape
+    device = unit_RND.device
+    unit_rD = unit_RND.flatten(0, 1)  # r = R x N, the rows of all heads
+    cosine_r = (unit_RND[:, :1] @ unit_RND.mT).flatten()
+    cosine_r[::N] = 0.0
+    column_r = torch.zeros_like(cosine_r, dtype=torch.int64)
+    if threshold is None:
+        return column_r.view(R, N), cosine_r.view(R, N)
+
+    start_R1 = torch.arange(0, R * N, N, device=device).unsqueeze(1)
+    # M rows per head are compared: row_RM says which, open_RM whether they are still looking for their column.
+    row_RM = torch.arange(R * N, device=device).view(R, N)
+    open_RM = torch.ones(R, N, dtype=torch.bool, device=device)
+    rows_RMD, high, width = unit_RND, N, _FIRST_WIDTH
+    while high > 0:
+        low = max(0, high - width)
+        cosine_RMC = rows_RMD @ unit_RND[:, low:high].mT
+        own_RM1 = (row_RM - start_R1 - low).unsqueeze(2)  # a key is no duplicate of itself
+        here_RM1 = own_RM1.clamp(0, high - low - 1)
+        cosine_RMC.scatter_(2, here_RM1, cosine_RMC.gather(2, here_RM1).masked_fill(own_RM1 == here_RM1, 0.0))
+        hit_RM = (cosine_RMC.amax(2) > threshold) & open_RM
+        hit_h = hit_RM.flatten().nonzero().squeeze(1)
+        if hit_h.numel() > 0:
+            cosine_hC = cosine_RMC.flatten(0, 1).index_select(0, hit_h)
+            is_duplicate_hC = (cosine_hC > threshold).to(torch.uint8)
+            last_h1 = high - low - 1 - is_duplicate_hC.flip(1).argmax(1, keepdim=True)  # argmax: the first of equals
+            row_h = row_RM.flatten()[hit_h]
+            column_r[row_h] = low + last_h1.squeeze(1)
+            cosine_r[row_h] = cosine_hC.gather(1, last_h1).squeeze(1)
+            open_RM = open_RM & ~hit_RM
+            left = int(open_RM.sum(1).max())
+            if left == 0:
+                break
+            if left < 0.8 * row_RM.shape[1]:  # else moving the rows costs more than it saves
+                order_RM = open_RM.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :left]
+                row_RM, open_RM = row_RM.gather(1, order_RM), open_RM.gather(1, order_RM)
+                rows_RMD = unit_rD.index_select(0, row_RM.flatten()).unflatten(0, row_RM.shape)
+        high = low
+        width = min(2 * width, max(_FIRST_WIDTH, block_elements(device) // row_RM.numel()))
+    return column_r.view(R, N), cosine_r.view(R, N)

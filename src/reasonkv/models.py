@@ -1,0 +1,186 @@
+"""`--model`: the bundled testbed, a folder, or a name on the Hugging Face hub; and what identifies its weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+TESTBED = "testbed"
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+_SAMPLED_VALUES = 64
+_UNIDENTIFIED = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures"}
+
+
+class ModelError(ValueError):
+    """A model that cannot be loaded; the message says what was wrong with it and what to give instead."""
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready for inference.
+
+    Args:
+        name: as the user gave it.
+        model: in evaluation mode, on its device.
+        tokenizer: its tokenizer.
+        hash: of configuration, tensor names and shapes, and a sample of the query weights; not of the folder's name.
+    """
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    hash: str
+
+    @property
+    def dtype(self) -> str:
+        """The parameters' dtype, as `--dtype` writes it."""
+        return str(self.model.dtype).removeprefix("torch.")
+
+    @property
+    def device_name(self) -> str:
+        """The device in words."""
+        return device_words(self.model.device)
+
+
+def load_model(name: str, dtype: str = "auto", device: str = "auto") -> LoadedModel:
+    """Load a model and its tokenizer.
+
+    Args:
+        name: "testbed", a folder, or a hub name.
+        dtype: "auto" (float32 on a CPU, the checkpoint's own elsewhere) or one of `DTYPES`.
+        device: "auto" (an accelerator if there is one) or a torch device.
+
+    Raises:
+        ModelError: one sentence.
+    """
+    place = _device(device)
+    if dtype not in {"auto", *DTYPES}:
+        raise ModelError(f"Unknown dtype {dtype!r}; choose one of auto, {', '.join(DTYPES)}.")
+    wanted: Any = DTYPES.get(dtype, torch.float32 if place.type == "cpu" else "auto")
+    source = _source(name)
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(source, dtype=wanted, output_loading_info=True)
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except Exception as error:  # a damaged folder raises anything from KeyError to SafetensorError
+        raise ModelError(_sentence(name, error)) from None
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise ModelError(
+            f"The weights of {name} lack {len(missing)} tensors of its configuration ({missing[0]} and so on); "
+            f"give a folder whose config.json and weights belong together."
+        )
+    try:
+        model = model.to(place).eval()
+    except (RuntimeError, AssertionError) as error:
+        raise ModelError(f"{name} cannot be moved to {place}: {_first_line(error)}") from None
+    return LoadedModel(name, model, tokenizer, model_hash(model))
+
+
+def load_config(name: str) -> PreTrainedConfig:
+    """A model's configuration alone.
+
+    Raises:
+        ModelError: one sentence.
+    """
+    source = _source(name)
+    try:
+        return AutoConfig.from_pretrained(source)
+    except Exception as error:
+        raise ModelError(_sentence(name, error)) from None
+
+
+def model_hash(model: PreTrainedModel) -> str:
+    """Sixteen hex digits of the configuration, tensor names and shapes, and a sample of every query projection.
+
+    The sample is taken in bfloat16, so that one checkpoint loaded in several dtypes has one hash.
+    """
+    config = {k: v for k, v in model.config.to_dict().items() if k not in _UNIDENTIFIED}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name}{list(tensor.shape)}".encode())
+        if "q_proj" in name or "qkv_proj" in name:
+            flat = tensor.detach().reshape(-1)
+            sample = flat[:: max(1, flat.numel() // _SAMPLED_VALUES)][:_SAMPLED_VALUES]
+            digest.update(sample.to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def device_words(device: torch.device) -> str:
+    """A device in words: the accelerator's name, or the CPU's architecture and threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "cpu":
+        return f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
+    return str(device)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        found = torch.accelerator.current_accelerator()
+        return found if found is not None else torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise ModelError(f"The device {name!r} is not available here; use --device cpu or auto.") from None
+    return device
+
+
+def _source(name: str) -> str:
+    """The folder or hub name behind `name`, with what is plainly wrong about a folder already said."""
+    folder = Path(name).expanduser()
+    if name == TESTBED:
+        from reasonkv.testbed import testbed_path
+
+        folder = testbed_path()
+        if not (folder / "config.json").is_file():
+            raise ModelError(
+                f"The bundled model is missing from {folder}; reinstall reasonkv, or train it with "
+                f"`reasonkv train-testbed`."
+            )
+        return str(folder)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ModelError(f"{name} is not a model folder: it has no config.json.")
+        if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
+            raise ModelError(f"{name} is not a whole model folder: it has a config.json but no weights.")
+        return str(folder)
+    if folder.exists():
+        raise ModelError(f"{name} is a file; --model takes a model folder, a hub name, or {TESTBED!r}.")
+    if name.count("/") > 1 or name.startswith((".", "/", "~")):
+        raise ModelError(f"There is no folder {name}; --model takes a model folder, a hub name, or {TESTBED!r}.")
+    return name
+
+
+def _sentence(name: str, error: Exception) -> str:
+    if name != TESTBED and not Path(name).expanduser().is_dir():
+        return (
+            f"There is no folder {name}, and it could not be had from the Hugging Face hub either; "
+            f"check the name and the network, or give a local folder or {TESTBED!r}."
+        )
+    return f"The model folder {name} cannot be loaded: {_first_line(error)}"
+
+
+def _first_line(error: Exception) -> str:
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    text = text if len(text) <= 200 else text[:197] + "..."
+    return f"{type(error).__name__}: {text}" if text else f"{type(error).__name__}."

@@ -1,0 +1,153 @@
+"""What scoring methods share: choosing the best slots, pooling, group reduction, attention of the recent queries.
+
+Legend: B rows, H KV heads, g query heads per KV head, N slots, K kept slots, T queries, D head_dim; R = B x H.
+Scores are float32 whatever the model's dtype (float64 for float64 models).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from reasonkv.plan import PlanError
+from reasonkv.view import SlotView
+
+
+def upcast(x: Tensor) -> Tensor:
+    """`x` in the dtype scores are computed in: float32, or float64 where it already is."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def top_k_slots(scores_BHN: Tensor, keep: int, forced_BHN: Tensor | None = None) -> Tensor:
+    """The `keep` slots with the highest scores, forced ones first; of equal scores the newer slot wins.
+
+    Args:
+        scores_BHN: scores; infinities are allowed.
+        keep: slots to return per KV head.
+        forced_BHN: bool, slots returned whatever their score.
+
+    Returns:
+        int64 [B, H, keep], strictly ascending.
+
+    Raises:
+        PlanError: a score is NaN, `keep` is not within 0..N, or a row forces more than `keep` slots.
+    """
+    N = scores_BHN.shape[-1]
+    if not 0 <= keep <= N:
+        raise PlanError(f"Cannot keep {keep} of {N} slots.")
+    if bool(torch.isnan(scores_BHN).any()):
+        raise PlanError("A score is NaN, so the slots have no order.")
+    if forced_BHN is not None:
+        if bool((forced_BHN.sum(-1) > keep).any()):
+            raise PlanError(f"{int(forced_BHN.sum(-1).max())} slots are forced, but only {keep} may stay.")
+        # Below infinity first, so that no score ties with a forced slot.
+        scores_BHN = scores_BHN.clamp(max=torch.finfo(scores_BHN.dtype).max).masked_fill(forced_BHN, float("inf"))
+    if keep == 0:
+        return torch.empty(*scores_BHN.shape[:2], 0, dtype=torch.int64, device=scores_BHN.device)
+    # The smallest kept score; all above it stay, and as many of its equals as there is room for, newest first.
+    cut_BH1 = scores_BHN.kthvalue(N - keep + 1, dim=-1, keepdim=True).values
+    above_BHN, equal_BHN = scores_BHN > cut_BH1, scores_BHN == cut_BH1
+    room_BH1 = keep - above_BHN.sum(-1, keepdim=True)
+    rank_BHN = equal_BHN.flip(-1).cumsum(-1).flip(-1)  # 1 for the newest of the equals
+    kept_BHN = above_BHN | (equal_BHN & (rank_BHN <= room_BH1))
+    return kept_BHN.nonzero()[:, 2].view(*scores_BHN.shape[:2], keep)
+
+
+def average_pool(x: Tensor, kernel: int) -> Tensor:
+    """Mean over `kernel` neighbouring slots, same length; beyond the ends lie zeros that count in the mean (SnapKV).
+
+    Args:
+        x: [..., N].
+        kernel: an odd number of slots; 1 returns `x`.
+    """
+    if kernel == 1:
+        return x
+    return F.avg_pool1d(x.reshape(1, -1, x.shape[-1]), kernel, 1, kernel // 2).view(x.shape)
+
+
+def max_pool(x: Tensor, kernel: int) -> Tensor:
+    """Maximum over `kernel` neighbouring slots, same length; nothing lies beyond the ends.
+
+    Args:
+        x: [..., N].
+        kernel: an odd number of slots; 1 returns `x`.
+    """
+    if kernel == 1:
+        return x
+    return F.max_pool1d(x.reshape(1, -1, x.shape[-1]), kernel, 1, kernel // 2).view(x.shape)
+
+
+def group_mean(x_BHgN: Tensor) -> Tensor:
+    """Mean over the query heads that share a KV head: [B, H, g, ...] to [B, H, ...]."""
+    return x_BHgN.mean(2)
+
+
+def group_max(x_BHgN: Tensor) -> Tensor:
+    """Maximum over the query heads that share a KV head: [B, H, g, ...] to [B, H, ...]."""
+    return x_BHgN.amax(2)
+
+
+def z_score(x: Tensor, least: float = 1e-6) -> Tensor:
+    """Centred and divided by the population standard deviation over slots [..., N]; that is at least `least`."""
+    return (x - x.mean(-1, keepdim=True)) / x.std(-1, keepdim=True, correction=0).clamp(min=least)
+
+
+def fill_window(scores_BHn: Tensor, slots: int) -> Tensor:
+    """Scores of the older slots [B, H, n] extended to all slots [B, H, N] by each head's own maximum.
+
+    The newest slots are protected, so what they score decides nothing; the maximum keeps plots of scores readable.
+    """
+    filler_BH1 = scores_BHn.amax(-1, keepdim=True)
+    return torch.cat([scores_BHn, filler_BH1.expand(-1, -1, slots - scores_BHn.shape[-1])], dim=-1)
+
+
+def window_attention(view: SlotView, *, over: Literal["all", "old"] = "all", merge_logits: bool = False) -> Tensor:
+    """Attention of the newest T queries to every slot, averaged over the queries.
+
+    Args:
+        view: one layer's slots, with queries.
+        over: "all" - the softmax runs over all slots, causally, as in the model; "old" - only over the slots before
+            the T newest tokens.
+        merge_logits: replace the logits of a group's query heads by their maximum before the softmax (R-KV).
+
+    Returns:
+        float32 probabilities [B, H, g, n], n = N or N - T; with `merge_logits` [B, H, 1, n].
+    """
+    queries_RgTD = view.queries_BHgTD().flatten(0, 1)
+    keys_RND = view.keys_BHND.flatten(0, 1)
+    (R, g, T, _), N = queries_RgTD.shape, keys_RND.shape[1]
+    n = N if over == "all" else N - T
+    # Slots are ascending and the queries are the row's newest tokens: only the T newest slots can lie after a query.
+    assert view.query_positions_BT is not None
+    later_BHTT = view.positions_BHN[:, :, None, N - T :] > view.query_positions_BT[:, None, :, None]
+    later_RTT = later_BHTT.flatten(0, 1)
+
+    parts = []
+    for block in head_blocks(R, g * T * N, keys_RND.device):
+        queries = upcast(queries_RgTD[block]).flatten(1, 2) * view.scaling
+        logits_RgTN = (queries @ upcast(keys_RND[block, :n]).mT).unflatten(1, (g, T))
+        if merge_logits:
+            logits_RgTN = logits_RgTN.amax(1, keepdim=True)
+        if over == "all":
+            logits_RgTN[..., N - T :].masked_fill_(later_RTT[block, None], float("-inf"))
+        parts.append(logits_RgTN.softmax(-1).mean(2))
+    return torch.cat(parts).unflatten(0, view.keys_BHND.shape[:2])
+
+
+def block_elements(device: torch.device) -> int:
+    """Elements worth working on at once: 1 MiB of float32 on a CPU (a core's cache), 256 MiB on an accelerator."""
+    return 1 << 18 if device.type == "cpu" else 1 << 26
+
+
+def head_blocks(heads: int, elements: int, device: torch.device) -> Iterator[slice]:
+    """Slices over `heads` that bound what is worked on at once, given the elements one head needs.
+
+    On a CPU a block fits a core's cache, which is faster than all heads at once; an accelerator takes large ones.
+    """
+    step = max(1, block_elements(device) // max(1, elements))
+    for start in range(0, heads, step):
+        yield slice(start, min(start + step, heads))

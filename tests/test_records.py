@@ -1,0 +1,168 @@
+"""What result files promise: records come back as they were written, a kill loses at most one line, and a folder
+belongs to one command."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import multiprocessing
+import os
+from pathlib import Path
+
+import pytest
+
+from reasonkv.budget import Budget
+from reasonkv.evaluate.manifest import Manifest, ResultsError, open_results, write_atomically
+from reasonkv.evaluate.records import Record, RecordError, append_records, read_records, repair
+
+CONTRACT = """run method options budget task example seed prompt_tokens output_tokens top1 top5 nll kl first_mismatch
+physical_mean physical_peak physical_terminal saved_ratio_terminal bytes_held bytes_full events guards seconds""".split()
+
+
+def record(example: int = 0, **changes: object) -> Record:
+    values: dict[str, object] = {
+        "run": "0123456789ab", "method": "snapkv", "options": {"window": 16}, "budget": Budget(128).to_dict(),
+        "task": "program", "example": example, "seed": 0, "prompt_tokens": 90, "output_tokens": 800, "top1": 0.75,
+        "top5": 0.9, "nll": 0.1 + 0.2, "kl": 1e-9, "first_mismatch": None, "physical_mean": 170.25,
+        "physical_peak": 255.0, "physical_terminal": 200.0, "saved_ratio_terminal": 0.8, "bytes_held": 10,
+        "bytes_peak": 12, "bytes_full": 100, "events": 5, "tokens_dropped": 640, "guards": {}, "seconds": 0.5,
+    }  # fmt: skip
+    return Record(**(values | changes))  # type: ignore[arg-type]
+
+
+def test_a_record_has_every_field_of_the_contract_and_comes_back_exactly(tmp_path: Path) -> None:
+    path = tmp_path / "records.jsonl"
+    written = [record(0), record(1, budget=None, method="full", first_mismatch=7, guards={"prefix": 2})]
+    append_records(path, written[:1])
+    append_records(path, written[1:])
+    assert read_records(path) == written
+    assert set(CONTRACT) <= set(json.loads(path.read_text().splitlines()[0]))
+
+
+def test_fields_of_a_later_version_are_ignored(tmp_path: Path) -> None:
+    path = tmp_path / "records.jsonl"
+    path.write_text(json.dumps(dataclasses.asdict(record()) | {"new": 1}) + "\n")
+    assert read_records(path) == [record()]
+
+
+def test_a_record_that_is_not_a_number_is_not_written(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="JSON"):
+        append_records(tmp_path / "records.jsonl", [record(nll=float("nan"))])
+    assert read_records(tmp_path / "records.jsonl") == []
+
+
+@pytest.mark.parametrize("cut", [1, 40, -1])
+def test_a_last_line_that_a_kill_tore_is_left_out_and_cut_off(tmp_path: Path, cut: int) -> None:
+    path = tmp_path / "records.jsonl"
+    append_records(path, [record(0), record(1)])
+    first, second = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(first + second[:cut])
+    assert read_records(path) == [record(0)]
+    assert repair(path)
+    assert path.read_bytes() == first
+    assert not repair(path)
+    append_records(path, [record(1)])
+    assert read_records(path) == [record(0), record(1)]
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("{torn", "not JSON"),
+        ("[]", "not a JSON object"),
+        ("", "not JSON"),
+        (json.dumps({"run": "x"}), "has no field"),
+        (json.dumps(dataclasses.asdict(record(1)) | {"nll": "low"}), "'nll' is not a number"),
+        (json.dumps(dataclasses.asdict(record(1)) | {"example": 1.5}), "'example' is not a whole number"),
+        (json.dumps(dataclasses.asdict(record(0))), "repeats line 1"),
+    ],
+)
+def test_a_damaged_line_is_named_by_file_and_number(tmp_path: Path, line: str, reason: str) -> None:
+    path = tmp_path / "records.jsonl"
+    path.write_text(f"{record(0).to_json()}\n{line}\n{record(2).to_json()}\n")
+    with pytest.raises(RecordError, match=reason) as caught:
+        read_records(path)
+    assert "records.jsonl, line 2" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_binary_line_is_damage_and_not_a_traceback(tmp_path: Path) -> None:
+    path = tmp_path / "records.jsonl"
+    path.write_bytes(b"\xff\xfe\n")
+    with pytest.raises(RecordError, match="line 1"):
+        read_records(path)
+
+
+def manifest(**changes: object) -> Manifest:
+    values: dict[str, object] = {
+        "command": "replay", "arguments": {"limit": 4, "methods": ["full", "rkv"]},
+        "model": {"name": "testbed", "hash": "abc"}, "device": "CPU",
+    }  # fmt: skip
+    return Manifest(**(values | changes))  # type: ignore[arg-type]
+
+
+def test_the_same_command_may_use_its_folder_again_from_another_device(tmp_path: Path) -> None:
+    with open_results(tmp_path / "out", manifest()):
+        pass
+    with open_results(tmp_path / "out", manifest(device="GPU")) as folder:
+        assert Manifest.read(folder / "manifest.json").run == manifest().run
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"command": "demo"}, "replay, not demo"),
+        ({"arguments": {"limit": 8, "methods": ["full", "rkv"]}}, "limit 4, not 8"),
+        ({"arguments": {"limit": 4, "methods": ["full"]}}, "methods full,rkv, not full"),
+        ({"model": {"name": "testbed", "hash": "xyz"}}, "other weights"),
+    ],
+)
+def test_a_folder_of_another_command_is_refused_with_what_differs(tmp_path: Path, changes: dict, words: str) -> None:
+    with open_results(tmp_path, manifest()):
+        pass
+    with pytest.raises(ResultsError, match=words), open_results(tmp_path, manifest(**changes)):
+        pass
+    assert manifest(**changes).run != manifest().run
+
+
+def test_a_folder_with_other_files_is_not_written_to(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("x")
+    with pytest.raises(ResultsError, match="not results"), open_results(tmp_path, manifest()):
+        pass
+    with pytest.raises(ResultsError, match="cannot be used"), open_results(tmp_path / "thesis.tex", manifest()):
+        pass
+
+
+def test_a_damaged_manifest_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text("{")
+    with pytest.raises(ResultsError, match="manifest"), open_results(tmp_path, manifest()):
+        pass
+
+
+def _hold(folder: Path, ready: object, die: object) -> None:
+    with open_results(folder, manifest()):
+        ready.set()  # type: ignore[attr-defined]
+        die.wait()  # type: ignore[attr-defined]
+        os.kill(os.getpid(), 9)
+
+
+def test_two_processes_never_write_one_folder_and_a_killed_one_leaves_no_lock(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    ready, die = context.Event(), context.Event()
+    other = context.Process(target=_hold, args=(tmp_path, ready, die))
+    other.start()
+    assert ready.wait(20)
+    with pytest.raises(ResultsError, match="Another process"), open_results(tmp_path, manifest()):
+        pass
+    die.set()
+    other.join(20)
+    assert other.exitcode == -9
+    with open_results(tmp_path, manifest()):
+        pass
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    write_atomically(tmp_path / "a", b"one")
+    write_atomically(tmp_path / "a", b"two")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert (tmp_path / "a").read_bytes() == b"two"

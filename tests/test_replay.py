@@ -1,0 +1,278 @@
+"""What replay promises: pieces change nothing but speed, batches change nothing, full KV is its own ceiling, and a run
+that is killed continues to the records it would have had."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import TASK, save_tiny, tiny_loaded, tiny_model
+
+from reasonkv import CompressedCache
+from reasonkv.budget import Budget, BudgetError
+from reasonkv.evaluate import pieces
+from reasonkv.evaluate.manifest import ResultsError
+from reasonkv.evaluate.metrics import Reference
+from reasonkv.evaluate.pieces import Row, feed
+from reasonkv.evaluate.records import Record, read_records
+from reasonkv.evaluate.replay import Cell, replay_batch
+from reasonkv.evaluate.runner import ReplayJob, run_replay
+from reasonkv.evaluate.traces import Trace, TraceSettings, load_or_make_traces, reference_logprobs
+from reasonkv.methods import get_method
+from reasonkv.tasks import get_task
+
+METHODS = ("streaming", "random", "knorm", "keydiff", "snapkv:window=8", "rkv")
+BUDGET = Budget(24, interval=12, sinks=2, recent=8, prompt="on_top")
+
+
+def random_traces(model: torch.nn.Module, shapes: list[tuple[int, int]], seed: int = 0) -> list[Trace]:
+    """Traces of random tokens with these prompt and output lengths."""
+    generator = torch.Generator().manual_seed(seed)
+    prompts = [torch.randint(5, 150, (p,), generator=generator) for p, _ in shapes]
+    outputs = [torch.randint(5, 150, (t,), generator=generator) for _, t in shapes]
+    references = reference_logprobs(model, prompts, outputs)  # type: ignore[arg-type]
+    return [Trace(i, p, t, r, False) for i, (p, t, r) in enumerate(zip(prompts, outputs, references, strict=True))]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "budget",
+    [
+        BUDGET,
+        Budget(40, interval=7, sinks=2, recent=8, prompt="count"),
+        Budget(40, interval=16, sinks=2, recent=8, prompt="count", trigger="grid", cut_prompt="first_event"),
+        Budget(60, interval=10, sinks=2, recent=8, prompt="keep"),
+        Budget(24, interval=8, sinks=2, recent=8, prompt="count", prefill_chunk=16),
+    ],
+    ids=["on_top", "count", "grid", "keep", "prefill_chunk"],
+)
+def test_pieces_give_the_kept_sets_and_scores_of_single_tokens(method: str, budget: Budget) -> None:
+    model = tiny_model(torch.float64)
+    (trace,) = random_traces(model, [(45, 90)])
+    kept, nll, forwards = [], [], []
+    for max_piece in (pieces.MAX_PIECE, 1):
+        row = Row(trace.prompt_P, trace.output_T)
+        lengths = [len(row.prompt_P)]
+        scores = torch.zeros(len(row.output_T), dtype=torch.float64)
+        with CompressedCache(model, method, budget, prompt_lengths=lengths, seed=3) as cache:
+            count = 0
+            for scored in feed(model, cache, [row], distances=cache.tokens_to_next_event, max_piece=max_piece):
+                span = slice(scored.start, scored.start + len(scored.logits_NV))
+                logprobs = scored.logits_NV.log_softmax(-1)
+                scores[span] = -logprobs.gather(1, row.output_T[span, None])[:, 0]
+                count += 1
+            kept.append(cache.slot_positions(0)[0])
+            assert cache.stats().rows[0].events > 3
+        nll.append(scores)
+        forwards.append(count)
+    assert torch.equal(kept[0], kept[1])
+    torch.testing.assert_close(nll[0], nll[1], rtol=0, atol=1e-6)
+    assert forwards[0] * 4 < forwards[1] == 90
+    cell = Cell(get_method(method), budget)
+    fast, slow = (replay_batch(model, [trace], cell, seed=3, chunked=chunked)[0] for chunked in (True, False))
+    assert fast.metrics.nll == pytest.approx(slow.metrics.nll, abs=1e-6)
+    assert fast.stats == slow.stats
+
+
+@pytest.mark.parametrize("method", ["full", *METHODS])
+def test_a_row_of_a_ragged_batch_scores_as_it_does_alone(method: str) -> None:
+    model = tiny_model(torch.float64)
+    traces = random_traces(model, [(30, 60), (7, 90), (51, 3), (18, 1)])
+    cell = Cell(get_method(method), None if method == "full" else BUDGET)
+    together = replay_batch(model, traces, cell, seed=1)
+    for trace, row in zip(traces, together, strict=True):
+        (alone,) = replay_batch(model, [trace], cell, seed=1)
+        torch.testing.assert_close(row.nll_T, alone.nll_T, rtol=0, atol=1e-6)
+        assert row.metrics.top1 == alone.metrics.top1
+        assert row.metrics.first_mismatch == alone.metrics.first_mismatch
+        fed = len(trace.prompt_P) + len(trace.output_T) - 1
+        assert row.stats.length == alone.stats.length == fed
+        for name in ("physical_mean", "physical_peak", "physical_terminal", "events"):
+            assert getattr(row.stats, name) == getattr(alone.stats, name)
+
+
+def test_full_kv_is_its_own_ceiling() -> None:
+    model = tiny_model()
+    traces = random_traces(model, [(30, 60), (7, 90)])
+    for outcome in replay_batch(model, traces, Cell(get_method("full"), None)):
+        assert outcome.metrics.top1 == 1.0
+        assert outcome.metrics.first_mismatch is None
+        assert abs(outcome.metrics.kl) < 1e-6
+        assert outcome.stats.physical_terminal == outcome.stats.length
+    bounded = replay_batch(model, traces, Cell(get_method("streaming"), BUDGET))
+    assert all(outcome.metrics.kl > 1e-3 for outcome in bounded)
+
+
+def test_the_reference_is_a_plain_forward_of_the_model_without_a_cache() -> None:
+    model = tiny_model(torch.float64)
+    traces = random_traces(model, [(30, 20), (9, 33)])
+    for trace in traces:
+        ids = torch.cat([trace.prompt_P, trace.output_T])
+        with torch.no_grad():
+            logits = model(ids[None]).logits[0, len(trace.prompt_P) - 1 : -1]
+        expected = Reference.from_logits(logits, 10**6)
+        torch.testing.assert_close(trace.reference.logprobs_Nk, expected.logprobs_Nk, rtol=0, atol=1e-5)
+        assert torch.equal(trace.reference.best_N(), expected.best_N())
+
+
+def test_a_piece_of_a_large_vocabulary_is_shortened_to_bound_its_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model()
+    monkeypatch.setattr(pieces, "LOGIT_BYTES", 2 * 10 * 4 * model.config.vocab_size)
+    trace = random_traces(model, [(30, 60)])[0]
+    row = Row(trace.prompt_P, trace.output_T)
+    widths = []
+    with CompressedCache(model, "full", prompt_lengths=[30, 30]) as cache:
+        widths = [len(scored.logits_NV) for scored in feed(model, cache, [row, row])]
+    assert max(widths) == 10
+
+
+# -- traces -----------------------------------------------------------------------------------------------------------
+
+
+def make(folder: Path, count: int = 4, **changes: object) -> list[Trace]:
+    loaded = tiny_loaded()
+    arguments: dict = {
+        "task_spec": TASK, "examples": range(count), "seed": 0, "settings": TraceSettings(max_new_tokens=30),
+        "folder": folder, "batch_size": 2,
+    }  # fmt: skip
+    arguments.update(changes)
+    return load_or_make_traces(loaded.model, loaded.tokenizer, get_task(TASK), **arguments)
+
+
+def same(one: Trace, other: Trace) -> bool:
+    return (
+        torch.equal(one.prompt_P, other.prompt_P)
+        and torch.equal(one.output_T, other.output_T)
+        and torch.equal(one.reference.logprobs_Nk, other.reference.logprobs_Nk)
+        and one.correct == other.correct
+    )
+
+
+def test_traces_are_greedy_generations_and_come_back_from_disk_unchanged(tmp_path: Path) -> None:
+    made = make(tmp_path)
+    for trace in made:
+        assert torch.equal(trace.reference.best_N(), trace.output_T)
+    before = [path.stat().st_mtime_ns for path in sorted(tmp_path.iterdir())]
+    assert all(same(one, other) for one, other in zip(made, make(tmp_path), strict=True))
+    assert before == [path.stat().st_mtime_ns for path in sorted(tmp_path.iterdir())]
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".safetensors"]
+    assert load_file(next(tmp_path.glob("*.safetensors")))["0.logprobs"].dtype == torch.float32
+
+
+def test_traces_cut_short_by_a_kill_are_finished_and_equal(tmp_path: Path) -> None:
+    whole = make(tmp_path / "whole") if (tmp_path / "whole").mkdir() is None else []
+
+    def stop(count: int) -> None:
+        if count:
+            raise KeyboardInterrupt
+
+    (tmp_path / "cut").mkdir()
+    with pytest.raises(KeyboardInterrupt):
+        make(tmp_path / "cut", on_done=stop)
+    assert len(list((tmp_path / "cut").glob("*part*.safetensors"))) == 1
+    assert all(same(one, other) for one, other in zip(whole, make(tmp_path / "cut"), strict=True))
+    assert not list((tmp_path / "cut").glob("*part*"))
+
+
+def test_traces_of_other_settings_or_damaged_ones_are_refused(tmp_path: Path) -> None:
+    make(tmp_path, 2)
+    with pytest.raises(ResultsError, match="other settings"):
+        make(tmp_path, 2, seed=1)
+    next(tmp_path.glob("*.safetensors")).write_bytes(b"short")
+    with pytest.raises(ResultsError, match="damaged"):
+        make(tmp_path, 2)
+
+
+def test_reference_traces_are_the_task_s_own_text_with_an_end(tmp_path: Path) -> None:
+    loaded, task = tiny_loaded(), get_task(TASK)
+    trace = make(tmp_path, 1, settings=TraceSettings("reference"))[0]
+    assert loaded.tokenizer.decode(trace.output_T[:-1]) == task.problem(0).trace
+    assert trace.output_T[-1] == loaded.model.config.eos_token_id
+    assert trace.correct
+
+
+# -- runs -------------------------------------------------------------------------------------------------------------
+
+
+def job(**changes: object) -> ReplayJob:
+    values: dict = {
+        "tasks": [TASK], "methods": [get_method(name) for name in ("full", "random", "rkv")],
+        "budgets": [BUDGET, dataclasses.replace(BUDGET, tokens=32)], "limit": 5, "batch_size": 2,
+        "traces": TraceSettings(max_new_tokens=60),
+    }  # fmt: skip
+    return ReplayJob(**(values | changes))
+
+
+def timeless(records: list[Record]) -> dict[str, Record]:
+    found = {record.key: dataclasses.replace(record, seconds=0.0) for record in records}
+    assert len(found) == len(records)
+    return found
+
+
+def test_a_run_has_every_record_once_and_a_rerun_writes_nothing(tmp_path: Path) -> None:
+    records = run_replay(job(), tiny_loaded(), tmp_path)
+    assert len(timeless(records)) == 5 * (1 + 2 * 2)
+    written = (tmp_path / "records.jsonl").read_bytes()
+    assert timeless(run_replay(job(), tiny_loaded(), tmp_path)) == timeless(records)
+    assert (tmp_path / "records.jsonl").read_bytes() == written
+
+
+def test_wherever_the_record_file_is_cut_the_rerun_gives_the_same_records(tmp_path: Path) -> None:
+    whole = run_replay(job(), tiny_loaded(), tmp_path)
+    path = tmp_path / "records.jsonl"
+    data = path.read_bytes()
+    for share in (0.0, 0.031, 0.27, 0.5, 0.999):
+        path.write_bytes(data[: int(len(data) * share)])
+        assert timeless(run_replay(job(), tiny_loaded(), tmp_path)) == timeless(whole)
+
+
+def test_kill_9_in_the_middle_then_the_same_command_gives_the_records_of_an_uninterrupted_run(tmp_path: Path) -> None:
+    methods = ("full", "random", "streaming", "keydiff", "rkv")
+    settings = TraceSettings(max_new_tokens=400)
+    budgets = [dataclasses.replace(BUDGET, tokens=tokens) for tokens in (24, 32, 48, 64)]
+    folder = save_tiny(tmp_path / "model")
+    command = [
+        sys.executable, "-m", "reasonkv", "replay", "--model", str(folder), "--task", TASK, "--methods",
+        ",".join(methods), "--budgets", "24,32,48,64", "--interval", "12", "--sinks", "2", "--recent", "8",
+        "--prompt-policy", "on_top", "--limit", "5", "--batch-size", "2", "--max-new-tokens", "400",
+        "--out", str(tmp_path / "killed"),
+    ]  # fmt: skip
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    path = tmp_path / "killed" / "records.jsonl"
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and (not path.exists() or path.read_bytes().count(b"\n") < 8):
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    before = read_records(path)
+    assert 8 <= len(before) < 5 * 17
+    again = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert again.returncode == 0, again.stderr
+    after = read_records(path)
+    assert after[: len(before)] == before
+    from reasonkv.models import load_model
+
+    chosen = [get_method(name) for name in methods]
+    torch.set_num_threads(1)
+    uninterrupted = run_replay(
+        job(methods=chosen, budgets=budgets, traces=settings), load_model(str(folder)), tmp_path / "whole"
+    )
+    run = uninterrupted[0].run
+    assert timeless(after) == timeless([dataclasses.replace(one, run=run) for one in uninterrupted])
+    assert {one.run for one in after} == {run}
+
+
+def test_a_prompt_that_a_keep_budget_cannot_hold_is_refused_before_any_replay(tmp_path: Path) -> None:
+    budgets = [dataclasses.replace(BUDGET, tokens=60, prompt="keep")]
+    with pytest.raises(BudgetError, match="prompt of 8[0-9] tokens"):
+        run_replay(job(budgets=budgets), tiny_loaded(), tmp_path)
+    assert not (tmp_path / "records.jsonl").exists()
