@@ -168,13 +168,14 @@ def test_traces_are_greedy_generations_and_come_back_from_disk_unchanged(tmp_pat
 
 
 def test_traces_cut_short_by_a_kill_are_finished_and_equal(tmp_path: Path) -> None:
-    whole = make(tmp_path / "whole") if (tmp_path / "whole").mkdir() is None else []
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "cut").mkdir()
+    whole = make(tmp_path / "whole")
 
     def stop(count: int) -> None:
         if count:
             raise KeyboardInterrupt
 
-    (tmp_path / "cut").mkdir()
     with pytest.raises(KeyboardInterrupt):
         make(tmp_path / "cut", on_done=stop)
     assert len(list((tmp_path / "cut").glob("*part*.safetensors"))) == 1

@@ -36,6 +36,7 @@ GEMMA = {
     "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
     "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
 }
+LAYERS = {"head_dim": 32, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
 CASES: list[tuple[PreTrainedConfig, Any, str | None]] = [
     (LlamaConfig(**COMMON), modeling_llama, None),
     (LlamaConfig(**COMMON, rope_parameters=LINEAR), modeling_llama, None),
@@ -43,8 +44,8 @@ CASES: list[tuple[PreTrainedConfig, Any, str | None]] = [
     (LlamaConfig(**COMMON, rope_parameters=YARN), modeling_llama, None),
     (Qwen3Config(**COMMON, head_dim=32), modeling_qwen3, None),
     (Qwen3Config(**COMMON, head_dim=32, rope_parameters=YARN), modeling_qwen3, "full_attention"),
-    (Gemma3TextConfig(**COMMON, head_dim=32, rope_parameters=GEMMA), modeling_gemma3, "full_attention"),
-    (Gemma3TextConfig(**COMMON, head_dim=32, rope_parameters=GEMMA), modeling_gemma3, "sliding_attention"),
+    (Gemma3TextConfig(**COMMON, **LAYERS, rope_parameters=GEMMA), modeling_gemma3, "full_attention"),
+    (Gemma3TextConfig(**COMMON, **LAYERS, rope_parameters=GEMMA), modeling_gemma3, "sliding_attention"),
     (Phi3Config(**COMMON, partial_rotary_factor=0.5), modeling_phi3, None),
     (GptOssConfig(**COMMON, head_dim=32), modeling_gpt_oss, "full_attention"),
 ]
@@ -137,7 +138,7 @@ LONGROPE = {
             "'dynamic'",
         ),
         (Phi3Config(**COMMON, rope_parameters=LONGROPE, original_max_position_embeddings=512), None, "'longrope'"),
-        (Gemma3TextConfig(**COMMON, head_dim=32, rope_parameters=GEMMA), None, "name one of full_attention, sliding"),
+        (Gemma3TextConfig(**COMMON, **LAYERS, rope_parameters=GEMMA), None, "name one of full_attention, sliding"),
         (LlamaConfig(**COMMON, rope_parameters={**LINEAR, "rope_type": "proportional"}), None, "'proportional' is not"),
         (
             LlamaConfig(

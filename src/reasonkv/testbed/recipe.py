@@ -42,7 +42,7 @@ class Recipe:
     """
 
     courses: Mapping[str, Course]
-    steps: int = 3000
+    steps: int = 100_000
     layers: int = 3
     hidden: int = 256
     query_heads: int = 4
@@ -55,7 +55,7 @@ class Recipe:
     weight_decay: float = 0.01
     clip: float = 1.0
     promote_at: float = 0.97
-    review: float = 0.25
+    review: float = 0.35
     seed: int = 1
     save_every: int = 250
     log_every: int = 10
@@ -142,7 +142,8 @@ _COURSES: Mapping[str, Course] = {
             _recall(1600, (100, 300), (3, 8), (3, 8)),
             _recall(2000, (250, 700), (4, 10), (4, 10)),
             _recall(2400, (400, 900), (6, 12), (4, 12)),
-            _recall(3400, (500, 3000), (6, 12), (4, 12)),
+            _recall(3000, (400, 1500), (6, 12), (4, 12)),
+            _recall(3400, (600, 3000), (6, 12), (4, 12)),
         )
     ),
     "longdoc": Course(

@@ -77,9 +77,10 @@ class CompressedLayer(CacheLayerMixin):
         """Append one forward's keys and values [B, H, q, D]; return views of everything the layer attends to."""
         if torch.is_grad_enabled() and key_states.requires_grad:
             raise UnsupportedModelError("A compressed cache is for inference; call the model under torch.no_grad().")
+        piece = self.piece
         if self.storage is None:
             self.storage = self.cache.new_storage()
-        keys, values = self.storage.append(key_states, value_states, self.piece)
+        keys, values = self.storage.append(key_states, value_states, piece)
         keys.reasonkv_layer = self  # type: ignore[attr-defined]
         self.waiting = self.is_initialized = True
         return keys, values

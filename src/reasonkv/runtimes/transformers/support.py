@@ -50,7 +50,7 @@ def check_model(model: PreTrainedModel | PreTrainedConfig) -> list[str]:
         problems.append(f"All layers of {kind} use sliding-window attention, which is bounded already; use a stock cache.")
     if getattr(decoder, "num_kv_shared_layers", 0):
         problems.append(f"{kind} shares keys and values between layers, which per-layer eviction would break.")
-    if getattr(decoder, "alibi", False):
+    if getattr(decoder, "alibi", False) or kind in {"bloom", "mpt"}:
         problems.append(f"{kind} uses ALiBi, whose distances are lost once slots are dropped.")
     for rope_type in sorted(_rope_types(decoder) & {"dynamic", "longrope"}):
         problems.append(

@@ -1,0 +1,291 @@
+"""What the command line promises: examples in every help, JSON on stdout, and one sentence for every mistake."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import typer
+from tiny import TASK, save_tiny
+from typer.testing import CliRunner
+
+from reasonkv.cli import app
+from reasonkv.cli.common import UsageError, split_specs, whole_numbers
+
+COMMANDS = ("demo", "methods", "doctor", "generate", "replay", "train-testbed")
+SMALL = ["--interval", "12", "--sinks", "2", "--recent", "8", "--prompt-policy", "on_top", "--max-new-tokens", "40"]
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(save_tiny(tmp_path_factory.mktemp("models") / "tiny"))
+
+
+def run(*arguments: object) -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.stdout, result.stderr
+
+
+def replay(model: str, out: Path, *extra: object) -> tuple[int, str, str]:
+    basis = ["--task", TASK, "--methods", "full,random,rkv", "--budgets", "24", "--limit", "2", "--batch-size", "2"]
+    # the last of a repeated option counts, so `extra` overrides
+    return run("replay", "--model", model, *basis, *SMALL, "--out", out, *extra)
+
+
+# -- mistakes ---------------------------------------------------------------------------------------------------------
+
+
+def sentence(code: int, stdout: str, stderr: str) -> str:
+    """The one line on stderr, after checking that it is one."""
+    assert stdout == ""
+    lines = [line for line in stderr.splitlines() if line]
+    assert lines[-1].startswith("Error: ")
+    assert [line for line in lines if line.startswith("Error")] == lines[-1:]
+    assert "Traceback" not in stderr
+    assert lines[-1].endswith((".", "?)", ")"))
+    return lines[-1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--methods", "full,snapvk"], "Unknown method 'snapvk'; did you mean 'snapkv'?"),
+        (["--methods", "rkv:from=port"], "Unknown option of rkv 'from'; did you mean 'form'?"),
+        (["--methods", "snapkv:window=many"], "window takes a whole number, not 'many'"),
+        (["--methods", ","], "names nothing"),
+        (["--budgets", "9"], "9 tokens cannot hold 2 sinks and 8 recent"),
+        (["--budgets", "24", "--methods", "snapkv:window=30"], "24 tokens cannot hold 2 sinks and 30 recent"),
+        (["--budgets", "many"], "--budgets takes whole numbers"),
+        (["--budgets", "0"], "tokens must be a whole number of at least 1"),
+        (["--task", "programme"], "There is no task 'programme'; did you mean 'program'?"),
+        (["--task", "program:lines=999"], "from 4 to 96"),
+        (["--limit", "0"], "--limit must be at least 1"),
+        (["--prompt-policy", "keepit"], "prompt must be one of count, keep, on_top, not 'keepit'"),
+        (["--traces", "stored"], "--traces must be one of greedy, sampled, reference"),
+        (["--dtype", "int8"], "Unknown dtype 'int8'"),
+        (["--device", "tpu:9"], "The device 'tpu:9' is not available here"),
+        (["--model", "/no/such/folder"], "There is no folder /no/such/folder"),
+        (["--prompt-policy", "keep", "--budgets", "60"], "leave no room in 60 tokens"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_exit_code_2(
+    model: str, tmp_path: Path, arguments: list[str], words: str
+) -> None:
+    code, stdout, stderr = replay(model, tmp_path / "out", *arguments)
+    assert words in sentence(code, stdout, stderr)
+    assert code == 2
+
+
+def empty(folder: Path) -> None:
+    folder.mkdir()
+
+
+def no_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+
+
+def torn_weights(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:1000])
+
+
+def torn_config(folder: Path) -> None:
+    (folder / "config.json").write_text('{"model_type": ')
+
+
+def other_architecture(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"hidden_size": 48}))
+
+
+def missing_layers(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"num_hidden_layers": 2, "layer_types": ["full_attention"] * 2}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def unknown_type(folder: Path) -> None:
+    (folder / "config.json").write_text('{"model_type": "abacus"}')
+
+
+def no_tokenizer(folder: Path) -> None:
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [empty, no_weights, torn_weights, torn_config, other_architecture, missing_layers, unknown_type, no_tokenizer],
+)
+def test_a_wrong_model_folder_is_one_sentence_and_exit_code_2(
+    model: str, tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
+    folder = tmp_path / "model"
+    if damage is not empty:
+        shutil.copytree(model, folder)
+    damage(folder)
+    code, stdout, stderr = replay(str(folder), tmp_path / "out")
+    assert str(folder) in sentence(code, stdout, stderr)
+    assert code == 2
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_given_as_a_file_is_one_sentence(model: str, tmp_path: Path) -> None:
+    code, stdout, stderr = replay(f"{model}/config.json", tmp_path / "out")
+    assert "is a file" in sentence(code, stdout, stderr)
+    assert code == 2
+
+
+def test_a_folder_of_another_command_is_one_sentence_and_a_corrupt_record_names_its_line(
+    model: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    assert replay(model, out)[0] == 0
+    code, stdout, stderr = replay(model, out, "--limit", "3")
+    assert "holds results of another command (limit 2, not 3)" in sentence(code, stdout, stderr)
+    assert code == 2
+    lines = (out / "records.jsonl").read_bytes().splitlines(keepends=True)
+    (out / "records.jsonl").write_bytes(b"".join([lines[0], lines[1][:50] + b"\n", *lines[2:]]))
+    code, stdout, stderr = replay(model, out)
+    assert "records.jsonl, line 2" in sentence(code, stdout, stderr)
+    assert code == 1
+    (out / "records.jsonl").write_bytes(b"".join([lines[0], *lines[2:]]))
+    assert replay(model, out)[0] == 0  # what the sentence advised
+    assert len((out / "records.jsonl").read_text().splitlines()) == len(lines)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "Give either --prompt TEXT or --task NAME."),
+        (["--prompt", "a", "--task", "program"], "Give either --prompt TEXT or --task NAME."),
+        (["--prompt", " "], "The prompt is empty"),
+        (["--prompt", "a", "--method", "rkv"], "rkv needs a budget; give --budget TOKENS."),
+        (["--prompt", "a", "--budget", "64"], "full takes no budget"),
+        (["--prompt", "a", "--method", "rkv", "--budget", "20"], "20 tokens cannot hold 4 sinks and 64 recent"),
+        (["--prompt", "a", "--chat"], "no chat template"),
+        (["--task", "maths"], "There is no task 'maths'"),
+    ],
+)
+def test_generate_says_what_is_wrong_in_one_sentence(model: str, arguments: list[str], words: str) -> None:
+    code, stdout, stderr = run("generate", "--model", model, *arguments)
+    assert words in sentence(code, stdout, stderr)
+    assert code == 2
+
+
+def test_train_testbed_refuses_a_folder_with_other_files(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("x")
+    code, stdout, stderr = run("train-testbed", "--out", tmp_path, "--recipe", "smoke")
+    assert "thesis" not in sentence(code, stdout, stderr)
+    assert code == 1
+    assert "--recipe must be one of" in sentence(*run("train-testbed", "--recipe", "grand"))
+
+
+# -- what works -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_an_example(command: str) -> None:
+    code, stdout, _ = run(command, "--help")
+    assert code == 0
+    assert f"Example: reasonkv {command}" in " ".join(stdout.split())
+
+
+def test_help_needs_no_heavy_import() -> None:
+    code = "import sys, reasonkv.cli; print([m for m in ('transformers', 'matplotlib') if m in sys.modules])"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env={
+        "PYTHONPATH": ":".join(sys.path)})  # fmt: skip
+    assert found.stdout.strip() == "[]"
+
+
+def test_replay_leaves_table_figure_and_records(model: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    code, stdout, stderr = replay(model, out)
+    assert code == 0
+    for word in ("full", "random", "rkv", "top-1 %", "saved bytes %", "± is one standard error"):
+        assert word in stdout
+    assert "rkv @ 24" in stderr
+    assert (out / "frontier.png").read_bytes().startswith(b"\x89PNG")
+    assert {"manifest.json", "records.jsonl", "frontier.png"} < {path.name for path in out.iterdir()}
+    code, stdout, _ = replay(model, out, "--json")
+    data = json.loads(stdout)
+    assert code == 0
+    assert [(row["method"], row["tokens"], row["n"]) for row in data["rows"]] == [
+        ("full", None, 2), ("random", 24, 2), ("rkv", 24, 2),
+    ]  # fmt: skip
+    assert data["rows"][2]["versus_random"]["top1"]["pairs"] == 2
+
+
+def test_methods_lists_the_catalogue() -> None:
+    code, stdout, _ = run("methods", "--json")
+    rows = {row["name"]: row for row in json.loads(stdout)}
+    assert code == 0
+    assert {"full", "streaming", "random", "knorm", "keydiff", "snapkv", "rkv"} <= set(rows)
+    assert all(row["title"] and row["paper"] for row in rows.values())
+    assert "2404.14469" in run("methods")[1]
+
+
+def test_doctor_says_whether_a_model_is_supported(model: str, tmp_path: Path) -> None:
+    _, stdout, _ = run("doctor", "--model", model, "--json")
+    report = json.loads(stdout)
+    assert report["model"]["supported"] == "yes"
+    assert report["versions"]["torch"]
+    shutil.copytree(model, tmp_path / "sliding")
+    config = json.loads((tmp_path / "sliding" / "config.json").read_text())
+    config |= {"layer_types": ["sliding_attention"], "use_sliding_window": True, "sliding_window": 8}
+    (tmp_path / "sliding" / "config.json").write_text(json.dumps(config))
+    code, stdout, _ = run("doctor", "--model", tmp_path / "sliding")
+    assert code == 1
+    assert "problem: " in stdout
+    assert "sliding" in stdout
+    code, stdout, _ = run("doctor", "--model", tmp_path / "nowhere")
+    assert code == 1
+    assert "There is no folder" in stdout
+
+
+def test_generate_prints_text_verdict_and_what_was_held(model: str) -> None:
+    arguments = ["--model", model, "--method", "rkv", "--budget", "24", *SMALL]
+    code, stdout, stderr = run("generate", *arguments, "--task", TASK, "--limit", "2")
+    assert code == 0
+    assert "0 of 2 right." in stdout
+    assert stderr.count("compactions") == 2
+    code, stdout, _ = run("generate", *arguments, "--prompt", "a 1 b 2 c 3", "--json")
+    (row,) = json.loads(stdout)["rows"]
+    assert code == 0
+    assert row["output_tokens"] == 40
+    assert row["truncated"] is True
+    assert row["correct"] is None
+    assert row["physical_peak"] <= 6 + 24 + 12
+    assert row["events"] >= 1
+
+
+def test_generate_with_a_budget_that_is_never_reached_equals_full_kv(model: str) -> None:
+    outputs = [
+        json.loads(run("generate", "--model", model, "--task", TASK, "--max-new-tokens", "40", "--json", *extra)[1])
+        for extra in ([], ["--method", "rkv", "--budget", "400"])
+    ]
+    assert outputs[0]["rows"][0]["output"] == outputs[1]["rows"][0]["output"]
+
+
+def test_train_testbed_trains(tmp_path: Path) -> None:
+    code, stdout, _ = run("train-testbed", "--recipe", "smoke", "--out", tmp_path / "run", "--json")
+    assert code == 0
+    assert Path(json.loads(stdout)["model"], "config.json").is_file()
+
+
+def test_specs_keep_the_options_of_a_method_together() -> None:
+    assert split_specs("full, rkv:form=port,window=8,snapkv") == ["full", "rkv:form=port,window=8", "snapkv"]
+    assert split_specs("a,a,b:x=1:2,y=3") == ["a", "b:x=1:2,y=3"]
+    assert whole_numbers("1_024, 2048,2048", "--budgets") == [1024, 2048]
+    with pytest.raises(UsageError):
+        whole_numbers("", "--budgets")
+
+
+def test_the_app_is_a_typer_app() -> None:
+    assert isinstance(app, typer.Typer)
