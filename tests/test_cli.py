@@ -106,7 +106,7 @@ def other_architecture(folder: Path) -> None:
 
 def missing_layers(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
-    config |= {"num_hidden_layers": 2, "layer_types": ["full_attention"] * 2}
+    config |= {"num_hidden_layers": 5, "layer_types": ["full_attention"] * 5}
     (folder / "config.json").write_text(json.dumps(config))
 
 
@@ -238,7 +238,11 @@ def test_doctor_says_whether_a_model_is_supported(model: str, tmp_path: Path) ->
     assert report["versions"]["torch"]
     shutil.copytree(model, tmp_path / "sliding")
     config = json.loads((tmp_path / "sliding" / "config.json").read_text())
-    config |= {"layer_types": ["sliding_attention"], "use_sliding_window": True, "sliding_window": 8}
+    config |= {
+        "layer_types": ["sliding_attention"] * config["num_hidden_layers"],
+        "use_sliding_window": True,
+        "sliding_window": 8,
+    }
     (tmp_path / "sliding" / "config.json").write_text(json.dumps(config))
     code, stdout, _ = run("doctor", "--model", tmp_path / "sliding")
     assert code == 1

@@ -67,7 +67,7 @@ def test_a_row_draws_the_same_numbers_in_any_batch() -> None:
 
 def test_uniforms_are_uniform_and_never_0_or_1() -> None:
     u = noise.uniform(torch.arange(1 << 18), **ASK)
-    assert u.dtype == torch.float32 and float(u.min()) >= 2.0**-24 and float(u.max()) <= 1 - 2.0**-24
+    assert (u.dtype, float(u.min()) >= 2.0**-24, float(u.max()) <= 1 - 2.0**-24) == (torch.float32, True, True)
     assert (u.double() * 2**24 % 2 == 1).all()
     for bins in (16, 256):
         counts = torch.bincount((u * bins).long(), minlength=bins).double()

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from models import COMMON
 from torch import Tensor, nn
 from transformers import Gemma3TextConfig, GptOssConfig, LlamaConfig, Phi3Config, PreTrainedConfig, Qwen3Config
 from transformers.models.gemma3 import modeling_gemma3
@@ -15,6 +14,7 @@ from transformers.models.llama import modeling_llama
 from transformers.models.phi3 import modeling_phi3
 from transformers.models.qwen3 import modeling_qwen3
 
+from models import COMMON
 from reasonkv.rotary import Rotary, RotaryError
 
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
@@ -155,4 +155,5 @@ def test_what_cannot_be_right_is_refused_in_one_sentence(
 ) -> None:
     with pytest.raises(RotaryError, match=words) as caught:
         Rotary.from_config(config, layer_type)
-    assert str(caught.value).endswith(".") and "\n" not in str(caught.value)
+    assert str(caught.value).endswith(".")
+    assert "\n" not in str(caught.value)

@@ -6,11 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from slot_views import random_view
 
 from reasonkv import selection
 from reasonkv.plan import PlanError
 from reasonkv.view import SlotView
+from slot_views import random_view
 
 INF = float("inf")
 
@@ -25,7 +25,7 @@ def test_top_k_keeps_the_best_slots_with_ties_to_the_newer(data: st.DataObject) 
     forced = torch.tensor(flags).view(B, H, N)
     keep = data.draw(st.integers(int(forced.sum(-1).max()), N))
     kept = selection.top_k_slots(scores, keep, forced)
-    assert kept.dtype == torch.int64 and kept.shape == (B, H, keep)
+    assert (kept.dtype, kept.shape) == (torch.int64, (B, H, keep))
     for b in range(B):
         for h in range(H):
             order = sorted(

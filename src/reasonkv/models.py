@@ -78,20 +78,24 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto") -> LoadedMo
     wanted: Any = DTYPES.get(dtype, torch.float32 if place.type == "cpu" else "auto")
     source = _source(name)
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(source, dtype=wanted, output_loading_info=True)
+        model, report = AutoModelForCausalLM.from_pretrained(
+            source, dtype=wanted, output_loading_info=True, ignore_mismatched_sizes=True
+        )
         tokenizer = AutoTokenizer.from_pretrained(source)
     except Exception as error:  # a damaged folder raises anything from KeyError to SafetensorError
         raise ModelError(_sentence(name, error)) from None
-    missing = sorted(report["missing_keys"])
-    if missing:
+    misfits = sorted([*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])])
+    if misfits:  # transformers would fill them with random numbers
         raise ModelError(
-            f"The weights of {name} lack {len(missing)} tensors of its configuration ({missing[0]} and so on); "
-            f"give a folder whose config.json and weights belong together."
+            f"The weights of {name} do not fit its configuration: {len(misfits)} tensors are missing or of another "
+            f"shape ({misfits[0]} first); give a folder whose config.json and weights belong together."
         )
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # what transformers makes of a folder without one
+        raise ModelError(f"{name} has no tokenizer; add its tokenizer files to the model folder.")
     try:
         model = model.to(place).eval()
     except (RuntimeError, AssertionError) as error:
-        raise ModelError(f"{name} cannot be moved to {place}: {_first_line(error)}") from None
+        raise ModelError(f"{name} cannot be moved to {place} ({_first_line(error)}).") from None
     return LoadedModel(name, model, tokenizer, model_hash(model))
 
 
@@ -177,10 +181,10 @@ def _sentence(name: str, error: Exception) -> str:
             f"There is no folder {name}, and it could not be had from the Hugging Face hub either; "
             f"check the name and the network, or give a local folder or {TESTBED!r}."
         )
-    return f"The model folder {name} cannot be loaded: {_first_line(error)}"
+    return f"The model folder {name} cannot be loaded ({_first_line(error)}); give a whole and undamaged one."
 
 
 def _first_line(error: Exception) -> str:
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    text = text if len(text) <= 200 else text[:197] + "..."
-    return f"{type(error).__name__}: {text}" if text else f"{type(error).__name__}."
+    text = text.rstrip(".") if len(text) <= 200 else text[:197] + "..."
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

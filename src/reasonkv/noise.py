@@ -10,12 +10,12 @@ the bits are equal on every device, in every torch version, compiled or not, and
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-Word = TypeVar("Word", Tensor, int)
+Word: TypeAlias = Tensor | int
 
 _MASK = 0xFFFFFFFF
 # Multipliers of the 32-bit finaliser "lowbias32" (C. Wellons, hash-prospector, 2018; measured avalanche bias 0.17).
@@ -48,12 +48,14 @@ def hash_bits(
     Returns:
         int64 in [0, 2 ** 32), the broadcast shape.
     """
-    state: tuple[Tensor | int, Tensor | int] = _START
+    state: tuple[Word, Word] = _START
     # Plain integers first: they cost nothing. Then [H], [B], and only the last step is of full size.
     for word in (seed, seed >> 32, layer, draw, head, event, row_seed, row_seed >> 32):
         state = _absorb(state, word & _MASK)
     first, second = state
-    return _mix((_mix((positions.long() & _MASK) ^ first) + second) & _MASK)
+    bits = _mix((_mix((positions.long() & _MASK) ^ first) + second) & _MASK)
+    assert isinstance(bits, Tensor)
+    return bits
 
 
 def uniform(
@@ -90,7 +92,8 @@ def normal(uniform: Tensor) -> Tensor:
     Returns:
         float32, between -5.4 and 5.4 for the uniforms of this module.
     """
-    return torch.special.ndtri(uniform.double()).float()
+    normals: Tensor = torch.special.ndtri(uniform.double())
+    return normals.float()
 
 
 def _mix(word: Word) -> Word:
@@ -100,7 +103,7 @@ def _mix(word: Word) -> Word:
     return word ^ (word >> 16)
 
 
-def _absorb(state: tuple[Tensor | int, Tensor | int], word: Tensor | int) -> tuple[Tensor | int, Tensor | int]:
+def _absorb(state: tuple[Word, Word], word: Word) -> tuple[Word, Word]:
     """The state after one more 32-bit word; different words always give different states."""
     first = _mix(state[0] ^ word)
     return first, _mix((state[1] + first) & _MASK)

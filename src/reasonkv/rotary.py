@@ -30,11 +30,11 @@ class Rotary:
     """The rotation of one layer type.
 
     Args:
-        inv_freq_F: float32, radians per position of each pair; scaling variants are already in it.
+        inv_freq: float32, radians per position of each pair; scaling variants are already in it.
         scaling: factor on every rotated vector (YaRN's attention factor, otherwise 1); un-rotating divides by it.
     """
 
-    inv_freq_F: Tensor
+    inv_freq: Tensor
     scaling: float = 1.0
 
     @classmethod
@@ -67,8 +67,8 @@ class Rotary:
             return cls(_default_inv_freq(config, parameters))
         from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-        inv_freq_F, scaling = ROPE_INIT_FUNCTIONS[kind](config, None, layer_type=nested_type)
-        return cls(inv_freq_F, float(scaling))
+        inv_freq, scaling = ROPE_INIT_FUNCTIONS[kind](config, None, layer_type=nested_type)
+        return cls(inv_freq, float(scaling))
 
     def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
         """What the model caches for `x` at `positions`.
@@ -92,7 +92,7 @@ class Rotary:
     def _phases(self, x: Tensor, positions: Tensor) -> Tensor:
         """Angles [..., N, F]; in float32 they are the model's own, bit for bit, rounding at far positions included."""
         dtype = _compute_dtype(x)
-        return positions.to(x.device, dtype).unsqueeze(-1) * self.inv_freq_F.to(x.device, dtype)
+        return positions.to(x.device, dtype).unsqueeze(-1) * self.inv_freq.to(x.device, dtype)
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
@@ -103,7 +103,7 @@ def _turn(x: Tensor, phases: Tensor, scaling: float) -> Tensor:
     """Turn the pairs of `x` [..., N, D] by `phases` [..., N, F] and scale them."""
     F = phases.shape[-1]
     dtype = _compute_dtype(x)
-    first, second, rest = x.to(dtype).split([F, F, x.shape[-1] - 2 * F], dim=-1)
+    first, second, rest = x[..., :F].to(dtype), x[..., F : 2 * F].to(dtype), x[..., 2 * F :].to(dtype)
     cos, sin = phases.cos().to(dtype) * scaling, phases.sin().to(dtype) * scaling
     return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1).to(x.dtype)
 

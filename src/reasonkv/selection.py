@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional
 
 from reasonkv.plan import PlanError
 from reasonkv.view import SlotView
@@ -66,7 +66,7 @@ def average_pool(x: Tensor, kernel: int) -> Tensor:
     """
     if kernel == 1:
         return x
-    return F.avg_pool1d(x.reshape(1, -1, x.shape[-1]), kernel, 1, kernel // 2).view(x.shape)
+    return functional.avg_pool1d(x.reshape(1, -1, x.shape[-1]), kernel, 1, kernel // 2).view(x.shape)
 
 
 def max_pool(x: Tensor, kernel: int) -> Tensor:
@@ -78,7 +78,7 @@ def max_pool(x: Tensor, kernel: int) -> Tensor:
     """
     if kernel == 1:
         return x
-    return F.max_pool1d(x.reshape(1, -1, x.shape[-1]), kernel, 1, kernel // 2).view(x.shape)
+    return functional.max_pool1d(x.reshape(1, -1, x.shape[-1]), kernel, 1, kernel // 2).view(x.shape)
 
 
 def group_mean(x_BHgN: Tensor) -> Tensor:
@@ -129,13 +129,13 @@ def window_attention(view: SlotView, *, over: Literal["all", "old"] = "all", mer
     parts = []
     for block in head_blocks(R, g * T * N, keys_RND.device):
         queries = upcast(queries_RgTD[block]).flatten(1, 2) * view.scaling
-        logits_RgTN = (queries @ upcast(keys_RND[block, :n]).mT).unflatten(1, (g, T))
+        logits_RgTN = (queries @ upcast(keys_RND[block, :n]).mT).view(-1, g, T, n)
         if merge_logits:
             logits_RgTN = logits_RgTN.amax(1, keepdim=True)
         if over == "all":
             logits_RgTN[..., N - T :].masked_fill_(later_RTT[block, None], float("-inf"))
         parts.append(logits_RgTN.softmax(-1).mean(2))
-    return torch.cat(parts).unflatten(0, view.keys_BHND.shape[:2])
+    return torch.cat(parts).view(*view.keys_BHND.shape[:2], -1, n)
 
 
 def block_elements(device: torch.device) -> int:

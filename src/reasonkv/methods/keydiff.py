@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional
 
 from reasonkv.methods.base import ScorerMethod
 from reasonkv.selection import upcast
@@ -28,6 +28,6 @@ class KeyDiff(ScorerMethod):
 
     def score(self, view: SlotView) -> Tensor:
         """-cos(k, anchor)."""
-        unit_BHND = F.normalize(upcast(view.keys_BHND), dim=-1)
-        anchor_BH1D = F.normalize(unit_BHND.mean(dim=2, keepdim=True), dim=-1)
+        unit_BHND = functional.normalize(upcast(view.keys_BHND), dim=-1)
+        anchor_BH1D = functional.normalize(unit_BHND.mean(dim=2, keepdim=True), dim=-1)
         return -(anchor_BH1D @ unit_BHND.mT).squeeze(2)

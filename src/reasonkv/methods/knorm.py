@@ -28,4 +28,5 @@ class Knorm(ScorerMethod):
 
     def score(self, view: SlotView) -> Tensor:
         """-||k||."""
-        return -torch.linalg.vector_norm(upcast(view.keys_BHND), dim=-1)
+        norm_BHN: Tensor = torch.linalg.vector_norm(upcast(view.keys_BHND), dim=-1)
+        return -norm_BHN

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional
 
 from reasonkv.methods.base import Needs, ScorerMethod
 from reasonkv.selection import (
@@ -96,7 +96,7 @@ class RKV(ScorerMethod):
         return self.name + (":" + ",".join(changed) if changed else "")
 
     def score(self, view: SlotView) -> Tensor:
-        """weight * importance - (1 - weight) * redundancy of the slots before the window."""
+        """Combine: weight * importance - (1 - weight) * redundancy of the slots before the window."""
         importance_BHn = self.importance(view)
         redundancy_BHn = self.redundancy(view)[..., : importance_BHn.shape[-1]]
         score_BHn = self.weight * importance_BHn - (1.0 - self.weight) * redundancy_BHn
@@ -144,7 +144,7 @@ def mean_cosine(keys_BHND: Tensor, spare: Spare = "last", threshold: float = 0.5
     R, N, D = keys_RND.shape
     parts = []
     for block in head_blocks(R, N * D, keys_RND.device):
-        unit_RND = F.normalize(upcast(keys_RND[block]), dim=-1)
+        unit_RND = functional.normalize(upcast(keys_RND[block]), dim=-1)
         column_RN = (unit_RND.sum(1, keepdim=True) @ unit_RND.mT).squeeze(1) - unit_RND.square().sum(-1)
         if spare != "none":
             spared_RN, cosine_RN = spared_columns(unit_RND, threshold if spare == "last" else None)
@@ -152,7 +152,7 @@ def mean_cosine(keys_BHND: Tensor, spare: Spare = "last", threshold: float = 0.5
             spared = torch.zeros_like(column_RN, dtype=torch.float64).scatter_add_(1, spared_RN, cosine_RN.double())
             column_RN = column_RN - spared.to(column_RN.dtype)
         parts.append(column_RN / N)
-    return torch.cat(parts).unflatten(0, keys_BHND.shape[:2])
+    return torch.cat(parts).view(keys_BHND.shape[:3])
 
 
 def spared_columns(unit_RND: Tensor, threshold: float | None) -> tuple[Tensor, Tensor]:
@@ -204,7 +204,7 @@ def spared_columns(unit_RND: Tensor, threshold: float | None) -> tuple[Tensor, T
             if left < 0.8 * row_RM.shape[1]:  # else moving the rows costs more than it saves
                 order_RM = open_RM.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :left]
                 row_RM, open_RM = row_RM.gather(1, order_RM), open_RM.gather(1, order_RM)
-                rows_RMD = unit_rD.index_select(0, row_RM.flatten()).unflatten(0, row_RM.shape)
+                rows_RMD = unit_rD.index_select(0, row_RM.flatten()).view(*row_RM.shape, -1)
         high = low
         width = min(2 * width, max(_FIRST_WIDTH, block_elements(device) // row_RM.numel()))
     return column_r.view(R, N), cosine_r.view(R, N)

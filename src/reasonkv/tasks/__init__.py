@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterable
 from dataclasses import fields
+from typing import Any
 
 from .base import Draft, Draw, GeneratedTask, Kind, Problem, Task, TaskError, split_of
 from .longdoc import LongDoc
@@ -23,9 +25,7 @@ __all__ = [
     "task_names",
 ]
 
-_FAMILIES: dict[str, type[GeneratedTask]] = {
-    family.name: family for family in (Program, Recall, LongDoc)
-}
+_FAMILIES: dict[str, type[GeneratedTask]] = {family.name: family for family in (Program, Recall, LongDoc)}
 
 
 def task_names() -> list[str]:
@@ -41,23 +41,23 @@ def get_task(spec: str) -> GeneratedTask:
     name, _, options = spec.partition(":")
     if name not in _FAMILIES:
         near = difflib.get_close_matches(name, task_names(), n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise TaskError(
-            f"There is no task {name!r}; {hint}The tasks are {', '.join(task_names())}."
-            if not hint
-            else f"There is no task {name!r}; {hint}(The tasks are {', '.join(task_names())}.)"
-        )
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise TaskError(f"There is no task {name!r}{hint}; the tasks are {_listed(task_names())}.")
     family = _FAMILIES[name]
-    dials = {one.name: one for one in fields(family)}  # type: ignore[arg-type]
-    chosen: dict[str, int | str] = {}
+    dials = {one.name: one for one in fields(family)}
+    chosen: dict[str, Any] = {}
     for option in filter(None, options.split(",")):
         key, equals, value = option.partition("=")
         if key not in dials:
-            raise TaskError(f"Task {name!r} has no dial {key!r}; its dials are {', '.join(dials)}.")
+            raise TaskError(f"Task {name!r} has no dial {key!r}; its dials are {_listed(dials)}.")
         if not equals:
             raise TaskError(f"Dial {key!r} of task {name!r} needs a value, as in {key}=VALUE.")
-        if "choices" in dials[key].metadata:
-            chosen[key] = value
-        else:
-            chosen[key] = int(value) if value.isascii() and value.isdigit() else value
+        if key in chosen:
+            raise TaskError(f"Dial {key!r} of task {name!r} is given twice.")
+        is_number = "range" in dials[key].metadata and value.isascii() and value.isdigit()
+        chosen[key] = int(value) if is_number else value
     return family(**chosen)
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(names)

@@ -150,6 +150,7 @@ def choice_dial(default: str, choices: tuple[str, ...], help: str) -> Any:
     return field(default=default, metadata={"choices": choices, "help": help})
 
 
+@dataclass(frozen=True)
 class GeneratedTask:
     """Base of the generated families: a frozen dataclass of dials plus `draft`."""
 
@@ -160,15 +161,12 @@ class GeneratedTask:
         raise NotImplementedError
 
     def __post_init__(self) -> None:
-        for one in fields(self):  # type: ignore[arg-type]  # every family is a dataclass
+        for one in fields(self):
             value = getattr(self, one.name)
             if "choices" in one.metadata:
                 if value not in one.metadata["choices"]:
                     allowed = ", ".join(one.metadata["choices"])
-                    raise TaskError(
-                        f"Dial {one.name!r} of task {self.name!r} must be one of {allowed}, "
-                        f"not {value!r}."
-                    )
+                    raise TaskError(f"Dial {one.name!r} of task {self.name!r} must be one of {allowed}, not {value!r}.")
                 continue
             low, high = one.metadata["range"]
             if not isinstance(value, int) or not low <= value <= high:
@@ -180,7 +178,7 @@ class GeneratedTask:
     @property
     def spec(self) -> str:
         """The task with all its dials, e.g. `program:lines=88,...`; `get_task` reads it back."""
-        dials = ",".join(f"{f.name}={getattr(self, f.name)}" for f in fields(self))  # type: ignore[arg-type]
+        dials = ",".join(f"{f.name}={getattr(self, f.name)}" for f in fields(self))
         return f"{self.name}:{dials}"
 
     def problem(self, example: int, *, seed: int = 0, split: str = "test") -> Problem:

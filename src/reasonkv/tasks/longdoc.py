@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from .base import LABELS, LETTERS, Draft, Draw, GeneratedTask, choice_dial, dial
 
 _FACT_TOKENS = 5
-_MAX_ATTRIBUTES = 8
+_MIN_ATTRIBUTES, _SPREAD = 3, 5  # an entity of an ordinary document has 3 to 8 attributes
+_MAX_ENTITIES = 90  # long documents give each entity more attributes instead
 
 
 @dataclass(frozen=True)
@@ -56,21 +57,14 @@ class LongDoc(GeneratedTask):
 
 def _sections(draw: Draw, count: int) -> list[list[list[str]]]:
     """`count` facts `[label, letter, digit, digit, ";"]`, grouped by entity, all keys different."""
-    # enough attributes an entity for all facts to fit on the labels there are
-    low = min(3, count)
-    high = max(_MAX_ATTRIBUTES, 2 * -(-count // len(LABELS)) - low)
+    low = max(_MIN_ATTRIBUTES, -(-count // _MAX_ENTITIES))
     sections: list[list[list[str]]] = []
     labels = draw.sample(LABELS, len(LABELS))
     while count > 0:
-        size = min(count, draw.between(low, high))
-        if len(sections) == len(labels) - 1:
-            size = min(count, len(LETTERS))
+        size = min(count, draw.between(low, low + _SPREAD))
         label = labels[len(sections)]
         sections.append(
-            [
-                [label, letter, str(draw.below(10)), str(draw.below(10)), ";"]
-                for letter in draw.sample(LETTERS, size)
-            ]
+            [[label, letter, str(draw.below(10)), str(draw.below(10)), ";"] for letter in draw.sample(LETTERS, size)]
         )
         count -= size
     return sections

@@ -73,9 +73,7 @@ class Recall(GeneratedTask):
         ask_names(draft, draw.sample(keys, min(self.ask, len(keys))), values)
         return draft
 
-    def _chain(
-        self, draw: Draw, labels: list[str], accumulator: str, keys: list[str]
-    ) -> list[Line]:
+    def _chain(self, draw: Draw, labels: list[str], accumulator: str, keys: list[str]) -> list[Line]:
         """Lines that update the accumulator and read one fact off it, in turn."""
         if not labels:
             return []

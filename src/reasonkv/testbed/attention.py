@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 NAME = "reasonkv_testbed_training"
 _KERNEL_FROM = 1000
@@ -29,7 +28,7 @@ def training_attention(
     """Full causal attention without a mask; returns [B, T, H, D] as transformers expects."""
     batch, heads, length, size = query_BHTD.shape
     if length >= _KERNEL_FROM:
-        out_BHTD = F.scaled_dot_product_attention(
+        out_BHTD = nn.functional.scaled_dot_product_attention(
             query_BHTD, key_BGTD, value_BGTD, is_causal=True, scale=scaling, enable_gqa=True
         )
         return out_BHTD.transpose(1, 2), None

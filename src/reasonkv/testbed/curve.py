@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
 import matplotlib
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402  # the backend must be chosen first
+matplotlib.use("Agg")  # draw to files, also where there is no display
+from matplotlib import pyplot as plt
 
-from ..tasks import Kind  # noqa: E402
+from ..tasks import Kind
 
 _COUNTERS = {"step", "tokens", "seconds", "learning_rate"}
 
@@ -24,9 +25,7 @@ def draw_curve(log: Path, path: Path) -> Path:
     """
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     families = [key for key in lines[0] if key not in _COUNTERS] if lines else []
-    figure, axes = plt.subplots(
-        2, max(1, len(families)), figsize=(4.2 * max(1, len(families)), 6), squeeze=False
-    )
+    figure, axes = plt.subplots(2, max(1, len(families)), figsize=(4.2 * max(1, len(families)), 6), squeeze=False)
     for column, family in enumerate(families):
         seen = [line["tokens"] / 1e6 for line in lines]
         errors, losses = axes[0][column], axes[1][column]
@@ -39,14 +38,10 @@ def draw_curve(log: Path, path: Path) -> Path:
             ]
             if points:
                 errors.plot(*zip(*points, strict=True), label=name, linewidth=1)
-        points = [
-            (x, line[family]["loss"])
-            for x, line in zip(seen, lines, strict=True)
-            if line[family]["loss"]
-        ]
+        points = [(x, line[family]["loss"]) for x, line in zip(seen, lines, strict=True) if line[family]["loss"]]
         if points:
             losses.plot(*zip(*points, strict=True), color="black", linewidth=1)
-        for before, after in zip(lines, lines[1:], strict=False):
+        for before, after in itertools.pairwise(lines):
             if after[family]["level"] > before[family]["level"]:
                 for axis in (errors, losses):
                     axis.axvline(after["tokens"] / 1e6, color="grey", linestyle=":", linewidth=0.8)

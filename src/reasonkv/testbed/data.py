@@ -22,11 +22,11 @@ _MAX_LENGTH = 4096
 class Batch:
     """Rows of prompt + trace + end of sequence, padded on the right (no mask is needed: causal).
 
-    `ids_BT` int64. `at` int64 [N] indexes the flattened B * T positions whose *next* token is a
+    `ids` int64 [B, T]. `at` int64 [N] indexes the flattened B * T positions whose *next* token is a
     trace token; `targets` and `kinds` int64 [N] say which token and which `Kind` it is.
     """
 
-    ids_BT: torch.Tensor
+    ids: torch.Tensor
     at: torch.Tensor
     targets: torch.Tensor
     kinds: torch.Tensor
@@ -67,7 +67,9 @@ def _spec(family: str, stage: Stage, draw: Draw) -> str:
 def _collate(rows: list[Draft]) -> Batch:
     length = max(len(row.prompt) + len(row.trace) + 1 for row in rows)
     ids_BT = torch.full((len(rows), length), PAD)
-    at, targets, kinds = [], [], []
+    at: list[int] = []
+    targets: list[int] = []
+    kinds: list[int] = []
     for index, row in enumerate(rows):
         ids = [_IDS[word] for word in row.prompt + row.trace] + [EOS]
         ids_BT[index, : len(ids)] = torch.tensor(ids)

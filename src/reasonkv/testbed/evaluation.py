@@ -44,9 +44,7 @@ def evaluate_model(
 
 
 @torch.no_grad()
-def generate(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, problems: list[Problem]
-) -> list[str]:
+def generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, problems: list[Problem]) -> list[str]:
     """Greedy outputs for the problems as one batch, decoded with special tokens."""
     prompts = tokenizer(
         [problem.prompt for problem in problems],

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import torch
 from transformers import Qwen3ForCausalLM
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
 _COMMON = 0.25  # the component that all embeddings share, in dimension 0
 _FREQUENCIES = 8  # rotary pairs that place a shift head's peak; fewer repeat within the context
@@ -56,7 +57,7 @@ def initialise(model: Qwen3ForCausalLM) -> None:
     project[:, 0] = 0
     back_one = torch.eye(size, hidden).roll(half, 1)
     back_two = back_one.roll(size, 1)
-    layers = [layer.self_attn for layer in model.model.layers]
+    layers: list[Qwen3Attention] = [layer.self_attn for layer in model.model.layers]
     _make_shift_heads(layers[0], config.rope_parameters["rope_theta"])
     layers[0].v_proj.weight[:size] = project
     for head, where in enumerate((back_one, back_two)):
@@ -68,7 +69,7 @@ def initialise(model: Qwen3ForCausalLM) -> None:
         _make_match(layers[2], 0, back_two, back_two, project)
 
 
-def _make_shift_heads(attention: torch.nn.Module, base: float) -> None:
+def _make_shift_heads(attention: Qwen3Attention, base: float) -> None:
     """Head h attends h + 1 tokens back: its queries are the constant key, rotated by h + 1."""
     size = attention.head_dim
     half = size // 2
@@ -87,7 +88,7 @@ def _make_shift_heads(attention: torch.nn.Module, base: float) -> None:
 
 
 def _make_match(
-    attention: torch.nn.Module,
+    attention: Qwen3Attention,
     group: int,
     query: torch.Tensor,
     key: torch.Tensor,

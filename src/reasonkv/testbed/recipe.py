@@ -105,9 +105,7 @@ class Recipe:
         )
 
 
-def _program(
-    tokens: int, lines: Range, constants: Range, variables: Range, report: Range
-) -> Stage:
+def _program(tokens: int, lines: Range, constants: Range, variables: Range, report: Range) -> Stage:
     return Stage(
         tokens,
         {"lines": lines, "constants": constants, "variables": variables, "report": report},

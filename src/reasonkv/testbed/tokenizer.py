@@ -13,20 +13,12 @@ from ..tasks.base import END_THINK, LABELS, LETTERS, SPECIAL_TOKENS, THINK
 
 _FAMILY_MARKS = ("<program>", "<recall>", "<longdoc>", "<search>", "<arithmetic>")
 _SECTIONS = (THINK, END_THINK, "<answer>", "</answer>")
-_MARKS = tuple("+-*/%=;:,.?!()[]|#") + ("<", ">", "->")
+_MARKS = (*"+-*/%=;:,.?!()[]|#", "<", ">", "->")
 _WORDS = ("left", "all", "from", "to", "go", "back", "path", "dead", "end", "carry", "sum", "none")
 _RESERVED = tuple(f"<reserved{number}>" for number in range(8))
 
 VOCABULARY: tuple[str, ...] = (
-    SPECIAL_TOKENS
-    + _FAMILY_MARKS
-    + _SECTIONS
-    + tuple("0123456789")
-    + LETTERS
-    + LABELS
-    + _MARKS
-    + _WORDS
-    + _RESERVED
+    SPECIAL_TOKENS + _FAMILY_MARKS + _SECTIONS + tuple("0123456789") + LETTERS + LABELS + _MARKS + _WORDS + _RESERVED
 )
 PAD, BOS, EOS, UNK = range(4)
 

@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,7 +21,7 @@ import torch
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
-from torch.nn import functional as F
+from torch import nn
 from transformers import AttentionInterface, Qwen3ForCausalLM
 
 from ..tasks import Kind
@@ -82,6 +83,7 @@ def train(
     Raises `TrainingError` (one sentence) when `out` cannot be used.
     """
     out = Path(out)
+    draw_curve = _curve_drawer()
     _prepare(out, recipe, resume)
     torch.manual_seed(recipe.seed)
     model = _make_model(recipe)
@@ -109,10 +111,17 @@ def train(
                 _checkpoint(out, model, optimizer, progress)
     _checkpoint(out, model, optimizer, progress)
     _write_model(model.to(torch.bfloat16), out / "model")
-    from .curve import draw_curve
-
     curve = draw_curve(out / "training_log.jsonl", out / "curve.png")
     return TrainingResult(out / "model", progress, curve)
+
+
+def _curve_drawer() -> Callable[[Path, Path], Path]:
+    """`draw_curve`, or an error at the start of a run rather than at its end."""
+    try:
+        from .curve import draw_curve
+    except ImportError as error:
+        raise TrainingError("Training draws its curve with matplotlib: pip install 'reasonkv[report]'.") from error
+    return draw_curve
 
 
 def _step(
@@ -131,11 +140,11 @@ def _step(
         stage = choose_stage(recipe, family, progress.step, level)
         batch = make_batch(recipe, family, progress.step, stage)
         with torch.autocast("cpu", torch.bfloat16, enabled=recipe.autocast):
-            hidden_BTD = model.model(input_ids=batch.ids_BT, use_cache=False).last_hidden_state
+            hidden_BTD = model.model(input_ids=batch.ids, use_cache=False).last_hidden_state
             logits_NV = model.lm_head(hidden_BTD.flatten(0, 1)[batch.at])
-        loss = F.cross_entropy(logits_NV.float(), batch.targets)
-        (loss / len(recipe.courses)).backward()
-        progress.tokens += batch.ids_BT.numel()
+        loss = nn.functional.cross_entropy(logits_NV.float(), batch.targets)
+        (loss / len(recipe.courses)).backward()  # type: ignore[no-untyped-call]  # torch's own gap
+        progress.tokens += batch.ids.numel()
         if stage == level:
             _account(progress, family, loss.item(), logits_NV.argmax(-1), batch)
     torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
@@ -144,9 +153,7 @@ def _step(
         _promote(progress, family, len(course.stages) - 1, recipe.promote_at)
 
 
-def _account(
-    progress: Progress, family: str, loss: float, guesses: torch.Tensor, batch: Batch
-) -> None:
+def _account(progress: Progress, family: str, loss: float, guesses: torch.Tensor, batch: Batch) -> None:
     """Fold one batch into the family's running loss and accuracy by token kind."""
     right = guesses == batch.targets
     progress.loss[family] = _smooth(progress.loss.get(family), loss)
@@ -217,9 +224,7 @@ def _prepare(out: Path, recipe: Recipe, resume: bool) -> None:
         out.mkdir(parents=True, exist_ok=True)
         if not resume:
             if (out / "latest").exists():
-                raise TrainingError(
-                    f"{out} already holds a training run; resume it or choose another folder."
-                )
+                raise TrainingError(f"{out} already holds a training run; resume it or choose another folder.")
         elif any(out.iterdir()) and not (out / "recipe.json").exists():
             raise TrainingError(f"{out} is not empty and holds no training run; choose another.")
         _write_text(out / "recipe.json", json.dumps(asdict(recipe), indent=1) + "\n")
@@ -227,9 +232,7 @@ def _prepare(out: Path, recipe: Recipe, resume: bool) -> None:
         raise TrainingError(f"{out} cannot be used for training: {error.strerror}.") from error
 
 
-def _checkpoint(
-    out: Path, model: Qwen3ForCausalLM, optimizer: torch.optim.Optimizer, progress: Progress
-) -> None:
+def _checkpoint(out: Path, model: Qwen3ForCausalLM, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
     """Save a checkpoint that is either whole or absent: a loadable folder, then a pointer to it."""
     name = f"step-{progress.step:06d}"
     work = out / f".{name}.tmp"
@@ -246,9 +249,7 @@ def _checkpoint(
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _restore(
-    out: Path, model: Qwen3ForCausalLM, optimizer: torch.optim.Optimizer
-) -> Progress | None:
+def _restore(out: Path, model: Qwen3ForCausalLM, optimizer: torch.optim.Optimizer) -> Progress | None:
     """Load the latest checkpoint into model and optimizer; None when there is none."""
     pointer = out / "latest"
     if not pointer.exists():

@@ -1,0 +1,335 @@
+"""What every method promises, and what each one promises beyond that."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from slot_views import make_view, random_view
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from reasonkv.methods import CATALOGUE, MethodError, get_method
+from reasonkv.methods.random import RandomAttention
+from reasonkv.methods.rkv import RKV, mean_cosine, spared_columns
+from reasonkv.methods.snapkv import SnapKV
+from reasonkv.plan import PlanError
+from reasonkv.view import SlotView
+
+SPECS = [
+    "streaming",
+    "random",
+    "random:redraw=false",
+    "knorm",
+    "keydiff",
+    "snapkv:window=16",
+    "snapkv:window=16,pooling=max,denominator=old,kernel=3",
+    "rkv",
+    "rkv:form=port,window=16",
+    "rkv:weight=0.5,threshold=0.9,retain=first",
+]
+DOCS = Path(__file__).parents[1] / "docs" / "methods"
+
+
+def view_for(spec: str, **options: Any) -> SlotView:
+    needs = get_method(spec).needs
+    return random_view(queries=needs.queries, sinks=4, recent=max(8, needs.recent), **options)
+
+
+def row(view: SlotView, b: int, row_seed: int = 0) -> SlotView:
+    """Row b alone."""
+    queries = None if view.queries_BHqTD is None else view.queries_BHqTD[b : b + 1]
+    return make_view(
+        view.keys_BHND[b : b + 1],
+        queries,
+        sinks=4,
+        recent=int(view.is_protected_BHN[b, 0].sum()) - 4,
+        row_seeds=(row_seed,),
+    )
+
+
+# ------------------------------------------------------------------------------------------------------ every method
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("spec", SPECS)
+def test_a_plan_keeps_exactly_the_budget_with_every_protected_slot(spec: str, dtype: torch.dtype) -> None:
+    view = view_for(spec, B=2, H=3, dtype=dtype)
+    for keep in (20, 41, 95):
+        plan = get_method(spec).plan(view, keep)
+        plan.check((2, 3, 96), keep, view.is_protected_BHN)
+        assert plan.fold is None
+        assert plan.kept_BHK.dtype == torch.int64
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_a_batch_row_is_planned_as_the_same_row_alone(spec: str) -> None:
+    needs = get_method(spec).needs
+    view = random_view(3, 2, 200, 32, queries=needs.queries, sinks=4, recent=max(8, needs.recent), row_seeds=(5, 0, 9))
+    together = get_method(spec).plan(view, 80).kept_BHK
+    for b, row_seed in enumerate((5, 0, 9)):
+        assert torch.equal(get_method(spec).plan(row(view, b, row_seed), 80).kept_BHK[0], together[b])
+
+
+@pytest.mark.parametrize("spec", [spec for spec in SPECS if not spec.startswith("random")])
+def test_scores_are_float32_and_float64_models_are_scored_in_float64(spec: str) -> None:
+    method = get_method(spec)
+    half, double = view_for(spec, dtype=torch.bfloat16), view_for(spec, dtype=torch.float64)
+    assert method.score(half).dtype == torch.float32  # type: ignore[attr-defined]
+    if spec != "streaming":
+        assert method.score(double).dtype == torch.float64  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_planning_changes_nothing_it_was_shown(spec: str) -> None:
+    view = view_for(spec)
+    before = [x.clone() for x in (view.keys_BHND, view.positions_BHN, view.is_protected_BHN)]
+    first = get_method(spec).plan(view, 40).kept_BHK
+    assert torch.equal(get_method(spec).plan(view, 40).kept_BHK, first)
+    for x, y in zip(before, (view.keys_BHND, view.positions_BHN, view.is_protected_BHN), strict=True):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("spec", ["knorm", "keydiff", "snapkv:window=16", "rkv"])
+def test_a_broken_key_is_an_error_and_not_a_winner(spec: str) -> None:
+    view = view_for(spec)
+    view.keys_BHND[0, 0, 30, 0] = float("nan")
+    with pytest.raises(PlanError, match="NaN"):
+        get_method(spec).plan(view, 40)
+
+
+@pytest.mark.parametrize("spec", [*SPECS, "full"])
+def test_the_short_form_gives_the_method_back(spec: str) -> None:
+    method = get_method(spec)
+    assert get_method(method.spec()) == method
+    assert get_method(f"{method.name}:" + ",".join(f"{k}={v}" for k, v in method.options().items())) == method
+
+
+@pytest.mark.parametrize("name", CATALOGUE)
+def test_every_method_has_a_page_a_title_and_a_paper(name: str) -> None:
+    method = get_method(name)
+    page = (DOCS / f"{name}.md").read_text()
+    for option, value in method.options().items():
+        assert f"| `{option}` | {str(value).lower() if isinstance(value, bool) else value} |" in page
+    assert method.name == name
+    assert method.title
+    assert method.paper
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("snapkv:window=0", "snapkv: window must be at least 1, not 0."),
+        ("snapkv:kernel=4", "snapkv: kernel must be an odd number of slots, not 4."),
+        ("snapkv:pooling=sum", "snapkv: pooling must be avg or max, not 'sum'."),
+        ("snapkv:denominator=new", "snapkv: denominator must be all or old, not 'new'."),
+        ("rkv:form=paper", "rkv: form must be official or port, not 'paper'."),
+        ("rkv:window=-1", "rkv: window must be at least 1, not -1."),
+        ("rkv:kernel=2", "rkv: kernel must be an odd number of slots, not 2."),
+        ("rkv:weight=1.5", "rkv: weight must be between 0 and 1, not 1.5."),
+        ("rkv:threshold=-0.5", "rkv: threshold must be between 0 and 1, not -0.5."),
+        ("rkv:retain=middle", "rkv: retain must be last or first, not 'middle'."),
+    ],
+)
+def test_a_bad_option_is_one_sentence(spec: str, message: str) -> None:
+    with pytest.raises(MethodError) as caught:
+        get_method(spec)
+    assert str(caught.value) == message
+
+
+# ------------------------------------------------------------------------------------------- full, streaming, random
+
+
+def test_full_takes_no_budget_and_keeps_everything() -> None:
+    full = get_method("full")
+    assert full.bounded is False
+    assert torch.equal(full.plan(random_view(N=30), 30).kept_BHK, torch.arange(30).expand(1, 2, 30))
+
+
+def test_streaming_keeps_the_sinks_and_the_newest() -> None:
+    kept = get_method("streaming").plan(random_view(N=50, sinks=4), 20).kept_BHK
+    assert torch.equal(kept, torch.cat([torch.arange(4), torch.arange(34, 50)]).expand(1, 2, 20))
+
+
+def events(method: RandomAttention, length: int, keep: int, interval: int, heads: int = 1) -> Tensor:
+    """Positions held after feeding `length` tokens with an event every `interval`: [1, heads, keep]."""
+    held, event = torch.arange(keep).expand(1, heads, keep), 0
+    for start in range(keep, length, interval):
+        new = torch.arange(start, min(start + interval, length)).expand(1, heads, -1)
+        held = torch.cat([held, new], dim=-1)
+        view = make_view(torch.zeros(1, heads, held.shape[-1], 1), positions=held, event=event)
+        held, event = held.gather(2, method.plan(view, keep).kept_BHK), event + 1
+    return held
+
+
+def test_one_number_per_token_is_a_reservoir_sample() -> None:
+    method = RandomAttention(redraw=False)
+    whole = make_view(torch.zeros(1, 4, 1000, 1))
+    at_once = method.plan(whole, 64).kept_BHK
+    for interval in (7, 64):
+        assert torch.equal(events(method, 1000, 64, interval, heads=4), at_once)
+
+
+def test_redrawn_numbers_forget_with_age_and_kept_numbers_do_not() -> None:
+    keep, interval, length, heads, old = 128, 16, 1024, 64, 512
+    events_seen = (length - torch.arange(old).clamp(min=keep).float()).div(interval).ceil()
+    forgotten = float(((keep / (keep + interval)) ** events_seen).mean())  # 0.01
+    for redraw, expected in ((True, forgotten), (False, keep / length)):
+        held = events(RandomAttention(redraw=redraw), length, keep, interval, heads)
+        share = float((held < old).sum()) / (heads * old)
+        assert share == pytest.approx(expected, abs=5 * (expected / (heads * old)) ** 0.5)
+
+
+def test_random_keeps_the_prompt_when_the_budget_says_so_and_differs_between_heads() -> None:
+    view = random_view(H=4, N=200, queries=0, prompt=40, keep_prompt=True, recent=8)
+    kept = RandomAttention().plan(view, 100).kept_BHK
+    assert torch.equal(kept[..., :40], torch.arange(40).expand(1, 4, 40))
+    assert len({tuple(head) for head in kept[0].tolist()}) == 4
+
+
+def test_random_is_uniform_over_what_is_not_protected() -> None:
+    view = random_view(H=2000, N=24, D=1, queries=0, sinks=2, recent=2, group=1)
+    kept = RandomAttention().plan(view, 14).kept_BHK
+    share = torch.bincount(kept.flatten(), minlength=24)[2:22] / 2000
+    assert float((share - 0.5).abs().max()) < 4 * 0.5 / 2000**0.5
+
+
+# --------------------------------------------------------------------------------------------- knorm, keydiff, snapkv
+
+
+def test_knorm_keeps_the_small_keys() -> None:
+    keys = torch.ones(1, 1, 10, 4) * torch.tensor([5.0, 1, 9, 2, 8, 3, 7, 4, 6, 10])[None, None, :, None]
+    assert get_method("knorm").plan(make_view(keys), 4).kept_BHK.tolist() == [[[1, 3, 5, 7]]]
+
+
+def test_keydiff_keeps_the_key_that_points_elsewhere_whatever_its_length() -> None:
+    keys = torch.tensor([1.0, 0.1, 0.0]).repeat(12, 1) + 0.01 * torch.randn(
+        12, 3, generator=torch.Generator().manual_seed(0)
+    )
+    keys[4], keys[9] = torch.tensor([0.0, -1.0, 0.2]), torch.tensor([-100.0, 0.0, 5.0])
+    assert get_method("keydiff").plan(make_view(keys[None, None]), 2).kept_BHK.tolist() == [[[4, 9]]]
+
+
+def attended_view(slot: int, N: int = 60, window: int = 8) -> SlotView:
+    """All queries point at the key of one slot."""
+    generator = torch.Generator().manual_seed(0)
+    keys = torch.randn(1, 2, N, 32, generator=generator)
+    queries = (8 * keys[:, :, slot]).repeat_interleave(2, 1).unsqueeze(2).expand(1, 4, window, 32)
+    return make_view(keys, queries, recent=window)
+
+
+@pytest.mark.parametrize(
+    "spec", ["snapkv:window=8", "snapkv:window=8,denominator=old", "rkv", "rkv:form=port,window=8"]
+)
+def test_what_the_recent_queries_attend_to_stays_with_its_neighbours(spec: str) -> None:
+    method = get_method(spec)
+    kept = method.plan(attended_view(slot=20), 13).kept_BHK
+    half = 2 if isinstance(method, SnapKV) or method.form == "port" else 3  # type: ignore[attr-defined]
+    if half == 2:
+        assert torch.equal(kept, torch.cat([torch.arange(18, 23), torch.arange(52, 60)]).expand(1, 2, 13))
+    else:
+        assert {17, 18, 19, 20, 21, 22, 23} >= set(kept[0, 0, :5].tolist())
+
+
+def test_snapkv_asks_for_its_window() -> None:
+    needs = SnapKV(window=24).needs
+    assert (needs.queries, needs.recent) == (24, 24)
+
+
+# ---------------------------------------------------------------------------------------------------------------- rkv
+
+
+def cosine_matrix(unit: Tensor) -> Tensor:
+    cosine = unit @ unit.mT
+    cosine.diagonal(dim1=1, dim2=2).zero_()
+    return cosine
+
+
+@pytest.mark.parametrize("common", [0.0, 0.6, 1.5])
+@pytest.mark.parametrize(("heads", "N"), [(1, 300), (5, 257), (3, 40), (2, 1), (1, 700)])
+def test_the_spared_column_is_the_last_one_above_the_threshold(heads: int, N: int, common: float) -> None:
+    generator = torch.Generator().manual_seed(N)
+    keys = torch.randn(heads, N, 12, generator=generator) + common * torch.randn(heads, 1, 12, generator=generator)
+    unit = torch.nn.functional.normalize(keys.double(), dim=-1)
+    cosine = cosine_matrix(unit)
+    column, value = spared_columns(unit, 0.5)
+    expected = torch.where(cosine > 0.5, torch.arange(N), -1).amax(-1).clamp(min=0)
+    assert torch.equal(column, expected)
+    torch.testing.assert_close(value, cosine.gather(2, expected.unsqueeze(-1)).squeeze(-1), atol=1e-12, rtol=0)
+    spared = cosine.scatter(2, expected.unsqueeze(-1), 0.0)
+    torch.testing.assert_close(mean_cosine(keys[None].double())[0], spared.mean(1), atol=1e-12, rtol=0)
+    nothing_spared = mean_cosine(keys[None].double(), spare="none")[0]
+    torch.testing.assert_close(nothing_spared, cosine.mean(1), atol=1e-12, rtol=0)
+
+
+def test_of_equal_keys_rkv_drops_the_oldest() -> None:
+    generator = torch.Generator().manual_seed(0)
+    keys = torch.randn(1, 2, 64, 64, generator=generator)
+    keys[:, :, 30] = keys[:, :, 40] = keys[:, :, 10]
+    view = make_view(keys, torch.randn(1, 4, 8, 64, generator=generator), recent=8)
+    redundancy = RKV().redundancy(view)
+    # Slots 10 and 30 spare 40, and 40 spares 30: of three copies the oldest counts two, the next one, the newest none.
+    assert (redundancy[..., 10] > redundancy[..., 30]).all()
+    assert (redundancy[..., 30] > redundancy[..., 40]).all()
+    kept = RKV(weight=0.0).plan(view, 62).kept_BHK
+    assert all(10 not in head and 30 not in head for head in kept[0].tolist())
+
+
+def test_rkv_weighs_importance_against_redundancy() -> None:
+    view = view_for("rkv", N=120)
+    method = RKV()
+    n = 120 - method.window
+    importance, redundancy = method.importance(view), method.redundancy(view)
+    torch.testing.assert_close(redundancy.sum(-1), torch.ones(1, 2))
+    torch.testing.assert_close(RKV(weight=1.0).score(view)[..., :n], importance)
+    torch.testing.assert_close(RKV(weight=0.0).score(view)[..., :n], -redundancy[..., :n])
+
+
+def test_without_sparing_rkvs_redundancy_orders_keys_as_keydiff_does() -> None:
+    view = view_for("rkv:form=port,window=16", N=150, dtype=torch.float64)
+    old = view.keys_BHND[:, :, :134]
+    redundancy = mean_cosine(old, spare="none")
+    keydiff = get_method("keydiff").score(make_view(old))  # type: ignore[attr-defined]
+    assert torch.equal((-redundancy).argsort(-1), keydiff.argsort(-1))
+
+
+def test_the_forms_have_their_own_defaults() -> None:
+    assert RKV().options() == {
+        "form": "official", "window": 8, "kernel": 7, "weight": 0.1, "threshold": 0.5, "retain": "last"
+    }  # fmt: skip
+    port = get_method("rkv:form=port")
+    assert port.options() == RKV().options() | {"form": "port", "window": 64, "kernel": 5, "weight": 0.5}
+    assert port.needs.queries == port.needs.recent == 64
+    assert (RKV().spec(), port.spec(), RKV(form="port", window=8).spec()) == (
+        "rkv", "rkv:form=port", "rkv:form=port,window=8"
+    )  # fmt: skip
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the bytes of the largest storage any operation returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for x in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(x, Tensor):
+                self.bytes = max(self.bytes, x.untyped_storage().nbytes())
+        return result
+
+
+@pytest.mark.parametrize("common", [0.0, 1.0])
+@pytest.mark.parametrize("spec", ["rkv", "rkv:form=port", "snapkv", "keydiff"])
+def test_no_matrix_of_slots_by_slots_is_ever_in_memory(spec: str, common: float) -> None:
+    N, D, method = 8192, 32, get_method(spec)
+    generator = torch.Generator().manual_seed(0)
+    keys = torch.randn(1, 2, N, D, generator=generator) + common * torch.randn(1, 2, 1, D, generator=generator)
+    queries = torch.randn(1, 4, max(1, method.needs.queries), D, generator=generator)
+    view = make_view(keys, queries, recent=64)
+    with LargestTensor() as largest:
+        method.plan(view, 4096).check((1, 2, N), 4096, view.is_protected_BHN)
+    assert 0 < largest.bytes <= 8 << 20  # N x N float32 would be 256 MiB per head

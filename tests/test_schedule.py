@@ -1,0 +1,209 @@
+"""The schedule is pure integers: checked against the rule written naively, and against what a real cache holds."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import batch, tiny_model
+
+from reasonkv import Budget, BudgetError, CompressedCache
+from reasonkv.schedule import State, bound, capacity, next_event, step, target
+
+
+@st.composite
+def budgets(draw: st.DrawFn) -> Budget:
+    tokens = draw(st.integers(4, 40))
+    sinks = draw(st.integers(0, 2))
+    recent = draw(st.integers(0, tokens - sinks))
+    trigger = draw(st.sampled_from(["occupancy", "grid"]))
+    cut = draw(st.sampled_from(["prefill", "first_event"]))
+    return Budget(
+        tokens,
+        interval=draw(st.integers(1, 16)),
+        sinks=sinks,
+        recent=recent,
+        prompt=draw(st.sampled_from(["count", "on_top"])),
+        trigger=trigger,
+        trigger_counts=draw(st.sampled_from(["all", "decode"])) if trigger == "grid" else "all",
+        cut_prompt=cut,
+        prefill_chunk=draw(st.none() | st.integers(4, 32)) if cut == "prefill" else None,
+    )
+
+
+def naive_event(budget: Budget, state: State) -> bool:
+    """Whether an event falls at `state`, right after its newest token, by the rules of the budget's docstring."""
+    L, P, prompt = state.length, state.held, state.prompt
+    on_top = min(L, prompt) if budget.prompt == "on_top" else 0
+    over = min(L, on_top + budget.tokens) < P
+    if prompt > L:
+        return bool(budget.prefill_chunk) and L % budget.prefill_chunk == 0 and over
+    if prompt == L:
+        return budget.cut_prompt == "prefill" and over
+    if budget.trigger == "occupancy":
+        return on_top + budget.tokens + budget.interval <= P
+    counted = P - prompt if budget.trigger_counts == "decode" else P
+    return L % budget.interval == 0 and counted >= budget.tokens and over
+
+
+def naive_walk(budget: Budget, prompt: int, length: int) -> list[State]:
+    states, state = [], State(prompt=prompt)
+    for _ in range(length):
+        state = replace(state, length=state.length + 1, held=state.held + 1)
+        if naive_event(budget, state):
+            state = replace(state, held=target(budget, state))
+        states.append(state)
+    return states
+
+
+@settings(max_examples=400, deadline=None)
+@given(budgets(), st.integers(1, 120), st.integers(1, 250))
+def test_one_token_at_a_time_follows_the_rule(budget: Budget, prompt: int, length: int) -> None:
+    state = State(prompt=prompt)
+    for expected in naive_walk(budget, prompt, length):
+        boundary = next_event(budget, state)
+        state, keep = step(budget, state, 1)
+        assert state == expected
+        assert (keep is not None) == (boundary == state.length)
+
+
+@settings(max_examples=400, deadline=None)
+@given(budgets(), st.integers(1, 120), st.integers(1, 250), st.data())
+def test_pieces_that_end_at_every_boundary_give_the_same_states(
+    budget: Budget, prompt: int, length: int, data: st.DataObject
+) -> None:
+    walk = naive_walk(budget, prompt, length)
+    state = State(prompt=prompt)
+    while state.length < length:
+        boundary = next_event(budget, state)
+        room = min(length, boundary or length) - state.length
+        state, _ = step(budget, state, data.draw(st.integers(1, room)))
+        assert state == walk[state.length - 1]
+
+
+@settings(max_examples=400, deadline=None)
+@given(budgets(), st.integers(1, 120), st.lists(st.integers(0, 60), min_size=1, max_size=12))
+def test_a_piece_that_crosses_boundaries_has_one_event_at_its_end(
+    budget: Budget, prompt: int, pieces: list[int]
+) -> None:
+    state = State(prompt=prompt)
+    for fed in pieces:
+        boundary = next_event(budget, state)
+        after, keep = step(budget, state, fed)
+        assert after.length == state.length + fed
+        if fed and boundary is not None and after.length >= boundary:
+            on_top = min(after.length, prompt) if budget.prompt == "on_top" else 0
+            assert keep == after.held == min(after.length, on_top + budget.tokens) < state.held + fed
+        else:
+            assert keep is None
+            assert after.held == state.held + fed
+        state = after
+
+
+@settings(max_examples=400, deadline=None)
+@given(budgets(), st.integers(1, 120), st.integers(1, 250), st.integers(1, 20), st.data())
+def test_nothing_ever_holds_more_than_the_bound(
+    budget: Budget, prompt: int, length: int, max_piece: int, data: st.DataObject
+) -> None:
+    state = State(prompt=prompt)
+    limit = bound(budget, prompt, max(length, prompt), max_piece)
+    while state.length < length:
+        if state.length < prompt:
+            size = min(next_event(budget, state) or prompt, prompt) - state.length
+        else:
+            size = data.draw(st.integers(1, min(max_piece, length - state.length)))
+        assert state.held + size <= limit
+        state, _ = step(budget, state, size)
+    assert capacity(budget, prompt, length) <= bound(budget, prompt, length)
+
+
+def test_the_bound_is_tight_in_steady_state() -> None:
+    budget = Budget(32, interval=8, sinks=0, recent=0)
+    most, state = 0, State(prompt=10)
+    for _ in range(200):
+        most = max(most, state.held + 1)
+        state, _ = step(budget, state, 1)
+    assert most == bound(budget, 10, 200) == capacity(budget, 10, 200) == 40
+
+
+def test_no_budget_never_has_an_event() -> None:
+    assert next_event(None, State(100, 100, 10)) is None
+    assert step(None, State(100, 100, 10), 50) == (State(150, 150, 10), None)
+    assert bound(None, 10, 200) == 200
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"tokens": 0}, "tokens must be"),
+        ({"tokens": 10}, "10 tokens cannot hold 4 sinks and 64 recent"),
+        ({"tokens": 100, "interval": 0}, "interval must be"),
+        ({"tokens": 100, "prompt": "drop"}, "count, keep, on_top"),
+        ({"tokens": 100, "trigger_counts": "decode"}, "trigger='grid'"),
+        ({"tokens": 100, "prefill_chunk": 64, "cut_prompt": "first_event"}, "prefill_chunk"),
+        ({"tokens": 100, "prefill_chunk": 0}, "prefill_chunk must be"),
+        ({"tokens": True}, "tokens must be"),
+    ],
+)
+def test_a_budget_that_makes_no_sense_says_so_in_one_sentence(fields: dict, words: str) -> None:
+    with pytest.raises(BudgetError, match=words) as error:
+        Budget(**fields)
+    assert "\n" not in str(error.value)
+
+
+def test_a_budget_survives_its_record() -> None:
+    budget = Budget(100, interval=7, prompt="on_top", trigger="grid", trigger_counts="decode")
+    assert Budget.from_dict(budget.to_dict()) == budget
+    with pytest.raises(BudgetError, match="colour"):
+        Budget.from_dict({"tokens": 100, "colour": 1})
+
+
+MODEL = tiny_model("llama", torch.float32)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from(["random", "keydiff", "streaming", "snapkv:window=3,kernel=3"]),
+    budgets().filter(lambda b: b.tokens >= b.sinks + max(b.recent, 3)),
+    st.lists(st.integers(1, 30), min_size=1, max_size=3),
+    st.lists(st.integers(1, 12), min_size=1, max_size=10),
+)
+def test_a_real_cache_holds_what_the_schedule_says(
+    method: str, budget: Budget, prompts: list[int], pieces: list[int]
+) -> None:
+    """Occupancy, sinks, recent tokens and a protected prompt, for ragged batches cut in arbitrary pieces."""
+    width = max(prompts)
+    ids, mask, positions = batch([p + sum(pieces) for p in prompts])
+    states = [State(prompt=prompt) for prompt in prompts]
+    with CompressedCache(MODEL, method, budget, prompt_lengths=prompts) as cache, torch.no_grad():
+        end = 0
+        for size in [width, *pieces]:
+            start, end = end, end + size
+            MODEL(
+                ids[:, start:end],
+                attention_mask=mask[:, :end],
+                position_ids=positions[:, start:end],
+                past_key_values=cache,
+            )
+            fed = mask[:, start:end].sum(-1).tolist()
+            stepped = [step(budget, state, count) for state, count in zip(states, fed, strict=True)]
+            states = [state for state, _ in stepped]
+            assert [row.state for row in cache.rows] == states
+            kept = cache.slot_positions(1)
+            recent = max(budget.recent, cache.method.needs.recent)
+            for index, state in enumerate(states):
+                slots = kept[index]
+                assert slots.shape[1] == state.held
+                assert bool((slots[:, 1:] > slots[:, :-1]).all())
+                assert int(slots.max()) < state.length  # padding is never stored
+                must = set(range(min(budget.sinks, state.length)))
+                if budget.prompt == "on_top":
+                    must |= set(range(min(state.prompt, state.length)))
+                had_event = stepped[index][1] is not None
+                newest = min(recent, state.held) if had_event else fed[index]
+                must |= set(range(max(state.length - newest, 0), state.length))
+                for head in slots.tolist():
+                    assert must <= set(head)
