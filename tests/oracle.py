@@ -19,7 +19,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from reasonkv import CompressedCache
 from reasonkv.runtimes.transformers.attention import reference_attention
-from reasonkv.runtimes.transformers.cache import CompressedLayer
+from reasonkv.runtimes.transformers.layer import CompressedLayer
 
 MASKS: dict[int, Tensor] = {}  # this test process's masks for the forward under way, by layer
 

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 import typer
-from tiny import TASK, save_tiny
 from typer.testing import CliRunner
 
 from reasonkv.cli import app
 from reasonkv.cli.common import UsageError, split_specs, whole_numbers
+from tiny import TASK, save_tiny
 
 COMMANDS = ("demo", "methods", "doctor", "generate", "replay", "train-testbed")
 SMALL = ["--interval", "12", "--sinks", "2", "--recent", "8", "--prompt-policy", "on_top", "--max-new-tokens", "40"]
@@ -63,8 +63,9 @@ def sentence(code: int, stdout: str, stderr: str) -> str:
         (["--budgets", "9"], "9 tokens cannot hold 2 sinks and 8 recent"),
         (["--budgets", "24", "--methods", "snapkv:window=30"], "24 tokens cannot hold 2 sinks and 30 recent"),
         (["--budgets", "many"], "--budgets takes whole numbers"),
+        (["--mean-slots", "200"], "Give either --budgets or --mean-slots."),
         (["--budgets", "0"], "tokens must be a whole number of at least 1"),
-        (["--task", "programme"], "There is no task 'programme'; did you mean 'program'?"),
+        (["--task", "programme"], "There is no task 'programme'"),
         (["--task", "program:lines=999"], "from 4 to 96"),
         (["--limit", "0"], "--limit must be at least 1"),
         (["--prompt-policy", "keepit"], "prompt must be one of count, keep, on_top, not 'keepit'"),
@@ -176,6 +177,24 @@ def test_a_folder_of_another_command_is_one_sentence_and_a_corrupt_record_names_
 def test_generate_says_what_is_wrong_in_one_sentence(model: str, arguments: list[str], words: str) -> None:
     code, stdout, stderr = run("generate", "--model", model, *arguments)
     assert words in sentence(code, stdout, stderr)
+    assert code == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["replya"], "No such command 'replya'"),
+        (["replay", "--task", "program"], "Missing option"),
+        (["replay", "--tsk", "program"], "No such option"),
+        (["demo", "--limit", "many"], "Invalid value for '--limit'"),
+        (["generate", "--max-new-tokens", "0"], "--max-new-tokens"),
+        (["methods", "rkv"], "unexpected extra argument"),
+    ],
+)
+def test_a_mistyped_command_line_is_one_sentence_too(arguments: list[str], words: str) -> None:
+    code, stdout, stderr = run(*arguments)
+    assert words in sentence(code, stdout, stderr)
+    assert "--help`" in stderr
     assert code == 2
 
 

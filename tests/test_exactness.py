@@ -7,7 +7,6 @@ from itertools import product
 from typing import NamedTuple
 
 import pytest
-import torch
 from allpairspy import AllPairs
 from models import batch, tiny_model
 from oracle import differences, run_compressed

@@ -68,7 +68,7 @@ def test_a_batch_row_equals_the_row_alone(method: str, family: str) -> None:
 
 def test_row_seeds_and_seeds_change_what_random_keeps() -> None:
     model = tiny_model("llama")
-    ids, mask, _ = batch([20, 20])
+    ids, _, _ = batch([20, 20])
     ids[1] = ids[0]
 
     def kept(**options):

@@ -15,8 +15,31 @@ from reasonkv.budget import Budget
 from reasonkv.evaluate.manifest import Manifest, ResultsError, open_results, write_atomically
 from reasonkv.evaluate.records import Record, RecordError, append_records, read_records, repair
 
-CONTRACT = """run method options budget task example seed prompt_tokens output_tokens top1 top5 nll kl first_mismatch
-physical_mean physical_peak physical_terminal saved_ratio_terminal bytes_held bytes_full events guards seconds""".split()
+CONTRACT = [
+    "run",
+    "method",
+    "options",
+    "budget",
+    "task",
+    "example",
+    "seed",
+    "prompt_tokens",
+    "output_tokens",
+    "top1",
+    "top5",
+    "nll",
+    "kl",
+    "first_mismatch",
+    "physical_mean",
+    "physical_peak",
+    "physical_terminal",
+    "saved_ratio_terminal",
+    "bytes_held",
+    "bytes_full",
+    "events",
+    "guards",
+    "seconds",
+]
 
 
 def record(example: int = 0, **changes: object) -> Record:

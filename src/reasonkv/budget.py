@@ -42,6 +42,7 @@ class Budget:
 
     Raises:
         BudgetError: fields that contradict each other.
+
     """
 
     tokens: int
@@ -87,6 +88,7 @@ class Budget:
 
         Raises:
             BudgetError: protected slots exceed `tokens`.
+
         """
         recent, sinks = max(recent, self.recent), max(sinks, self.sinks)
         if sinks + recent > self.tokens:
@@ -123,5 +125,6 @@ def slot_bytes(key_dim: int, value_dim: int, element_size: int, state_bytes: int
         value_dim: width of a value.
         element_size: bytes per element of keys and values.
         state_bytes: bytes of bookkeeping per slot (positions, counts, method state).
+
     """
     return (key_dim + value_dim) * element_size + state_bytes

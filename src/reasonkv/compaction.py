@@ -23,6 +23,7 @@ def gather_slots(buffer_BHAD: Tensor, rows: list[int], kept_BHK: Tensor) -> Tens
 
     Returns:
         [len(rows), H, K, D], contiguous.
+
     """
     _, H, A, D = buffer_BHAD.shape
     row_starts = torch.tensor(rows, device=buffer_BHAD.device)[:, None, None] * (H * A)
@@ -38,6 +39,7 @@ def fold_slots(source_BHND: Tensor, weights_BHN: Tensor, fold: Fold, keep: int) 
 
     Returns:
         [B, H, K, D] in the dtype of the source.
+
     """
     B, H, _, D = source_BHND.shape
     dtype = torch.promote_types(source_BHND.dtype, torch.float32)
@@ -65,6 +67,7 @@ def compact_pair(
         rows: batch rows the plan is for.
         held: N, slots these rows hold.
         plan: what to keep and fold.
+
     """
     if plan.fold is None:
         return gather_slots(keys_BHAD, rows, plan.kept_BHK), gather_slots(values_BHAD, rows, plan.kept_BHK)

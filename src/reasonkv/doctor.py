@@ -26,6 +26,7 @@ class Report:
         model: facts about the model asked for, in words; empty if none was.
         problems: what needs attention, one sentence each.
         advice: one sentence on what to do next.
+
     """
 
     versions: dict[str, str]
@@ -41,6 +42,7 @@ def examine(model: str | None = None) -> Report:
 
     Args:
         model: "testbed", a folder, or a hub name; only its configuration is read.
+
     """
     versions = package_versions()
     for name, what in _OPTIONAL.items():

@@ -43,6 +43,7 @@ class LoadedModel:
         model: in evaluation mode, on its device.
         tokenizer: its tokenizer.
         hash: of configuration, tensor names and shapes, and a sample of the query weights; not of the folder's name.
+
     """
 
     name: str
@@ -71,6 +72,7 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto") -> LoadedMo
 
     Raises:
         ModelError: one sentence.
+
     """
     place = _device(device)
     if dtype not in {"auto", *DTYPES}:
@@ -104,6 +106,7 @@ def load_config(name: str) -> PreTrainedConfig:
 
     Raises:
         ModelError: one sentence.
+
     """
     source = _source(name)
     try:

@@ -21,6 +21,7 @@ class Fold:
             contributes to its own output slot.
         key_weights_BHN: float32; a group's weights sum to 1. One-hot weights return the chosen key bit for bit.
         value_weights_BHN: the same for values.
+
     """
 
     into_BHN: Tensor
@@ -37,6 +38,7 @@ class Plan:
             unless a fold says otherwise.
         fold: None when slots are only dropped.
         state: method state that the plan itself rewrites, by name, [B, H, K]; all other state moves with its slot.
+
     """
 
     kept_BHK: Tensor
@@ -48,6 +50,7 @@ class Plan:
 
         Raises:
             PlanError: wrong shape, indices out of range, not strictly ascending, or a protected slot dropped.
+
         """
         B, H, N = shape_BHN
         kept = self.kept_BHK

@@ -32,6 +32,7 @@ class Rotary:
     Args:
         inv_freq: float32, radians per position of each pair; scaling variants are already in it.
         scaling: factor on every rotated vector (YaRN's attention factor, otherwise 1); un-rotating divides by it.
+
     """
 
     inv_freq: Tensor
@@ -49,6 +50,7 @@ class Rotary:
         Raises:
             RotaryError: a variant whose frequencies depend on the sequence's length or that is not known, or a
                 missing or unknown layer type.
+
         """
         config = copy.deepcopy(config.get_text_config())  # transformers' functions complete the parameters in place
         config.standardize_rope_params()
@@ -76,6 +78,7 @@ class Rotary:
         Args:
             x: [..., N, D], any float dtype; computed in float32 (float64 for float64) and returned in its dtype.
             positions: integers that broadcast to [..., N].
+
         """
         return _turn(x, self._phases(x, positions), self.scaling)
 

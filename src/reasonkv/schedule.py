@@ -22,6 +22,7 @@ class State:
         length: logical length L, tokens seen.
         held: physical length P, slots held per KV head.
         prompt: tokens of the prompt, known from the first forward on.
+
     """
 
     length: int = 0
@@ -44,6 +45,7 @@ def next_event(budget: Budget | None, state: State) -> int | None:
 
     Returns:
         None when no event will ever fall.
+
     """
     if budget is None:
         return None
@@ -72,6 +74,7 @@ def step(budget: Budget | None, state: State, fed: int) -> tuple[State, int | No
 
     Returns:
         The state after the forward, and the number of slots its event keeps (None: no event).
+
     """
     grown = replace(state, length=state.length + fed, held=state.held + fed)
     boundary = next_event(budget, state)
@@ -106,6 +109,7 @@ def bound(budget: Budget | None, prompt: int, max_length: int, max_piece: int = 
         max_length: most tokens the row will ever see.
         max_piece: most tokens of one forward after the prompt. The prompt is fed whole, or in pieces that end at its
             boundaries.
+
     """
     if budget is None:
         return max_length

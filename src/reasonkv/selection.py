@@ -6,7 +6,7 @@ Scores are float32 whatever the model's dtype (float64 for float64 models).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 import torch
@@ -35,6 +35,7 @@ def top_k_slots(scores_BHN: Tensor, keep: int, forced_BHN: Tensor | None = None)
 
     Raises:
         PlanError: a score is NaN, `keep` is not within 0..N, or a row forces more than `keep` slots.
+
     """
     N = scores_BHN.shape[-1]
     if not 0 <= keep <= N:
@@ -49,7 +50,7 @@ def top_k_slots(scores_BHN: Tensor, keep: int, forced_BHN: Tensor | None = None)
     if keep == 0:
         return torch.empty(*scores_BHN.shape[:2], 0, dtype=torch.int64, device=scores_BHN.device)
     # The smallest kept score; all above it stay, and as many of its equals as there is room for, newest first.
-    cut_BH1 = scores_BHN.kthvalue(N - keep + 1, dim=-1, keepdim=True).values
+    cut_BH1 = scores_BHN.topk(keep, dim=-1, sorted=False).values.amin(-1, keepdim=True)
     above_BHN, equal_BHN = scores_BHN > cut_BH1, scores_BHN == cut_BH1
     room_BH1 = keep - above_BHN.sum(-1, keepdim=True)
     rank_BHN = equal_BHN.flip(-1).cumsum(-1).flip(-1)  # 1 for the newest of the equals
@@ -63,6 +64,7 @@ def average_pool(x: Tensor, kernel: int) -> Tensor:
     Args:
         x: [..., N].
         kernel: an odd number of slots; 1 returns `x`.
+
     """
     if kernel == 1:
         return x
@@ -75,6 +77,7 @@ def max_pool(x: Tensor, kernel: int) -> Tensor:
     Args:
         x: [..., N].
         kernel: an odd number of slots; 1 returns `x`.
+
     """
     if kernel == 1:
         return x
@@ -116,6 +119,7 @@ def window_attention(view: SlotView, *, over: Literal["all", "old"] = "all", mer
 
     Returns:
         float32 probabilities [B, H, g, n], n = N or N - T; with `merge_logits` [B, H, 1, n].
+
     """
     queries_RgTD = view.queries_BHgTD().flatten(0, 1)
     keys_RND = view.keys_BHND.flatten(0, 1)
@@ -136,6 +140,13 @@ def window_attention(view: SlotView, *, over: Literal["all", "old"] = "all", mer
             logits_RgTN[..., N - T :].masked_fill_(later_RTT[block, None], float("-inf"))
         parts.append(logits_RgTN.softmax(-1).mean(2))
     return torch.cat(parts).view(*view.keys_BHND.shape[:2], -1, n)
+
+
+def by_head(function: Callable[[Tensor], Tensor], keys_BHND: Tensor) -> Tensor:
+    """Apply a function of the keys of single heads, [R', N, D] to [R', N], to blocks of heads in float32: [B, H, N]."""
+    keys_RND = keys_BHND.flatten(0, 1)
+    blocks = head_blocks(len(keys_RND), keys_RND[0].numel(), keys_RND.device)
+    return torch.cat([function(upcast(keys_RND[block])) for block in blocks]).view(keys_BHND.shape[:3])
 
 
 def block_elements(device: torch.device) -> int:

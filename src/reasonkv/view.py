@@ -34,6 +34,7 @@ class SlotView:
         seed: the run's seed.
         layer: index of the layer in the model.
         first_head: global index of KV head 0 (other than 0 under tensor parallelism).
+
     """
 
     keys_BHND: Tensor
@@ -63,6 +64,7 @@ class SlotView:
 
         Raises:
             ValueError: the method declared no `needs.queries`.
+
         """
         if self.queries_BHqTD is None:
             raise ValueError("This method needs recent queries; declare them in Needs(queries=T).")
@@ -75,6 +77,7 @@ class SlotView:
         Args:
             draw: number of the draw within the event, for methods that need several.
             per_event: fresh numbers at every event; False gives a token the same number for ever.
+
         """
         event_B = self.event_B if per_event else torch.zeros_like(self.event_B)
         heads = torch.arange(self.first_head, self.first_head + self.keys_BHND.shape[1], device=self.length_B.device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from reasonkv.cli.generate import generate
+from reasonkv.cli.group import OneSentenceGroup
 from reasonkv.cli.info import doctor, methods
 from reasonkv.cli.replay import demo, replay
 from reasonkv.cli.train import train_testbed
@@ -13,6 +14,7 @@ __all__ = ["app", "main"]
 
 app = typer.Typer(
     name="reasonkv",
+    cls=OneSentenceGroup,
     help="A bounded KV cache for models that reason: compare compression methods with full KV, and use them.",
     no_args_is_help=True,
     add_completion=False,

@@ -30,22 +30,45 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 Seed = Annotated[int, typer.Option(help="Seed of problems, sampling and methods.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Rows at once.")]
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output on stdout.")]
-Interval = Annotated[int, typer.Option(help="Tokens between two compactions.")]
-Sinks = Annotated[int, typer.Option(help="First tokens that are never dropped.")]
-Recent = Annotated[int, typer.Option(help="Newest tokens that are never dropped.")]
+_BUDGET = "Budget"
+Interval = Annotated[int, typer.Option(help="Tokens between two compactions.", rich_help_panel=_BUDGET)]
+Sinks = Annotated[int, typer.Option(help="First tokens that are never dropped.", rich_help_panel=_BUDGET)]
+Recent = Annotated[int, typer.Option(help="Newest tokens that are never dropped.", rich_help_panel=_BUDGET)]
 PromptPolicy = Annotated[
     str,
     typer.Option(
-        help="The prompt: [b]count[/b] (inside the budget), [b]keep[/b] (inside, never dropped) or "
-        "[b]on_top[/b] (never dropped, not counted)."
+        help="[b]count[/b]: the prompt is inside the budget and may be dropped; [b]keep[/b]: inside and never dropped; "
+        "[b]on_top[/b]: never dropped and not counted.",
+        rich_help_panel=_BUDGET,
     ),
 ]
 Trigger = Annotated[
-    str, typer.Option(help="[b]occupancy[/b] (at budget + interval slots) or [b]grid[/b] (the papers').")
+    str,
+    typer.Option(
+        help="[b]occupancy[/b]: compact at budget + interval slots; [b]grid[/b]: at multiples of the interval.",
+        rich_help_panel=_BUDGET,
+    ),
 ]
-TriggerCounts = Annotated[str, typer.Option(help="What the grid trigger counts: all or decode.")]
-CutPrompt = Annotated[str, typer.Option(help="When a long prompt is cut: prefill or first_event.")]
-PrefillChunk = Annotated[int | None, typer.Option(help="Also cut inside the prompt, every so many tokens.")]
+TriggerCounts = Annotated[
+    str, typer.Option(help="What the grid trigger counts: all or decode.", rich_help_panel=_BUDGET)
+]
+CutPrompt = Annotated[
+    str, typer.Option(help="When a long prompt is cut: prefill or first_event.", rich_help_panel=_BUDGET)
+]
+PrefillChunk = Annotated[
+    int | None, typer.Option(help="Also cut inside the prompt, every so many tokens.", rich_help_panel=_BUDGET)
+]
+Budgets = Annotated[
+    str | None,
+    typer.Option(help="Slots per KV head and layer after a compaction: 128,256,512.", rich_help_panel=_BUDGET),
+]
+MeanSlots = Annotated[
+    str | None,
+    typer.Option(
+        help="Instead of --budgets: mean slots attended per output token; the budget is solved for each.",
+        rich_help_panel=_BUDGET,
+    ),
+]
 
 
 class UsageError(ValueError):

@@ -23,8 +23,9 @@ FIGURE = "frontier.png"
 def replay(
     task: Annotated[str, typer.Option(help="Tasks, with dials: program,recall:distance=900.")],
     methods: Annotated[str, typer.Option(help="Methods, with options: full,snapkv,rkv:KEY=VALUE.")],
-    budgets: Annotated[str, typer.Option(help="Slots per KV head and layer after a compaction: 128,256,512.")],
     out: Annotated[Path, typer.Option(help="Results folder; the same command continues where it stopped.")],
+    budgets: common.Budgets = None,
+    mean_slots: common.MeanSlots = None,
     model: common.Model = "testbed",
     limit: Annotated[int, typer.Option(help="Problems per task.")] = 16,
     seed: common.Seed = 0,
@@ -36,12 +37,19 @@ def replay(
     trigger_counts: common.TriggerCounts = "all",
     cut_prompt: common.CutPrompt = "prefill",
     prefill_chunk: common.PrefillChunk = None,
-    traces: Annotated[str, typer.Option(help="Where traces come from: greedy, sampled or reference (the task's).")] = (
-        "greedy"
-    ),
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most output tokens of a trace.")] = 2048,
-    temperature: Annotated[float, typer.Option(min=0.01, help="Of sampled traces.")] = 0.6,
-    top_p: Annotated[float, typer.Option(min=0.01, max=1.0, help="Of sampled traces.")] = 0.95,
+    traces: Annotated[
+        str,
+        typer.Option(
+            help="Where traces come from: greedy, sampled or reference (the task's).", rich_help_panel="Traces"
+        ),
+    ] = "greedy",
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, help="Most output tokens of a trace.", rich_help_panel="Traces")
+    ] = 2048,
+    temperature: Annotated[float, typer.Option(min=0.01, help="Of sampled traces.", rich_help_panel="Traces")] = 0.6,
+    top_p: Annotated[
+        float, typer.Option(min=0.01, max=1.0, help="Of sampled traces.", rich_help_panel="Traces")
+    ] = 0.95,
     batch_size: common.BatchSize = 16,
     dtype: common.Dtype = "auto",
     device: common.Device = "auto",
@@ -70,10 +78,14 @@ def replay(
         "interval": interval, "sinks": sinks, "recent": recent, "prompt": prompt_policy, "trigger": trigger,
         "trigger_counts": trigger_counts, "cut_prompt": cut_prompt, "prefill_chunk": prefill_chunk,
     }  # fmt: skip
+    if (budgets is None) == (mean_slots is None):
+        raise UsageError("Give either --budgets or --mean-slots.")
+    tokens = [max(1, sinks + recent)] if budgets is None else whole_numbers(budgets, "--budgets")
     job = ReplayJob(
         tasks=tasks,
         methods=chosen,
-        budgets=[make_budget(tokens, **fields) for tokens in whole_numbers(budgets, "--budgets")],
+        budgets=[make_budget(one, **fields) for one in tokens],
+        mean_slots=[] if mean_slots is None else whole_numbers(mean_slots, "--mean-slots"),
         limit=limit,
         seed=seed,
         traces=TraceSettings(traces, max_new_tokens, temperature, top_p),  # type: ignore[arg-type]
@@ -111,15 +123,15 @@ def _run(job: ReplayJob, model: str, dtype: str, device: str, out: Path, json: b
     from reasonkv.evaluate.records import RECORDS
     from reasonkv.evaluate.runner import run_replay
     from reasonkv.evaluate.summary import summarize
-    from reasonkv.report.tables import caption, replay_tables
+    from reasonkv.report.tables import caption, figure_note, replay_tables
 
-    cells = job.cells()
+    job.cells()  # mistakes in budgets are said before the model takes its time to load
     loaded = common.open_model(model, dtype, device)
     note(f"{loaded.name}: {loaded.dtype} on {loaded.device_name}; results in {common.show(out)}")
-    with common.progress_bars(len(job.tasks) * (1 + len(cells))) as progress:
+    with common.progress_bars(job.steps) as progress:
         records = run_replay(job, loaded, out, progress)
     rows = summarize(records)
-    figure = _draw(rows, out / FIGURE)
+    figure = _draw(rows, out / FIGURE, by_mean=bool(job.mean_slots), under=figure_note(records))
     if json:
         common.print_json(
             {
@@ -139,7 +151,7 @@ def _run(job: ReplayJob, model: str, dtype: str, device: str, out: Path, json: b
     typer.echo(f"Records: {common.show(out / RECORDS)}" + (f"\nFigure:  {common.show(figure)}" if figure else ""))
 
 
-def _draw(rows: Sequence[Row], path: Path) -> Path | None:
+def _draw(rows: Sequence[Row], path: Path, *, by_mean: bool, under: str) -> Path | None:
     """The figure, or None where there is nothing to draw or nothing to draw with."""
     if all(row.tokens is None for row in rows):
         return None
@@ -148,4 +160,4 @@ def _draw(rows: Sequence[Row], path: Path) -> Path | None:
     except ImportError:
         note("No figure without matplotlib; install it with: pip install 'reasonkv[report]'")
         return None
-    return frontier(rows, path)
+    return frontier(rows, path, x="physical_mean" if by_mean else "tokens", note=under)

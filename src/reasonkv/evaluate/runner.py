@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from reasonkv.budget import Budget
 from reasonkv.evaluate.manifest import Manifest, open_results
+from reasonkv.evaluate.matching import tokens_for_mean
 from reasonkv.evaluate.records import RECORDS, Record, append_records, read_records, record_key, repair
 from reasonkv.evaluate.replay import Cell, replay_batch, to_record
 from reasonkv.evaluate.traces import Trace, TraceSettings, load_or_make_traces
@@ -32,6 +33,8 @@ class ReplayJob:
         tasks: task specs.
         methods: methods; each bounded one meets every budget, full KV none.
         budgets: budgets.
+        mean_slots: mean physical lengths to reach instead: for each task and each of these, the tokens of the one
+            budget given are solved from the schedule.
         limit: examples 0 to limit - 1 of each task.
         seed: of problems, sampling and methods.
         traces: how traces are made.
@@ -46,22 +49,39 @@ class ReplayJob:
     traces: TraceSettings = field(default_factory=TraceSettings)
     batch_size: int = 16
     command: str = "replay"
+    mean_slots: Sequence[float] = ()
 
-    def cells(self) -> list[Cell]:
+    def cells(self, traces: Sequence[Trace] | None = None) -> list[Cell]:
         """Full KV once, then every bounded method at every budget, each once.
 
+        Args:
+            traces: of one task, for what only they can tell: whether prompts fit, and the tokens of `mean_slots`.
+
         Raises:
-            BudgetError: a method's own window does not fit a budget.
+            BudgetError: a prompt or a method's own window does not fit a budget, or a mean cannot be reached.
         """
-        cells: list[Cell] = []
-        for method in self.methods:
-            for budget in self.budgets if method.bounded else [None]:
-                if budget is not None:
-                    budget.check_protected(recent=method.needs.recent)
-                cell = Cell(method, budget)
-                if cell not in cells:
-                    cells.append(cell)
-        return cells
+        budgets: Sequence[Budget] = self.budgets
+        longest = None
+        if traces is not None:
+            prompts = [len(trace.prompt_P) for trace in traces]
+            longest = max(prompts)
+            if self.mean_slots:
+                fed = [length + len(trace.output_T) - 1 for length, trace in zip(prompts, traces, strict=True)]
+                budgets = [
+                    replace(budgets[0], tokens=tokens_for_mean(budgets[0], mean, prompts, fed))
+                    for mean in self.mean_slots
+                ]
+        cells = [Cell(method, budget) for method in self.methods for budget in (budgets if method.bounded else [None])]
+        for cell in cells:
+            if cell.budget is not None and (traces is not None or not self.mean_slots):
+                cell.budget.check_protected(recent=cell.method.needs.recent, prompt_length=longest)
+        return list(dict.fromkeys(cells))
+
+    @property
+    def steps(self) -> int:
+        """How often `run_replay` reports something as finished, at most: traces and every cell, for each task."""
+        budgets = len(self.mean_slots or self.budgets)
+        return len(self.tasks) * (1 + sum(budgets if method.bounded else 1 for method in self.methods))
 
     def manifest(self, model: LoadedModel) -> Manifest:
         """What the results folder will say about this run."""
@@ -70,6 +90,7 @@ class ReplayJob:
             "task": list(self.tasks),
             "methods": [method.spec() for method in self.methods],
             "budgets": [budget.to_dict() for budget in self.budgets],
+            "mean_slots": list(self.mean_slots),
             "limit": self.limit,
             "seed": self.seed,
             "traces": asdict(self.traces),
@@ -88,7 +109,7 @@ def run_replay(job: ReplayJob, model: LoadedModel, folder: Path, progress: Progr
         ResultsError, RecordError: the folder belongs to something else, or is damaged.
         ReplayError: numbers that cannot be trusted.
     """
-    cells = job.cells()
+    job.cells()  # what is wrong with the arguments alone is said before any work
     tasks = {spec: get_task(spec) for spec in job.tasks}
     manifest = job.manifest(model)
     with open_results(folder, manifest):
@@ -115,8 +136,7 @@ def run_replay(job: ReplayJob, model: LoadedModel, folder: Path, progress: Progr
                 batch_size=job.batch_size,
                 on_done=traces_done,
             )
-            _check_prompts(cells, traces)
-            for cell in cells:
+            for cell in job.cells(traces):
                 _replay_cell(job, model, spec, cell, traces, manifest.run, path, done, progress)
         return read_records(path)
 
@@ -162,11 +182,3 @@ def _replay_cell(
             done.update(record.key for record in records)
         finished += len(batch)
         progress(what, finished, len(traces))
-
-
-def _check_prompts(cells: Sequence[Cell], traces: Sequence[Trace]) -> None:
-    """Refuse a prompt no budget can hold before the first cell has cost time, not when its turn comes."""
-    longest = max(len(trace.prompt_P) for trace in traces)
-    for cell in cells:
-        if cell.budget is not None:
-            cell.budget.check_protected(recent=cell.method.needs.recent, prompt_length=longest)

@@ -19,7 +19,7 @@ from safetensors.torch import save
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from reasonkv.evaluate.generate import Sampling, encode, end_tokens, generate_rows
+from reasonkv.evaluate.generate import Sampling, context_length, encode, end_tokens, generate_rows
 from reasonkv.evaluate.manifest import ResultsError, write_atomically
 from reasonkv.evaluate.metrics import Reference
 from reasonkv.evaluate.pieces import Row, feed
@@ -139,8 +139,12 @@ def _make(
     settings: TraceSettings,
 ) -> list[Trace]:
     prompts = [encode(tokenizer, problem.prompt) for problem in problems]
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = context_length(model)
     longest = max(len(prompt) for prompt in prompts)
+    if min(len(prompt) for prompt in prompts) == 0:
+        raise TraceError(
+            f"The tokenizer turns a prompt of {task.name} into no tokens; give a model with its own tokenizer."
+        )
     if limit is not None and longest >= limit:
         raise TraceError(
             f"A prompt of {task.name} has {longest} tokens, but the model's context is {limit}; "

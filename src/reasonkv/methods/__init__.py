@@ -36,6 +36,7 @@ def method_class(name: str) -> type[Method]:
 
     Raises:
         MethodError: no such method (the message names the nearest), or an entry point that is not a Method.
+
     """
     if name in CATALOGUE:
         module, attribute = CATALOGUE[name].split(":")
@@ -55,6 +56,7 @@ def get_method(spec: str | Method) -> Method:
 
     Raises:
         MethodError: unknown name, unknown option, or a value of the wrong kind, in one sentence.
+
     """
     if isinstance(spec, Method):
         return spec

@@ -31,6 +31,7 @@ class Needs:
         scope: what one plan covers: "head" - every KV head chooses its own slots; "layer" - all heads of a layer
             share them.
         folds: the method merges slots, so counts are stored.
+
     """
 
     queries: int = 0
@@ -63,6 +64,7 @@ class Method(ABC):
         Args:
             view: one layer's slots; see `SlotView`.
             keep: slots to return per KV head, fewer than the view holds and at least its protected ones.
+
         """
 
     def options(self) -> dict[str, object]:

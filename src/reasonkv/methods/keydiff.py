@@ -9,14 +9,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from reasonkv.methods.base import ScorerMethod
-from reasonkv.selection import upcast
+from reasonkv.selection import by_head
 from reasonkv.view import SlotView
 
 
 @dataclass(frozen=True)
 class KeyDiff(ScorerMethod):
     """Keep keys that point away from the mean direction (Park et al., 2025, "KeyDiff: Key Similarity-Based KV Cache
-    Eviction", arXiv 2504.15364, section 3).
+    Eviction", arXiv 2504.15364).
 
     The anchor is the mean of the NORMALISED keys of a KV head, over all slots held. The paper applies this block by
     block to a prompt under a hard cap, which is what events do during decode.
@@ -28,6 +28,11 @@ class KeyDiff(ScorerMethod):
 
     def score(self, view: SlotView) -> Tensor:
         """-cos(k, anchor)."""
-        unit_BHND = functional.normalize(upcast(view.keys_BHND), dim=-1)
-        anchor_BH1D = functional.normalize(unit_BHND.mean(dim=2, keepdim=True), dim=-1)
-        return -(anchor_BH1D @ unit_BHND.mT).squeeze(2)
+        return -by_head(cosine_with_anchor, view.keys_BHND)
+
+
+def cosine_with_anchor(keys_RND: Tensor) -> Tensor:
+    """Cosine of every key with the mean of the normalised keys of its head: [R, N, D] to [R, N]."""
+    unit_RND = functional.normalize(keys_RND, dim=-1)
+    anchor_R1D = functional.normalize(unit_RND.mean(dim=1, keepdim=True), dim=-1)
+    return (anchor_R1D @ unit_RND.mT).squeeze(1)

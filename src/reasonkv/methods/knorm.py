@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from reasonkv.methods.base import ScorerMethod
-from reasonkv.selection import upcast
+from reasonkv.selection import by_head
 from reasonkv.view import SlotView
 
 
 @dataclass(frozen=True)
 class Knorm(ScorerMethod):
     """Keep LOW key norms (Devoto et al., 2024, "A Simple and Effective L2 Norm-Based Strategy for KV Cache
-    Compression", arXiv 2406.11430, section 3).
+    Compression", arXiv 2406.11430).
 
     The paper leaves the first two layers uncompressed; here all layers share one budget. RoPE does not change a norm.
     Models that normalise keys (Qwen3) have nearly constant norms, so expect little there.
@@ -28,5 +28,4 @@ class Knorm(ScorerMethod):
 
     def score(self, view: SlotView) -> Tensor:
         """-||k||."""
-        norm_BHN: Tensor = torch.linalg.vector_norm(upcast(view.keys_BHND), dim=-1)
-        return -norm_BHN
+        return -by_head(lambda keys_RND: torch.linalg.vector_norm(keys_RND, dim=-1), view.keys_BHND)

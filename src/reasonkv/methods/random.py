@@ -22,6 +22,7 @@ class RandomAttention(ScorerMethod):
         redraw: True - fresh numbers at every event, the paper's form; a token then survives each event anew, and its
             chance falls geometrically with age. False - one number per token for ever: the kept set is a reservoir
             sample in which every age is equally likely.
+
     """
 
     name: ClassVar[str] = "random"

@@ -12,12 +12,10 @@ from torch.nn import functional
 from reasonkv.methods.base import Needs, ScorerMethod
 from reasonkv.selection import (
     average_pool,
-    block_elements,
+    by_head,
     fill_window,
     group_mean,
-    head_blocks,
     max_pool,
-    upcast,
     window_attention,
 )
 from reasonkv.view import SlotView
@@ -30,14 +28,14 @@ class _Defaults(NamedTuple):
 
 
 Spare = Literal["last", "first", "none"]
-_FIRST_WIDTH = 32  # columns compared first; models whose keys have a common direction are done after them
+_FIRST_WIDTH, _LAST_WIDTH = 32, 256  # columns compared at once; constant, so that no row depends on its batch
 _FORMS = {"official": _Defaults(8, 7, 0.1), "port": _Defaults(64, 5, 0.5)}
 
 
 @dataclass(frozen=True)
 class RKV(ScorerMethod):
     """Keep what is attended to and not said again (Cai et al., 2025, "R-KV: Redundancy-aware KV Cache Compression for
-    Reasoning Models", arXiv 2505.24133, sections 3.2 to 3.4).
+    Reasoning Models", arXiv 2505.24133: importance, redundancy estimation, joint selection).
 
     score = weight * importance - (1 - weight) * redundancy, both softmaxes over slots.
 
@@ -54,6 +52,7 @@ class RKV(ScorerMethod):
         threshold: official form; cosine above which two keys count as duplicates.
         retain: official form; "last" - the newest duplicate of each key is spared; "first" - slot 0 is spared
             instead, whatever the threshold (a slip of the authors' code, for comparison only).
+
     """
 
     name: ClassVar[str] = "rkv"
@@ -139,20 +138,20 @@ def mean_cosine(keys_BHND: Tensor, spare: Spare = "last", threshold: float = 0.5
 
     Returns:
         float32 [B, H, N].
+
     """
-    keys_RND = keys_BHND.flatten(0, 1)
-    R, N, D = keys_RND.shape
-    parts = []
-    for block in head_blocks(R, N * D, keys_RND.device):
-        unit_RND = functional.normalize(upcast(keys_RND[block]), dim=-1)
+
+    def of_heads(keys_RND: Tensor) -> Tensor:
+        unit_RND = functional.normalize(keys_RND, dim=-1)
         column_RN = (unit_RND.sum(1, keepdim=True) @ unit_RND.mT).squeeze(1) - unit_RND.square().sum(-1)
         if spare != "none":
             spared_RN, cosine_RN = spared_columns(unit_RND, threshold if spare == "last" else None)
             # Added in float64: the order in which an accelerator adds does not show after rounding.
             spared = torch.zeros_like(column_RN, dtype=torch.float64).scatter_add_(1, spared_RN, cosine_RN.double())
             column_RN = column_RN - spared.to(column_RN.dtype)
-        parts.append(column_RN / N)
-    return torch.cat(parts).view(keys_BHND.shape[:3])
+        return column_RN / unit_RND.shape[1]
+
+    return by_head(of_heads, keys_BHND)
 
 
 def spared_columns(unit_RND: Tensor, threshold: float | None) -> tuple[Tensor, Tensor]:
@@ -167,6 +166,7 @@ def spared_columns(unit_RND: Tensor, threshold: float | None) -> tuple[Tensor, T
 
     Returns:
         int64 [R, N], the column of each row; [R, N], the cosine there (0 on the diagonal).
+
     """
     R, N, _ = unit_RND.shape
     device = unit_RND.device
@@ -205,6 +205,5 @@ def spared_columns(unit_RND: Tensor, threshold: float | None) -> tuple[Tensor, T
                 order_RM = open_RM.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :left]
                 row_RM, open_RM = row_RM.gather(1, order_RM), open_RM.gather(1, order_RM)
                 rows_RMD = unit_rD.index_select(0, row_RM.flatten()).view(*row_RM.shape, -1)
-        high = low
-        width = min(2 * width, max(_FIRST_WIDTH, block_elements(device) // row_RM.numel()))
+        high, width = low, min(2 * width, _LAST_WIDTH)
     return column_r.view(R, N), cosine_r.view(R, N)

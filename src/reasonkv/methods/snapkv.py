@@ -26,6 +26,7 @@ class SnapKV(ScorerMethod):
         pooling: "avg" - zeros beyond the ends count in the mean; "max" - per query head.
         denominator: "all" - the softmax runs over all slots as in the model (the paper); "old" - only over the slots
             before the window (VaSE's decode harness).
+
     """
 
     name: ClassVar[str] = "snapkv"

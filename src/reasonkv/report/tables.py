@@ -86,3 +86,10 @@ def caption(records: Sequence[Record]) -> str:
         )
     sentences.append(f"Seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}.")
     return " ".join(sentences)
+
+
+def figure_note(records: Sequence[Record]) -> str:
+    """One line for under a figure: what the band is, and how the prompt was treated."""
+    policies = dict.fromkeys(record.budget["prompt"] for record in records if record.budget)
+    words = "; ".join(_PROMPT_WORDS[policy] for policy in policies)
+    return f"Band: one standard error over traces. {words[:1].upper()}{words[1:]}."

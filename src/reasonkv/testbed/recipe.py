@@ -38,7 +38,7 @@ class Recipe:
 
     The learning rate warms up for `warmup` steps, stays at `learning_rate`, and falls linearly to
     zero over the last `decay` of the run. A family moves to its next stage when the running
-    accuracy of value look-ups and answers at its present stage passes `promote_at`.
+    accuracy of value look-ups at its present stage passes `promote_at`.
     """
 
     courses: Mapping[str, Course]

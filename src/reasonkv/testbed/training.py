@@ -84,7 +84,7 @@ def train(
     """
     out = Path(out)
     draw_curve = _curve_drawer()
-    _prepare(out, recipe, resume)
+    _prepare(out, resume)
     torch.manual_seed(recipe.seed)
     model = _make_model(recipe)
     optimizer = _make_optimizer(model, recipe)
@@ -93,6 +93,7 @@ def train(
         progress.level.setdefault(family, 0)
         progress.seen.setdefault(family, 0)
         progress.accuracy.setdefault(family, {})
+    _write_text(out / "recipe.json", json.dumps(asdict(recipe), indent=1) + "\n")
     _trim_log(out, progress.step)
     model.train()
     live = Live(console=console, refresh_per_second=1) if console else nullcontext()
@@ -171,11 +172,14 @@ def _smooth(old: float | None, new: float) -> float:
 
 
 def _promote(progress: Progress, family: str, last: int, threshold: float) -> None:
-    """Move the family to its next stage once look-ups and answers are good enough."""
+    """Move the family to its next stage once looking values up is good enough, answers included.
+
+    Arithmetic need not be: longer problems hold more of it a token.
+    """
     means = progress.accuracy[family]
-    worst = min(means.get("retrieval", 1.0), means.get("answer", 0.0))
+    looked_up = min(means.get("retrieval", 1.0), means.get("answer", 0.0))
     enough = progress.seen[family] >= 1 / (1 - _SMOOTHING)
-    if enough and progress.level[family] < last and worst > threshold:
+    if enough and progress.level[family] < last and looked_up > threshold:
         progress.level[family] += 1
         progress.seen[family] = 0
         progress.accuracy[family] = {}
@@ -218,8 +222,8 @@ def _make_optimizer(model: Qwen3ForCausalLM, recipe: Recipe) -> torch.optim.Adam
     )
 
 
-def _prepare(out: Path, recipe: Recipe, resume: bool) -> None:
-    """Make the folder, or refuse it in one sentence; write the recipe beside the run."""
+def _prepare(out: Path, resume: bool) -> None:
+    """Make the folder, or refuse it in one sentence."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         if not resume:
@@ -227,7 +231,6 @@ def _prepare(out: Path, recipe: Recipe, resume: bool) -> None:
                 raise TrainingError(f"{out} already holds a training run; resume it or choose another folder.")
         elif any(out.iterdir()) and not (out / "recipe.json").exists():
             raise TrainingError(f"{out} is not empty and holds no training run; choose another.")
-        _write_text(out / "recipe.json", json.dumps(asdict(recipe), indent=1) + "\n")
     except OSError as error:
         raise TrainingError(f"{out} cannot be used for training: {error.strerror}.") from error
 

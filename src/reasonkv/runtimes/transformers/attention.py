@@ -22,7 +22,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from reasonkv.runtimes.transformers.support import KERNELS, UnsupportedModelError
 
 if TYPE_CHECKING:
-    from reasonkv.runtimes.transformers.cache import CompressedCache, CompressedLayer
+    from reasonkv.runtimes.transformers.cache import CompressedCache
+    from reasonkv.runtimes.transformers.layer import CompressedLayer
 
 GROUPED_ROWS = 1024  # up to this many query rows per KV head, query heads of a group become rows of one product
 
@@ -65,6 +66,7 @@ def reference_attention(
 
     Returns:
         [B, q, Hq, D] and None.
+
     """
     B, Hq, q, D = query.shape
     H, S = key.shape[1], key.shape[2]

@@ -11,7 +11,6 @@ layer the rows move on. All decisions about when and how many are integers (`rea
 from __future__ import annotations
 
 import copy
-import time
 import weakref
 from types import TracebackType
 from typing import Any
@@ -19,181 +18,18 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer
 
 from reasonkv import schedule
 from reasonkv.budget import Budget, BudgetError, slot_bytes
 from reasonkv.methods import Method, get_method
 from reasonkv.plan import Plan
-from reasonkv.runtimes.transformers.attention import MaskLength, implementation_name
+from reasonkv.runtimes.transformers.attention import implementation_name
+from reasonkv.runtimes.transformers.layer import CompressedLayer
 from reasonkv.runtimes.transformers.rows import Piece, Row
 from reasonkv.runtimes.transformers.stats import CacheStats, RowStats
 from reasonkv.runtimes.transformers.storage import LayerStorage
 from reasonkv.runtimes.transformers.support import UnsupportedModelError, base_kernel, check_model, text_config
-from reasonkv.view import SlotView
-
-
-class CompressedLayer(CacheLayerMixin):
-    """One full-attention layer of a `CompressedCache`: its storage, and its event after attention."""
-
-    is_sliding = False
-    is_croppable = False
-    is_compileable = False
-    supports_early_init = False
-
-    def __init__(self, cache: CompressedCache, index: int) -> None:
-        super().__init__()
-        self.attach(cache)
-        self.index = index
-        self.waiting = False  # between `update` and `after_attention`
-        self.storage: LayerStorage | None = None
-
-    def attach(self, cache: CompressedCache) -> None:
-        """Belong to a cache (weakly: the cache owns its layers)."""
-        self._cache = weakref.ref(cache)
-
-    @property
-    def cache(self) -> CompressedCache:
-        """The cache this layer belongs to."""
-        owner = self._cache()
-        assert owner is not None, "a layer does not outlive its cache"
-        return owner
-
-    @property
-    def piece(self) -> Piece:
-        """The forward under way."""
-        piece = self.cache.piece
-        if piece is None:
-            raise UnsupportedModelError(
-                f"{self.cache.describe_model()} did not build its masks through AttentionMaskInterface for this forward; "
-                "a compressed cache needs the 2-D attention mask (do not pass a 4-D one)."
-            )
-        return piece
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Part of the layer contract; storage is made by the first forward, which knows the prompt."""
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append one forward's keys and values [B, H, q, D]; return views of everything the layer attends to."""
-        if torch.is_grad_enabled() and key_states.requires_grad:
-            raise UnsupportedModelError("A compressed cache is for inference; call the model under torch.no_grad().")
-        piece = self.piece
-        if self.storage is None:
-            self.storage = self.cache.new_storage()
-        keys, values = self.storage.append(key_states, value_states, piece)
-        keys.reasonkv_layer = self  # type: ignore[attr-defined]
-        self.waiting = self.is_initialized = True
-        return keys, values
-
-    def after_attention(self, query: Tensor, scaling: float | None) -> None:
-        """Remember the queries, carry out the events of this forward, and hand on to the cache.
-
-        Args:
-            query: rotated queries [B, Hq, q, D].
-            scaling: the model's factor on query-key products.
-        """
-        assert self.storage is not None
-        piece = self.piece
-        self.storage.remember_queries(query, piece)
-        if any(keep is not None for keep in piece.keep):
-            start = time.perf_counter()
-            self._compact(piece, query.shape[-1] ** -0.5 if scaling is None else scaling)
-            self.cache.compaction_seconds += time.perf_counter() - start
-        self.waiting = False
-        self.cache.layer_done()
-
-    def _compact(self, piece: Piece, scaling: float) -> None:
-        storage, cache = self.storage, self.cache
-        assert storage is not None
-        plans: list[tuple[list[int], Plan, Tensor, Tensor]] = []
-        for rows in piece.groups(storage.ring_length):
-            view = self.view(rows, piece, scaling)
-            keep = piece.keep[rows[0]]
-            assert keep is not None
-            plan = cache.method.plan(view, keep)
-            plan.check(tuple(view.positions_BHN.shape), keep, view.is_protected_BHN)  # type: ignore[arg-type]
-            if plan.fold is not None:
-                if not cache.method.needs.folds:
-                    raise UnsupportedModelError(f"{cache.method.name} folds slots without declaring Needs(folds=True).")
-                cache.note_folds(rows, plan)
-            plans.append((rows, plan, view.positions_BHN, view.counts_BHN))
-        storage.carry_out(plans, piece)
-
-    def view(self, rows: list[int], piece: Piece, scaling: float) -> SlotView:
-        """What the method may look at for rows that hold equally many slots."""
-        storage, cache = self.storage, self.cache
-        assert storage is not None
-        held = piece.held[rows[0]]
-        lengths = [piece.after[row].length for row in rows]
-        settled = [piece.rows[row].settled for row in rows]
-        keys, values = storage.slots(rows, held)
-        index = storage.token_indices(rows, held, lengths, settled)
-        queries = query_index = None
-        if storage.ring_length:
-            queries, query_index = storage.recent_queries(rows, lengths)
-        is_prompt = cache.is_prompt(index, rows)
-
-        def numbers(values: list[int]) -> Tensor:
-            return torch.tensor(values, device=keys.device)
-
-        return SlotView(
-            keys_BHND=keys,
-            values_BHND=values,
-            positions_BHN=index,
-            counts_BHN=storage.source_counts(rows, held, settled),
-            is_prompt_BHN=is_prompt,
-            is_protected_BHN=cache.is_protected(index, is_prompt),
-            queries_BHqTD=queries,
-            query_positions_BT=query_index,
-            scaling=scaling,
-            length_B=numbers(lengths),
-            event_B=numbers([piece.rows[row].events for row in rows]),
-            row_seed_B=numbers([piece.rows[row].seed for row in rows]),
-            seed=cache.seed,
-            layer=self.index,
-        )
-
-    # -- the layer contract of transformers ---------------------------------------------------------------------
-
-    def get_seq_length(self) -> int:
-        """Columns fed so far, padding included: what positions and `generate` count with."""
-        return self.cache.columns_seen
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Logical sizes; the length says whose it is, so that the mask function can announce the forward."""
-        self.cache.take_over()
-        return MaskLength(self.cache.columns_seen + query_length, self.cache), 0
-
-    def get_max_length(self) -> int:
-        """No limit on what may be fed."""
-        return -1
-
-    def reset(self) -> None:
-        """Forget this layer's slots."""
-        self.storage, self.waiting, self.is_initialized = None, False, False
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Move rows with their beams."""
-        if self.storage is not None:
-            self.storage.select_rows(beam_idx)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every row; `CompressedCache.batch_repeat_interleave` does it for the bookkeeping too."""
-        if self.storage is not None and self.storage.keys is not None:
-            rows = torch.arange(self.storage.keys.shape[0], device=self.storage.keys.device)
-            self.storage.select_rows(rows.repeat_interleave(repeats))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep some rows."""
-        if self.storage is not None and self.storage.keys is not None:
-            rows = torch.arange(self.storage.keys.shape[0], device=self.storage.keys.device)
-            self.storage.select_rows(rows[indices.to(rows.device)])
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Refused: dropped slots cannot come back, so a rollback (assisted decoding) would be wrong."""
-        raise UnsupportedModelError(
-            "A compressed cache cannot be rolled back, which assisted (speculative) decoding needs; use plain decoding."
-        )
 
 
 class CompressedCache(Cache):
@@ -214,6 +50,7 @@ class CompressedCache(Cache):
     Raises:
         UnsupportedModelError: the model cannot be served; one sentence says why.
         BudgetError, MethodError: what was asked for makes no sense; one sentence says why.
+
     """
 
     def __init__(
@@ -266,6 +103,7 @@ class CompressedCache(Cache):
 
         Raises:
             UnsupportedModelError, BudgetError: the forward cannot be served.
+
         """
         if self.piece is not None and (self.piece.layers_done or any(x.waiting for x in self.compressed_layers)):
             raise UnsupportedModelError(

@@ -26,6 +26,7 @@ class Row:
         attended: slots attended, summed over the tokens fed after the prompt.
         decoded: tokens fed after the prompt.
         peak: most slots held at once.
+
     """
 
     state: schedule.State
@@ -56,6 +57,7 @@ class Piece:
         after: every row's state after the forward, its event included.
         keep: slots a row's event keeps, or None.
         layers_done: compressed layers that have attended.
+
     """
 
     rows: list[Row]

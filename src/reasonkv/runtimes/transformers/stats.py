@@ -21,6 +21,7 @@ class RowStats:
         bytes_held: bytes this row's storage takes when it runs alone: slots allocated, token indices, counts, queries.
         bytes_peak: bytes of the most slots held at once (a long prompt before it is cut), if larger than bytes_held.
         bytes_full: bytes of keys and values a cache without bound would hold for the same tokens.
+
     """
 
     length: int
@@ -50,6 +51,7 @@ class CacheStats:
         compressed_layers, other_layers: layers under the method; sliding layers that stay stock and are not counted.
         compaction_seconds: host time spent in events (on an accelerator, without waiting for it).
         bytes_allocated: bytes of keys and values allocated now for the whole batch, ragged tails included.
+
     """
 
     rows: list[RowStats]

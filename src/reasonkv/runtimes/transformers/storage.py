@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from reasonkv.compaction import compact_pair, fold_counts, gather_slots
+from reasonkv.compaction import compact_pair, fold_counts
 from reasonkv.plan import Plan
 from reasonkv.runtimes.transformers.rows import Piece
 
@@ -23,6 +23,7 @@ class LayerStorage:
         capacity: slots allocated once and for all, or None for a cache without bound, which grows.
         queries: length T of the ring of recent queries (0: none).
         counts: whether slots carry the number of source tokens they stand for.
+
     """
 
     def __init__(self, capacity: int | None, *, queries: int = 0, counts: bool = False) -> None:
@@ -69,8 +70,8 @@ class LayerStorage:
             return
         row, column, _, token = piece.scatter(queries_BHqqD.device)
         if piece.columns > T:  # several tokens of this piece share a place in the ring: only the newest may write
-            ends = torch.tensor([s.length + f for s, f in zip(_states(piece), piece.fed, strict=True)])
-            newest = token >= (ends.to(token.device) - T)[row]
+            ends = torch.tensor([state.length for state in piece.after], device=token.device)
+            newest = token >= (ends - T)[row]
             row, column, token = row[newest], column[newest], token[newest]
         self.ring[row, :, token % T] = queries_BHqqD[row, :, column]
 
@@ -83,6 +84,7 @@ class LayerStorage:
 
         Returns:
             Queries [b, Hq, n, D] and their token indices [b, n], n = min(T, length).
+
         """
         assert self.ring is not None
         n = min(self.ring_length, *lengths)
@@ -122,14 +124,13 @@ class LayerStorage:
         ones = torch.ones(1, dtype=torch.int32, device=self.keys.device).expand(len(rows), self.keys.shape[1], held)
         return ones if self.counts is None else self._settled_or(self.counts, ones, rows, held, settled)
 
-    def carry_out(
-        self, plans: list[tuple[list[int], Plan, Tensor, Tensor]], piece: Piece
-    ) -> None:
+    def carry_out(self, plans: list[tuple[list[int], Plan, Tensor, Tensor]], piece: Piece) -> None:
         """Rewrite the storage after one forward's events, and leave the staging buffer once everything fits.
 
         Args:
             plans: for every group of rows: the rows, their plan, and the token indices and counts [b, H, N] it saw.
             piece: the forward.
+
         """
         if self.keys is None or self.values is None:
             return
@@ -236,7 +237,9 @@ class LayerStorage:
         assert self.keys is not None
         if tensor is not None and tensor.shape[2] >= keep:
             return tensor
-        new = torch.zeros(*self.keys.shape[:2], max(keep, self.capacity or 0), dtype=torch.int32, device=like_BHN.device)
+        new = torch.zeros(
+            *self.keys.shape[:2], max(keep, self.capacity or 0), dtype=torch.int32, device=like_BHN.device
+        )
         if tensor is not None:
             new[:, :, : tensor.shape[2]] = tensor
         return new
@@ -256,10 +259,3 @@ class LayerStorage:
         live = [self.keys, self.values, *(self.home or ())]
         total = sum(t.numel() * t.element_size() for t in live if t is not None)
         self.peak_bytes = max(self.peak_bytes, total)
-
-
-def _states(piece: Piece) -> list:  # type: ignore[type-arg]
-    return [row.state for row in piece.rows]
-
-
-__all__ = ["LayerStorage", "gather_slots"]

@@ -45,9 +45,13 @@ def check_model(model: PreTrainedModel | PreTrainedConfig) -> list[str]:
     types = layer_types(config)
     unknown = sorted(set(types) - {"full_attention", "sliding_attention"})
     if unknown:
-        problems.append(f"{kind} has layers of type {', '.join(unknown)}; only full and sliding attention can be served.")
+        problems.append(
+            f"{kind} has layers of type {', '.join(unknown)}; only full and sliding attention can be served."
+        )
     elif "full_attention" not in types:
-        problems.append(f"All layers of {kind} use sliding-window attention, which is bounded already; use a stock cache.")
+        problems.append(
+            f"All layers of {kind} use sliding-window attention, which is bounded already; use a stock cache."
+        )
     if getattr(decoder, "num_kv_shared_layers", 0):
         problems.append(f"{kind} shares keys and values between layers, which per-layer eviction would break.")
     if getattr(decoder, "alibi", False) or kind in {"bloom", "mpt"}:
@@ -71,6 +75,7 @@ def base_kernel(config: PreTrainedConfig, requested: str | None = None) -> str:
 
     Raises:
         UnsupportedModelError: a kernel that cannot be driven.
+
     """
     current = text_config(config)._attn_implementation or "eager"
     kernel = requested or current.removeprefix("reasonkv_")

@@ -24,6 +24,7 @@ class generate:  # noqa: N801 - used like a function: custom_generate=reasonkv.g
 
     Attributes:
         stats: what the last call's cache held, or None before the first.
+
     """
 
     def __init__(self, method: str | Method, budget: Budget | int | None = None, **options: Any) -> None:
@@ -35,7 +36,9 @@ class generate:  # noqa: N801 - used like a function: custom_generate=reasonkv.g
     ) -> Any:
         """Called by `model.generate` with its prepared arguments."""
         if kwargs.get("assistant_model") is not None:
-            raise UnsupportedModelError("A compressed cache cannot be rolled back, so assisted decoding is not possible.")
+            raise UnsupportedModelError(
+                "A compressed cache cannot be rolled back, so assisted decoding is not possible."
+            )
         with CompressedCache(model, self.method, self.budget, **self.options) as cache:
             kwargs["past_key_values"] = cache
             decode = model._beam_search if (generation_config.num_beams or 1) > 1 else model._sample
