@@ -26,6 +26,7 @@ class Clock(LogitsProcessor):
         self.times: list[float] = []
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Called by `generate` after every forward."""
         self.times.append(time.perf_counter())
         return scores
 
@@ -100,10 +101,10 @@ def main() -> None:
             rows.append([name, label, median, low, high, median_interval(rates[over])[0]])
     publish(
         "decode_overhead",
-        f"Decode rate at {arguments.tokens} tokens, batch {BATCH}, {arguments.method}, no event, {arguments.pairs} pairs",
+        f"Decode rate at {arguments.tokens} tokens, batch {BATCH}, {arguments.method}, no event",
         ["model", "ratio", "median", "95 % low", "95 % high", "tokens/s"],
         rows,
-        {"tokens": arguments.tokens, "new": arguments.new, "batch": BATCH, "rates": pairs},
+        {"tokens": arguments.tokens, "new": arguments.new, "batch": BATCH, "pairs": arguments.pairs, "rates": pairs},
     )
 
 

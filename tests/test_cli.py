@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 import typer
+from tiny import TASK, save_tiny
 from typer.testing import CliRunner
 
 from reasonkv.cli import app
 from reasonkv.cli.common import UsageError, split_specs, whole_numbers
-from tiny import TASK, save_tiny
 
 COMMANDS = ("demo", "methods", "doctor", "generate", "replay", "train-testbed")
 SMALL = ["--interval", "12", "--sinks", "2", "--recent", "8", "--prompt-policy", "on_top", "--max-new-tokens", "40"]

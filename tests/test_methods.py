@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from slot_views import make_view, random_view
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -16,7 +17,6 @@ from reasonkv.methods.rkv import RKV, mean_cosine, spared_columns
 from reasonkv.methods.snapkv import SnapKV
 from reasonkv.plan import PlanError
 from reasonkv.view import SlotView
-from slot_views import make_view, random_view
 
 SPECS = [
     "streaming",

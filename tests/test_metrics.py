@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_records import record
 
 from reasonkv.budget import Budget, BudgetError
 from reasonkv.evaluate.matching import attended_slots, mean_physical, tokens_for_mean
@@ -17,7 +18,6 @@ from reasonkv.evaluate.metrics import NonFiniteError, Reference, TraceScore, kl_
 from reasonkv.evaluate.summary import estimate, paired_difference, summarize
 from reasonkv.report.tables import caption, replay_tables
 from reasonkv.schedule import State, next_event, step
-from test_records import record
 
 
 def logits(*probabilities: float) -> list[float]:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny import TASK, save_tiny, tiny_loaded, tiny_model
 
 from reasonkv import CompressedCache
 from reasonkv.budget import Budget, BudgetError
@@ -28,7 +29,6 @@ from reasonkv.evaluate.traces import Trace, TraceSettings, load_or_make_traces, 
 from reasonkv.methods import get_method
 from reasonkv.models import load_model
 from reasonkv.tasks import get_task
-from tiny import TASK, save_tiny, tiny_loaded, tiny_model
 
 METHODS = ("streaming", "random", "knorm", "keydiff", "snapkv:window=8", "rkv")
 BUDGET = Budget(24, interval=12, sinks=2, recent=8, prompt="on_top")

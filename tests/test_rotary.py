@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from models import COMMON
 from torch import Tensor, nn
 from transformers import Gemma3TextConfig, GptOssConfig, LlamaConfig, Phi3Config, PreTrainedConfig, Qwen3Config
 from transformers.models.gemma3 import modeling_gemma3
@@ -14,7 +15,6 @@ from transformers.models.llama import modeling_llama
 from transformers.models.phi3 import modeling_phi3
 from transformers.models.qwen3 import modeling_qwen3
 
-from models import COMMON
 from reasonkv.rotary import Rotary, RotaryError
 
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}

@@ -6,11 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from slot_views import random_view
 
 from reasonkv import selection
 from reasonkv.plan import PlanError
 from reasonkv.view import SlotView
-from slot_views import random_view
 
 INF = float("inf")
 

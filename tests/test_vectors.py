@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from slot_views import make_view
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -20,7 +21,6 @@ from reasonkv.methods.snapkv import SnapKV
 from reasonkv.methods.streaming import StreamingLLM
 from reasonkv.selection import fill_window, group_mean, top_k_slots, window_attention
 from reasonkv.view import SlotView
-from slot_views import make_view
 
 DATA = Path(__file__).parent / "data"
 CLOSE = {"rtol": 1e-5, "atol": 1e-7}

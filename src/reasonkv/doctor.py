@@ -12,7 +12,7 @@ from reasonkv.evaluate.manifest import package_versions
 from reasonkv.models import TESTBED, ModelError, device_words, load_config
 from reasonkv.runtimes.transformers import TESTED, check_model
 
-_OPTIONAL = {"vllm": "the vLLM runtime", "flash_attn": "flash attention kernels"}
+_OPTIONAL = {"matplotlib": "figures", "vllm": "the vLLM runtime", "flash_attn": "flash attention kernels"}
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def examine(model: str | None = None) -> Report:
     """
     versions = package_versions()
     for name, what in _OPTIONAL.items():
-        versions[name] = "installed" if find_spec(name) else f"not installed (only {what} needs it)"
+        versions[name] = "installed" if find_spec(name) else f"not installed (only for {what})"
     try:
         load_config(TESTBED)
         testbed, problems = "bundled model found", []

@@ -56,12 +56,16 @@ class Plan:
         kept = self.kept_BHK
         if tuple(kept.shape) != (B, H, keep):
             raise PlanError(f"A plan must keep [{B}, {H}, {keep}] slots, got {list(kept.shape)}.")
-        ascending = bool((kept[..., 1:] > kept[..., :-1]).all())
-        if not ascending or bool((kept[..., :1] < 0).any()) or bool((kept[..., -1:] >= N).any()):
-            raise PlanError(f"Kept slots must be strictly ascending indices below {N}.")
+        wrong = (kept[..., 1:] <= kept[..., :-1]).any() | (kept[..., 0] < 0).any() | (kept[..., -1] >= N).any()
+        lost = torch.zeros_like(wrong)
         if is_protected_BHN is not None:
-            marked = torch.zeros(shape_BHN, dtype=torch.bool, device=kept.device).scatter_(2, kept, True)
-            if bool((is_protected_BHN & ~marked).any()):
-                raise PlanError("A plan dropped a protected slot (a sink, a recent token or a kept prompt).")
+            # clamped, so that one read of both flags from the device suffices even for wrong indices
+            marked = torch.zeros(shape_BHN, dtype=torch.bool, device=kept.device)
+            lost = (is_protected_BHN & ~marked.scatter_(2, kept.clamp(0, N - 1), True)).any()
+        is_wrong, is_lost = torch.stack([wrong, lost]).tolist()
+        if is_wrong:
+            raise PlanError(f"Kept slots must be strictly ascending indices below {N}.")
+        if is_lost:
+            raise PlanError("A plan dropped a protected slot (a sink, a recent token or a kept prompt).")
         if self.fold is not None and tuple(self.fold.into_BHN.shape) != shape_BHN:
             raise PlanError(f"A fold must name a target for every slot, [{B}, {H}, {N}].")

@@ -15,7 +15,8 @@ class SlotView:
     """The slots of one layer for B rows that all hold N slots and keep the same number at this event.
 
     Rows of a batch that differ in length come in separate views, so a method never sees padding and needs no mask.
-    Legend: B rows, H KV heads, Hq query heads (query head h reads KV head h // (Hq / H)), N slots, T queries, D head_dim.
+    Legend: B rows, H KV heads, Hq query heads (query head h reads KV head h // (Hq / H)), N slots, T queries,
+    D head_dim.
 
     Args:
         keys_BHND: rotated keys, in the model's dtype.

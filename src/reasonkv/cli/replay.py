@@ -103,7 +103,7 @@ def demo(
     device: common.Device = "auto",
     json: common.Json = False,
 ) -> None:
-    """See the main job on the bundled model: full KV against six methods, three budgets, two task families.
+    """See the main job on the bundled model: full KV against five methods, three budgets, two task families.
 
     Takes a few minutes on two CPU cores and needs no network.
 

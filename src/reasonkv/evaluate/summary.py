@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reasonkv.evaluate.records import Record
+from reasonkv.methods import MethodError, get_method
 
 METRICS = ("top1", "top5", "nll", "kl", "physical_mean", "physical_peak", "saved_bytes", "seconds")
 _RESAMPLES = 5000
@@ -40,7 +41,7 @@ class Row:
 
     Args:
         task: the task.
-        method: the method, with the options that tell it from others in the same records.
+        method: the method, with the options that are not its defaults.
         tokens: the budget's tokens, None for full KV.
         n: traces.
         estimates: by name, one of `METRICS`.
@@ -148,19 +149,24 @@ def summarize(records: Sequence[Record], *, seed: int = 0) -> list[Row]:
 
 
 def method_labels(records: Sequence[Record]) -> dict[str, str]:
-    """A label for every (method, options): the name, and the options in which two of the same name differ."""
-    options: dict[str, list[dict[str, Any]]] = {}
-    for record in records:
-        known = options.setdefault(record.method, [])
-        if record.options not in known:
-            known.append(record.options)
+    """A label for every (method, options): the name, and the options that are not the method's defaults."""
     labels = {}
-    for name, variants in options.items():
-        differing = [key for key in variants[0] if any(one.get(key) != variants[0][key] for one in variants)]
-        for one in variants:
-            text = ",".join(f"{key}={one.get(key)}" for key in differing)
-            labels[json.dumps([name, one], sort_keys=True)] = f"{name}:{text}" if text else name
+    for record in records:
+        key = _method_key(record)
+        if key not in labels:
+            usual = _defaults(record.method)
+            changed = [
+                f"{name}={one}" for name, one in record.options.items() if name not in usual or usual[name] != one
+            ]
+            labels[key] = record.method + (":" + ",".join(changed) if changed else "")
     return labels
+
+
+def _defaults(method: str) -> dict[str, Any]:
+    try:
+        return get_method(method).options()
+    except MethodError:  # another package's method, read where that package is not installed
+        return {}
 
 
 def _method_key(record: Record) -> str:

@@ -34,6 +34,7 @@ class MaskLength(int):
     cache: CompressedCache
 
     def __new__(cls, length: int, cache: CompressedCache) -> MaskLength:
+        """An int that remembers its cache."""
         made = super().__new__(cls, length)
         made.cache = cache
         return made

@@ -128,7 +128,7 @@ class CompressedCache(Cache):
             self.rows = self._first_rows(batch, fed)
         else:
             self._check_later_prompt(columns, fed)
-        self.piece = Piece.plan(self.budget, self.rows, columns, valid)
+        self.piece = Piece.plan(self.budget, self.rows, columns, valid, fed)
 
     def layer_done(self) -> None:
         """Called by every compressed layer after its event; the last one moves the rows on."""

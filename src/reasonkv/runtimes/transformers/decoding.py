@@ -1,4 +1,7 @@
-"""A drop-in for code that makes its own cache: `model.generate(..., custom_generate=reasonkv.generate("snapkv", 512))`."""
+"""A drop-in for code that makes its own cache.
+
+model.generate(**inputs, custom_generate=reasonkv.generate("snapkv", 512))
+"""
 
 from __future__ import annotations
 
@@ -36,9 +39,7 @@ class generate:  # noqa: N801 - used like a function: custom_generate=reasonkv.g
     ) -> Any:
         """Called by `model.generate` with its prepared arguments."""
         if kwargs.get("assistant_model") is not None:
-            raise UnsupportedModelError(
-                "A compressed cache cannot be rolled back, so assisted decoding is not possible."
-            )
+            raise UnsupportedModelError("A compressed cache cannot be rolled back, so assisted decoding is impossible.")
         with CompressedCache(model, self.method, self.budget, **self.options) as cache:
             kwargs["past_key_values"] = cache
             decode = model._beam_search if (generation_config.num_beams or 1) > 1 else model._sample

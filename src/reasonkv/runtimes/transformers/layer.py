@@ -53,7 +53,7 @@ class CompressedLayer(CacheLayerMixin):
         piece = self.cache.piece
         if piece is None:
             raise UnsupportedModelError(
-                f"{self.cache.describe_model()} did not build its masks through AttentionMaskInterface for this forward; "
+                f"{self.cache.describe_model()} built no mask through AttentionMaskInterface for this forward; "
                 "a compressed cache needs the 2-D attention mask (do not pass a 4-D one)."
             )
         return piece
@@ -99,7 +99,8 @@ class CompressedLayer(CacheLayerMixin):
             view = self.view(rows, piece, scaling)
             keep = piece.keep[rows[0]]
             assert keep is not None
-            plan = cache.method.plan(view, keep)
+            with torch.autocast(view.keys_BHND.device.type, enabled=False):  # scores are float32 whoever calls
+                plan = cache.method.plan(view, keep)
             plan.check(tuple(view.positions_BHN.shape), keep, view.is_protected_BHN)  # type: ignore[arg-type]
             if plan.fold is not None:
                 if not cache.method.needs.folds:

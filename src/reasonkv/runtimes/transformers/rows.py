@@ -70,13 +70,18 @@ class Piece:
     _per_device: dict[object, Tensor | tuple[Tensor, ...]] = field(default_factory=dict)
 
     @classmethod
-    def plan(cls, budget: Budget | None, rows: list[Row], columns: int, valid_Bq: Tensor | None) -> Piece:
-        """Work out one forward of `columns` columns; `valid_Bq` is read on the host once."""
-        fed = [columns] * len(rows)
-        if valid_Bq is not None:
-            fed = [int(count) for count in valid_Bq.sum(-1).tolist()]
-            if all(count == columns for count in fed):
-                valid_Bq = None
+    def plan(
+        cls,
+        budget: Budget | None,
+        rows: list[Row],
+        columns: int,
+        valid_Bq: Tensor | None = None,
+        fed: list[int] | None = None,
+    ) -> Piece:
+        """Work out one forward of `columns` columns, of which each row feeds `fed` (all, unless some are padding)."""
+        fed = [columns] * len(rows) if fed is None else fed
+        if all(count == columns for count in fed):
+            valid_Bq = None
         steps = [schedule.step(budget, row.state, count) for row, count in zip(rows, fed, strict=True)]
         return cls(rows, columns, fed, valid_Bq, [state for state, _ in steps], [keep for _, keep in steps])
 
