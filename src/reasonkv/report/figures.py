@@ -58,7 +58,7 @@ def frontier(
         grid[0, column].set_title(task, fontweight="bold")
         words = "budget, slots per KV head after a compaction" if x == "tokens" else "mean slots per output token"
         grid[-1, column].set_xlabel(words)
-    figure.legend(handles.values(), handles.keys(), loc="outside right center", frameon=False)
+    figure.legend(handles.values(), handles.keys(), loc="outside right upper", frameon=False)
     if note:
         figure.supxlabel(note, fontsize=8, color="#555555")
     figure.savefig(path, dpi=150)
@@ -82,7 +82,7 @@ def _panel(axes: Axes, rows: Sequence[Row], methods: Sequence[str], metric: str,
         colour = _COLOURS[index % len(_COLOURS)]
         (line,) = axes.plot(at, mean, marker=_MARKERS[index % len(_MARKERS)], ms=5, lw=1.6, color=colour)
         low, high = [m - s for m, s in zip(mean, se, strict=True)], [m + s for m, s in zip(mean, se, strict=True)]
-        axes.fill_between(at, low, high, color=colour, alpha=0.18, lw=0)
+        axes.fill_between(at, low, high, color=colour, alpha=0.13, lw=0)
         handles[method] = line
     axes.set_xscale("log", base=2)
     ticks = sorted({round(_x(row, x)) for row in rows if row.tokens is not None}) if x == "tokens" else None

@@ -36,7 +36,7 @@ def _table(task: str, rows: Sequence[Row]) -> Table:
         padding=(0, 1, 0, 0),
     )
     table.add_column("method", no_wrap=True)
-    for heading in ("budget", "n", "top-1 %", "NLL", "KL", "mean slots", "peak slots", "saved bytes %"):
+    for heading in ("budget", "n", "top-1 %", "NLL", "KL", "mean slots", "peak slots", "saved bytes %", "s/trace"):
         table.add_column(heading, justify="right")
     previous = None
     for row in sorted(rows, key=lambda row: row.tokens is not None):
@@ -53,6 +53,7 @@ def _table(task: str, rows: Sequence[Row]) -> Table:
             _cell(e["physical_mean"], 0),
             _cell(e["physical_peak"], 0),
             _cell(e["saved_bytes"], 1, 100),
+            f"{e['seconds'].mean:.2f}",  # a batch's time divided by its rows: it has no spread of its own
         )
         previous = row.method
     return table
@@ -82,7 +83,7 @@ def caption(records: Sequence[Record]) -> str:
         sentences.append(
             f"Budget: slots per KV head and layer that stay after a compaction ({rule} {one['interval']} tokens), "
             f"{one['sinks']} sinks and the {one['recent']} newest among them; {_PROMPT_WORDS[one['prompt']]}. "
-            f"Slots are what attention reads, everything held included."
+            f"Slots are what attention reads, everything held included. s/trace is replay's time, not decoding's."
         )
     sentences.append(f"Seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}.")
     return " ".join(sentences)
