@@ -241,6 +241,25 @@ def test_replay_leaves_table_figure_and_records(model: str, tmp_path: Path) -> N
     assert data["rows"][2]["versus_random"]["top1"]["pairs"] == 2
 
 
+def test_the_demo_shows_every_method_at_every_budget_and_where_results_are(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("reasonkv.testbed.testbed_path", lambda: Path(model))
+    monkeypatch.setattr("reasonkv.evaluate.demo.TASKS", (TASK,))
+    monkeypatch.setattr("reasonkv.evaluate.demo.LONGEST_TRACE", 120)
+    monkeypatch.chdir(tmp_path)
+    code, stdout, _ = run("demo", "--limit", "2")
+    assert code == 0
+    for word in ("full", "random", "streaming", "snapkv:window=16", "rkv", "keydiff", "What to look at:"):
+        assert word in stdout
+    assert "Records: reasonkv-demo/records.jsonl" in stdout
+    assert "Figure:  reasonkv-demo/frontier.png" in stdout
+    records = [json.loads(line) for line in (tmp_path / "reasonkv-demo" / "records.jsonl").read_text().splitlines()]
+    assert len(records) == 2 * (1 + 5 * 3)
+    policies = {json.dumps({**record["budget"], "tokens": 0}) for record in records if record["budget"]}
+    assert len(policies) == 1  # equal protection: nothing but the method and the budget's size differs
+
+
 def test_methods_lists_the_catalogue() -> None:
     code, stdout, _ = run("methods", "--json")
     rows = {row["name"]: row for row in json.loads(stdout)}

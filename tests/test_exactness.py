@@ -130,7 +130,11 @@ def test_a_long_prompt_is_staged_cut_and_freed() -> None:
     storage = cache.compressed_layers[0].storage
     assert storage is not None
     assert storage.allocated == 40
-    assert cache.stats().rows[0].physical_peak == 290
+    stats = cache.stats()
+    assert stats.rows[0].physical_peak == 290
+    slot = 2 * 2 * (16 + 16) * 8  # rows, KV heads, key and value, float64
+    assert stats.bytes_allocated == 3 * 40 * slot
+    assert stats.bytes_allocated_peak <= (2 * 40 + 290) * slot  # one layer's prompt at a time
 
 
 def test_a_long_second_turn_is_staged_and_written_back() -> None:

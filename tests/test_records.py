@@ -45,7 +45,7 @@ CONTRACT = [
 def record(example: int = 0, **changes: object) -> Record:
     values: dict[str, object] = {
         "run": "0123456789ab", "method": "snapkv", "options": {"window": 16}, "budget": Budget(128).to_dict(),
-        "task": "program", "example": example, "seed": 0, "prompt_tokens": 90, "output_tokens": 800, "top1": 0.75,
+        "task": "program", "example": example, "seed": 0, "prompt_tokens": 90, "output_tokens": 800, "trace_correct": True, "top1": 0.75,
         "top5": 0.9, "nll": 0.1 + 0.2, "kl": 1e-9, "first_mismatch": None, "physical_mean": 170.25,
         "physical_peak": 255.0, "physical_terminal": 200.0, "saved_ratio_terminal": 0.8, "bytes_held": 10,
         "bytes_peak": 12, "bytes_full": 100, "events": 5, "tokens_dropped": 640, "guards": {}, "seconds": 0.5,

@@ -14,8 +14,8 @@ from reasonkv.tasks.steps import calculate
 
 SPECS = [
     "program",
-    "program:lines=4,constants=1,report=1",
-    "program:lines=96,constants=8,variables=16,report=8,rarity=100",
+    "program:lines=4,constants=2,report=1",
+    "program:lines=96,constants=8,variables=16,report=8,rarity=90",
     "recall",
     "recall:where=prompt,distance=1000",
     "recall:where=mixed,distance=60,facts=2,ask=1",
@@ -37,12 +37,12 @@ def digest(spec: str, split: str) -> str:
 @pytest.mark.parametrize(
     ("spec", "split", "expected"),
     [
-        ("program", "test", "e37d24587155aacc"),
-        ("program", "train", "ca836b9140c87fbb"),
-        ("recall", "test", "5722d24ab0683d71"),
-        ("recall", "train", "ff50b2370356ceb2"),
-        ("recall:where=prompt,distance=1000", "test", "3fd9cb25cb7fe94a"),
-        ("recall:where=prompt,distance=1000", "train", "a7286881f42f626a"),
+        ("program", "test", "418b744db22321bf"),
+        ("program", "train", "bc02d692134f4944"),
+        ("recall", "test", "1e1c90b9681a46d8"),
+        ("recall", "train", "2d29ce2fefa3eab1"),
+        ("recall:where=prompt,distance=1000", "test", "7965984b65a4cf5e"),
+        ("recall:where=prompt,distance=1000", "train", "1bceb58082adb494"),
         ("longdoc", "test", "9f885f4f323a9beb"),
         ("longdoc", "train", "44f6faf136b144c1"),
         ("longdoc:mode=entity", "test", "672ec9f96be72180"),
@@ -57,7 +57,7 @@ def test_problems_are_the_same_on_every_machine(spec: str, split: str, expected:
 def test_splits_never_share_a_problem(name: str) -> None:
     # tiny dials, so that chance repeats would be found
     easy = {
-        "program": "program:lines=4,constants=1,variables=3,report=1",
+        "program": "program:lines=4,constants=2,variables=3,report=1",
         "recall": "recall:distance=60,facts=2,ask=1,where=prompt",
         "longdoc": "longdoc:tokens=40,ask=1",
     }[name]
@@ -132,21 +132,18 @@ def test_program_traces_are_right_and_every_value_follows_its_name() -> None:
     for example in range(20):
         problem = get_task("program").problem(example)
         values: dict[str, int] = {}
-        for line in problem.trace.split(" </think>")[0].split(" ;"):
-            words = line.split()
-            if not words:
-                continue
-            left, right = words[1 : words.index("=")], words[words.index("=") + 1 :]
-            numbers = []
-            for name, value in itertools.pairwise(left):
-                if name.isalpha() and name in values:
-                    assert values[name] == int(value)
-                    numbers.append(int(value))
-            result = int(right[0])
-            if len(numbers) == 2:
-                assert result == calculate(left[2], *numbers)
-            assert right == [str(result), right[1], str(result)]
-            values[right[1]] = result
+        lines = problem.trace.split(" </think>")[0].split(" ;")[:-1]
+        for line in lines:
+            left, right = (half.split() for half in line.split(" : "))
+            label, operands, result = left[0], left[1:], left[-1]
+            if "=" in left:
+                one, one_value, operator, two, two_value, _, _ = operands
+                assert values[one] == int(one_value)
+                assert values[two] == int(two_value)
+                assert int(result) == calculate(operator, values[one], values[two])
+            assert right == [label, right[1], result]
+            values[right[1]] = int(result)
+        assert len(lines) == get_task("program").lines
         answer = problem.answer.split()
         assert answer == [w for name in answer[::2] for w in (name, str(values[name]))]
 

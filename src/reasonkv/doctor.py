@@ -49,17 +49,17 @@ def examine(model: str | None = None) -> Report:
         versions[name] = "installed" if find_spec(name) else f"not installed (only for {what})"
     try:
         load_config(TESTBED)
-        testbed, problems = "bundled model found", []
+        testbed, missing = "bundled model found", []
     except ModelError as error:
-        testbed, problems = "missing", [str(error)]
+        testbed, missing = "missing", [str(error)]
     facts: dict[str, str] = {}
-    if model is not None:
+    reasons: list[str] = []
+    if model is not None and not (model == TESTBED and missing):
         try:
             facts, reasons = _model_facts(model)
-            problems += reasons
         except ModelError as error:
-            problems.append(str(error))
-    return Report(versions, _devices(), testbed, facts, problems, _advice(model, problems))
+            reasons = [str(error)]
+    return Report(versions, _devices(), testbed, facts, missing + reasons, _advice(model, missing, reasons))
 
 
 def _model_facts(name: str) -> tuple[dict[str, str], list[str]]:
@@ -88,9 +88,11 @@ def _devices() -> list[str]:
     return found
 
 
-def _advice(model: str | None, problems: list[str]) -> str:
-    if problems:
-        return "Use another model, or the bundled one with --model testbed." if model else "See the problem above."
+def _advice(model: str | None, missing: list[str], reasons: list[str]) -> str:
+    if reasons:
+        return "Give another model, or the bundled one: --model testbed."
+    if missing:
+        return "All else is well; only the bundled model is missing."
     if model is None:
         return "All is well; try `reasonkv demo`, or `reasonkv doctor --model M` for a model of yours."
     return f"All is well; try `reasonkv generate --model {model} --method snapkv --budget 1024 --prompt TEXT`."

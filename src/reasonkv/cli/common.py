@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-import os
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -176,15 +176,20 @@ def make_budget(tokens: int, **fields: Any) -> Budget:
     return Budget(tokens, **fields)
 
 
-def open_model(model: str, dtype: str, device: str) -> LoadedModel:
-    """Load a model without the noise its libraries make on the way."""
+def quiet_libraries() -> None:
+    """Keep the libraries that load models from writing over our own progress and errors."""
     import transformers
-
-    from reasonkv.models import load_model
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+
+
+def open_model(model: str, dtype: str, device: str) -> LoadedModel:
+    """Load a model without the noise its libraries make on the way."""
+    from reasonkv.models import load_model
+
+    quiet_libraries()
     return load_model(model, dtype, device)
 
 

@@ -72,6 +72,7 @@ def doctor(
     """
     from reasonkv.doctor import examine
 
+    common.quiet_libraries()
     report = examine(model)
     if json:
         common.print_json(report)

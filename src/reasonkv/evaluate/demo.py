@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from reasonkv.budget import Budget
 from reasonkv.evaluate.runner import ReplayJob
+from reasonkv.evaluate.traces import TraceSettings
 from reasonkv.methods import get_method
 
 TASKS = ("program", "recall")
 METHODS = ("full", "random", "streaming", "snapkv:window=16", "rkv", "keydiff")
 TOKENS = (64, 128, 256)
+LONGEST_TRACE = 1200  # right answers take up to 950 tokens
 WHAT_TO_LOOK_AT = (
     "full KV is the ceiling: it replays its own traces, so its top-1 is 100 % and its KL is 0 up to rounding.",
     "random keeps the prompt like every other method; a method earns its keep by how far it is above random.",
@@ -34,5 +36,6 @@ def demo_job(*, limit: int = 12, seed: int = 0, batch_size: int = 12) -> ReplayJ
         budgets=budgets,
         limit=limit,
         seed=seed,
+        traces=TraceSettings(max_new_tokens=LONGEST_TRACE),
         batch_size=batch_size,
     )

@@ -38,6 +38,7 @@ class Record:
         seed: the run's seed.
         prompt_tokens: tokens of the prompt.
         output_tokens: tokens of the trace that were predicted.
+        trace_correct: whether the trace, as full KV wrote it, gives the right answer.
         top1: share of output tokens where the most likely token is the full-KV model's.
         top5: share where the full-KV model's most likely token is among the five most likely.
         nll: mean negative log-likelihood of the trace's token, nats.
@@ -65,6 +66,7 @@ class Record:
     seed: int
     prompt_tokens: int
     output_tokens: int
+    trace_correct: bool
     top1: float
     top5: float
     nll: float

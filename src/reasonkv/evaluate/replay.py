@@ -118,6 +118,7 @@ def to_record(run: str, task: str, seed: int, cell: Cell, trace: Trace, outcome:
         seed=seed,
         prompt_tokens=len(trace.prompt_P),
         output_tokens=len(trace.output_T),
+        trace_correct=trace.correct,
         top1=metrics.top1,
         top5=metrics.top5,
         nll=metrics.nll,

@@ -58,6 +58,7 @@ def frontier(
         grid[0, column].set_title(task, fontweight="bold")
         words = "budget, slots per KV head after a compaction" if x == "tokens" else "mean slots per output token"
         grid[-1, column].set_xlabel(words)
+    figure.align_ylabels(grid[:, 0])
     figure.legend(handles.values(), handles.keys(), loc="outside right upper", frameon=False)
     if note:
         figure.supxlabel(note, fontsize=8, color="#555555")

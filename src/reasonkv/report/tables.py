@@ -74,9 +74,10 @@ def caption(records: Sequence[Record]) -> str:
         own = {record.example: record for record in records if record.task == task}.values()
         prompt = sum(record.prompt_tokens for record in own) / len(own)
         output = sum(record.output_tokens for record in own) / len(own)
-        lengths.append(f"{task} {len(own)} traces of {prompt:,.0f} + {output:,.0f} tokens")
+        right = sum(record.trace_correct for record in own)
+        lengths.append(f"{task} {prompt:,.0f} + {output:,.0f} tokens, {right} of {len(own)} traces answer right")
     seeds = sorted({record.seed for record in records})
-    sentences = [f"± is one standard error over traces. Prompt + output: {'; '.join(lengths)}."]
+    sentences = [f"± is one standard error over traces. Full KV's traces, prompt + output: {'; '.join(lengths)}."]
     if budgets:
         one = budgets[0]
         rule = "every" if one["trigger"] == "occupancy" else "on the grid of"

@@ -1,7 +1,7 @@
 """`program`: execute a straight-line program, then report some variables.
 
-    <program> n04 7 = q ; n05 3 = b ; n06 b + q = k ; ... ? q k <think>
-    n04 7 = 7 q 7 ; n05 3 = 3 b 3 ; n06 b 3 + q 7 = 0 k 0 ; ... </think> q 7 k 0
+    <program> n04 7 : n04 q ; n05 3 : n05 b ; n06 b + q : n06 k ; ... end n91 ? q k <think>
+    n04 7 : n04 q 7 ; n05 3 : n05 b 3 ; n06 b 3 + q 7 = 0 : n06 k 0 ; ... </think> q 7 k 0
 
 Use of variables is skewed on purpose: `constants` are written once, early, and read rarely; the
 other variables are read and rewritten with Zipf weights, so that the last few of them are touched
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from .base import LABELS, LETTERS, Draft, Draw, GeneratedTask, dial
 from .steps import Line, ask_names, execute_line, random_operator, state_line
 
-_INITIAL = 2  # working variables that get a starting value right after the constants
+_INITIAL = 3  # working variables that get a starting value right after the constants
 
 
 @dataclass(frozen=True)
@@ -25,10 +25,10 @@ class Program(GeneratedTask):
 
     name = "program"
 
-    lines: int = dial(88, 4, 96, "program lines; each is 7 prompt and 11 trace tokens")
+    lines: int = dial(88, 4, 96, "program lines; each is 8 prompt and 13 trace tokens")
     variables: int = dial(12, 3, 16, "variables that are rewritten")
-    constants: int = dial(6, 1, 8, "variables written once, at the start")
-    rarity: int = dial(8, 0, 100, "percent of operands that are constants")
+    constants: int = dial(6, 2, 8, "variables written once, at the start")
+    rarity: int = dial(8, 0, 90, "percent of operands that are constants")
     report: int = dial(4, 1, 8, "variables to report at the end")
 
     def draft(self, draw: Draw) -> Draft:
@@ -47,17 +47,13 @@ class Program(GeneratedTask):
             if number < len(starts):
                 line = Line(label, str(draw.below(10)), "", "", starts[number])
             else:
-                operands = []
-                for _ in range(2):
-                    if draw.below(100) < self.rarity:
-                        operands.append(draw.choice(constants))
-                        continue
-                    name = working[draw.weighted(edges)]
-                    while name not in values:
-                        name = working[draw.weighted(edges)]
-                    operands.append(name)
+                left = self._operand(draw, constants, working, edges, values)
+                right = self._operand(draw, constants, working, edges, values)
+                while right == left:
+                    right = self._operand(draw, constants, working, edges, values)
+                operator = random_operator(draw, values[left], values[right])
                 target = working[draw.weighted(edges)]
-                line = Line(label, operands[0], random_operator(draw), operands[1], target)
+                line = Line(label, left, operator, right, target)
             state_line(draft, line)
             execute_line(draft, line, values)
             for name in (line.left, line.right, line.target):
@@ -66,8 +62,19 @@ class Program(GeneratedTask):
         report = min(self.report, len(known))
         oldest = known[: (report + 1) // 2]
         asked = oldest + draw.sample(known[len(oldest) :], report - len(oldest))
-        ask_names(draft, draw.sample(asked, report), values)
+        ask_names(draft, label, draw.sample(asked, report), values)
         return draft
+
+    def _operand(
+        self, draw: Draw, constants: list[str], working: list[str], edges: list[float], values: dict[str, int]
+    ) -> str:
+        """A variable that has a value: rarely a constant, else by the working variables' weights."""
+        if draw.below(100) < self.rarity:
+            return draw.choice(constants)
+        name = working[draw.weighted(edges)]
+        while name not in values:
+            name = working[draw.weighted(edges)]
+        return name
 
 
 def _zipf(count: int) -> list[float]:

@@ -4,10 +4,11 @@ With `where=trace` the value of a fact stands only in the trace: the prompt give
 updates of an accumulator (here `u`), and each fact is a reading of it, so that no single forward
 can recompute a fact that was lost. The work is a loop whose passes are counted down.
 
-    <recall> n10 7 = u ; n11 u * 3 = u ; n12 u + 5 = k ; ... n30 2 = a ; ...
-    left n01 ; n40 a + b = c ; n41 ... ; ? k m <think>
-    n10 7 = 7 u 7 ; n11 u 7 * 3 = 1 u 1 ; n12 u 1 + 5 = 6 k 6 ; ... n30 2 = 2 a 2 ; ...
-    left n01 ; n40 a 2 + b 4 = 6 c 6 ; n41 ... ; left n00 ; n40 ... ; </think> k 6 m 3
+    <recall> n10 7 : n10 u ; n11 u * 3 : n11 u ; n12 u + 5 : n12 k ; ... n30 2 : n30 a ; ...
+    left n01 ; n40 a + b : n40 c ; n41 ... ; end n47 ? k m <think>
+    n10 7 : n10 u 7 ; n11 u 7 * 3 = 1 : n11 u 1 ; n12 u 1 + 5 = 6 : n12 k 6 ; ...
+    n30 2 : n30 a 2 ; ... left n01 ; n40 a 2 + b 4 = 6 : n40 c 6 ; n41 ... ;
+    left n00 ; n40 ... ; </think> k 6 m 3
 
 With `where=prompt` the facts stand in the prompt as `k 6 ;` and are not restated.
 """
@@ -20,7 +21,8 @@ from .base import LABELS, LETTERS, Draft, Draw, GeneratedTask, choice_dial, dial
 from .steps import Line, ask_names, execute_line, random_operator, state_line
 
 _WORK_NAMES = 5
-_LOOP_LINES = range(6, 15)
+_LOOP_LINES = range(5, 13)
+_LINE_TOKENS = 13
 
 
 @dataclass(frozen=True)
@@ -55,14 +57,11 @@ class Recall(GeneratedTask):
         for line in before:
             state_line(draft, line)
             execute_line(draft, line, values)
-        loop = [
-            Line(label, draw.choice(work), random_operator(draw), draw.choice(work), target)
-            for label, target in zip(
-                labels[chain + _WORK_NAMES :],
-                [draw.choice(work) for _ in range(loop_lines)],
-                strict=True,
-            )
-        ]
+        loop = []
+        for label in labels[chain + _WORK_NAMES :]:
+            left, right = draw.sample(work, 2)
+            operator = random_operator(draw, values[left], values[right])
+            loop.append(Line(label, left, operator, right, draw.choice(work)))
         draft.prompt += ["left", LABELS[passes - 1], ";"]
         for line in loop:
             state_line(draft, line)
@@ -70,7 +69,7 @@ class Recall(GeneratedTask):
             draft.write(f"left {LABELS[left]} ;", "cac" if left < passes - 1 else "ccc")
             for line in loop:
                 execute_line(draft, line, values)
-        ask_names(draft, draw.sample(keys, min(self.ask, len(keys))), values)
+        ask_names(draft, labels[-1], draw.sample(keys, min(self.ask, len(keys))), values)
         return draft
 
     def _chain(self, draw: Draw, labels: list[str], accumulator: str, keys: list[str]) -> list[Line]:
@@ -81,7 +80,7 @@ class Recall(GeneratedTask):
         for number, label in enumerate(labels[1:]):
             target = accumulator if number % 2 == 0 else keys[number // 2]
             # `* 1, 3, 7` are the one-to-one products after which the chain is still any digit
-            operator = random_operator(draw)
+            operator = random_operator(draw, 1, 2)
             operand = draw.choice((1, 3, 7)) if operator == "*" else draw.between(1, 9)
             lines.append(Line(label, accumulator, operator, str(operand), target))
         return lines
@@ -91,7 +90,7 @@ def _loop_shape(draw: Draw, distance: int) -> tuple[int, int]:
     """(lines in the loop, passes) whose work is as close to `distance` tokens as 4 % allows."""
     shapes = []
     for lines in _LOOP_LINES:
-        size = 11 * lines + 3
+        size = _LINE_TOKENS * lines + 3
         passes = max(1, min(len(LABELS), round(distance / size)))
         shapes.append((abs(passes * size - distance), lines, passes))
     shapes.sort()

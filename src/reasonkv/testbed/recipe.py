@@ -51,13 +51,13 @@ class Recipe:
     intermediate: int = 512
     learning_rate: float = 1.5e-3
     warmup: int = 50
-    decay: float = 0.4
+    decay: float = 0.25
     weight_decay: float = 0.01
     clip: float = 1.0
-    promote_at: float = 0.97
-    review: float = 0.35
+    promote_at: float = 0.95
+    review: float = 0.2
     seed: int = 1
-    save_every: int = 250
+    save_every: int = 100
     log_every: int = 10
     autocast: bool = True
 
@@ -87,7 +87,7 @@ class Recipe:
     def smoke() -> Recipe:
         """A tiny model and a few steps: seconds, for tests of the machinery."""
         courses = {
-            "program": Course((Stage(120, {"lines": (4, 6), "constants": (1, 2)}),)),
+            "program": Course((Stage(120, {"lines": (4, 6), "constants": (2, 2)}),)),
             "longdoc": Course((Stage(120, {"tokens": (40, 60), "ask": (2, 3)}),)),
         }
         return replace(
@@ -127,11 +127,10 @@ def _longdoc(tokens: int, length: Range, ask: Range, *modes: str) -> Stage:
 _COURSES: Mapping[str, Course] = {
     "program": Course(
         (
-            _program(1400, (8, 14), (1, 2), (4, 8), (2, 4)),
+            _program(1400, (8, 14), (2, 2), (4, 8), (2, 4)),
             _program(2000, (10, 24), (2, 4), (4, 8), (2, 6)),
             _program(3200, (20, 48), (3, 6), (6, 12), (3, 6)),
-            _program(3200, (40, 72), (4, 6), (8, 14), (4, 8)),
-            _program(3400, (64, 96), (5, 8), (10, 16), (4, 8)),
+            _program(3200, (32, 60), (4, 8), (8, 14), (4, 8)),
         )
     ),
     "recall": Course(
@@ -139,9 +138,7 @@ _COURSES: Mapping[str, Course] = {
             _recall(1200, (60, 120), (2, 4), (2, 4)),
             _recall(1600, (100, 300), (3, 8), (3, 8)),
             _recall(2000, (250, 700), (4, 10), (4, 10)),
-            _recall(2400, (400, 900), (6, 12), (4, 12)),
-            _recall(3000, (400, 1500), (6, 12), (4, 12)),
-            _recall(3400, (600, 3000), (6, 12), (4, 12)),
+            _recall(2400, (300, 700), (6, 10), (4, 8)),
         )
     ),
     "longdoc": Course(
@@ -150,7 +147,6 @@ _COURSES: Mapping[str, Course] = {
             _longdoc(1500, (80, 240), (8, 24), "facts", "facts", "entity"),
             _longdoc(2000, (200, 600), (16, 32), "facts", "facts", "entity"),
             _longdoc(2600, (500, 1200), (16, 32), "facts", "facts", "facts", "entity"),
-            _longdoc(2800, (800, 2400), (16, 32), "facts", "facts", "facts", "entity"),
         )
     ),
 }

@@ -78,6 +78,7 @@ class CompressedCache(Cache):
         self.rows: list[Row] = []
         self.columns_seen = 0
         self.compaction_seconds = 0.0
+        self.bytes_peak = 0
         self._model = weakref.ref(model)
         current = base_kernel(model.config)
         self._restore = "eager" if current == "reference" else current  # another open cache may drive our own kernel
@@ -172,6 +173,11 @@ class CompressedCache(Cache):
             protected[:, :, -recent:] = True
         return protected if self.budget.prompt == "count" else protected | is_prompt_BHN
 
+    def note_allocation(self) -> None:
+        """Called when a layer allocated: remember the most bytes of keys and values that were alive at once."""
+        live = sum(x.storage.bytes_allocated() for x in self.compressed_layers if x.storage is not None)
+        self.bytes_peak = max(self.bytes_peak, live)
+
     def note_folds(self, rows: list[int], plan: Plan) -> None:
         """Count folded slots for `stats()`, as a mean over heads and layers."""
         assert plan.fold is not None
@@ -208,9 +214,10 @@ class CompressedCache(Cache):
                     bytes_full=state.length * plain,
                 )
             )
-        live = sum(t.numel() * t.element_size() for s in storages for t in (s.keys, s.values) if t is not None)
+        live = sum(storage.bytes_allocated() for storage in storages)
         compressed = len(self.compressed_layers)
-        return CacheStats(rows, compressed, len(self.layers) - compressed, self.compaction_seconds, live)
+        others = len(self.layers) - compressed
+        return CacheStats(rows, compressed, others, self.compaction_seconds, live, self.bytes_peak)
 
     def slot_positions(self, layer: int) -> list[Tensor]:
         """Token index of every slot a layer holds now, int64 [H, P] per row."""
@@ -227,7 +234,7 @@ class CompressedCache(Cache):
     def reset(self) -> None:
         """Forget everything fed; the cache can then be used for another batch."""
         super().reset()
-        self.rows, self.piece, self.columns_seen, self.compaction_seconds = [], None, 0, 0.0
+        self.rows, self.piece, self.columns_seen, self.compaction_seconds, self.bytes_peak = [], None, 0, 0.0, 0
 
     def take_over(self) -> None:
         """Set the model's attention to ours, in case another cache was made or closed since."""

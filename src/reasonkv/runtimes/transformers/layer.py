@@ -68,7 +68,10 @@ class CompressedLayer(CacheLayerMixin):
         piece = self.piece
         if self.storage is None:
             self.storage = self.cache.new_storage()
+        allocated = self.storage.allocated
         keys, values = self.storage.append(key_states, value_states, piece)
+        if self.storage.allocated != allocated:
+            self.cache.note_allocation()
         keys.reasonkv_layer = self  # type: ignore[attr-defined]
         self.waiting = self.is_initialized = True
         return keys, values

@@ -19,7 +19,7 @@ class RowStats:
         tokens_dropped: slots dropped or folded away by them, per KV head.
         tokens_folded: those of them that live on in another slot.
         bytes_held: bytes this row's storage takes when it runs alone: slots allocated, token indices, counts, queries.
-        bytes_peak: bytes of the most slots held at once (a long prompt before it is cut), if larger than bytes_held.
+        bytes_peak: bytes if all layers held the row's peak at once, as they would without staging; at least bytes_held.
         bytes_full: bytes of keys and values a cache without bound would hold for the same tokens.
 
     """
@@ -51,6 +51,7 @@ class CacheStats:
         compressed_layers, other_layers: layers under the method; sliding layers that stay stock and are not counted.
         compaction_seconds: host time spent in events (on an accelerator, without waiting for it).
         bytes_allocated: bytes of keys and values allocated now for the whole batch, ragged tails included.
+        bytes_allocated_peak: the most that was allocated at once; a long prompt is staged one layer at a time.
 
     """
 
@@ -59,6 +60,7 @@ class CacheStats:
     other_layers: int
     compaction_seconds: float
     bytes_allocated: int
+    bytes_allocated_peak: int
 
     def __str__(self) -> str:
         if not self.rows:

@@ -36,7 +36,6 @@ class LayerStorage:
         self.token_index: Tensor | None = None  # int32 [B, H, K]; meaningful for a row's settled slots
         self.counts: Tensor | None = None  # int32 [B, H, K]
         self.ring: Tensor | None = None  # [B, Hq, T, D]; token t stands at t % T
-        self.peak_bytes = 0
 
     @property
     def allocated(self) -> int:
@@ -144,6 +143,11 @@ class LayerStorage:
             self._write(rows, keys, values)
             self._settle(rows, plan, index, counts)
 
+    def bytes_allocated(self) -> int:
+        """Bytes of keys and values allocated now for the whole batch, a staging buffer included."""
+        live = (self.keys, self.values, *(self.home or ()))
+        return sum(t.numel() * t.element_size() for t in live if t is not None)
+
     def bytes_per_slot(self) -> int:
         """Bytes of one slot of all KV heads: key, value, token index and count."""
         if self.keys is None or self.values is None:
@@ -182,8 +186,6 @@ class LayerStorage:
             if self.keys is not None and self.values is not None and self.home is None:
                 self.home = (self.keys, self.values)
             self._grow(width, keys, values)
-        assert self.keys is not None and self.values is not None
-        self._note_peak()
 
     def _grow(self, slots: int, keys: Tensor, values: Tensor) -> None:
         old = (self.keys, self.values)
@@ -254,8 +256,3 @@ class LayerStorage:
         out = fresh_BHN.clone(memory_format=torch.contiguous_format)
         out[:, :, :upto] = torch.where(is_old, old, out[:, :, :upto])
         return out
-
-    def _note_peak(self) -> None:
-        live = [self.keys, self.values, *(self.home or ())]
-        total = sum(t.numel() * t.element_size() for t in live if t is not None)
-        self.peak_bytes = max(self.peak_bytes, total)
