@@ -314,9 +314,10 @@ def test_unsupported_uses_are_refused_in_one_sentence() -> None:
         square = torch.ones(1, 1, 20, 20, dtype=torch.bool).tril()
         with torch.no_grad(), pytest.raises(UnsupportedModelError, match="4-D"):
             model(ids, attention_mask=square, past_key_values=cache)
-        cache.reset()
-        with pytest.raises((UnsupportedModelError, ValueError)):
-            generate(model, ids, mask, cache, assistant_model=tiny_model("qwen3", torch.float32))
+        for speculation in ({"assistant_model": tiny_model("qwen3", torch.float32)}, {"prompt_lookup_num_tokens": 3}):
+            cache.reset()
+            with pytest.raises(UnsupportedModelError, match="rolled back"):
+                generate(model, ids, mask, cache, **speculation)
     with pytest.raises(UnsupportedModelError, match="flex_attention"):
         CompressedCache(model, "keydiff", BUDGET, kernel="flex_attention")
 

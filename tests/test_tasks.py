@@ -4,7 +4,6 @@ that accept the right answer and nothing else."""
 from __future__ import annotations
 
 import hashlib
-import itertools
 
 import pytest
 

@@ -13,6 +13,7 @@ from reasonkv.methods.base import Needs, ScorerMethod
 from reasonkv.selection import (
     average_pool,
     by_head,
+    check_window,
     fill_window,
     group_mean,
     max_pool,
@@ -72,10 +73,7 @@ class RKV(ScorerMethod):
         for key, unset in (("window", 0), ("kernel", 0), ("weight", -1.0)):
             if getattr(self, key) == unset:
                 object.__setattr__(self, key, getattr(_FORMS[self.form], key))
-        if self.window < 1:
-            raise ValueError(f"window must be at least 1, not {self.window}.")
-        if self.kernel < 1 or self.kernel % 2 == 0:
-            raise ValueError(f"kernel must be an odd number of slots, not {self.kernel}.")
+        check_window(self.window, self.kernel)
         if not 0.0 <= self.weight <= 1.0:
             raise ValueError(f"weight must be between 0 and 1, not {self.weight}.")
         if not 0.0 <= self.threshold <= 1.0:

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from reasonkv.methods.base import Needs, ScorerMethod
-from reasonkv.selection import average_pool, fill_window, group_mean, max_pool, window_attention
+from reasonkv.selection import average_pool, check_window, fill_window, group_mean, max_pool, window_attention
 from reasonkv.view import SlotView
 
 
@@ -39,10 +39,7 @@ class SnapKV(ScorerMethod):
     denominator: Literal["all", "old"] = "all"
 
     def __post_init__(self) -> None:
-        if self.window < 1:
-            raise ValueError(f"window must be at least 1, not {self.window}.")
-        if self.kernel < 1 or self.kernel % 2 == 0:
-            raise ValueError(f"kernel must be an odd number of slots, not {self.kernel}.")
+        check_window(self.window, self.kernel)
         if self.pooling not in ("avg", "max"):
             raise ValueError(f"pooling must be avg or max, not {self.pooling!r}.")
         if self.denominator not in ("all", "old"):
