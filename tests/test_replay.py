@@ -258,25 +258,25 @@ def test_kill_9_in_the_middle_then_the_same_command_gives_the_records_of_an_unin
     assert again.returncode == 0, again.stderr
     after = read_records(path)
     assert after[: len(before)] == before
-    torch.set_num_threads(1)  # as the processes: another number may round otherwise
     assert timeless(after) == timeless(run_replay(job(), load_model(str(folder)), tmp_path / "whole"))
 
 
 def test_a_prompt_that_a_keep_budget_cannot_hold_is_refused_before_any_replay(tmp_path: Path) -> None:
     budgets = [dataclasses.replace(BUDGET, tokens=60, prompt="keep")]
-    with pytest.raises(BudgetError, match=r"prompt of 8\d tokens"):
+    with pytest.raises(BudgetError, match=r"prompt of \d+ tokens"):
         run_replay(job(budgets=budgets), tiny_loaded(), tmp_path)
     assert not (tmp_path / "records.jsonl").exists()
 
 
 def test_a_run_can_be_asked_for_equal_mean_lengths_instead_of_equal_budgets(tmp_path: Path) -> None:
+    wanted_mean = len(get_task(TASK).problem(0).prompt.split()) + 20  # reachable: all 60 output tokens give 30 more
     found = {}
     for policy in ("count", "on_top"):
         one = dataclasses.replace(BUDGET, prompt=policy, interval=4)
-        wanted = job(methods=[get_method("keydiff")], budgets=[one], mean_slots=[100])
+        wanted = job(methods=[get_method("keydiff")], budgets=[one], mean_slots=[wanted_mean])
         found[policy] = run_replay(wanted, tiny_loaded(), tmp_path / policy)
     for records in found.values():
         assert len(records) == 5
         mean = sum(record.physical_mean for record in records) / 5
-        assert mean == pytest.approx(100, rel=0.02)
+        assert mean == pytest.approx(wanted_mean, rel=0.02)
     assert found["count"][0].budget != found["on_top"][0].budget

@@ -20,7 +20,7 @@ SPECS = [
     "recall:where=mixed,distance=60,facts=2,ask=1",
     "recall:distance=3000,facts=12,ask=12",
     "longdoc",
-    "longdoc:mode=entity,ask=4",
+    "longdoc:mode=passage,ask=20",
     "longdoc:tokens=3200,ask=32",
     "longdoc:tokens=40,ask=1",
 ]
@@ -44,8 +44,8 @@ def digest(spec: str, split: str) -> str:
         ("recall:where=prompt,distance=1000", "train", "1bceb58082adb494"),
         ("longdoc", "test", "9f885f4f323a9beb"),
         ("longdoc", "train", "44f6faf136b144c1"),
-        ("longdoc:mode=entity", "test", "672ec9f96be72180"),
-        ("longdoc:mode=entity", "train", "149a3d8964585c64"),
+        ("longdoc:mode=passage", "test", "672ec9f96be72180"),
+        ("longdoc:mode=passage", "train", "149a3d8964585c64"),
     ],
 )
 def test_problems_are_the_same_on_every_machine(spec: str, split: str, expected: str) -> None:
@@ -178,7 +178,7 @@ def test_recall_states_a_fact_once_and_far_from_its_question(where: str, distanc
 
 def test_longdoc_has_the_length_asked_for_and_one_fact_for_each_key() -> None:
     for tokens in (40, 200, 1100, 3200):
-        for mode in ("facts", "entity"):
+        for mode in ("facts", "passage"):
             problem = get_task(f"longdoc:tokens={tokens},mode={mode}").problem(0)
             words = problem.prompt.split()
             document = words[1 : words.index("?")]

@@ -22,7 +22,7 @@ from reasonkv.testbed.initial import initialise
 from reasonkv.testbed.tokenizer import EOS, UNK, VOCABULARY, make_tokenizer
 
 FAMILIES = ["program", "recall", "longdoc"]
-ALL_SPECS = [*FAMILIES, "recall:where=prompt", "longdoc:mode=entity"]
+ALL_SPECS = [*FAMILIES, "recall:where=prompt", "longdoc:mode=passage"]
 
 
 @pytest.mark.parametrize("spec", ALL_SPECS)

@@ -11,7 +11,7 @@ from reasonkv.models import LoadedModel, model_hash
 from reasonkv.testbed.recipe import Recipe
 from reasonkv.testbed.tokenizer import make_tokenizer
 
-TASK = "program:lines=12,constants=2"  # prompts of 80 to 90 tokens
+TASK = "program:lines=12,constants=2"  # prompts of about a hundred tokens
 
 
 def tiny_model(dtype: torch.dtype = torch.float32) -> PreTrainedModel:

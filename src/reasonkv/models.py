@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ DTYPES = {
     "float64": torch.float64,
 }
 _SAMPLED_VALUES = 64
+_SMALL = 20_000_000  # parameters
 _UNIDENTIFIED = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures"}
 
 
@@ -113,6 +116,25 @@ def load_config(name: str) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(source)
     except Exception as error:
         raise ModelError(_sentence(name, error)) from None
+
+
+@contextmanager
+def one_thread_if_small(model: PreTrainedModel) -> Iterator[None]:
+    """Run a small model on a CPU with one thread, and restore the number of threads afterwards.
+
+    Its operations are too short to be worth splitting, and where another job holds a core, every split waits for the
+    scheduler: the bundled model's traces took 360 s on two threads of a busy two-core machine and 12 s on one. Results
+    then do not depend on the number of cores either.
+    """
+    threads = torch.get_num_threads()
+    small = model.device.type == "cpu" and model.num_parameters() < _SMALL
+    if small:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        if small:
+            torch.set_num_threads(threads)
 
 
 def model_hash(model: PreTrainedModel) -> str:

@@ -65,6 +65,7 @@ def generate(
 
     loaded = common.open_model(model, dtype, device)
     from reasonkv.evaluate.generate import Sampling, context_length, encode, generate_rows
+    from reasonkv.models import one_thread_if_small
     from reasonkv.runtimes.transformers import CompressedCache
 
     rows = []
@@ -78,9 +79,12 @@ def generate(
             raise UsageError(f"The prompt has {len(ids)} tokens; {loaded.name} takes 1 to {(context or 0) - 1}.")
         room = max_new_tokens if context is None else min(max_new_tokens, context - len(ids))
         sampling = Sampling(temperature, top_p) if temperature > 0 else None
-        with CompressedCache(
-            loaded.model, chosen, limits, prompt_lengths=[len(ids)], seed=seed, max_length=len(ids) + room
-        ) as cache:
+        with (
+            one_thread_if_small(loaded.model),
+            CompressedCache(
+                loaded.model, chosen, limits, prompt_lengths=[len(ids)], seed=seed, max_length=len(ids) + room
+            ) as cache,
+        ):
             (output,) = generate_rows(loaded.model, [ids], room, sampling=sampling, seed=seed + number, cache=cache)
             stats = cache.stats().rows[0]
         text_out = str(loaded.tokenizer.decode(output, skip_special_tokens=True))

@@ -13,7 +13,7 @@ from reasonkv.evaluate.records import RECORDS, Record, append_records, read_reco
 from reasonkv.evaluate.replay import Cell, replay_batch, to_record
 from reasonkv.evaluate.traces import Trace, TraceSettings, load_or_make_traces
 from reasonkv.methods import Method
-from reasonkv.models import LoadedModel
+from reasonkv.models import LoadedModel, one_thread_if_small
 from reasonkv.tasks import get_task
 
 Progress = Callable[[str, int, int], None]
@@ -112,7 +112,7 @@ def run_replay(job: ReplayJob, model: LoadedModel, folder: Path, progress: Progr
     job.cells()  # what is wrong with the arguments alone is said before any work
     tasks = {spec: get_task(spec) for spec in job.tasks}
     manifest = job.manifest(model)
-    with open_results(folder, manifest):
+    with open_results(folder, manifest), one_thread_if_small(model.model):
         path = folder / RECORDS
         repair(path)
         done = {record.key for record in read_records(path)}

@@ -4,11 +4,11 @@
     </think> n17 c 1 1 ; n42 f 0 9 ;
 
 A fact has a two-token key, an entity (label) and an attribute (letter); neither alone is enough to
-find it. Facts of one entity stand together. With `mode=entity` a question is an entity alone, and
-the answer restates all its facts in order:
+find it. Facts of one entity stand together; the questions are about different entities. With
+`mode=passage` a question gives the first and last key of a passage, and the answer restates it:
 
-    ... ? n42 all n17 all <think>
-    </think> n42 c 7 3 ; n42 f 0 9 ; n17 c 1 1 ; n17 a 5 0 ;
+    ... ? n42 f to n17 a <think>
+    </think> n42 f 0 9 ; n17 c 1 1 ; n17 a 5 0 ;
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ class LongDoc(GeneratedTask):
 
     name = "longdoc"
 
-    mode: str = choice_dial("facts", ("facts", "entity"), "ask single facts, or whole entities")
+    mode: str = choice_dial("facts", ("facts", "passage"), "ask single facts, or restate passages")
     tokens: int = dial(1100, 40, 3200, "document length in tokens; a fact is 5")
-    ask: int = dial(8, 1, 32, "questions")
+    ask: int = dial(8, 1, 32, "questions, or about how many facts a passage has")
 
     def draft(self, draw: Draw) -> Draft:
         """One document with questions and answers."""
@@ -41,18 +41,31 @@ class LongDoc(GeneratedTask):
                 draft.prompt += fact
         draft.prompt.append("?")
         draft.write("</think>", "c")
-        if self.mode == "entity":
-            for section in draw.sample(sections, min(self.ask, len(sections))):
-                draft.prompt += [section[0][0], "all"]
-                for fact in section:
-                    draft.write(" ".join(fact), "AAAAA")
+        facts = [fact for section in sections for fact in section]
+        if self.mode == "passage":
+            asked = _passage(draw, facts, self.ask)
+            draft.prompt += [*asked[0][:2], "to", *asked[-1][:2]]
         else:
-            facts = [fact for section in sections for fact in section]
-            for fact in draw.sample(facts, min(self.ask, len(facts))):
+            asked = self._questions(draw, sections, facts)
+            for fact in asked:
                 draft.prompt += fact[:2]
-                draft.write(" ".join(fact), "AAAAA")
+        for fact in asked:
+            draft.write(" ".join(fact), "AAAAA")
         draft.prompt.append("<think>")
         return draft
+
+    def _questions(self, draw: Draw, sections: list[list[list[str]]], facts: list[list[str]]) -> list[list[str]]:
+        """Facts of different entities as far as there are enough, else any facts."""
+        if self.ask > len(sections):
+            return draw.sample(facts, min(self.ask, len(facts)))
+        return [draw.choice(section) for section in draw.sample(sections, self.ask)]
+
+
+def _passage(draw: Draw, facts: list[list[str]], ask: int) -> list[list[str]]:
+    """Consecutive facts: `ask` of them, give or take half."""
+    size = min(len(facts), max(1, ask + draw.between(-(ask // 2), ask // 2)))
+    start = draw.below(len(facts) - size + 1)
+    return facts[start : start + size]
 
 
 def _sections(draw: Draw, count: int) -> list[list[list[str]]]:

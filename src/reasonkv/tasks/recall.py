@@ -5,10 +5,10 @@ updates of an accumulator (here `u`), and each fact is a reading of it, so that 
 can recompute a fact that was lost. The work is a loop whose passes are counted down.
 
     <recall> n10 7 : n10 u ; n11 u * 3 : n11 u ; n12 u + 5 : n12 k ; ... n30 2 : n30 a ; ...
-    left n01 ; n40 a + b : n40 c ; n41 ... ; end n47 ? k m <think>
+    left n02 ; n40 a + b : n40 c ; n41 ... ; end n47 ? k m <think>
     n10 7 : n10 u 7 ; n11 u 7 * 3 = 1 : n11 u 1 ; n12 u 1 + 5 = 6 : n12 k 6 ; ...
-    n30 2 : n30 a 2 ; ... left n01 ; n40 a 2 + b 4 = 6 : n40 c 6 ; n41 ... ;
-    left n00 ; n40 ... ; </think> k 6 m 3
+    n30 2 : n30 a 2 ; ... left n02 ; n40 a 2 + b 4 = 6 : n40 c 6 ; n41 ... ;
+    left n01 ; n40 ... ; left n00 ; </think> k 6 m 3
 
 With `where=prompt` the facts stand in the prompt as `k 6 ;` and are not restated.
 """
@@ -62,13 +62,14 @@ class Recall(GeneratedTask):
             left, right = draw.sample(work, 2)
             operator = random_operator(draw, values[left], values[right])
             loop.append(Line(label, left, operator, right, draw.choice(work)))
-        draft.prompt += ["left", LABELS[passes - 1], ";"]
+        draft.prompt += ["left", LABELS[passes], ";"]
         for line in loop:
             state_line(draft, line)
-        for left in reversed(range(passes)):
-            draft.write(f"left {LABELS[left]} ;", "cac" if left < passes - 1 else "ccc")
+        for left in range(passes, 0, -1):
+            draft.write(f"left {LABELS[left]} ;", "ccc" if left == passes else "cac")
             for line in loop:
                 execute_line(draft, line, values)
+        draft.write(f"left {LABELS[0]} ;", "cac")
         ask_names(draft, labels[-1], draw.sample(keys, min(self.ask, len(keys))), values)
         return draft
 
@@ -91,7 +92,7 @@ def _loop_shape(draw: Draw, distance: int) -> tuple[int, int]:
     shapes = []
     for lines in _LOOP_LINES:
         size = _LINE_TOKENS * lines + 3
-        passes = max(1, min(len(LABELS), round(distance / size)))
+        passes = max(1, min(len(LABELS) - 1, round(distance / size)))
         shapes.append((abs(passes * size - distance), lines, passes))
     shapes.sort()
     close = [shape for shape in shapes if shape[0] <= 0.04 * distance] or shapes[:1]

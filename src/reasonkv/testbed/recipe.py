@@ -131,6 +131,7 @@ _COURSES: Mapping[str, Course] = {
             _program(2000, (10, 24), (2, 4), (4, 8), (2, 6)),
             _program(3200, (20, 48), (3, 6), (6, 12), (3, 6)),
             _program(3200, (32, 60), (4, 8), (8, 14), (4, 8)),
+            _program(3800, (48, 92), (4, 8), (10, 16), (4, 8)),
         )
     ),
     "recall": Course(
@@ -139,14 +140,16 @@ _COURSES: Mapping[str, Course] = {
             _recall(1600, (100, 300), (3, 8), (3, 8)),
             _recall(2000, (250, 700), (4, 10), (4, 10)),
             _recall(2400, (300, 700), (6, 10), (4, 8)),
+            _recall(2800, (300, 1200), (6, 12), (4, 8)),
         )
     ),
     "longdoc": Course(
         (
-            _longdoc(1200, (40, 80), (4, 8), "facts", "entity"),
-            _longdoc(1500, (80, 240), (8, 24), "facts", "facts", "entity"),
-            _longdoc(2000, (200, 600), (16, 32), "facts", "facts", "entity"),
-            _longdoc(2600, (500, 1200), (16, 32), "facts", "facts", "facts", "entity"),
+            _longdoc(1200, (40, 80), (4, 8), "facts", "passage"),
+            _longdoc(1500, (80, 240), (8, 24), "facts", "facts", "passage"),
+            _longdoc(2000, (200, 600), (16, 32), "facts", "facts", "passage"),
+            _longdoc(2600, (500, 1200), (16, 32), "facts", "facts", "facts", "passage"),
+            _longdoc(2800, (700, 1800), (16, 32), "facts", "facts", "facts", "passage"),
         )
     ),
 }
