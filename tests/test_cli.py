@@ -217,7 +217,7 @@ def test_every_command_has_help_with_an_example(command: str) -> None:
 
 
 def test_help_needs_no_heavy_import() -> None:
-    code = "import sys, reasonkv.cli; print([m for m in ('transformers', 'matplotlib') if m in sys.modules])"
+    code = "import sys, reasonkv.cli; print([m for m in ('torch', 'transformers', 'matplotlib') if m in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env={
         "PYTHONPATH": ":".join(sys.path)})  # fmt: skip
     assert found.stdout.strip() == "[]"

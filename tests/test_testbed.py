@@ -12,8 +12,9 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3ForCausalLM
 
+from reasonkv import testbed
 from reasonkv.tasks import get_task
-from reasonkv.testbed import Recipe, TrainingError, evaluate_model, load_testbed, testbed_path, train
+from reasonkv.testbed import Recipe, TrainingError, evaluate_model, load_testbed, train
 from reasonkv.testbed import training as training_module
 from reasonkv.testbed.attention import training_attention
 from reasonkv.testbed.data import make_batch
@@ -75,7 +76,7 @@ def test_a_batch_predicts_exactly_the_trace_and_the_end(family: str) -> None:
 def test_training_problems_are_never_test_problems() -> None:
     recipe = Recipe.smoke()
     tokenizer = make_tokenizer()
-    tested = {get_task("program:lines=4,constants=1").problem(i).prompt for i in range(200)}
+    tested = {get_task("program:lines=4,constants=2").problem(i).prompt for i in range(200)}
     for step in range(20):
         for row in make_batch(recipe, "program", step, 0).ids:
             text = tokenizer.decode(row)
@@ -183,7 +184,7 @@ def test_a_damaged_checkpoint_is_refused_in_one_sentence(tmp_path: Path) -> None
 
 
 def test_bundled_model_is_an_ordinary_small_model_folder() -> None:
-    folder = testbed_path()
+    folder = testbed.testbed_path()
     names = {path.name for path in folder.iterdir()}
     assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "README.md"} <= names
     assert sum(path.stat().st_size for path in folder.iterdir()) <= 12_000_000

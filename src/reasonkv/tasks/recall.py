@@ -27,12 +27,12 @@ _LINE_TOKENS = 13
 
 @dataclass(frozen=True)
 class Recall(GeneratedTask):
-    """The dials of `recall`; the default trace is about 750 tokens."""
+    """The dials of `recall`; the default trace is about 650 tokens."""
 
     name = "recall"
 
     where: str = choice_dial("trace", ("trace", "prompt", "mixed"), "where the facts are stated")
-    distance: int = dial(550, 60, 3000, "tokens of unrelated work between facts and questions")
+    distance: int = dial(400, 60, 3000, "tokens of unrelated work between facts and questions")
     facts: int = dial(8, 2, 12, "facts stated")
     ask: int = dial(4, 1, 12, "facts asked for")
 
@@ -65,8 +65,8 @@ class Recall(GeneratedTask):
         draft.prompt += ["left", LABELS[passes], ";"]
         for line in loop:
             state_line(draft, line)
-        for left in range(passes, 0, -1):
-            draft.write(f"left {LABELS[left]} ;", "ccc" if left == passes else "cac")
+        for remaining in range(passes, 0, -1):
+            draft.write(f"left {LABELS[remaining]} ;", "ccc" if remaining == passes else "cac")
             for line in loop:
                 execute_line(draft, line, values)
         draft.write(f"left {LABELS[0]} ;", "cac")

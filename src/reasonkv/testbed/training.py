@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from rich.live import Live
 from rich.table import Table
 from torch import nn
 from transformers import AttentionInterface, Qwen3ForCausalLM
+from transformers.utils import logging as transformers_logging
 
 from ..tasks import Kind
 from .attention import NAME, training_attention
@@ -240,7 +242,8 @@ def _checkpoint(out: Path, model: Qwen3ForCausalLM, optimizer: torch.optim.Optim
     name = f"step-{progress.step:06d}"
     work = out / f".{name}.tmp"
     shutil.rmtree(work, ignore_errors=True)
-    model.save_pretrained(work)
+    with _no_bars():
+        model.save_pretrained(work)
     make_tokenizer().save_pretrained(work)
     torch.save(optimizer.state_dict(), work / "optimizer.pt")
     _write_text(work / "progress.json", json.dumps(asdict(progress)))
@@ -259,10 +262,11 @@ def _restore(out: Path, model: Qwen3ForCausalLM, optimizer: torch.optim.Optimize
         return None
     folder = out / pointer.read_text().strip()
     try:
-        model.load_state_dict(Qwen3ForCausalLM.from_pretrained(folder).state_dict())
+        with _no_bars():
+            model.load_state_dict(Qwen3ForCausalLM.from_pretrained(folder).state_dict())
         optimizer.load_state_dict(torch.load(folder / "optimizer.pt", weights_only=True))
         return Progress(**json.loads((folder / "progress.json").read_text()))
-    except (OSError, ValueError, TypeError, RuntimeError, KeyError) as error:
+    except (OSError, EOFError, ValueError, TypeError, RuntimeError, KeyError, pickle.UnpicklingError) as error:
         raise TrainingError(
             f"The checkpoint {folder} does not fit this recipe or is damaged; use another folder."
         ) from error
@@ -272,10 +276,23 @@ def _write_model(model: Qwen3ForCausalLM, folder: Path) -> None:
     """The final folder: weights as they are, configuration, tokenizer."""
     work = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(work, ignore_errors=True)
-    model.save_pretrained(work)
+    with _no_bars():
+        model.save_pretrained(work)
     make_tokenizer().save_pretrained(work)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(work, folder)
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Keep the library's own progress bars out of ours while weights are read or written."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
 
 
 def _write_text(path: Path, text: str) -> None:
