@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=16)
     arguments = parser.parse_args()
     model, tokenizer = load_testbed()
-    task = get_task("program")
+    task = get_task("program:lines=76")  # reference traces of about 1,000 tokens
     problems = [task.problem(example) for example in range(arguments.limit)]
     prompts = [torch.tensor(tokenizer(p.prompt, add_special_tokens=False).input_ids) for p in problems]
     outputs = [torch.tensor(tokenizer(p.trace, add_special_tokens=False).input_ids) for p in problems]

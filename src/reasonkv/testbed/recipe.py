@@ -42,7 +42,7 @@ class Recipe:
     """
 
     courses: Mapping[str, Course]
-    steps: int = 100_000
+    steps: int = 3300
     layers: int = 3
     hidden: int = 256
     query_heads: int = 4
@@ -51,7 +51,7 @@ class Recipe:
     intermediate: int = 512
     learning_rate: float = 1.5e-3
     warmup: int = 50
-    decay: float = 0.25
+    decay: float = 0.35
     weight_decay: float = 0.01
     clip: float = 1.0
     promote_at: float = 0.95
