@@ -110,23 +110,49 @@ class Piece:
         if ("scatter", device) not in self._per_device:
             held = torch.tensor([row.state.held for row in self.rows], device=device)
             length = torch.tensor([row.state.length for row in self.rows], device=device)
-            if self.valid_Bq is None and self.columns == 1:
-                row = torch.arange(len(self.rows), device=device)
-                column, rank = torch.zeros_like(row), torch.zeros_like(row)
-            else:
-                valid = self._valid(device)
-                row, column = valid.nonzero(as_tuple=True)
-                rank = (valid.cumsum(-1) - 1)[row, column]
+            valid = self._valid(device)
+            row, column = valid.nonzero(as_tuple=True)
+            rank = (valid.cumsum(-1) - 1)[row, column]
             self._per_device["scatter", device] = (row, column, held[row] + rank, length[row] + rank)
         found = self._per_device["scatter", device]
         assert isinstance(found, tuple)
         return found[0], found[1], found[2], found[3]
 
+    @property
+    def is_one_token(self) -> bool:
+        """Every row feeds exactly one token: an ordinary decode step."""
+        return self.columns == 1 and self.valid_Bq is None
+
+    def destinations(self, heads: int, places: int, device: torch.device, *, ring: bool = False) -> Tensor:
+        """Where the one new token of every row goes in a contiguous [B, heads, places, D], seen as lines of D.
+
+        Worked out once per decode step and shared by all layers.
+
+        Args:
+            heads: heads of the buffer.
+            places: slots (or ring places) per head.
+            device: of the buffer.
+            ring: by token index modulo `places` instead of by slot.
+
+        Returns:
+            int64 [B * heads].
+        """
+        key = ("destinations", heads, places, ring, device)
+        if key not in self._per_device:
+            states = [row.state for row in self.rows]
+            place = [state.length % places for state in states] if ring else [state.held for state in states]
+            line = torch.arange(len(states) * heads, device=device).view(-1, heads) * places
+            self._per_device[key] = (line + torch.tensor(place, device=device)[:, None]).flatten()
+        found = self._per_device[key]
+        assert isinstance(found, Tensor)
+        return found
+
     def visible_Bq(self, device: torch.device) -> Tensor:
         """How many of its row's slots every query may see; a padding query sees one, so that its softmax is finite."""
         if ("visible", device) not in self._per_device:
-            held = torch.tensor([row.state.held for row in self.rows], device=device)
-            self._per_device["visible", device] = (held[:, None] + self._valid(device).cumsum(-1)).clamp(min=1)
+            held = torch.tensor([row.state.held for row in self.rows], device=device)[:, None]
+            seen = held + 1 if self.is_one_token else held + self._valid(device).cumsum(-1)
+            self._per_device["visible", device] = seen.clamp(min=1)
         found = self._per_device["visible", device]
         assert isinstance(found, Tensor)
         return found

@@ -50,6 +50,10 @@ class LayerStorage:
             start, end = piece.rows[0].state.held, piece.width
             self.keys[:, :, start:end].copy_(keys_BHqD)
             self.values[:, :, start:end].copy_(values_BHqD)
+        elif piece.is_one_token:
+            line = piece.destinations(self.keys.shape[1], self.allocated, self.keys.device)
+            for buffer, new in ((self.keys, keys_BHqD), (self.values, values_BHqD)):
+                buffer.view(-1, buffer.shape[3]).index_copy_(0, line, new.reshape(-1, buffer.shape[3]))
         else:
             row, column, slot, _ = piece.scatter(self.keys.device)
             self.keys[row, :, slot] = keys_BHqD[row, :, column]
@@ -66,6 +70,10 @@ class LayerStorage:
             self.ring = queries_BHqqD.new_zeros(B, Hq, T, D)
         if piece.columns == 1 and piece.same_length:
             self.ring[:, :, piece.rows[0].state.length % T] = queries_BHqqD[:, :, 0]
+            return
+        if piece.is_one_token:
+            line = piece.destinations(Hq, T, self.ring.device, ring=True)
+            self.ring.view(-1, D).index_copy_(0, line, queries_BHqqD.reshape(-1, D))
             return
         row, column, _, token = piece.scatter(queries_BHqqD.device)
         if piece.columns > T:  # several tokens of this piece share a place in the ring: only the newest may write
