@@ -7,10 +7,12 @@ from collections.abc import Iterable
 from dataclasses import fields
 from typing import Any
 
+from .arithmetic import Arithmetic
 from .base import Draft, Draw, GeneratedTask, Kind, Problem, Task, TaskError, split_of
 from .longdoc import LongDoc
 from .program import Program
 from .recall import Recall
+from .search import Search
 
 __all__ = [
     "Draft",
@@ -25,7 +27,7 @@ __all__ = [
     "task_names",
 ]
 
-_FAMILIES: dict[str, type[GeneratedTask]] = {family.name: family for family in (Program, Recall, LongDoc)}
+_FAMILIES: dict[str, type[GeneratedTask]] = {family.name: family for family in (Program, Search, Arithmetic, Recall, LongDoc)}
 
 
 def task_names() -> list[str]:

@@ -21,11 +21,11 @@ _INITIAL = 3  # working variables that get a starting value right after the cons
 
 @dataclass(frozen=True)
 class Program(GeneratedTask):
-    """The dials of `program`; the default trace is about 470 tokens."""
+    """The dials of `program`; the default trace is about 580 tokens."""
 
     name = "program"
 
-    lines: int = dial(40, 4, 96, "program lines; each is 8 prompt and 13 trace tokens")
+    lines: int = dial(48, 4, 96, "program lines; each is 8 prompt and 13 trace tokens")
     variables: int = dial(12, 3, 16, "variables that are rewritten")
     constants: int = dial(6, 2, 8, "variables written once, at the start")
     rarity: int = dial(8, 0, 90, "percent of operands that are constants")

@@ -61,7 +61,7 @@ def choose_stage(recipe: Recipe, family: str, step: int, level: int) -> int:
 def _spec(family: str, stage: Stage, draw: Draw) -> str:
     dials = [f"{name}={draw.between(*edges)}" for name, edges in stage.ranges.items()]
     dials += [f"{name}={draw.choice(words)}" for name, words in stage.words.items()]
-    return f"{family}:{','.join(dials)}"
+    return f"{family.partition('/')[0]}:{','.join(dials)}"
 
 
 def _collate(rows: list[Draft]) -> Batch:

@@ -27,14 +27,17 @@ class Stage:
 
 @dataclass(frozen=True)
 class Course:
-    """A family's stages, from easy to hard."""
+    """A family's stages, from easy to hard; every `every`-th step has a batch of it."""
 
     stages: tuple[Stage, ...]
+    every: int = 1
 
 
 @dataclass(frozen=True)
 class Recipe:
     """Everything that determines the trained model, given the machine's arithmetic.
+
+    A course is named after its family; `family/variant` is a second course of the same family.
 
     The learning rate warms up for `warmup` steps, stays at `learning_rate`, and falls linearly to
     zero over the last `decay` of the run. A family moves to its next stage when the running
@@ -124,6 +127,14 @@ def _longdoc(tokens: int, length: Range, ask: Range, *modes: str) -> Stage:
     return Stage(tokens, {"tokens": length, "ask": ask}, {"mode": modes})
 
 
+def _search(tokens: int, nodes: Range) -> Stage:
+    return Stage(tokens, {"nodes": nodes, "extra": (20, 60), "depth": (30, 70)})
+
+
+def _arithmetic(tokens: int, operation: str, digits: Range) -> Stage:
+    return Stage(tokens, {"digits": digits}, {"operation": (operation,)})
+
+
 _COURSES: Mapping[str, Course] = {
     "program": Course(
         (
@@ -131,8 +142,33 @@ _COURSES: Mapping[str, Course] = {
             _program(2000, (10, 24), (2, 4), (4, 8), (2, 6)),
             _program(3200, (20, 48), (3, 6), (6, 12), (3, 6)),
             _program(3200, (32, 60), (4, 8), (8, 14), (4, 8)),
-            _program(3800, (48, 92), (4, 8), (10, 16), (4, 8)),
+            _program(3200, (40, 66), (4, 8), (10, 14), (4, 8)),
         )
+    ),
+    "search": Course(
+        (
+            _search(1000, (4, 6)),
+            _search(1500, (5, 10)),
+            _search(2200, (8, 18)),
+            _search(2800, (14, 26)),
+            _search(3200, (20, 34)),
+        )
+    ),
+    "arithmetic": Course(
+        (
+            _arithmetic(1000, "multiply", (2, 2)),
+            _arithmetic(1500, "multiply", (2, 3)),
+            _arithmetic(2200, "multiply", (3, 4)),
+            _arithmetic(3000, "multiply", (4, 6)),
+        )
+    ),
+    "arithmetic/add": Course(
+        (
+            _arithmetic(1000, "add", (2, 8)),
+            _arithmetic(1500, "add", (4, 20)),
+            _arithmetic(2200, "add", (16, 50)),
+        ),
+        every=3,
     ),
     "recall": Course(
         (
@@ -140,8 +176,9 @@ _COURSES: Mapping[str, Course] = {
             _recall(1600, (100, 300), (3, 8), (3, 8)),
             _recall(2000, (250, 700), (4, 10), (4, 10)),
             _recall(2400, (300, 700), (6, 10), (4, 8)),
-            _recall(2800, (300, 1200), (6, 12), (4, 8)),
-        )
+            _recall(2800, (250, 1600), (6, 12), (4, 8)),
+        ),
+        every=2,
     ),
     "longdoc": Course(
         (
@@ -150,6 +187,7 @@ _COURSES: Mapping[str, Course] = {
             _longdoc(2000, (200, 600), (16, 32), "facts", "facts", "passage"),
             _longdoc(2600, (500, 1200), (16, 32), "facts", "facts", "facts", "passage"),
             _longdoc(2800, (700, 1800), (16, 32), "facts", "facts", "facts", "passage"),
-        )
+        ),
+        every=2,
     ),
 }

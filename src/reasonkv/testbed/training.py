@@ -138,7 +138,8 @@ def _step(
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.zero_grad(set_to_none=True)
-    for family in recipe.courses:
+    due = [family for family, course in recipe.courses.items() if progress.step % course.every == 0]
+    for family in due:
         level = progress.level[family]
         stage = choose_stage(recipe, family, progress.step, level)
         batch = make_batch(recipe, family, progress.step, stage)
@@ -146,7 +147,7 @@ def _step(
             hidden_BTD = model.model(input_ids=batch.ids, use_cache=False).last_hidden_state
             logits_NV = model.lm_head(hidden_BTD.flatten(0, 1)[batch.at])
         loss = nn.functional.cross_entropy(logits_NV.float(), batch.targets)
-        (loss / len(recipe.courses)).backward()  # type: ignore[no-untyped-call]  # torch's own gap
+        (loss / len(due)).backward()  # type: ignore[no-untyped-call]  # torch's own gap
         progress.tokens += batch.ids.numel()
         if stage == level:
             _account(progress, family, loss.item(), logits_NV.argmax(-1), batch)
