@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import typer
 
+from reasonkv.cli.evaluate import evaluate
+from reasonkv.cli.frontier import frontier
 from reasonkv.cli.generate import generate
 from reasonkv.cli.group import OneSentenceGroup
 from reasonkv.cli.info import doctor, methods
+from reasonkv.cli.inspect import inspect
 from reasonkv.cli.replay import demo, replay
+from reasonkv.cli.report import report
 from reasonkv.cli.train import train_testbed
 
 __all__ = ["app", "main"]
@@ -22,7 +26,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (demo, methods, doctor, generate, replay, train_testbed):
+for command in (demo, methods, doctor, generate, replay, evaluate, frontier, report, inspect, train_testbed):
     app.command(name=command.__name__.replace("_", "-"))(command)
 
 
