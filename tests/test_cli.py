@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from reasonkv.cli import app
 from reasonkv.cli.common import UsageError, split_specs, whole_numbers
 
-COMMANDS = ("demo", "methods", "doctor", "generate", "replay", "train-testbed")
+COMMANDS = ("demo", "methods", "doctor", "generate", "replay", "evaluate", "train-testbed")
 SMALL = ["--interval", "12", "--sinks", "2", "--recent", "8", "--prompt-policy", "on_top", "--max-new-tokens", "40"]
 
 
@@ -264,7 +264,8 @@ def test_methods_lists_the_catalogue() -> None:
     code, stdout, _ = run("methods", "--json")
     rows = {row["name"]: row for row in json.loads(stdout)}
     assert code == 0
-    assert {"full", "streaming", "random", "knorm", "keydiff", "snapkv", "rkv"} <= set(rows)
+    assert {"full", "streaming", "random", "knorm", "keydiff", "snapkv", "rkv", "oracle"} <= set(rows)
+    assert rows["oracle"]["needs"] == ["the future (replay only)"]
     assert all(row["title"] and row["paper"] for row in rows.values())
     assert "2404.14469" in run("methods")[1]
 

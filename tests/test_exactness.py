@@ -7,12 +7,15 @@ from itertools import product
 from typing import NamedTuple
 
 import pytest
+import torch
 from allpairspy import AllPairs
 from models import batch, tiny_model
 from oracle import differences, run_compressed
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from reasonkv import Budget, CompressedCache, get_method, method_names
+from reasonkv.evaluate.pieces import Row
+from reasonkv.evaluate.reference import ReferenceAttention
 
 LENGTH, PROMPT = 60, 24
 PIECES = {
@@ -70,8 +73,15 @@ def check(case: Case, family: str | None = None) -> None:
     tokens = 40 if case.prompt == "keep" else 16
     budget = Budget(tokens, interval=5, sinks=2, recent=3, prompt=case.prompt) if method.bounded else None
     kernel = "reference" if case.kernel == "reference" else None
+    future = None
+    if method.needs.future:  # as in replay: the tokens that will be fed are known
+        tokens_of = [row_ids[row_mask.bool()] for row_ids, row_mask in zip(ids, mask, strict=True)]
+        unused = torch.zeros(1, dtype=torch.long)  # a trace's last token is predicted, not fed
+        known = [Row(row[:p], torch.cat([row[p:], unused])) for row, p in zip(tokens_of, prompts, strict=True)]
+        future = ReferenceAttention.collect(model, known)
     math = sdpa_kernel(SDPBackend.MATH) if case.kernel == "sdpa" else contextlib.nullcontext()
-    with CompressedCache(model, method, budget, prompt_lengths=prompts, kernel=kernel) as cache, math:
+    options = {"prompt_lengths": prompts, "kernel": kernel, "reference": future}
+    with CompressedCache(model, method, budget, **options) as cache, math:
         compressed = run_compressed(model, cache, ids, mask, positions, pieces)
     attention, logits = differences(model, compressed, ids, mask, positions, pieces)
     assert attention <= (1e-6 if case.kernel == "eager" else 1e-12)

@@ -29,7 +29,7 @@ SPECS = [
     "rkv",
     "rkv:form=port,window=16",
     "rkv:weight=0.5,threshold=0.9,retain=first",
-]
+]  # oracle reads a trace instead of the view: see test_oracle_method.py
 DOCS = Path(__file__).parents[1] / "docs" / "methods"
 
 
@@ -102,7 +102,7 @@ def test_a_broken_key_is_an_error_and_not_a_winner(spec: str) -> None:
         get_method(spec).plan(view, 40)
 
 
-@pytest.mark.parametrize("spec", [*SPECS, "full"])
+@pytest.mark.parametrize("spec", [*SPECS, "full", "oracle", "oracle:reduce=max"])
 def test_the_short_form_gives_the_method_back(spec: str) -> None:
     method = get_method(spec)
     assert get_method(method.spec()) == method
@@ -133,6 +133,7 @@ def test_every_method_has_a_page_a_title_and_a_paper(name: str) -> None:
         ("rkv:weight=1.5", "rkv: weight must be between 0 and 1, not 1.5."),
         ("rkv:threshold=-0.5", "rkv: threshold must be between 0 and 1, not -0.5."),
         ("rkv:retain=middle", "rkv: retain must be last or first, not 'middle'."),
+        ("oracle:reduce=mean", "oracle: reduce must be sum or max, not 'mean'."),
     ],
 )
 def test_a_bad_option_is_one_sentence(spec: str, message: str) -> None:

@@ -1,205 +1,221 @@
-"""What the task families promise: the same problems everywhere, splits that cannot meet, checkers
-that accept the right answer and nothing else."""
+"""What the task families promise: the same problems everywhere, splits that cannot meet, checkers that accept the
+right answer and nothing else, and traces that a second, independent reading of the prompt confirms."""
 
 from __future__ import annotations
 
 import hashlib
+from dataclasses import fields
+from statistics import mean
 
 import pytest
+from task_verifiers import VERIFIERS, near_misses
 
-from reasonkv.tasks import Draw, Kind, Problem, TaskError, get_task, split_of, task_names
+from reasonkv.tasks import Draw, Kind, TaskError, get_task, split_of, task_names
 from reasonkv.tasks.base import final_answer
-from reasonkv.tasks.steps import calculate
+from reasonkv.testbed.tokenizer import VOCABULARY
+
+FAMILIES = ["program", "search", "arithmetic", "recall", "longdoc"]
+
+# The first problems of both splits, as SHA-256. When a dial or a format changes on purpose, print the dict anew:
+#     python tests/test_tasks.py
+GOLDEN = {
+    "program": "ad50d1dd03d50b16",
+    "program:lines=4,constants=2,report=1": "a59cd289b84ee87f",
+    "program:lines=96,constants=8,variables=16,report=8,rarity=90": "8965d5cebaf05980",
+    "search": "549541726ff9864b",
+    "search:nodes=3": "9cbb8e2104c1c9f8",
+    "search:nodes=48,extra=100,depth=100": "b98a9156f982942b",
+    "arithmetic": "87482af5f99ba158",
+    "arithmetic:digits=8": "950bc65ca43641d6",
+    "arithmetic:operation=add,digits=80": "f2f9f69ce3151dc0",
+    "recall": "785f7ca7878dff6e",
+    "recall:where=prompt,distance=1000": "39a7482f68dff16c",
+    "recall:where=mixed,distance=60,facts=2,ask=1": "dbe1b9dcfbb763fe",
+    "recall:distance=3000,facts=12,ask=12": "1bdc6cb60dac6280",
+    "longdoc": "a34fc24c700ef1da",
+    "longdoc:mode=passage,ask=20": "53ff97cf0c3cc4b8",
+    "longdoc:tokens=40,ask=1": "f5ca7a25eff2e66c",
+}
 
 SPECS = [
-    "program",
-    "program:lines=4,constants=2,report=1",
-    "program:lines=96,constants=8,variables=16,report=8,rarity=90",
-    "recall",
-    "recall:where=prompt,distance=1000",
-    "recall:where=mixed,distance=60,facts=2,ask=1",
-    "recall:distance=3000,facts=12,ask=12",
-    "longdoc",
-    "longdoc:mode=passage,ask=20",
+    *GOLDEN,
+    "program:lines=5,constants=8,variables=3,report=8,rarity=0",
+    "search:nodes=48,extra=0,depth=100",
+    "search:nodes=12,extra=100,depth=0",
+    "arithmetic:digits=2",
+    "arithmetic:operation=add,digits=2",
+    "recall:where=mixed,distance=250,facts=12,ask=12",
+    "recall:where=prompt,distance=60,ask=12",
     "longdoc:tokens=3200,ask=32",
-    "longdoc:tokens=40,ask=1",
+    "longdoc:tokens=40,mode=passage,ask=32",
 ]
 
 
-def digest(spec: str, split: str) -> str:
+def digest(spec: str) -> str:
     task = get_task(spec)
-    problems = [task.problem(example, seed=3, split=split) for example in range(5)]
+    problems = [task.problem(i, seed=3, split=split) for split in ("test", "train") for i in range(4)]
     text = "\n".join(f"{one.prompt}\t{one.trace}\t{one.answer}" for one in problems)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+@pytest.mark.parametrize("spec", GOLDEN)
+def test_problems_are_the_same_on_every_machine(spec: str) -> None:
+    assert digest(spec) == GOLDEN[spec]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_has_golden_problems_at_its_defaults_and_at_odd_dials(family: str) -> None:
+    assert family in GOLDEN
+    assert any(spec.startswith(f"{family}:") for spec in GOLDEN)
+
+
 @pytest.mark.parametrize(
-    ("spec", "split", "expected"),
-    [
-        ("program", "test", "9a81fa371ac5721a"),
-        ("program", "train", "bed3d7a2c00bf464"),
-        ("recall", "test", "2361684ea0c2bcf9"),
-        ("recall", "train", "af80ec08cc8e4c91"),
-        ("recall:where=prompt,distance=1000", "test", "5b720aa5cb4ae9ef"),
-        ("recall:where=prompt,distance=1000", "train", "b94bd33b6e1d8c1b"),
-        ("longdoc", "test", "ff2528af746edcc6"),
-        ("longdoc", "train", "58d65739eb26a804"),
-        ("longdoc:mode=passage", "test", "1f2236deb212b35b"),
-        ("longdoc:mode=passage", "train", "76a0f97a169e7b79"),
+    "spec",
+    [  # tiny dials, so that chance repeats would be found
+        "program:lines=4,constants=2,variables=3,report=1",
+        "search:nodes=3,extra=0",
+        "arithmetic:digits=2",
+        "arithmetic:operation=add,digits=2",
+        "recall:distance=60,facts=2,ask=1,where=prompt",
+        "longdoc:tokens=40,ask=1",
     ],
 )
-def test_problems_are_the_same_on_every_machine(spec: str, split: str, expected: str) -> None:
-    assert digest(spec, split) == expected
-
-
-@pytest.mark.parametrize("name", ["program", "recall", "longdoc"])
-def test_splits_never_share_a_problem(name: str) -> None:
-    # tiny dials, so that chance repeats would be found
-    easy = {
-        "program": "program:lines=4,constants=2,variables=3,report=1",
-        "recall": "recall:distance=60,facts=2,ask=1,where=prompt",
-        "longdoc": "longdoc:tokens=40,ask=1",
-    }[name]
-    task = get_task(easy)
+def test_splits_never_share_a_problem(spec: str) -> None:
+    task = get_task(spec)
     drawn = {
         split: {task.problem(i, seed=seed, split=split).prompt for seed in (0, 1) for i in range(n)}
-        for split, n in (("test", 1000), ("train", 2000))
+        for split, n in (("test", 300), ("train", 900))
     }
     assert not drawn["test"] & drawn["train"]
-    assert len(drawn["test"]) > 1900
-    assert len(drawn["train"]) > 3900
+    assert len(drawn["test"]) > 560
+    assert len(drawn["train"]) > 1680
     assert all(split_of(prompt) == split for split in drawn for prompt in drawn[split])
 
 
 @pytest.mark.parametrize("spec", SPECS)
-def test_every_reference_answer_is_accepted(spec: str) -> None:
+def test_every_reference_is_accepted_and_right_by_an_independent_reading_of_the_prompt(spec: str) -> None:
     task = get_task(spec)
-    for example in range(30):
-        problem = task.problem(example)
-        assert problem.trace.endswith(problem.answer)
-        assert problem.answer
-        assert task.check(problem, problem.trace)
-        assert task.check(problem, problem.trace + " <eos> <pad> <pad>")
+    words = set(VOCABULARY)
+    for split in ("test", "train"):
+        for example in range(12):
+            problem = task.problem(example, split=split)
+            VERIFIERS[task.name](problem)
+            assert problem.answer and problem.trace.endswith(problem.answer)
+            assert task.check(problem, problem.trace)
+            assert task.check(problem, problem.trace + " <eos> <pad> <pad>")
+            text = f"{problem.prompt} {problem.trace}".split()
+            assert len(text) < 4096 and words.issuperset(text)
 
 
-def near_misses(problem: Problem) -> dict[str, str]:
-    """Outputs that are almost right."""
-    thinking, answer = problem.trace.split("</think>")
-    words = answer.split()
-    digits = [i for i, word in enumerate(words) if word.isdigit()]
-
-    def but(index: int, word: str) -> str:
-        return " ".join([*words[:index], word, *words[index + 1 :]])
-
-    def other(index: int) -> str:
-        return str((int(words[index]) + 1) % 10)
-
-    return {
-        "first value wrong": f"{thinking}</think> {but(digits[0], other(digits[0]))}",
-        "last value wrong": f"{thinking}</think> {but(digits[-1], other(digits[-1]))}",
-        "a name wrong": f"{thinking}</think> {but(0, '?')}",
-        "last word missing": f"{thinking}</think> {' '.join(words[:-1])}",
-        "first item missing": f"{thinking}</think> {' '.join(words[2:])}",
-        "one word too many": f"{problem.trace} {words[-1]}",
-        "answer said twice": f"{problem.trace} {answer}",
-        "thinking never ends": f"{thinking} {answer}",
-        "words reversed": f"{thinking}</think> {' '.join(reversed(words))}",
-        "no answer": f"{thinking}</think>",
-        "nothing": "",
-        "ends before the answer": f"{thinking}</think> <eos> {answer}",
-        "thinking reopened": f"{problem.trace} </think> {answer}",
-    }
+def test_near_misses_of_twenty_kinds_are_rejected_and_every_family_meets_a_dozen() -> None:
+    applied: dict[str, set[str]] = {family: set() for family in FAMILIES}
+    for spec in SPECS:
+        task = get_task(spec)
+        for example in range(6):
+            problem = task.problem(example)
+            for kind, output in near_misses(problem, task.problem(example + 1)).items():
+                assert not task.check(problem, output), f"{spec}, example {example}: {kind}"
+                applied[task.name].add(kind)
+    assert len(set.union(*applied.values())) >= 20
+    assert all(len(kinds) >= 12 for kinds in applied.values()), applied
 
 
-@pytest.mark.parametrize("spec", SPECS)
-def test_near_misses_are_rejected(spec: str) -> None:
-    task = get_task(spec)
-    for example in range(10):
-        problem = task.problem(example)
-        for why, output in near_misses(problem).items():
-            assert not task.check(problem, output), why
-
-
-def test_thinking_is_not_graded() -> None:
+def test_thinking_is_not_graded_and_special_tokens_end_the_answer() -> None:
     task = get_task("program")
     problem = task.problem(0)
     assert task.check(problem, f"n00 wrong </think> {problem.answer}")
+    assert task.check(problem, f"</think> {problem.answer} <eos> all go </think>")
     assert final_answer("a </think> b 3 <pad>") == ["b", "3"]
+    assert final_answer("a <eos> </think> b 3") is None
 
 
-def test_program_traces_are_right_and_every_value_follows_its_name() -> None:
-    for example in range(20):
-        problem = get_task("program").problem(example)
-        values: dict[str, int] = {}
-        lines = problem.trace.split(" </think>")[0].split(" ;")[:-1]
-        for line in lines:
-            left, right = (half.split() for half in line.split(" : "))
-            label, operands, result = left[0], left[1:], left[-1]
-            if "=" in left:
-                one, one_value, operator, two, two_value, _, _ = operands
-                assert values[one] == int(one_value)
-                assert values[two] == int(two_value)
-                assert int(result) == calculate(operator, values[one], values[two])
-            assert right == [label, right[1], result]
-            values[right[1]] = int(result)
-        assert len(lines) == get_task("program").lines
-        answer = problem.answer.split()
-        assert answer == [w for name in answer[::2] for w in (name, str(values[name]))]
+def test_the_verifiers_find_a_wrong_step() -> None:
+    """A verifier that accepts anything would prove nothing: change one word in the middle of each trace."""
+    for family, verify in VERIFIERS.items():
+        for example in range(8):
+            problem = get_task(family).problem(example)
+            words = problem.trace.split()
+            places = [i for i, word in enumerate(words) if word.isdigit()]
+            place = places[(example + 1) * len(places) // 10]
+            words[place] = str((int(words[place]) + 1) % 10)
+            object.__setattr__(problem, "trace", " ".join(words))
+            object.__setattr__(problem, "answer", " ".join(words[words.index("</think>") + 1 :]))
+            with pytest.raises(AssertionError):
+                verify(problem)
+
+
+@pytest.mark.parametrize("family", ["program", "search", "arithmetic"])
+def test_default_traces_are_long_enough_to_compress(family: str) -> None:
+    lengths = [len(get_task(family).problem(example).trace.split()) for example in range(100)]
+    assert 500 <= mean(lengths) <= 2000
+    assert min(lengths) > 400
+
+
+def test_default_documents_are_long_prompts_with_short_answers() -> None:
+    problems = [get_task("longdoc").problem(example) for example in range(20)]
+    assert all(1000 <= len(problem.prompt.split()) <= 3000 for problem in problems)
+    assert all(len(problem.trace.split()) < 100 for problem in problems)
 
 
 def test_program_reads_values_far_behind() -> None:
     """Half of the report is what was mentioned longest ago: far behind at the default."""
     gaps = []
     for example in range(50):
-        problem = get_task("program").problem(example)
-        words = problem.trace.split()
+        words = get_task("program").problem(example).trace.split()
         end = words.index("</think>")
         behind = [end - max(i for i in range(end) if words[i] == n) for n in words[end + 1 :: 2]]
         gaps.append(max(behind))
     assert sorted(gaps)[len(gaps) // 2] > 150
 
 
-@pytest.mark.parametrize("distance", [250, 550, 1000, 3000])
+def test_search_goes_back_and_finds_its_goal_late() -> None:
+    shares = []
+    for example in range(50):
+        problem = get_task("search").problem(example)
+        assert " back " in problem.trace
+        shares.append(len(set(problem.trace.split()) - set("abcde012")) / get_task("search").nodes)
+    assert mean(shares) > 0.7
+
+
+@pytest.mark.parametrize("distance", [250, 1000, 3000])
 @pytest.mark.parametrize("where", ["prompt", "trace"])
-def test_recall_states_a_fact_once_and_far_from_its_question(where: str, distance: int) -> None:
+def test_recall_states_a_fact_once_and_puts_the_dials_distance_behind_it(where: str, distance: int) -> None:
+    """The dial counts the work between the last fact and the answers; the lines around it come on top, and few."""
     task = get_task(f"recall:where={where},distance={distance}")
     for example in range(10):
         problem = task.problem(example)
+        prompt = len(problem.prompt.split())
         words = f"{problem.prompt} {problem.trace}".split()
         end = words.index("</think>")
         assert len(words) < 4096
-        work = end - words.index("left", len(problem.prompt.split()))
-        assert abs(work - distance) <= 0.1 * distance
+        work = end - words.index("left", prompt)
+        assert abs(work - distance) <= 0.05 * distance
         for key in words[end + 1 :: 2]:
             stated = [i for i in range(end - 1) if words[i] == key and words[i + 1].isdigit()]
             assert len(stated) == 1
-            assert (stated[0] < len(problem.prompt.split())) == (where == "prompt")
+            assert (stated[0] < prompt) == (where == "prompt")
+            assert end - stated[0] >= 0.95 * distance
 
 
 def test_longdoc_has_the_length_asked_for_and_one_fact_for_each_key() -> None:
     for tokens in (40, 200, 1100, 3200):
         for mode in ("facts", "passage"):
-            problem = get_task(f"longdoc:tokens={tokens},mode={mode}").problem(0)
-            words = problem.prompt.split()
-            document = words[1 : words.index("?")]
-            facts = [tuple(document[i : i + 5]) for i in range(0, len(document), 5)]
-            assert abs(len(document) - tokens) < 5
-            assert len({fact[:2] for fact in facts}) == len(facts)
-            answers = problem.answer.split()
-            asked = [tuple(answers[i : i + 5]) for i in range(0, len(answers), 5)]
-            assert set(asked) <= set(facts)
+            words = get_task(f"longdoc:tokens={tokens},mode={mode}").problem(0).prompt.split()
+            assert abs(words.index("?") - 1 - tokens) < 5
 
 
-def test_kinds_name_what_each_word_of_a_trace_asks() -> None:
-    draft = get_task("program").draft_of(0, seed=0, split="test")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_kinds_name_what_each_word_of_a_trace_asks(family: str) -> None:
+    draft = get_task(family).draft_of(0, seed=0, split="test")
     assert len(draft.kinds) == len(draft.trace)
-    for index, (word, kind) in enumerate(zip(draft.trace, draft.kinds, strict=True)):
-        if kind is Kind.RETRIEVAL:
-            assert word.isdigit()
-            assert draft.trace[index - 1].isalpha()
-        if kind is Kind.ARITHMETIC:
-            assert draft.trace[index - 1] == "="
-    assert {Kind.COPY, Kind.RETRIEVAL, Kind.ARITHMETIC, Kind.ANSWER} == set(draft.kinds)
+    end = draft.trace.index("</think>")
+    assert {kind for kind in draft.kinds[: end + 1]} <= {Kind.COPY, Kind.RETRIEVAL, Kind.ARITHMETIC}
+    assert set(draft.kinds[end + 1 :]) == {Kind.ANSWER}
+    if family == "program":
+        for index, (word, kind) in enumerate(zip(draft.trace, draft.kinds, strict=True)):
+            assert kind is not Kind.RETRIEVAL or (word.isdigit() and draft.trace[index - 1].isalpha())
+            assert kind is not Kind.ARITHMETIC or draft.trace[index - 1] == "="
+        assert set(Kind) == set(draft.kinds)
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -210,26 +226,51 @@ def test_a_spec_written_in_full_gives_the_same_task(spec: str) -> None:
 @pytest.mark.parametrize(
     ("spec", "words"),
     [
-        ("progam", ["progam", "'program'", "recall", "longdoc"]),
-        ("zzz", ["zzz", "program", "recall", "longdoc"]),
-        ("", ["program"]),
+        ("progam", ["progam", "'program'", *FAMILIES]),
+        ("zzz", ["zzz", *FAMILIES]),
+        ("", FAMILIES),
         ("program:line=4", ["'line'", "lines", "report"]),
         ("program:lines", ["lines=VALUE"]),
+        ("program:lines=", ["whole number", "''"]),
         ("program:lines=3", ["4", "96", "3"]),
         ("program:lines=97", ["4", "96", "97"]),
         ("program:lines=many", ["whole number", "many"]),
         ("program:lines=-8", ["-8"]),
+        ("program:lines=4.0", ["whole number", "4.0"]),
+        ("program:lines=\N{ARABIC-INDIC DIGIT EIGHT}", ["whole number"]),
+        ("program:lines=" + "9" * 5000, ["whole number from 4 to 96"]),
+        ("program:lines=4,lines=8", ["lines", "twice"]),
+        ("search:nodes=2", ["3", "48", "2"]),
+        ("search:nodes=49", ["3", "48", "49"]),
+        ("search:depth=101", ["0", "100", "101"]),
+        ("search:edges=4", ["'edges'", "nodes, extra, depth"]),
+        ("arithmetic:operation=divide", ["multiply, add", "divide"]),
+        ("arithmetic:digits=9", ["multiply", "at most 8", "9", "operation=add"]),
+        ("arithmetic:operation=add,digits=81", ["2", "80", "81"]),
         ("recall:where=nowhere", ["trace, prompt, mixed", "nowhere"]),
         ("recall:distance=3001", ["3000"]),
         ("longdoc:tokens=4000", ["3200"]),
-        ("program:lines=4,lines=8", ["lines", "twice"]),
+        ("longdoc:mode=", ["facts, passage", "''"]),
     ],
 )
 def test_bad_specs_are_refused_in_one_sentence(spec: str, words: list[str]) -> None:
     with pytest.raises(TaskError) as caught:
         get_task(spec)
     message = str(caught.value)
-    assert "\n" not in message and all(word in message for word in words), message
+    assert "\n" not in message and len(message) < 300
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_dial_is_checked_at_both_ends(family: str) -> None:
+    for one in fields(get_task(family)):
+        assert one.metadata["help"]
+        if "range" in one.metadata:
+            low, high = one.metadata["range"]
+            assert low <= one.default <= high
+            for bad in (low - 1, high + 1, True, 1.5):
+                with pytest.raises(TaskError, match=one.name):
+                    type(get_task(family))(**{one.name: bad})
 
 
 def test_bad_split_and_example_are_refused() -> None:
@@ -240,8 +281,8 @@ def test_bad_split_and_example_are_refused() -> None:
 
 
 def test_task_names_are_what_get_task_accepts() -> None:
-    assert task_names() == ["program", "recall", "longdoc"]
-    assert [get_task(name).name for name in task_names()] == task_names()
+    assert task_names() == FAMILIES
+    assert [get_task(name).name for name in task_names()] == FAMILIES
 
 
 def test_draws_are_even() -> None:
@@ -251,3 +292,8 @@ def test_draws_are_even() -> None:
         counts[draw.below(7)] += 1
     assert min(counts) > 850
     assert sorted(draw.sample("abcde", 5)) == list("abcde")
+
+
+if __name__ == "__main__":
+    for each in GOLDEN:
+        print(f'    "{each}": "{digest(each)}",')

@@ -13,7 +13,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3ForCausalLM
 
 from reasonkv import testbed
-from reasonkv.tasks import get_task
+from reasonkv.tasks import get_task, task_names
 from reasonkv.testbed import Recipe, TrainingError, evaluate_model, load_testbed, train
 from reasonkv.testbed import training as training_module
 from reasonkv.testbed.attention import training_attention
@@ -22,8 +22,15 @@ from reasonkv.testbed.evaluation import generate
 from reasonkv.testbed.initial import initialise
 from reasonkv.testbed.tokenizer import EOS, UNK, VOCABULARY, make_tokenizer
 
-FAMILIES = ["program", "recall", "longdoc"]
-ALL_SPECS = [*FAMILIES, "recall:where=prompt", "longdoc:mode=passage"]
+FAMILIES = ["program", "recall", "longdoc"]  # what the bundled model is asked to solve here
+COURSES = list(Recipe.bundled().courses)
+ALL_SPECS = [
+    *task_names(),
+    "recall:where=prompt",
+    "longdoc:mode=passage",
+    "arithmetic:operation=add,digits=80",
+    "search:nodes=48,extra=100",
+]
 
 
 @pytest.mark.parametrize("spec", ALL_SPECS)
@@ -56,7 +63,7 @@ def test_special_tokens_can_be_stripped_and_the_answer_still_be_read() -> None:
     assert task.check(problem, tokenizer.decode(ids, skip_special_tokens=True))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", COURSES)
 def test_a_batch_predicts_exactly_the_trace_and_the_end(family: str) -> None:
     recipe = Recipe.bundled()
     batch = make_batch(recipe, family, step=7, stage=0)
@@ -71,6 +78,17 @@ def test_a_batch_predicts_exactly_the_trace_and_the_end(family: str) -> None:
     again = make_batch(recipe, family, step=7, stage=0)
     assert torch.equal(batch.ids, again.ids)
     assert not torch.equal(batch.ids[0, :40], make_batch(recipe, family, 8, 0).ids[0, :40])
+
+
+def test_every_family_has_courses_whose_stages_its_dials_allow() -> None:
+    courses = Recipe.bundled().courses
+    assert {name.partition("/")[0] for name in courses} == set(task_names())
+    for name, course in courses.items():
+        assert course.every >= 1
+        for stage in range(len(course.stages)):
+            batch = make_batch(Recipe.bundled(), name, step=1, stage=stage)
+            assert batch.ids.shape[1] <= 4096
+            assert batch.ids.shape[0] == 1 or batch.ids.numel() <= course.stages[stage].tokens
 
 
 def test_training_problems_are_never_test_problems() -> None:

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from reasonkv import noise
+
+
+class TraceAttention(Protocol):
+    """Full KV's attention over known traces, one per batch row; `reasonkv.evaluate.reference` collects it."""
+
+    @property
+    def lengths(self) -> Sequence[int]:
+        """Tokens of every row."""
+
+    def received(self, layer: int, row: int, start: int, end: int, reduce: Literal["sum", "max"] = "sum") -> Tensor:
+        """Attention [H, end] that the queries of tokens start..end-1 pay to tokens 0..end-1, float32."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +48,9 @@ class SlotView:
         seed: the run's seed.
         layer: index of the layer in the model.
         first_head: global index of KV head 0 (other than 0 under tensor parallelism).
+        rows: the batch row of each of the B rows.
+        reference: full KV's attention over the whole traces, for methods that declare `Needs(future=True)`; None
+            wherever the future is not known.
 
     """
 
@@ -54,6 +70,8 @@ class SlotView:
     layer: int
     first_head: int = 0
     state: dict[str, Tensor] = field(default_factory=dict)
+    rows: tuple[int, ...] = ()
+    reference: TraceAttention | None = None
 
     @property
     def group_size(self) -> int:
@@ -71,6 +89,27 @@ class SlotView:
             raise ValueError("This method needs recent queries; declare them in Needs(queries=T).")
         B, _, T, D = self.queries_BHqTD.shape
         return self.queries_BHqTD.view(B, self.keys_BHND.shape[1], self.group_size, T, D)
+
+    def future_attention_BHN(self, reduce: Literal["sum", "max"] = "sum") -> Tensor:
+        """Attention that full KV's queries still to come in the trace pay to every slot's token, float32 [B, H, N].
+
+        Args:
+            reduce: sum or maximum over those queries; both are 0 when none is left.
+
+        Raises:
+            ValueError: there is no reference, or a row has seen more tokens than its trace has.
+
+        """
+        if self.reference is None:
+            raise ValueError("This method needs the attention still to come; declare it in Needs(future=True).")
+        scores = []
+        for row, length, positions_HN in zip(self.rows, self.length_B.tolist(), self.positions_BHN, strict=True):
+            end = self.reference.lengths[row]
+            if length > end:
+                raise ValueError(f"Row {row} has seen {length} tokens, but its reference knows only {end}.")
+            received_HL = self.reference.received(self.layer, row, length, end, reduce)
+            scores.append(received_HL.gather(1, positions_HN))
+        return torch.stack(scores)
 
     def uniform_BHN(self, draw: int = 0, *, per_event: bool = True) -> Tensor:
         """One float32 uniform in (0, 1) per slot: a hash of seed, row seed, layer, head, event and token index.

@@ -17,6 +17,7 @@ import typer
 
 if TYPE_CHECKING:
     from reasonkv.budget import Budget
+    from reasonkv.methods import Method
     from reasonkv.models import LoadedModel
 
 P = ParamSpec("P")
@@ -29,6 +30,12 @@ Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16 or fl
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 Seed = Annotated[int, typer.Option(help="Seed of problems, sampling and methods.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Rows at once.")]
+Tasks = Annotated[str, typer.Option("--task", help="Tasks, with dials: program,recall:distance=900.")]
+Methods = Annotated[str, typer.Option(help="Methods, with options: full,snapkv,rkv:KEY=VALUE.")]
+Out = Annotated[Path, typer.Option(help="Results folder; the same command continues where it stopped.")]
+Limit = Annotated[int, typer.Option(help="Problems per task.")]
+Temperature = Annotated[float, typer.Option(min=0.0, help="0 is greedy.")]
+TopP = Annotated[float, typer.Option(min=0.01, max=1.0, help="Nucleus, with a temperature.")]
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output on stdout.")]
 _BUDGET = "Budget"
 Interval = Annotated[int, typer.Option(help="Tokens between two compactions.", rich_help_panel=_BUDGET)]
@@ -104,6 +111,8 @@ def _exit_code(error: Exception) -> int | None:
     import torch
 
     from reasonkv.budget import BudgetError
+    from reasonkv.evaluate.decoding import DecodingError
+    from reasonkv.evaluate.evaluator import EvaluateError
     from reasonkv.evaluate.manifest import ResultsError
     from reasonkv.evaluate.records import RecordError
     from reasonkv.evaluate.replay import ReplayError
@@ -116,10 +125,11 @@ def _exit_code(error: Exception) -> int | None:
 
     used_wrongly = (
         UsageError, BudgetError, MethodError, TaskError, ModelError, ResultsError, TraceError, UnsupportedModelError,
+        EvaluateError,
     )  # fmt: skip
     if isinstance(error, used_wrongly):
         return USAGE
-    if isinstance(error, (RecordError, ReplayError, TrainingError, OSError, torch.OutOfMemoryError)):
+    if isinstance(error, (RecordError, ReplayError, DecodingError, TrainingError, OSError, torch.OutOfMemoryError)):
         return FAILED
     return None
 
@@ -174,6 +184,50 @@ def make_budget(tokens: int, **fields: Any) -> Budget:
     from reasonkv.budget import Budget
 
     return Budget(tokens, **fields)
+
+
+def make_budgets(budgets: str | None, mean_slots: str | None, **fields: Any) -> tuple[list[Budget], list[int]]:
+    """The budgets and the mean lengths that `--budgets` or `--mean-slots` ask for.
+
+    Args:
+        budgets: tokens, separated by commas.
+        mean_slots: mean slots instead; then one budget comes back, whose tokens are still to be solved.
+        fields: every other field of a budget.
+
+    Raises:
+        UsageError: both, neither, or something that is no number.
+        BudgetError: fields that contradict each other.
+    """
+    if (budgets is None) == (mean_slots is None):
+        raise UsageError("Give either --budgets or --mean-slots.")
+    tokens = [max(1, fields["sinks"] + fields["recent"])] if budgets is None else whole_numbers(budgets, "--budgets")
+    means = [] if mean_slots is None else whole_numbers(mean_slots, "--mean-slots")
+    return [make_budget(one, **fields) for one in tokens], means
+
+
+def split_tasks(text: str) -> list[str]:
+    """The task specs of `--task`.
+
+    Raises:
+        UsageError, TaskError: one of them does not exist.
+    """
+    from reasonkv.tasks import get_task
+
+    specs = split_specs(text)
+    for spec in specs:
+        get_task(spec)
+    return specs
+
+
+def split_methods(text: str) -> list[Method]:
+    """The methods of `--methods`.
+
+    Raises:
+        UsageError, MethodError: one of them does not exist.
+    """
+    from reasonkv.methods import get_method
+
+    return [get_method(spec) for spec in split_specs(text)]
 
 
 def quiet_libraries() -> None:

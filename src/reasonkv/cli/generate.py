@@ -27,8 +27,8 @@ def generate(
     trigger_counts: common.TriggerCounts = "all",
     cut_prompt: common.CutPrompt = "prefill",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to generate.")] = 2048,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
-    top_p: Annotated[float, typer.Option(min=0.01, max=1.0, help="Nucleus, with a temperature.")] = 0.95,
+    temperature: common.Temperature = 0.0,
+    top_p: common.TopP = 0.95,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
     dtype: common.Dtype = "auto",
     device: common.Device = "auto",
@@ -85,7 +85,9 @@ def generate(
                 loaded.model, chosen, limits, prompt_lengths=[len(ids)], seed=seed, max_length=len(ids) + room
             ) as cache,
         ):
-            (output,) = generate_rows(loaded.model, [ids], room, sampling=sampling, seed=seed + number, cache=cache)
+            (output,) = generate_rows(
+                loaded.model, [ids], room, sampling=sampling, seed=seed, row_seeds=[number], cache=cache
+            )
             stats = cache.stats().rows[0]
         text_out = str(loaded.tokenizer.decode(output, skip_special_tokens=True))
         row = {

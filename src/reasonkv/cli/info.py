@@ -48,6 +48,8 @@ def _describe(cls: Any) -> dict[str, Any]:
         words.append(f"one choice per {needs.scope}")
     if needs.folds:
         words.append("merges slots")
+    if needs.future:
+        words.append("the future (replay only)")
     return {
         "name": cls.name,
         "title": cls.title,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from reasonkv.cli import common
-from reasonkv.cli.common import UsageError, expected_errors, make_budget, note, split_specs, whole_numbers
+from reasonkv.cli.common import UsageError, expected_errors, note
 
 if TYPE_CHECKING:
     from reasonkv.evaluate.runner import ReplayJob
@@ -21,13 +21,13 @@ FIGURE = "frontier.png"
 
 @expected_errors
 def replay(
-    task: Annotated[str, typer.Option(help="Tasks, with dials: program,recall:distance=900.")],
-    methods: Annotated[str, typer.Option(help="Methods, with options: full,snapkv,rkv:KEY=VALUE.")],
-    out: Annotated[Path, typer.Option(help="Results folder; the same command continues where it stopped.")],
+    task: common.Tasks,
+    methods: common.Methods,
+    out: common.Out,
     budgets: common.Budgets = None,
     mean_slots: common.MeanSlots = None,
     model: common.Model = "testbed",
-    limit: Annotated[int, typer.Option(help="Problems per task.")] = 16,
+    limit: common.Limit = 16,
     seed: common.Seed = 0,
     interval: common.Interval = 128,
     sinks: common.Sinks = 4,
@@ -64,28 +64,19 @@ def replay(
     """
     from reasonkv.evaluate.runner import ReplayJob
     from reasonkv.evaluate.traces import TraceSettings
-    from reasonkv.methods import get_method
-    from reasonkv.tasks import get_task
 
     common.check_limit(limit)
     if traces not in _SOURCES:
         raise UsageError(f"--traces must be one of {', '.join(_SOURCES)}, not {traces!r}.")
-    chosen = [get_method(spec) for spec in split_specs(methods)]
-    tasks = split_specs(task)
-    for spec in tasks:
-        get_task(spec)
-    fields = {
-        "interval": interval, "sinks": sinks, "recent": recent, "prompt": prompt_policy, "trigger": trigger,
-        "trigger_counts": trigger_counts, "cut_prompt": cut_prompt, "prefill_chunk": prefill_chunk,
-    }  # fmt: skip
-    if (budgets is None) == (mean_slots is None):
-        raise UsageError("Give either --budgets or --mean-slots.")
-    tokens = [max(1, sinks + recent)] if budgets is None else whole_numbers(budgets, "--budgets")
+    solved, means = common.make_budgets(
+        budgets, mean_slots, interval=interval, sinks=sinks, recent=recent, prompt=prompt_policy, trigger=trigger,
+        trigger_counts=trigger_counts, cut_prompt=cut_prompt, prefill_chunk=prefill_chunk,
+    )  # fmt: skip
     job = ReplayJob(
-        tasks=tasks,
-        methods=chosen,
-        budgets=[make_budget(one, **fields) for one in tokens],
-        mean_slots=[] if mean_slots is None else whole_numbers(mean_slots, "--mean-slots"),
+        tasks=common.split_tasks(task),
+        methods=common.split_methods(methods),
+        budgets=solved,
+        mean_slots=means,
         limit=limit,
         seed=seed,
         traces=TraceSettings(traces, max_new_tokens, temperature, top_p),  # type: ignore[arg-type]

@@ -54,6 +54,7 @@ def feed(
     *,
     distances: Distances | None = None,
     max_piece: int = MAX_PIECE,
+    score: bool = True,
 ) -> Iterator[Scored]:
     """Feed a batch of traces, prompts first.
 
@@ -66,13 +67,14 @@ def feed(
         rows: the traces.
         distances: for each row, tokens until its next event or None; asked before every piece. None: no events.
         max_piece: most tokens of one forward after the prompt; 1 feeds token by token.
+        score: False for the sake of what the cache sees alone: hardly any logits are computed, and none yielded.
 
     Yields:
         Logits of every output token, in order within a row.
     """
     device = model.device
     vocabulary = int(model.config.get_text_config().vocab_size)
-    cap = max(1, min(max_piece, LOGIT_BYTES // (4 * vocabulary * len(rows))))
+    cap = max(1, min(max_piece, LOGIT_BYTES // (4 * vocabulary * len(rows)))) if score else max_piece
     ids = [torch.cat([row.prompt_P, row.output_T[:-1]]) for row in rows]
     at = [0] * len(rows)
     mask_BL = torch.zeros(len(rows), 0, dtype=torch.long, device=device)
@@ -91,12 +93,14 @@ def feed(
                     position_ids=positions_BQ.to(device),
                     past_key_values=cache,
                     use_cache=True,
-                    logits_to_keep=1 if limit is None else 0,
+                    logits_to_keep=1 if limit is None or not score else 0,
                 ).logits
             for number, row in enumerate(rows):
                 fed = int(new_BQ[number].sum())
                 at[number] += fed
                 prompt = len(row.prompt_P)
+                if not score:
+                    continue
                 if limit is None and fed and at[number] == prompt:
                     yield Scored(number, 0, logits_BQV[number, -1:])
                 elif limit is not None and fed:

@@ -9,16 +9,36 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar, cast
 
 RECORDS = "records.jsonl"
+D = TypeVar("D")
+L = TypeVar("L", bound="Line")
 
 
 class RecordError(ValueError):
     """A line of a record file that cannot be read; the message names the file and the line."""
+
+
+class Line(Protocol):
+    """What the file handling here needs of a record."""
+
+    @property
+    def key(self) -> str:
+        """What no two records of a folder share."""
+        ...
+
+    def to_json(self) -> str:
+        """One line, without its newline."""
+        ...
+
+    @classmethod
+    def from_json(cls: type[L], line: str) -> L:
+        """The inverse of `to_json`."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,20 +124,12 @@ class Record:
         Raises:
             ValueError: not JSON, not an object, or a field is missing or of the wrong kind.
         """
-        data = json.loads(line)
-        if not isinstance(data, dict):
-            raise ValueError("it is not a JSON object")
-        known = {f.name for f in fields(cls)}
-        missing = sorted(known - set(data) - {"guards"})
-        if missing:
-            raise ValueError(f"it has no field {missing[0]!r}")
-        for name in ("example", "seed", "prompt_tokens", "output_tokens"):
-            if not isinstance(data[name], int):
-                raise ValueError(f"field {name!r} is not a whole number")
-        for name in ("top1", "top5", "nll", "kl", "physical_mean", "bytes_held", "bytes_full"):
-            if not isinstance(data[name], (int, float)):
-                raise ValueError(f"field {name!r} is not a number")
-        return cls(**{name: value for name, value in data.items() if name in known})
+        return parse_line(
+            cls,
+            line,
+            whole=("example", "seed", "prompt_tokens", "output_tokens"),
+            numbers=("top1", "top5", "nll", "kl", "physical_mean", "bytes_held", "bytes_full"),
+        )
 
 
 def record_key(
@@ -127,8 +139,36 @@ def record_key(
     return json.dumps([method, options, budget, task, example, seed], sort_keys=True)
 
 
-def append_records(path: Path, records: Iterable[Record]) -> None:
-    """Append records, each with one write, and flush them to the disk.
+def parse_line(kind: type[D], line: str, *, whole: Sequence[str], numbers: Sequence[str]) -> D:
+    """One line as a dataclass; fields it does not know are ignored, and only `guards` may be missing.
+
+    Args:
+        kind: the dataclass.
+        line: JSON.
+        whole: fields that must be whole numbers.
+        numbers: fields that must be numbers.
+
+    Raises:
+        ValueError: not JSON, not an object, or a field is missing or of the wrong kind.
+    """
+    data = json.loads(line)
+    if not isinstance(data, dict):
+        raise ValueError("it is not a JSON object")
+    known = {f.name for f in fields(cast(Any, kind))}
+    missing = sorted(known - set(data) - {"guards"})
+    if missing:
+        raise ValueError(f"it has no field {missing[0]!r}")
+    for name in whole:
+        if not isinstance(data[name], int):
+            raise ValueError(f"field {name!r} is not a whole number")
+    for name in numbers:
+        if not isinstance(data[name], (int, float)):
+            raise ValueError(f"field {name!r} is not a number")
+    return kind(**{name: value for name, value in data.items() if name in known})
+
+
+def append_records(path: Path, records: Iterable[Line]) -> None:
+    """Append records of any kind, each with one write, and flush them to the disk.
 
     Raises:
         OSError: the file cannot be written.
@@ -164,20 +204,37 @@ def repair(path: Path) -> bool:
 
 
 def read_records(path: Path) -> list[Record]:
-    """Every record of a file, in order; a torn last line is left out, and so is what a missing file would hold.
+    """Every record of a replay, in order; a torn last line is left out, and so is what a missing file would hold.
 
     Raises:
         RecordError: a line is damaged, or two lines are the same record.
     """
+    return read_lines(path, Record)
+
+
+def whole_lines(path: Path) -> list[bytes]:
+    """The lines of a record file that end with a newline, without it; none where there is no file."""
     if not path.exists():
         return []
     data = path.read_bytes()
-    lines = data[: data.rfind(b"\n") + 1].split(b"\n")[:-1]
-    records: list[Record] = []
+    return data[: data.rfind(b"\n") + 1].split(b"\n")[:-1]
+
+
+def read_lines(path: Path, kind: type[L]) -> list[L]:
+    """Every record of a file as one kind, in order, without a torn last line.
+
+    Args:
+        path: the file; a missing one holds nothing.
+        kind: `Record`, `AnswerRecord`, or another class with `key` and `from_json`.
+
+    Raises:
+        RecordError: a line is damaged, or two lines are the same record.
+    """
+    records: list[L] = []
     seen: dict[str, int] = {}
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(whole_lines(path), start=1):
         try:
-            record = Record.from_json(line.decode())
+            record = kind.from_json(line.decode())
         except (ValueError, TypeError) as error:
             reason = "it is not JSON" if isinstance(error, json.JSONDecodeError | UnicodeDecodeError) else str(error)
             raise RecordError(

@@ -13,6 +13,7 @@ from reasonkv.budget import Budget
 from reasonkv.evaluate.metrics import NonFiniteError, TraceMetrics, TraceScore
 from reasonkv.evaluate.pieces import MAX_PIECE, Row, feed
 from reasonkv.evaluate.records import Record
+from reasonkv.evaluate.reference import ReferenceAttention
 from reasonkv.evaluate.traces import Trace
 from reasonkv.methods import Method
 from reasonkv.runtimes.transformers import CompressedCache, RowStats
@@ -60,6 +61,9 @@ def replay_batch(
     A trace's row seed is its example number, so that methods that draw random numbers draw other ones for every
     trace, and the same ones whatever batch it is in.
 
+    For a method that looks into the future, full KV's attention is collected from the same traces first; that time is
+    not counted, while the method's use of it is.
+
     Args:
         model: the model that wrote the traces.
         traces: rows of the batch.
@@ -73,8 +77,9 @@ def replay_batch(
         UnsupportedModelError: the model's attention cannot be bounded.
         ReplayError: NaN or infinity came out.
     """
-    began = time.perf_counter()
     rows = [Row(trace.prompt_P, trace.output_T) for trace in traces]
+    future = ReferenceAttention.collect(model, rows) if cell.method.needs.future else None
+    began = time.perf_counter()
     scores = [TraceScore() for _ in traces]
     with CompressedCache(
         model,
@@ -84,6 +89,7 @@ def replay_batch(
         seed=seed,
         row_seeds=[trace.example for trace in traces],
         max_length=max(row.fed for row in rows),
+        reference=future,
     ) as cache:
         distances = cache.tokens_to_next_event
         for scored in feed(model, cache, rows, distances=distances, max_piece=MAX_PIECE if chunked else 1):

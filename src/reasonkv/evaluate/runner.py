@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from reasonkv.budget import Budget
+from reasonkv.budget import Budget, BudgetError
 from reasonkv.evaluate.manifest import Manifest, open_results
 from reasonkv.evaluate.matching import tokens_for_mean
 from reasonkv.evaluate.records import RECORDS, Record, append_records, read_records, record_key, repair
@@ -20,8 +20,8 @@ Progress = Callable[[str, int, int], None]
 """Called with what is being done, how many of it are done, and how many there are."""
 
 
-def _silent(what: str, done: int, total: int) -> None:
-    return None
+def silent(what: str, done: int, total: int) -> None:
+    """Progress that nobody is shown."""
 
 
 @dataclass(frozen=True)
@@ -60,22 +60,10 @@ class ReplayJob:
         Raises:
             BudgetError: a prompt or a method's own window does not fit a budget, or a mean cannot be reached.
         """
-        budgets: Sequence[Budget] = self.budgets
-        longest = None
+        rows = None
         if traces is not None:
-            prompts = [len(trace.prompt_P) for trace in traces]
-            longest = max(prompts)
-            if self.mean_slots:
-                fed = [length + len(trace.output_T) - 1 for length, trace in zip(prompts, traces, strict=True)]
-                budgets = [
-                    replace(budgets[0], tokens=tokens_for_mean(budgets[0], mean, prompts, fed))
-                    for mean in self.mean_slots
-                ]
-        cells = [Cell(method, budget) for method in self.methods for budget in (budgets if method.bounded else [None])]
-        for cell in cells:
-            if cell.budget is not None and (traces is not None or not self.mean_slots):
-                cell.budget.check_protected(recent=cell.method.needs.recent, prompt_length=longest)
-        return list(dict.fromkeys(cells))
+            rows = [(len(one.prompt_P), len(one.prompt_P) + len(one.output_T) - 1) for one in traces]
+        return plan_cells(self.methods, self.budgets, self.mean_slots, rows)
 
     @property
     def steps(self) -> int:
@@ -98,7 +86,42 @@ class ReplayJob:
         return Manifest(self.command, arguments, {"name": model.name, "hash": model.hash}, model.device_name)
 
 
-def run_replay(job: ReplayJob, model: LoadedModel, folder: Path, progress: Progress = _silent) -> list[Record]:
+def plan_cells(
+    methods: Sequence[Method],
+    budgets: Sequence[Budget],
+    mean_slots: Sequence[float] = (),
+    rows: Sequence[tuple[int, int]] | None = None,
+) -> list[Cell]:
+    """Every bounded method at every budget, and full KV without one, each once, in the methods' order.
+
+    Args:
+        methods: the methods.
+        budgets: the budgets; with `mean_slots`, one whose tokens are solved for each mean.
+        mean_slots: mean physical lengths to reach instead of `budgets`.
+        rows: (tokens of the prompt, tokens fed in all) of one task's rows, for what only they can tell: whether
+            prompts fit, and the tokens of `mean_slots`. None checks what can be checked without.
+
+    Raises:
+        BudgetError: a prompt or a method's own window does not fit a budget, or a mean cannot be reached.
+    """
+    if rows is not None and mean_slots:
+        decoding = [(prompt, fed) for prompt, fed in rows if fed > prompt]
+        if not decoding:
+            raise BudgetError(
+                "--mean-slots is the mean over tokens fed after the prompt, but every output of full KV is a single "
+                "token, which is never fed; give --budgets instead."
+            )
+        prompts, fed = zip(*decoding, strict=True)
+        budgets = [replace(budgets[0], tokens=tokens_for_mean(budgets[0], mean, prompts, fed)) for mean in mean_slots]
+    longest = None if rows is None else max(prompt for prompt, _ in rows)
+    cells = [Cell(method, budget) for method in methods for budget in (budgets if method.bounded else [None])]
+    for cell in cells:
+        if cell.budget is not None and (rows is not None or not mean_slots):
+            cell.budget.check_protected(recent=cell.method.needs.recent, prompt_length=longest)
+    return list(dict.fromkeys(cells))
+
+
+def run_replay(job: ReplayJob, model: LoadedModel, folder: Path, progress: Progress = silent) -> list[Record]:
     """Run a job into a results folder, or finish one that was stopped.
 
     Returns:

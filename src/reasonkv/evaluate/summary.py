@@ -7,32 +7,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from reasonkv.evaluate.records import Record
+from reasonkv.evaluate.statistics import Difference, Estimate, estimate, paired_difference
 from reasonkv.methods import MethodError, get_method
 
+__all__ = [
+    "METRICS",
+    "Difference",
+    "Estimate",
+    "Row",
+    "estimate",
+    "method_labels",
+    "paired_difference",
+    "summarize",
+    "value",
+]
+
 METRICS = ("top1", "top5", "nll", "kl", "physical_mean", "physical_peak", "saved_bytes", "seconds")
-_RESAMPLES = 5000
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean over traces and its standard error (None for a single trace)."""
-
-    mean: float
-    se: float | None
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Mean of paired differences over the traces two cells share, with a 95 % bootstrap interval."""
-
-    mean: float
-    low: float
-    high: float
-    pairs: int
 
 
 @dataclass(frozen=True)
@@ -75,33 +66,6 @@ def value(record: Record, metric: str) -> float:
     if metric == "saved_bytes":
         return 1 - record.bytes_held / record.bytes_full
     return float(getattr(record, metric))
-
-
-def estimate(values: Sequence[float]) -> Estimate:
-    """Mean and standard error of independent values."""
-    array = np.asarray(values, dtype=np.float64)
-    se = float(array.std(ddof=1) / np.sqrt(len(array))) if len(array) > 1 else None
-    return Estimate(float(array.mean()), se)
-
-
-def paired_difference(
-    ours: dict[int, float], theirs: dict[int, float], *, seed: int = 0, resamples: int = _RESAMPLES
-) -> Difference | None:
-    """Bootstrap over the examples both have; None when they share none.
-
-    Args:
-        ours: values by example.
-        theirs: the values they are compared with, by example.
-        seed: of the resampling.
-        resamples: bootstrap samples.
-    """
-    shared = sorted(ours.keys() & theirs.keys())
-    if not shared:
-        return None
-    difference: NDArray[np.float64] = np.array([ours[one] - theirs[one] for one in shared])
-    draws = np.random.default_rng(seed).integers(0, len(shared), size=(resamples, len(shared)))
-    low, high = np.percentile(difference[draws].mean(axis=1), [2.5, 97.5])
-    return Difference(float(difference.mean()), float(low), float(high), len(shared))
 
 
 def summarize(records: Sequence[Record], *, seed: int = 0) -> list[Row]:

@@ -76,8 +76,13 @@ class Trace:
 
 
 def trace_path(folder: Path, task: str) -> Path:
-    """Where a task's traces lie; its name with everything but letters and digits turned into dashes."""
-    return folder / f"traces-{re.sub(r'[^A-Za-z0-9]+', '-', task).strip('-')}.safetensors"
+    """Where a task's traces lie."""
+    return folder / f"traces-{file_name(task)}.safetensors"
+
+
+def file_name(task: str) -> str:
+    """A task's name and dials as part of a file's name: everything but letters and digits becomes a dash."""
+    return re.sub(r"[^A-Za-z0-9]+", "-", task).strip("-")
 
 
 def load_or_make_traces(
@@ -138,6 +143,31 @@ def _make(
     seed: int,
     settings: TraceSettings,
 ) -> list[Trace]:
+    prompts = encode_prompts(model, tokenizer, task, problems)
+    limit, longest = context_length(model), max(len(prompt) for prompt in prompts)
+    room = settings.max_new_tokens if limit is None else min(settings.max_new_tokens, limit - longest)
+    if settings.source == "reference":
+        tail = torch.tensor(end_tokens(model)[:1], dtype=torch.long)
+        outputs = [torch.cat([encode(tokenizer, problem.trace), tail])[:room] for problem in problems]
+    else:
+        row_seeds = [problem.example for problem in problems]
+        outputs = generate_rows(model, prompts, room, sampling=settings.sampling(), seed=seed, row_seeds=row_seeds)
+    references = reference_logprobs(model, prompts, outputs)
+    traces = []
+    for problem, prompt, output, reference in zip(problems, prompts, outputs, references, strict=True):
+        text = tokenizer.decode(output, skip_special_tokens=True)
+        traces.append(Trace(problem.example, prompt, output, reference, task.check(problem, str(text))))
+    return traces
+
+
+def encode_prompts(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, problems: Sequence[Problem]
+) -> list[Tensor]:
+    """Prompts as int64 ids [P], each with room for at least one output token.
+
+    Raises:
+        TraceError: a prompt without tokens, or one that fills the model's context.
+    """
     prompts = [encode(tokenizer, problem.prompt) for problem in problems]
     limit = context_length(model)
     longest = max(len(prompt) for prompt in prompts)
@@ -150,18 +180,7 @@ def _make(
             f"A prompt of {task.name} has {longest} tokens, but the model's context is {limit}; "
             f"choose easier dials for the task or another model."
         )
-    room = settings.max_new_tokens if limit is None else min(settings.max_new_tokens, limit - longest)
-    if settings.source == "reference":
-        tail = torch.tensor(end_tokens(model)[:1], dtype=torch.long)
-        outputs = [torch.cat([encode(tokenizer, problem.trace), tail])[:room] for problem in problems]
-    else:
-        outputs = generate_rows(model, prompts, room, sampling=settings.sampling(), seed=seed + problems[0].example)
-    references = reference_logprobs(model, prompts, outputs)
-    traces = []
-    for problem, prompt, output, reference in zip(problems, prompts, outputs, references, strict=True):
-        text = tokenizer.decode(output, skip_special_tokens=True)
-        traces.append(Trace(problem.example, prompt, output, reference, task.check(problem, str(text))))
-    return traces
+    return prompts
 
 
 def reference_logprobs(model: PreTrainedModel, prompts: Sequence[Tensor], outputs: Sequence[Tensor]) -> list[Reference]:

@@ -9,9 +9,18 @@ from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any, get_type_hints
 
-from reasonkv.methods.base import Method, MethodError, Needs, ScorerMethod
+from reasonkv.methods.base import Method, MethodError, Needs, ScorerMethod, refuse_future
 
-__all__ = ["Method", "MethodError", "Needs", "ScorerMethod", "catalogue", "get_method", "method_names"]
+__all__ = [
+    "Method",
+    "MethodError",
+    "Needs",
+    "ScorerMethod",
+    "catalogue",
+    "get_method",
+    "method_names",
+    "refuse_future",
+]
 
 CATALOGUE = {
     "full": "reasonkv.methods.full:FullKV",
@@ -21,6 +30,7 @@ CATALOGUE = {
     "keydiff": "reasonkv.methods.keydiff:KeyDiff",
     "snapkv": "reasonkv.methods.snapkv:SnapKV",
     "rkv": "reasonkv.methods.rkv:RKV",
+    "oracle": "reasonkv.methods.oracle:Oracle",
 }
 ENTRY_POINT_GROUP = "reasonkv.methods"
 

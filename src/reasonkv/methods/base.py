@@ -31,6 +31,8 @@ class Needs:
         scope: what one plan covers: "head" - every KV head chooses its own slots; "layer" - all heads of a layer
             share them.
         folds: the method merges slots, so counts are stored.
+        future: the method reads full KV's attention of tokens still to come (`SlotView.future_attention_BHN`), which
+            is known in replay only; every other runtime refuses it.
 
     """
 
@@ -38,6 +40,7 @@ class Needs:
     recent: int = 0
     scope: Literal["head", "layer"] = "head"
     folds: bool = False
+    future: bool = False
 
 
 @dataclass(frozen=True)
@@ -88,3 +91,14 @@ class ScorerMethod(Method):
     def plan(self, view: SlotView, keep: int) -> Plan:
         """Top-k over the scores with protected slots forced; ties go to the newer position."""
         return Plan(top_k_slots(self.score(view), keep, forced_BHN=view.is_protected_BHN))
+
+
+def refuse_future(method: Method) -> None:
+    """Called by every runtime that does not know a trace beforehand.
+
+    Raises:
+        MethodError: the method needs the future.
+
+    """
+    if method.needs.future:
+        raise MethodError(f"{method.name} looks into the future: it works in replay only, where the trace is known.")

@@ -27,7 +27,9 @@ __all__ = [
     "task_names",
 ]
 
-_FAMILIES: dict[str, type[GeneratedTask]] = {family.name: family for family in (Program, Search, Arithmetic, Recall, LongDoc)}
+_FAMILIES: dict[str, type[GeneratedTask]] = {
+    family.name: family for family in (Program, Search, Arithmetic, Recall, LongDoc)
+}
 
 
 def task_names() -> list[str]:
@@ -56,7 +58,8 @@ def get_task(spec: str) -> GeneratedTask:
             raise TaskError(f"Dial {key!r} of task {name!r} needs a value, as in {key}=VALUE.")
         if key in chosen:
             raise TaskError(f"Dial {key!r} of task {name!r} is given twice.")
-        is_number = "range" in dials[key].metadata and value.isascii() and value.isdigit()
+        # Python refuses to read thousands of digits; no dial takes more than a few
+        is_number = "range" in dials[key].metadata and value.isascii() and value.isdigit() and len(value) < 10
         chosen[key] = int(value) if is_number else value
     return family(**chosen)
 

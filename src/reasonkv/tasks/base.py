@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from enum import IntEnum
@@ -169,10 +170,10 @@ class GeneratedTask:
                     raise TaskError(f"Dial {one.name!r} of task {self.name!r} must be one of {allowed}, not {value!r}.")
                 continue
             low, high = one.metadata["range"]
-            if not isinstance(value, int) or not low <= value <= high:
+            if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
                 raise TaskError(
                     f"Dial {one.name!r} of task {self.name!r} must be a whole number from {low} "
-                    f"to {high}, not {value!r}."
+                    f"to {high}, not {reprlib.repr(value)}."
                 )
 
     @property

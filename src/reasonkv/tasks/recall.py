@@ -2,13 +2,15 @@
 
 With `where=trace` the value of a fact stands only in the trace: the prompt gives a chain of
 updates of an accumulator (here `u`), and each fact is a reading of it, so that no single forward
-can recompute a fact that was lost. The work is a loop whose passes are counted down.
+can recompute a fact that was lost. The work is a loop whose passes are counted down. The last two
+questions are about results of the work: whoever loses count and skips passes, and so brings the
+question closer to the facts, does not get away with it.
 
     <recall> n10 7 : n10 u ; n11 u * 3 : n11 u ; n12 u + 5 : n12 k ; ... n30 2 : n30 a ; ...
-    left n02 ; n40 a + b : n40 c ; n41 ... ; end n47 ? k m <think>
+    left n02 ; n40 a + b : n40 c ; n41 ... ; end n47 ? k m c b <think>
     n10 7 : n10 u 7 ; n11 u 7 * 3 = 1 : n11 u 1 ; n12 u 1 + 5 = 6 : n12 k 6 ; ...
     n30 2 : n30 a 2 ; ... left n02 ; n40 a 2 + b 4 = 6 : n40 c 6 ; n41 ... ;
-    left n01 ; n40 ... ; left n00 ; </think> k 6 m 3
+    left n01 ; n40 ... ; left n00 ; </think> k 6 m 3 c 1 b 4
 
 With `where=prompt` the facts stand in the prompt as `k 6 ;` and are not restated.
 """
@@ -21,6 +23,7 @@ from .base import LABELS, LETTERS, Draft, Draw, GeneratedTask, choice_dial, dial
 from .steps import Line, ask_names, execute_line, random_operator, state_line
 
 _WORK_NAMES = 5
+_WORK_ASKED = 2
 _LOOP_LINES = range(5, 13)
 _LINE_TOKENS = 13
 
@@ -70,7 +73,8 @@ class Recall(GeneratedTask):
             for line in loop:
                 execute_line(draft, line, values)
         draft.write(f"left {LABELS[0]} ;", "cac")
-        ask_names(draft, labels[-1], draw.sample(keys, min(self.ask, len(keys))), values)
+        asked = draw.sample(keys, min(self.ask, len(keys))) + draw.sample(work, _WORK_ASKED)
+        ask_names(draft, labels[-1], asked, values)
         return draft
 
     def _chain(self, draw: Draw, labels: list[str], accumulator: str, keys: list[str]) -> list[Line]:

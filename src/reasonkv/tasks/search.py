@@ -1,18 +1,19 @@
 """`search`: find a way through a directed graph, depth first, writing every step down.
 
     <search> n40 a n07 ; n40 b n33 ; n40 c none ; n33 a n12 ; ... n07 0 n12 0 n51 2 ... ? n12 to n51 <think>
-    n12 from none go n12 1 ; n12 a n40 0 ; n40 from n12 go n40 1 ; n40 a n07 0 ;
-    n07 from n40 go n07 1 ; n07 a none ; n07 from n40 back n40 1 ; n40 a n07 1 ; n40 b n33 0 ; ...
-    n33 b n51 2 ; n51 from n33 end </think> n51 from n33 from n40 from n12 from none
+    f n12 go n12 1 ; n12 a n40 0 ; g n40 go n40 1 ; n40 a n07 0 ; h n07 go n07 1 ; n07 a none ;
+    g n40 back n40 1 ; n40 a n07 1 ; n40 b n33 0 ; h n33 go n33 1 ; n33 a n12 1 ; n33 b n51 2 ;
+    i n51 end </think> i n51 h n33 g n40 f n12
 
 The edges of a node are lettered in the order they are tried, and `none` closes them. Behind a
 node's name stands its state, wherever it is looked up: 0 for never visited, 1 for visited, 2 for
-the goal. Whoever goes on to a node writes once where it was reached `from`; whoever comes back
-tries its edges from the first again. The answer is the way from the goal back to the start.
+the goal. The letters from f on are the places of a stack, which holds the way from the start to
+where the search is: going on writes the next place, going back reads the one before, and tries the
+edges of its node from the first again. The answer is the stack, read from the goal to the start.
 
-So the trace is long and says most things several times, while the two facts the search cannot do
-without (which nodes were visited, and from where) are written once and read much later: a cache
-that loses them sends the search round in circles.
+So the trace is long and says most things several times, while what the search cannot do without
+(which nodes were visited, and what lies at the bottom of the stack) is written once or a few times
+and read much later: a cache that loses it sends the search round in circles.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from dataclasses import dataclass
 
 from .base import LABELS, LETTERS, Draft, Draw, GeneratedTask, dial
 
-_MOST_EDGES = 4  # of one node
+_MOST_EDGES = 4  # of one node; with the one for `none` they take the letters a to e
+_PLACES = LETTERS[5:]  # of the stack
 _UNSEEN, _SEEN, _GOAL = "0", "1", "2"
 
 
@@ -38,8 +40,11 @@ class Search(GeneratedTask):
     def draft(self, draw: Draw) -> Draft:
         """One graph, its search and the way found."""
         names = draw.sample(LABELS, self.nodes)
-        children = self._graph(draw)
-        order = _visit_order(children)
+        while True:
+            children = self._graph(draw)
+            order, depth = _visit_order(children)
+            if depth < len(_PLACES):
+                break
         # A goal among the last nodes visited: most of the graph is searched before it is found.
         goal = order[-1 - draw.below(max(1, len(order) // 4))]
         draft = Draft(prompt=["<search>"])
@@ -68,33 +73,28 @@ class Search(GeneratedTask):
 
     def _walk(self, draft: Draft, names: list[str], children: list[list[int]], goal: int) -> None:
         """Write the search into the trace, then the way back from the goal."""
-        parents: dict[int, int | None] = {0: None}
-        node = 0
-        draft.write(f"{names[0]} from none go {names[0]} {_SEEN} ;", "ccccccc")
-        while True:
-            child = _try_edges(draft, names, children, node, parents, goal)
+        stack = [0]
+        seen = {0}
+        draft.write(f"{_PLACES[0]} {names[0]} go {names[0]} {_SEEN} ;", "cccccc")
+        while stack[-1] != goal:
+            child = _try_edges(draft, names, children, stack[-1], seen, goal)
             if child is None:
-                above = parents[node]
-                if above is None:
-                    raise AssertionError("the goal is always reached")
-                draft.write(f"{names[node]} from {names[above]} back {names[above]} {_SEEN} ;", "ccrcccc")
-                node = above
-                continue
-            parents[child] = node
-            if child == goal:
-                draft.write(f"{names[child]} from {names[node]} end </think>", "ccccc")
-                break
-            draft.write(f"{names[child]} from {names[node]} go {names[child]} {_SEEN} ;", "ccccccc")
-            node = child
-        draft.write(names[goal], "A")
-        step: int | None = goal
-        while step is not None:
-            step = parents[step]
-            draft.write(f"from {'none' if step is None else names[step]}", "AA")
+                stack.pop()
+            else:
+                stack.append(child)
+                seen.add(child)
+            here, place = names[stack[-1]], _PLACES[len(stack) - 1]
+            if child is None:
+                draft.write(f"{place} {here} back {here} {_SEEN} ;", "crcccc")
+            elif child != goal:
+                draft.write(f"{place} {here} go {here} {_SEEN} ;", "cccccc")
+        draft.write(f"{_PLACES[len(stack) - 1]} {names[goal]} end </think>", "cccc")
+        for place, node in reversed(list(zip(_PLACES, stack, strict=False))):
+            draft.write(f"{place} {names[node]}", "AA")
 
 
 def _try_edges(
-    draft: Draft, names: list[str], children: list[list[int]], node: int, seen: dict[int, int | None], goal: int
+    draft: Draft, names: list[str], children: list[list[int]], node: int, seen: set[int], goal: int
 ) -> int | None:
     """Write a node's edges until one leads somewhere new; that child, or None."""
     for letter, child in zip(LETTERS, children[node], strict=False):
@@ -106,14 +106,16 @@ def _try_edges(
     return None
 
 
-def _visit_order(children: list[list[int]]) -> list[int]:
-    """Nodes in the order a whole depth-first search first sees them, without the start."""
+def _visit_order(children: list[list[int]]) -> tuple[list[int], int]:
+    """Nodes in the order a whole depth-first search first sees them, without the start, and how deep it goes."""
     order: list[int] = []
-    stack = [0]
+    deepest = 0
+    stack = [(0, 0)]
     while stack:
-        node = stack.pop()
+        node, depth = stack.pop()
         if node in order:
             continue
         order.append(node)
-        stack += reversed(children[node])
-    return order[1:]
+        deepest = max(deepest, depth)
+        stack += [(child, depth + 1) for child in reversed(children[node])]
+    return order[1:], deepest

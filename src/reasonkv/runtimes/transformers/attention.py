@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -38,6 +39,32 @@ class MaskLength(int):
         made = super().__new__(cls, length)
         made.cache = cache
         return made
+
+
+@dataclass(frozen=True)
+class LogitRule:
+    """How a layer turns query-key products into attention logits.
+
+    Args:
+        scaling: factor on the products.
+        softcap: Gemma 2's cap * tanh(x / cap), or None.
+        sinks: learned sink logits [Hq] (gpt-oss), which take probability and give nothing, or None.
+
+    """
+
+    scaling: float
+    softcap: float | None = None
+    sinks: Tensor | None = None
+
+    @classmethod
+    def of(cls, query: Tensor, kwargs: dict[str, Any]) -> LogitRule:
+        """From the arguments an attention function is called with."""
+        scaling, sinks = kwargs.get("scaling"), kwargs.get("s_aux")
+        return cls(
+            scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+            softcap=kwargs.get("softcap"),
+            sinks=None if sinks is None else sinks.detach(),
+        )
 
 
 def implementation_name(kernel: str) -> str:
@@ -165,7 +192,7 @@ def _attention_function(kernel: str) -> Callable[..., tuple[Tensor, Tensor | Non
             raise UnsupportedModelError("A compressed cache does not return attention weights; drop output_attentions.")
         kwargs.pop("dropout", None)  # a cache is for inference
         out = _attend(kernel, module, query, key, value, layer, kwargs)
-        layer.after_attention(query, kwargs.get("scaling"))
+        layer.after_attention(query, LogitRule.of(query, kwargs))
         return out, None
 
     return forward

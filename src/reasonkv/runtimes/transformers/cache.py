@@ -22,14 +22,15 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from reasonkv import schedule
 from reasonkv.budget import Budget, BudgetError, slot_bytes
-from reasonkv.methods import Method, get_method
+from reasonkv.methods import Method, get_method, refuse_future
 from reasonkv.plan import Plan
 from reasonkv.runtimes.transformers.attention import implementation_name
-from reasonkv.runtimes.transformers.layer import CompressedLayer
+from reasonkv.runtimes.transformers.layer import CompressedLayer, Observer
 from reasonkv.runtimes.transformers.rows import Piece, Row
 from reasonkv.runtimes.transformers.stats import CacheStats, RowStats
 from reasonkv.runtimes.transformers.storage import LayerStorage
 from reasonkv.runtimes.transformers.support import UnsupportedModelError, base_kernel, check_model, text_config
+from reasonkv.view import TraceAttention
 
 
 class CompressedCache(Cache):
@@ -46,6 +47,11 @@ class CompressedCache(Cache):
         max_length: most tokens a row will ever see, if known; storage is never larger.
         reopen_prompt: count what later turns feed in pieces of several tokens as prompt, too.
         kernel: attention kernel to drive ("sdpa", "eager", "flash_attention_2", "reference"); the model's by default.
+        observer: called as `observer(layer, rows, view, plan)` for every plan that is carried out, before storage is
+            rewritten; it must not change what it is shown. The view's keys and values are the cache's own, so it
+            copies what it wants to keep of them. A deep copy of the cache calls the same observer.
+        reference: full KV's attention over the very rows that will be fed, in this order, for methods that look into
+            the future; see `reasonkv.evaluate.reference`.
 
     Raises:
         UnsupportedModelError: the model cannot be served; one sentence says why.
@@ -65,12 +71,17 @@ class CompressedCache(Cache):
         max_length: int | None = None,
         reopen_prompt: bool = False,
         kernel: str | None = None,
+        observer: Observer | None = None,
+        reference: TraceAttention | None = None,
     ) -> None:
         problems = check_model(model)
         if problems:
             raise UnsupportedModelError(problems[0])
         self.method = get_method(method)
         self.budget = _checked_budget(self.method, budget)
+        if reference is None:
+            refuse_future(self.method)
+        self.observer, self.reference = observer, reference
         self.seed, self.row_seeds, self.max_length = seed, row_seeds, max_length
         self.prompt_lengths = [prompt_lengths] if isinstance(prompt_lengths, int) else prompt_lengths
         self.reopen_prompt = reopen_prompt
@@ -153,7 +164,7 @@ class CompressedCache(Cache):
         """Storage for one layer, sized by the longest row's schedule."""
         needs = self.method.needs
         if self.budget is None:
-            return LayerStorage(None)
+            return LayerStorage(None, queries=needs.queries)
         return LayerStorage(max(map(self._capacity, self.rows)), queries=needs.queries, counts=needs.folds)
 
     def is_prompt(self, index_BHN: Tensor, rows: list[int]) -> Tensor:
@@ -260,6 +271,8 @@ class CompressedCache(Cache):
         """An independent cache with the same contents (a shared prompt, decoded several ways)."""
         twin = object.__new__(type(self))
         memo[id(self)] = twin
+        for shared in (self.observer, self.reference):  # the caller's, not part of the contents
+            memo[id(shared)] = shared
         for name, value in self.__dict__.items():
             setattr(twin, name, copy.deepcopy(value, memo))
         for layer in twin.compressed_layers:
@@ -268,16 +281,19 @@ class CompressedCache(Cache):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Move rows with their beams."""
+        self._refuse_moving_rows()
         super().reorder_cache(beam_idx)
         self.rows = [self.rows[i].copy() for i in beam_idx.tolist()]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row `repeats` times."""
+        self._refuse_moving_rows()
         super().batch_repeat_interleave(repeats)
         self.rows = [row.copy() for row in self.rows for _ in range(repeats)]
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep some rows, by index or by boolean mask."""
+        self._refuse_moving_rows()
         super().batch_select_indices(indices)
         chosen = torch.arange(len(self.rows))[indices.cpu()].tolist()
         self.rows = [self.rows[i].copy() for i in chosen]
@@ -289,6 +305,12 @@ class CompressedCache(Cache):
 
     # -- internals ----------------------------------------------------------------------------------------------------
 
+    def _refuse_moving_rows(self) -> None:
+        if self.reference is not None:
+            raise UnsupportedModelError(
+                "The rows of a cache with a reference are the reference's and cannot be reordered, repeated or dropped."
+            )
+
     def _capacity(self, row: Row) -> int:
         longest = self.max_length if self.max_length is not None else 1 << 62
         return schedule.capacity(self.budget, row.state.prompt, max(longest, row.state.length))
@@ -296,6 +318,11 @@ class CompressedCache(Cache):
     def _first_rows(self, batch: int, fed: list[int]) -> list[Row]:
         prompts = _spread(self.prompt_lengths, batch, "prompt_lengths") or fed
         seeds = _spread(self.row_seeds, batch, "row_seeds") or [0] * batch
+        if self.reference is not None and len(self.reference.lengths) != batch:
+            raise UnsupportedModelError(
+                f"The reference was collected from {len(self.reference.lengths)} rows but the forward has {batch}; "
+                "collect it from the rows that are fed."
+            )
         for prompt, first in zip(prompts, fed, strict=True):
             if self.prompt_lengths is not None and prompt < first and first > 1:
                 raise BudgetError(

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from reasonkv.budget import Budget
-from reasonkv.methods import Method
+from reasonkv.methods import Method, get_method, refuse_future
 from reasonkv.runtimes.transformers.cache import CompressedCache
 from reasonkv.runtimes.transformers.stats import CacheStats
 from reasonkv.runtimes.transformers.support import UnsupportedModelError
@@ -25,12 +25,16 @@ class generate:  # noqa: N801 - used like a function: custom_generate=reasonkv.g
         budget: a `Budget`, its tokens, or None for full KV.
         options: further arguments of `CompressedCache` (seed, prompt_lengths, ...).
 
+    Raises:
+        MethodError: an unknown method, or one that looks into the future.
+
     Attributes:
         stats: what the last call's cache held, or None before the first.
 
     """
 
     def __init__(self, method: str | Method, budget: Budget | int | None = None, **options: Any) -> None:
+        refuse_future(get_method(method))  # whatever the options: what is generated need not be what a reference knows
         self.method, self.budget, self.options = method, budget, options
         self.stats: CacheStats | None = None
 

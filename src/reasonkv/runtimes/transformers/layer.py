@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import weakref
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from reasonkv.plan import Plan
-from reasonkv.runtimes.transformers.attention import MaskLength
+from reasonkv.runtimes.transformers.attention import LogitRule, MaskLength
 from reasonkv.runtimes.transformers.rows import Piece
 from reasonkv.runtimes.transformers.storage import LayerStorage
 from reasonkv.runtimes.transformers.support import UnsupportedModelError
@@ -19,6 +20,9 @@ from reasonkv.view import SlotView
 
 if TYPE_CHECKING:
     from reasonkv.runtimes.transformers.cache import CompressedCache
+
+Observer = Callable[[int, list[int], SlotView, Plan], None]
+"""Called as `observer(layer, rows, view, plan)`: row i of the view and of the plan is batch row `rows[i]`."""
 
 
 class CompressedLayer(CacheLayerMixin):
@@ -35,6 +39,7 @@ class CompressedLayer(CacheLayerMixin):
         self.index = index
         self.waiting = False  # between `update` and `after_attention`
         self.storage: LayerStorage | None = None
+        self.rule: LogitRule | None = None  # of the newest forward
 
     def attach(self, cache: CompressedCache) -> None:
         """Belong to a cache (weakly: the cache owns its layers)."""
@@ -76,20 +81,21 @@ class CompressedLayer(CacheLayerMixin):
         self.waiting = self.is_initialized = True
         return keys, values
 
-    def after_attention(self, query: Tensor, scaling: float | None) -> None:
+    def after_attention(self, query: Tensor, rule: LogitRule) -> None:
         """Remember the queries, carry out the events of this forward, and hand on to the cache.
 
         Args:
             query: rotated queries [B, Hq, q, D].
-            scaling: the model's factor on query-key products.
+            rule: how this layer's logits come from query-key products.
 
         """
         assert self.storage is not None
+        self.rule = rule
         piece = self.piece
         self.storage.remember_queries(query, piece)
         if any(keep is not None for keep in piece.keep):
             start = time.perf_counter()
-            self._compact(piece, query.shape[-1] ** -0.5 if scaling is None else scaling)
+            self._compact(piece, rule.scaling)
             self.cache.compaction_seconds += time.perf_counter() - start
         self.waiting = False
         self.cache.layer_done()
@@ -98,6 +104,7 @@ class CompressedLayer(CacheLayerMixin):
         storage, cache = self.storage, self.cache
         assert storage is not None
         plans: list[tuple[list[int], Plan, Tensor, Tensor]] = []
+        seen: list[tuple[list[int], SlotView, Plan]] = []
         for rows in piece.groups(storage.ring_length):
             view = self.view(rows, piece, scaling)
             keep = piece.keep[rows[0]]
@@ -110,6 +117,10 @@ class CompressedLayer(CacheLayerMixin):
                     raise UnsupportedModelError(f"{cache.method.name} folds slots without declaring Needs(folds=True).")
                 cache.note_folds(rows, plan)
             plans.append((rows, plan, view.positions_BHN, view.counts_BHN))
+            if cache.observer is not None:
+                seen.append((rows, view, plan))
+        for rows, view, plan in seen:  # once every plan is known to be sound, and while the slots are still there
+            cache.observer(self.index, rows, view, plan)  # type: ignore[misc]
         storage.carry_out(plans, piece)
 
     def view(self, rows: list[int], piece: Piece, scaling: float) -> SlotView:
@@ -144,6 +155,8 @@ class CompressedLayer(CacheLayerMixin):
             row_seed_B=numbers([piece.rows[row].seed for row in rows]),
             seed=cache.seed,
             layer=self.index,
+            rows=tuple(rows),
+            reference=cache.reference,
         )
 
     # -- the layer contract of transformers ---------------------------------------------------------------------
@@ -163,7 +176,7 @@ class CompressedLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget this layer's slots."""
-        self.storage, self.waiting, self.is_initialized = None, False, False
+        self.storage, self.rule, self.waiting, self.is_initialized = None, None, False, False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Move rows with their beams."""

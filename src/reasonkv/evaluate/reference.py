@@ -1,0 +1,221 @@
+"""Full KV's attention over known traces: which tokens later queries really look at."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from reasonkv.evaluate.pieces import Row, feed
+from reasonkv.methods.base import Needs
+from reasonkv.methods.full import FullKV
+from reasonkv.runtimes.transformers import CompressedCache
+from reasonkv.runtimes.transformers.attention import LogitRule
+from reasonkv.selection import upcast
+
+Reduce = Literal["sum", "max"]
+
+BLOCK_QUERIES = 64
+"""Queries whose reduced attention is remembered together, at least."""
+BLOCKS = 32
+"""Most such blocks per row and layer, so that what is remembered stays well below the queries and keys themselves."""
+WORK_ELEMENTS = 1 << 20
+"""Attention weights worked on at once: 4 MiB of float32."""
+
+
+@dataclass(frozen=True)
+class _Recorder(FullKV):
+    """Full KV with a ring of queries as long as the longest row: in the end it holds every query at its token index."""
+
+    tokens: int = 1
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(queries=self.tokens)
+
+
+@dataclass(frozen=True)
+class _LayerTrace:
+    """Rotated queries [B, Hq, L, D] and keys [B, H, L, D] of one layer by token index; rows end at their length."""
+
+    queries_BHqLD: Tensor
+    keys_BHLD: Tensor
+    rule: LogitRule
+
+
+class ReferenceAttention:
+    """Full KV's attention over one batch of known traces.
+
+    Holds the rotated queries and keys of every full-attention layer in the model's dtype, and, for rows and layers that
+    were asked about, the reduced attention of blocks of queries, so that asking at many events costs about as much as
+    asking once. Attention is the model's own: scaling, soft cap and learned sinks included.
+
+    Legend: B rows, H KV heads, Hq query heads, L tokens of the longest row, D head_dim.
+
+    Args:
+        layers: by index in the model.
+        lengths: tokens of every row.
+
+    """
+
+    def __init__(self, layers: dict[int, _LayerTrace], lengths: Sequence[int]) -> None:
+        self._layers = layers
+        self._lengths = list(lengths)
+        self._blocks: dict[tuple[int, int, Reduce], Tensor] = {}
+
+    @staticmethod
+    def collect(model: PreTrainedModel, rows: Sequence[Row]) -> ReferenceAttention:
+        """Feed the traces through full KV once and keep the queries and keys.
+
+        Args:
+            model: a causal language model.
+            rows: the traces; tokens are counted from the first of the prompt, and the last output token is not fed.
+
+        Raises:
+            UnsupportedModelError: the model's attention cannot be observed.
+
+        """
+        lengths = [row.fed for row in rows]
+        longest = max(lengths)
+        layers = {}
+        prompts = [len(row.prompt_P) for row in rows]
+        with CompressedCache(model, _Recorder(longest), prompt_lengths=prompts, max_length=longest) as cache:
+            for _ in feed(model, cache, rows, score=False):
+                pass
+            for layer in cache.compressed_layers:
+                storage = layer.storage
+                assert storage is not None and storage.keys is not None and storage.ring is not None
+                assert layer.rule is not None
+                layers[layer.index] = _LayerTrace(storage.ring, storage.keys[:, :, :longest].clone(), layer.rule)
+        return ReferenceAttention(layers, lengths)
+
+    @property
+    def layers(self) -> list[int]:
+        """Indices of the full-attention layers."""
+        return list(self._layers)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of every row: prompt and output, but for the last output token."""
+        return self._lengths
+
+    def received(self, layer: int, row: int, start: int, end: int, reduce: Reduce = "sum") -> Tensor:
+        """Attention that the queries at token indices start..end-1 pay to tokens 0..end-1.
+
+        Per KV head the mean over the query heads of its group, then the sum or the maximum over the queries. Causal: a
+        query pays nothing to later tokens. No queries (start = end) pay 0.
+
+        Returns:
+            float32 [H, end].
+
+        Raises:
+            ValueError: not a full-attention layer, not a row, or not 0 <= start <= end <= the row's tokens.
+
+        """
+        self._check(layer, row, start, end)
+        size = self._block_queries(row)
+        first, last = -(-start // size), end // size  # whole blocks
+        H = self._layers[layer].keys_BHLD.shape[1]
+        total_HL = torch.zeros(H, end, device=self._layers[layer].keys_BHLD.device)
+        if last - first < 1:
+            _reduce_into(total_HL, self._reduced(layer, row, start, end, reduce), reduce)
+            return total_HL
+        _reduce_into(total_HL, self._reduced(layer, row, start, first * size, reduce), reduce)
+        whole_nHL = self._whole_blocks(layer, row, reduce)[first:last, :, :end]
+        _reduce_into(total_HL, whole_nHL.sum(0) if reduce == "sum" else whole_nHL.amax(0), reduce)
+        _reduce_into(total_HL, self._reduced(layer, row, last * size, end, reduce), reduce)
+        return total_HL
+
+    def received_by_event(self, layer: int, row: int, edges: Sequence[int], reduce: Reduce = "sum") -> Tensor:
+        """`received` from the queries of each interval between events.
+
+        Args:
+            layer: index in the model.
+            row: batch row.
+            edges: ascending token indices; interval e holds the queries edges[e]..edges[e + 1] - 1.
+            reduce: sum or maximum over an interval's queries.
+
+        Returns:
+            float32 [E, H, N], E = len(edges) - 1, N = edges[-1]; 0 at tokens later than the interval.
+
+        Raises:
+            ValueError: as `received`, or edges that are not ascending.
+
+        """
+        if len(edges) < 2:
+            raise ValueError("An interval has two edges.")
+        self._check(layer, row, edges[0], edges[-1])
+        keys = self._layers[layer].keys_BHLD
+        out_EHN = torch.zeros(len(edges) - 1, keys.shape[1], edges[-1], device=keys.device)
+        for interval, (start, end) in enumerate(pairwise(edges)):
+            self._check(layer, row, start, end)
+            out_EHN[interval, :, :end] = self._reduced(layer, row, start, end, reduce)
+        return out_EHN
+
+    # -- internals ----------------------------------------------------------------------------------------------------
+
+    def _check(self, layer: int, row: int, start: int, end: int) -> None:
+        if layer not in self._layers:
+            raise ValueError(f"Layer {layer} is not a full-attention layer; those are {self.layers}.")
+        if not 0 <= row < len(self._lengths):
+            raise ValueError(f"There is no row {row}; the reference has {len(self._lengths)}.")
+        if not 0 <= start <= end <= self._lengths[row]:
+            raise ValueError(f"Row {row} has {self._lengths[row]} tokens; {start} to {end} is no range of them.")
+
+    def _block_queries(self, row: int) -> int:
+        return max(BLOCK_QUERIES, -(-self._lengths[row] // BLOCKS))
+
+    def _whole_blocks(self, layer: int, row: int, reduce: Reduce) -> Tensor:
+        """Reduced attention of every whole block of queries, float32 [n, H, L]; worked out when first asked for."""
+        key = (layer, row, reduce)
+        if key not in self._blocks:
+            length, size = self._lengths[row], self._block_queries(row)
+            keys = self._layers[layer].keys_BHLD
+            blocks_nHL = torch.zeros(length // size, keys.shape[1], length, device=keys.device)
+            for block, start in enumerate(range(0, length - size + 1, size)):
+                blocks_nHL[block, :, : start + size] = self._reduced(layer, row, start, start + size, reduce)
+            self._blocks[key] = blocks_nHL
+        return self._blocks[key]
+
+    def _reduced(self, layer: int, row: int, start: int, end: int, reduce: Reduce) -> Tensor:
+        """What `received` returns, worked out from the queries, a few at a time."""
+        found = self._layers[layer]
+        Hq, H = found.queries_BHqLD.shape[1], found.keys_BHLD.shape[1]
+        total_HL = torch.zeros(H, end, device=found.keys_BHLD.device)
+        keys_HLD = upcast(found.keys_BHLD[row, :, :end]) if start < end else found.keys_BHLD[row, :, :end]
+        step = max(1, WORK_ELEMENTS // (Hq * max(1, end)))
+        for at in range(start, end, step):
+            upto = min(at + step, end)
+            queries_HgTD = upcast(found.queries_BHqLD[row, :, at:upto]).reshape(H, Hq // H, upto - at, -1)
+            weights_HTL = _attention(queries_HgTD, keys_HLD[:, :upto], found.rule).mean(1)
+            part_HL = weights_HTL.sum(1) if reduce == "sum" else weights_HTL.amax(1)
+            _reduce_into(total_HL, part_HL.float(), reduce)
+        return total_HL
+
+
+def _attention(queries_HgTD: Tensor, keys_HLD: Tensor, rule: LogitRule) -> Tensor:
+    """Attention weights [H, g, T, L] of the newest T of L tokens."""
+    (H, g, T, _), L = queries_HgTD.shape, keys_HLD.shape[1]
+    logits = ((queries_HgTD.flatten(1, 2) * rule.scaling) @ keys_HLD.mT).view(H, g, T, L)
+    if rule.softcap is not None:
+        logits = rule.softcap * torch.tanh(logits / rule.softcap)
+    later_TL = torch.ones(T, L, dtype=torch.bool, device=logits.device).triu(L - T + 1)
+    logits = logits.masked_fill_(later_TL, float("-inf"))
+    if rule.sinks is None:
+        return logits.softmax(-1)
+    sinks_HgT1 = rule.sinks.to(logits.dtype).view(H, g, 1, 1).expand(H, g, T, 1)
+    return torch.cat([logits, sinks_HgT1], -1).softmax(-1)[..., :-1]
+
+
+def _reduce_into(total_HL: Tensor, part_Hl: Tensor, reduce: Reduce) -> None:
+    """Add attention to the older l tokens into a total, or take the larger; weights are never below 0."""
+    target = total_HL[:, : part_Hl.shape[1]]
+    if reduce == "sum":
+        target += part_Hl
+    else:
+        torch.maximum(target, part_Hl, out=target)

@@ -1,0 +1,168 @@
+"""What one mean may be taken over: records of one folder, one budget rule and one regime, as rows for tables."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from reasonkv.evaluate.accuracy import summarize_answers
+from reasonkv.evaluate.answers import AnswerRecord
+from reasonkv.evaluate.records import Record
+from reasonkv.evaluate.results import Results
+from reasonkv.evaluate.statistics import Difference, Estimate, clustered_mean
+from reasonkv.evaluate.summary import method_labels, summarize
+from reasonkv.evaluate.frontier import regime
+
+R = TypeVar("R", Record, AnswerRecord)
+UNBOUNDED = "full KV"
+"""What stands in the regime column of full KV's own rows."""
+
+
+@dataclass(frozen=True)
+class SummaryRow:
+    """One cell of a replay or an evaluation on one task in one regime.
+
+    Args:
+        regime: the regime, or `UNBOUNDED` for full KV.
+        task: the task.
+        method: the method, with the options that are not its defaults.
+        tokens: the budget's tokens, None for full KV.
+        n: traces, or problems of an evaluation.
+        estimates: by metric.
+        versus_full: paired differences to full KV by metric.
+        versus_random: the same to random at the same budget.
+    """
+
+    regime: str
+    task: str
+    method: str
+    tokens: int | None
+    n: int
+    estimates: dict[str, Estimate]
+    versus_full: dict[str, Difference]
+    versus_random: dict[str, Difference]
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """Rows that may be compared with each other.
+
+    Args:
+        results: the folder they come from.
+        rule: every field of the budget but `tokens`; empty where only full KV ran.
+        rows: full KV's first. Regimes are never averaged together: a cell whose traces fall into two regimes has two
+            rows.
+    """
+
+    results: Results
+    rule: dict[str, Any]
+    rows: list[SummaryRow]
+
+    @property
+    def kind(self) -> str:
+        """`replay` or `evaluate`."""
+        return "evaluate" if self.results.answers else "replay"
+
+    @property
+    def keeps_prompt(self) -> bool:
+        """Whether no method may drop the prompt."""
+        return self.rule.get("prompt") in {"keep", "on_top"}
+
+    def same_problems(self, other: Cohort) -> bool:
+        """Whether the other ran the same kind of job on the same model and problems, so that rows may be shared."""
+        mine, theirs = self.results.manifest, other.results.manifest
+        return self.kind == other.kind and all(
+            mine.get(part, {}).get(name) == theirs.get(part, {}).get(name)
+            for part, names in (("model", ["hash"]), ("arguments", ["seed", "limit", "traces", "samples", "sampling"]))
+            for name in names
+        )
+
+
+def cohorts(results: Sequence[Results]) -> list[Cohort]:
+    """One cohort per folder and budget rule, in the order they first occur."""
+    found: list[Cohort] = []
+    for one in results:
+        found += _of_folder(one, one.answers) if one.answers else _of_folder(one, one.records)
+    return found
+
+
+def budget_rule(record: Record | AnswerRecord) -> dict[str, Any]:
+    """Every field of a record's budget but `tokens`."""
+    return {name: value for name, value in (record.budget or {}).items() if name != "tokens"}
+
+
+def labels_of(records: Sequence[Record] | Sequence[AnswerRecord]) -> list[str]:
+    """The label of every record's method: its name, and the options that are not its defaults."""
+    known = method_labels(records)  # type: ignore[arg-type]  # it reads the method and its options, which both have
+    return [known[json.dumps([one.method, one.options], sort_keys=True)] for one in records]
+
+
+def _of_folder(results: Results, records: Sequence[R]) -> list[Cohort]:
+    full = [record for record in records if record.budget is None]
+    rules: dict[str, list[R]] = {}
+    for record in records:
+        if record.budget is not None:
+            rules.setdefault(json.dumps(budget_rule(record), sort_keys=True), []).append(record)
+    if not rules:
+        return [Cohort(results, {}, _rows(full, UNBOUNDED))]
+    return [Cohort(results, json.loads(rule), _by_regime(full, members)) for rule, members in rules.items()]
+
+
+def _by_regime(full: Sequence[R], members: Sequence[R]) -> list[SummaryRow]:
+    split: dict[str, list[R]] = {}
+    for record in members:
+        split.setdefault(str(regime(record)), []).append(record)
+    # full KV stands in every part, so that differences to it pair the very problems of that part
+    rows = _rows(full, UNBOUNDED)
+    for name, part in split.items():
+        rows += [row for row in _rows([*full, *part], name) if row.tokens is not None]
+    tasks = list(dict.fromkeys(row.task for row in rows))
+    methods = list(dict.fromkeys(labels_of([*full, *members])))
+    return sorted(rows, key=lambda row: (tasks.index(row.task), methods.index(row.method), row.tokens or 0))
+
+
+def _rows(records: Sequence[R], name: str) -> list[SummaryRow]:
+    """One row per task, method and budget, with the bytes held beside the summary's own estimates."""
+    answers = [record for record in records if isinstance(record, AnswerRecord)]
+    replayed = [record for record in records if isinstance(record, Record)]
+    held = _bytes_held(answers or replayed)
+    rows = []
+    for row in summarize_answers(answers):
+        rows.append(
+            SummaryRow(
+                name,
+                row.task,
+                row.method,
+                row.tokens,
+                row.n,
+                {**row.estimates, "bytes_held": held[row.task, row.method, row.tokens]},
+                {"correct": row.versus_full} if row.versus_full else {},
+                {"correct": row.versus_random} if row.versus_random else {},
+            )
+        )
+    for one in summarize(replayed):
+        rows.append(
+            SummaryRow(
+                name,
+                one.task,
+                one.method,
+                one.tokens,
+                one.n,
+                {**one.estimates, "bytes_held": held[one.task, one.method, one.tokens]},
+                one.versus_full,
+                one.versus_random,
+            )
+        )
+    return rows
+
+
+def _bytes_held(records: Sequence[Record] | Sequence[AnswerRecord]) -> dict[tuple[str, str, int | None], Estimate]:
+    cells: dict[tuple[str, str, int | None], list[Record | AnswerRecord]] = {}
+    for record, label in zip(records, labels_of(records), strict=True):
+        cells.setdefault((record.task, label, record.budget["tokens"] if record.budget else None), []).append(record)
+    return {
+        key: clustered_mean([one.bytes_held for one in members], [one.example for one in members])
+        for key, members in cells.items()
+    }

@@ -1,0 +1,394 @@
+"""The trace inspector: a trace's text with the fate of every token in a compressed cache, as data and as a page.
+
+Two kinds. A *replay* feeds the cache full KV's own trace, so every token can be compared with what full KV would have
+said. A *generation* is what the compressed run wrote by itself, beside full KV's trace, up to the answer.
+
+Legend: G layers, H KV heads, E events, N tokens (prompt and output), P of them prompt, T of them output.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from reasonkv.evaluate.decoding import Request, decode_batch
+from reasonkv.evaluate.fates import EventPlan, Fates, PlanRecorder, fates
+from reasonkv.evaluate.generate import Sampling, context_length, row_seed
+from reasonkv.evaluate.manifest import ResultsError, write_atomically
+from reasonkv.evaluate.metrics import Reference
+from reasonkv.evaluate.pieces import Row, feed
+from reasonkv.evaluate.reference import ReferenceAttention
+from reasonkv.evaluate.replay import Cell
+from reasonkv.evaluate.text import first_divergence
+from reasonkv.evaluate.traces import Trace, reference_logprobs
+from reasonkv.methods import refuse_future
+from reasonkv.models import LoadedModel, one_thread_if_small
+from reasonkv.report.html import page
+from reasonkv.runtimes.transformers import CompressedCache, RowStats
+from reasonkv.tasks import get_task
+
+FORMAT = 1
+FOLDER = "inspections"
+"""Where a results folder keeps its inspections."""
+LEAST_ATTENTION, MOST_ATTENTION = 1e-4, 1e4
+"""Range of the 8-bit logarithmic scale; what is below is written as 0."""
+MOST_ATTENTION_BYTES = 2_000_000
+"""Attention of models with many layers and heads is averaged over heads, then over layers, to stay below this."""
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """An inspection's JSON-ready data, and the plans its fates were computed from."""
+
+    data: dict[str, Any]
+    plans: list[EventPlan]
+
+    @property
+    def name(self) -> str:
+        """A file name without its ending: kind, task, method, budget and example."""
+        return inspection_name(self.data)
+
+
+@dataclass(frozen=True)
+class _Scores:
+    """What a cell said at every output position: float32 NLL of the shown token, int64 most likely token."""
+
+    nll_T: Tensor
+    top_T: Tensor
+    stats: RowStats
+
+
+def inspect_replay(model: LoadedModel, trace: Trace, cell: Cell, *, task: str, seed: int = 0) -> Inspection:
+    """Feed full KV's trace through a cell and tell what became of every token.
+
+    Args:
+        model: the model that wrote the trace.
+        trace: full KV's trace.
+        cell: method and budget.
+        task: the trace's task, with its dials.
+        seed: of the problem, and of methods that draw random numbers.
+
+    Raises:
+        BudgetError, UnsupportedModelError, TaskError: the cell or task cannot be carried out.
+    """
+    recorder = PlanRecorder()
+    with one_thread_if_small(model.model):
+        attention = ReferenceAttention.collect(model.model, [Row(trace.prompt_P, trace.output_T)])
+        scores = _score(model, trace, cell, attention, trace.example, seed, recorder)
+        data = inspection_data(
+            model, trace, cell, scores, recorder.plans, attention, kind="replay", task=task, seed=seed
+        )
+    return Inspection(data, recorder.plans)
+
+
+def inspect_generation(
+    model: LoadedModel,
+    trace: Trace,
+    cell: Cell,
+    *,
+    task: str,
+    seed: int = 0,
+    sample: int = 0,
+    sampling: Sampling | None = None,
+    max_new_tokens: int | None = None,
+) -> Inspection:
+    """Let a cell write its own answer and tell what became of every token of it, beside full KV's trace.
+
+    Args:
+        model: the model that wrote the trace.
+        trace: full KV's trace of the same prompt.
+        cell: method and budget.
+        task: the trace's task, with its dials.
+        seed: of the problem, of sampling, and of methods that draw random numbers.
+        sample: number of the sample.
+        sampling: None for greedy.
+        max_new_tokens: most tokens to write; None: 1.25 times full KV's output and 32 more.
+
+    Raises:
+        MethodError: a method that needs to know the future.
+        BudgetError, UnsupportedModelError, TaskError, DecodingError: the cell or task cannot be carried out.
+    """
+    refuse_future(cell.method)
+    recorder, prompt = PlanRecorder(), len(trace.prompt_P)
+    room = max_new_tokens or math.ceil(1.25 * len(trace.output_T)) + 32
+    context = context_length(model.model)
+    room = room if context is None else min(room, context - prompt)
+    row = row_seed(trace.example, sample)
+    with one_thread_if_small(model.model):
+        with _cache(model, cell, prompt, prompt + room, row, seed, observer=recorder) as cache:
+            request = Request(trace.prompt_P, room, row)
+            (wrote,) = decode_batch(model.model, cache, [request], sampling=sampling, seed=seed)
+        output_T = torch.tensor(wrote.tokens)
+        text = str(model.tokenizer.decode(output_T, skip_special_tokens=True))
+        right = bool(get_task(task).check(get_task(task).problem(trace.example, seed=seed), text))
+        (reference,) = reference_logprobs(model.model, [trace.prompt_P], [output_T])
+        own = Trace(trace.example, trace.prompt_P, output_T, reference, right)
+        attention = ReferenceAttention.collect(model.model, [Row(own.prompt_P, own.output_T)])
+        scores = _score(model, own, cell, attention, row, seed, None)
+        data = inspection_data(
+            model, own, cell, scores, recorder.plans, attention,
+            kind="generation", task=task, seed=seed, full=trace, truncated=wrote.truncated,
+        )  # fmt: skip
+    return Inspection(data, recorder.plans)
+
+
+def inspection_data(
+    model: LoadedModel,
+    shown: Trace,
+    cell: Cell,
+    scores: _Scores,
+    plans: Sequence[EventPlan],
+    attention: ReferenceAttention,
+    *,
+    kind: str,
+    task: str,
+    seed: int,
+    full: Trace | None = None,
+    truncated: bool = False,
+) -> dict[str, Any]:
+    """Everything the page needs, JSON-ready; arrays are base64 of little-endian integers.
+
+    Args:
+        model: whose tokens they are.
+        shown: the trace whose tokens have fates, with full KV's opinion of them.
+        cell: method and budget.
+        scores: the cell's opinion of the same tokens.
+        plans: as carried out on these tokens.
+        attention: full KV's attention over these tokens (row 0).
+        kind: "replay" or "generation".
+        task: with its dials.
+        seed: of the problem.
+        full: full KV's trace, where it is not the one that is shown.
+        truncated: the shown output met a limit on its length.
+    """
+    ids = torch.cat([shown.prompt_P, shown.output_T])
+    found = fates(plans, len(ids), layers=attention.layers)
+    edges = [0, *found.lengths_E, len(ids) - 1]
+    received = torch.stack([attention.received_by_event(layer, 0, edges) for layer in attention.layers]).cpu()
+    heads = received.shape[2]
+    tokenizer, problem = model.tokenizer, get_task(task).problem(shown.example, seed=seed)
+    best_T, told_T = shown.reference.best_N(), _logprob_of(shown.reference, shown.output_T)
+    mismatch = _first(scores.top_T != best_T)
+    trace = full or shown
+    texts = {name: str(tokenizer.decode(one.output_T, skip_special_tokens=True)) for name, one in
+             {"full": trace, "shown": shown}.items()}  # fmt: skip
+    return {
+        "format": FORMAT,
+        "kind": kind,
+        "model": model.name,
+        "method": cell.method.spec(),
+        "budget": cell.budget.to_dict() if cell.budget else None,
+        "task": task,
+        "example": shown.example,
+        "seed": seed,
+        "prompt": len(shown.prompt_P),
+        "pieces": token_pieces(tokenizer, ids),
+        "layers": attention.layers,
+        "heads": heads,
+        "events": {"length": found.lengths_E, "before": found.before_E, "after": found.after_E},
+        "fates": _packed(found, heads),
+        "protected": _protected(cell),
+        "attention": _quantised(received.transpose(1, 2)),
+        "scores": {
+            "nll": _rounded(scores.nll_T),
+            "full_nll": _rounded(-told_T),
+            "top": [_piece(tokenizer, None, token) for token in scores.top_T.tolist()],
+            "full_top": [_piece(tokenizer, None, token) for token in best_T.tolist()],
+            "differs": (scores.top_T != best_T).nonzero()[:, 0].tolist(),
+        },
+        "first_mismatch": mismatch,
+        "first_divergence": None if full is None else first_divergence(shown.output_T.tolist(), full.output_T.tolist()),
+        "full_pieces": None if full is None else token_pieces(tokenizer, full.output_T),
+        "expected": problem.answer,
+        "answer": {"full": _answer(texts["full"], trace.correct)}
+        | ({} if full is None else {"shown": _answer(texts["shown"], shown.correct) | {"truncated": truncated}}),
+        "stats": {
+            "mean": round(scores.stats.physical_mean, 1),
+            "peak": scores.stats.physical_peak,
+            "held": scores.stats.physical_terminal,
+            "agreement": round(float((scores.top_T == best_T).double().mean()), 5),
+            "nll": round(float(scores.nll_T.double().mean()), 5),
+        },
+    }
+
+
+def inspection_name(data: dict[str, Any]) -> str:
+    """A file name without its ending: kind, task, method, budget and example."""
+    tokens = "full" if data["budget"] is None else data["budget"]["tokens"]
+    text = f"{data['kind']}-{data['task']}-{data['method']}-{tokens}-{data['example']}"
+    return re.sub(r"[^A-Za-z0-9]+", "-", text).strip("-")
+
+
+def save_inspection(folder: Path, data: dict[str, Any]) -> Path:
+    """Write `folder/inspections/NAME.json`, whole or not at all."""
+    path = folder / FOLDER / f"{inspection_name(data)}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, (json.dumps(data, separators=(",", ":"), allow_nan=False) + "\n").encode())
+    return path
+
+
+def load_inspections(folder: Path) -> list[dict[str, Any]]:
+    """The inspections a results folder holds, by file name.
+
+    Raises:
+        ResultsError: one of them is damaged.
+    """
+    found = []
+    for path in sorted((folder / FOLDER).glob("*.json")):
+        try:
+            data = json.loads(path.read_text())
+        except (OSError, ValueError):
+            data = None
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            raise ResultsError(f"{path} is not an inspection this version can read; delete it and make it again.")
+        found.append(data)
+    return found
+
+
+def inspector_page(data: dict[str, Any]) -> str:
+    """The inspector alone, as one self-contained HTML page."""
+    slots = "" if data["budget"] is None else f" at {data['budget']['tokens']:,} slots"
+    title = f"{data['method']}{slots} on {data['task']}, example {data['example']}"
+    body = (
+        '<main class="page"><header class="topbar"><span class="muted">reasonkv inspect</span>'
+        '<button type="button" data-theme-toggle></button></header>'
+        f'<h1>{escape(title)}</h1><div data-inspection="inspection"></div></main>'
+    )
+    return page(
+        f"{title} - reasonkv", body,
+        styles=["inspector.css"], scripts=["inspector.js"], data={"inspection": data},
+    )  # fmt: skip
+
+
+def token_pieces(tokenizer: PreTrainedTokenizerBase, ids_N: Tensor) -> list[str]:
+    """The text each token adds to the ones before it, leading spaces and newlines included; never empty.
+
+    A token that is only part of a character, or adds nothing, appears under its name in the vocabulary.
+    """
+    ids = ids_N.tolist()
+    seen: dict[tuple[int | None, int], str] = {}
+    pieces = []
+    for before, token in zip([None, *ids[:-1]], ids, strict=True):
+        if (before, token) not in seen:
+            seen[before, token] = _piece(tokenizer, before, token)
+        pieces.append(seen[before, token])
+    return pieces
+
+
+def _piece(tokenizer: PreTrainedTokenizerBase, before: int | None, token: int) -> str:
+    def decoded(ids: list[int]) -> str:
+        return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    alone = decoded([token])
+    if before is not None:
+        first, both = decoded([before]), decoded([before, token])
+        alone = both[len(first) :] if both.startswith(first) and len(both) > len(first) else alone
+    if alone and "\ufffd" not in alone:
+        return alone
+    return str(tokenizer.convert_ids_to_tokens(token) or f"<{token}>")
+
+
+def _cache(
+    model: LoadedModel, cell: Cell, prompt: int, longest: int, row: int, seed: int, **options: Any
+) -> CompressedCache:
+    return CompressedCache(
+        model.model, cell.method, cell.budget,
+        prompt_lengths=[prompt], seed=seed, row_seeds=[row], max_length=longest, **options,
+    )  # fmt: skip
+
+
+def _score(
+    model: LoadedModel,
+    trace: Trace,
+    cell: Cell,
+    attention: ReferenceAttention,
+    row: int,
+    seed: int,
+    observer: PlanRecorder | None,
+) -> _Scores:
+    """Feed a trace through a cell in pieces that end at its events, as replay does."""
+    rows = [Row(trace.prompt_P, trace.output_T)]
+    future = attention if cell.method.needs.future else None
+    nll, top = [], []
+    with _cache(model, cell, len(trace.prompt_P), rows[0].fed, row, seed, observer=observer, reference=future) as cache:
+        for scored in feed(model.model, cache, rows, distances=cache.tokens_to_next_event):
+            logprobs_NV = scored.logits_NV.float().log_softmax(-1)
+            tokens_N = trace.output_T[scored.start : scored.start + len(logprobs_NV)].to(logprobs_NV.device)
+            nll.append(-logprobs_NV.gather(1, tokens_N[:, None])[:, 0].cpu())
+            top.append(logprobs_NV.argmax(-1).cpu())
+        stats = cache.stats().rows[0]
+    return _Scores(torch.cat(nll), torch.cat(top), stats)
+
+
+def _logprob_of(reference: Reference, tokens_T: Tensor) -> Tensor:
+    """float32 [T], full KV's log-probability of tokens; that of all others together where a token is not stored."""
+    if reference.ids_Nk is None:
+        return reference.logprobs_Nk.gather(1, tokens_T[:, None])[:, 0]
+    is_it_Tk = reference.ids_Nk == tokens_T[:, None]
+    stored_T = reference.logprobs_Nk.masked_fill(~is_it_Tk, -torch.inf).amax(-1)
+    return torch.where(is_it_Tk.any(-1), stored_T, reference.rest_N)
+
+
+def _packed(found: Fates, heads: int) -> dict[str, Any]:
+    """Fates as int16 and int32 in base64; without folds only what was dropped."""
+    shape = [len(found.layers), heads, found.dropped_GHN.shape[-1]]
+    dropped, folded, into = (one.expand(shape) for one in (found.dropped_GHN, found.folded_GHN, found.into_GHN))
+    folds = bool((folded >= 0).any())
+    return {
+        "dropped": _base64(dropped.to(torch.int16)),
+        "folded": _base64(folded.to(torch.int16)) if folds else None,
+        "into": _base64(into.to(torch.int32)) if folds else None,
+    }
+
+
+def _quantised(received_GHIN: Tensor) -> dict[str, Any]:
+    """Attention in 255 logarithmic steps (7.5 % each): 0 is below the least, q is least * ratio ** (q - 1)."""
+    for axis in (1, 0):
+        if received_GHIN.numel() > MOST_ATTENTION_BYTES:
+            received_GHIN = received_GHIN.mean(axis, keepdim=True)
+    step = math.log(MOST_ATTENTION / LEAST_ATTENTION) / 254
+    levels = ((received_GHIN.clamp(min=1e-30) / LEAST_ATTENTION).log() / step).round() + 1
+    return {
+        "shape": list(received_GHIN.shape),
+        "least": LEAST_ATTENTION,
+        "ratio": math.exp(step),
+        "data": _base64(levels.clamp(0, 255).to(torch.uint8)),
+    }
+
+
+def _protected(cell: Cell) -> dict[str, Any]:
+    if cell.budget is None:
+        return {"sinks": 0, "recent": 0, "prompt": False}
+    recent = max(cell.budget.recent, cell.method.needs.recent)
+    return {"sinks": cell.budget.sinks, "recent": recent, "prompt": cell.budget.prompt != "count"}
+
+
+def _answer(text: str, correct: bool) -> dict[str, Any]:
+    """The end of an output, from its last `</think>` where there is one."""
+    head, mark, tail = text.rpartition("</think>")
+    return {"text": (tail if mark else head + tail)[-400:].strip(), "closed": bool(mark), "correct": correct}
+
+
+def _base64(values: Tensor) -> str:
+    array = values.contiguous().numpy()
+    return base64.b64encode(array.astype(array.dtype.newbyteorder("<")).tobytes()).decode()
+
+
+def _rounded(values_T: Tensor) -> list[float]:
+    return [round(min(value, 99.0), 3) for value in values_T.double().abs().tolist()]
+
+
+def _first(flags_T: Tensor) -> int | None:
+    where = flags_T.nonzero()
+    return int(where[0]) if len(where) else None

@@ -1,0 +1,139 @@
+"""What was run and what came out, in sentences with the numbers of the records; and how to run it again."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from typing import Any
+
+from reasonkv.evaluate.results import Results
+from reasonkv.report.cohorts import UNBOUNDED, Cohort, SummaryRow
+from reasonkv.report.wording import PROMPT_WORDS, budget_sentence, estimate_text
+
+MAIN = {"replay": ("top1", "top-1 agreement", 100.0, 1), "evaluate": ("correct", "accuracy", 100.0, 1)}
+"""By kind: the metric that is looked at first, its name, its scale and its digits."""
+_FLAGS = {
+    "task": "--task",
+    "methods": "--methods",
+    "limit": "--limit",
+    "samples": "--samples",
+    "seed": "--seed",
+    "max_new_tokens": "--max-new-tokens",
+    "mean_slots": "--mean-slots",
+}
+
+
+def what_ran(results: Results) -> str:
+    """One paragraph: command, model, tasks, problems, seeds, methods."""
+    records: Sequence[Any] = results.answers or results.records
+    model = results.manifest.get("model", {})
+    seeds = sorted({one.seed for one in records})
+    tasks = _listed(list(dict.fromkeys(one.task for one in records)))
+    problems = len({(one.task, one.example) for one in records})
+    methods = len({(one.method, str(one.options)) for one in records if one.budget is not None})
+    budgets = sorted({one.budget["tokens"] for one in records if one.budget})
+    if results.answers:
+        samples = len({one.sample for one in records})
+        did = f"wrote answers to {problems:,} problems ({'greedy' if samples == 1 else f'{samples} samples each'})"
+    else:
+        did = f"replayed {problems:,} traces that full KV had written"
+    cells = f"full KV and {methods} method{'s' if methods != 1 else ''}"
+    if budgets:
+        cells += f" at {_listed([f'{one:,}' for one in budgets] if len(budgets) < 6 else [f'{len(budgets)} budgets'])}"
+        cells += " slots per KV head" if len(budgets) < 6 else f" from {budgets[0]:,} to {budgets[-1]:,} slots"
+    name = model.get("name", "an unnamed model")
+    return (
+        f"The model {name} {did}, of {tasks}: {cells}, {len(records):,} records. "
+        f"Seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}."
+    )
+
+
+def rule_text(cohort: Cohort) -> str:
+    """What the budget of a cohort counts, in sentences; nothing where only full KV ran."""
+    return budget_sentence(cohort.rule) if cohort.rule else "Only full KV ran."
+
+
+def cohort_label(cohort: Cohort) -> str:
+    """A few words for a switch: the job, and how the prompt is treated."""
+    words = {"count": "prompt compressible", "keep": "prompt kept", "on_top": "prompt kept on top"}
+    kind = "Answers" if cohort.kind == "evaluate" else "Replay"
+    return f"{kind}, {words[cohort.rule['prompt']]}" if cohort.rule else kind
+
+
+def prompt_words(rule: dict[str, Any]) -> str:
+    """How the prompt is treated, in a clause."""
+    return PROMPT_WORDS[rule["prompt"]] if rule else ""
+
+
+def findings(cohort: Cohort) -> list[str]:
+    """One sentence per task: full KV, random, and the best method at the smallest budget where something was dropped."""
+    key, name, scale, digits = MAIN[cohort.kind]
+
+    def text(row: SummaryRow) -> str:
+        return estimate_text(row.estimates[key], digits, scale) + " %"
+
+    found = []
+    for task in dict.fromkeys(row.task for row in cohort.rows):
+        full = next((row for row in cohort.rows if row.task == task and row.regime == UNBOUNDED), None)
+        dropped = [row for row in cohort.rows if row.task == task and row.regime == "decode-active"]
+        if not dropped:
+            continue
+        tokens = min(row.tokens or 0 for row in dropped)
+        here = [row for row in dropped if row.tokens == tokens]
+        best = max(
+            (row for row in here if row.method != "random"), key=lambda row: row.estimates[key].mean, default=None
+        )
+        random = next((row for row in here if row.method == "random"), None)
+        parts = [f"{random.method} {text(random)}"] if random else []
+        if best:
+            count = len(here) - bool(random)
+            parts.append(
+                f"{best.method} {text(best)}, the highest of {count}" if count > 1 else f"{best.method} {text(best)}"
+            )
+        if full:
+            parts.append(f"full KV {text(full)}")
+        saved = here[0].estimates["saved_bytes"].mean
+        found.append(f"{task}, {tokens:,} slots ({saved:.0%} of full KV's bytes saved), {name}: {'; '.join(parts)}.")
+    return found
+
+
+def command(manifest: dict[str, Any]) -> str:
+    """The command that makes the results again, from what the manifest says of its arguments."""
+    arguments = manifest.get("arguments", {})
+    name = str(manifest["command"])
+    if name == "demo":
+        return f"reasonkv demo --limit {arguments.get('limit')} --seed {arguments.get('seed')}"
+    words = ["reasonkv", name, "--model", str(manifest.get("model", {}).get("name", "testbed"))]
+    budgets = arguments.get("budgets") or []
+    for key, flag in _FLAGS.items():
+        value = arguments.get(key)
+        if value not in (None, []):
+            words += [flag, ",".join(map(_spec, value)) if isinstance(value, list) else str(value)]
+    if budgets:
+        if not arguments.get("mean_slots"):
+            words += ["--budgets", ",".join(str(one["tokens"]) for one in budgets)]
+        flags = {"prompt": "--prompt-policy"}
+        for key, value in budgets[0].items():
+            if key != "tokens" and value is not None:
+                words += [flags.get(key, "--" + key.replace("_", "-")), str(value)]
+    for key in ("traces", "sampling"):
+        chosen = arguments.get(key)
+        if isinstance(chosen, dict):
+            source = chosen.get("source")
+            words += ["--traces", str(source)] if source and key == "traces" else []
+            words += ["--max-new-tokens", str(chosen["max_new_tokens"])] if "max_new_tokens" in chosen else []
+            if source in (None, "sampled"):
+                words += ["--temperature", str(chosen.get("temperature")), "--top-p", str(chosen.get("top_p"))]
+    if arguments.get("dtype"):
+        words += ["--dtype", str(arguments["dtype"])]
+    return shlex.join([*words, "--out", "results"])
+
+
+def _spec(value: Any) -> str:
+    if isinstance(value, dict):
+        return ",".join(f"{key}={one}" for key, one in value.items())
+    return str(value)
+
+
+def _listed(words: Sequence[str]) -> str:
+    return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " and " + words[-1]

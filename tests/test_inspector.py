@@ -1,0 +1,268 @@
+"""The trace inspector: its data say what the cache did, its page works in a browser and asks the network for nothing."""
+
+from __future__ import annotations
+
+import base64
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from browser import needs_browser, open_page
+from tiny import TASK, save_tiny, tiny_loaded
+from typer.testing import CliRunner
+
+from reasonkv import Budget, get_method
+from reasonkv.cli import app
+from reasonkv.evaluate.fates import fates, load_plans
+from reasonkv.evaluate.manifest import ResultsError
+from reasonkv.evaluate.replay import Cell, replay_batch
+from reasonkv.evaluate.traces import Trace, TraceSettings, load_or_make_traces
+from reasonkv.report.html import embedded_json, page
+from reasonkv.report.inspector import (
+    Inspection,
+    inspect_generation,
+    inspect_replay,
+    inspector_page,
+    load_inspections,
+    save_inspection,
+    token_pieces,
+)
+from reasonkv.tasks import get_task
+
+CELL = Cell(get_method("rkv:window=6,kernel=3"), Budget(40, interval=12, sinks=2, recent=8, prompt="count"))
+
+
+@pytest.fixture(scope="module")
+def trace(tmp_path_factory: pytest.TempPathFactory) -> Trace:
+    loaded = tiny_loaded()
+    folder = tmp_path_factory.mktemp("traces")
+    settings = TraceSettings(max_new_tokens=70)
+    return load_or_make_traces(
+        loaded.model, loaded.tokenizer, get_task(TASK), task_spec=TASK, examples=[1], seed=0, settings=settings,
+        folder=folder, batch_size=1,
+    )[0]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def replayed(trace: Trace) -> Inspection:
+    return inspect_replay(tiny_loaded(), trace, CELL, task=TASK)
+
+
+@pytest.fixture(scope="module")
+def generated(trace: Trace) -> Inspection:
+    return inspect_generation(tiny_loaded(), trace, CELL, task=TASK, max_new_tokens=60)
+
+
+def array(text: str, kind: str) -> np.ndarray:
+    return np.frombuffer(base64.b64decode(text), kind)
+
+
+def test_the_data_are_the_fates_of_the_recorded_plans(replayed: Inspection, generated: Inspection) -> None:
+    for made in (replayed, generated):
+        data = made.data
+        count = len(data["pieces"])
+        found = fates(made.plans, count)
+        assert len(data["events"]["length"]) > 3
+        dropped = array(data["fates"]["dropped"], "<i2").reshape(len(data["layers"]), data["heads"], count)
+        assert np.array_equal(dropped, found.dropped_GHN.numpy())
+        assert data["fates"]["folded"] is None
+        assert json.loads(embedded_json(data)) == json.loads(json.dumps(data))
+
+
+def test_the_scores_are_those_of_replay(replayed: Inspection, trace: Trace) -> None:
+    (outcome,) = replay_batch(tiny_loaded().model, [trace], CELL)
+    data = replayed.data
+    assert data["stats"]["agreement"] == pytest.approx(outcome.metrics.top1, abs=1e-5)
+    assert data["stats"]["nll"] == pytest.approx(outcome.metrics.nll, abs=1e-4)
+    assert data["first_mismatch"] == outcome.metrics.first_mismatch
+    assert data["scores"]["differs"][0] == data["first_mismatch"]
+
+
+def test_attention_is_what_full_kv_paid_within_one_step_of_the_scale(replayed: Inspection) -> None:
+    data = replayed.data["attention"]
+    levels = array(data["data"], "u1").reshape(data["shape"]).astype(float)
+    amounts = np.where(levels > 0, data["least"] * data["ratio"] ** (levels - 1), 0)
+    edges = [0, *replayed.data["events"]["length"], len(replayed.data["pieces"]) - 1]
+    # every query pays one unit in all, to itself and to what came before it
+    expected = np.diff(edges)
+    assert np.allclose(amounts.sum(-1), expected[None, None], rtol=0.04)
+
+
+def test_a_generation_shows_both_runs_up_to_where_they_part(generated: Inspection, trace: Trace) -> None:
+    data = generated.data
+    at = data["first_divergence"]
+    own = data["pieces"][data["prompt"] :]
+    assert at is not None
+    assert data["full_pieces"][1:at] == own[1:at]
+    assert data["answer"]["shown"]["truncated"]
+    assert data["answer"]["full"]["correct"] == trace.correct
+
+
+def test_pieces_join_to_the_text_and_none_is_invisible() -> None:
+    tokenizer = tiny_loaded().tokenizer
+    ids = torch.tensor(tokenizer("n08 5 : n08 q ;", add_special_tokens=False)["input_ids"])
+    pieces = token_pieces(tokenizer, ids)
+    assert "".join(pieces) == tokenizer.decode(ids)
+    assert all(piece.strip() for piece in token_pieces(tokenizer, torch.arange(len(tokenizer))))
+
+
+def big(tokens: int = 2000, layers: int = 3, heads: int = 2) -> dict[str, Any]:
+    """An inspection of a size that no tiny model reaches; fates by a fixed rule, with folds."""
+    events = list(range(300, tokens, 128))
+    place = np.arange(tokens)
+    dropped = np.full((layers, heads, tokens), -1, "<i2")
+    for cell in range(layers * heads):
+        gone = (place * (cell + 3)) % 7 > 2
+        for number, length in enumerate(events):
+            fresh = gone & (place < length - 64) & (dropped[cell // heads, cell % heads] < 0)
+            dropped[cell // heads, cell % heads][fresh] = number
+    folded = np.full_like(dropped, -1)
+    folded[:, :, 5::11] = 2
+    levels = np.random.default_rng(0).integers(0, 200, (layers, heads, len(events) + 1, tokens - 1), "u1")
+
+    def text(values: np.ndarray) -> str:
+        return base64.b64encode(values.tobytes()).decode()
+
+    return {
+        "format": 1, "kind": "replay", "model": "tiny", "method": "toy", "task": "program", "example": 0, "seed": 0,
+        "budget": Budget(128).to_dict(), "prompt": 300, "layers": list(range(layers)), "heads": heads,
+        "pieces": [(" ;" if i % 9 == 8 else f" n{i % 90:02d}") for i in range(tokens)],
+        "events": {"length": events, "before": [256] * len(events), "after": [128] * len(events)},
+        "fates": {"dropped": text(dropped), "folded": text(folded), "into": text(np.full(dropped.shape, 9, "<i4"))},
+        "protected": {"sinks": 4, "recent": 64, "prompt": False},
+        "attention": {"shape": list(levels.shape), "least": 1e-4, "ratio": 1.075, "data": text(levels)},
+        "scores": {
+            "nll": [0.25] * (tokens - 300), "full_nll": [0.125] * (tokens - 300), "top": ["n00"] * (tokens - 300),
+            "full_top": ["</script>"] * (tokens - 300), "differs": [700],
+        },
+        "first_mismatch": 700, "first_divergence": None, "full_pieces": None, "expected": "<b>1</b>",
+        "answer": {"full": {"text": "1", "closed": True, "correct": True}},
+        "stats": {"mean": 190.0, "peak": 300, "held": 128, "agreement": 0.999, "nll": 0.1},
+    }  # fmt: skip
+
+
+def test_two_thousand_tokens_of_six_heads_stay_below_one_and_a_half_megabytes() -> None:
+    assert len(inspector_page(big())) < 1_500_000
+
+
+def test_saved_inspections_are_found_again(tmp_path: Path, replayed: Inspection) -> None:
+    path = save_inspection(tmp_path, replayed.data)
+    assert path.parent.name == "inspections"
+    assert load_inspections(tmp_path) == [json.loads(json.dumps(replayed.data))]
+    path.write_text("{}")
+    with pytest.raises(ResultsError, match="delete it and make it again"):
+        load_inspections(tmp_path)
+
+
+def test_no_text_can_end_its_script_element() -> None:
+    text = page("a & <b>", "<p></p>", data={"d": {"x": "</script><script>alert(1)</script>"}})
+    assert "alert(1)</script>" not in text
+    assert "<title>a &amp; &lt;b&gt;</title>" in text
+    with pytest.raises(ValueError, match="JSON compliant"):
+        embedded_json(float("nan"))
+
+
+@needs_browser
+@pytest.mark.parametrize("width", [1440, 390])
+def test_the_page_works_in_a_browser_and_no_request_leaves_it(tmp_path: Path, width: int) -> None:
+    path = tmp_path / "page.html"
+    path.write_text(inspector_page(big()))
+    with open_page(path, width, 900, dark=width == 390) as tab:
+        keys = tab.handle.keyboard
+
+        def classes(token: int) -> set[str]:
+            return set(tab.evaluate("i => document.querySelector(`[data-i='${i}']`).className", token).split())
+
+        assert tab.evaluate("document.querySelectorAll('.flow .t').length") == 2000
+        assert tab.evaluate("document.documentElement.scrollWidth") <= width
+        assert "unseen" not in classes(1999)
+        tab.handle.click("text=First token that differs")
+        assert {"chosen", "wrong", "differs"} <= classes(1000)
+        assert tab.evaluate("document.activeElement.dataset.i") == "1000"
+        assert "✗ differs" in tab.evaluate("document.querySelector('.details').textContent")
+        assert "unseen" in classes(1999)
+        keys.press("ArrowRight")
+        assert tab.evaluate("document.activeElement.dataset.i") == "1001"
+        keys.press("ArrowUp")
+        assert int(tab.evaluate("document.activeElement.dataset.i")) < 1001
+        event = int(tab.evaluate("document.querySelector('.slider').value"))
+        keys.press(".")
+        assert int(tab.evaluate("document.querySelector('.slider').value")) == event + 1
+        keys.press("a")
+        assert tab.evaluate("document.querySelectorAll('.flow .missed').length") > 0
+        keys.press("a")
+        tab.handle.click(".choice[aria-label=Layer] button >> nth=1")
+        tab.handle.click(".choice[aria-label='KV head'] button >> nth=1")
+        shown = tab.evaluate("Array.from(document.querySelectorAll('.flow .t'), t => t.className)")
+        assert any("folded" in name for name in shown) and any("dropped" in name for name in shown)
+        assert not any("k2" in name.split() for name in shown)  # one head keeps a token or does not
+        assert tab.evaluate("document.querySelector('.facts dd').textContent") == "<b>1</b>"
+        assert tab.errors == []
+        assert tab.outside() == []
+        assert len(tab.requests) == 1
+        assert tab.load_seconds < 5
+
+
+SMALL = ["--interval", "12", "--sinks", "2", "--recent", "8", "--prompt-policy", "on_top", "--max-new-tokens", "40"]
+
+
+def run(*arguments: object) -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.stdout, result.stderr
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("models") / "tiny")
+
+
+def test_the_command_writes_a_page_two_lines_and_what_proves_its_fates(tmp_path: Path, model: Path) -> None:
+    html = tmp_path / "one.html"
+    code, stdout, _ = run(
+        "inspect", "--model", model, "--task", TASK, "--example", 2, "--method", "random", "--budget", 24, *SMALL,
+        "--generate", "--out", html, "--save", tmp_path / "kept",
+    )  # fmt: skip
+    assert code == 0
+    assert len(stdout.splitlines()) == 3
+    assert "random at 24 slots" in stdout and html.read_text().startswith("<!doctype html>")
+    (data,) = load_inspections(tmp_path / "kept")
+    (plans,) = (tmp_path / "kept" / "inspections").glob("*.plans.safetensors")
+    found = fates(load_plans(plans), len(data["pieces"]))
+    assert array(data["fates"]["dropped"], "<i2").tolist() == found.dropped_GHN.flatten().tolist()
+
+
+def test_a_results_folder_gives_the_example_that_went_wrong_first(tmp_path: Path, model: Path) -> None:
+    folder = tmp_path / "results"
+    basis = ["--model", model, "--task", TASK, "--methods", "full,random", "--budgets", "24", "--limit", "2", *SMALL]
+    for command in ("replay", "evaluate"):
+        assert run(command, *basis, "--out", folder / command)[0] == 0
+        code, stdout, _ = run("inspect", folder / command, "--out", tmp_path / "page.html")
+        assert code == 0 and "random at 24 slots" in stdout
+        (data,) = load_inspections(folder / command)
+        lines = [json.loads(line) for line in (folder / command / "records.jsonl").read_text().splitlines()]
+        bounded = [line for line in lines if line["budget"]]
+        name = "first_mismatch" if command == "replay" else "first_divergence"
+        assert data[name] == min(line[name] for line in bounded if line[name] is not None)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--method", "rkv"], "rkv needs a budget"),
+        (["--method", "full", "--budget", "64"], "full takes no budget"),
+        (["--method", "oracle", "--budget", "128", "--generate"], "oracle"),
+        (["--budget", "9"], "cannot hold"),
+        (["--budget", "128", "--task", "programme"], "There is no task"),
+        (["--budget", "128", "--example", "-1"], "counted from 0"),
+        (["/no/such/folder"], "There is no results folder"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_exit_code_2(tmp_path: Path, arguments: list[str], words: str) -> None:
+    code, stdout, stderr = run("inspect", *arguments, "--out", tmp_path / "page.html")
+    assert (code, stdout) == (2, "")
+    assert stderr.startswith("Error: ") and words in stderr and len(stderr.splitlines()) == 1
