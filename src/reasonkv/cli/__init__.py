@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import typer
 
+from reasonkv.cli.demo import demo
 from reasonkv.cli.evaluate import evaluate
 from reasonkv.cli.frontier import frontier
 from reasonkv.cli.generate import generate
 from reasonkv.cli.group import OneSentenceGroup
 from reasonkv.cli.info import doctor, methods
 from reasonkv.cli.inspect import inspect
-from reasonkv.cli.replay import demo, replay
+from reasonkv.cli.replay import replay
 from reasonkv.cli.report import report
 from reasonkv.cli.train import train_testbed
 

@@ -113,6 +113,7 @@ def _exit_code(error: Exception) -> int | None:
     from reasonkv.budget import BudgetError
     from reasonkv.evaluate.decoding import DecodingError
     from reasonkv.evaluate.evaluator import EvaluateError
+    from reasonkv.evaluate.frontier import FrontierError
     from reasonkv.evaluate.manifest import ResultsError
     from reasonkv.evaluate.records import RecordError
     from reasonkv.evaluate.replay import ReplayError
@@ -125,7 +126,7 @@ def _exit_code(error: Exception) -> int | None:
 
     used_wrongly = (
         UsageError, BudgetError, MethodError, TaskError, ModelError, ResultsError, TraceError, UnsupportedModelError,
-        EvaluateError,
+        EvaluateError, FrontierError,
     )  # fmt: skip
     if isinstance(error, used_wrongly):
         return USAGE

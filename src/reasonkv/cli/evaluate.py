@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,6 +12,7 @@ from reasonkv.cli.common import expected_errors, note
 
 if TYPE_CHECKING:
     from reasonkv.evaluate.evaluator import EvaluateJob
+    from reasonkv.models import LoadedModel
 
 _GENERATION = "Generation"
 DEFAULT_METHODS = "full,random,streaming,snapkv,rkv,keydiff"
@@ -89,26 +90,30 @@ def evaluate(
 
 
 def _run(job: EvaluateJob, model: str, dtype: str, device: str, out: Path, json: bool) -> None:
+    job.cells()  # mistakes in budgets are said before the model takes its time to load
+    loaded = common.open_model(model, dtype, device)
+    note(f"{loaded.name}: {loaded.dtype} on {loaded.device_name}; results in {common.show(out)}")
+    result = evaluate_and_show(job, loaded, out, quiet=json)
+    if json:
+        common.print_json(result)
+
+
+def evaluate_and_show(job: EvaluateJob, loaded: LoadedModel, out: Path, *, quiet: bool) -> dict[str, Any]:
+    """Run an evaluation into `out` and, unless `quiet`, print its tables; what `--json` prints."""
     from reasonkv.evaluate.accuracy import summarize_answers
     from reasonkv.evaluate.evaluator import run_evaluate
     from reasonkv.evaluate.records import RECORDS
     from reasonkv.report.answers_table import answers_caption, answers_tables
 
-    job.cells()  # mistakes in budgets are said before the model takes its time to load
-    loaded = common.open_model(model, dtype, device)
-    note(f"{loaded.name}: {loaded.dtype} on {loaded.device_name}; results in {common.show(out)}")
     with common.progress_bars(job.steps) as progress:
         answers = run_evaluate(job, loaded, out, progress)
     rows = summarize_answers(answers)
-    if json:
-        common.print_json(
-            {"out": str(out), "records": str(out / RECORDS), "rows": [row.to_dict() for row in rows]},
-        )
-        return
-    from rich.console import Console
+    if not quiet:
+        from rich.console import Console
 
-    console = Console(width=common.width() or None)
-    for table in answers_tables(rows):
-        console.print(table)
-    console.print(answers_caption(answers, job.sampling), style="dim", highlight=False)
-    typer.echo(f"Records: {common.show(out / RECORDS)}")
+        console = Console(width=common.width() or None)
+        for table in answers_tables(rows):
+            console.print(table)
+        console.print(answers_caption(answers, job.sampling), style="dim", highlight=False)
+        typer.echo(f"Records: {common.show(out / RECORDS)}")
+    return {"out": str(out), "records": str(out / RECORDS), "rows": [row.to_dict() for row in rows]}

@@ -116,6 +116,23 @@ def _of_folder(
     dtype: str,
     device: str,
 ) -> Inspection:
+    from reasonkv.evaluate.results import load_results
+
+    name = model or load_results(folder).manifest["model"]["name"]
+    loaded = common.open_model(name, dtype, device)
+    return folder_inspection(folder, loaded, task, example, method, budget, generate)
+
+
+def folder_inspection(
+    folder: Path,
+    loaded: LoadedModel,
+    task: str | None = None,
+    example: int | None = None,
+    method: str | None = None,
+    budget: int | None = None,
+    generate: bool = False,
+) -> Inspection:
+    """The inspection of one run of a results folder: of the first cell that fits the choices, what went wrong first."""
     from reasonkv.budget import Budget
     from reasonkv.evaluate.generate import Sampling
     from reasonkv.evaluate.replay import Cell
@@ -127,7 +144,6 @@ def _of_folder(
     record = _record(results, task, example, method, budget)
     options = ",".join(f"{key}={value}" for key, value in record.options.items())
     cell = Cell(get_method(f"{record.method}:{options}"), Budget.from_dict(record.budget))
-    loaded = common.open_model(model or results.manifest["model"]["name"], dtype, device)
     if loaded.hash != results.manifest["model"]["hash"]:
         raise UsageError(f"{folder} was made with other weights of {results.manifest['model']['name']}; give --model.")
     trace = _trace(results, loaded, record)

@@ -1,10 +1,10 @@
-"""`reasonkv replay` and `reasonkv demo`: full KV's traces through bounded caches, as a table and a figure."""
+"""`reasonkv replay`: full KV's traces through bounded caches, as a table and a figure."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,6 +14,7 @@ from reasonkv.cli.common import UsageError, expected_errors, note
 if TYPE_CHECKING:
     from reasonkv.evaluate.runner import ReplayJob
     from reasonkv.evaluate.summary import Row
+    from reasonkv.models import LoadedModel
 
 _SOURCES = ("greedy", "sampled", "reference")
 FIGURE = "frontier.png"
@@ -85,61 +86,40 @@ def replay(
     _run(job, model, dtype, device, out, json)
 
 
-@expected_errors
-def demo(
-    out: Annotated[Path, typer.Option(help="Results folder.")] = Path("reasonkv-demo"),
-    limit: Annotated[int, typer.Option(help="Problems per family.")] = 12,
-    seed: common.Seed = 0,
-    batch_size: common.BatchSize = 12,
-    device: common.Device = "auto",
-    json: common.Json = False,
-) -> None:
-    """See the main job on the bundled model: full KV against five methods, three budgets, two task families.
-
-    Takes a few minutes on two CPU cores and needs no network.
-
-    Example: [b]reasonkv demo[/b]
-    """
-    from reasonkv.evaluate.demo import demo_job
-
-    common.check_limit(limit)
-    _run(demo_job(limit=limit, seed=seed, batch_size=batch_size), "testbed", "auto", device, out, json)
-    if not json:
-        from reasonkv.evaluate.demo import WHAT_TO_LOOK_AT
-
-        typer.echo("\n".join(["What to look at:", *(f"  - {line}" for line in WHAT_TO_LOOK_AT)]))
-
-
 def _run(job: ReplayJob, model: str, dtype: str, device: str, out: Path, json: bool) -> None:
+    job.cells()  # mistakes in budgets are said before the model takes its time to load
+    loaded = common.open_model(model, dtype, device)
+    note(f"{loaded.name}: {loaded.dtype} on {loaded.device_name}; results in {common.show(out)}")
+    result = replay_and_show(job, loaded, out, quiet=json)
+    if json:
+        common.print_json(result)
+
+
+def replay_and_show(job: ReplayJob, loaded: LoadedModel, out: Path, *, quiet: bool) -> dict[str, Any]:
+    """Run a replay into `out` and, unless `quiet`, print its tables; what `--json` prints."""
     from reasonkv.evaluate.records import RECORDS
     from reasonkv.evaluate.runner import run_replay
     from reasonkv.evaluate.summary import summarize
     from reasonkv.report.tables import caption, figure_note, replay_tables
 
-    job.cells()  # mistakes in budgets are said before the model takes its time to load
-    loaded = common.open_model(model, dtype, device)
-    note(f"{loaded.name}: {loaded.dtype} on {loaded.device_name}; results in {common.show(out)}")
     with common.progress_bars(job.steps) as progress:
         records = run_replay(job, loaded, out, progress)
     rows = summarize(records)
     figure = _draw(rows, out / FIGURE, by_mean=bool(job.mean_slots), under=figure_note(records))
-    if json:
-        common.print_json(
-            {
-                "out": str(out),
-                "records": str(out / RECORDS),
-                "figure": str(figure) if figure else None,
-                "rows": [row.to_dict() for row in rows],
-            }
-        )
-        return
-    from rich.console import Console
+    if not quiet:
+        from rich.console import Console
 
-    console = Console(width=common.width() or None)
-    for table in replay_tables(rows):
-        console.print(table)
-    console.print(caption(records), style="dim", highlight=False)
-    typer.echo(f"Records: {common.show(out / RECORDS)}" + (f"\nFigure:  {common.show(figure)}" if figure else ""))
+        console = Console(width=common.width() or None)
+        for table in replay_tables(rows):
+            console.print(table)
+        console.print(caption(records), style="dim", highlight=False)
+        typer.echo(f"Records: {common.show(out / RECORDS)}" + (f"\nFigure:  {common.show(figure)}" if figure else ""))
+    return {
+        "out": str(out),
+        "records": str(out / RECORDS),
+        "figure": str(figure) if figure else None,
+        "rows": [row.to_dict() for row in rows],
+    }
 
 
 def _draw(rows: Sequence[Row], path: Path, *, by_mean: bool, under: str) -> Path | None:

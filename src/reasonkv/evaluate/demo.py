@@ -1,8 +1,9 @@
-"""The demo's job: full KV and five methods on the bundled model, everything but the method equal."""
+"""The demo's jobs: full KV and five methods on the bundled model, everything but the method equal."""
 
 from __future__ import annotations
 
 from reasonkv.budget import Budget
+from reasonkv.evaluate.evaluator import EvaluateJob
 from reasonkv.evaluate.runner import ReplayJob
 from reasonkv.evaluate.traces import TraceSettings
 from reasonkv.methods import get_method
@@ -10,16 +11,19 @@ from reasonkv.methods import get_method
 TASKS = ("program", "recall")  # at the defaults, which the bundled model solves, so that the traces are right
 METHODS = ("full", "random", "streaming", "snapkv:window=16", "rkv", "keydiff")
 TOKENS = (64, 128, 256)
+ANSWER_TOKENS = (128, 256)
 LONGEST_TRACE = 1200  # right answers take up to 950 tokens
+INSPECTED_TASK, INSPECTED_METHOD, INSPECTED_TOKENS = "recall", "keydiff", 128
 WHAT_TO_LOOK_AT = (
     "full KV is the ceiling: it replays its own traces, so its top-1 is 100 % and its KL is 0 up to rounding.",
     "random keeps the prompt like every other method; a method earns its keep by how far it is above random.",
+    "high top-1 is not yet a right answer: one wrong digit early, and everything after it is built on it.",
     "mean and peak slots are what attention reads, so two methods compare at equal slots, not at equal names.",
 )
 
 
-def demo_job(*, limit: int = 12, seed: int = 0, batch_size: int = 12) -> ReplayJob:
-    """The replay job behind `reasonkv demo`.
+def replay_job(*, limit: int = 12, seed: int = 0, batch_size: int = 12) -> ReplayJob:
+    """The fidelity half of `reasonkv demo`.
 
     Every method protects the prompt and holds it on top of the budget, so the budget is what each may keep of a trace.
 
@@ -28,14 +32,36 @@ def demo_job(*, limit: int = 12, seed: int = 0, batch_size: int = 12) -> ReplayJ
         seed: of problems and methods.
         batch_size: rows at once.
     """
-    budgets = [Budget(tokens, interval=32, sinks=4, recent=16, prompt="on_top") for tokens in TOKENS]
     return ReplayJob(
         command="demo",
         tasks=TASKS,
         methods=[get_method(name) for name in METHODS],
-        budgets=budgets,
+        budgets=[_budget(tokens) for tokens in TOKENS],
         limit=limit,
         seed=seed,
         traces=TraceSettings(max_new_tokens=LONGEST_TRACE),
         batch_size=batch_size,
     )
+
+
+def answers_job(*, limit: int = 12, seed: int = 0, batch_size: int = 12) -> EvaluateJob:
+    """The accuracy half: the same methods and problems, each method writing its own trace and answer (greedy).
+
+    Args:
+        limit: problems per family.
+        seed: of problems and methods.
+        batch_size: rows at once.
+    """
+    return EvaluateJob(
+        command="demo",
+        tasks=TASKS,
+        methods=[get_method(name) for name in METHODS],
+        budgets=[_budget(tokens) for tokens in ANSWER_TOKENS],
+        limit=limit,
+        seed=seed,
+        batch_size=batch_size,
+    )
+
+
+def _budget(tokens: int) -> Budget:
+    return Budget(tokens, interval=32, sinks=4, recent=16, prompt="on_top")

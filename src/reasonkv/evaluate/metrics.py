@@ -63,6 +63,7 @@ class TraceMetrics:
     nll: float
     kl: float
     first_mismatch: int | None
+    answer_top1: float | None = None
 
 
 @dataclass
@@ -94,8 +95,11 @@ class TraceScore:
         """float32, negative log-likelihood of each token so far."""
         return torch.cat(self.nll)
 
-    def result(self) -> TraceMetrics:
+    def result(self, answer_at: int | None = None) -> TraceMetrics:
         """Means over everything added; sums in float64, so that they do not depend on how the trace was cut.
+
+        Args:
+            answer_at: index of the first token of the answer, if the trace has one; `answer_top1` is over those alone.
 
         Raises:
             NonFiniteError: NaN or infinity among the scores.
@@ -110,6 +114,7 @@ class TraceScore:
             nll=nll.item(),
             kl=kl.item(),
             first_mismatch=int(wrong[0]) if len(wrong) else None,
+            answer_top1=None if answer_at is None else top1[answer_at:].double().mean().item(),
         )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast
 
@@ -64,6 +64,7 @@ class Record:
         nll: mean negative log-likelihood of the trace's token, nats.
         kl: mean KL divergence from the full-KV model's top-k tokens (and one bucket for the rest), nats.
         first_mismatch: index of the first output token that counts against `top1`, or None.
+        answer_top1: `top1` of the answer's tokens alone, those after `</think>`; None where a trace has no such part.
         physical_mean: slots attended per token fed after the prompt.
         physical_peak: most slots held at once, prompt included.
         physical_terminal: slots held at the end.
@@ -103,6 +104,7 @@ class Record:
     tokens_dropped: int
     guards: dict[str, int] = field(default_factory=dict)
     seconds: float
+    answer_top1: float | None = None
 
     @property
     def key(self) -> str:
@@ -140,7 +142,7 @@ def record_key(
 
 
 def parse_line(kind: type[D], line: str, *, whole: Sequence[str], numbers: Sequence[str]) -> D:
-    """One line as a dataclass; fields it does not know are ignored, and only `guards` may be missing.
+    """One line as a dataclass; fields it does not know are ignored, and those with a default may be missing.
 
     Args:
         kind: the dataclass.
@@ -155,7 +157,8 @@ def parse_line(kind: type[D], line: str, *, whole: Sequence[str], numbers: Seque
     if not isinstance(data, dict):
         raise ValueError("it is not a JSON object")
     known = {f.name for f in fields(cast(Any, kind))}
-    missing = sorted(known - set(data) - {"guards"})
+    optional = {f.name for f in fields(cast(Any, kind)) if f.default is not MISSING or f.default_factory is not MISSING}
+    missing = sorted(known - optional - set(data))
     if missing:
         raise ValueError(f"it has no field {missing[0]!r}")
     for name in whole:

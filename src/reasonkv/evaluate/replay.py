@@ -102,7 +102,7 @@ def replay_batch(
     outcomes = []
     for trace, score, row in zip(traces, scores, stats.rows, strict=True):
         try:
-            outcomes.append(Replayed(score.result(), row, score.nll_N(), seconds))
+            outcomes.append(Replayed(score.result(trace.answer_at), row, score.nll_N(), seconds))
         except NonFiniteError as error:
             raise ReplayError(
                 f"Replaying example {trace.example} through {cell.label} failed because {error}; "
@@ -130,6 +130,7 @@ def to_record(run: str, task: str, seed: int, cell: Cell, trace: Trace, outcome:
         nll=metrics.nll,
         kl=metrics.kl,
         first_mismatch=metrics.first_mismatch,
+        answer_top1=metrics.answer_top1,
         physical_mean=float(stats.physical_mean),
         physical_peak=float(stats.physical_peak),
         physical_terminal=float(stats.physical_terminal),

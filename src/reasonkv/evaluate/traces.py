@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +24,7 @@ from reasonkv.evaluate.manifest import ResultsError, write_atomically
 from reasonkv.evaluate.metrics import Reference
 from reasonkv.evaluate.pieces import Row, feed
 from reasonkv.tasks import Problem, Task
+from reasonkv.tasks.base import END_THINK
 
 WHOLE_VOCABULARY = 256
 """Vocabularies up to this size are stored whole."""
@@ -66,6 +67,7 @@ class Trace:
         output_T: int64 token ids.
         reference: full KV's opinion at the T positions that predict `output_T`.
         correct: whether the task's checker accepts the output.
+        answer_at: index in `output_T` of the first token after the last `</think>`, or None if there is none.
     """
 
     example: int
@@ -73,6 +75,7 @@ class Trace:
     output_T: Tensor
     reference: Reference
     correct: bool
+    answer_at: int | None = None
 
 
 def trace_path(folder: Path, task: str) -> Path:
@@ -132,7 +135,17 @@ def load_or_make_traces(
         for part in _parts(path):
             part.unlink()
             part.with_suffix(".json").unlink(missing_ok=True)
-    return [found[example] for example in examples]
+    return [replace(found[one], answer_at=answer_start(tokenizer, found[one].output_T)) for one in examples]
+
+
+def answer_start(tokenizer: PreTrainedTokenizerBase, output_T: Tensor) -> int | None:
+    """Index of the first token after the last `</think>` of int64 `output_T`; None if nothing follows one."""
+    mark_M = encode(tokenizer, END_THINK)
+    if len(mark_M) == 0 or len(output_T) <= len(mark_M):
+        return None
+    ends = (output_T.unfold(0, len(mark_M), 1) == mark_M).all(-1).nonzero()
+    start = int(ends[-1]) + len(mark_M) if len(ends) else len(output_T)
+    return start if start < len(output_T) else None
 
 
 def _make(

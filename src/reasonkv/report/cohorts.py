@@ -5,17 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from reasonkv.evaluate.accuracy import summarize_answers
 from reasonkv.evaluate.answers import AnswerRecord
+from reasonkv.evaluate.frontier import regime
 from reasonkv.evaluate.records import Record
 from reasonkv.evaluate.results import Results
 from reasonkv.evaluate.statistics import Difference, Estimate, clustered_mean
 from reasonkv.evaluate.summary import method_labels, summarize
-from reasonkv.evaluate.frontier import regime
 
-R = TypeVar("R", Record, AnswerRecord)
+Line = Record | AnswerRecord
 UNBOUNDED = "full KV"
 """What stands in the regime column of full KV's own rows."""
 
@@ -93,15 +93,15 @@ def budget_rule(record: Record | AnswerRecord) -> dict[str, Any]:
     return {name: value for name, value in (record.budget or {}).items() if name != "tokens"}
 
 
-def labels_of(records: Sequence[Record] | Sequence[AnswerRecord]) -> list[str]:
+def labels_of(records: Sequence[Line]) -> list[str]:
     """The label of every record's method: its name, and the options that are not its defaults."""
     known = method_labels(records)  # type: ignore[arg-type]  # it reads the method and its options, which both have
     return [known[json.dumps([one.method, one.options], sort_keys=True)] for one in records]
 
 
-def _of_folder(results: Results, records: Sequence[R]) -> list[Cohort]:
+def _of_folder(results: Results, records: Sequence[Line]) -> list[Cohort]:
     full = [record for record in records if record.budget is None]
-    rules: dict[str, list[R]] = {}
+    rules: dict[str, list[Line]] = {}
     for record in records:
         if record.budget is not None:
             rules.setdefault(json.dumps(budget_rule(record), sort_keys=True), []).append(record)
@@ -110,8 +110,8 @@ def _of_folder(results: Results, records: Sequence[R]) -> list[Cohort]:
     return [Cohort(results, json.loads(rule), _by_regime(full, members)) for rule, members in rules.items()]
 
 
-def _by_regime(full: Sequence[R], members: Sequence[R]) -> list[SummaryRow]:
-    split: dict[str, list[R]] = {}
+def _by_regime(full: Sequence[Line], members: Sequence[Line]) -> list[SummaryRow]:
+    split: dict[str, list[Line]] = {}
     for record in members:
         split.setdefault(str(regime(record)), []).append(record)
     # full KV stands in every part, so that differences to it pair the very problems of that part
@@ -123,11 +123,11 @@ def _by_regime(full: Sequence[R], members: Sequence[R]) -> list[SummaryRow]:
     return sorted(rows, key=lambda row: (tasks.index(row.task), methods.index(row.method), row.tokens or 0))
 
 
-def _rows(records: Sequence[R], name: str) -> list[SummaryRow]:
+def _rows(records: Sequence[Line], name: str) -> list[SummaryRow]:
     """One row per task, method and budget, with the bytes held beside the summary's own estimates."""
     answers = [record for record in records if isinstance(record, AnswerRecord)]
     replayed = [record for record in records if isinstance(record, Record)]
-    held = _bytes_held(answers or replayed)
+    held = _bytes_held(records)
     rows = []
     for row in summarize_answers(answers):
         rows.append(
@@ -158,8 +158,8 @@ def _rows(records: Sequence[R], name: str) -> list[SummaryRow]:
     return rows
 
 
-def _bytes_held(records: Sequence[Record] | Sequence[AnswerRecord]) -> dict[tuple[str, str, int | None], Estimate]:
-    cells: dict[tuple[str, str, int | None], list[Record | AnswerRecord]] = {}
+def _bytes_held(records: Sequence[Line]) -> dict[tuple[str, str, int | None], Estimate]:
+    cells: dict[tuple[str, str, int | None], list[Line]] = {}
     for record, label in zip(records, labels_of(records), strict=True):
         cells.setdefault((record.task, label, record.budget["tokens"] if record.budget else None), []).append(record)
     return {

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from reasonkv.evaluate.answers import AnswerRecord
+from reasonkv.evaluate.frontier import regime
 from reasonkv.evaluate.records import Record
 from reasonkv.evaluate.statistics import Difference, Estimate
 from reasonkv.report.cohorts import SummaryRow, labels_of
-from reasonkv.evaluate.frontier import regime
 
 TAIL = 120
 """Characters of an output's end that the record table shows."""

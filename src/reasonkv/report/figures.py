@@ -11,10 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from reasonkv.evaluate.summary import Row
+from reasonkv.report.style import FULL_COLOUR, FULL_DASH, styles
 
-# Okabe and Ito's palette without its yellow (too pale on white); distinguishable under every colour blindness
-_COLOURS = ("#000000", "#E69F00", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9")
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _TITLES = {
     "top1": "top-1 agreement with full KV, %",
     "top5": "top-5 agreement with full KV, %",
@@ -71,8 +69,10 @@ def _panel(axes: Axes, rows: Sequence[Row], methods: Sequence[str], metric: str,
     handles: dict[str, Any] = {}
     full = [row for row in rows if row.tokens is None]
     if full:
-        handles["full KV"] = axes.axhline(full[0].estimates[metric].mean * scale, ls="--", lw=1.2, color="#666666")
-    for index, method in enumerate(methods):
+        handles["full KV"] = axes.axhline(
+            full[0].estimates[metric].mean * scale, ls=(0, FULL_DASH), lw=1.2, color=FULL_COLOUR
+        )
+    for method, style in styles(methods).items():
         own = [row for row in rows if row.method == method and row.tokens is not None]
         if not own:
             continue
@@ -80,10 +80,9 @@ def _panel(axes: Axes, rows: Sequence[Row], methods: Sequence[str], metric: str,
             (_x(row, x), row.estimates[metric].mean * scale, (row.estimates[metric].se or 0) * scale) for row in own
         ]
         at, mean, se = zip(*sorted(points), strict=True)
-        colour = _COLOURS[index % len(_COLOURS)]
-        (line,) = axes.plot(at, mean, marker=_MARKERS[index % len(_MARKERS)], ms=5, lw=1.6, color=colour)
+        (line,) = axes.plot(at, mean, ms=5, lw=1.6, **style.line)
         low, high = [m - s for m, s in zip(mean, se, strict=True)], [m + s for m, s in zip(mean, se, strict=True)]
-        axes.fill_between(at, low, high, color=colour, alpha=0.13, lw=0)
+        axes.fill_between(at, low, high, color=style.colour, alpha=0.13, lw=0)
         handles[method] = line
     axes.set_xscale("log", base=2)
     ticks = sorted({round(_x(row, x)) for row in rows if row.tokens is not None}) if x == "tokens" else None

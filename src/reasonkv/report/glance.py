@@ -59,7 +59,8 @@ def _line(
         mean, _, error = estimate_text(one, digits, scale).partition(" ")
         cells.append(
             f'<td><span class="value">{mean} <small>{error}</small></span>'
-            f'<span class="bar" aria-hidden="true"><b style="width:{100 * min(1, max(0, one.mean)):.1f}%"></b>{mark}</span></td>'
+            f'<span class="bar" aria-hidden="true"><b style="width:{100 * min(1, max(0, one.mean)):.1f}%"></b>{mark}'
+            "</span></td>"
         )
     return f'<tr class="{style}"><th scope="row">{escape(label)}</th>{"".join(cells)}</tr>'
 

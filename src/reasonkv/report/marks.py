@@ -5,31 +5,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-# Okabe and Ito's palette, then others that stay apart from it
-_COLOURS = ("#E69F00", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#8A6D00", "#6B4C9A")
-_MARKERS = ("s", "^", "D", "v", "P", "X", "o", "*")
-_RANDOM = {"colour": "#000000", "marker": "o", "dash": "5 3"}
+from reasonkv.report.style import styles
+
+_LINE_WIDTH = 1.6  # dashes are given in line widths, the script counts pixels
 
 
 def marks(methods: Sequence[str]) -> list[dict[str, Any]]:
-    """One {label, colour, marker, dash} per method, in their order; random is the same everywhere.
+    """One {label, colour, marker, dash} per method, in their order, as `style.styles` assigns them.
 
     Args:
         methods: labels of bounded methods.
     """
-    others = [one for one in methods if one != "random"]
     return [
         {
-            "label": one,
-            **(
-                _RANDOM
-                if one == "random"
-                else {
-                    "colour": _COLOURS[others.index(one) % len(_COLOURS)],
-                    "marker": _MARKERS[others.index(one) % len(_MARKERS)],
-                    "dash": "",
-                }
-            ),
+            "label": label,
+            "colour": style.colour,
+            "marker": style.marker,
+            "dash": " ".join(f"{_LINE_WIDTH * length:.3g}" for length in style.dash),
         }
-        for one in methods
+        for label, style in styles(methods).items()
     ]

@@ -66,7 +66,7 @@ def prompt_words(rule: dict[str, Any]) -> str:
 
 
 def findings(cohort: Cohort) -> list[str]:
-    """One sentence per task: full KV, random, and the best method at the smallest budget where something was dropped."""
+    """One sentence per task: full KV, random, and the best method at the smallest decode-active budget."""
     key, name, scale, digits = MAIN[cohort.kind]
 
     def text(row: SummaryRow) -> str:

@@ -81,7 +81,8 @@ def report_html(results: Sequence[Results], *, title: str = TITLE) -> str:
             "Summary table",
             _mount(
                 "summary",
-                "Every cell: means with standard errors, and paired differences to full KV and to random at the same budget. Sort by any heading.",
+                "Every cell: means with standard errors, and paired differences to full KV and to random "
+                "at the same budget. Sort by any heading.",
             ),
         ),
         ("regimes", "Regimes", _regimes(results)),
@@ -105,7 +106,8 @@ def report_html(results: Sequence[Results], *, title: str = TITLE) -> str:
         f'<h1>{escape(title)}</h1><div class="layout"><nav class="contents" aria-label="Contents"><ol>{contents}</ol>'
         "</nav><main>"
         + "".join(
-            f'<section id="{name}" aria-labelledby="{name}-heading"><h2 id="{name}-heading">{heading}</h2>{part}</section>'
+            f'<section id="{name}" aria-labelledby="{name}-heading"><h2 id="{name}-heading">{heading}</h2>'
+            f"{part}</section>"
             for name, heading, part in shown
         )
         + '<noscript><p class="card">Figures and tables are drawn by this file\'s own script, which is switched off '
@@ -198,7 +200,8 @@ def _regimes(results: Sequence[Results]) -> str:
     for job, task, tokens in dict.fromkeys(key[:3] for key in counts):
         cells = "".join(f'<td class="number">{counts[job, task, tokens, name] or "–"}</td>' for name in names)
         rows.append(
-            f'<tr><td>{escape(job)}</td><th scope="row">{escape(task)}</th><td class="number">{tokens:,}</td>{cells}</tr>'
+            f'<tr><td>{escape(job)}</td><th scope="row">{escape(task)}</th><td class="number">{tokens:,}</td>'
+            f"{cells}</tr>"
         )
     meanings = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in MEANING.items())
     found = (
@@ -229,7 +232,8 @@ def _reproduce(results: Sequence[Results]) -> str:
         rows = "".join(f'<tr><th scope="row">{escape(k)}</th><td>{escape(v)}</td></tr>' for k, v in facts.items())
         full = escape(json.dumps(manifest, indent=2))
         parts.append(
-            f"<h3>{escape(_folder_name(one, results))}</h3><pre class='command' tabindex='0'>{escape(command(manifest))}</pre>"
+            f"<h3>{escape(_folder_name(one, results))}</h3>"
+            f"<pre class='command' tabindex='0'>{escape(command(manifest))}</pre>"
             f'<div class="table-frame facts"><table>{rows}</table></div>'
             f"<details><summary>The whole manifest</summary><pre tabindex='0'>{full}</pre></details>"
         )

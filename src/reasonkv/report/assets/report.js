@@ -96,6 +96,7 @@
       panels.replaceChildren();
       const offered = table.columns.filter((one) => one.plotted);
       const chosen = (state.metrics[cohort.kind] = state.metrics[cohort.kind] || offered.slice(0, 2).map((one) => one.key));
+      const waiting = [];
       chosen.forEach((key, place) => {
         const metric = column(table, key);
         const area = make("div", { class: "chart", "data-metric": key });
@@ -115,8 +116,9 @@
         for (let row = 0; row < table.rows; row += 1)
           if (word(table, "regime", row) === cohort.full && word(table, "task", row) === state.task) full = { y: metric.values[row], se: metric.se[row] };
         const xs = state.x === "tokens" ? distinct(series.flatMap((one) => one.points.map((p) => p.x))).sort((a, b) => a - b) : [];
-        drawChart(area, { series, full, metric, xs, xLabel: AXES[state.x], describe });
+        waiting.push(() => drawChart(area, { series, full, metric, xs, xLabel: AXES[state.x], describe }));
       });
+      for (const one of waiting) one(); // both panels stand before either measures its width
       const rows = Array.from({ length: table.rows }, (_, row) => row).filter((row) => word(table, "task", row) === state.task && word(table, "regime", row) !== cohort.full);
       const elsewhere = rows.filter((row) => word(table, "regime", row) !== state.regime).length;
       aside.textContent = elsewhere ? `${elsewhere} cell${elsewhere === 1 ? "" : "s"} of this task ${elsewhere === 1 ? "is" : "are"} in another regime and not drawn here.` : "";

@@ -1,0 +1,131 @@
+"""Everything `reasonkv frontier` says about finished results: usable budgets, crossings, regimes."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.table import Table
+
+from reasonkv.evaluate.answers import AnswerRecord
+from reasonkv.evaluate.frontier import (
+    Axis,
+    Comparison,
+    Point,
+    Target,
+    UsableBudget,
+    crossings,
+    measured_points,
+    regime,
+    usable_budget,
+)
+from reasonkv.evaluate.records import Record
+from reasonkv.evaluate.statistics import estimate
+from reasonkv.report import frontier_tables as tables
+from reasonkv.report.regimes import DECODE_ACTIVE
+
+
+@dataclass(frozen=True)
+class FrontierSummary:
+    """A frontier, ready to be shown.
+
+    Args:
+        target: what has to be kept.
+        axis: what budgets are measured in.
+        points: every cell, by regime.
+        usable: by (task, method, rule), from decode-active points alone; None where there are none.
+        crossings: between decode-active points, the surest first.
+        regimes: bounded records by task and regime.
+    """
+
+    target: Target
+    axis: Axis
+    points: list[Point]
+    usable: dict[tuple[str, str, str], UsableBudget | None]
+    crossings: list[Comparison]
+    regimes: dict[str, dict[str, int]]
+
+    @property
+    def left_out(self) -> str:
+        """One sentence: which records were left out."""
+        return tables.left_out(self.regimes)
+
+    def tables(self) -> list[Table]:
+        """For the terminal."""
+        crossed = tables.crossings_table(self.crossings, self.target.metric, self.axis)
+        found = tables.usable_tables(self.usable, self.target, self.axis)
+        return [*found, *([crossed] if crossed else []), tables.regime_table(self.regimes)]
+
+    def sentences(self) -> list[str]:
+        """What the tables mean."""
+        return [
+            "usable: from there on every measured budget keeps the target; linear in log(budget) between two of them; "
+            "the interval is a bootstrap over examples. holds: the interval lies above 0 and p, corrected by Holm over "
+            "every pair of a smaller and a larger cell, is below 0.05.",
+            tables.crossings_sentence(self.crossings),
+            self.left_out,
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON output."""
+        usable = [
+            {"task": task, "method": method, "rule": json.loads(rule)}
+            | (vars(found) if found else {"status": "no decode-active record"})
+            for (task, method, rule), found in self.usable.items()
+        ]
+        return {
+            "metric": self.target.metric,
+            "target": str(self.target),
+            "axis": self.axis,
+            "regimes": self.regimes,
+            "usable": usable,
+            "crossings": [_comparison(one) for one in self.crossings],
+            "points": [tables.point_dict(one, estimate(list(one.values.values())).se) for one in self.points],
+        }
+
+
+def summarize_frontier(
+    records: Sequence[Record | AnswerRecord], target: Target, axis: Axis = "tokens", *, seed: int = 0
+) -> FrontierSummary:
+    """Usable budgets and crossings of records that may be compared (`frontier.joined`).
+
+    Args:
+        records: of one kind, full KV's among them for a relative target.
+        target: what has to be kept; its metric is the one read.
+        axis: what budgets are measured in.
+        seed: of the bootstrap.
+
+    Raises:
+        FrontierError: records without that metric, or a relative target without full KV.
+    """
+    points = measured_points(records, target.metric)
+    active = [point for point in points if point.regime == DECODE_ACTIVE]
+    usable: dict[tuple[str, str, str], UsableBudget | None] = {}
+    for point in points:
+        key = (point.task, point.method, point.rule)
+        if key not in usable:
+            own = [one for one in active if (one.task, one.method, one.rule) == key]
+            usable[key] = usable_budget(own, target, axis=axis, seed=seed) if own else None
+    counts: dict[str, Counter[str]] = {}
+    for record in records:
+        if record.budget is not None:
+            counts.setdefault(record.task, Counter())[regime(record)] += 1
+    # every task's pairs stand in one family of tests, so that Holm's correction covers all that is shown
+    found = crossings(active, target.metric, axis=axis, seed=seed)
+    return FrontierSummary(target, axis, points, usable, found, {task: dict(own) for task, own in counts.items()})
+
+
+def _comparison(one: Comparison) -> dict[str, Any]:
+    return {
+        "task": one.ours.task,
+        "label": one.label,
+        "rule": json.loads(one.ours.rule),
+        "smaller": {"method": one.ours.method, "tokens": one.ours.tokens, "mean": one.ours.mean},
+        "larger": {"method": one.theirs.method, "tokens": one.theirs.tokens, "mean": one.theirs.mean},
+        "difference": vars(one.advantage),
+        "p": one.p,
+        "holds": one.holds,
+    }

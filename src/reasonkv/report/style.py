@@ -1,0 +1,88 @@
+"""Colour, marker and dash of every method: one assignment for every figure, so that a method looks the same everywhere.
+
+A name of the catalogue has its style once and for all. Names it does not know take the next free one in the order
+they are given; no hash is involved, so the same figure looks the same on every machine. Variants of one method
+(`rkv`, `rkv:form=port`) share its colour and differ in marker and dash.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+FULL_COLOUR, FULL_DASH = "#666666", (6.0, 3.0)
+"""Full KV is a line across the panel, not a method with marks."""
+
+
+@dataclass(frozen=True)
+class Style:
+    """How a method is drawn.
+
+    Args:
+        colour: as in `#0072B2`.
+        marker: a matplotlib marker the report's script knows as well: o s ^ D v P X or *.
+        dash: lengths of dashes and gaps in line widths, in turn; empty for a solid line.
+    """
+
+    colour: str
+    marker: str
+    dash: tuple[float, ...] = ()
+
+    @property
+    def line(self) -> dict[str, Any]:
+        """Keyword arguments of matplotlib's `plot`."""
+        return {"color": self.colour, "marker": self.marker, "linestyle": (0, self.dash) if self.dash else "-"}
+
+
+# Okabe and Ito's palette without its yellow, which is too pale on white, and two that stay apart from it
+_COLOURS = ("#E69F00", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#8A6D00", "#6B4C9A")
+_MARKERS = ("s", "^", "D", "v", "P", "X", "o", "*")
+_DASHES = ((), (5.0, 2.0), (1.2, 1.6), (7.0, 2.0, 1.2, 2.0), (3.0, 1.2))
+
+FIXED = {
+    "random": Style("#000000", "o", (2.5, 1.8)),
+    "streaming": Style(_COLOURS[0], "s"),
+    "snapkv": Style(_COLOURS[1], "^"),
+    "rkv": Style(_COLOURS[2], "D"),
+    "keydiff": Style(_COLOURS[3], "v"),
+    "knorm": Style(_COLOURS[4], "P"),
+    "oracle": Style(_COLOURS[5], "X"),
+}
+_FIRST_FREE = 6  # places 0 to 5 of the sequence belong to the names above
+
+
+def styles(methods: Sequence[str]) -> dict[str, Style]:
+    """A style for every label, no two the same as long as there are styles left.
+
+    Args:
+        methods: labels, a method's name with or without options; the order decides for names that are not fixed.
+    """
+    names = list(dict.fromkeys(_name(label) for label in methods))
+    others = [name for name in names if name not in FIXED]
+    bases = {name: FIXED[name] if name in FIXED else _place(_FIRST_FREE + others.index(name)) for name in names}
+    found: dict[str, Style] = {}
+    for label in dict.fromkeys(methods):
+        base = bases[_name(label)]
+        taken = {*found.values(), *(one for name, one in bases.items() if name != _name(label))}
+        found[label] = next((style for style in _variants(base) if style not in taken), base)
+    return found
+
+
+def _name(label: str) -> str:
+    return label.partition(":")[0]
+
+
+def _place(index: int) -> Style:
+    """The style at a place: colours go round first; a second round has other markers and another dash."""
+    turn, colour = divmod(index, len(_COLOURS))
+    return Style(_COLOURS[colour], _MARKERS[(colour + turn) % len(_MARKERS)], _DASHES[turn % len(_DASHES)])
+
+
+def _variants(base: Style) -> Iterable[Style]:
+    """The style itself, then others of its colour."""
+    yield base
+    start = _MARKERS.index(base.marker)
+    for turn in range(1, len(_MARKERS) * len(_DASHES)):
+        marker = _MARKERS[(start + turn) % len(_MARKERS)]
+        yield Style(base.colour, marker, _DASHES[(turn + turn // len(_MARKERS)) % len(_DASHES)])
