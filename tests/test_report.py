@@ -129,7 +129,7 @@ def test_methods_can_be_hidden_but_full_and_random_stay(large: tuple[Path, Path]
     with open_page(large[1]) as page:
         lines = "() => [...document.querySelector('.chart').querySelectorAll('g.series')].map(g => g.dataset.method)"
         assert set(page.evaluate(lines)) == set(METHODS)
-        for button in page.handle.locator(".legend .toggle").all():
+        for button in page.handle.locator(".names .toggle").all():
             button.click()
         assert page.evaluate(lines) == ["random"]
         assert page.evaluate("() => document.querySelectorAll('.chart path.full').length") == 2

@@ -12,6 +12,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,7 +32,7 @@ from reasonkv.evaluate.frontier import (
 from reasonkv.evaluate.manifest import Manifest
 from reasonkv.evaluate.records import Record
 from reasonkv.evaluate.runner import Progress, ReplayJob, run_replay, silent
-from reasonkv.evaluate.statistics import Difference, paired_difference, paired_p_value
+from reasonkv.evaluate.statistics import Difference, holm, paired_difference, paired_p_value
 from reasonkv.methods import Method, get_method
 from reasonkv.models import LoadedModel
 
@@ -72,7 +73,7 @@ class Fall:
     Args:
         smaller, larger: tokens.
         drop: how much worse, over the examples both have, with a 95 % interval.
-        p: of the paired t test, not corrected for the number of pairs.
+        p: of the paired t test, Holm-adjusted over all pairs of probes.
     """
 
     smaller: int
@@ -228,16 +229,17 @@ def _middle(low: int, high: int, resolution: float) -> int | None:
 
 def _falls(points: dict[int, Point], metric: str, seed: int) -> tuple[Fall, ...]:
     sign = 1 if HIGHER_IS_BETTER[metric] else -1
+    pairs = list(combinations(sorted(points), 2))
+    gains = []
+    for smaller, larger in pairs:
+        ours, theirs = points[smaller].values, points[larger].values
+        gains.append({one: sign * (ours[one] - theirs[one]) for one in ours.keys() & theirs.keys()})
+    p_values = holm([paired_p_value(list(one.values())) for one in gains])  # over the rises, too
     found = []
-    ordered = sorted(points)
-    for at, smaller in enumerate(ordered):
-        for larger in ordered[at + 1 :]:
-            ours, theirs = points[smaller].values, points[larger].values
-            shared = sorted(ours.keys() & theirs.keys())
-            gains = {one: sign * (ours[one] - theirs[one]) for one in shared}
-            drop = paired_difference(gains, dict.fromkeys(shared, 0.0), seed=seed)
-            if drop is not None and drop.mean > 1e-12:
-                found.append(Fall(smaller, larger, drop, paired_p_value(list(gains.values()))))
+    for (smaller, larger), gain, p in zip(pairs, gains, p_values, strict=True):
+        drop = paired_difference(gain, dict.fromkeys(gain, 0.0), seed=seed)
+        if drop is not None and drop.mean > 1e-12:
+            found.append(Fall(smaller, larger, drop, p))
     return tuple(found)
 
 

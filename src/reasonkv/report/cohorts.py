@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -124,10 +124,11 @@ def _by_regime(full: Sequence[Line], members: Sequence[Line]) -> list[SummaryRow
 
 
 def _rows(records: Sequence[Line], name: str) -> list[SummaryRow]:
-    """One row per task, method and budget, with the bytes held beside the summary's own estimates."""
+    """One row per task, method and budget; what the summary leaves out stands beside its own estimates."""
     answers = [record for record in records if isinstance(record, AnswerRecord)]
     replayed = [record for record in records if isinstance(record, Record)]
-    held = _bytes_held(records)
+    held = _means(records, lambda one: one.bytes_held)
+    answer = _means(replayed, lambda one: one.answer_top1 if isinstance(one, Record) else None)
     rows = []
     for row in summarize_answers(answers):
         rows.append(
@@ -143,14 +144,13 @@ def _rows(records: Sequence[Line], name: str) -> list[SummaryRow]:
             )
         )
     for one in summarize(replayed):
+        cell = (one.task, one.method, one.tokens)
         rows.append(
             SummaryRow(
                 name,
-                one.task,
-                one.method,
-                one.tokens,
+                *cell,
                 one.n,
-                {**one.estimates, "bytes_held": held[one.task, one.method, one.tokens]},
+                {**one.estimates, "bytes_held": held[cell]} | ({"answer_top1": answer[cell]} if cell in answer else {}),
                 one.versus_full,
                 one.versus_random,
             )
@@ -158,11 +158,14 @@ def _rows(records: Sequence[Line], name: str) -> list[SummaryRow]:
     return rows
 
 
-def _bytes_held(records: Sequence[Line]) -> dict[tuple[str, str, int | None], Estimate]:
-    cells: dict[tuple[str, str, int | None], list[Line]] = {}
+def _means(
+    records: Sequence[Line], value: Callable[[Line], float | None]
+) -> dict[tuple[str, str, int | None], Estimate]:
+    """The mean of a value by task, method and budget, over the records that have it."""
+    cells: dict[tuple[str, str, int | None], list[tuple[float, int]]] = {}
     for record, label in zip(records, labels_of(records), strict=True):
-        cells.setdefault((record.task, label, record.budget["tokens"] if record.budget else None), []).append(record)
-    return {
-        key: clustered_mean([one.bytes_held for one in members], [one.example for one in members])
-        for key, members in cells.items()
-    }
+        found = value(record)
+        if found is not None:
+            key = (record.task, label, record.budget["tokens"] if record.budget else None)
+            cells.setdefault(key, []).append((found, record.example))
+    return {key: clustered_mean(*zip(*members, strict=True)) for key, members in cells.items()}

@@ -78,6 +78,15 @@ REPLAY = (
         1,
     ),
     Metric(
+        "answer_top1",
+        "answer top-1 %",
+        "top-1 agreement on the answer alone, %",
+        "share of the answer's tokens, those after </think>, where the most likely token is the full-KV model's; over "
+        "the traces that have such a part",
+        100,
+        1,
+    ),
+    Metric(
         "kl",
         "KL",
         "KL from full KV, nats",
@@ -129,6 +138,7 @@ EVALUATE = (
     Metric("output_tokens", "output tokens", "output tokens", "tokens written, the end of sequence included", 1, 0),
     *_MEMORY,
 )
+_MISSING = Estimate(math.nan, None)
 METRICS = {"replay": REPLAY, "evaluate": EVALUATE}
 COMPARED = {"replay": ("top1", "kl"), "evaluate": ("correct",)}
 
@@ -153,7 +163,9 @@ def summary_table(rows: Sequence[SummaryRow], kind: str) -> dict[str, Any]:
         _numbers("n", "n", f"{unit} in the mean", [row.n for row in rows]),
     ]
     for metric in METRICS[kind]:
-        columns.append(_estimates(metric, [row.estimates[metric.key] for row in rows]))
+        if not any(metric.key in row.estimates for row in rows):
+            continue
+        columns.append(_estimates(metric, [row.estimates.get(metric.key, _MISSING) for row in rows]))
         if metric.key in COMPARED[kind]:
             columns.append(_differences(metric, "full KV", "full", [row.versus_full.get(metric.key) for row in rows]))
             columns.append(
@@ -222,6 +234,7 @@ def record_table(records: Sequence[Record] | Sequence[AnswerRecord]) -> dict[str
                 1,
                 100,
             ),
+            ("answer_top1", "answer top-1 %", "top-1 on the answer's tokens alone", lambda r: r.answer_top1, 1, 100),
             ("kl", "KL", "mean divergence from full KV, nats", lambda r: r.kl, 3, 1),
             ("nll", "NLL", "mean negative log-likelihood of the trace's tokens, nats", lambda r: r.nll, 3, 1),
             (
@@ -243,7 +256,9 @@ def record_table(records: Sequence[Record] | Sequence[AnswerRecord]) -> dict[str
         ("seed", "seed", "the run's seed", lambda r: r.seed, 0, 1),
     ]
     for key, label, meaning, read, digits, scale in simple:
-        columns.append(_numbers(key, label, meaning, [read(one) for one in records], digits, scale))
+        values = [read(one) for one in records]
+        if key != "answer_top1" or any(value is not None for value in values):  # records of old runs lack it
+            columns.append(_numbers(key, label, meaning, values, digits, scale))
     if any(one.guards for one in records):
         meaning = "how often a method fell back on a rule of its own, by name"
         words = [", ".join(f"{name} {count}" for name, count in one.guards.items()) or "-" for one in records]
@@ -296,11 +311,10 @@ def _numbers(
 
 
 def _estimates(metric: Metric, values: Sequence[Estimate]) -> dict[str, Any]:
-    meaning = f"{metric.meaning}; ± is one standard error"
     return {
         "key": metric.key,
         "label": metric.label,
-        "meaning": meaning,
+        "meaning": metric.meaning,
         "kind": "estimate",
         "title": metric.title,
         "digits": metric.digits,

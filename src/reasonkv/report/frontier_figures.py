@@ -10,11 +10,11 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from reasonkv.evaluate.frontier import Axis, FrontierError, Point, Target
 from reasonkv.evaluate.statistics import estimate
-from reasonkv.report.frontier_tables import UNITS, amount, rule_words
+from reasonkv.report.frontier_tables import UNITS, amount, byte_unit, rule_words
 from reasonkv.report.regimes import DECODE_ACTIVE
 from reasonkv.report.style import FULL_COLOUR, FULL_DASH, Style, styles
 
@@ -68,7 +68,7 @@ def draw_frontier(
         axes_row[0].set_title(task, fontweight="bold", loc="left")
     for axes, axis in zip(grid[-1], _COLUMNS, strict=True):
         axes.set_xlabel(UNITS[axis])
-    last = [name for name in ("full KV, same examples", "target") if name in handles]
+    last = [name for name in ("full KV", "target") if name in handles]
     order = [*(name for name in series.values() if name in handles), *last]
     figure.legend([handles[name] for name in order], order, loc="outside right upper", frameon=False)
     figure.align_ylabels(grid[:, 0])
@@ -102,7 +102,7 @@ def _panel(
     full = {example: value for point in points for example, value in point.full.items()}
     if full:
         mean = math.fsum(full.values()) / len(full)
-        handles["full KV, same examples"] = axes.axhline(mean * scale, ls=(0, FULL_DASH), lw=1.2, color=FULL_COLOUR)
+        handles["full KV"] = axes.axhline(mean * scale, ls=(0, FULL_DASH), lw=1.2, color=FULL_COLOUR)
         if target is not None:
             bar = target.value * (mean if target.relative else 1.0)
             handles["target"] = axes.axhline(bar * scale, ls=":", lw=1.2, color="#AA3377")
@@ -125,15 +125,19 @@ def _panel(
 
 
 def _ticks(axes: Axes, values: Sequence[float], axis: Axis) -> None:
-    """A logarithmic axis whose ticks are the measured budgets where they stand apart, else powers of two between."""
+    """A logarithmic axis with ticks at the measured budgets, or at round numbers where those would crowd."""
     axes.set_xscale("log", base=2)
+    low, high = min(values), max(values)
     ticks = sorted(set(values)) if axis == "tokens" else []
-    span = math.log2(max(values) / min(values)) if min(values) > 0 else 0.0
+    span = math.log2(high / low)
     if not ticks or any(math.log2(b / a) < span / 10 for a, b in pairwise(ticks)):
-        step = 1.0 if span > 2 else 0.5 if span > 0.8 else 0.25
-        first, last = math.ceil(math.log2(min(values)) / step), math.floor(math.log2(max(values)) / step)
-        ticks = [2 ** (step * place) for place in range(first, last + 1)] or [values[0]]
-    axes.set_xticks(ticks)
+        unit, _ = byte_unit(high) if axis == "bytes_held" else (1, "")
+        if span > 2.5:
+            ticks = [2.0**place for place in range(math.ceil(math.log2(low)), math.floor(math.log2(high)) + 1)]
+        else:
+            ticks = [
+                float(tick) * unit for tick in MaxNLocator(5, steps=[1, 2, 2.5, 5]).tick_values(low / unit, high / unit)
+            ]
+    axes.set_xticks([tick for tick in ticks if low * 0.999 <= tick <= high * 1.001] or [low])
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda tick, _: amount(tick, axis)))

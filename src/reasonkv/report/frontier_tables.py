@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 
 from rich import box
@@ -26,11 +27,14 @@ def amount(value: float, axis: Axis) -> str:
     """A place on an axis as text: whole slots, or bytes with a binary unit."""
     if axis != "bytes_held":
         return f"{value:,.0f}"
-    for unit in ("B", "KiB", "MiB"):
-        if value < 1024:
-            return f"{value:,.0f} {unit}" if unit == "B" else f"{value:,.1f} {unit}"
-        value /= 1024
-    return f"{value:,.2f} GiB"
+    unit, name = byte_unit(value)
+    return f"{value / unit:,.{2 if unit > 1024 else 0}f} {name}"
+
+
+def byte_unit(value: float) -> tuple[int, str]:
+    """The largest binary unit that is at most a number of bytes, and its name."""
+    place = min(3, max(0, int(math.log2(max(value, 1)) // 10)))
+    return 1024**place, ("B", "KiB", "MiB", "GiB")[place]
 
 
 def usable_text(found: UsableBudget | None, axis: Axis) -> tuple[str, str, str]:

@@ -38,7 +38,7 @@ def glance(cohort: Cohort) -> str:
         caption = f"{name}, % ± one standard error" + (f", at {title}" if title else "")
         tables.append(
             f'<div class="table-frame glance" data-budget="{escape(title)}" tabindex="0" role="region" '
-            f'aria-label="{escape(caption)}"><table><caption>{escape(caption)}</caption><thead><tr>'
+            f'aria-label="{escape(caption)}"><table><caption><span>{escape(caption)}</span></caption><thead><tr>'
             f'<th scope="col">method</th>{head}</tr></thead><tbody>{"".join(rows)}</tbody>{foot}</table></div>'
         )
     return f'<div class="glances" data-glances>{"".join(tables)}</div>'

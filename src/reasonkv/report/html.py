@@ -12,6 +12,9 @@ from typing import Any
 
 ALWAYS = ("base.css", "base.js")
 """Assets of every page: the look, and the button that switches between light and dark."""
+INSPECTOR_STYLES = ("inspector.css", "inspector_tokens.css", "inspector_panels.css")
+INSPECTOR_SCRIPTS = ("inspector_model.js", "inspector_map.js", "inspector_details.js", "inspector.js")
+"""The trace inspector's parts, in the order they need each other."""
 
 
 def asset(name: str) -> str:

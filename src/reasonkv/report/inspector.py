@@ -34,7 +34,7 @@ from reasonkv.evaluate.text import first_divergence
 from reasonkv.evaluate.traces import Trace, reference_logprobs
 from reasonkv.methods import refuse_future
 from reasonkv.models import LoadedModel, one_thread_if_small
-from reasonkv.report.html import page
+from reasonkv.report.html import INSPECTOR_SCRIPTS, INSPECTOR_STYLES, page
 from reasonkv.runtimes.transformers import CompressedCache, RowStats
 from reasonkv.tasks import get_task
 
@@ -267,7 +267,7 @@ def inspector_page(data: dict[str, Any]) -> str:
     )
     return page(
         f"{title} - reasonkv", body,
-        styles=["inspector.css"], scripts=["inspector.js"], data={"inspection": data},
+        styles=INSPECTOR_STYLES, scripts=INSPECTOR_SCRIPTS, data={"inspection": data},
     )  # fmt: skip
 
 

@@ -1,26 +1,16 @@
-"""What was run and what came out, in sentences with the numbers of the records; and how to run it again."""
+"""What was run and what came out, in sentences with the numbers of the records."""
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 from typing import Any
 
 from reasonkv.evaluate.results import Results
 from reasonkv.report.cohorts import UNBOUNDED, Cohort, SummaryRow
-from reasonkv.report.wording import PROMPT_WORDS, budget_sentence, estimate_text
+from reasonkv.report.wording import budget_sentence, estimate_text
 
 MAIN = {"replay": ("top1", "top-1 agreement", 100.0, 1), "evaluate": ("correct", "accuracy", 100.0, 1)}
 """By kind: the metric that is looked at first, its name, its scale and its digits."""
-_FLAGS = {
-    "task": "--task",
-    "methods": "--methods",
-    "limit": "--limit",
-    "samples": "--samples",
-    "seed": "--seed",
-    "max_new_tokens": "--max-new-tokens",
-    "mean_slots": "--mean-slots",
-}
 
 
 def what_ran(results: Results) -> str:
@@ -55,14 +45,14 @@ def rule_text(cohort: Cohort) -> str:
 
 def cohort_label(cohort: Cohort) -> str:
     """A few words for a switch: the job, and how the prompt is treated."""
+    return job_words(cohort.kind, cohort.rule.get("prompt"))
+
+
+def job_words(kind: str, prompt: str | None) -> str:
+    """The same of a kind, `replay` or `evaluate`, and a prompt policy; None where only full KV ran."""
     words = {"count": "prompt compressible", "keep": "prompt kept", "on_top": "prompt kept on top"}
-    kind = "Answers" if cohort.kind == "evaluate" else "Replay"
-    return f"{kind}, {words[cohort.rule['prompt']]}" if cohort.rule else kind
-
-
-def prompt_words(rule: dict[str, Any]) -> str:
-    """How the prompt is treated, in a clause."""
-    return PROMPT_WORDS[rule["prompt"]] if rule else ""
+    job = "Answers" if kind == "evaluate" else "Replay"
+    return f"{job}, {words[prompt]}" if prompt else job
 
 
 def findings(cohort: Cohort) -> list[str]:
@@ -95,44 +85,6 @@ def findings(cohort: Cohort) -> list[str]:
         saved = here[0].estimates["saved_bytes"].mean
         found.append(f"{task}, {tokens:,} slots ({saved:.0%} of full KV's bytes saved), {name}: {'; '.join(parts)}.")
     return found
-
-
-def command(manifest: dict[str, Any]) -> str:
-    """The command that makes the results again, from what the manifest says of its arguments."""
-    arguments = manifest.get("arguments", {})
-    name = str(manifest["command"])
-    if name == "demo":
-        return f"reasonkv demo --limit {arguments.get('limit')} --seed {arguments.get('seed')}"
-    words = ["reasonkv", name, "--model", str(manifest.get("model", {}).get("name", "testbed"))]
-    budgets = arguments.get("budgets") or []
-    for key, flag in _FLAGS.items():
-        value = arguments.get(key)
-        if value not in (None, []):
-            words += [flag, ",".join(map(_spec, value)) if isinstance(value, list) else str(value)]
-    if budgets:
-        if not arguments.get("mean_slots"):
-            words += ["--budgets", ",".join(str(one["tokens"]) for one in budgets)]
-        flags = {"prompt": "--prompt-policy"}
-        for key, value in budgets[0].items():
-            if key != "tokens" and value is not None:
-                words += [flags.get(key, "--" + key.replace("_", "-")), str(value)]
-    for key in ("traces", "sampling"):
-        chosen = arguments.get(key)
-        if isinstance(chosen, dict):
-            source = chosen.get("source")
-            words += ["--traces", str(source)] if source and key == "traces" else []
-            words += ["--max-new-tokens", str(chosen["max_new_tokens"])] if "max_new_tokens" in chosen else []
-            if source in (None, "sampled"):
-                words += ["--temperature", str(chosen.get("temperature")), "--top-p", str(chosen.get("top_p"))]
-    if arguments.get("dtype"):
-        words += ["--dtype", str(arguments["dtype"])]
-    return shlex.join([*words, "--out", "results"])
-
-
-def _spec(value: Any) -> str:
-    if isinstance(value, dict):
-        return ",".join(f"{key}={one}" for key, one in value.items())
-    return str(value)
 
 
 def _listed(words: Sequence[str]) -> str:

@@ -14,11 +14,13 @@ from reasonkv.evaluate.manifest import ResultsError, write_atomically
 from reasonkv.evaluate.results import Results, load_results
 from reasonkv.report.cohorts import UNBOUNDED, Cohort, cohorts
 from reasonkv.report.columns import definitions, record_table, summary_table
+from reasonkv.report.environment import environment_section
 from reasonkv.report.glance import glance
-from reasonkv.report.html import page
+from reasonkv.report.html import INSPECTOR_SCRIPTS, INSPECTOR_STYLES, page
 from reasonkv.report.marks import marks
-from reasonkv.report.narrative import MAIN, cohort_label, command, findings, rule_text, what_ran
+from reasonkv.report.narrative import MAIN, cohort_label, findings, job_words, rule_text, what_ran
 from reasonkv.report.regimes import MEANING
+from reasonkv.report.usable import usable_intro, usable_section
 
 TITLE = "What the cache kept, and what that did"
 INSPECTIONS = "inspections"
@@ -76,6 +78,7 @@ def report_html(results: Sequence[Results], *, title: str = TITLE) -> str:
     sections = [
         ("overview", "At a glance", _overview(results, groups)),
         ("frontier", "Frontier", _frontier(groups)),
+        ("usable", "Usable budgets and crossings", _usable(groups)),
         (
             "tables",
             "Summary table",
@@ -94,7 +97,11 @@ def report_html(results: Sequence[Results], *, title: str = TITLE) -> str:
             else "",
         ),
         ("records", "Records", _mount("records", "Every record that the means are made of.")),
-        ("reproduce", "Environment and command", _reproduce(results)),
+        (
+            "reproduce",
+            "Environment and command",
+            environment_section([(_folder_name(one, results), one.manifest) for one in results]),
+        ),
         ("definitions", "Definitions", _definitions([*summaries, *records])),
     ]
     shown = [(name, heading, body) for name, heading, body in sections if body]
@@ -115,7 +122,7 @@ def report_html(results: Sequence[Results], *, title: str = TITLE) -> str:
     )
     styles, scripts = ["report.css"], ["report_table.js", "report_chart.js", "report.js"]
     if inspections:
-        styles, scripts = [*styles, "inspector.css"], ["inspector.js", *scripts]
+        styles, scripts = [*styles, *INSPECTOR_STYLES], [*INSPECTOR_SCRIPTS, *scripts]
     return page(title, body, styles=styles, scripts=scripts, data=data)
 
 
@@ -157,8 +164,12 @@ def _folder_name(one: Results, results: Sequence[Results]) -> str:
 
 def _overview(results: Sequence[Results], groups: Sequence[Cohort]) -> str:
     parts = [f'<p class="lead">{escape(what_ran(one))}</p>' for one in results]
-    for cohort in sorted(groups, key=lambda one: one.kind != "evaluate"):  # answers first: they are the point
-        parts.append(f"<h3>{escape(_cohort_name(cohort, groups))}</h3><p>{escape(rule_text(cohort))}</p>")
+    rules = {rule_text(one) for one in groups}
+    if len(rules) == 1:
+        parts.append(f"<p>{escape(rules.pop())}</p>")
+    for cohort in _answers_first(groups):
+        parts.append(f"<h3>{escape(_cohort_name(cohort, groups))}</h3>")
+        parts += [f"<p>{escape(rule_text(cohort))}</p>"] if rules else []
         parts.append(glance(cohort))
         lines = findings(cohort)
         if lines:
@@ -177,6 +188,20 @@ def _frontier(groups: Sequence[Cohort]) -> str:
     )
 
 
+def _usable(groups: Sequence[Cohort]) -> str:
+    parts = []
+    for cohort in _answers_first(groups):
+        found = usable_section(cohort)
+        if found:
+            parts.append(f"<h3>{escape(_cohort_name(cohort, groups))}</h3>{found}")
+    return usable_intro() + "".join(parts) if parts else ""
+
+
+def _answers_first(groups: Sequence[Cohort]) -> list[Cohort]:
+    """Answers are the point; what stands for them comes after."""
+    return sorted(groups, key=lambda one: one.kind != "evaluate")
+
+
 def _mount(name: str, words: str) -> str:
     return f'<p class="muted">{escape(words)}</p><div data-mount="{name}"></div>'
 
@@ -188,20 +213,24 @@ def _regimes(results: Sequence[Results]) -> str:
         for record in one.answers or one.records:
             guards.update(record.guards)
             if record.budget is not None:
-                kind = "answers" if one.answers else "replay"
-                counts[
-                    f"{kind}, prompt {record.budget['prompt']}", record.task, record.budget["tokens"], regime(record)
-                ] += 1
+                job = job_words("evaluate" if one.answers else "replay", record.budget["prompt"])
+                counts[job, record.task, record.budget["tokens"], regime(record)] += 1
     if not counts:
         return ""
     names = list(MEANING) + sorted({key[3] for key in counts} - set(MEANING))
     head = "".join(f'<th scope="col" class="number">{escape(name)}</th>' for name in names)
-    rows = []
+    # budgets that did the same are one row: what differs is what has to be seen
+    alike: dict[tuple[str, str, tuple[str, ...]], list[int]] = {}
     for job, task, tokens in dict.fromkeys(key[:3] for key in counts):
-        cells = "".join(f'<td class="number">{counts[job, task, tokens, name] or "–"}</td>' for name in names)
+        met = tuple(name for name in names if counts[job, task, tokens, name])
+        alike.setdefault((job, task, met), []).append(tokens)
+    rows = []
+    for (job, task, _), sizes in alike.items():
+        sums = [sum(counts[job, task, tokens, name] for tokens in sizes) for name in names]
+        cells = "".join(f'<td class="number">{f"{count:,}" if count else "–"}</td>' for count in sums)
+        budgets = ", ".join(f"{tokens:,}" for tokens in sorted(sizes))
         rows.append(
-            f'<tr><td>{escape(job)}</td><th scope="row">{escape(task)}</th><td class="number">{tokens:,}</td>'
-            f"{cells}</tr>"
+            f'<tr><td class="name">{escape(job)}</td><th scope="row">{escape(task)}</th><td class="name">{budgets}</td>{cells}</tr>'
         )
     meanings = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in MEANING.items())
     found = (
@@ -209,40 +238,18 @@ def _regimes(results: Sequence[Results]) -> str:
     )
     return (
         '<p class="muted">Equal budgets do not mean equal pressure. Records are kept apart by what the budget did, in '
-        f"every figure and table here.</p><dl>{meanings}</dl>{found}"
+        f'every figure and table here.</p><dl class="words">{meanings}</dl>{found}'
         '<div class="table-frame" tabindex="0" role="region" aria-label="Records by regime"><table><thead><tr>'
-        '<th scope="col">job</th><th scope="col">task</th><th scope="col" class="number">budget</th>'
+        '<th scope="col">job</th><th scope="col">task</th><th scope="col">budgets</th>'
         f"{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
     )
 
 
-def _reproduce(results: Sequence[Results]) -> str:
-    parts = []
-    for one in results:
-        manifest = one.manifest
-        model = manifest.get("model", {})
-        facts = {
-            "model": f"{model.get('name', '?')}, weights {model.get('hash', '?')}",
-            "arithmetic": str(manifest.get("arguments", {}).get("dtype", "?")),
-            "device": str(manifest.get("device", "?")),
-            "begun": str(manifest.get("date", "?")),
-            "run": str(manifest.get("run", "?")),
-            **{name: str(text) for name, text in manifest.get("versions", {}).items()},
-        }
-        rows = "".join(f'<tr><th scope="row">{escape(k)}</th><td>{escape(v)}</td></tr>' for k, v in facts.items())
-        full = escape(json.dumps(manifest, indent=2))
-        parts.append(
-            f"<h3>{escape(_folder_name(one, results))}</h3>"
-            f"<pre class='command' tabindex='0'>{escape(command(manifest))}</pre>"
-            f'<div class="table-frame facts"><table>{rows}</table></div>'
-            f"<details><summary>The whole manifest</summary><pre tabindex='0'>{full}</pre></details>"
-        )
-    return "".join(parts)
-
-
 def _definitions(tables: Sequence[dict[str, Any]]) -> str:
-    items = "".join(f"<dt>{escape(label)}</dt><dd>{escape(text)}</dd>" for label, text in definitions(tables))
-    return f'<dl class="definitions">{items}</dl>'
+    items = "".join(
+        f"<div><dt>{escape(label)}</dt><dd>{escape(text)}</dd></div>" for label, text in definitions(tables)
+    )
+    return f'<p class="muted">± is one standard error everywhere.</p><dl class="definitions">{items}</dl>'
 
 
 def _inspections(results: Sequence[Results]) -> list[tuple[str, dict[str, Any]]]:

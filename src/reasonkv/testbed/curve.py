@@ -24,24 +24,26 @@ def draw_curve(log: Path, path: Path) -> Path:
     lines).
     """
     lines = [json.loads(line) for line in log.read_text().splitlines()]
-    families = [key for key in lines[0] if key not in _COUNTERS] if lines else []
+    # a family may join later, when a run is continued with more courses
+    families = list(dict.fromkeys(key for line in lines for key in line if key not in _COUNTERS))
     figure, axes = plt.subplots(2, max(1, len(families)), figsize=(4.2 * max(1, len(families)), 6), squeeze=False)
     for column, family in enumerate(families):
-        seen = [line["tokens"] / 1e6 for line in lines]
+        own = [line for line in lines if family in line]
+        seen = [line["tokens"] / 1e6 for line in own]
         errors, losses = axes[0][column], axes[1][column]
         for kind in Kind:
             name = kind.name.lower()
             points = [
                 (x, max(1 - line[family][name], 1e-5))
-                for x, line in zip(seen, lines, strict=True)
+                for x, line in zip(seen, own, strict=True)
                 if name in line[family]
             ]
             if points:
                 errors.plot(*zip(*points, strict=True), label=name, linewidth=1)
-        points = [(x, line[family]["loss"]) for x, line in zip(seen, lines, strict=True) if line[family]["loss"]]
+        points = [(x, line[family]["loss"]) for x, line in zip(seen, own, strict=True) if line[family]["loss"]]
         if points:
             losses.plot(*zip(*points, strict=True), color="black", linewidth=1)
-        for before, after in itertools.pairwise(lines):
+        for before, after in itertools.pairwise(own):
             if after[family]["level"] > before[family]["level"]:
                 for axis in (errors, losses):
                     axis.axvline(after["tokens"] / 1e6, color="grey", linestyle=":", linewidth=0.8)

@@ -8,8 +8,8 @@
 
   // a row of buttons of which one is pressed; nothing to choose, nothing shown
   const choice = (label, options, chosen, onchange) => {
-    const group = make("div", { class: "choice", role: "group", "aria-label": label });
-    group.append(make("span", { class: "choice-label", text: label }));
+    const group = make("div", { class: "pick", role: "group", "aria-label": label });
+    group.append(make("span", { class: "pick-label", text: label }));
     options.forEach(([value, text]) => {
       const button = make("button", { type: "button", text, "data-value": value, "aria-pressed": String(value === chosen), onclick: () => {
         for (const other of group.querySelectorAll("button")) other.setAttribute("aria-pressed", String(other === button));
@@ -55,8 +55,8 @@
   const mountCharts = (root) => {
     const cohorts = report.cohorts.map((one, index) => ({ ...one, index })).filter((one) => one.methods.length);
     const state = { cohort: (cohorts.find((one) => one.kind === "evaluate") || cohorts[0]).index, x: "tokens", hidden: new Set(), metrics: {} };
-    const controls = make("div", { class: "controls" });
-    const legend = make("div", { class: "legend", role: "group", "aria-label": "Methods" });
+    const controls = make("div", { class: "switches" });
+    const legend = make("div", { class: "names", role: "group", "aria-label": "Methods" });
     const panels = make("div", { class: "panels" });
     const aside = make("p", { class: "muted note" });
     root.append(controls, legend, panels, aside);
@@ -114,7 +114,7 @@
             series.unshift({ style: { colour: "#000000", marker: "o", dash: "2 3" }, label: other.label, metric: key, points: pointsOf(other.table, method, key, state.task, state.regime) });
         let full = null;
         for (let row = 0; row < table.rows; row += 1)
-          if (word(table, "regime", row) === cohort.full && word(table, "task", row) === state.task) full = { y: metric.values[row], se: metric.se[row] };
+          if (word(table, "regime", row) === cohort.full && word(table, "task", row) === state.task && metric.values[row] !== null) full = { y: metric.values[row], se: metric.se[row] };
         const xs = state.x === "tokens" ? distinct(series.flatMap((one) => one.points.map((p) => p.x))).sort((a, b) => a - b) : [];
         waiting.push(() => drawChart(area, { series, full, metric, xs, xLabel: AXES[state.x], describe }));
       });

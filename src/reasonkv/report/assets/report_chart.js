@@ -26,10 +26,16 @@ window.reasonkv = window.reasonkv || {};
   };
   const mark = (style, r) => svg("path", { d: (SHAPES[style.marker] || SHAPES.o)(r), class: "mark", transform: style.marker === "X" ? "rotate(45)" : null });
 
+  // black is the text's colour: it has to stand out on dark paper as well
+  const paint = (element, style) => {
+    element.style.setProperty("--mark", style.colour);
+    element.toggleAttribute("data-ink", style.colour === "#000000");
+  };
+
   // a small picture of a line and its mark, for legends
   const swatch = (style) => {
     const picture = svg("svg", { width: 30, height: 14, viewBox: "-15 -7 30 14", "aria-hidden": "true", class: "series" });
-    picture.style.setProperty("--mark", style.colour);
+    paint(picture, style);
     picture.append(svg("path", { d: "M-14 0H14", class: "line", "stroke-dasharray": style.dash || null }), style.marker ? mark(style, 4) : "");
     return picture;
   };
@@ -50,6 +56,8 @@ window.reasonkv = window.reasonkv || {};
       for (const one of [1, 2, 5]) if (one * power >= low && one * power <= high) found.push(one * power);
     return found;
   };
+
+  let plots = 0;
 
   // series: [{style, label, points: [{x, y, se, row, table}]}]; full: {y, se} or null
   const drawChart = (root, { series, full, metric, xs, xLabel, describe }) => {
@@ -77,6 +85,8 @@ window.reasonkv = window.reasonkv || {};
     const Y = (value) => height - bottom - ((height - top - bottom) * (value - low)) / (high - low);
     const picture = svg("svg", { width, height, viewBox: `0 0 ${width} ${height}`, role: "group", "aria-label": `${metric.title} against ${xLabel}` });
 
+    const clip = `plot-${(plots += 1)}`;
+    picture.append(svg("clipPath", { id: clip }, svg("rect", { x: left, y: top, width: width - left - right, height: height - top - bottom })));
     for (const [at, text] of steps(low, high, 5)) {
       picture.append(svg("path", { d: `M${left} ${Y(at)}H${width - right}`, class: "grid" }));
       const tick = svg("text", { x: left - 8, y: Y(at) + 4, class: "tick", "text-anchor": "end" });
@@ -118,10 +128,10 @@ window.reasonkv = window.reasonkv || {};
     };
     for (const one of series) {
       const group = svg("g", { class: "series", "data-method": one.label });
-      group.style.setProperty("--mark", one.style.colour);
+      paint(group, one.style);
       const spots = one.points.map((p) => [X(p.x), Y(p.y * scale), Math.abs(Y(0) - Y((p.se || 0) * scale))]);
       if (spots.length > 1)
-        group.append(svg("path", { d: `M${spots.map(([x, y, e]) => `${x} ${y - e}`).join("L")}L${spots.slice().reverse().map(([x, y, e]) => `${x} ${y + e}`).join("L")}z`, class: "band" }));
+        group.append(svg("path", { d: `M${spots.map(([x, y, e]) => `${x} ${y - e}`).join("L")}L${spots.slice().reverse().map(([x, y, e]) => `${x} ${y + e}`).join("L")}z`, class: "band", "clip-path": `url(#${clip})` }));
       else if (spots.length) group.append(svg("path", { d: `M${spots[0][0]} ${spots[0][1] - spots[0][2]}v${2 * spots[0][2]}`, class: "line" }));
       group.append(svg("path", { d: `M${spots.map(([x, y]) => `${x} ${y}`).join("L")}`, class: "line", "stroke-dasharray": one.style.dash || null }));
       one.points.forEach((p, index) => {
