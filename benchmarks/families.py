@@ -25,9 +25,12 @@ from reasonkv.methods import get_method
 from reasonkv.models import LoadedModel, load_model
 from reasonkv.tasks import get_task, task_names
 
-METHODS = ("full", "random", "random:redraw=false", "streaming", "knorm", "snapkv:window=16", "rkv", "keydiff")
-ORACLES = ("oracle", "oracle:reduce=max")  # replay only
-SHARES = (1 / 8, 1 / 4, 1 / 2)
+METHODS = ("full", "random", "streaming", "knorm", "snapkv:window=16", "rkv", "keydiff")
+REPLAY_ONLY = ("random:redraw=false", "oracle", "oracle:reduce=max")
+SHARES = {
+    "replay": (1 / 8, 1 / 4, 1 / 2),
+    "answers": (1 / 4, 1 / 2),
+}  # at 1/8 no answer survives, and generation is slow
 POLICIES = ("count", "on_top")
 DISTANCES = (250, 500, 1000, 1500)
 DISTANCE_TOKENS = 160
@@ -72,7 +75,7 @@ def parts(tasks: list[str]) -> Iterator[Part]:
                 whole = trace if policy == "on_top" else prompt + trace
                 if policy == "on_top" and trace / 4 < LEAST:
                     continue
-                tokens = tuple(max(LEAST, 8 * round(whole * share / 8)) for share in SHARES)
+                tokens = tuple(max(LEAST, 8 * round(whole * share / 8)) for share in SHARES[kind])
                 yield Part(kind, task, policy, tokens)
         if "recall" in tasks:
             for distance in DISTANCES:
@@ -82,7 +85,7 @@ def parts(tasks: list[str]) -> Iterator[Part]:
 def run_part(part: Part, model: LoadedModel, out: Path, limit: int, batch_size: int) -> None:
     """Run or resume one folder."""
     budgets = [Budget(n, interval=INTERVAL, sinks=SINKS, recent=RECENT, prompt=part.policy) for n in part.tokens]  # type: ignore[arg-type]
-    names = METHODS + (ORACLES if part.kind == "replay" else ())
+    names = METHODS + (REPLAY_ONLY if part.kind == "replay" else ())
     methods = [get_method(name) for name in names]
     folder = out / part.folder
     if part.kind == "replay":

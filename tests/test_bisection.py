@@ -212,3 +212,19 @@ def test_a_search_for_accuracy_generates(tmp_path: Path) -> None:
 def test_jobs_that_cannot_be_searched_are_one_sentence(changes: dict[str, object], target: Target, words: str) -> None:
     with pytest.raises(FrontierError, match=words):
         check_search(replay_job(**changes), target)
+
+
+def test_full_kv_at_zero_is_no_yardstick() -> None:
+    """A target of 0.9 x 0 would be kept by anything."""
+
+    def cell(tokens: int) -> list[Record]:
+        budget = Budget(tokens, recent=8, prompt="on_top").to_dict()
+        hard = [record(i, method="full", options={}, budget=None, events=0, top1=float(i > 0)) for i in range(4)]
+        # beyond 100 tokens only example 0 is long enough to be compressed, and full KV fails there too
+        return [*hard, *(record(i, budget=budget, top1=0.0, events=0 if tokens > 100 and i else 5) for i in range(4))]
+
+    found = find_usable_budget(cell, 16, 1000, TARGET)
+    assert found.status == "not reached"
+    assert {probe.tokens > 100: probe.keeps for probe in found.probes} == {False: False, True: None}
+    with pytest.raises(FrontierError, match="top1 is 0 on program"):
+        find_usable_budget(cell, 200, 1000, TARGET)

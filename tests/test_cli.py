@@ -17,7 +17,9 @@ from typer.testing import CliRunner
 from reasonkv.cli import app
 from reasonkv.cli.common import UsageError, split_specs, whole_numbers
 
-COMMANDS = ("demo", "methods", "doctor", "generate", "replay", "evaluate", "train-testbed")
+COMMANDS = (
+    "demo", "methods", "doctor", "generate", "replay", "evaluate", "frontier", "report", "inspect", "train-testbed",
+)  # fmt: skip
 SMALL = ["--interval", "12", "--sinks", "2", "--recent", "8", "--prompt-policy", "on_top", "--max-new-tokens", "40"]
 
 

@@ -236,3 +236,11 @@ def test_the_report_uses_the_same_styles() -> None:
     (one,) = marks(["keydiff"])
     assert one == {"label": "keydiff", "colour": FIXED["keydiff"].colour, "marker": "v", "dash": ""}
     assert marks(["random"])[0]["dash"] == "4 2.88"
+
+
+def test_a_relative_target_where_full_kv_has_nothing_is_not_called_usable(tmp_path: Path) -> None:
+    full = [record(i, method="full", options={}, budget=None, events=0, top1=0.0) for i in range(N)]
+    made = folder(tmp_path / "zero", [*full, *cell("rkv", 64, 0.0)])
+    code, out, _ = run(made)
+    assert code == 0
+    assert re.search(r"rkv\s+-\s+-\s+-\s+-\s+full KV's top1 is 0", out)

@@ -203,7 +203,82 @@ def test_the_page_works_in_a_browser_and_no_request_leaves_it(tmp_path: Path, wi
         assert tab.errors == []
         assert tab.outside() == []
         assert len(tab.requests) == 1
-        assert tab.load_seconds < 5
+
+
+def opened(tmp_path: Path) -> Path:
+    path = tmp_path / "page.html"
+    path.write_text(inspector_page(big()))
+    return path
+
+
+@needs_browser
+def test_a_page_of_two_thousand_tokens_is_there_within_two_seconds(tmp_path: Path) -> None:
+    path, seconds = opened(tmp_path), []
+    for _ in range(3):  # the best of three says what the page costs, the others what else the machine did
+        with open_page(path) as tab:
+            seconds.append(tab.load_seconds)
+        if seconds[-1] < 2:
+            break
+    assert min(seconds) < 2
+
+
+@needs_browser
+def test_the_details_stay_below_the_controls_and_speak_only_of_focused_tokens(tmp_path: Path) -> None:
+    with open_page(opened(tmp_path)) as tab:
+        tab.handle.click("text=First token that differs")
+        for share in (0.3, 0.8, 1.0):
+            tab.evaluate("s => scrollTo(0, s * document.body.scrollHeight)", share)
+            edges = "['.controls', '.details'].map(s => document.querySelector(s).getBoundingClientRect())"
+            controls, side = tab.evaluate(f"{edges}.map(b => [b.top, b.bottom])")
+            assert side[0] >= controls[1]
+        assert tab.evaluate("document.querySelector('.details').getAttribute('aria-live')") is None
+        tab.handle.hover("[data-i='1003']")
+        assert tab.evaluate("document.querySelector(\"[data-i='1003']\").getAttribute('aria-label')") is None
+        tab.handle.focus("[data-i='1004']")
+        label = tab.evaluate("document.activeElement.getAttribute('aria-label')")
+        assert "output token 704. Not in the cache yet" in label
+
+
+@needs_browser
+def test_a_removed_inspector_stops_playing(tmp_path: Path) -> None:
+    with open_page(opened(tmp_path)) as tab:
+        left = tab.evaluate(
+            """async () => {
+                const place = document.querySelector('[data-inspection]');
+                const data = JSON.parse(document.getElementById('inspection').textContent);
+                const made = reasonkv.mountInspector(place, data);
+                document.querySelector('.play').click();
+                const before = made.state.playing;
+                place.remove();
+                await new Promise((done) => setTimeout(done, 1100));
+                return [before > 0, made.state.playing];
+            }"""
+        )
+        assert left == [True, 0]
+        assert tab.errors == []
+
+
+@needs_browser
+def test_what_full_kv_looked_at_and_the_cache_had_dropped_is_named(tmp_path: Path) -> None:
+    data = big()
+    levels = np.zeros(data["attention"]["shape"], "u1")
+    length, query = data["events"]["length"], 1000
+    interval = sum(n < query for n in length)
+    levels[1, 1, interval, 10] = 200  # token 10 is dropped in layer 1, head 1
+    data["attention"]["data"] = base64.b64encode(levels.tobytes()).decode()
+    dropped = array(data["fates"]["dropped"], "<i2").reshape(3, 2, -1)
+    assert 0 <= dropped[1, 1, 10] < interval
+    path = tmp_path / "page.html"
+    path.write_text(inspector_page(data))
+    with open_page(path, 390, 800, dark=True) as tab:
+        tab.handle.click("text=First token that differs")
+        chips = tab.evaluate("Array.from(document.querySelectorAll('.suspects .chip'), (chip) => chip.title)")
+        assert len(chips) == 1 and chips[0].startswith("prompt token 10: attention")
+        box = tab.evaluate("(({ left, right, bottom }) => [left, right, bottom])"
+                           "(document.querySelector('.details').getBoundingClientRect())")  # fmt: skip
+        assert box == [0, 390, 800]  # the bottom sheet
+        tab.handle.click(".suspects .chip")
+        assert tab.evaluate("document.activeElement.dataset.i") == "10"
 
 
 SMALL = ["--interval", "12", "--sinks", "2", "--recent", "8", "--prompt-policy", "on_top", "--max-new-tokens", "40"]
@@ -234,6 +309,14 @@ def test_the_command_writes_a_page_two_lines_and_what_proves_its_fates(tmp_path:
     (plans,) = (tmp_path / "kept" / "inspections").glob("*.plans.safetensors")
     found = fates(load_plans(plans), len(data["pieces"]))
     assert array(data["fates"]["dropped"], "<i2").tolist() == found.dropped_GHN.flatten().tolist()
+
+
+def test_the_oracle_may_be_inspected_in_a_replay(tmp_path: Path, model: Path) -> None:
+    code, stdout, _ = run(
+        "inspect", "--model", model, "--task", TASK, "--method", "oracle", "--budget", 24, *SMALL,
+        "--out", tmp_path / "page.html",
+    )  # fmt: skip
+    assert code == 0 and "oracle at 24 slots" in stdout
 
 
 def test_a_results_folder_gives_the_example_that_went_wrong_first(tmp_path: Path, model: Path) -> None:

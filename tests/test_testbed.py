@@ -22,7 +22,7 @@ from reasonkv.testbed.evaluation import generate
 from reasonkv.testbed.initial import initialise
 from reasonkv.testbed.tokenizer import EOS, UNK, VOCABULARY, make_tokenizer
 
-FAMILIES = ["program", "recall", "longdoc"]  # what the bundled model is asked to solve here
+FAMILIES = task_names()
 COURSES = list(Recipe.bundled().courses)
 ALL_SPECS = [
     *task_names(),

@@ -252,6 +252,7 @@ def _summary(data: dict[str, Any]) -> str:
         answer = f"The compressed run {part}; its answer is {words[data['answer']['shown']['correct']]}"
     else:
         at = data["first_mismatch"]
-        part = "never" if at is None else f"first at output token {at:,}"
-        answer = f"Next tokens agree with full KV's in {data['stats']['agreement']:.1%} of places and differ {part}"
+        part = "everywhere" if at is None else f"in {data['stats']['agreement']:.1%} of places"
+        answer = f"Next tokens agree with full KV's {part}"
+        answer += "" if at is None else f" and first differ at output token {at:,}"
     return f"{held}\n{answer}; full KV's answer is {words[data['answer']['full']['correct']]}."

@@ -6,10 +6,9 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import Any, cast
+from typing import Any
 
 from reasonkv.evaluate.answers import AnswerRecord
-from reasonkv.evaluate.records import Record
 from reasonkv.evaluate.statistics import Difference, Estimate, clustered_mean, clustered_paired_difference
 from reasonkv.evaluate.summary import method_labels
 
@@ -108,7 +107,7 @@ def summarize_answers(answers: Sequence[AnswerRecord], *, seed: int = 0) -> list
         task, _, budget = key
         members = cells[key]
         first = members[0]
-        (label,) = method_labels(cast("list[Record]", members[:1])).values()  # it reads nothing but method and options
+        (label,) = method_labels(members[:1]).values()
         places = [one.first_divergence for one in members if one.first_divergence is not None]
         examples = [one.example for one in members]
         full = baselines.get((task, "full", "null"), [])

@@ -51,7 +51,8 @@ class Probe:
 
     Args:
         tokens: the budget's.
-        keeps: whether its decode-active examples keep the target; None where there are none.
+        keeps: whether its decode-active examples keep the target; None where there are none, or where full KV's share
+            on them is 0, so that a relative target asks for nothing.
         mean: the metric over them; None where there are none.
         full: full KV's on the same examples, where it ran.
         examples: decode-active ones.
@@ -145,7 +146,8 @@ def find_usable_budget(
 ) -> Search:
     """Bisect for the smallest budget that keeps a target, on decode-active records.
 
-    A budget without decode-active records bounds the search from above, since its rows are full KV's. Where the
+    A budget without decode-active records bounds the search from above, since its rows are full KV's; so does one where
+    full KV has 0 on the few examples that are still compressed. Where the
     smallest budget already keeps the target, the midpoint is run as well: if that one misses it, the search goes on
     above it. The interval is `usable_budget`'s over all probes.
 
@@ -181,6 +183,11 @@ def find_usable_budget(
         return probe.keeps
 
     first = keeps(low)
+    if first is None and low in points:
+        raise FrontierError(
+            f"Full KV's {target.metric} is 0 on {name[0]}, so a target relative to it asks for nothing; "
+            f"give an absolute target, or a task it can do."
+        )
     status: Status = "reached"
     missed, kept = low, high
     if first is None:
@@ -193,7 +200,7 @@ def find_usable_budget(
     if status == "reached":
         while (middle := _middle(missed, kept, resolution)) is not None:
             missed, kept = (middle, kept) if keeps(middle) is False else (missed, middle)
-        if kept not in points:  # nothing compressed is known to keep it
+        if not any(probe.keeps for probe in probes if probe.tokens == kept):  # nothing compressed is known to do
             status = "not reached"
     usable = usable_budget(list(points.values()), target, seed=seed) if points else None
     return Search(*name, target, status, (missed, kept), tuple(probes), usable, _falls(points, target.metric, seed))
@@ -216,8 +223,15 @@ def _probe(
     if target.relative and len(point.full) < len(point.values):
         raise FrontierError("A target relative to full KV needs full KV on the same examples.")
     full = math.fsum(point.full.values()) / len(point.full) if point.full else None
-    holds = bool(target.margin(point.mean, full if full is not None else math.nan) >= 0)
+    holds: bool | None = None
+    if not says_nothing(target, point):
+        holds = bool(target.margin(point.mean, full if full is not None else math.nan) >= 0)
     return point, Probe(tokens, holds, point.mean, full, len(point.values), dict(regimes)), name
+
+
+def says_nothing(target: Target, point: Point) -> bool:
+    """Whether the target is relative to a share that is 0 for full KV too, so that anything keeps it."""
+    return target.relative and HIGHER_IS_BETTER[target.metric] and bool(point.full) and not any(point.full.values())
 
 
 def _middle(low: int, high: int, resolution: float) -> int | None:

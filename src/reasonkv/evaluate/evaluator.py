@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from torch import Tensor
-from transformers import DynamicCache
 
 from reasonkv.budget import Budget
 from reasonkv.evaluate.answers import AnswerRecord, answer_key, read_answers
@@ -238,9 +237,6 @@ class _TaskRun:
         requests = [
             Request(item.prompt_P, self._room(len(item.prompt_P), limit), row_seed(*item.name)) for item in batch
         ]
-        if cell.budget is None:
-            stock = DynamicCache(config=model.config)
-            return decode_batch(model, stock, requests, sampling=self.job.sampling, seed=self.job.seed)
         longest = max(len(item.prompt_P) for item in self.items)
         with CompressedCache(
             model,

@@ -170,7 +170,7 @@ def metric_value(record: Record | AnswerRecord, metric: str) -> float:
 
 def measured_points(records: Sequence[Record | AnswerRecord], metric: str) -> list[Point]:
     """Every cell, split by task, budget rule and regime, budgets ascending, in the order they first occur."""
-    labels = method_labels(records)  # type: ignore[arg-type]  # reads the method and its options, which both kinds have
+    labels = method_labels(records)
     full: dict[str, dict[int, list[float]]] = {}
     cells: dict[tuple[str, str, str, Regime, int], list[Record | AnswerRecord]] = {}
     for record in records:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from reasonkv.evaluate.answers import AnswerRecord
 from reasonkv.evaluate.records import Record
 from reasonkv.evaluate.statistics import Difference, Estimate, estimate, paired_difference
 from reasonkv.methods import MethodError, get_method
@@ -112,7 +113,7 @@ def summarize(records: Sequence[Record], *, seed: int = 0) -> list[Row]:
     return rows
 
 
-def method_labels(records: Sequence[Record]) -> dict[str, str]:
+def method_labels(records: Sequence[Record | AnswerRecord]) -> dict[str, str]:
     """A label for every (method, options): the name, and the options that are not the method's defaults."""
     labels = {}
     for record in records:
@@ -133,7 +134,7 @@ def _defaults(method: str) -> dict[str, Any]:
         return {}
 
 
-def _method_key(record: Record) -> str:
+def _method_key(record: Record | AnswerRecord) -> str:
     return json.dumps([record.method, record.options], sort_keys=True)
 
 

@@ -95,7 +95,7 @@ def budget_rule(record: Record | AnswerRecord) -> dict[str, Any]:
 
 def labels_of(records: Sequence[Line]) -> list[str]:
     """The label of every record's method: its name, and the options that are not its defaults."""
-    known = method_labels(records)  # type: ignore[arg-type]  # it reads the method and its options, which both have
+    known = method_labels(records)
     return [known[json.dumps([one.method, one.options], sort_keys=True)] for one in records]
 
 

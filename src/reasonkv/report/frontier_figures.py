@@ -34,7 +34,8 @@ def draw_frontier(
     """Draw the frontier of decode-active points.
 
     Args:
-        points: from `measured_points`; those of other regimes are left out (say how many in `note`).
+        points: from `measured_points`; those of other regimes are left out (say how many in `note`), and so are those
+            with fewer than half of the task's examples, whose mean is that of the longest rows alone.
         path: PNG to write.
         metric: the points'.
         target: drawn as a dotted line.
@@ -49,6 +50,11 @@ def draw_frontier(
     points = [point for point in points if point.regime == DECODE_ACTIVE]
     if not points:
         raise FrontierError("No record is decode-active, so there is nothing to draw; smaller budgets compress more.")
+    most = {task: max(len(p.values) for p in points if p.task == task) for task in {p.task for p in points}}
+    sparse = [point for point in points if 2 * len(point.values) < most[point.task]]
+    points = [point for point in points if point not in sparse]
+    if sparse:
+        note += f"\nNot drawn: {len(sparse)} cells with fewer than half of their task's examples."
     tasks = list(dict.fromkeys(point.task for point in points))
     words = rule_words([point.rule for point in points])
     series = {

@@ -11,6 +11,7 @@ from typing import Any
 from rich.table import Table
 
 from reasonkv.evaluate.answers import AnswerRecord
+from reasonkv.evaluate.bisection import says_nothing
 from reasonkv.evaluate.frontier import (
     Axis,
     Comparison,
@@ -36,7 +37,7 @@ class FrontierSummary:
         target: what has to be kept.
         axis: what budgets are measured in.
         points: every cell, by regime.
-        usable: by (task, method, rule), from decode-active points alone; None where there are none.
+        usable: by (task, method, rule), from decode-active points alone; why not, where there is none.
         crossings: between decode-active points, the surest first.
         regimes: bounded records by task and regime.
     """
@@ -44,7 +45,7 @@ class FrontierSummary:
     target: Target
     axis: Axis
     points: list[Point]
-    usable: dict[tuple[str, str, str], UsableBudget | None]
+    usable: dict[tuple[str, str, str], UsableBudget | str]
     crossings: list[Comparison]
     regimes: dict[str, dict[str, int]]
 
@@ -56,7 +57,8 @@ class FrontierSummary:
     def tables(self) -> list[Table]:
         """For the terminal."""
         crossed = tables.crossings_table(self.crossings, self.target.metric, self.axis)
-        found = tables.usable_tables(self.usable, self.target, self.axis)
+        active = [point for point in self.points if point.regime == DECODE_ACTIVE]
+        found = tables.usable_tables(self.usable, active, self.target, self.axis)
         return [*found, *([crossed] if crossed else []), tables.regime_table(self.regimes)]
 
     def sentences(self) -> list[str]:
@@ -64,7 +66,8 @@ class FrontierSummary:
         return [
             "usable: from there on every measured budget keeps the target; linear in log(budget) between two of them; "
             "the interval is a bootstrap over examples. holds: the interval lies above 0 and p, corrected by Holm over "
-            "every pair of a smaller and a larger cell, is below 0.05.",
+            "every pair of a smaller and a larger cell, is below 0.05. n: examples, fewer where rows are too "
+            "short for the larger budgets.",
             tables.crossings_sentence(self.crossings),
             self.left_out,
         ]
@@ -73,7 +76,7 @@ class FrontierSummary:
         """For JSON output."""
         usable = [
             {"task": task, "method": method, "rule": json.loads(rule)}
-            | (vars(found) if found else {"status": "no decode-active record"})
+            | ({"status": found} if isinstance(found, str) else vars(found))
             for (task, method, rule), found in self.usable.items()
         ]
         return {
@@ -103,12 +106,17 @@ def summarize_frontier(
     """
     points = measured_points(records, target.metric)
     active = [point for point in points if point.regime == DECODE_ACTIVE]
-    usable: dict[tuple[str, str, str], UsableBudget | None] = {}
+    usable: dict[tuple[str, str, str], UsableBudget | str] = {}
     for point in points:
         key = (point.task, point.method, point.rule)
         if key not in usable:
             own = [one for one in active if (one.task, one.method, one.rule) == key]
-            usable[key] = usable_budget(own, target, axis=axis, seed=seed) if own else None
+            if not own:
+                usable[key] = tables.NO_RECORD
+            elif all(says_nothing(target, one) for one in own):
+                usable[key] = f"full KV's {target.metric} is 0"
+            else:
+                usable[key] = usable_budget(own, target, axis=axis, seed=seed)
     counts: dict[str, Counter[str]] = {}
     for record in records:
         if record.budget is not None:

@@ -18,6 +18,7 @@ UNITS = {
     "physical_mean": "mean slots per output token",
     "bytes_held": "bytes held at the end",
 }
+NO_RECORD = "no decode-active record"
 _SCALE = {"top1": 100.0, "accuracy": 100.0}
 SHOWN = 12
 """Crossings shown to people; JSON has all."""
@@ -40,7 +41,7 @@ def byte_unit(value: float) -> tuple[int, str]:
 def usable_text(found: UsableBudget | None, axis: Axis) -> tuple[str, str, str]:
     """A usable budget, its interval and its status, as text; None is a method without decode-active records."""
     if found is None:
-        return "-", "-", "no decode-active record"
+        return "-", "-", NO_RECORD
     smallest, largest = (amount(one, axis) for one in (found.smallest, found.largest))
     beyond = f"> {largest}"
 
@@ -66,12 +67,13 @@ def rule_words(rules: Sequence[str]) -> dict[str, str]:
 
 
 def usable_tables(
-    usable: Mapping[tuple[str, str, str], UsableBudget | None], target: Target, axis: Axis
+    usable: Mapping[tuple[str, str, str], UsableBudget | str], points: Sequence[Point], target: Target, axis: Axis
 ) -> list[Table]:
     """One table per task: every method's usable budget.
 
     Args:
-        usable: by (task, method, rule), from decode-active records; None where there are none.
+        usable: by (task, method, rule), from decode-active records; a reason where there is none.
+        points: the decode-active ones, for how many examples each has.
         target: what has to be kept.
         axis: what the budget is measured in.
     """
@@ -86,13 +88,19 @@ def usable_tables(
             table.add_column(heading, justify="right", no_wrap=True)
         table.add_column("status")
         for (own, method, rule), found in usable.items():
-            if own == task:
-                measured = "-" if found is None else _span(amount(found.smallest, axis), amount(found.largest, axis))
-                value, interval, status = usable_text(found, axis)
-                cells = [measured, "-" if found is None else str(found.examples), value, interval, status]
-                table.add_row(method, *([words[rule]] if any(words.values()) else []), *cells)
+            if own != task:
+                continue
+            counts = [len(one.values) for one in points if (one.task, one.method, one.rule) == (task, method, rule)]
+            cells = ["-", "-", "-", "-", found] if isinstance(found, str) else _usable_cells(found, counts, axis)
+            table.add_row(method, *([words[rule]] if any(words.values()) else []), *cells)
         tables.append(table)
     return tables
+
+
+def _usable_cells(found: UsableBudget, counts: Sequence[int], axis: Axis) -> list[str]:
+    measured = _span(amount(found.smallest, axis), amount(found.largest, axis))
+    value, interval, status = usable_text(found, axis)
+    return [measured, _span(f"{min(counts)}", f"{max(counts)}"), value, interval, status]
 
 
 def crossings_table(found: Sequence[Comparison], metric: str, axis: Axis) -> Table | None:
@@ -148,20 +156,20 @@ def search_tables(searches: Sequence[Search]) -> list[Table]:
         own = [one for one in searches if one.task == task]
         table = _table(f"{task}: usable budget for {own[0].target}")
         table.add_column("method", no_wrap=True)
-        for heading in ("missed", "kept", "n", "usable", "95 % interval"):
+        for heading in ("missed", "kept", "usable", "95 % interval"):
             table.add_column(heading, justify="right", no_wrap=True)
         for heading in ("status", "larger is better", "runs at"):
             table.add_column(heading)
         for one in own:
             usable, interval, _ = usable_text(one.usable, "tokens")
+            counts = {probe.tokens: probe.examples for probe in one.probes}
             low, high = one.bracket
             kept = one.tokens
             misses = one.status == "reached" or (one.status == "not reached" and low != high)
             table.add_row(
                 one.method,
-                f"{low:,}" if misses else "-",
-                "-" if kept is None else f"{kept:,}",
-                "-" if one.usable is None else str(one.usable.examples),
+                f"{low:,} (n={counts[low]})" if misses else "-",
+                "-" if kept is None else f"{kept:,} (n={counts[kept]})",
                 usable,
                 interval,
                 one.status,
@@ -179,9 +187,10 @@ def search_sentences(left_out: str) -> list[str]:
         left_out: which records were left out, of the whole folder.
     """
     return [
-        "missed, kept: the final bracket, both run. usable: interpolated in log(budget) over all runs; the interval is "
-        "a bootstrap over examples, and doubts the budget as much as the examples do, whatever the bracket's width. "
-        "larger is better: whether the metric never fell as the budget grew.",
+        "missed, kept: the final bracket, both run; n: decode-active examples there. usable: interpolated in "
+        "log(budget) over all runs; the interval is a bootstrap over examples, and doubts the budget as much as the "
+        "examples do, whatever the bracket's width. larger is better: whether the metric never fell as the budget "
+        "grew.",
         left_out,
     ]
 

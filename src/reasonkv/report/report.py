@@ -230,7 +230,8 @@ def _regimes(results: Sequence[Results]) -> str:
         cells = "".join(f'<td class="number">{f"{count:,}" if count else "–"}</td>' for count in sums)
         budgets = ", ".join(f"{tokens:,}" for tokens in sorted(sizes))
         rows.append(
-            f'<tr><td class="name">{escape(job)}</td><th scope="row">{escape(task)}</th><td class="name">{budgets}</td>{cells}</tr>'
+            f'<tr><td class="name">{escape(job)}</td><th scope="row">{escape(task)}</th>'
+            f'<td class="name">{budgets}</td>{cells}</tr>'
         )
     meanings = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in MEANING.items())
     found = (

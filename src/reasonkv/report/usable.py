@@ -30,7 +30,7 @@ KEPT = "0.95x"
 SHOWN = 12
 """Crossings in the table; as many as `FOLDED` more fold out below it."""
 FOLDED = 100
-MOST_PAIRS = 20_000
+MOST_PAIRS = 10_000
 """Above this many pairs of cells crossings are left to `reasonkv frontier`, so that a report is written in seconds."""
 _STATUS = {"reached": "reached", "at most": "kept by the smallest", "not reached": "not reached"}
 _METRIC = {"replay": "top1", "evaluate": "accuracy"}
@@ -121,7 +121,7 @@ def _cell(found: UsableBudget | None, axis: Axis, ends: tuple[float, float]) -> 
 
 
 def _crossings(cohort: Cohort, active: Sequence[Point], metric: str, axis: Axis) -> str:
-    tested = tested_pairs(active, axis)
+    tested = pairs_tested(active, axis)
     if not tested:
         return "<h4>Crossings</h4><p>No method was measured at a smaller budget than another, so nothing can cross.</p>"
     if tested > MOST_PAIRS:
@@ -135,7 +135,7 @@ def _crossings(cohort: Cohort, active: Sequence[Point], metric: str, axis: Axis)
         most = max(len(one.values) for one in active)
         # a test that flips signs cannot go below this, and Holm multiplies the least of all by their number
         hopeless = tested * 2.0 ** (1 - most) >= 0.05
-        reason = f" {most} {_UNIT[cohort.kind]} a cell are too few for any to." if hopeless else ""
+        reason = f" None could: {most} {_UNIT[cohort.kind]} a cell are too few." if hopeless else ""
         return f"<h4>Crossings</h4><p>{words}none holds.{reason}</p>"
     verb = "holds" if len(held) == 1 else "hold"
     shown = f"; the {SHOWN} surest come first" if len(held) > SHOWN else ""
@@ -148,7 +148,7 @@ def _crossings(cohort: Cohort, active: Sequence[Point], metric: str, axis: Axis)
     return found
 
 
-def tested_pairs(points: Sequence[Point], axis: Axis) -> int:
+def pairs_tested(points: Sequence[Point], axis: Axis) -> int:
     """How many pairs `crossings` compares and corrects for.
 
     Args:

@@ -38,15 +38,15 @@
     };
     const verdict = (answer) => (answer.correct ? "✓ right" : "✗ wrong") + (answer.truncated ? ", cut off" : "");
     const quoted = (answer) => verdict(answer) + (answer.text ? `: ${answer.text}` : "");
-    fact("Expected answer", data.expected);
+    fact("Expected", data.expected);
     fact("Full KV", quoted(data.answer.full), data.answer.full.correct ? "good" : "bad");
     if (data.answer.shown) fact("Compressed", quoted(data.answer.shown), data.answer.shown.correct ? "good" : "bad");
     else fact("Same next token as full KV", `${(100 * data.stats.agreement).toFixed(1)} % of ${group(m.count - data.prompt)}, ${differs.size} differ`, differs.size ? "bad" : "good");
     fact("Slots per head", `${group(Math.round(data.stats.mean))} on average, ${group(data.stats.peak)} at most`, "", slotRule());
     function slotRule() {
-      if (!data.budget) return `full KV keeps all ${group(m.count)}`;
-      const rule = `${group(data.budget.tokens)}${data.budget.prompt === "on_top" ? ` and the prompt's ${group(data.prompt)}` : ""}`;
-      return `${rule} after an event; full KV: ${group(m.count)}`;
+      if (!data.budget) return "no budget: nothing is dropped";
+      const extra = data.budget.prompt === "on_top" ? ` + prompt ${group(data.prompt)}` : "";
+      return `budget ${group(data.budget.tokens)}${extra}; full KV ${group(m.count)}`;
     }
 
     /* Controls. */
@@ -174,7 +174,7 @@
       if (act) { event.preventDefault(); act(); }
     });
 
-    if (data.full_pieces && wrong >= 0) root.append(sideBySide(data, wrongAt));
+    if (data.full_pieces && wrong >= 0) split.append(sideBySide(data, wrongAt));
 
     /* Painting. */
     const ring = (n, of) => Math.max(1, Math.ceil((4 * n) / of));
@@ -214,10 +214,10 @@
         : state.step === m.end ? "End of the run"
         : `Event ${state.step} of ${m.events}, at token ${group(data.events.length[e])}: ${group(data.events.before[e])} → ${group(data.events.after[e])} slots per head`;
       slider.setAttribute("aria-valuetext", when);
-      const said = [[counts.kept, "held by all heads", "k4"], [counts.part, "by some", "k2"], [counts.folded, "folded", "folded"],
-        [counts.dropped, "dropped by all", "dropped"], [counts.missed, "▲ dropped though needed", "missed"], [counts.unseen, "not seen yet", "unseen"]];
+      const said = [[counts.kept, "held by all heads"], [counts.part, "by some"], [counts.folded, "folded"], [counts.dropped, "dropped by all"],
+        [counts.missed, "▲ dropped though needed", "lost"], [counts.unseen, "not seen yet"]];
       status.replaceChildren(make("strong", "", when));
-      for (const [n, word, mark] of said) if (n) part("span", mark, `${group(n)} ${word}`, status);
+      for (const [n, word, mark] of said) if (n) part("span", mark || "", `${group(n)} ${word}`, status);
       writeLegend(need);
       drawMap();
       describe(state.token);
@@ -237,7 +237,7 @@
         sign("dropped", "dropped by all");
         if (state.step > 0 && state.step < m.end) sign("dropped now", "at this event");
       }
-      sign("k2 missed", "dropped though needed");
+      sign(`${need ? "a3" : "k2"} missed`, "dropped though needed");
       sign("unseen", "not seen yet");
       sign("differs", data.kind === "generation" ? "full KV would write another" : "compressed says another");
       if (wrong >= 0) sign("wrong", data.kind === "generation" ? "the runs part here" : "first that differs");

@@ -14,7 +14,11 @@
     const holding = cells.filter((c) => m.fate(c, i, step) === "kept").length;
     const gone = cells.filter((c) => m.fate(c, i, step) === "dropped");
     const into = cells.length - holding - gone.length;
-    if (i >= m.seen(step)) return "Not in the cache yet at the event shown.";
+    if (i >= m.seen(step)) {
+      const k = m.interval(i);
+      if (i < m.data.prompt) return "Not in the cache yet.";
+      return `Not in the cache yet: it is predicted from what was held ${k ? `after event ${k}` : "before the first event"}.`;
+    }
     if (holding === cells.length) {
       const why = m.isProtected(i, step) ? " and protected" : "";
       return many ? `Held by all ${number(cells.length, "head")}${why}.` : `Held${why}.`;
@@ -50,6 +54,7 @@
     button.type = "button";
     button.setAttribute("aria-label", "Close");
     button.addEventListener("click", close);
+    if (i === wrong) add(side, "p", "fate bad", data.kind === "generation" ? "The two runs part here." : "The first token that differs.");
     add(side, "p", "fate", fateWords(m, i, cells, state.step));
 
     const list = add(side, "dl", "");
@@ -63,7 +68,7 @@
     if (i < m.seen(state.step)) {
       const cut = Math.max(1, Math.min(state.step, m.events + 1));
       const best = (f) => amount(Math.max(...cells.map(f)));
-      say("Attention before", best((c) => m.attention(c, i, 0, cut)));
+      say(state.step < m.end ? "Attention before" : "Attention", best((c) => m.attention(c, i, 0, cut)));
       if (state.step < m.end) say("Attention after", best((c) => m.attention(c, i, cut)));
       const moment = state.step < m.end ? "before and after the event shown" : "over the whole run";
       add(side, "p", "muted small", `What full KV's queries pay this token ${moment}${cells.length > 1 ? ", in the head that pays most" : ""}; 1 is one query's whole attention.`);

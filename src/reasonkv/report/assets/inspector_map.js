@@ -16,9 +16,14 @@
     const axis = frame.appendChild(make("div", "axis"));
     const promptName = axis.appendChild(make("span", "", "prompt"));
     const outputName = axis.appendChild(make("span", "", "output →"));
+    const key = axis.appendChild(make("span", "key"));
+    for (const [mark, word] of [["keep", "held"], ["gone", "dropped"], ["miss", "dropped though needed"], ["bad", "differs from full KV"]]) {
+      key.append(make("i", mark), `${word} `);
+    }
     const share = data.prompt / m.count;
     if (share < 0.1) promptName.hidden = true;
-    outputName.style.left = `${100 * Math.min(share, 0.8)}%`;
+    outputName.hidden = share > 0.5; // there is no room beside the key
+    outputName.style.left = `${100 * share}%`;
     map.addEventListener("click", (event) =>
       pick(Math.max(0, Math.min(m.count - 1, Math.floor((event.offsetX / map.clientWidth) * m.count)))));
 

@@ -182,11 +182,7 @@
 
   const mountInspector = (root) => {
     const area = make("div", { class: "inspector-area" });
-    const show = (id) => {
-      const fresh = make("div");
-      area.replaceChildren(fresh);
-      window.reasonkv.mountInspector(fresh, embedded(id));
-    };
+    const show = (id) => window.reasonkv.mountInspector(area, embedded(id)); // one element: what was there ends
     if (report.inspections.length > 1) root.append(picker("Trace", report.inspections.map((one) => [one.id, one.name]), report.inspections[0].id, show));
     root.append(area);
     show(report.inspections[0].id);
