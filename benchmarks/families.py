@@ -89,7 +89,7 @@ def run_part(part: Part, model: LoadedModel, out: Path, limit: int, batch_size: 
     methods = [get_method(name) for name in names]
     folder = out / part.folder
     if part.kind == "replay":
-        settings = TraceSettings(max_new_tokens=3000)
+        settings = TraceSettings(max_new_tokens=2048)
         run_replay(
             ReplayJob([part.task], methods, budgets, limit, traces=settings, batch_size=batch_size), model, folder
         )

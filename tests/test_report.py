@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from browser import CHROMIUM, needs_browser, open_page
+from report_folders import HOSTILE, METHODS, TASKS, make_answer, make_folder, make_record
 from test_inspector import big as big_inspection
 from tiny import save_tiny
 from typer.main import get_command
@@ -22,10 +23,9 @@ from typer.testing import CliRunner
 from reasonkv.budget import Budget
 from reasonkv.cli import app
 from reasonkv.evaluate.accuracy import summarize_answers
-from reasonkv.evaluate.answers import AnswerRecord
 from reasonkv.evaluate.frontier import Target, crossings, measured_points, usable_budget
-from reasonkv.evaluate.manifest import MANIFEST, Manifest
-from reasonkv.evaluate.records import RECORDS, Record, append_records
+from reasonkv.evaluate.manifest import MANIFEST
+from reasonkv.evaluate.records import RECORDS, Record
 from reasonkv.evaluate.results import load_results
 from reasonkv.evaluate.summary import summarize
 from reasonkv.report.cohorts import cohorts
@@ -34,60 +34,14 @@ from reasonkv.report.inspector import save_inspection
 from reasonkv.report.report import report_html, write_report
 from reasonkv.report.usable import pairs_tested, usable_section
 
-TASKS = ("program", "search", "arithmetic", "recall", "longdoc")
-METHODS = ("random", "streaming", "snapkv", "rkv", "keydiff", "knorm")
 DEMO = Path(__file__).parent.parent / "docs" / "results" / "demo"
-HOSTILE = "</script><img src=x onerror=alert(1)>"
-
-
-def _common(task: str, method: str, tokens: int | None, example: int) -> dict[str, Any]:
-    budget = None
-    if tokens is not None:
-        budget = {"tokens": tokens, "interval": 32, "sinks": 4, "recent": 16, "prompt": "on_top",
-                  "trigger": "occupancy", "trigger_counts": "all", "cut_prompt": "prefill", "prefill_chunk": None}  # fmt: skip
-    held = 2_000_000 if tokens is None else 1000 * tokens
-    return {
-        "run": "r", "method": method, "options": {}, "budget": budget, "task": task, "example": example, "seed": 0,
-        "prompt_tokens": 300, "output_tokens": 800, "physical_mean": float(tokens or 700), "physical_peak": 900.0,
-        "physical_terminal": 400.0, "saved_ratio_terminal": 0.5, "bytes_held": held, "bytes_peak": held,
-        "bytes_full": 2_000_000, "events": 0 if tokens in (None, 1024) else 20, "tokens_dropped": 500,
-        "seconds": 0.1,
-    }  # fmt: skip
-
-
-def _record(task: str, method: str, tokens: int | None, example: int, dice: random.Random) -> Record:
-    top1 = 1.0 if tokens is None else 1 - dice.random() * 20 / tokens
-    return Record(**_common(task, method, tokens, example), trace_correct=True, top1=top1, top5=1.0, nll=0.1 + 1 - top1,
-                  kl=1 - top1, first_mismatch=None if tokens is None else 7,
-                  answer_top1=None if example % 2 else top1)  # fmt: skip
-
-
-def _answer(task: str, method: str, tokens: int | None, example: int, dice: random.Random) -> AnswerRecord:
-    guards = {} if tokens is None else {"merge_inactive": 1}
-    return AnswerRecord(**_common(task, method, tokens, example), sample=0, correct=tokens is None or dice.random() < 0.8,
-                        truncated=False, repetition=0.0, first_divergence=None, output=f"{HOSTILE} {example}",
-                        guards=guards)  # fmt: skip
-
-
-def _folder(path: Path, command: str, make: Any, tasks: Any, methods: Any, budgets: Any, limit: int) -> Path:
-    path.mkdir()
-    manifest = Manifest(command, {"task": list(tasks), "methods": ["full", *methods], "limit": limit, "seed": 0},
-                        {"name": "testbed", "hash": "0123"}, "CPU")  # fmt: skip
-    manifest.write(path / MANIFEST)
-    dice = random.Random(0)
-    cells = [("full", None), *((method, tokens) for method in methods for tokens in budgets)]
-    append_records(
-        path / RECORDS,
-        [make(task, *cell, example, dice) for task in tasks for cell in cells for example in range(limit)],
-    )
-    return path
 
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A folder with 5,000 records and two inspections, one of them of 2,000 tokens, and the report of it."""
     root = tmp_path_factory.mktemp("report")
-    folder = _folder(root / "replay", "replay", _record, TASKS, METHODS, (64, 128, 256, 1024), 40)
+    folder = make_folder(root / "replay", "replay", make_record, TASKS, METHODS, (64, 128, 256, 1024), 40)
     save_inspection(folder, big_inspection(2000))
     save_inspection(folder, big_inspection(1500) | {"example": 1})
     return folder, write_report([folder], root / "report.html")
@@ -97,7 +51,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """An evaluation whose outputs and task names try to break out of the page."""
     root = tmp_path_factory.mktemp("hostile")
-    folder = _folder(root / "answers", "evaluate", _answer, [HOSTILE], ("random", "rkv"), (64, 128), 4)
+    folder = make_folder(root / "answers", "evaluate", make_answer, [HOSTILE], ("random", "rkv"), (64, 128), 4)
     return folder, write_report([folder], root / "report.html", title=HOSTILE)
 
 
@@ -246,9 +200,9 @@ def test_usable_budgets_are_those_of_the_frontier(large: tuple[Path, Path]) -> N
 def test_crossings_that_hold_are_listed_and_counted(tmp_path: Path) -> None:
     def make(task: str, method: str, tokens: int | None, example: int, dice: random.Random) -> Record:
         good = {"full": 1.0, "rkv": 0.95}.get(method, 0.5)
-        return replace(_record(task, method, tokens, example, dice), top1=good + 0.01 * dice.random())
+        return replace(make_record(task, method, tokens, example, dice), top1=good + 0.01 * dice.random())
 
-    folder = _folder(tmp_path / "replay", "replay", make, ("program",), ("random", "rkv"), (64, 128, 256), 30)
+    folder = make_folder(tmp_path / "replay", "replay", make, ("program",), ("random", "rkv"), (64, 128, 256), 30)
     (cohort,) = cohorts([load_results(folder)])
     held = [one for one in crossings(measured_points(cohort.results.records, "top1"), "top1") if one.holds]
     text = usable_section(cohort)
@@ -265,10 +219,10 @@ def test_too_few_examples_are_called_so(small: tuple[Path, Path]) -> None:
 
 def test_a_wide_folder_is_written_in_seconds(tmp_path: Path) -> None:
     def flat(task: str, method: str, tokens: int | None, example: int, dice: random.Random) -> Record:
-        return replace(_record(task, method, tokens, example, dice), top1=0.9 + 0.1 * dice.random())
+        return replace(make_record(task, method, tokens, example, dice), top1=0.9 + 0.1 * dice.random())
 
     sizes = (48, 64, 96, 128, 192, 256, 320, 384, 512, 768)  # no budget differs: half of all pairs have an interval
-    folder = _folder(tmp_path / "wide", "replay", flat, TASKS, (*METHODS, "oracle"), sizes, 14)
+    folder = make_folder(tmp_path / "wide", "replay", flat, TASKS, (*METHODS, "oracle"), sizes, 14)
     began = time.perf_counter()
     write_report([folder], tmp_path / "report.html")
     assert time.perf_counter() - began < 20

@@ -1,6 +1,6 @@
 """Reference traces: what full KV wrote, and how sure it was of every token, computed once and kept with the results.
 
-The traces come from plain `generate` through our cache with nothing dropped; their log-probabilities come from a
+The traces are decoded through our cache with nothing dropped; their log-probabilities come from a
 teacher-forced pass of the stock cache over them, so the opinion that methods are measured by is the model's own.
 """
 
@@ -19,7 +19,8 @@ from safetensors.torch import save
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from reasonkv.evaluate.generate import Sampling, context_length, encode, end_tokens, generate_rows
+from reasonkv.evaluate.decoding import Request, decode_batch
+from reasonkv.evaluate.generate import Sampling, context_length, encode, end_tokens
 from reasonkv.evaluate.manifest import ResultsError, write_atomically
 from reasonkv.evaluate.metrics import Reference
 from reasonkv.evaluate.pieces import Row, feed
@@ -164,12 +165,11 @@ def _make(
         tail = torch.tensor(end_tokens(model)[:1], dtype=torch.long)
         outputs = [torch.cat([encode(tokenizer, problem.trace), tail])[:room] for problem in problems]
     else:
-        row_seeds = [problem.example for problem in problems]
+        requests = [Request(prompt, room, problem.example) for prompt, problem in zip(prompts, problems, strict=True)]
         # with nothing dropped it writes what the stock cache writes, several times faster in large batches
         with CompressedCache(model, "full", prompt_lengths=[len(prompt) for prompt in prompts]) as cache:
-            outputs = generate_rows(
-                model, prompts, room, sampling=settings.sampling(), seed=seed, row_seeds=row_seeds, cache=cache
-            )
+            written = decode_batch(model, cache, requests, sampling=settings.sampling(), seed=seed)
+        outputs = [torch.tensor(one.tokens) for one in written]
     references = reference_logprobs(model, prompts, outputs)
     traces = []
     for problem, prompt, output, reference in zip(problems, prompts, outputs, references, strict=True):

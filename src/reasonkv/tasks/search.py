@@ -29,13 +29,13 @@ _UNSEEN, _SEEN, _GOAL = "0", "1", "2"
 
 @dataclass(frozen=True)
 class Search(GeneratedTask):
-    """The dials of `search`; the default trace is about 660 tokens."""
+    """The dials of `search`; the default trace is about 580 tokens."""
 
     name = "search"
 
-    nodes: int = dial(28, 3, 48, "nodes of the graph")
+    nodes: int = dial(25, 3, 48, "nodes of the graph")
     extra: int = dial(40, 0, 100, "edges beyond a tree's, in percent of the nodes")
-    depth: int = dial(50, 0, 100, "percent of nodes that hang on the node before, not on any node")
+    depth: int = dial(30, 0, 100, "percent of nodes that hang on the node before, not on any node")
 
     def draft(self, draw: Draw) -> Draft:
         """One graph, its search and the way found."""

@@ -1,0 +1,58 @@
+"""Results folders with made-up numbers, for the tests of the report: 5,000 records cannot be computed in a test."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+from reasonkv.evaluate.answers import AnswerRecord
+from reasonkv.evaluate.manifest import MANIFEST, Manifest
+from reasonkv.evaluate.records import RECORDS, Record, append_records
+
+TASKS = ("program", "search", "arithmetic", "recall", "longdoc")
+METHODS = ("random", "streaming", "snapkv", "rkv", "keydiff", "knorm")
+HOSTILE = "</script><img src=x onerror=alert(1)>"
+
+
+def _common(task: str, method: str, tokens: int | None, example: int) -> dict[str, Any]:
+    budget = None
+    if tokens is not None:
+        budget = {"tokens": tokens, "interval": 32, "sinks": 4, "recent": 16, "prompt": "on_top",
+                  "trigger": "occupancy", "trigger_counts": "all", "cut_prompt": "prefill", "prefill_chunk": None}  # fmt: skip
+    held = 2_000_000 if tokens is None else 1000 * tokens
+    return {
+        "run": "r", "method": method, "options": {}, "budget": budget, "task": task, "example": example, "seed": 0,
+        "prompt_tokens": 300, "output_tokens": 800, "physical_mean": float(tokens or 700), "physical_peak": 900.0,
+        "physical_terminal": 400.0, "saved_ratio_terminal": 0.5, "bytes_held": held, "bytes_peak": held,
+        "bytes_full": 2_000_000, "events": 0 if tokens in (None, 1024) else 20, "tokens_dropped": 500,
+        "seconds": 0.1,
+    }  # fmt: skip
+
+
+def make_record(task: str, method: str, tokens: int | None, example: int, dice: random.Random) -> Record:
+    top1 = 1.0 if tokens is None else 1 - dice.random() * 20 / tokens
+    return Record(**_common(task, method, tokens, example), trace_correct=True, top1=top1, top5=1.0, nll=0.1 + 1 - top1,
+                  kl=1 - top1, first_mismatch=None if tokens is None else 7,
+                  answer_top1=None if example % 2 else top1)  # fmt: skip
+
+
+def make_answer(task: str, method: str, tokens: int | None, example: int, dice: random.Random) -> AnswerRecord:
+    guards = {} if tokens is None else {"merge_inactive": 1}
+    return AnswerRecord(**_common(task, method, tokens, example), sample=0, correct=tokens is None or dice.random() < 0.8,
+                        truncated=False, repetition=0.0, first_divergence=None, output=f"{HOSTILE} {example}",
+                        guards=guards)  # fmt: skip
+
+
+def make_folder(path: Path, command: str, make: Any, tasks: Any, methods: Any, budgets: Any, limit: int) -> Path:
+    path.mkdir()
+    manifest = Manifest(command, {"task": list(tasks), "methods": ["full", *methods], "limit": limit, "seed": 0},
+                        {"name": "testbed", "hash": "0123"}, "CPU")  # fmt: skip
+    manifest.write(path / MANIFEST)
+    dice = random.Random(0)
+    cells = [("full", None), *((method, tokens) for method in methods for tokens in budgets)]
+    append_records(
+        path / RECORDS,
+        [make(task, *cell, example, dice) for task in tasks for cell in cells for example in range(limit)],
+    )
+    return path
