@@ -218,16 +218,16 @@ def _distance(
 
 
 def _frontier(replays: dict[Cell, dict[int, _LINE]], answers: dict[Cell, dict[int, _LINE]], path: Path) -> None:
-    """Accuracy (generation) and top-1 (replay) against slots, a column per family, a row per policy and metric."""
-    tasks = list(dict.fromkeys(c.task for c in _default(list(replays))))
-    rows = [("count", "correct"), ("on_top", "correct"), ("count", "kl"), ("on_top", "kl")]
-    figure = Figure(figsize=(3.6 * len(tasks) + 1.5, 11), layout="constrained")
-    grid = figure.subplots(len(rows), len(tasks), squeeze=False)
+    """Accuracy (generation) and top-1 (replay) against slots, a column per family and policy."""
+    columns = list(dict.fromkeys((c.task, c.policy) for c in _default(list(replays))))
+    rows = ["correct", "kl"]
+    figure = Figure(figsize=(3.4 * len(columns) + 1.8, 6.4), layout="constrained")
+    grid = figure.subplots(len(rows), len(columns), squeeze=False)
     handles = {}
     methods = list(dict.fromkeys(c.method for c in replays))
-    for (policy, metric), line in zip(rows, grid, strict=True):
+    for metric, line in zip(rows, grid, strict=True):
         source = answers if metric == "correct" else replays
-        for axes, task in zip(line, tasks, strict=True):
+        for axes, (task, policy) in zip(line, columns, strict=True):
             own = [c for c in source if c.task == task and c.policy == policy]
             if not own:
                 axes.axis("off")
