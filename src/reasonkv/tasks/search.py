@@ -18,12 +18,15 @@ and read much later: a cache that loses it sends the search round in circles.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 from .base import LABELS, LETTERS, Draft, Draw, GeneratedTask, dial
 
 _MOST_EDGES = 4  # of one node; with the one for `none` they take the letters a to e
 _PLACES = LETTERS[5:]  # of the stack
+_FREE_ATTEMPTS = 200  # graphs drawn as the dials say; then their trees are made shallower
+_SHALLOWEST = 5  # three edges a node reach 364 nodes in five steps, so a tree always fits
 _UNSEEN, _SEEN, _GOAL = "0", "1", "2"
 
 
@@ -40,8 +43,8 @@ class Search(GeneratedTask):
     def draft(self, draw: Draw) -> Draft:
         """One graph, its search and the way found."""
         names = draw.sample(LABELS, self.nodes)
-        while True:
-            children = self._graph(draw)
+        for attempt in itertools.count():
+            children = self._graph(draw, _tree_depth(attempt))
             order, depth = _visit_order(children)
             if depth < len(_PLACES):
                 break
@@ -57,14 +60,16 @@ class Search(GeneratedTask):
         self._walk(draft, names, children, goal)
         return draft
 
-    def _graph(self, draw: Draw) -> list[list[int]]:
-        """Children of each node, in the order they are tried; every node is reached from node 0."""
+    def _graph(self, draw: Draw, deepest: int) -> list[list[int]]:
+        """Children of each node, in the order they are tried; every node is reached from node 0 in `deepest` edges."""
         children: list[list[int]] = [[] for _ in range(self.nodes)]
+        depths = [0] * self.nodes
         for node in range(1, self.nodes):
             parent = node - 1 if draw.below(100) < self.depth else draw.below(node)
-            while len(children[parent]) >= _MOST_EDGES - 1:
+            while len(children[parent]) >= _MOST_EDGES - 1 or depths[parent] >= deepest:
                 parent = draw.below(node)
             children[parent].append(node)
+            depths[node] = depths[parent] + 1
         for _ in range(self.nodes * self.extra // 100):
             one, other = draw.below(self.nodes), draw.below(self.nodes)
             if one != other and other not in children[one] and len(children[one]) < _MOST_EDGES:
@@ -104,6 +109,13 @@ def _try_edges(
             return child
     draft.write(f"{names[node]} {LETTERS[len(children[node])]} none ;", "cccc")
     return None
+
+
+def _tree_depth(attempt: int) -> int:
+    """How deep the tree under a graph may be: free at first, then ever shallower, until a search fits the stack."""
+    if attempt < _FREE_ATTEMPTS:
+        return len(LABELS)
+    return max(_SHALLOWEST, len(_PLACES) - 1 - (attempt - _FREE_ATTEMPTS) // 4)
 
 
 def _visit_order(children: list[list[int]]) -> tuple[list[int], int]:
