@@ -19,6 +19,9 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from reasonkv.calibration import Calibration
+from reasonkv.rotary import Rotary
+
 VOCABULARY = 211
 COMMON = {
     "vocab_size": VOCABULARY,
@@ -86,3 +89,15 @@ def batch(lengths: list[int], seed: int = 0) -> tuple[torch.Tensor, torch.Tensor
         mask[row, width - length :] = 1
     ids = ids.masked_fill(mask == 0, 0)
     return ids, mask, (mask.cumsum(-1) - 1).clamp(min=0)
+
+
+def calibration(model: PreTrainedModel) -> Calibration:
+    """Random query statistics of the right shape, the same every time."""
+    config, generator = model.config, torch.Generator().manual_seed(5)
+    rotary = Rotary.from_config(config, "full_attention")
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    shape = (config.num_hidden_layers, config.num_attention_heads, len(rotary.inv_freq))
+    mean = torch.randn(*shape, 2, generator=generator)
+    modulus = mean.norm(dim=-1) + torch.rand(shape, generator=generator)
+    square = modulus**2 + torch.rand(shape, generator=generator)
+    return Calibration(torch.view_as_complex(mean), modulus, square, head_dim=head_dim)

@@ -17,20 +17,86 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from reasonkv import CompressedCache
+from reasonkv import CompressedCache, Plan, SlotView
 from reasonkv.runtimes.transformers.attention import reference_attention
 from reasonkv.runtimes.transformers.layer import CompressedLayer
 
 MASKS: dict[int, Tensor] = {}  # this test process's masks for the forward under way, by layer
+FOLDED: dict[int, FoldedSlots] = {}  # and its explicit slots, where a method folds
 
 
 def _oracle_attention(module, query, key, value, attention_mask, **kwargs):
+    if module.layer_idx in FOLDED:
+        return FOLDED[module.layer_idx].attend(query, key, value, kwargs.get("scaling")), None
     mask = MASKS.get(module.layer_idx, attention_mask)
     return reference_attention(module, query, key, value, mask, **kwargs)
 
 
 AttentionInterface.register("oracle", _oracle_attention)
 AttentionMaskInterface.register("oracle", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+
+
+class PlanLog:
+    """A cache's observer: what its plans did, by layer and by the column its forward began at."""
+
+    def __init__(self) -> None:
+        self.cache: CompressedCache | None = None
+        self.plans: dict[tuple[int, int], list[tuple[list[int], Plan, Tensor]]] = {}
+
+    def __call__(self, layer: int, rows: list[int], view: SlotView, plan: Plan) -> None:
+        done = self.plans.setdefault((layer, self.cache.columns_seen), [])
+        done.append((rows, plan, view.positions_BHN.clone()))
+
+
+class FoldedSlots:
+    """One layer's slots as plain lists: keys, values and log mass of every row and head, folded one plan at a time."""
+
+    def __init__(self, rows: int, heads: int, plans: dict[int, list[tuple[list[int], Plan, Tensor]]]) -> None:
+        self.plans = plans
+        self.slots: list[list[list[tuple[Tensor, Tensor, float]]]] = [[[] for _ in range(heads)] for _ in range(rows)]
+        self.start, self.valid = 0, torch.empty(0)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
+        """Append the newest tokens, attend to the slots one by one, then carry out this forward's plans."""
+        B, Hq, q, D = query.shape
+        group, out = Hq // key.shape[1], torch.zeros(B, q, Hq, value.shape[3], dtype=query.dtype)
+        for row, heads in enumerate(self.slots):
+            for column in range(q):
+                if not self.valid[row, column]:
+                    continue
+                for head, slots in enumerate(heads):
+                    slots.append((key[row, head, column - q], value[row, head, column - q], 0.0))
+                    keys, values, mass = zip(*slots, strict=True)
+                    for member in range(head * group, (head + 1) * group):
+                        logits = torch.stack(keys) @ query[row, member, column]
+                        logits = logits * (D**-0.5 if scaling is None else scaling) + query.new_tensor(mass)
+                        out[row, column, member] = logits.softmax(-1) @ torch.stack(values)
+        for rows, plan, positions in self.plans.get(self.start, []):
+            for place, row in enumerate(rows):
+                for head in range(len(self.slots[row])):
+                    self.slots[row][head] = self._carried_out(self.slots[row][head], plan, positions, place, head)
+        return out
+
+    def _carried_out(self, slots, plan: Plan, positions: Tensor, place: int, head: int):
+        kept = plan.kept_BHK[place, head].tolist()
+        new = [slots[slot] for slot in kept]
+        if plan.fold is not None:
+            into, fold = plan.fold.into_BHN[place, head].tolist(), plan.fold
+            for output, home in enumerate(kept):
+                members = [slot for slot, target in enumerate(into) if target == output]
+                keys = [slots[slot][0] for slot in members]
+                if fold.rotary is not None:
+                    at = positions[place, head]
+                    keys = [fold.rotary.rerotate(k, at[slot], at[home]) for k, slot in zip(keys, members, strict=True)]
+                key_weights = fold.key_weights_BHN[place, head, members].double()
+                value_weights = fold.value_weights_BHN[place, head, members].double()
+                key = (key_weights[:, None] * torch.stack(keys)).sum(0)
+                value = (value_weights[:, None] * torch.stack([slots[slot][1] for slot in members])).sum(0)
+                new[output] = (key, value, slots[home][2])
+        if plan.log_mass_BHK is not None:
+            mass = plan.log_mass_BHK[place, head].tolist()
+            new = [(key, value, own) for (key, value, _), own in zip(new, mass, strict=True)]
+        return new
 
 
 @dataclass
@@ -101,11 +167,14 @@ def run_compressed(model, cache: CompressedCache, ids, mask, positions, pieces: 
     return run
 
 
-def run_masked(model: PreTrainedModel, compressed: Run, ids, mask, positions, pieces: list[int], forced: bool) -> Run:
+def run_masked(
+    model: PreTrainedModel, compressed: Run, ids, mask, positions, pieces: list[int], forced: bool, folds=None
+) -> Run:
     """The same pieces with a full cache and explicit masks over the kept slots.
 
     Args:
         forced: give every layer the input it had in the compressed run.
+        folds: a `PlanLog` of the run, for methods that fold: slots are then kept and folded one by one.
     """
     before = model.config._attn_implementation
     model.set_attn_implementation("oracle")
@@ -113,10 +182,16 @@ def run_masked(model: PreTrainedModel, compressed: Run, ids, mask, positions, pi
     B = ids.shape[0]
     heads, kv_heads = model.config.num_attention_heads, model.config.num_key_value_heads
     token_of = mask.cumsum(-1) - 1  # token index of every column
+    if folds is not None:
+        for layer in compressed.kept[0]:
+            plans = {start: done for (index, start), done in folds.plans.items() if index == layer}
+            FOLDED[layer] = FoldedSlots(B, kv_heads, plans)
     try:
         for number, (size, held) in enumerate(zip(pieces, compressed.kept, strict=True)):
             end = start + size
             MASKS.clear()
+            for slots in FOLDED.values():
+                slots.start, slots.valid = start, mask[:, start:end].bool()
             for layer, rows in held.items():
                 allowed = torch.zeros(B, kv_heads, size, end, dtype=torch.bool)
                 for row in range(B):
@@ -135,18 +210,19 @@ def run_masked(model: PreTrainedModel, compressed: Run, ids, mask, positions, pi
             start = end
     finally:
         MASKS.clear()
+        FOLDED.clear()
         model.set_attn_implementation(before)
     run.logits = torch.cat(logits, 1)
     return run
 
 
-def differences(model, compressed: Run, ids, mask, positions, pieces: list[int]) -> tuple[float, float]:
+def differences(model, compressed: Run, ids, mask, positions, pieces: list[int], folds=None) -> tuple[float, float]:
     """Largest difference to full attention over the kept slots, over real tokens.
 
     Returns:
         Of any layer's attention output, given equal layer inputs; and of the logits of a free run.
     """
-    forced = run_masked(model, compressed, ids, mask, positions, pieces, forced=True)
+    forced = run_masked(model, compressed, ids, mask, positions, pieces, forced=True, folds=folds)
     attention, start = 0.0, 0
     for size, left, right in zip(pieces, compressed.attention, forced.attention, strict=True):
         real = mask[:, start : start + size].bool()
@@ -157,5 +233,5 @@ def differences(model, compressed: Run, ids, mask, positions, pieces: list[int])
             assert gaps.isfinite().all()
             attention = max(attention, gaps.max().item() if real.any() else 0.0)
         start += size
-    free = run_masked(model, compressed, ids, mask, positions, pieces, forced=False)
+    free = run_masked(model, compressed, ids, mask, positions, pieces, forced=False, folds=folds)
     return attention, (compressed.logits - free.logits)[mask[:, :start].bool()].abs().max().item()

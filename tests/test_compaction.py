@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from models import batch, tiny_model
 
 from reasonkv import Budget, CompressedCache, Fold, Method, Needs, Plan, SlotView, UnsupportedModelError
-from reasonkv.compaction import compact_pair, fold_counts, fold_slots, gather_slots
+from reasonkv.compaction import compact_pair, fold_counts, fold_slots, fold_state, gather_slots
 from reasonkv.plan import PlanError
+from reasonkv.rotary import Rotary
 from reasonkv.selection import top_k_slots
 
 
@@ -33,20 +34,59 @@ def test_a_fold_is_the_weighted_sum_of_its_group_and_one_hot_weights_copy_bits()
     into = torch.tensor([[[0, 1, 0, -1, 1, 2], [0, 0, 0, 1, 2, -1]]])
     one_hot = torch.tensor([[[0.0, 1, 1, 0, 0, 1], [1, 0, 0, 1, 1, 0]]])
     fold = Fold(into, one_hot, one_hot)
-    out = fold_slots(keys, one_hot, fold, 3)
+    kept = torch.tensor([[[0, 1, 5], [0, 3, 4]]])
+
+    def folded(source: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        return fold_slots(gather_slots(source, [0], kept), source, [0], weights, Plan(kept, fold))
+
+    out = folded(keys, one_hot)
     assert torch.equal(out[0, 0], keys[0, 0, [2, 1, 5]])
     assert torch.equal(out[0, 1], keys[0, 1, [0, 3, 4]])
     half = torch.full((1, 2, 6), 0.5)
-    mean = fold_slots(keys.double(), half, fold, 3)
+    mean = folded(keys.double(), half)
     torch.testing.assert_close(mean[0, 0, 0], (keys[0, 0, 0].double() + keys[0, 0, 2].double()) / 2)
     counts = fold_counts(torch.tensor([[[1, 2, 3, 4, 5, 6], [1, 1, 1, 1, 1, 1]]]), fold, 3)
     assert counts.tolist() == [[[4, 7, 6], [3, 1, 1]]]
 
 
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 3), st.integers(1, 3), st.integers(2, 14), st.data())
+def test_folds_equal_sums_written_out(rows: int, heads: int, slots: int, data: st.DataObject) -> None:
+    """Any groups and weights, some rows of a larger batch, keys turned to the kept slot's position."""
+    batch_size, keep = rows + 1, data.draw(st.integers(1, slots))
+    torch.manual_seed(data.draw(st.integers(0, 1000)))
+    chosen = torch.randperm(batch_size)[:rows].tolist()
+    keys, values = torch.randn(2, batch_size, heads, slots + 2, 4, dtype=torch.float64)
+    positions = torch.stack([torch.randperm(50)[:slots].sort().values for _ in range(rows * heads)])
+    positions = positions.view(rows, heads, slots)
+    kept = torch.stack([torch.randperm(slots)[:keep].sort().values for _ in range(rows * heads)]).view(rows, heads, -1)
+    into = torch.randint(-1, keep, (rows, heads, slots)).scatter(2, kept, torch.arange(keep).expand(rows, heads, -1))
+    weights = torch.rand(2, rows, heads, slots)
+    weights[0] = torch.where(torch.rand(rows, heads, slots) < 0.5, weights[0].round(), weights[0])
+    rotary = Rotary(torch.tensor([1.0, 0.3]))
+    plan = Plan(kept, Fold(into, weights[0], weights[1], rotary))
+    state = torch.rand(rows, heads, slots)
+    new_keys, new_values = compact_pair(keys, values, chosen, plan, positions)
+    for place, row in enumerate(chosen):
+        for head in range(heads):
+            for slot in range(keep):
+                members = [n for n in range(slots) if into[place, head, n] == slot]
+                home = positions[place, head, kept[place, head, slot]]
+                turned = [rotary.rerotate(keys[row, head, n], positions[place, head, n], home) for n in members]
+                expected = sum(weights[0, place, head, n] * key for n, key in zip(members, turned, strict=True))
+                torch.testing.assert_close(new_keys[place, head, slot], expected, rtol=1e-12, atol=1e-12)
+                expected = sum(weights[1, place, head, n] * values[row, head, n] for n in members)
+                torch.testing.assert_close(new_values[place, head, slot], expected, rtol=1e-12, atol=1e-12)
+                for how, function in (("sum", sum), ("max", max), ("min", min)):
+                    combined = fold_state(state, plan, how)[place, head, slot]
+                    assert combined == pytest.approx(float(function(state[place, head, n] for n in members)))
+    assert torch.equal(fold_state(state, plan, "kept"), state.gather(2, kept))
+
+
 def test_a_plan_without_folds_leaves_the_kept_bits_alone() -> None:
     keys, values = torch.randn(2, 2, 8, 4), torch.randn(2, 2, 8, 6)
     kept = torch.tensor([[[0, 3, 5], [1, 2, 7]]])
-    new_keys, new_values = compact_pair(keys, values, [1], 8, Plan(kept))
+    new_keys, new_values = compact_pair(keys, values, [1], Plan(kept), torch.arange(8).expand(1, 2, 8))
     assert torch.equal(new_keys[0, 1], keys[1, 1, [1, 2, 7]])
     assert torch.equal(new_values[0, 0], values[1, 0, [0, 3, 5]])
 

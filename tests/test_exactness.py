@@ -9,8 +9,8 @@ from typing import NamedTuple
 import pytest
 import torch
 from allpairspy import AllPairs
-from models import batch, tiny_model
-from oracle import differences, run_compressed
+from models import batch, calibration, tiny_model
+from oracle import PlanLog, differences, run_compressed
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from reasonkv import Budget, CompressedCache, get_method, method_names
@@ -80,10 +80,14 @@ def check(case: Case, family: str | None = None) -> None:
         known = [Row(row[:p], torch.cat([row[p:], unused])) for row, p in zip(tokens_of, prompts, strict=True)]
         future = ReferenceAttention.collect(model, known)
     math = sdpa_kernel(SDPBackend.MATH) if case.kernel == "sdpa" else contextlib.nullcontext()
-    options = {"prompt_lengths": prompts, "kernel": kernel, "reference": future}
-    with CompressedCache(model, method, budget, **options) as cache, math:
+    log = PlanLog() if method.needs.folds else None
+    statistics = calibration(model) if method.needs.calibration else None
+    options = {"prompt_lengths": prompts, "kernel": kernel, "reference": future, "calibration": statistics}
+    with CompressedCache(model, method, budget, observer=log, **options) as cache, math:
+        if log is not None:
+            log.cache = cache
         compressed = run_compressed(model, cache, ids, mask, positions, pieces)
-    attention, logits = differences(model, compressed, ids, mask, positions, pieces)
+    attention, logits = differences(model, compressed, ids, mask, positions, pieces, log)
     assert attention <= (1e-6 if case.kernel == "eager" else 1e-12)
     assert logits <= 1e-6
     assert cache.rows[0].state.length == LENGTH

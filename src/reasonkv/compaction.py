@@ -32,22 +32,73 @@ def gather_slots(buffer_BHAD: Tensor, rows: list[int], kept_BHK: Tensor) -> Tens
     return buffer_BHAD.view(-1, D).index_select(0, flat).view(*kept_BHK.shape, D)
 
 
-def fold_slots(source_BHND: Tensor, weights_BHN: Tensor, fold: Fold, keep: int) -> Tensor:
-    """Weighted sums of keys or values over every output slot's group.
+def fold_slots(
+    kept_BHKD: Tensor,
+    buffer_BHAD: Tensor,
+    rows: list[int],
+    weights_BHN: Tensor,
+    plan: Plan,
+    positions_BHN: Tensor | None = None,
+) -> Tensor:
+    """Replace the slots of groups by their weighted sums; slots that stand for themselves are left bit for bit.
 
-    Accumulated in float32 (float64 for float64 caches) and rounded once; a one-hot group returns its slot bit for bit.
+    Only members of changed groups are touched, so a fold costs little more than the gather before it. Accumulated in
+    float32 (float64 for float64 caches) and rounded once.
+
+    Args:
+        kept_BHKD: the kept slots, contiguous; changed in place.
+        buffer_BHAD: contiguous buffer with all rows of the batch.
+        rows: batch rows the plan is for, in its order.
+        weights_BHN: a member's weight in its group.
+        plan: with a fold.
+        positions_BHN: token indices of the slots; turns every member to its kept slot's position by `fold.rotary`.
 
     Returns:
-        [B, H, K, D] in the dtype of the source.
+        `kept_BHKD`.
 
     """
-    B, H, _, D = source_BHND.shape
-    dtype = torch.promote_types(source_BHND.dtype, torch.float32)
-    member = fold.into_BHN >= 0
-    weighted = source_BHND.to(dtype) * (weights_BHN.to(dtype) * member)[..., None]
-    out = torch.zeros(B, H, keep, D, dtype=dtype, device=source_BHND.device)
-    out.scatter_add_(2, fold.into_BHN.clamp(min=0)[..., None].expand(-1, -1, -1, D), weighted)
-    return out.to(source_BHND.dtype)
+    fold, kept_BHK = plan.fold, plan.kept_BHK
+    assert fold is not None
+    (B, H, K, D), A = kept_BHKD.shape, buffer_BHAD.shape[2]
+    into_BHN = fold.into_BHN
+    N, device = into_BHN.shape[2], kept_BHKD.device
+    member_BHN = (into_BHN >= 0) & (weights_BHN != 0)
+    target_BHN = into_BHN.clamp(min=0)
+    members_BHK = torch.zeros(B, H, K, dtype=torch.int32, device=device).scatter_add_(2, target_BHN, member_BHN.int())
+    stays_BHK = (members_BHK == 1) & (weights_BHN.gather(2, kept_BHK) == 1)
+    touched_M = (member_BHN & ~stays_BHK.gather(2, target_BHN)).flatten().nonzero()[:, 0]
+    changed_C = (~stays_BHK).flatten().nonzero()[:, 0]
+    if len(changed_C) == 0:
+        return kept_BHKD
+
+    head_M, slot_M = touched_M // N, touched_M % N
+    first_line = torch.tensor(rows, device=device).repeat_interleave(H) * H + torch.arange(H, device=device).repeat(B)
+    output_M = head_M * K + target_BHN.flatten()[touched_M]
+    dtype = torch.promote_types(kept_BHKD.dtype, torch.float32)
+    source_MD = buffer_BHAD.view(-1, D).index_select(0, first_line[head_M] * A + slot_M).to(dtype)
+    if fold.rotary is not None and positions_BHN is not None:
+        kept_positions = positions_BHN.gather(2, kept_BHK).flatten()
+        source_MD = fold.rotary.rerotate(source_MD, positions_BHN.flatten()[touched_M], kept_positions[output_M])
+    place_of_output = torch.zeros(B * H * K, dtype=torch.long, device=device)
+    place_of_output[changed_C] = torch.arange(len(changed_C), device=device)
+    sums_CD = torch.zeros(len(changed_C), D, dtype=dtype, device=device)
+    sums_CD.index_add_(0, place_of_output[output_M], source_MD * weights_BHN.flatten()[touched_M, None].to(dtype))
+    kept_BHKD.view(-1, D).index_copy_(0, changed_C, sums_CD.to(kept_BHKD.dtype))
+    return kept_BHKD
+
+
+def fold_state(values_BHN: Tensor, plan: Plan, how: str) -> Tensor:
+    """What a slot's state becomes: [B, H, K]; members of a group combine by "sum", "max", "min", or not ("kept")."""
+    kept = values_BHN.gather(2, plan.kept_BHK)
+    if plan.fold is None or how == "kept":
+        return kept
+    # members that are dropped would be scattered somewhere: give them what changes nothing
+    into_BHN = plan.fold.into_BHN
+    neutral = kept.new_tensor(0) if how == "sum" else None
+    home_BHN = torch.where(into_BHN >= 0, into_BHN, 0)
+    source = torch.where(into_BHN >= 0, values_BHN, kept[..., :1] if neutral is None else neutral)
+    reduce = {"sum": "sum", "max": "amax", "min": "amin"}[how]
+    return torch.zeros_like(kept).scatter_reduce_(2, home_BHN, source, reduce, include_self=False)
 
 
 def fold_counts(counts_BHN: Tensor, fold: Fold, keep: int) -> Tensor:
@@ -58,24 +109,19 @@ def fold_counts(counts_BHN: Tensor, fold: Fold, keep: int) -> Tensor:
 
 
 def compact_pair(
-    keys_BHAD: Tensor, values_BHAD: Tensor, rows: list[int], held: int, plan: Plan
+    keys_BHAD: Tensor, values_BHAD: Tensor, rows: list[int], plan: Plan, positions_BHN: Tensor
 ) -> tuple[Tensor, Tensor]:
     """New keys and values [len(rows), H, K, D] of the rows of a plan; the buffers themselves are left as they are.
 
     Args:
         keys_BHAD, values_BHAD: contiguous buffers of the whole batch.
         rows: batch rows the plan is for.
-        held: N, slots these rows hold.
         plan: what to keep and fold.
+        positions_BHN: token indices of the slots the plan is about.
 
     """
-    if plan.fold is None:
-        return gather_slots(keys_BHAD, rows, plan.kept_BHK), gather_slots(values_BHAD, rows, plan.kept_BHK)
-    keep = plan.kept_BHK.shape[-1]
-    index = torch.tensor(rows, device=keys_BHAD.device)
-    keys = keys_BHAD[:, :, :held].index_select(0, index)
-    values = values_BHAD[:, :, :held].index_select(0, index)
-    return (
-        fold_slots(keys, plan.fold.key_weights_BHN, plan.fold, keep),
-        fold_slots(values, plan.fold.value_weights_BHN, plan.fold, keep),
-    )
+    keys, values = gather_slots(keys_BHAD, rows, plan.kept_BHK), gather_slots(values_BHAD, rows, plan.kept_BHK)
+    if plan.fold is not None:
+        fold_slots(keys, keys_BHAD, rows, plan.fold.key_weights_BHN, plan, positions_BHN)
+        fold_slots(values, values_BHAD, rows, plan.fold.value_weights_BHN, plan)
+    return keys, values

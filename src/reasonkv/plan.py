@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from reasonkv.rotary import Rotary
+
 
 class PlanError(RuntimeError):
     """A method returned a plan that no cache can carry out: a defect of the method, not of the user's input."""
@@ -19,14 +21,17 @@ class Fold:
     Args:
         into_BHN: int64; the output slot (0..K-1) an input slot contributes to, or -1 for a dropped slot. A kept slot
             contributes to its own output slot.
-        key_weights_BHN: float32; a group's weights sum to 1. One-hot weights return the chosen key bit for bit.
+        key_weights_BHN: float32, weights within a group; they sum to 1 unless a method means otherwise. One-hot
+            weights return the chosen key bit for bit.
         value_weights_BHN: the same for values.
+        rotary: when given, every member's key is first turned from its own position to that of the kept slot.
 
     """
 
     into_BHN: Tensor
     key_weights_BHN: Tensor
     value_weights_BHN: Tensor
+    rotary: Rotary | None = None
 
 
 @dataclass(frozen=True)
@@ -38,12 +43,21 @@ class Plan:
             unless a fold says otherwise.
         fold: None when slots are only dropped.
         state: method state that the plan itself rewrites, by name, [B, H, K]; all other state moves with its slot.
+        log_mass_BHK: float32, added to the logits of every kept slot from now on; None leaves what stands there.
+        guards: names of the emergency rules that decided this plan; counted per row in the records.
 
     """
 
     kept_BHK: Tensor
     fold: Fold | None = None
     state: dict[str, Tensor] = field(default_factory=dict)
+    log_mass_BHK: Tensor | None = None
+    guards: tuple[str, ...] = ()
+
+    @property
+    def new_state(self) -> dict[str, Tensor]:
+        """State the plan rewrites, log mass included."""
+        return self.state if self.log_mass_BHK is None else {**self.state, "log_mass": self.log_mass_BHK}
 
     def check(self, shape_BHN: tuple[int, int, int], keep: int, is_protected_BHN: Tensor | None = None) -> None:
         """Check the invariants; one pass over indices, cheap beside the gather.
@@ -69,3 +83,6 @@ class Plan:
             raise PlanError("A plan dropped a protected slot (a sink, a recent token or a kept prompt).")
         if self.fold is not None and tuple(self.fold.into_BHN.shape) != shape_BHN:
             raise PlanError(f"A fold must name a target for every slot, [{B}, {H}, {N}].")
+        for name, values in self.new_state.items():
+            if tuple(values.shape) != (B, H, keep):
+                raise PlanError(f"A plan's {name} must be [{B}, {H}, {keep}], not {list(values.shape)}.")

@@ -72,6 +72,10 @@ class Rotary:
         inv_freq, scaling = ROPE_INIT_FUNCTIONS[kind](config, None, layer_type=nested_type)
         return cls(inv_freq, float(scaling))
 
+    def to(self, device: torch.device | str) -> Rotary:
+        """The same rotation with its frequencies on a device."""
+        return Rotary(self.inv_freq.to(device), self.scaling)
+
     def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
         """What the model caches for `x` at `positions`.
 

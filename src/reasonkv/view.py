@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from reasonkv import noise
+from reasonkv.rotary import Rotary
+
+if TYPE_CHECKING:
+    from reasonkv.calibration import LayerStatistics
 
 
 class TraceAttention(Protocol):
@@ -41,7 +45,7 @@ class SlotView:
         queries_BHqTD: the newest T rotated queries, oldest first, or None if the method asked for none.
         query_positions_BT: int64, their token indices.
         scaling: the factor the model applies to query-key products (usually D ** -0.5).
-        state: method state by name, [B, H, N].
+        state: method state by name, [B, H, N], as declared in `Needs(slot_state=...)`; "log_mass" if it is stored.
         length_B: int64, tokens the row has seen.
         event_B: int64, number of the row's event, from 0.
         row_seed_B: int64, the row's seed.
@@ -49,6 +53,13 @@ class SlotView:
         layer: index of the layer in the model.
         first_head: global index of KV head 0 (other than 0 under tensor parallelism).
         rows: the batch row of each of the B rows.
+        prompt_length_B: int64, tokens of the row's prompt, dropped ones included.
+        query_heads: Hq, known whether or not queries are.
+        calibration: statistics of this layer's queries, or None if the method asked for none.
+        rotary: the layer's rotary embedding, or None if the method asked for neither it nor calibration.
+        token_ids: per row, int64 [length]: every token it has seen; None if the method did not ask.
+        row_state: what `Method.observe` keeps, by name, [B, ...].
+        output_projection_HqDM: float32 slices of the output projection (query head, head_dim, model width), or None.
         reference: full KV's attention over the whole traces, for methods that declare `Needs(future=True)`; None
             wherever the future is not known.
 
@@ -71,12 +82,21 @@ class SlotView:
     first_head: int = 0
     state: dict[str, Tensor] = field(default_factory=dict)
     rows: tuple[int, ...] = ()
+    prompt_length_B: Tensor | None = None
+    query_heads: int = 0
+    calibration: LayerStatistics | None = None
+    rotary: Rotary | None = None
+    token_ids: tuple[Tensor, ...] | None = None
+    row_state: dict[str, Tensor] = field(default_factory=dict)
+    output_projection_HqDM: Tensor | None = None
     reference: TraceAttention | None = None
 
     @property
     def group_size(self) -> int:
-        """Query heads per KV head (1 when the method asked for no queries)."""
-        return 1 if self.queries_BHqTD is None else self.queries_BHqTD.shape[1] // self.keys_BHND.shape[1]
+        """Query heads per KV head (1 where neither queries nor `query_heads` are given)."""
+        if self.queries_BHqTD is not None:
+            return self.queries_BHqTD.shape[1] // self.keys_BHND.shape[1]
+        return max(1, self.query_heads // self.keys_BHND.shape[1])
 
     def queries_BHgTD(self) -> Tensor:
         """The queries with their KV head as an axis of its own: [B, H, g, T, D].

@@ -289,6 +289,6 @@ class _TaskRun:
             bytes_full=int(stats.bytes_full),
             events=stats.events,
             tokens_dropped=stats.tokens_dropped,
-            guards={},
+            guards=dict(stats.guards),
             seconds=round(seconds, 4),
         )

@@ -140,6 +140,6 @@ def to_record(run: str, task: str, seed: int, cell: Cell, trace: Trace, outcome:
         bytes_full=int(stats.bytes_full),
         events=stats.events,
         tokens_dropped=stats.tokens_dropped,
-        guards={},
+        guards=dict(stats.guards),
         seconds=round(outcome.seconds, 4),
     )

@@ -9,13 +9,23 @@ from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any, get_type_hints
 
-from reasonkv.methods.base import Method, MethodError, Needs, ScorerMethod, refuse_future
+from reasonkv.methods.base import (
+    Method,
+    MethodError,
+    Needs,
+    Observed,
+    ScorerMethod,
+    SlotState,
+    refuse_future,
+)
 
 __all__ = [
     "Method",
     "MethodError",
     "Needs",
+    "Observed",
     "ScorerMethod",
+    "SlotState",
     "catalogue",
     "get_method",
     "method_names",

@@ -7,18 +7,41 @@ generation accumulates lives in that generation's cache.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from reasonkv.plan import Plan
+from reasonkv.rotary import Rotary
 from reasonkv.selection import top_k_slots
 from reasonkv.view import SlotView
 
 
 class MethodError(ValueError):
     """An unknown method or option; the message names the nearest one that exists."""
+
+
+@dataclass(frozen=True)
+class SlotState:
+    """A number that lives beside every slot, moves with it and is counted in bytes.
+
+    Args:
+        initial: what a new token's slot gets: its token index ("position"), or a constant.
+        fold: how the values of a folded group combine; "kept" takes the kept slot's own.
+        dtype: of the stored value, 4 bytes wide.
+
+    """
+
+    initial: Literal["position"] | float
+    fold: Literal["sum", "max", "min", "kept"] = "kept"
+    dtype: torch.dtype = torch.float32
+
+
+LOG_MASS = SlotState(0.0)
+"""What `Needs(log_mass=True)` stores as `state["log_mass"]`: the log of how much more a slot weighs than one token."""
 
 
 @dataclass(frozen=True)
@@ -29,18 +52,57 @@ class Needs:
         queries: newest rotated queries to keep in a ring, per row and query head.
         recent: newest slots the method itself always keeps (the larger of this and the budget's counts, once).
         scope: what one plan covers: "head" - every KV head chooses its own slots; "layer" - all heads of a layer
-            share them.
+            share them; "model" - all layers are planned at once, after the last one (`Method.plan_layers`).
         folds: the method merges slots, so counts are stored.
         future: the method reads full KV's attention of tokens still to come (`SlotView.future_attention_BHN`), which
             is known in replay only; every other runtime refuses it.
+        slot_state: state beside every slot, by name.
+        log_mass: plans carry `Plan.log_mass_BHK`, which the runtime adds to a slot's logits from then on.
+        token_ids: the view shows every token a row has seen.
+        calibration: the view shows the model's query statistics, and its rotary embedding.
+        rotary: the view shows the rotary embedding alone.
+        observes: `Method.observe` is called with the queries of every forward; what it keeps is `view.row_state`.
+        output_projection: the view shows the layer's output projection.
 
     """
 
     queries: int = 0
     recent: int = 0
-    scope: Literal["head", "layer"] = "head"
+    scope: Literal["head", "layer", "model"] = "head"
     folds: bool = False
     future: bool = False
+    slot_state: Mapping[str, SlotState] = field(default_factory=dict)
+    log_mass: bool = False
+    token_ids: bool = False
+    calibration: bool = False
+    rotary: bool = False
+    observes: bool = False
+    output_projection: bool = False
+
+    @property
+    def stored_state(self) -> dict[str, SlotState]:
+        """All state a runtime stores beside slots, log mass included."""
+        return {**self.slot_state, **({"log_mass": LOG_MASS} if self.log_mass else {})}
+
+
+@dataclass(frozen=True)
+class Observed:
+    """The queries of one forward of one layer, for `Method.observe`.
+
+    Args:
+        queries_BHqqD: rotated queries of all query heads.
+        positions_Bq: int64, their token indices; of padding, whatever stands there.
+        valid_Bq: bool, False at padding.
+        layer: index of the layer.
+        rotary: how they were rotated.
+
+    """
+
+    queries_BHqqD: Tensor
+    positions_Bq: Tensor
+    valid_Bq: Tensor
+    layer: int
+    rotary: Rotary
 
 
 @dataclass(frozen=True)
@@ -69,6 +131,34 @@ class Method(ABC):
             keep: slots to return per KV head, fewer than the view holds and at least its protected ones.
 
         """
+
+    def plan_layers(self, views: Sequence[SlotView], keep: int) -> list[Plan]:
+        """Plan several layers at once: all that are compressed with `Needs(scope="model")`, else one.
+
+        Args:
+            views: the layers' slots, in the model's order; all have the same rows, lengths and slot numbers.
+            keep: as in `plan`.
+
+        """
+        return [self.plan(view, keep) for view in views]
+
+    def new_row_state(self, rows: int, query_heads: int, head_dim: int, device: torch.device) -> dict[str, Tensor]:
+        """Fresh state of one layer for `observe`, by name, each [rows, ...]; its bytes count as held.
+
+        Raises:
+            NotImplementedError: the method declares `Needs(observes=True)` without having any.
+
+        """
+        raise NotImplementedError(f"{self.name} observes but defines no row state.")
+
+    def observe(self, state: dict[str, Tensor], seen: Observed) -> None:
+        """Take in one forward's queries by updating `state` in place, whatever pieces they come in.
+
+        Raises:
+            NotImplementedError: the method declares `Needs(observes=True)` without doing so.
+
+        """
+        raise NotImplementedError(f"{self.name} observes but does not say how.")
 
     def options(self) -> dict[str, object]:
         """The options as recorded in results."""

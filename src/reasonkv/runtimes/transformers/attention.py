@@ -4,7 +4,8 @@ Registered with transformers' public `AttentionInterface` and `AttentionMaskInte
 that come from a compressed layer carry a reference to it; every other call is handed to the stock function untouched.
 
 Visibility needs no per-head masks: whatever a slot held before, it is older than every new token, so a query sees all
-slots up to its own and nothing else.
+slots up to its own and nothing else. A mask per KV head is needed only where folded slots weigh more than one token
+(log mass).
 """
 
 from __future__ import annotations
@@ -128,6 +129,7 @@ def _sdpa(
     B, Hq, q, D = query.shape
     H = key.shape[1]
     group = Hq // H
+    log_mass = layer.log_mass_BH1W(query.dtype)
     if piece.is_uniform and piece.columns > 1 and piece.width == piece.columns:
         out: Tensor = ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, None, **kwargs)[0]
         return out  # a whole prompt: the stock causal kernel
@@ -136,30 +138,43 @@ def _sdpa(
         mask = None
         if not (piece.is_uniform and q == 1):
             mask = piece.additive_mask(query.device, query.dtype, repeats=group)
+        if log_mass is not None:
+            mask = log_mass if mask is None else mask + log_mass
         attended = nn.functional.scaled_dot_product_attention(
             rows, key, value, attn_mask=mask, scale=kwargs.get("scaling")
         )
         return attended.view(B, Hq, q, value.shape[-1]).transpose(1, 2).contiguous()
-    mask = piece.additive_mask(query.device, query.dtype)
-    out = ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, mask, **kwargs)[0]
+    out = ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, _mask(layer, query), **kwargs)[0]
     return out
+
+
+def _mask(layer: CompressedLayer, query: Tensor) -> Tensor:
+    """Additive mask [B, 1 or Hq, q, width]: visibility, and the log mass of folded slots."""
+    mask = layer.piece.additive_mask(query.device, query.dtype)
+    log_mass = layer.log_mass_BH1W(query.dtype)
+    if log_mass is None:
+        return mask
+    return mask + log_mass.repeat_interleave(query.shape[1] // log_mass.shape[1], dim=1)
 
 
 def _attend(
     kernel: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, layer: CompressedLayer, kwargs: Any
 ) -> Tensor:
     piece = layer.piece
+    if kernel.startswith("flash") and layer.log_mass_BH1W(query.dtype) is not None:
+        raise UnsupportedModelError(
+            "Flash attention adds nothing to logits, so folded slots cannot carry their mass; "
+            "load the model with sdpa, or give the method the option mass=none."
+        )
     if kernel.startswith("flash") and piece.is_uniform:
         # old slots are visible to all queries and flash aligns its causal triangle to the end: no mask needed
         out: Tensor = ALL_ATTENTION_FUNCTIONS[kernel](module, query, key, value, None, **kwargs)[0]
         return out
     if kernel == "eager":
-        mask = piece.additive_mask(query.device, query.dtype)
-        out = _model_eager(module)(module, query, key, value, mask, **kwargs)[0]
+        out = _model_eager(module)(module, query, key, value, _mask(layer, query), **kwargs)[0]
         return out
     if kernel == "reference" or kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
-        mask = piece.additive_mask(query.device, query.dtype)
-        return reference_attention(module, query, key, value, mask, **kwargs)[0]
+        return reference_attention(module, query, key, value, _mask(layer, query), **kwargs)[0]
     return _sdpa(module, query, key, value, layer, kwargs)
 
 
@@ -192,7 +207,7 @@ def _attention_function(kernel: str) -> Callable[..., tuple[Tensor, Tensor | Non
             raise UnsupportedModelError("A compressed cache does not return attention weights; drop output_attentions.")
         kwargs.pop("dropout", None)  # a cache is for inference
         out = _attend(kernel, module, query, key, value, layer, kwargs)
-        layer.after_attention(query, LogitRule.of(query, kwargs))
+        layer.after_attention(query, LogitRule.of(query, kwargs), module)
         return out, None
 
     return forward

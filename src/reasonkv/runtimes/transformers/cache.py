@@ -11,25 +11,32 @@ layer the rows move on. All decisions about when and how many are integers (`rea
 from __future__ import annotations
 
 import copy
+import time
 import weakref
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
 from reasonkv import schedule
-from reasonkv.budget import Budget, BudgetError, slot_bytes
+from reasonkv.budget import Budget, BudgetError
+from reasonkv.calibration import Calibration
 from reasonkv.methods import Method, get_method, refuse_future
 from reasonkv.plan import Plan
 from reasonkv.runtimes.transformers.attention import implementation_name
+from reasonkv.runtimes.transformers.events import carry_out_events
 from reasonkv.runtimes.transformers.layer import CompressedLayer, Observer
 from reasonkv.runtimes.transformers.rows import Piece, Row
-from reasonkv.runtimes.transformers.stats import CacheStats, RowStats
+from reasonkv.runtimes.transformers.setup import checked_budget, load_statistics, rotary_of, spread
+from reasonkv.runtimes.transformers.stats import CacheStats, collect_stats
 from reasonkv.runtimes.transformers.storage import LayerStorage
 from reasonkv.runtimes.transformers.support import UnsupportedModelError, base_kernel, check_model, text_config
+from reasonkv.runtimes.transformers.tokens import TokenLog, listen
 from reasonkv.view import TraceAttention
 
 
@@ -52,10 +59,13 @@ class CompressedCache(Cache):
             copies what it wants to keep of them. A deep copy of the cache calls the same observer.
         reference: full KV's attention over the very rows that will be fed, in this order, for methods that look into
             the future; see `reasonkv.evaluate.reference`.
+        calibration: statistics of the model's queries, or the file they are in, for methods that need them; looked up
+            beside the model and in the user's cache unless given (`reasonkv.calibration.find_calibration`).
 
     Raises:
         UnsupportedModelError: the model cannot be served; one sentence says why.
         BudgetError, MethodError: what was asked for makes no sense; one sentence says why.
+        CalibrationError: the method needs statistics that are missing or of another model.
 
     """
 
@@ -73,15 +83,19 @@ class CompressedCache(Cache):
         kernel: str | None = None,
         observer: Observer | None = None,
         reference: TraceAttention | None = None,
+        calibration: Calibration | str | Path | None = None,
     ) -> None:
         problems = check_model(model)
         if problems:
             raise UnsupportedModelError(problems[0])
         self.method = get_method(method)
-        self.budget = _checked_budget(self.method, budget)
+        self.budget = checked_budget(self.method, budget)
         if reference is None:
             refuse_future(self.method)
         self.observer, self.reference = observer, reference
+        needs = self.method.needs
+        self.rotary = rotary_of(model) if needs.rotary or needs.observes or needs.calibration else None
+        self.calibration = load_statistics(model, calibration) if needs.calibration else None
         self.seed, self.row_seeds, self.max_length = seed, row_seeds, max_length
         self.prompt_lengths = [prompt_lengths] if isinstance(prompt_lengths, int) else prompt_lengths
         self.reopen_prompt = reopen_prompt
@@ -90,6 +104,8 @@ class CompressedCache(Cache):
         self.columns_seen = 0
         self.compaction_seconds = 0.0
         self.bytes_peak = 0
+        self.token_ids = TokenLog()
+        self._listening: RemovableHandle | None = None
         self._model = weakref.ref(model)
         current = base_kernel(model.config)
         self._restore = "eager" if current == "reference" else current  # another open cache may drive our own kernel
@@ -141,12 +157,25 @@ class CompressedCache(Cache):
         else:
             self._check_later_prompt(columns, fed)
         self.piece = Piece.plan(self.budget, self.rows, columns, valid, fed)
+        if self.method.needs.token_ids:
+            self.token_ids.append(self.piece)
 
-    def layer_done(self) -> None:
-        """Called by every compressed layer after its event; the last one moves the rows on."""
+    def layer_done(self, layer: CompressedLayer) -> None:
+        """Called by every compressed layer after it attended: its event, or all layers' after the last; rows move on.
+
+        Raises:
+            PlanError, UnsupportedModelError: a plan that cannot be carried out, a defect of the method.
+
+        """
         piece = self.piece
         assert piece is not None
         piece.layers_done += 1
+        is_last = piece.layers_done == len(self.compressed_layers)
+        whole_model = self.method.needs.scope == "model"
+        if any(keep is not None for keep in piece.keep) and (is_last or not whole_model):
+            start = time.perf_counter()
+            carry_out_events(self, self.compressed_layers if whole_model else [layer], piece)
+            self.compaction_seconds += time.perf_counter() - start
         if piece.layers_done == len(self.compressed_layers):
             piece.commit()
             self.columns_seen += piece.columns
@@ -165,7 +194,8 @@ class CompressedCache(Cache):
         needs = self.method.needs
         if self.budget is None:
             return LayerStorage(None, queries=needs.queries)
-        return LayerStorage(max(map(self._capacity, self.rows)), queries=needs.queries, counts=needs.folds)
+        slots = max(map(self.capacity_of, self.rows))
+        return LayerStorage(slots, queries=needs.queries, counts=needs.folds, state=needs.stored_state)
 
     def is_prompt(self, index_BHN: Tensor, rows: list[int]) -> Tensor:
         """Which slots hold a token of their row's prompt, bool [b, H, N]."""
@@ -189,46 +219,23 @@ class CompressedCache(Cache):
         live = sum(x.storage.bytes_allocated() for x in self.compressed_layers if x.storage is not None)
         self.bytes_peak = max(self.bytes_peak, live)
 
-    def note_folds(self, rows: list[int], plan: Plan) -> None:
-        """Count folded slots for `stats()`, as a mean over heads and layers."""
-        assert plan.fold is not None
-        kept = plan.kept_BHK.shape[-1]
-        per_row = ((plan.fold.into_BHN >= 0).sum(-1) - kept).float().mean(-1) / len(self.compressed_layers)
-        for row, folded in zip(rows, per_row.tolist(), strict=True):
-            self.rows[row].folded += folded
+    def note_plans(self, rows: list[int], plans: list[Plan]) -> None:
+        """Count folded slots (as a mean over heads and layers) and the guards of one or all layers for `stats()`."""
+        for plan in plans:
+            for row in rows:
+                for guard in plan.guards:
+                    self.rows[row].guards.setdefault(guard, set()).add(self.rows[row].events)
+            if plan.fold is not None:
+                kept = plan.kept_BHK.shape[-1]
+                per_row = ((plan.fold.into_BHN >= 0).sum(-1) - kept).float().mean(-1) / len(self.compressed_layers)
+                for row, folded in zip(rows, per_row.tolist(), strict=True):
+                    self.rows[row].folded += folded
 
     # -- what it held ----------------------------------------------------------------------------------------------
 
     def stats(self) -> CacheStats:
         """What every row held and dropped so far, and the bytes of it."""
-        storages = [layer.storage for layer in self.compressed_layers if layer.storage is not None]
-        slot = sum(s.bytes_per_slot() for s in storages)
-        fixed = sum(s.bytes_per_row() for s in storages)
-        plain = sum(_plain_slot_bytes(s) for s in storages)
-        rows = []
-        for row in self.rows:
-            state = row.state
-            allocated = state.held if self.budget is None else self._capacity(row)
-            peak = max(row.peak, allocated)
-            rows.append(
-                RowStats(
-                    length=state.length,
-                    prompt=min(state.prompt, state.length),
-                    physical_mean=row.attended / row.decoded if row.decoded else 0.0,
-                    physical_peak=row.peak,
-                    physical_terminal=state.held,
-                    events=row.events,
-                    tokens_dropped=row.dropped,
-                    tokens_folded=row.folded,
-                    bytes_held=allocated * slot + fixed,
-                    bytes_peak=peak * slot + fixed,
-                    bytes_full=state.length * plain,
-                )
-            )
-        live = sum(storage.bytes_allocated() for storage in storages)
-        compressed = len(self.compressed_layers)
-        others = len(self.layers) - compressed
-        return CacheStats(rows, compressed, others, self.compaction_seconds, live, self.bytes_peak)
+        return collect_stats(self)
 
     def slot_positions(self, layer: int) -> list[Tensor]:
         """Token index of every slot a layer holds now, int64 [H, P] per row."""
@@ -246,16 +253,22 @@ class CompressedCache(Cache):
         """Forget everything fed; the cache can then be used for another batch."""
         super().reset()
         self.rows, self.piece, self.columns_seen, self.compaction_seconds, self.bytes_peak = [], None, 0, 0.0, 0
+        self.token_ids = TokenLog()
 
     def take_over(self) -> None:
         """Set the model's attention to ours, in case another cache was made or closed since."""
         model = self._model()
         if model is not None and text_config(model.config)._attn_implementation != self._name:
             model.set_attn_implementation(self._name)
+        if model is not None and self._listening is None and self.method.needs.token_ids:
+            self._listening = listen(model, self)
 
     def close(self) -> None:
         """Give the model its attention implementation back. Closing twice is fine; a later forward takes it again."""
         model = self._model()
+        if self._listening is not None:
+            self._listening.remove()
+            self._listening = None
         if model is not None and text_config(model.config)._attn_implementation == self._name:
             model.set_attn_implementation(self._restore)
 
@@ -271,32 +284,33 @@ class CompressedCache(Cache):
         """An independent cache with the same contents (a shared prompt, decoded several ways)."""
         twin = object.__new__(type(self))
         memo[id(self)] = twin
-        for shared in (self.observer, self.reference):  # the caller's, not part of the contents
+        # the caller's or the model's, not part of the contents
+        for shared in (self.observer, self.reference, self.calibration, self.rotary):
             memo[id(shared)] = shared
         for name, value in self.__dict__.items():
-            setattr(twin, name, copy.deepcopy(value, memo))
+            setattr(twin, name, None if name == "_listening" else copy.deepcopy(value, memo))
         for layer in twin.compressed_layers:
             layer.attach(twin)
+        twin.take_over()
         return twin
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Move rows with their beams."""
         self._refuse_moving_rows()
         super().reorder_cache(beam_idx)
-        self.rows = [self.rows[i].copy() for i in beam_idx.tolist()]
+        self._move_rows(beam_idx.tolist())
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row `repeats` times."""
         self._refuse_moving_rows()
         super().batch_repeat_interleave(repeats)
-        self.rows = [row.copy() for row in self.rows for _ in range(repeats)]
+        self._move_rows([row for row in range(len(self.rows)) for _ in range(repeats)])
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep some rows, by index or by boolean mask."""
         self._refuse_moving_rows()
         super().batch_select_indices(indices)
-        chosen = torch.arange(len(self.rows))[indices.cpu()].tolist()
-        self.rows = [self.rows[i].copy() for i in chosen]
+        self._move_rows(torch.arange(len(self.rows))[indices.cpu()].tolist())
 
     def describe_model(self) -> str:
         """The model's class name, for messages."""
@@ -311,13 +325,18 @@ class CompressedCache(Cache):
                 "The rows of a cache with a reference are the reference's and cannot be reordered, repeated or dropped."
             )
 
-    def _capacity(self, row: Row) -> int:
+    def _move_rows(self, index: list[int]) -> None:
+        self.rows = [self.rows[row].copy() for row in index]
+        self.token_ids.select_rows(torch.tensor(index))
+
+    def capacity_of(self, row: Row) -> int:
+        """Slots allocated for a row that runs alone."""
         longest = self.max_length if self.max_length is not None else 1 << 62
         return schedule.capacity(self.budget, row.state.prompt, max(longest, row.state.length))
 
     def _first_rows(self, batch: int, fed: list[int]) -> list[Row]:
-        prompts = _spread(self.prompt_lengths, batch, "prompt_lengths") or fed
-        seeds = _spread(self.row_seeds, batch, "row_seeds") or [0] * batch
+        prompts = spread(self.prompt_lengths, batch, "prompt_lengths") or fed
+        seeds = spread(self.row_seeds, batch, "row_seeds") or [0] * batch
         if self.reference is not None and len(self.reference.lengths) != batch:
             raise UnsupportedModelError(
                 f"The reference was collected from {len(self.reference.lengths)} rows but the forward has {batch}; "
@@ -354,31 +373,3 @@ class CompressedCache(Cache):
             row.prompt_spans.append((state.length, state.length + count))
             row.state = schedule.State(state.length, state.held, state.prompt + count)
             self.budget.check_protected(recent=self.method.needs.recent, prompt_length=row.state.prompt)
-
-
-def _checked_budget(method: Method, budget: Budget | int | None) -> Budget | None:
-    if not method.bounded:
-        if budget is not None:
-            raise BudgetError(f"{method.name} keeps everything and takes no budget; leave it out or choose a method.")
-        return None
-    if budget is None:
-        raise BudgetError(f"{method.name} needs a budget, such as Budget(tokens=512).")
-    made = Budget(tokens=budget) if isinstance(budget, int) else budget
-    made.check_protected(recent=method.needs.recent)
-    return made
-
-
-def _spread(values: list[int] | None, batch: int, name: str) -> list[int] | None:
-    """One value per row; a value per prompt is repeated when `generate` expands prompts to several rows each."""
-    if values is None:
-        return None
-    if not values or batch % len(values):
-        raise BudgetError(f"{name} has {len(values)} entries for a batch of {batch} rows.")
-    return [value for value in values for _ in range(batch // len(values))]
-
-
-def _plain_slot_bytes(storage: LayerStorage) -> int:
-    if storage.keys is None or storage.values is None:
-        return 0
-    width = slot_bytes(storage.keys.shape[3], storage.values.shape[3], storage.keys.element_size())
-    return storage.keys.shape[1] * width

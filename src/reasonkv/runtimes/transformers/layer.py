@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import time
 import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin
 
+from reasonkv.methods import Observed
 from reasonkv.plan import Plan
 from reasonkv.runtimes.transformers.attention import LogitRule, MaskLength
 from reasonkv.runtimes.transformers.rows import Piece
@@ -40,6 +40,8 @@ class CompressedLayer(CacheLayerMixin):
         self.waiting = False  # between `update` and `after_attention`
         self.storage: LayerStorage | None = None
         self.rule: LogitRule | None = None  # of the newest forward
+        self.query_heads = 0
+        self.output_projection: Tensor | None = None  # [Hq, D, M], a view of the model's weight
 
     def attach(self, cache: CompressedCache) -> None:
         """Belong to a cache (weakly: the cache owns its layers)."""
@@ -81,52 +83,48 @@ class CompressedLayer(CacheLayerMixin):
         self.waiting = self.is_initialized = True
         return keys, values
 
-    def after_attention(self, query: Tensor, rule: LogitRule) -> None:
-        """Remember the queries, carry out the events of this forward, and hand on to the cache.
+    def after_attention(self, query: Tensor, rule: LogitRule, module: nn.Module) -> None:
+        """Remember the queries, let the cache carry out the events of this forward, and hand on to it.
 
         Args:
             query: rotated queries [B, Hq, q, D].
             rule: how this layer's logits come from query-key products.
+            module: the model's attention module.
 
         """
         assert self.storage is not None
-        self.rule = rule
-        piece = self.piece
-        self.storage.remember_queries(query, piece)
-        if any(keep is not None for keep in piece.keep):
-            start = time.perf_counter()
-            self._compact(piece, rule.scaling)
-            self.cache.compaction_seconds += time.perf_counter() - start
+        self.rule, self.query_heads = rule, query.shape[1]
+        needs = self.cache.method.needs
+        self.storage.remember_queries(query, self.piece)
+        if needs.observes:
+            self._observe(query)
+        if needs.output_projection and self.output_projection is None:
+            self.output_projection = _output_projection(module, *query.shape[1::2])
         self.waiting = False
-        self.cache.layer_done()
+        self.cache.layer_done(self)
 
-    def _compact(self, piece: Piece, scaling: float) -> None:
-        storage, cache = self.storage, self.cache
-        assert storage is not None
-        plans: list[tuple[list[int], Plan, Tensor, Tensor]] = []
-        seen: list[tuple[list[int], SlotView, Plan]] = []
-        for rows in piece.groups(storage.ring_length):
-            view = self.view(rows, piece, scaling)
-            keep = piece.keep[rows[0]]
-            assert keep is not None
-            with torch.autocast(view.keys_BHND.device.type, enabled=False):  # scores are float32 whoever calls
-                plan = cache.method.plan(view, keep)
-            plan.check(tuple(view.positions_BHN.shape), keep, view.is_protected_BHN)  # type: ignore[arg-type]
-            if plan.fold is not None:
-                if not cache.method.needs.folds:
-                    raise UnsupportedModelError(f"{cache.method.name} folds slots without declaring Needs(folds=True).")
-                cache.note_folds(rows, plan)
-            plans.append((rows, plan, view.positions_BHN, view.counts_BHN))
-            if cache.observer is not None:
-                seen.append((rows, view, plan))
-        for rows, view, plan in seen:  # once every plan is known to be sound, and while the slots are still there
-            cache.observer(self.index, rows, view, plan)  # type: ignore[misc]
-        storage.carry_out(plans, piece)
+    def _observe(self, query: Tensor) -> None:
+        storage, cache, piece = self.storage, self.cache, self.piece
+        assert storage is not None and cache.rotary is not None
+        if not storage.row_state:
+            B, Hq, _, D = query.shape
+            storage.row_state = cache.method.new_row_state(B, Hq, D, query.device)
+        positions_Bq, valid_Bq = piece.token_indices(query.device)
+        cache.method.observe(
+            storage.row_state, Observed(query, positions_Bq, valid_Bq, layer=self.index, rotary=cache.rotary)
+        )
 
-    def view(self, rows: list[int], piece: Piece, scaling: float) -> SlotView:
+    def log_mass_BH1W(self, dtype: torch.dtype) -> Tensor | None:
+        """What this forward adds to the logits of every slot, or None where every slot weighs one token."""
+        assert self.storage is not None
+        found = self.storage.log_mass(self.piece.width)
+        return None if found is None else found[:, :, None].to(dtype)
+
+    def view(self, rows: list[int], piece: Piece) -> SlotView:
         """What the method may look at for rows that hold equally many slots."""
         storage, cache = self.storage, self.cache
-        assert storage is not None
+        assert storage is not None and self.rule is not None
+        needs = cache.method.needs
         held = piece.held[rows[0]]
         lengths = [piece.after[row].length for row in rows]
         settled = [piece.rows[row].settled for row in rows]
@@ -149,13 +147,21 @@ class CompressedLayer(CacheLayerMixin):
             is_protected_BHN=cache.is_protected(index, is_prompt),
             queries_BHqTD=queries,
             query_positions_BT=query_index,
-            scaling=scaling,
+            scaling=self.rule.scaling,
+            state=storage.slot_state(rows, index, settled),
             length_B=numbers(lengths),
             event_B=numbers([piece.rows[row].events for row in rows]),
             row_seed_B=numbers([piece.rows[row].seed for row in rows]),
             seed=cache.seed,
             layer=self.index,
             rows=tuple(rows),
+            prompt_length_B=numbers([piece.rows[row].state.prompt for row in rows]),
+            query_heads=self.query_heads,
+            calibration=None if cache.calibration is None else cache.calibration.layer(self.index),
+            rotary=cache.rotary,
+            token_ids=cache.token_ids.of(rows, lengths) if needs.token_ids else None,
+            row_state={name: tensor[numbers(rows)] for name, tensor in storage.row_state.items()},
+            output_projection_HqDM=None if self.output_projection is None else self.output_projection.float(),
             reference=cache.reference,
         )
 
@@ -177,6 +183,7 @@ class CompressedLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Forget this layer's slots."""
         self.storage, self.rule, self.waiting, self.is_initialized = None, None, False, False
+        self.output_projection = None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Move rows with their beams."""
@@ -200,3 +207,14 @@ class CompressedLayer(CacheLayerMixin):
         raise UnsupportedModelError(
             "A compressed cache cannot be rolled back, which assisted (speculative) decoding needs; use plain decoding."
         )
+
+
+def _output_projection(module: nn.Module, query_heads: int, head_dim: int) -> Tensor:
+    """The columns of the layer's output projection that each query head's output is multiplied with, [Hq, D, M]."""
+    projection = getattr(module, "o_proj", None)
+    weight = getattr(projection, "weight", None)
+    if not isinstance(weight, Tensor) or weight.ndim != 2 or weight.shape[1] != query_heads * head_dim:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} has no plain output projection `o_proj`, which this option of the method reads."
+        )
+    return weight.detach().view(-1, query_heads, head_dim).permute(1, 2, 0)

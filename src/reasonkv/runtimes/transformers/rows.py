@@ -26,6 +26,7 @@ class Row:
         attended: slots attended, summed over the tokens fed after the prompt.
         decoded: tokens fed after the prompt.
         peak: most slots held at once.
+        guards: events at which a method fell back on a rule of its own, by name.
 
     """
 
@@ -39,10 +40,12 @@ class Row:
     attended: int = 0
     decoded: int = 0
     peak: int = 0
+    guards: dict[str, set[int]] = field(default_factory=dict)
 
     def copy(self) -> Row:
         """An independent row (beams, repeated rows)."""
-        return replace(self, prompt_spans=list(self.prompt_spans))
+        guards = {name: set(events) for name, events in self.guards.items()}
+        return replace(self, prompt_spans=list(self.prompt_spans), guards=guards)
 
 
 @dataclass
@@ -156,6 +159,16 @@ class Piece:
         found = self._per_device["visible", device]
         assert isinstance(found, Tensor)
         return found
+
+    def token_indices(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Token index of every column, int64 [B, q], and which columns hold a token rather than padding."""
+        if ("indices", device) not in self._per_device:
+            length = torch.tensor([row.state.length for row in self.rows], device=device)[:, None]
+            valid = self._valid(device)
+            self._per_device["indices", device] = ((length + valid.cumsum(-1) - 1).clamp(min=0), valid)
+        found = self._per_device["indices", device]
+        assert isinstance(found, tuple)
+        return found[0], found[1]
 
     def additive_mask(self, device: torch.device, dtype: torch.dtype, repeats: int = 1) -> Tensor:
         """0 where a query may attend and -inf elsewhere: [B, 1, repeats * q, width], query index fastest.

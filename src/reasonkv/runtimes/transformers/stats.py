@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from reasonkv.budget import slot_bytes
+
+if TYPE_CHECKING:
+    from reasonkv.runtimes.transformers.cache import CompressedCache
+    from reasonkv.runtimes.transformers.storage import LayerStorage
 
 
 @dataclass(frozen=True)
@@ -21,6 +28,7 @@ class RowStats:
         bytes_held: bytes this row's storage takes when it runs alone: slots allocated, token indices, counts, queries.
         bytes_peak: bytes if all layers held the row's peak at once, as they would without staging; at least bytes_held.
         bytes_full: bytes of keys and values a cache without bound would hold for the same tokens.
+        guards: at how many events a method fell back on a rule of its own, by the rule's name.
 
     """
 
@@ -35,6 +43,7 @@ class RowStats:
     bytes_held: int
     bytes_peak: int
     bytes_full: int
+    guards: dict[str, int] = field(default_factory=dict)
 
     @property
     def saved_ratio(self) -> float:
@@ -74,3 +83,45 @@ class CacheStats:
             f"peak {max(r.physical_peak for r in self.rows)}), "
             f"{sum(r.events for r in self.rows)} events, {held / 2**20:.2f} MiB held of {full / 2**20:.2f} MiB"
         )
+
+
+def collect_stats(cache: CompressedCache) -> CacheStats:
+    """What every row of a cache held and dropped so far, and the bytes of it."""
+    layers = cache.compressed_layers
+    storages = [layer.storage for layer in layers if layer.storage is not None]
+    slot = sum(s.bytes_per_slot() for s in storages)
+    fixed = sum(s.bytes_per_row() for s in storages)
+    plain = sum(_plain_slot_bytes(s) for s in storages)
+    logged = 4 if cache.method.needs.token_ids else 0
+    rows = []
+    for row in cache.rows:
+        state = row.state
+        allocated = state.held if cache.budget is None else cache.capacity_of(row)
+        per_row = fixed + logged * state.length
+        peak = max(row.peak, allocated)
+        rows.append(
+            RowStats(
+                length=state.length,
+                prompt=min(state.prompt, state.length),
+                physical_mean=row.attended / row.decoded if row.decoded else 0.0,
+                physical_peak=row.peak,
+                physical_terminal=state.held,
+                events=row.events,
+                tokens_dropped=row.dropped,
+                tokens_folded=row.folded,
+                bytes_held=allocated * slot + per_row,
+                bytes_peak=peak * slot + per_row,
+                bytes_full=state.length * plain,
+                guards={name: len(events) for name, events in sorted(row.guards.items())},
+            )
+        )
+    live = sum(storage.bytes_allocated() for storage in storages)
+    others = len(cache.layers) - len(layers)
+    return CacheStats(rows, len(layers), others, cache.compaction_seconds, live, cache.bytes_peak)
+
+
+def _plain_slot_bytes(storage: LayerStorage) -> int:
+    if storage.keys is None or storage.values is None:
+        return 0
+    width = slot_bytes(storage.keys.shape[3], storage.values.shape[3], storage.keys.element_size())
+    return storage.keys.shape[1] * width

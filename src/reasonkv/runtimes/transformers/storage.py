@@ -1,4 +1,4 @@
-"""One layer's slots: keys, values, token indices, counts and the ring of recent queries, allocated once.
+"""One layer's slots: keys, values, token indices, counts, method state and recent queries, allocated once.
 
 Row b's slots are 0..P_b-1 of its line; new tokens are written at P_b; everything behind is zero or stale and is masked
 by whoever attends. Zeros matter: an uninitialised NaN would survive a mask.
@@ -6,12 +6,16 @@ by whoever attends. Zeros matter: an uninitialised NaN would survive a mask.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
-from reasonkv.compaction import compact_pair, fold_counts
+from reasonkv.compaction import compact_pair, fold_counts, fold_state
+from reasonkv.methods import SlotState
 from reasonkv.plan import Plan
 from reasonkv.runtimes.transformers.rows import Piece
+from reasonkv.view import SlotView
 
 GROWTH = 256  # slots; an unbounded cache grows by at least this much, and by half of what it holds
 
@@ -23,19 +27,30 @@ class LayerStorage:
         capacity: slots allocated once and for all, or None for a cache without bound, which grows.
         queries: length T of the ring of recent queries (0: none).
         counts: whether slots carry the number of source tokens they stand for.
+        state: what else slots carry, by name.
 
     """
 
-    def __init__(self, capacity: int | None, *, queries: int = 0, counts: bool = False) -> None:
+    def __init__(
+        self,
+        capacity: int | None,
+        *,
+        queries: int = 0,
+        counts: bool = False,
+        state: Mapping[str, SlotState] | None = None,
+    ) -> None:
         self.capacity = capacity
         self.ring_length = queries
         self.stores_counts = counts
+        self.declared = dict(state or {})
         self.keys: Tensor | None = None  # [B, H, A, D]; A = capacity, or more while staging
         self.values: Tensor | None = None
         self.home: tuple[Tensor, Tensor] | None = None  # the permanent pair, put aside while staging
         self.token_index: Tensor | None = None  # int32 [B, H, K]; meaningful for a row's settled slots
         self.counts: Tensor | None = None  # int32 [B, H, K]
+        self.state: dict[str, Tensor] = {}  # [B, H, K] each; beyond a row's settled slots stands `initial`, or nothing
         self.ring: Tensor | None = None  # [B, Hq, T, D]; token t stands at t % T
+        self.row_state: dict[str, Tensor] = {}  # what the method observes, [B, ...] each
 
     @property
     def allocated(self) -> int:
@@ -131,25 +146,52 @@ class LayerStorage:
         ones = torch.ones(1, dtype=torch.int32, device=self.keys.device).expand(len(rows), self.keys.shape[1], held)
         return ones if self.counts is None else self._settled_or(self.counts, ones, rows, held, settled)
 
-    def carry_out(self, plans: list[tuple[list[int], Plan, Tensor, Tensor]], piece: Piece) -> None:
+    def slot_state(self, rows: list[int], index_BHN: Tensor, settled: list[int]) -> dict[str, Tensor]:
+        """Method state of every slot of some rows by name, [b, H, N] each.
+
+        Args:
+            rows: batch rows.
+            index_BHN: their slots' token indices.
+            settled: slots of each row that an event left.
+
+        """
+        found = {}
+        for name, declared in self.declared.items():
+            if declared.initial == "position":
+                fresh = index_BHN.to(declared.dtype)
+            else:
+                fresh = torch.full_like(index_BHN, declared.initial, dtype=declared.dtype)
+            stored = self.state.get(name)
+            held = index_BHN.shape[2]
+            found[name] = fresh if stored is None else self._settled_or(stored, fresh, rows, held, settled)
+        return found
+
+    def log_mass(self, width: int) -> Tensor | None:
+        """What the logits of every slot are raised by, float32 [B, H, width]; None before the first event."""
+        stored = self.state.get("log_mass")
+        if stored is None or stored.shape[2] >= width:
+            return None if stored is None else stored[:, :, :width]
+        return torch.nn.functional.pad(stored, (0, width - stored.shape[2]))  # new tokens, in staging
+
+    def carry_out(self, plans: list[tuple[list[int], Plan, SlotView]], piece: Piece) -> None:
         """Rewrite the storage after one forward's events, and leave the staging buffer once everything fits.
 
         Args:
-            plans: for every group of rows: the rows, their plan, and the token indices and counts [b, H, N] it saw.
+            plans: for every group of rows: the rows, their plan, and the view it was made from.
             piece: the forward.
 
         """
         if self.keys is None or self.values is None:
             return
         moved = [
-            (rows, compact_pair(self.keys, self.values, rows, piece.held[rows[0]], plan), plan, index, counts)
-            for rows, plan, index, counts in plans
+            (rows, compact_pair(self.keys, self.values, rows, plan, view.positions_BHN), plan, view)
+            for rows, plan, view in plans
         ]
         still_there = [row for row, keep in enumerate(piece.keep) if keep is None]
         self._leave_staging(still_there, piece)
-        for rows, (keys, values), plan, index, counts in moved:
+        for rows, (keys, values), plan, view in moved:
             self._write(rows, keys, values)
-            self._settle(rows, plan, index, counts)
+            self._settle(rows, plan, view)
 
     def bytes_allocated(self) -> int:
         """Bytes of keys and values allocated now for the whole batch, a staging buffer included."""
@@ -157,16 +199,18 @@ class LayerStorage:
         return sum(t.numel() * t.element_size() for t in live if t is not None)
 
     def bytes_per_slot(self) -> int:
-        """Bytes of one slot of all KV heads: key, value, token index and count."""
+        """Bytes of one slot of all KV heads: key, value, token index, count and method state."""
         if self.keys is None or self.values is None:
             return 0
         H, element = self.keys.shape[1], self.keys.element_size()
         state = 4 * (int(self.capacity is not None) + int(self.stores_counts))
+        state += sum(declared.dtype.itemsize for declared in self.declared.values())
         return H * ((self.keys.shape[3] + self.values.shape[3]) * element + state)
 
     def bytes_per_row(self) -> int:
-        """Bytes of a row that do not depend on its slots: its part of the ring of queries."""
-        return 0 if self.ring is None else self.ring[0].numel() * self.ring.element_size()
+        """Bytes of a row that do not depend on its slots: its part of the ring of queries, and what is observed."""
+        kept = [*self.row_state.values(), *([] if self.ring is None else [self.ring])]
+        return sum(tensor[0].numel() * tensor.element_size() for tensor in kept)
 
     def select_rows(self, index: Tensor) -> None:
         """Reorder, repeat or drop rows everywhere (beams)."""
@@ -174,12 +218,15 @@ class LayerStorage:
             tensor = getattr(self, name)
             if tensor is not None:
                 setattr(self, name, tensor.index_select(0, index.to(tensor.device)))
+        for named in (self.state, self.row_state):
+            named.update({name: tensor.index_select(0, index.to(tensor.device)) for name, tensor in named.items()})
         if self.home is not None:
             self.home = tuple(t.index_select(0, index.to(t.device)) for t in self.home)  # type: ignore[assignment]
 
     def reset(self) -> None:
         """Forget everything, the allocation included."""
         self.keys = self.values = self.home = self.token_index = self.counts = self.ring = None
+        self.state, self.row_state = {}, {}
 
     # -- internals ----------------------------------------------------------------------------------------------
 
@@ -232,24 +279,29 @@ class LayerStorage:
         self.keys[:, :, :kept].index_copy_(0, index, keys)
         self.values[:, :, :kept].index_copy_(0, index, values)
 
-    def _settle(self, rows: list[int], plan: Plan, index_BHN: Tensor, counts_BHN: Tensor) -> None:
-        """Store the token indices (and counts) of the slots an event left."""
-        keep = plan.kept_BHK.shape[-1]
+    def _settle(self, rows: list[int], plan: Plan, view: SlotView) -> None:
+        """Store what the slots an event left carry: token indices, counts and method state."""
+        keep, index_BHN, counts_BHN = plan.kept_BHK.shape[-1], view.positions_BHN, view.counts_BHN
         row = torch.tensor(rows, device=index_BHN.device)
-        self.token_index = self._sized(self.token_index, keep, index_BHN)
+        self.token_index = self._sized(self.token_index, keep, torch.int32)
         self.token_index[:, :, :keep].index_copy_(0, row, index_BHN.gather(2, plan.kept_BHK).int())
         if self.stores_counts:
             new = fold_counts(counts_BHN, plan.fold, keep) if plan.fold else counts_BHN.gather(2, plan.kept_BHK)
-            self.counts = self._sized(self.counts, keep, counts_BHN)
+            self.counts = self._sized(self.counts, keep, torch.int32)
             self.counts[:, :, :keep].index_copy_(0, row, new.int())
+        for name, declared in self.declared.items():
+            given = plan.new_state.get(name)
+            new = fold_state(view.state[name], plan, declared.fold) if given is None else given
+            stored = self.state[name] = self._sized(self.state.get(name), keep, declared.dtype)
+            stored[row, :, keep:] = 0  # read as it stands by whoever attends (log mass); elsewhere masked by `settled`
+            stored[:, :, :keep].index_copy_(0, row, new.to(declared.dtype))
 
-    def _sized(self, tensor: Tensor | None, keep: int, like_BHN: Tensor) -> Tensor:
+    def _sized(self, tensor: Tensor | None, keep: int, dtype: torch.dtype) -> Tensor:
         assert self.keys is not None
         if tensor is not None and tensor.shape[2] >= keep:
             return tensor
-        new = torch.zeros(
-            *self.keys.shape[:2], max(keep, self.capacity or 0), dtype=torch.int32, device=like_BHN.device
-        )
+        slots = max(keep, self.capacity or 0)
+        new = torch.zeros(*self.keys.shape[:2], slots, dtype=dtype, device=self.keys.device)
         if tensor is not None:
             new[:, :, : tensor.shape[2]] = tensor
         return new

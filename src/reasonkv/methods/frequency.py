@@ -1,0 +1,230 @@
+"""TriAttention's score: what the queries of the next tokens will on average think of a key.
+
+Before RoPE the queries of a head point, pair by pair, mostly one way (their mean mu_f). So their product with a key
+depends on the distance alone, and can be told before the queries exist. With F rotary pairs of frequency w_f, keys as
+cached (k_f, a complex number per pair), R tokens seen, and future distances d_j = 1, 2, 4, ...:
+
+    score(k) = Re sum_f mu_f c_f exp(i w_f R) conj(k_f)  +  sum_f alpha_f |k_f|,     c_f = mean over j of exp(i w_f d_j)
+
+times the rotary scaling s (a cached key holds s once, and the query it will meet holds it too). Cached keys are rotated
+by their own positions, so no position enters: slots of different heads may hold different tokens.
+
+Legend: B rows, H KV heads, Hq query heads, g = Hq / H, N slots, D head_dim, J distances, R = B x H.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from reasonkv.calibration.statistics import LayerStatistics
+from reasonkv.methods.base import MethodError
+from reasonkv.rotary import Rotary
+from reasonkv.selection import head_blocks, upcast
+
+Aggregation = Literal["mean", "max"]
+Horizon = Literal["fixed", "adaptive", "variational"]
+Norm = Literal["tri", "rms2"]
+
+_TINY = 1e-6  # the public code's floor under every denominator and logarithm
+
+
+@dataclass(frozen=True)
+class FrequencyOptions:
+    """Variants of the score (Mao et al., 2026, arXiv 2604.04921; the horizons and `rms2` are CASK's).
+
+    Args:
+        aggregation: over the future distances: "mean", or "max" of the scores.
+        mlr: alpha_f = the mean of |q_f| minus |mu_f|, what the mean leaves unexplained (it vanishes where all queries
+            point one way); False takes the whole mean of |q_f|.
+        trig: False drops the first sum, so that only norms count.
+        horizon: weights of the distances: "fixed" - all equal; "adaptive" - a bump in log distance around each head's
+            effective wavelength, wider the less its queries agree; "variational" - the weights per head that a
+            calibration brings (`LayerStatistics.horizon_HqJ`).
+        norm: "tri" - alpha as above; "rms2" - (mean of |q_f|^2 - |mu_f|^2) / (mean of |q_f| + |mu_f|).
+        norm_lambda: factor on alpha.
+        longest: distances are the powers of 2 up to this.
+
+    Raises:
+        ValueError: an unknown value, or variants that the public code does not combine either.
+
+    """
+
+    aggregation: Aggregation = "mean"
+    mlr: bool = True
+    trig: bool = True
+    horizon: Horizon = "fixed"
+    norm: Norm = "tri"
+    norm_lambda: float = 1.0
+    longest: int = 65536
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("aggregation", Aggregation), ("horizon", Horizon), ("norm", Norm)):
+            if getattr(self, name) not in get_args(allowed):
+                raise ValueError(f"{name} must be one of {', '.join(get_args(allowed))}, not {getattr(self, name)!r}.")
+        if self.longest < 1:
+            raise ValueError(f"longest must be at least 1, not {self.longest}.")
+        if not math.isfinite(self.norm_lambda):
+            raise ValueError(f"norm_lambda must be a finite number, not {self.norm_lambda}.")
+        if self.aggregation == "max" and self.horizon != "fixed":
+            raise ValueError(f"horizon={self.horizon} weights the mean over distances, so it needs aggregation=mean.")
+        if self.norm == "rms2" and not self.mlr:
+            raise ValueError("mlr=false takes the whole mean modulus, so it needs norm=tri.")
+
+    def offsets(self, device: torch.device | None = None) -> Tensor:
+        """The future distances d_j, float64 [J]."""
+        return 2.0 ** torch.arange(self.longest.bit_length(), dtype=torch.float64, device=device)
+
+
+def frequency_scores(
+    keys_BHND: Tensor,
+    statistics: LayerStatistics,
+    rotary: Rotary,
+    length_B: Tensor,
+    options: FrequencyOptions | None = None,
+) -> Tensor:
+    """Score every slot for every query head of one layer (see the module's formula).
+
+    One product of [g, D] with the cached keys per KV head and one of [g, F] with their moduli, a block of heads at a
+    time: the keys are read once, and nothing of their size is kept. Dimensions that RoPE leaves alone do not count.
+
+    Args:
+        keys_BHND: rotated keys, any float dtype.
+        statistics: of the same layer; its query heads are those of these KV heads, in order.
+        rotary: how the keys were rotated.
+        length_B: int64, tokens each row has seen: the position of its next token.
+        options: see `FrequencyOptions`; its defaults if None.
+
+    Returns:
+        float32 (float64 for float64 keys) [B, Hq, N] on the scale of raw query-key products (no 1 / sqrt(D)). Query
+        head h belongs to KV head h // g.
+
+    Raises:
+        MethodError: the statistics lack what an option needs, or have another number of pairs or heads.
+
+    """
+    options = options or FrequencyOptions()
+    B, H, N, _ = keys_BHND.shape
+    Hq, F = statistics.mean_HqF.shape
+    if Hq % H or rotary.inv_freq.numel() != F:
+        raise MethodError(
+            f"The calibration has {Hq} query heads of {F} rotary pairs a layer, which do not belong to {H} KV heads "
+            f"of {rotary.inv_freq.numel()} pairs."
+        )
+    dtype, device = torch.promote_types(keys_BHND.dtype, torch.float32), keys_BHND.device
+    alpha_HgF = (rotary.scaling * alpha(statistics, options)).to(device, dtype).view(H, Hq // H, F)
+    query_BHqjD = future_queries(statistics, rotary, length_B.to(device), options, dtype) if options.trig else None
+
+    keys_RND = keys_BHND.flatten(0, 1)
+    head = torch.arange(B * H, device=device) % H
+    query_RmD = None if query_BHqjD is None else query_BHqjD.reshape(B * H, -1, 2 * F)  # m = g x J'
+    out_RgN = torch.empty(B * H, Hq // H, N, dtype=dtype, device=device)
+    for block in head_blocks(B * H, keys_RND[0].numel(), device):
+        keys_rNd = upcast(keys_RND[block])[..., : 2 * F]
+        modulus_rFN = torch.hypot(keys_rNd[..., :F], keys_rNd[..., F:]).mT
+        alpha_rgF = alpha_HgF[head[block]]
+        if query_RmD is None:
+            out_RgN[block] = alpha_rgF @ modulus_rFN
+            continue
+        score_rmN = query_RmD[block] @ keys_rNd.mT
+        if options.aggregation == "max":
+            score_rmN = score_rmN.view(len(score_rmN), Hq // H, -1, N).amax(2)
+        out_RgN[block] = torch.baddbmm(score_rmN, alpha_rgF, modulus_rFN)
+    return out_RgN.view(B, Hq, N)
+
+
+def alpha(statistics: LayerStatistics, options: FrequencyOptions) -> Tensor:
+    """The coefficient of |k_f|, float64 [Hq, F], without the rotary scaling.
+
+    Raises:
+        MethodError: `norm="rms2"` without the mean squares.
+
+    """
+    mean_HqF, modulus_HqF = statistics.mean_HqF.abs().double(), statistics.modulus_HqF.double()
+    if options.norm == "rms2":
+        if statistics.square_HqF is None:
+            raise MethodError(
+                "norm=rms2 needs the mean squares of the queries, which this calibration does not have; run "
+                "`reasonkv calibrate`, or use norm=tri."
+            )
+        variance_HqF = (statistics.square_HqF.double() - mean_HqF.square()).clamp(min=0)
+        return options.norm_lambda * variance_HqF / (modulus_HqF + mean_HqF).clamp(min=_TINY)
+    return options.norm_lambda * ((modulus_HqF - mean_HqF).clamp(min=0) if options.mlr else modulus_HqF)
+
+
+def future_queries(
+    statistics: LayerStatistics,
+    rotary: Rotary,
+    length_B: Tensor,
+    options: FrequencyOptions,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """The mean query, rotated to the future as the model will rotate it, times the rotary scaling.
+
+    Args:
+        statistics, rotary, length_B, options: as in `frequency_scores`.
+        dtype: float32 or float64: in which the angles are computed. The model's own are float32, and at position
+            65,536 their rounding turns the fastest pair by up to 0.004 rad.
+
+    Returns:
+        [B, Hq, J', 2F] in the half-split layout: J' = 1, the mean over the distances, or J for `aggregation="max"`.
+
+    Raises:
+        MethodError: `horizon="variational"` without weights in the calibration, or with another number of them.
+
+    """
+    inv_freq_F = rotary.inv_freq.to(length_B.device, dtype)
+    offsets_J, length_B = options.offsets(length_B.device).to(dtype), length_B.to(dtype)
+    if options.aggregation == "max":
+        turn_BHqjF = _unit((length_B[:, None] + offsets_J)[..., None] * inv_freq_F)[:, None]
+    else:
+        turn_JF = _unit(offsets_J[:, None] * inv_freq_F)
+        weights_HqJ = horizon_weights(statistics, rotary.inv_freq.to(length_B.device).double(), options)
+        now_BF = _unit(length_B[:, None] * inv_freq_F)
+        turn_BHqjF = (weights_HqJ.to(turn_JF) @ turn_JF)[:, None] * now_BF[:, None, None]
+    query_BHqjF = rotary.scaling * statistics.mean_HqF.to(turn_BHqjF)[:, None] * turn_BHqjF
+    return torch.cat([query_BHqjF.real, query_BHqjF.imag], dim=-1)
+
+
+def horizon_weights(statistics: LayerStatistics, inv_freq_F: Tensor, options: FrequencyOptions) -> Tensor:
+    """Weights of the future distances, float64 [1 or Hq, J], each row summing to 1.
+
+    Adaptive (CASK's constants, all 1): normal in log2 d around log2 of the effective wavelength, the geometric mean of
+    2 pi / w_f weighted by |mu_f|, with deviation 1 + (1 - the same mean of the concentrations |mu_f| / mean |q_f|).
+
+    Raises:
+        MethodError: as `future_queries`.
+
+    """
+    offsets_J = options.offsets(inv_freq_F.device)
+    J = offsets_J.numel()
+    if options.horizon == "fixed":
+        return torch.full((1, J), 1.0 / J, dtype=torch.float64, device=inv_freq_F.device)
+    if options.horizon == "variational":
+        weights_HqJ = getattr(statistics, "horizon_HqJ", None)
+        if weights_HqJ is None:
+            raise MethodError(
+                "horizon=variational needs weights per query head, which this calibration does not have (the public "
+                "files have them where they were made with `--build-variational-horizon`); use horizon=fixed or "
+                "adaptive."
+            )
+        if weights_HqJ.shape[-1] != J:
+            raise MethodError(
+                f"The calibration weights {weights_HqJ.shape[-1]} future distances, but longest={options.longest} "
+                f"gives {J}."
+            )
+        return torch.as_tensor(weights_HqJ).double()
+    mean_HqF = statistics.mean_HqF.abs().double()
+    share_HqF = mean_HqF / mean_HqF.sum(-1, keepdim=True).clamp(min=_TINY)
+    concentration_Hq1 = (share_HqF * mean_HqF / statistics.modulus_HqF.double().clamp(min=_TINY)).sum(-1, keepdim=True)
+    centre_Hq1 = (share_HqF * (2 * math.pi / inv_freq_F).log2()).sum(-1, keepdim=True)
+    deviation_Hq1 = (2.0 - concentration_Hq1).clamp(min=_TINY)
+    return (-((offsets_J.log2() - centre_Hq1) ** 2) / (2 * deviation_Hq1.square())).softmax(-1)
+
+
+def _unit(phases: Tensor) -> Tensor:
+    return torch.polar(torch.ones_like(phases), phases)

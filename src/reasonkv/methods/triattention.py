@@ -1,0 +1,208 @@
+"""TriAttention: what the mean query of each head will attend to, told from rotated keys."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from reasonkv.budget import Budget
+from reasonkv.methods.base import Method, Needs
+from reasonkv.methods.frequency import (
+    Aggregation,
+    FrequencyOptions,
+    Horizon,
+    Norm,
+    frequency_scores,
+)
+from reasonkv.plan import Plan
+from reasonkv.selection import top_k_slots
+from reasonkv.view import SlotView
+
+__all__ = ["FrequencyOptions", "TriAttention", "across", "frequency_scores", "standardize"]
+
+Mode = Literal["per_head", "global", "per_layer_per_head"]
+Group = Literal["max", "mean"]
+Profile = Literal["default", "paper"]
+
+_NOISE = 1e-6
+
+
+@dataclass(frozen=True)
+class TriAttention(Method):
+    """Keep what the mean query will attend to at the coming distances (Mao et al., 2026, "TriAttention: Efficient Long
+    Reasoning with Trigonometric KV Compression", arXiv 2604.04921).
+
+    1. Score every slot for every query head (`frequency_scores`); positions are not needed, and slots of different
+       heads may hold different tokens.
+    2. `normalize`: z-score each query head's scores over the candidates, the slots that nothing protects.
+    3. Reduce over heads and layers as `mode` says, and take the best.
+
+    The default is the published setting: `mode=per_head` with z-scores. It lets KV heads of different tastes hold
+    different tokens, and averages every head's taste over the layers.
+
+    `profile=paper` is the public code with the prompt pinned, its default. Which budget it ran with depends on the
+    entry point (P = prompt tokens; sinks and recent are 0 in all of them; see `paper_budget`):
+
+    | entry point | method | budget |
+    |---|---|---|
+    | command line (published results) | `profile=paper` | count, occupancy, interval 128, cut_prompt first_event |
+    | library, replay harness | `profile=paper,mode=global,normalize=false` | count, grid, 128, counts decode, first_event |
+    | either, `allow_prefill_compression` | without `profile` | the same |
+
+    The public code's quirk is kept under `pin_prompt`: once the prompt alone fills the budget, every event keeps the
+    first slots of the cache and nothing else. Two differences of form remain: kept slots ascend (those of the public
+    per-head modes are in order of score), and ties go to the newer slot (the public code adds noise from a
+    generator, 1e-6 high, unless its seed is None).
+
+    Args:
+        mode: "per_head" - the best query head of a group, averaged over layers: each KV head index has its own set,
+            the same in all layers; "global" - the best query head of the model: one set for all; "per_layer_per_head"
+            - each KV head of each layer by itself.
+        normalize: z-score before reducing (population deviation, at least 1e-6).
+        group: how the query heads of a KV head are reduced: "max" or "mean" (the public code has "mean" in
+            per_layer_per_head only; "global" always takes the maximum).
+        aggregation, mlr, trig, horizon, norm, norm_lambda: of the score, see `FrequencyOptions`.
+        noise: break ties by the project's hashed noise, up to 1e-6, instead of by age.
+        pin_prompt: prompt slots stay whatever the budget's prompt policy, with the quirk above.
+        profile: "paper" sets pin_prompt.
+
+    """
+
+    name: ClassVar[str] = "triattention"
+    title: ClassVar[str] = "Expected score under the mean query, from calibration"
+    paper: ClassVar[str] = "TriAttention, arXiv 2604.04921"
+
+    mode: Mode = "per_head"
+    normalize: bool = True
+    group: Group = "max"
+    aggregation: Aggregation = "mean"
+    mlr: bool = True
+    trig: bool = True
+    horizon: Horizon = "fixed"
+    norm: Norm = "tri"
+    norm_lambda: float = 1.0
+    noise: bool = False
+    pin_prompt: bool = False
+    profile: Profile = "default"
+
+    def __post_init__(self) -> None:
+        for key, allowed in (("mode", Mode), ("group", Group), ("profile", Profile)):
+            if getattr(self, key) not in get_args(allowed):
+                raise ValueError(f"{key} must be one of {', '.join(get_args(allowed))}, not {getattr(self, key)!r}.")
+        if self.mode == "global" and self.group != "max":
+            raise ValueError("mode=global takes the maximum over all heads, so it needs group=max.")
+        if self.profile == "paper":
+            object.__setattr__(self, "pin_prompt", True)
+        assert self.frequency  # its options are checked here
+
+    @property
+    def frequency(self) -> FrequencyOptions:
+        """The options of the score."""
+        return FrequencyOptions(self.aggregation, self.mlr, self.trig, self.horizon, self.norm, self.norm_lambda)
+
+    @property
+    def needs(self) -> Needs:
+        """Query statistics; all layers at once unless every layer chooses by itself."""
+        return Needs(scope="head" if self.mode == "per_layer_per_head" else "model", calibration=True)
+
+    @classmethod
+    def paper_budget(cls, tokens: int, entry: Literal["command_line", "library"] = "command_line") -> Budget:
+        """The budget of the public code's entry points (see the class).
+
+        Args:
+            tokens: slots that stay, prompt included.
+            entry: "command_line" - its `run-one` and worker, behind the published results; "library" - its functions
+                called directly, and CASK's replay harness.
+
+        """
+        if entry == "command_line":
+            return Budget(tokens, interval=128, sinks=0, recent=0, cut_prompt="first_event")
+        return Budget(
+            tokens, interval=128, sinks=0, recent=0, trigger="grid", trigger_counts="decode", cut_prompt="first_event"
+        )
+
+    def spec(self) -> str:
+        """As for every method; what the profile sets is not said twice."""
+        base = type(self)(profile=self.profile).options() | {"profile": "default"}
+        changed = [f"{f.name}={getattr(self, f.name)}" for f in fields(self) if getattr(self, f.name) != base[f.name]]
+        return self.name + (":" + ",".join(changed) if changed else "")
+
+    def plan(self, view: SlotView, keep: int) -> Plan:
+        """One layer alone; what `plan_layers` does with it."""
+        return self.plan_layers([view], keep)[0]
+
+    def plan_layers(self, views: Sequence[SlotView], keep: int) -> list[Plan]:
+        """Score all layers, reduce, and take the best; layers and heads that share a score share its set."""
+        reduced = [self._reduced_scores(view, keep) for view in views]
+        if self.mode == "per_layer_per_head":
+            return [self._choose(scores, view, keep) for scores, view in zip(reduced, views, strict=True)]
+        combined = across(torch.stack(reduced), "max" if self.mode == "global" else "mean", 0)
+        return [self._choose(combined, views[0], keep)] * len(views)
+
+    def _reduced_scores(self, view: SlotView, keep: int) -> Tensor:
+        """One layer's scores after steps 1 and 2, reduced over query heads: [B, H, N], or [B, 1, N] for `global`."""
+        assert view.calibration is not None and view.rotary is not None
+        B, H, N = view.positions_BHN.shape
+        scores_BHqN = frequency_scores(view.keys_BHND, view.calibration, view.rotary, view.length_B, self.frequency)
+        scores_BHgN = scores_BHqN.view(B, H, -1, N)
+        if self.normalize:
+            scores_BHgN = standardize(scores_BHgN, ~self._protected(view, keep)[0][:, :, None])
+        if self.mode == "global":
+            return across(scores_BHgN.flatten(1, 2), "max", 1)[:, None]
+        return across(scores_BHgN, self.group, 2)
+
+    def _protected(self, view: SlotView, keep: int) -> tuple[Tensor, Tensor]:
+        """Slots that must stay, bool [B, H, N], and rows whose prompt fills the budget, bool [B] (see the class)."""
+        protected_BHN = view.is_protected_BHN
+        if not self.pin_prompt:
+            return protected_BHN, torch.zeros(len(protected_BHN), dtype=torch.bool, device=protected_BHN.device)
+        pinned_BHN = protected_BHN | view.is_prompt_BHN
+        is_full_B = (pinned_BHN.sum(-1) > keep).flatten(1).any(1)
+        if view.prompt_length_B is not None:
+            is_full_B |= view.prompt_length_B >= keep
+        return torch.where(is_full_B[:, None, None], protected_BHN, pinned_BHN), is_full_B
+
+    def _choose(self, scores_BHN: Tensor, view: SlotView, keep: int) -> Plan:
+        """Step 3's best, for all heads of a layer; of one row of scores for all heads, the set of head 0."""
+        H, N = view.positions_BHN.shape[1:]
+        heads = scores_BHN.shape[1]
+        protected_BHN, is_full_B = self._protected(view, keep)
+        if self.noise:
+            # A set for all heads takes head 0's noise, whichever heads this process holds.
+            asked = view if heads == H and self.mode != "global" else replace(view, first_head=0)
+            scores_BHN = scores_BHN + _NOISE * asked.uniform_BHN()[:, :heads]
+        oldest_N = -torch.arange(N, dtype=scores_BHN.dtype, device=scores_BHN.device)
+        scores_BHN = torch.where(is_full_B[:, None, None], oldest_N, scores_BHN)
+        kept_BHK = top_k_slots(scores_BHN, keep, protected_BHN[:, :heads])
+        return Plan(kept_BHK.expand(-1, H, -1))
+
+
+def standardize(scores: Tensor, is_candidate: Tensor, least: float = 1e-6) -> Tensor:
+    """Z-scores [..., N] over each row's candidates alone.
+
+    Args:
+        scores: any float dtype.
+        is_candidate: bool that broadcasts to `scores`; their number may differ from row to row.
+        least: floor under the population standard deviation.
+
+    Returns:
+        Of slots that are no candidates: the same map applied, which decides nothing.
+
+    """
+    count = is_candidate.sum(-1, keepdim=True).clamp(min=1)
+    centred = scores - (scores * is_candidate).sum(-1, keepdim=True) / count
+    deviation = ((centred.square() * is_candidate).sum(-1, keepdim=True) / count).sqrt()
+    return centred / deviation.clamp(min=least)
+
+
+def across(scores: Tensor, how: Literal["max", "mean"], dim: int) -> Tensor:
+    """Reduce scores over query heads or layers: the one place where a tensor-parallel runtime must add a collective.
+
+    `max` over the query heads of `global` needs an all-reduce over ranks; reductions over a KV head's own group or
+    over layers are local.
+    """
+    return scores.amax(dim) if how == "max" else scores.mean(dim)
