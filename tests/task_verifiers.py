@@ -49,7 +49,10 @@ def verify_program(problem: Problem) -> None:
 
 
 def verify_recall(problem: Problem) -> None:
-    """Interpret facts, chain and counted loop; every fact asked for is stated once and never rewritten."""
+    """Interpret facts, chain and counted loop; a fact asked for is stated once and never rewritten.
+
+    The last two names asked for are no facts but results of the work: they count the passes that were really done.
+    """
     body, asked = problem.prompt.removeprefix("<recall> ").removesuffix(" <think>").split(" ? ")
     *lines, end = (part.split() for part in body.split(" ; "))
     values: dict[str, int] = {}
@@ -68,9 +71,12 @@ def verify_recall(problem: Problem) -> None:
         expected.append(f"left n{remaining:02d} ;")
         expected += [_run_line(line, values) for line in loop]
     expected.append("left n00 ;")
-    for name in asked.split():
-        assert targets.count(name) == 1
-        assert name not in [line[-1] for line in loop]
+    work = {line[-1] for line in before[-5:]}
+    assert {name for line in loop for name in (line[1], line[3], line[-1])} <= work
+    *facts, one, other = asked.split()
+    assert len({*facts, one, other}) == len(facts) + 2
+    assert all(targets.count(name) == 1 and name not in work for name in facts)
+    assert {one, other} <= work
     answer = " ".join(f"{name} {values[name]}" for name in asked.split())
     assert problem.trace == f"{' '.join(expected)} </think> {answer}"
 
@@ -116,40 +122,42 @@ def verify_search(problem: Problem) -> None:
     """Follow the trace step by step: only what a depth-first search may do next is allowed."""
     edges, start, goal = _graph(problem)
     thinking, answer = problem.trace.split(" </think> ")
-    first, *steps = (step.split() for step in thinking.split(" ; "))
-    assert first == [start, "from", "none", "go", start, "1"]
-    above = {start: "none"}
-    node, tried, entered = start, 0, None  # `entered`: the child that must be gone to next
-    for number, words in enumerate(steps):
-        if entered is not None:
-            assert words[:3] == [entered, "from", node]
-            assert entered not in above
-            above[entered] = node
-            if entered == goal:
-                assert words[3:] == ["end"]
-                assert number == len(steps) - 1
-            else:
-                assert words[3:] == ["go", entered, "1"]
-            node, tried, entered = entered, 0, None
+    way: list[str] = []  # from the start to where the search is
+    seen: set[str] = set()
+    entering: str | None = start
+    tried = 0  # edges of the last node of `way`, since it was entered or come back to
+    *steps, last = (step.split() for step in thinking.split(" ; "))
+    for words in steps:
+        if entering is not None:
+            assert entering not in seen and entering != goal
+            way.append(entering)
+            seen.add(entering)
+            assert words == [_place(way), entering, "go", entering, "1"]
+            tried, entering = 0, None
         elif "back" in words:
-            assert tried > len(edges[node])
-            assert words == [node, "from", above[node], "back", above[node], "1"]
-            node, tried = above[node], 0
+            assert tried > len(edges[way.pop()])
+            assert words == [_place(way), way[-1], "back", way[-1], "1"]
+            tried = 0
         else:
-            assert words[:2] == [node, "abcdefghij"[tried]]
-            if tried == len(edges[node]):
+            assert words[:2] == [way[-1], "abcde"[tried]]
+            if tried == len(edges[way[-1]]):
                 assert words[2:] == ["none"]
             else:
-                child = edges[node][tried]
-                state = "2" if child == goal else "1" if child in above else "0"
+                child = edges[way[-1]][tried]
+                state = "2" if child == goal else "1" if child in seen else "0"
                 assert words[2:] == [child, state]
-                entered = child if state != "1" else None
+                entering = child if state != "1" else None
             tried += 1
-    assert node == goal
-    way = answer.split(" from ")
-    assert (way[0], way[-2], way[-1]) == (goal, start, "none")
-    assert all(child in edges[parent] for child, parent in pairwise(way[:-1]))
-    assert all(above[child] == parent for child, parent in pairwise(way))
+    assert entering == goal
+    way.append(goal)
+    assert last == [_place(way), goal, "end"]
+    assert way[0] == start and all(child in edges[parent] for parent, child in pairwise(way))
+    assert answer == " ".join(f"{_place(way[: i + 1])} {way[i]}" for i in reversed(range(len(way))))
+
+
+def _place(way: list[str]) -> str:
+    """The letter of the stack's uppermost place: f for the start alone, z for a way of 21 nodes."""
+    return "fghijklmnopqrstuvwxyz"[len(way) - 1]
 
 
 _COLUMN = re.compile(
@@ -242,10 +250,8 @@ VERIFIERS: dict[str, Callable[[Problem], None]] = {
 
 
 def items_of(problem: Problem) -> list[list[str]]:
-    """The answer in its items: name and value, one fact, or one step of the way."""
+    """The answer in its items: name and value, one fact, or one place of the way and its node."""
     words = problem.answer.split()
-    if problem.task == "search":
-        return [words[:1]] + [words[i : i + 2] for i in range(1, len(words), 2)]
     size = 5 if problem.task == "longdoc" else 2
     return [words[i : i + size] for i in range(0, len(words), size)]
 
@@ -288,7 +294,7 @@ def near_misses(problem: Problem, other: Problem) -> dict[str, str]:
         "wrong order": joined([items[-1], *items[1:-1], items[0]]) if len(items) > 1 else words,
         "words reversed": words[::-1],
         "values without names": [words[i] for i in digits],
-        "separators lost": [word for word in words if word not in (";", "from")],
+        "separators lost": [word for word in words if word != ";"],
         "truncated by one token": words[:-1],
         "empty answer": [],
         "answer of another problem": other.answer.split(),

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import (
@@ -20,6 +21,10 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+
+if TYPE_CHECKING:
+    from reasonkv.calibration import Calibration
+    from reasonkv.methods import Method
 
 TESTBED = "testbed"
 DTYPES = {
@@ -46,6 +51,7 @@ class LoadedModel:
         model: in evaluation mode, on its device.
         tokenizer: its tokenizer.
         hash: of configuration, tensor names and shapes, and a sample of the query weights; not of the folder's name.
+        calibration_file: statistics of its queries, where they are not looked up beside it.
 
     """
 
@@ -53,6 +59,27 @@ class LoadedModel:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     hash: str
+    calibration_file: Path | None = None
+
+    @cached_property
+    def calibration(self) -> Calibration:
+        """Statistics of its queries, looked up once.
+
+        Raises:
+            CalibrationError: there are none, or they belong to another model.
+
+        """
+        from reasonkv.calibration import find_calibration
+
+        return find_calibration(self.model, self.calibration_file)
+
+    def calibration_for(self, method: Method) -> Calibration | None:
+        """The statistics, if a method needs them; errors as in `calibration`."""
+        return self.calibration if method.needs.calibration else None
+
+    def calibration_argument(self, methods: Iterable[Method]) -> dict[str, str]:
+        """What a manifest says about the statistics: their digest, if any of these methods needs them."""
+        return {"calibration": self.calibration.digest} if any(m.needs.calibration for m in methods) else {}
 
     @property
     def dtype(self) -> str:
@@ -65,13 +92,14 @@ class LoadedModel:
         return device_words(self.model.device)
 
 
-def load_model(name: str, dtype: str = "auto", device: str = "auto") -> LoadedModel:
+def load_model(name: str, dtype: str = "auto", device: str = "auto", calibration: Path | None = None) -> LoadedModel:
     """Load a model and its tokenizer.
 
     Args:
         name: "testbed", a folder, or a hub name.
         dtype: "auto" (float32 on a CPU, the checkpoint's own elsewhere) or one of `DTYPES`.
         device: "auto" (an accelerator if there is one) or a torch device.
+        calibration: statistics of its queries, where they are not looked up beside it.
 
     Raises:
         ModelError: one sentence.
@@ -101,7 +129,7 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto") -> LoadedMo
         model = model.to(place).eval()
     except (RuntimeError, AssertionError) as error:
         raise ModelError(f"{name} cannot be moved to {place} ({_first_line(error)}).") from None
-    return LoadedModel(name, model, tokenizer, model_hash(model))
+    return LoadedModel(name, model, tokenizer, model_hash(model), calibration)
 
 
 def load_config(name: str) -> PreTrainedConfig:

@@ -7,6 +7,7 @@ cached keys with the mean of q_f, the mean of |q_f| and, in one variant, the mea
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -103,6 +104,19 @@ class Calibration:
     def pairs(self) -> int:
         """Number of rotary pairs in a head."""
         return self.mean_LHqF.shape[2]
+
+    @property
+    def digest(self) -> str:
+        """Twelve hex digits of the statistics themselves, for manifests."""
+        digest = hashlib.sha256()
+        for tensor in (self.mean_LHqF, self.modulus_LHqF, self.square_LHqF):
+            if tensor is not None:
+                digest.update(
+                    torch.view_as_real(tensor).cpu().numpy().tobytes()
+                    if tensor.is_complex()
+                    else tensor.cpu().numpy().tobytes()
+                )
+        return digest.hexdigest()[:12]
 
     def layer(self, index: int) -> LayerStatistics:
         """Statistics of one layer: views, not copies."""

@@ -28,6 +28,12 @@ FAILED, USAGE = 1, 2
 Model = Annotated[str, typer.Option(help="The bundled [b]testbed[/b], a model folder, or a hub name.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16 or float64.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
+CalibrationFile = Annotated[
+    Path | None,
+    typer.Option("--calibration", help="Query statistics, made by [b]reasonkv calibrate[/b]; looked up by default."),
+]
+ModelChoice = tuple[str, str, str, Path | None]
+"""Model, dtype, device and calibration file as given, for `open_model(*choice)`."""
 Seed = Annotated[int, typer.Option(help="Seed of problems, sampling and methods.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Rows at once.")]
 Tasks = Annotated[str, typer.Option("--task", help="Tasks, with dials: program,recall:distance=900.")]
@@ -111,6 +117,7 @@ def _exit_code(error: Exception) -> int | None:
     import torch
 
     from reasonkv.budget import BudgetError
+    from reasonkv.calibration import CalibrationError
     from reasonkv.evaluate.decoding import DecodingError
     from reasonkv.evaluate.evaluator import EvaluateError
     from reasonkv.evaluate.frontier import FrontierError
@@ -126,7 +133,7 @@ def _exit_code(error: Exception) -> int | None:
 
     used_wrongly = (
         UsageError, BudgetError, MethodError, TaskError, ModelError, ResultsError, TraceError, UnsupportedModelError,
-        EvaluateError, FrontierError,
+        EvaluateError, FrontierError, CalibrationError,
     )  # fmt: skip
     if isinstance(error, used_wrongly):
         return USAGE
@@ -240,12 +247,12 @@ def quiet_libraries() -> None:
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
 
-def open_model(model: str, dtype: str, device: str) -> LoadedModel:
+def open_model(model: str, dtype: str, device: str, calibration: Path | None = None) -> LoadedModel:
     """Load a model without the noise its libraries make on the way."""
     from reasonkv.models import load_model
 
     quiet_libraries()
-    return load_model(model, dtype, device)
+    return load_model(model, dtype, device, calibration)
 
 
 def print_json(data: Any) -> None:

@@ -53,6 +53,7 @@ def evaluate(
         ),
     ] = None,
     batch_size: common.BatchSize = 16,
+    calibration: common.CalibrationFile = None,
     dtype: common.Dtype = "auto",
     device: common.Device = "auto",
     json: common.Json = False,
@@ -86,12 +87,12 @@ def evaluate(
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
     )
-    _run(job, model, dtype, device, out, json)
+    _run(job, (model, dtype, device, calibration), out, json)
 
 
-def _run(job: EvaluateJob, model: str, dtype: str, device: str, out: Path, json: bool) -> None:
+def _run(job: EvaluateJob, model: common.ModelChoice, out: Path, json: bool) -> None:
     job.cells()  # mistakes in budgets are said before the model takes its time to load
-    loaded = common.open_model(model, dtype, device)
+    loaded = common.open_model(*model)
     note(f"{loaded.name}: {loaded.dtype} on {loaded.device_name}; results in {common.show(out)}")
     result = evaluate_and_show(job, loaded, out, quiet=json)
     if json:

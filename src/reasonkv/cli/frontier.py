@@ -69,6 +69,7 @@ def frontier(
         typer.Option(min=1, help="Most output tokens, as in replay and evaluate.", rich_help_panel=_SEARCH),
     ] = None,
     batch_size: common.BatchSize = 16,
+    calibration: common.CalibrationFile = None,
     dtype: common.Dtype = "auto",
     device: common.Device = "auto",
     json: common.Json = False,
@@ -115,7 +116,7 @@ def frontier(
         "limit": limit, "seed": seed, "batch_size": batch_size,
     }  # fmt: skip
     job = _job(wanted, max_new_tokens, settings)
-    _search(job, wanted, resolution, figure, out, json, (model, dtype, device))
+    _search(job, wanted, resolution, figure, out, json, (model, dtype, device, calibration))
 
 
 def _target(metric: str, text: str | None) -> Target:
@@ -186,7 +187,7 @@ def _search(
     figure: Path | None,
     out: Path,
     json: bool,
-    model: tuple[str, str, str],
+    model: common.ModelChoice,
 ) -> None:
     """Bisect, then say what was found."""
     from reasonkv.evaluate.bisection import check_search, search_budgets

@@ -30,6 +30,7 @@ def generate(
     temperature: common.Temperature = 0.0,
     top_p: common.TopP = 0.95,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
+    calibration: common.CalibrationFile = None,
     dtype: common.Dtype = "auto",
     device: common.Device = "auto",
     json: common.Json = False,
@@ -63,7 +64,7 @@ def generate(
     family = get_task(task) if task is not None else None
     problems: list[Any] = [family.problem(i, seed=seed) for i in range(limit)] if family else [None]
 
-    loaded = common.open_model(model, dtype, device)
+    loaded = common.open_model(model, dtype, device, calibration)
     from reasonkv.evaluate.generate import Sampling, context_length, encode, generate_rows
     from reasonkv.models import one_thread_if_small
     from reasonkv.runtimes.transformers import CompressedCache
@@ -82,7 +83,13 @@ def generate(
         with (
             one_thread_if_small(loaded.model),
             CompressedCache(
-                loaded.model, chosen, limits, prompt_lengths=[len(ids)], seed=seed, max_length=len(ids) + room
+                loaded.model,
+                chosen,
+                limits,
+                prompt_lengths=[len(ids)],
+                seed=seed,
+                max_length=len(ids) + room,
+                calibration=loaded.calibration_for(chosen),
             ) as cache,
         ):
             (output,) = generate_rows(

@@ -42,6 +42,7 @@ def inspect(
     cut_prompt: common.CutPrompt = "prefill",
     prefill_chunk: common.PrefillChunk = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most output tokens of full KV's trace.")] = 2048,
+    calibration: common.CalibrationFile = None,
     dtype: common.Dtype = "auto",
     device: common.Device = "auto",
 ) -> None:
@@ -53,7 +54,11 @@ def inspect(
     Example: [b]reasonkv inspect --task program --example 3 --method rkv --budget 128 --generate[/b]
     """
     if folder is not None:
-        made = _of_folder(folder, model, task, example, method, budget, generate, dtype, device)
+        from reasonkv.evaluate.results import load_results
+
+        name = model or load_results(folder).manifest["model"]["name"]
+        loaded = common.open_model(name, dtype, device, calibration)
+        made = folder_inspection(folder, loaded, task, example, method, budget, generate)
     else:
         fields = {
             "interval": interval, "sinks": sinks, "recent": recent, "prompt": prompt_policy, "trigger": trigger,
@@ -61,7 +66,8 @@ def inspect(
         }  # fmt: skip
         cell = _new_cell(method or "rkv", budget, fields, generate)
         made = _fresh(
-            model or "testbed", task or "program", example or 0, cell, generate, seed, max_new_tokens, dtype, device
+            (model or "testbed", dtype, device, calibration),
+            task or "program", example or 0, cell, generate, seed, max_new_tokens,
         )  # fmt: skip
     _write(made, out, save if save is not None else folder)
 
@@ -86,7 +92,7 @@ def _new_cell(method: str, budget: int | None, fields: dict[str, Any], generate:
 
 
 def _fresh(
-    model: str, task: str, example: int, cell: Cell, generate: bool, seed: int, most: int, dtype: str, device: str
+    model: common.ModelChoice, task: str, example: int, cell: Cell, generate: bool, seed: int, most: int
 ) -> Inspection:
     from reasonkv.evaluate.traces import TraceSettings, load_or_make_traces
     from reasonkv.models import one_thread_if_small
@@ -95,7 +101,7 @@ def _fresh(
 
     family = get_task(task)
     family.problem(example, seed=seed)  # what is wrong with the choice is said before the model loads
-    loaded = common.open_model(model, dtype, device)
+    loaded = common.open_model(*model)
     with tempfile.TemporaryDirectory() as place, one_thread_if_small(loaded.model):
         (trace,) = load_or_make_traces(
             loaded.model, loaded.tokenizer, family, task_spec=task, examples=[example], seed=seed,
@@ -103,24 +109,6 @@ def _fresh(
         )  # fmt: skip
     run = inspect_generation if generate else inspect_replay
     return run(loaded, trace, cell, task=task, seed=seed)
-
-
-def _of_folder(
-    folder: Path,
-    model: str | None,
-    task: str | None,
-    example: int | None,
-    method: str | None,
-    budget: int | None,
-    generate: bool,
-    dtype: str,
-    device: str,
-) -> Inspection:
-    from reasonkv.evaluate.results import load_results
-
-    name = model or load_results(folder).manifest["model"]["name"]
-    loaded = common.open_model(name, dtype, device)
-    return folder_inspection(folder, loaded, task, example, method, budget, generate)
 
 
 def folder_inspection(

@@ -52,6 +52,7 @@ def replay(
         float, typer.Option(min=0.01, max=1.0, help="Of sampled traces.", rich_help_panel="Traces")
     ] = 0.95,
     batch_size: common.BatchSize = 16,
+    calibration: common.CalibrationFile = None,
     dtype: common.Dtype = "auto",
     device: common.Device = "auto",
     json: common.Json = False,
@@ -83,12 +84,12 @@ def replay(
         traces=TraceSettings(traces, max_new_tokens, temperature, top_p),  # type: ignore[arg-type]
         batch_size=batch_size,
     )
-    _run(job, model, dtype, device, out, json)
+    _run(job, (model, dtype, device, calibration), out, json)
 
 
-def _run(job: ReplayJob, model: str, dtype: str, device: str, out: Path, json: bool) -> None:
+def _run(job: ReplayJob, model: common.ModelChoice, out: Path, json: bool) -> None:
     job.cells()  # mistakes in budgets are said before the model takes its time to load
-    loaded = common.open_model(model, dtype, device)
+    loaded = common.open_model(*model)
     note(f"{loaded.name}: {loaded.dtype} on {loaded.device_name}; results in {common.show(out)}")
     result = replay_and_show(job, loaded, out, quiet=json)
     if json:

@@ -126,6 +126,7 @@ class EvaluateJob:
             "samples": self.samples,
             "sampling": asdict(self.sampling) if self.sampling else None,
             "max_new_tokens": self.max_new_tokens,
+            **model.calibration_argument(self.all_methods),
         }
         return Manifest(self.command, arguments, {"name": model.name, "hash": model.hash}, model.device_name)
 
@@ -246,6 +247,7 @@ class _TaskRun:
             seed=self.job.seed,
             row_seeds=[one.row_seed for one in requests],
             max_length=longest + self._room(longest, limit),  # the task's, so that no byte count depends on a batch
+            calibration=self.model.calibration_for(cell.method),
         ) as cache:
             return decode_batch(model, cache, requests, sampling=self.job.sampling, seed=self.job.seed)
 

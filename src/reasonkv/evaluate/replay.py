@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from reasonkv.budget import Budget
+from reasonkv.calibration import Calibration
 from reasonkv.evaluate.metrics import NonFiniteError, TraceMetrics, TraceScore
 from reasonkv.evaluate.pieces import MAX_PIECE, Row, feed
 from reasonkv.evaluate.records import Record
@@ -54,7 +55,13 @@ class Replayed:
 
 
 def replay_batch(
-    model: PreTrainedModel, traces: Sequence[Trace], cell: Cell, *, seed: int = 0, chunked: bool = True
+    model: PreTrainedModel,
+    traces: Sequence[Trace],
+    cell: Cell,
+    *,
+    seed: int = 0,
+    chunked: bool = True,
+    calibration: Calibration | None = None,
 ) -> list[Replayed]:
     """Replay a batch of traces.
 
@@ -71,6 +78,7 @@ def replay_batch(
         seed: of methods that draw random numbers.
         chunked: feed in pieces that end where the schedule puts an event; False feeds token by token after the
             prompt, which gives the same numbers slowly.
+        calibration: statistics of the model's queries, for methods that need them; looked up unless given.
 
     Raises:
         BudgetError: a prompt does not fit.
@@ -90,6 +98,7 @@ def replay_batch(
         row_seeds=[trace.example for trace in traces],
         max_length=max(row.fed for row in rows),
         reference=future,
+        calibration=calibration,
     ) as cache:
         distances = cache.tokens_to_next_event
         for scored in feed(model, cache, rows, distances=distances, max_piece=MAX_PIECE if chunked else 1):

@@ -82,6 +82,7 @@ class ReplayJob:
             "limit": self.limit,
             "seed": self.seed,
             "traces": asdict(self.traces),
+            **model.calibration_argument(self.methods),
         }
         return Manifest(self.command, arguments, {"name": model.name, "hash": model.hash}, model.device_name)
 
@@ -195,7 +196,9 @@ def _replay_cell(
     for batch in batches(traces, job.batch_size):
         missing = {trace.example for trace in batch if key(trace) not in done}
         if missing:
-            outcomes = replay_batch(model.model, batch, cell, seed=job.seed)
+            outcomes = replay_batch(
+                model.model, batch, cell, seed=job.seed, calibration=model.calibration_for(cell.method)
+            )
             records = [
                 to_record(run, task, job.seed, cell, trace, outcome)
                 for trace, outcome in zip(batch, outcomes, strict=True)

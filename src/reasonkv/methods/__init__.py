@@ -41,6 +41,7 @@ CATALOGUE = {
     "snapkv": "reasonkv.methods.snapkv:SnapKV",
     "rkv": "reasonkv.methods.rkv:RKV",
     "oracle": "reasonkv.methods.oracle:Oracle",
+    "cask": "reasonkv.methods.cask:CASK",
 }
 ENTRY_POINT_GROUP = "reasonkv.methods"
 

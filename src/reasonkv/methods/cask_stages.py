@@ -34,7 +34,6 @@ class Shares:
         window: newest decode slots that always stay.
         normalise: scores are z-scored per query head, over the prompt in stage 1 and over the candidates in stage 2.
         paper: reproduce the reference where it loses sinks and weighs wrongly.
-        mass: a folded slot's logits carry the log of its count.
     """
 
     prompt: PromptMode = "evict"
@@ -43,7 +42,6 @@ class Shares:
     window: int = 8
     normalise: bool = True
     paper: bool = False
-    mass: bool = True
 
 
 @dataclass(frozen=True)
@@ -120,14 +118,12 @@ def plan_row(row: RowSlots, keep: int, shares: Shares, rules: Rules) -> RowPlan:
     stays = np.zeros(N, dtype=bool)  # everything but the candidates
 
     recent = _recent(protected[prefix:], shares.window)
-    if shares.prompt == "pin" and prefix >= keep:
+    if shares.prompt == "pin" and prefix + int(protected[prefix:].sum()) >= keep:
         guards.append(PREFIX_EXHAUSTED)
     if shares.paper and guards:
         return _newest(row, keep, guards)
     if shares.prompt == "evict" or guards:
         target = prompt_target(keep, prefix, protected, recent, shares.prompt_share)
-        if target >= keep and shares.paper:
-            return _newest(row, keep, [PREFIX_EXHAUSTED])
     else:
         target = prefix
     if target < prefix:
@@ -315,8 +311,8 @@ def _weights(
 ) -> NDArray[np.float64]:
     """Value weights: a source weighs as many tokens as it stands for, times its support under "keepkv"."""
     if not shares.paper:
-        mass_N = row.counts_N * (supports_N if rules.operator == "keepkv" else 1.0)
-        return _normalised(mass_N, into_N, keep)
+        plain_N = row.counts_N.astype(np.float64)
+        return _normalised(plain_N * supports_N if rules.operator == "keepkv" else plain_N, into_N, keep)
     weights_N = np.where(into_N >= 0, 1.0, 0.0)
     if rules.operator == "keepkv":
         mass_N = row.counts_N * np.maximum(supports_N, LEAST_SUPPORT)

@@ -47,10 +47,10 @@ class TriAttention(Method):
     `profile=paper` is the public code with the prompt pinned, its default. Which budget it ran with depends on the
     entry point (P = prompt tokens; sinks and recent are 0 in all of them; see `paper_budget`):
 
-    | entry point | method | budget |
+    | entry point | method | budget: interval 128, prompt count, cut_prompt first_event, and |
     |---|---|---|
-    | command line (published results) | `profile=paper` | count, occupancy, interval 128, cut_prompt first_event |
-    | library, replay harness | `profile=paper,mode=global,normalize=false` | count, grid, 128, counts decode, first_event |
+    | command line (published results) | `profile=paper` | trigger occupancy |
+    | library, replay harness | `profile=paper,mode=global,normalize=false` | trigger grid, trigger_counts decode |
     | either, `allow_prefill_compression` | without `profile` | the same |
 
     The public code's quirk is kept under `pin_prompt`: once the prompt alone fills the budget, every event keeps the

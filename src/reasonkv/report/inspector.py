@@ -304,7 +304,8 @@ def _cache(
 ) -> CompressedCache:
     return CompressedCache(
         model.model, cell.method, cell.budget,
-        prompt_lengths=[prompt], seed=seed, row_seeds=[row], max_length=longest, **options,
+        prompt_lengths=[prompt], seed=seed, row_seeds=[row], max_length=longest,
+        calibration=model.calibration_for(cell.method), **options,
     )  # fmt: skip
 
 

@@ -1,0 +1,394 @@
+"""CASK: a protected core, and the rest folded into neighbours."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Literal, get_args
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from reasonkv.budget import Budget
+from reasonkv.methods.base import Method, Needs, SlotState
+from reasonkv.methods.cask_plan import Operator, Representative, Rules
+from reasonkv.methods.cask_stages import PromptMode, RowPlan, RowSlots, Shares, plan_row
+from reasonkv.methods.frequency import Aggregation, FrequencyOptions, frequency_scores
+from reasonkv.plan import Fold, Plan
+from reasonkv.view import SlotView
+
+__all__ = ["CASK", "PAPER_MARKERS", "CaskPlan", "phase_markers", "phases_of_tokens"]
+
+Profile = Literal["default", "paper"]
+PAPER_MARKERS = ("\n", "\n\n", "Therefore", " Therefore", "So", " So", "Hence", " Hence")
+"""Texts that end a phase of the reasoning in the reference, each tokenised without special tokens."""
+_SPAN = {"span_start": SlotState("position", "min", torch.int32), "span_end": SlotState("position", "max", torch.int32)}
+_PROFILES: dict[str, dict[str, Any]] = {
+    "default": {"scores": "z", "prompt_share": 0.5, "operator": "mean", "mass": "log"},
+    "paper": {"scores": "raw", "prompt_share": 1.0, "operator": "keepkv", "mass": "none"},
+}
+
+
+@dataclass(frozen=True)
+class CaskPlan(Plan):
+    """A plan that also tells how it came about, one `RowPlan` per row, for observers."""
+
+    rows: tuple[RowPlan, ...] = ()
+
+
+@dataclass(frozen=True)
+class CASK(Method):
+    """Protect what the coming queries will attend to, fold the rest into its neighbours (CASK, 2026; the code is
+    Skyline-23/CASK at 02c2f8b, the scores are TriAttention's, arXiv 2604.04921).
+
+    One set of slots for all layers and heads (`per_layer`: one per layer). At an event:
+
+    1. Prompt slots are evicted down to their share: an evenly spread reserve, and the best by score.
+    2. Of the decode slots but the newest, a core is protected: what most query heads name among their best (`vote`),
+       or what scores best (`score`). The rest is scratch.
+    3. Neighbouring scratch is merged greedily until it fits. Core slots and phase boundaries keep runs apart; pairs
+       that are close and similar go first. If the runs are too many, phase boundaries give way, then the core.
+    4. A group becomes one slot: the key of its best-scored source, the weighted mean of its values, and, with
+       `mass="log"`, + log(source tokens) on its logits.
+
+    `profile=paper` is the reference, with its quirks:
+
+    - a group's values weigh count x support, support = softplus(raw score) + 1e-4, divided by max(sum, 1): tiny
+      supports shrink the value; `operator=mean` SUMS the values;
+    - a folded slot enters the softmax as one key, whatever it stands for (`mass=none`);
+    - the prompt takes all slots but the window and two (`prompt_share=1`);
+    - `prompt_stage=pin` with a prompt that fills the budget keeps the newest slots alone, sinks lost (guard
+      prefix_budget_exhausted);
+    - scores are not standardised, although a maximum is taken over all heads.
+
+    Two differences of form: what the budget protects stays in either profile (`paper_budget` protects nothing), and
+    exactly the budget's slots stay where the reference returns one fewer (window + 1 decode tokens beside a prompt that
+    is being evicted: one more prompt slot stays). The reference's tie-breaking noise, 1e-6 on stage 1's scores, is left
+    out; of equal scores the older slot stays.
+
+    The default profile corrects: true weighted means, log mass, standardised scores, half of what is neither recent nor
+    protected for the decode stage, and a pinned prompt that does not fit is evicted after all (with the same guard).
+
+    Args:
+        profile: "default" or "paper".
+        per_layer: every layer has a plan of its own, from its own scores.
+        window: newest decode tokens that always stay.
+        prompt_stage: "evict" - step 1 (the reference's `count_prompt_tokens`); "pin" - the prompt stays; "open" - no
+            step 1, prompt tokens are candidates of step 2 (the reference's `allow_prefill_compression`).
+        prompt_share: most of the slots neither recent nor protected that the prompt may take from decode tokens; -1
+            stands for the profile's own.
+        coverage: part of the kept prompt that is evenly spread.
+        core: "vote" or "score".
+        core_ratio: part of step 2's slots that the core gets.
+        core_least: slots of the core at the least.
+        promotion: scratch with this part of the core's lowest score joins the core; 0 is off.
+        fold: False evicts the worst scratch instead of folding it.
+        operator: how a group's values are weighted: "mean" - by source tokens; "keepkv" - times their supports; ""
+            stands for the profile's own.
+        representative: "score_max_source" - the group's key is its best source's; "weighted_latest" - the weighted mean
+            of all, moved to the latest position.
+        local_window: positions between spans up to which two slots are close.
+        similarity: cosine from which they are similar. A preference: merging goes on below it.
+        value_gate: most distance between two slots' projected values; 0 is off.
+        mass_gate: most summed score of a pair, in mean scores of the best; 0 is off.
+        phases: runs end where the phase changes (between prompt and decode tokens even without markers).
+        markers: token-id sequences that end a phase, "198;271;12-13" for three, the last of two tokens; see
+            `phase_markers`. None unless given: the ids depend on the tokenizer.
+        mass: "log" - a folded slot's logits are raised by the log of its source tokens; "none" - for runtimes that add
+            nothing to logits; "" stands for the profile's own.
+        scores: "z" - standardised per query head over the candidates; "raw"; "" stands for the profile's own.
+        aggregation, mlr, trig: of the score, see `FrequencyOptions`.
+
+    """
+
+    name: ClassVar[str] = "cask"
+    title: ClassVar[str] = "Protected core by expected score, the rest folded into neighbours"
+    paper: ClassVar[str] = "CASK, github.com/Skyline-23/CASK"
+
+    profile: Profile = "default"
+    per_layer: bool = False
+    window: int = 8
+    prompt_stage: PromptMode = "evict"
+    prompt_share: float = -1.0
+    coverage: float = 0.0625
+    core: Literal["vote", "score"] = "vote"
+    core_ratio: float = 0.5
+    core_least: int = 1
+    promotion: float = 0.0
+    fold: bool = True
+    operator: Operator | Literal[""] = ""
+    representative: Representative = "score_max_source"
+    local_window: int = 32
+    similarity: float = 0.985
+    value_gate: float = 0.0
+    mass_gate: float = 0.0
+    phases: bool = True
+    markers: str = ""
+    mass: Literal["log", "none", ""] = ""
+    scores: Literal["z", "raw", ""] = ""
+    aggregation: Aggregation = "mean"
+    mlr: bool = True
+    trig: bool = True
+
+    def __post_init__(self) -> None:
+        if self.profile not in get_args(Profile):
+            raise ValueError(f"profile must be default or paper, not {self.profile!r}.")
+        for key, value in _PROFILES[self.profile].items():
+            if getattr(self, key) in ("", -1.0):
+                object.__setattr__(self, key, value)
+        for key, allowed in (
+            ("prompt_stage", ("evict", "pin", "open")),
+            ("core", ("vote", "score")),
+            ("operator", ("mean", "keepkv")),
+            ("representative", ("score_max_source", "weighted_latest")),
+            ("mass", ("log", "none")),
+            ("scores", ("z", "raw")),
+        ):
+            if getattr(self, key) not in allowed:
+                raise ValueError(f"{key} must be {' or '.join(allowed)}, not {getattr(self, key)!r}.")
+        for key in ("prompt_share", "coverage", "core_ratio"):
+            if not 0.0 <= getattr(self, key) <= 1.0:
+                raise ValueError(f"{key} must be between 0 and 1, not {getattr(self, key)}.")
+        for key in ("window", "core_least", "local_window", "promotion", "value_gate", "mass_gate"):
+            if not getattr(self, key) >= 0:
+                raise ValueError(f"{key} must be at least 0, not {getattr(self, key)}.")
+        assert self.frequency and self.marker_ids is not None  # checked where they are read
+
+    @property
+    def frequency(self) -> FrequencyOptions:
+        """The options of the score."""
+        return FrequencyOptions(self.aggregation, self.mlr, self.trig)
+
+    @property
+    def marker_ids(self) -> tuple[tuple[int, ...], ...]:
+        """`markers` as token ids."""
+        try:
+            return tuple(tuple(int(token) for token in one.split("-")) for one in self.markers.split(";") if one)
+        except ValueError:
+            raise ValueError(f"markers are token ids like 198;271;12-13, not {self.markers!r}.") from None
+
+    @property
+    def rules(self) -> Rules:
+        """How the second stage consolidates."""
+        names = {field.name for field in fields(Rules)}
+        given: dict[str, Any] = {key: value for key, value in self.options().items() if key in names}
+        return Rules(**given)
+
+    @property
+    def shares(self) -> Shares:
+        """How the slots are divided."""
+        return Shares(
+            self.prompt_stage, self.prompt_share, self.coverage, self.window,
+            normalise=self.scores == "z", paper=self.profile == "paper",
+        )  # fmt: skip
+
+    @property
+    def needs(self) -> Needs:
+        """Query statistics and what the options ask for; in the default profile the window is protected."""
+        return Needs(
+            recent=0 if self.profile == "paper" else self.window,
+            scope="layer" if self.per_layer else "model",
+            folds=self.fold,
+            slot_state=_SPAN if self.fold else {},
+            log_mass=self.fold and self.mass == "log",
+            token_ids=self.fold and self.phases and bool(self.markers),
+            calibration=True,
+            output_projection=self.fold and self.value_gate > 0.0,
+        )
+
+    @classmethod
+    def paper_budget(cls, tokens: int, entry: Literal["command_line", "library"] = "command_line") -> Budget:
+        """The budget of the reference's entry points.
+
+        Args:
+            tokens: slots that stay, prompt included.
+            entry: "command_line" - `run-one` and the prompt-heavy runs (with `prompt_stage=evict`); "library" - the
+                replay harness behind its reasoning tables (with `prompt_stage=pin`).
+
+        """
+        if entry == "command_line":
+            return Budget(tokens, interval=128, sinks=0, recent=0, cut_prompt="first_event")
+        return Budget(
+            tokens, interval=128, sinks=0, recent=0, trigger="grid", trigger_counts="decode", cut_prompt="first_event"
+        )
+
+    def spec(self) -> str:
+        """As for every method, but against the defaults of the profile."""
+        base = CASK(profile=self.profile).options() | {"profile": "default"}
+        changed = [f"{key}={value}" for key, value in self.options().items() if value != base[key]]
+        return self.name + (":" + ",".join(changed) if changed else "")
+
+    def plan(self, view: SlotView, keep: int) -> Plan:
+        """One layer alone; see `plan_layers`."""
+        return self._plan_together([view], keep)[0]
+
+    def plan_layers(self, views: Sequence[SlotView], keep: int) -> list[Plan]:
+        """One set of slots and groups for all layers, or with `per_layer` one for each."""
+        if self.per_layer:
+            return [self.plan(view, keep) for view in views]
+        return self._plan_together(views, keep)
+
+    def _plan_together(self, views: Sequence[SlotView], keep: int) -> list[Plan]:
+        first = views[0]
+        rows = tuple(plan_row(row, keep, self.shares, self.rules) for row in self.row_slots(views, keep))
+        (B, H, _), device = first.positions_BHN.shape, first.positions_BHN.device
+
+        def for_heads(parts: list[NDArray[Any]], dtype: torch.dtype) -> Tensor:
+            whole = torch.from_numpy(np.stack(parts)).to(device, dtype)
+            return whole[:, None].expand(B, H, -1).contiguous()
+
+        # float64 models fold in float64, others in float32
+        dtype = torch.promote_types(first.keys_BHND.dtype, torch.float32)
+        kept_BHK = for_heads([row.kept_K for row in rows], torch.int64)
+        guards = tuple(sorted({guard for row in rows for guard in row.guards}))
+        if not any(row.folds for row in rows):
+            return [CaskPlan(kept_BHK, guards=guards, rows=rows) for _ in views]
+        into_BHN = for_heads([row.into_N for row in rows], torch.int64)
+        keys_BHN = for_heads([row.key_weights_N for row in rows], dtype)
+        values_BHN = for_heads([row.value_weights_N for row in rows], dtype)
+        log_mass_BHK = for_heads([row.log_mass_K for row in rows], dtype) if self.mass == "log" else None
+        moves = self.representative == "weighted_latest"
+        return [
+            CaskPlan(
+                kept_BHK,
+                Fold(into_BHN, keys_BHN, values_BHN, view.rotary if moves else None),
+                log_mass_BHK=log_mass_BHK,
+                guards=guards,
+                rows=rows,
+            )
+            for view in views
+        ]
+
+    def row_slots(self, views: Sequence[SlotView], keep: int) -> list[RowSlots]:
+        """What planning needs to know of every row; the only reads of the layers' tensors.
+
+        Args:
+            views: the layers one plan covers; their slots hold the same tokens.
+            keep: slots that stay.
+
+        """
+        first = views[0]
+        scores_BMN = torch.cat([self._scores(view) for view in views], dim=1)
+        vectors_BND = comparison_vectors(views).cpu().numpy().astype(np.float64) if self.fold else None
+        gated = self.fold and self.value_gate > 0.0
+        values_BNE = projected_values(views).cpu().numpy().astype(np.float64) if gated else None
+        positions_BN, counts_BN = _host(first.positions_BHN), _host(first.counts_BHN)
+        starts_BN, ends_BN = (_host(first.state.get(name, first.positions_BHN)) for name in _SPAN)
+        is_prompt_BN = first.is_prompt_BHN[:, 0].cpu().numpy()
+        protected_BN = torch.stack([view.is_protected_BHN.any(1) for view in views]).any(0).cpu().numpy()
+        B = len(positions_BN)
+        prompts = is_prompt_BN.sum(-1).tolist() if first.prompt_length_B is None else first.prompt_length_B.tolist()
+        rows = []
+        for b in range(B):
+            phases_N = np.where(is_prompt_BN[b], -1, 0)
+            if self.markers and first.token_ids is not None:
+                ids_L = first.token_ids[b].cpu().numpy()
+                phases_N = phases_of_tokens(ids_L, prompts[b], self.marker_ids)[starts_BN[b]]
+            held = int(is_prompt_BN[b].sum())
+            # a pinned prompt counts whole in the reference, even once its guard has dropped some of it
+            is_full = self.prompt_stage == "pin" and self.profile == "paper" and prompts[b] >= keep
+            rows.append(
+                RowSlots(
+                    prefix=max(held, prompts[b]) if is_full else held,
+                    protected_N=protected_BN[b],
+                    scores_MN=scores_BMN[b],
+                    counts_N=counts_BN[b],
+                    starts_N=starts_BN[b],
+                    ends_N=ends_BN[b],
+                    positions_N=positions_BN[b],
+                    phases_N=phases_N,
+                    vectors_ND=None if vectors_BND is None else vectors_BND[b],
+                    values_NE=None if values_BNE is None else values_BNE[b],
+                )
+            )
+        return rows
+
+    def _scores(self, view: SlotView) -> Tensor:
+        assert view.calibration is not None and view.rotary is not None
+        return frequency_scores(view.keys_BHND, view.calibration, view.rotary, view.length_B, self.frequency)
+
+
+def comparison_vectors(views: Sequence[SlotView]) -> Tensor:
+    """What slots are compared by: unit keys before RoPE, averaged over layers and KV heads; float32 or 64 [B, N, D].
+
+    The rotation is linear, keeps norms, and is the same for all heads of a slot, so the rotated unit keys are averaged
+    and un-rotated once. Averaging over query heads instead counts every KV head equally often: the same.
+
+    Args:
+        views: layers whose heads hold the same tokens.
+
+    """
+    first = views[0]
+    dtype = torch.promote_types(first.keys_BHND.dtype, torch.float32)
+    total_BND = torch.zeros(first.keys_BHND[:, 0].shape, dtype=dtype, device=first.keys_BHND.device)
+    for view in views:
+        for keys_BND in view.keys_BHND.to(dtype).unbind(1):  # one head at a time stays in a core's cache
+            norm_BN1 = torch.linalg.vector_norm(keys_BND, dim=-1, keepdim=True)
+            total_BND.addcdiv_(keys_BND, norm_BN1.clamp_(min=1e-12))
+    assert first.rotary is not None
+    total_BND /= len(views) * first.keys_BHND.shape[1]
+    return first.rotary.unrotate(total_BND, first.positions_BHN[:, 0])
+
+
+def projected_values(views: Sequence[SlotView]) -> Tensor:
+    """Values through the output projection, averaged over layers and query heads: [B, N, E], E the model's width."""
+    total: Tensor | None = None
+    for view in views:
+        assert view.output_projection_HqDM is not None
+        Hq, D, E = view.output_projection_HqDM.shape
+        B, H, N, _ = view.values_BHND.shape
+        dtype = torch.promote_types(view.values_BHND.dtype, torch.float32)
+        weight_hE = view.output_projection_HqDM.to(dtype).view(H, Hq // H, D, E).sum(1).flatten(0, 1) / Hq
+        projected_BNE = view.values_BHND.to(dtype).transpose(1, 2).reshape(B, N, H * D) @ weight_hE
+        total = projected_BNE if total is None else total + projected_BNE
+    assert total is not None
+    return total / len(views)
+
+
+def phases_of_tokens(ids_L: NDArray[np.int64], prompt: int, markers: Iterable[Sequence[int]]) -> NDArray[np.int64]:
+    """Phase of every token: -1 in the prompt, then the number of markers that ended before it.
+
+    A marker's own tokens belong to the phase it ends; a marker counts when all of it was decoded.
+
+    Args:
+        ids_L: int64, every token of the row.
+        prompt: tokens of the prompt.
+        markers: token-id sequences.
+
+    """
+    decoded = ids_L[prompt:]
+    ends = np.zeros(len(decoded), dtype=bool)
+    for marker in markers:
+        length = len(marker)
+        if 0 < length <= len(decoded):
+            windows = np.lib.stride_tricks.sliding_window_view(decoded, length)
+            ends[length - 1 :] |= (windows == np.asarray(marker)).all(-1)
+    phases = np.full(len(ids_L), -1, dtype=np.int64)
+    phases[prompt:] = np.cumsum(ends) - ends
+    return phases
+
+
+def phase_markers(tokenizer: Any, texts: Iterable[str] = PAPER_MARKERS) -> str:
+    """The option `markers` for a tokenizer: every text's token ids, without special tokens.
+
+    Texts that the tokenizer cannot write (no ids, or an unknown token among them) are left out.
+
+    Args:
+        tokenizer: of transformers, or anything with its `encode`.
+        texts: what ends a phase; the reference's list unless given.
+
+    """
+    found = []
+    for text in texts:
+        ids = tuple(int(token) for token in tokenizer.encode(text, add_special_tokens=False))
+        if ids and getattr(tokenizer, "unk_token_id", None) not in ids and ids not in found:
+            found.append(ids)
+    return ";".join("-".join(map(str, ids)) for ids in found)
+
+
+def _host(x_BHN: Tensor) -> NDArray[np.int64]:
+    """The first head's numbers (all heads' are the same) on the host, int64 [B, N]."""
+    numbers: NDArray[np.int64] = x_BHN[:, 0].long().cpu().numpy()
+    return numbers
