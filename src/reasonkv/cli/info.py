@@ -39,17 +39,20 @@ def methods(json: common.Json = False) -> None:
 def _describe(cls: Any) -> dict[str, Any]:
     options = {field.name: field.default for field in fields(cls)}
     needs = cls().needs
-    words = []
-    if needs.queries:
-        words.append(f"{needs.queries} recent queries")
-    if needs.recent:
-        words.append(f"{needs.recent} newest slots kept")
-    if needs.scope != "head":
-        words.append(f"one choice per {needs.scope}")
-    if needs.folds:
-        words.append("merges slots")
-    if needs.future:
-        words.append("the future (replay only)")
+    wanted = {
+        f"{needs.queries} recent queries": needs.queries,
+        f"{needs.recent} newest slots kept": needs.recent,
+        f"one choice per {needs.scope}": needs.scope != "head",
+        "merges slots": needs.folds,
+        "mass on logits (not on flash)": needs.log_mass,
+        "calibration": needs.calibration,
+        "every query": needs.observes,
+        "token ids": needs.token_ids,
+        "output projection": needs.output_projection,
+        f"state per slot ({', '.join(needs.slot_state)})": needs.slot_state,
+        "the future (replay only)": needs.future,
+    }
+    words = [text for text, is_wanted in wanted.items() if is_wanted]
     return {
         "name": cls.name,
         "title": cls.title,
