@@ -3,8 +3,8 @@
     python benchmarks/cask_claims.py run --out results/cask            # resumes where it was stopped
     python benchmarks/cask_claims.py summarize results/cask --to docs/results/cask
 
-`run` leaves one results folder per family, prompt policy and kind. All methods get one and the same budget, so they hold
-equally many slots and protect the same ones. `summarize` needs nothing but the folders.
+`run` leaves one results folder per family, prompt policy and kind. All methods get one and the same budget, so they
+hold equally many slots and protect the same ones. `summarize` needs nothing but the folders.
 """
 
 from __future__ import annotations
