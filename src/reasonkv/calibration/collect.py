@@ -49,7 +49,8 @@ def collect(
         Statistics on the CPU, with the model's hash, RoPE type and the date.
 
     Raises:
-        CalibrationError: no tokens, a window beyond the model's context, or layers that differ in their rotary pairs.
+        CalibrationError: no tokens, a window beyond the model's context, layers that differ in their rotary pairs, or
+            rotary frequencies that were rounded to half precision.
         UnsupportedModelError: a model that no compressed cache can serve.
         RotaryError: RoPE that cannot be undone.
     """
@@ -127,6 +128,12 @@ def _rotaries(model: PreTrainedModel) -> list[Rotary]:
     problems = check_model(model)
     if problems:
         raise UnsupportedModelError(problems[0])
+    rounded = [name for name, buffer in model.named_buffers() if "inv_freq" in name and buffer.dtype.itemsize < 4]
+    if rounded:
+        raise CalibrationError(
+            f"The model's rotary frequencies ({rounded[0]}) are in half precision, as model.to(dtype) makes them, so "
+            "its queries cannot be un-rotated exactly; load it with from_pretrained(..., dtype=...)."
+        )
     types = layer_types(model.config)
     by_type = {one: Rotary.from_config(model.config, one) for one in dict.fromkeys(types)}
     pairs = {one: rotary.inv_freq.numel() for one, rotary in by_type.items()}

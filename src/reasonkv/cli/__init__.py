@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from reasonkv.cli.calibrate import calibrate
 from reasonkv.cli.demo import demo
 from reasonkv.cli.evaluate import evaluate
 from reasonkv.cli.frontier import frontier
@@ -27,7 +28,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (demo, methods, doctor, generate, replay, evaluate, frontier, report, inspect, train_testbed):
+for command in (demo, methods, doctor, generate, replay, evaluate, frontier, report, inspect, calibrate, train_testbed):
     app.command(name=command.__name__.replace("_", "-"))(command)
 
 

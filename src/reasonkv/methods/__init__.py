@@ -40,6 +40,8 @@ CATALOGUE = {
     "keydiff": "reasonkv.methods.keydiff:KeyDiff",
     "snapkv": "reasonkv.methods.snapkv:SnapKV",
     "rkv": "reasonkv.methods.rkv:RKV",
+    "triattention": "reasonkv.methods.triattention:TriAttention",
+    "expected": "reasonkv.methods.expected:ExpectedAttention",
     "oracle": "reasonkv.methods.oracle:Oracle",
     "cask": "reasonkv.methods.cask:CASK",
 }

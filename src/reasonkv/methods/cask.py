@@ -231,8 +231,13 @@ class CASK(Method):
         return self._plan_together(views, keep)
 
     def _plan_together(self, views: Sequence[SlotView], keep: int) -> list[Plan]:
+        return self.plans_of(
+            views, [plan_row(row, keep, self.shares, self.rules) for row in self.row_slots(views, keep)]
+        )
+
+    def plans_of(self, views: Sequence[SlotView], rows: Sequence[RowPlan]) -> list[Plan]:
+        """The rows' plans as one plan per layer, all equal but for each layer's own rotary embedding."""
         first = views[0]
-        rows = tuple(plan_row(row, keep, self.shares, self.rules) for row in self.row_slots(views, keep))
         (B, H, _), device = first.positions_BHN.shape, first.positions_BHN.device
 
         def for_heads(parts: list[NDArray[Any]], dtype: torch.dtype) -> Tensor:
@@ -244,7 +249,7 @@ class CASK(Method):
         kept_BHK = for_heads([row.kept_K for row in rows], torch.int64)
         guards = tuple(sorted({guard for row in rows for guard in row.guards}))
         if not any(row.folds for row in rows):
-            return [CaskPlan(kept_BHK, guards=guards, rows=rows) for _ in views]
+            return [CaskPlan(kept_BHK, guards=guards, rows=tuple(rows)) for _ in views]
         into_BHN = for_heads([row.into_N for row in rows], torch.int64)
         keys_BHN = for_heads([row.key_weights_N for row in rows], dtype)
         values_BHN = for_heads([row.value_weights_N for row in rows], dtype)
@@ -256,7 +261,7 @@ class CASK(Method):
                 Fold(into_BHN, keys_BHN, values_BHN, view.rotary if moves else None),
                 log_mass_BHK=log_mass_BHK,
                 guards=guards,
-                rows=rows,
+                rows=tuple(rows),
             )
             for view in views
         ]

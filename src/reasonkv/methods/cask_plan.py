@@ -54,7 +54,6 @@ class Candidates:
         counts: int [n], source tokens a slot stands for.
         starts: int [n], first original position of a slot's span.
         ends: int [n], last original position of it.
-        positions: int [n], token index of a slot, ascending.
         phases: int [n], phase of a slot.
         vectors: float64 [n, D], what two slots are compared by.
         values: float64 [n, M], projected values for the value gate, or None.
@@ -66,7 +65,6 @@ class Candidates:
     counts: NDArray[np.int64]
     starts: NDArray[np.int64]
     ends: NDArray[np.int64]
-    positions: NDArray[np.int64]
     phases: NDArray[np.int64]
     vectors: NDArray[np.float64]
     values: NDArray[np.float64] | None = None

@@ -162,7 +162,6 @@ def plan_row(row: RowSlots, keep: int, shares: Shares, rules: Rules) -> RowPlan:
         counts=row.counts_N[candidates],
         starts=row.starts_N[candidates],
         ends=row.ends_N[candidates],
-        positions=row.positions_N[candidates],
         phases=row.phases_N[candidates],
         vectors=np.zeros((len(candidates), 1)) if row.vectors_ND is None else row.vectors_ND[candidates],
         values=None if row.values_NE is None else row.values_NE[candidates],

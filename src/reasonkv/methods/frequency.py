@@ -144,7 +144,7 @@ def alpha(statistics: LayerStatistics, options: FrequencyOptions) -> Tensor:
         MethodError: `norm="rms2"` without the mean squares.
 
     """
-    mean_HqF, modulus_HqF = statistics.mean_HqF.abs().double(), statistics.modulus_HqF.double()
+    mean_HqF, modulus_HqF = statistics.mean_HqF.to(torch.complex128).abs(), statistics.modulus_HqF.double()
     if options.norm == "rms2":
         if statistics.square_HqF is None:
             raise MethodError(
@@ -218,7 +218,7 @@ def horizon_weights(statistics: LayerStatistics, inv_freq_F: Tensor, options: Fr
                 f"gives {J}."
             )
         return torch.as_tensor(weights_HqJ).double()
-    mean_HqF = statistics.mean_HqF.abs().double()
+    mean_HqF = statistics.mean_HqF.to(torch.complex128).abs()
     share_HqF = mean_HqF / mean_HqF.sum(-1, keepdim=True).clamp(min=_TINY)
     concentration_Hq1 = (share_HqF * mean_HqF / statistics.modulus_HqF.double().clamp(min=_TINY)).sum(-1, keepdim=True)
     centre_Hq1 = (share_HqF * (2 * math.pi / inv_freq_F).log2()).sum(-1, keepdim=True)
