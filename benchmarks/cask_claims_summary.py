@@ -19,7 +19,7 @@ from reasonkv.evaluate.frontier import regime
 from reasonkv.evaluate.records import Record
 from reasonkv.evaluate.results import Results, load_results
 from reasonkv.evaluate.statistics import Difference, estimate, paired_difference
-from reasonkv.methods import method_class
+from reasonkv.methods import get_method, method_class
 from reasonkv.methods.base import Method
 from reasonkv.report.style import FULL_COLOUR, styles
 
@@ -39,6 +39,7 @@ _METRICS = {
     "top1": ("top-1, points", 100.0),
     "answer_top1": ("answer tokens right, points", 100.0),
 }
+_PARTS = {get_method(spec).spec(): words for spec, words in ABLATIONS.items()}
 _LINE = Record | AnswerRecord
 
 
@@ -101,7 +102,7 @@ def _spec(line: _LINE) -> str:
 
 
 def _label(spec: str) -> str:
-    return ABLATIONS.get(spec, spec)
+    return _PARTS.get(spec, spec)
 
 
 def _metric(lines: Mapping[int, _LINE], metric: str) -> dict[int, float]:
@@ -186,7 +187,7 @@ def _claims(replays: Cells) -> list[str]:
 def _ablations(replays: Cells) -> list[str]:
     """What every part of CASK adds: the whole against the whole without it."""
     out = ["## What each part contributes (replay, KL: cask minus the variant, positive when the part helps)", ""]
-    variants = [*ABLATIONS, "cask:profile=paper"]
+    variants = [*_PARTS, "cask:profile=paper"]
     out += [
         "| family | slots | " + " | ".join(_label(one) for one in variants) + " |",
         "|---" * (2 + len(variants)) + "|",

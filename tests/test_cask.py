@@ -70,7 +70,7 @@ def test_the_papers_fold_loses_the_mass_of_identical_keys() -> None:
     views = repeated(method)
     plan = method.plan_layers(views, 30)[0]
     query = torch.zeros(16, dtype=torch.float64)  # every token gets the same attention: 52 of 60 decode, 22 of 30 slots
-    keys, values = compact_pair(views[0].keys_BHND, views[0].values_BHND, [0], plan, views[0].positions_BHN)
+    keys, _ = compact_pair(views[0].keys_BHND, views[0].values_BHND, [0], plan, views[0].positions_BHN)
     full = attention(query, views[0].keys_BHND[0, 0], torch.eye(60, dtype=torch.float64))
     held = attention(query, keys[0, 0], torch.eye(30, dtype=torch.float64))
     assert full[8:].sum() == pytest.approx(52 / 60)

@@ -14,6 +14,7 @@ import typer
 from tiny import TASK, save_tiny
 from typer.testing import CliRunner
 
+import reasonkv.evaluate.demo
 from reasonkv.cli import app
 from reasonkv.cli.common import UsageError, split_specs, whole_numbers
 
@@ -248,18 +249,24 @@ def test_the_demo_shows_every_method_at_every_budget_and_where_results_are(
 ) -> None:
     monkeypatch.setattr("reasonkv.testbed.testbed_path", lambda: Path(model))
     monkeypatch.setattr("reasonkv.evaluate.demo.TASKS", (TASK,))
+    monkeypatch.setattr("reasonkv.evaluate.demo.INSPECTED_TASK", TASK)
     monkeypatch.setattr("reasonkv.evaluate.demo.LONGEST_TRACE", 120)
     monkeypatch.chdir(tmp_path)
-    code, stdout, _ = run("demo", "--limit", "2")
-    assert code == 0
+    code, stdout, stderr = run("demo", "--limit", "2", "--no-open")
+    assert code == 0, stderr
     for word in ("full", "random", "streaming", "snapkv:window=16", "rkv", "keydiff", "What to look at:"):
         assert word in stdout
-    assert "Records: reasonkv-demo/records.jsonl" in stdout
-    assert "Figure:  reasonkv-demo/frontier.png" in stdout
-    records = [json.loads(line) for line in (tmp_path / "reasonkv-demo" / "records.jsonl").read_text().splitlines()]
-    assert len(records) == 2 * (1 + 5 * 3)
-    policies = {json.dumps({**record["budget"], "tokens": 0}) for record in records if record["budget"]}
-    assert len(policies) == 1  # equal protection: nothing but the method and the budget's size differs
+    assert "Report:  reasonkv-demo/report.html" in stdout
+    folder = tmp_path / "reasonkv-demo"
+    assert (folder / "report.html").read_text().startswith("<!doctype html>")
+    assert (folder / "replay" / "frontier.png").read_bytes().startswith(b"\x89PNG")
+    for kind, budgets in (("replay", 3), ("answers", 2)):
+        records = [json.loads(line) for line in (folder / kind / "records.jsonl").read_text().splitlines()]
+        methods = len(reasonkv.evaluate.demo.METHODS) - 1
+        assert len(records) == 2 * (1 + methods * budgets)
+        policies = {json.dumps({**record["budget"], "tokens": 0}) for record in records if record["budget"]}
+        assert len(policies) == 1  # equal protection: nothing but the method and the budget's size differs
+        assert list((folder / kind / "inspections").glob("*.json"))
 
 
 def test_methods_lists_the_catalogue() -> None:

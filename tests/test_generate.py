@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from models import batch, tiny_model
+from models import batch, calibration, tiny_model
 from transformers import DynamicCache, PreTrainedTokenizerFast, TextIteratorStreamer, pipeline
 
 import reasonkv
@@ -54,13 +54,13 @@ def test_a_batch_row_equals_the_row_alone(method: str, family: str) -> None:
     model = tiny_model(family)
     lengths = [20, 13, 31]
     ids, mask, _ = batch(lengths)
-    spec = SPECS.get(method, method)
-    with CompressedCache(model, spec, BUDGET) as cache:
+    spec, statistics = SPECS.get(method, method), calibration(model)
+    with CompressedCache(model, spec, BUDGET, calibration=statistics) as cache:
         together = generate(model, ids, mask, cache)
         held = [cache.slot_positions(len(cache.layers) - 1)[row] for row in range(3)]
         stats = cache.stats().rows
     for row, length in enumerate(lengths):
-        with CompressedCache(model, spec, BUDGET) as cache:
+        with CompressedCache(model, spec, BUDGET, calibration=statistics) as cache:
             alone = generate(model, ids[row : row + 1, -length:], None, cache)
             assert torch.equal(alone[0, length:], together[row, max(lengths) :])
             assert torch.equal(cache.slot_positions(len(cache.layers) - 1)[0], held[row])

@@ -72,7 +72,8 @@ class FoldIntoOlder(Method):
         fold = Fold(into, keys, share / total.gather(2, into), view.rotary if self.latest else None)
         if not self.mass:
             return Plan(kept, fold)
-        mass = torch.zeros(kept.shape).scatter_add_(2, into, view.state["log_mass"].exp()).log()
+        own = view.state["log_mass"].exp()
+        mass = torch.zeros(kept.shape, dtype=own.dtype).scatter_add_(2, into, own).log()
         return Plan(kept, fold, log_mass_BHK=mass, guards=("folded",))
 
 
@@ -114,9 +115,9 @@ def _check_state(cache: CompressedCache, row: int, length: int) -> None:
         assert (found["span_start"] == index[0]).all() and (found["born"] == index[0]).all()
         assert sizes.sum(-1).tolist() == [length] * 2
         counts = layer.storage.source_counts([row], state.state.held, [state.settled])[0]
-        torch.testing.assert_close(found["tokens"], sizes.float())
+        torch.testing.assert_close(found["tokens"].float(), sizes.float())
         assert torch.equal(counts, sizes)
-        torch.testing.assert_close(found["log_mass"].exp(), sizes.float(), rtol=1e-5, atol=0)
+        torch.testing.assert_close(found["log_mass"].exp().float(), sizes.float(), rtol=1e-5, atol=0)
 
 
 def test_a_group_of_equal_keys_with_its_mass_attends_like_its_members() -> None:

@@ -66,7 +66,7 @@ class ExpectedAttention(ScorerMethod):
             of dimensions; "none" - the mean alone. "auto" stands for the form's own: bands, in public forms full.
         future: positions averaged over.
         value_norm: multiply by the norm of the value.
-        epsilon: added to the expected attention first, so that large values stay even where none is expected.
+        epsilon: added to the expected attention before the norm multiplies it, so that large values stay.
         sinks: first tokens whose queries do not count, because they are unlike all others; see the forms.
         window: newest queries of "cask".
 
@@ -153,9 +153,9 @@ class ExpectedAttention(ScorerMethod):
         ).view(B, H, -1, N)
         is_sink_BHN = view.positions_BHN < (0 if self.form == "ours" else self.sinks)
         attention_BHN = group_mean(logits_BHgN.masked_fill(is_sink_BHN[:, :, None], float("-inf")).softmax(-1))
-        scores_BHN = attention_BHN + self.epsilon
+        scores_BHN = attention_BHN
         if self.value_norm:
-            scores_BHN = scores_BHN * upcast(view.values_BHND).norm(dim=-1)
+            scores_BHN = (scores_BHN + self.epsilon) * upcast(view.values_BHND).norm(dim=-1)
         scores_BHN = scores_BHN.masked_fill(is_sink_BHN, 0.0)
         return torch.where(is_sink_BHN, scores_BHN.amax(-1, keepdim=True) + 1.0, scores_BHN)
 

@@ -48,8 +48,11 @@ FIXED = {
     "keydiff": Style(_COLOURS[3], "v"),
     "knorm": Style(_COLOURS[4], "P"),
     "oracle": Style(_COLOURS[5], "X"),
+    "triattention": Style(_COLOURS[6], "o"),
+    "cask": Style(_COLOURS[7], "*"),
+    "expected": Style(_COLOURS[1], "^", _DASHES[1]),
 }
-_FIRST_FREE = 6  # places 0 to 5 of the sequence belong to the names above
+_FIRST_FREE = 8  # places 0 to 7 of the sequence belong to the names above
 
 
 def styles(methods: Sequence[str]) -> dict[str, Style]:

@@ -157,17 +157,18 @@ class LayerStorage:
         """
         found = {}
         for name, declared in self.declared.items():
+            dtype = self._dtype_of(declared)
             if declared.initial == "position":
-                fresh = index_BHN.to(declared.dtype)
+                fresh = index_BHN.to(dtype)
             else:
-                fresh = torch.full_like(index_BHN, declared.initial, dtype=declared.dtype)
+                fresh = torch.full_like(index_BHN, declared.initial, dtype=dtype)
             stored = self.state.get(name)
             held = index_BHN.shape[2]
             found[name] = fresh if stored is None else self._settled_or(stored, fresh, rows, held, settled)
         return found
 
     def log_mass(self, width: int) -> Tensor | None:
-        """What the logits of every slot are raised by, float32 [B, H, width]; None before the first event."""
+        """What the logits of every slot are raised by, [B, H, width]; None before the first event."""
         stored = self.state.get("log_mass")
         if stored is None or stored.shape[2] >= width:
             return None if stored is None else stored[:, :, :width]
@@ -204,7 +205,7 @@ class LayerStorage:
             return 0
         H, element = self.keys.shape[1], self.keys.element_size()
         state = 4 * (int(self.capacity is not None) + int(self.stores_counts))
-        state += sum(declared.dtype.itemsize for declared in self.declared.values())
+        state += sum(self._dtype_of(declared).itemsize for declared in self.declared.values())
         return H * ((self.keys.shape[3] + self.values.shape[3]) * element + state)
 
     def bytes_per_row(self) -> int:
@@ -292,9 +293,15 @@ class LayerStorage:
         for name, declared in self.declared.items():
             given = plan.new_state.get(name)
             new = fold_state(view.state[name], plan, declared.fold) if given is None else given
-            stored = self.state[name] = self._sized(self.state.get(name), keep, declared.dtype)
+            stored = self.state[name] = self._sized(self.state.get(name), keep, self._dtype_of(declared))
             stored[row, :, keep:] = 0  # read as it stands by whoever attends (log mass); elsewhere masked by `settled`
-            stored[:, :, :keep].index_copy_(0, row, new.to(declared.dtype))
+            stored[:, :, :keep].index_copy_(0, row, new.to(stored.dtype))
+
+    def _dtype_of(self, declared: SlotState) -> torch.dtype:
+        """As declared; float32 becomes float64 beside float64 keys, so that nothing rounds there."""
+        assert self.keys is not None
+        wide = self.keys.dtype == torch.float64 and declared.dtype == torch.float32
+        return torch.float64 if wide else declared.dtype
 
     def _sized(self, tensor: Tensor | None, keep: int, dtype: torch.dtype) -> Tensor:
         assert self.keys is not None
