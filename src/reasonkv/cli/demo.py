@@ -29,7 +29,7 @@ def demo(
     ] = None,
     json: common.Json = False,
 ) -> None:
-    """See the main job on the bundled model: what five methods keep of full KV, and whether the answers stay right.
+    """See the main job on the bundled model: what seven methods keep of full KV, and whether the answers stay right.
 
     Replays full KV's traces (fidelity), then lets every method answer by itself (accuracy), and writes report.html with
     figures, tables and a trace whose every token shows when it was dropped. A few minutes on two CPU cores, no network.

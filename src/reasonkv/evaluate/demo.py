@@ -1,4 +1,4 @@
-"""The demo's jobs: full KV and five methods on the bundled model, everything but the method equal."""
+"""The demo's jobs: full KV and seven methods on the bundled model, everything but the method equal."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from reasonkv.evaluate.traces import TraceSettings
 from reasonkv.methods import get_method
 
 TASKS = ("program", "recall")  # at the defaults, which the bundled model solves, so that the traces are right
-METHODS = ("full", "random", "streaming", "snapkv:window=16", "rkv", "keydiff")
-TOKENS = (64, 128, 256)
-ANSWER_TOKENS = (128, 256)
+METHODS = ("full", "random", "streaming", "snapkv:window=16", "rkv", "keydiff", "triattention", "cask")
+TOKENS = (80, 160, 320)
+ANSWER_TOKENS = (160, 320)  # a quarter and a half of a trace: below that no answer survives
 LONGEST_TRACE = 1200  # right answers take up to 950 tokens
-INSPECTED_TASK, INSPECTED_METHOD, INSPECTED_TOKENS = "recall", "keydiff", 128
+INSPECTED_TASK, INSPECTED_METHOD, INSPECTED_TOKENS = "recall", "cask", 160
 WHAT_TO_LOOK_AT = (
     "full KV is the ceiling: it replays its own traces, so its top-1 is 100 % and its KL is 0 up to rounding.",
     "random keeps the prompt like every other method; a method earns its keep by how far it is above random.",
