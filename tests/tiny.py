@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from models import calibration
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Qwen3ForCausalLM
 
+from reasonkv.calibration import save_calibration
 from reasonkv.models import LoadedModel, model_hash
 from reasonkv.testbed.recipe import Recipe
 from reasonkv.testbed.tokenizer import make_tokenizer
@@ -34,6 +36,8 @@ def tiny_loaded(dtype: torch.dtype = torch.float32) -> LoadedModel:
 
 def save_tiny(folder: Path) -> Path:
     """A model folder for the command line."""
-    tiny_model().save_pretrained(folder)
+    model = tiny_model()
+    model.save_pretrained(folder)
+    save_calibration(folder / "reasonkv_calibration.safetensors", calibration(model))
     make_tokenizer().save_pretrained(folder)
     return folder
