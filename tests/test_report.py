@@ -34,8 +34,6 @@ from reasonkv.report.inspector import save_inspection
 from reasonkv.report.report import report_html, write_report
 from reasonkv.report.usable import pairs_tested, usable_section
 
-DEMO = Path(__file__).parent.parent / "docs" / "results" / "demo"
-
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
@@ -329,12 +327,6 @@ def test_answer_top1_is_shown_and_old_records_go_without_it(large: tuple[Path, P
     (old / RECORDS).write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert "answer top-1" not in report_html([load_results(old)])
 
-
-@pytest.mark.skipif(not DEMO.is_dir(), reason="the documentation's results are not here")
-def test_the_results_in_the_documentation_still_load() -> None:
-    found = [one for one in (DEMO, *DEMO.iterdir()) if (one / MANIFEST).is_file()]
-    assert found
-    assert len(report_html([load_results(one) for one in found])) > 50_000
 
 
 @needs_browser
