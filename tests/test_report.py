@@ -328,7 +328,6 @@ def test_answer_top1_is_shown_and_old_records_go_without_it(large: tuple[Path, P
     assert "answer top-1" not in report_html([load_results(old)])
 
 
-
 @needs_browser
 def test_the_page_prints(large: tuple[Path, Path], tmp_path: Path) -> None:
     pdf = tmp_path / "report.pdf"
