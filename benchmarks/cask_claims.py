@@ -29,8 +29,8 @@ BASELINES = ("full", "random", "streaming", "snapkv:window=16", "rkv", "expected
 TRIATTENTION = ("triattention", "triattention:mode=global", "triattention:mode=per_layer_per_head")
 CASK = ("cask", "cask:profile=paper")
 ABLATIONS = {
-    "cask:core_ratio=0,core_least=0,fold=false": "stage 1 only",
-    "cask:fold=false": "no folding",
+    "cask:core_ratio=0,core_least=0,fold=none": "stage 1 only",
+    "cask:fold=none": "no folding",
     "cask:core_ratio=0,core_least=0": "no core",
     "cask:mass=none": "no log mass",
     "cask:per_layer=true": "a plan per layer",
@@ -58,7 +58,7 @@ def parts(tasks: list[str]) -> Iterator[Part]:
 def methods_of(part: Part) -> tuple[str, ...]:
     """The methods a folder holds."""
     if part.kind == "answers":
-        return GENERATED if part.policy == "on_top" else (*GENERATED, DEGENERATE, "cask:fold=false")
+        return GENERATED if part.policy == "on_top" else (*GENERATED, DEGENERATE, "cask:fold=none")
     pinned = (DEGENERATE,) if part.policy == "count" else ()
     return (*BASELINES, *TRIATTENTION, *CASK, *ABLATIONS, *pinned)
 

@@ -52,7 +52,7 @@ def main() -> None:
     rotary = Rotary(1.0 / THETA ** (torch.arange(0, D, 2) / D))
     load = os.getloadavg()[0]
     rows = []
-    for spec in ("cask", "cask:profile=paper,prompt_stage=pin", "cask:per_layer=true", "cask:fold=false"):
+    for spec in ("cask", "cask:profile=paper,prompt_stage=pin", "cask:per_layer=true", "cask:fold=none"):
         for keep in (384, 1024):
             method = get_method(spec)
             plan_ms, score_ms, vector_ms, carry_ms = [], [], [], []

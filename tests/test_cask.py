@@ -20,14 +20,16 @@ from reasonkv.view import SlotView
 
 SPECS = [
     "cask",
+    "cask:similarity=0.3",
+    "cask:fold=neighbours",
     "cask:per_layer=true",
     "cask:profile=paper",
     "cask:profile=paper,prompt_stage=pin",
     "cask:prompt_stage=open,markers=0;1-2",
     "cask:prompt_stage=pin",
-    "cask:fold=false",
-    "cask:operator=keepkv,representative=weighted_latest,core=score",
-    "cask:mass=none,mass_gate=1.5,promotion=0.9,value_gate=2",
+    "cask:fold=none",
+    "cask:fold=neighbours,operator=keepkv,representative=weighted_latest,core=score",
+    "cask:fold=neighbours,mass=none,mass_gate=1.5,promotion=0.9,value_gate=2",
 ]
 
 
@@ -54,8 +56,9 @@ def repeated(method: CASK) -> list[SlotView]:
     return views
 
 
-def test_groups_of_identical_keys_attend_exactly_as_full_attention_does() -> None:
-    method = of("cask:prompt_stage=pin")
+@pytest.mark.parametrize("fold", ["similar,similarity=-1", "neighbours"])
+def test_groups_of_identical_keys_attend_exactly_as_full_attention_does(fold: str) -> None:
+    method = of(f"cask:prompt_stage=pin,fold={fold}")
     views = repeated(method)
     plans = method.plan_layers(views, 30)
     assert all(plan.fold is not None for plan in plans)
@@ -82,7 +85,7 @@ def test_the_papers_fold_loses_the_mass_of_identical_keys() -> None:
 
 
 def test_log_mass_is_the_log_of_all_source_tokens_over_successive_folds() -> None:
-    method = of("cask")
+    method = of("cask:similarity=0.3")
     views = random_views(method, counts=True, N=80)
     plan = method.plan_layers(views, 40)[0]
     assert isinstance(plan, CaskPlan) and plan.log_mass_BHK is not None and plan.fold is not None
@@ -180,7 +183,7 @@ def test_markers_come_from_a_tokenizer_without_what_it_cannot_write() -> None:
 def test_needs_follow_the_options() -> None:
     needs = of("cask:markers=1").needs
     assert (needs.scope, needs.log_mass, needs.folds, needs.token_ids, needs.recent) == ("model", True, True, True, 8)
-    plain = of("cask:profile=paper,fold=false,per_layer=true").needs
+    plain = of("cask:profile=paper,fold=none,per_layer=true").needs
     assert (plain.scope, plain.log_mass, plain.folds, plain.recent) == ("layer", False, False, 0)
 
 

@@ -19,7 +19,10 @@ from reasonkv.runtimes.transformers import CompressedCache
 IDS = next(case for case in Recorded().json["replay"] if case["kind"] == "cask")["tokens"]
 
 
-@pytest.fixture(scope="module", params=["cask", "cask:per_layer=true", "cask:profile=paper", "cask:fold=false"])
+@pytest.fixture(
+    scope="module",
+    params=["cask:similarity=0.5", "cask:fold=neighbours,per_layer=true", "cask:profile=paper", "cask:fold=none"],
+)
 def measured(request: pytest.FixtureRequest) -> tuple[str, list[CaskEvent]]:
     model = Qwen3ForCausalLM.from_pretrained(DATA / "tiny_qwen3").eval()
     ids = Recorded().read(IDS).view(-1).long()
@@ -60,7 +63,7 @@ def test_masses_are_parts_and_ratios_at_most_one(measured: tuple[str, list[CaskE
             assert abs(event.lost_mass) <= event.lost_mass_absolute + 1e-6
         for ratio in (event.rho_core, event.rho_rep):
             assert ratio is None or 0 <= ratio <= 1 + 1e-6
-        if spec == "cask:fold=false":
+        if spec == "cask:fold=none":
             assert event.lost_mass is None or event.lost_mass == pytest.approx(0, abs=1e-6)
             assert event.kappa_dispersion is None
     assert json.loads(json.dumps([event.to_json() for event in events]))[0]["event"] == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from reasonkv.methods.cask_plan import (
     Candidates,
+    Folding,
     Group,
     Rules,
     Votes,
@@ -29,7 +31,8 @@ def rescan(
     """The reference's way: look at all adjacent pairs again after every merge; the first of the best wins."""
     joined, groups = _joins(candidates, is_core, phases), _Groups(candidates, rules)
     firsts = np.flatnonzero(~is_core).tolist()
-    if len(firsts) - int(joined.sum()) > slots:
+    similar = rules.fold == "similar"
+    if len(firsts) - int(joined.sum()) > slots and not similar:
         return None
     dropped = False
     while len(firsts) > slots:
@@ -41,6 +44,9 @@ def rescan(
             if order is not None and (best is None or order > best):
                 best, chosen = order, (left, right)
         if chosen is None:
+            if similar:  # the worst of what is left go
+                best_first = sorted(firsts, key=lambda first: (-groups.score[first], first))
+                return [groups.group(first) for first in sorted(best_first[:slots])], dropped
             if dropped or not drop or limit == float("inf"):
                 return None
             dropped, limit = True, float("inf")
@@ -84,6 +90,7 @@ def situations(draw: st.DrawFn) -> tuple[Candidates, np.ndarray, int, Rules]:
         value_gate=draw(st.sampled_from([0.0, 1.0])),
         mass_gate=draw(st.sampled_from([0.0, 1.5])),
         phases=draw(st.booleans()),
+        fold=draw(st.sampled_from(["neighbours", "similar"])),
     )
     return candidates, random.random(n) < draw(st.sampled_from([0.0, 0.3])), draw(st.integers(1, n)), rules
 
@@ -100,9 +107,9 @@ def test_the_heap_merges_exactly_what_a_full_rescan_merges(
 
 
 @settings(max_examples=150, deadline=None)
-@given(situations(), st.booleans())
+@given(situations(), st.sampled_from(get_args(Folding)))
 def test_every_consolidation_fills_its_slots_and_covers_each_candidate_once(
-    situation: tuple[Candidates, np.ndarray, int, Rules], fold: bool
+    situation: tuple[Candidates, np.ndarray, int, Rules], fold: Folding
 ) -> None:
     candidates, _, slots, rules = situation
     if not 2 <= slots < candidates.size:
@@ -115,9 +122,13 @@ def test_every_consolidation_fills_its_slots_and_covers_each_candidate_once(
     assert members == sorted(set(members))
     assert all(group.first <= group.anchor <= group.last for group in found.groups)
     assert {group.first for group in found.groups if group.first == group.last} >= set(found.core)
-    if fold and found.feasible:
+    if fold == "neighbours" and found.feasible:
         assert members == list(range(candidates.size))
         assert sum(group.count for group in found.groups) == candidates.counts.sum()
+    if fold != "neighbours":  # what is worth least goes, so nothing has to give way
+        assert found.feasible
+        assert not found.phases_relaxed
+        assert not found.mass_relaxed
 
 
 def simple(n: int, **changes: object) -> Candidates:
@@ -149,6 +160,15 @@ def test_closeness_goes_before_similarity_and_similarity_before_age() -> None:
     far = np.array([0, 1, 100, 101])
     assert merged(simple(4, vectors=vectors), 3, Rules()) == [(0, 0), (1, 2), (3, 3)]
     assert merged(simple(4, vectors=vectors, starts=far, ends=far), 3, Rules()) == [(0, 0), (1, 1), (2, 3)]
+
+
+def test_unlike_neighbours_are_evicted_instead_where_only_similar_ones_fold() -> None:
+    angles = np.array([0.0, 0.01, 0.6, 1.2, 1.21])
+    vectors = np.stack([np.cos(angles), np.sin(angles)], 1)
+    scores = np.array([1.0, 2.0, 5.0, 0.5, 0.0])
+    rules = Rules(fold="similar")
+    assert merged(simple(5, vectors=vectors, scores=scores), 3, rules) == [(0, 1), (2, 2), (3, 4)]
+    assert merged(simple(5, vectors=vectors, scores=scores), 2, rules) == [(0, 1), (2, 2)]
 
 
 def test_the_anchor_is_the_best_source_and_of_equals_the_latest() -> None:

@@ -36,7 +36,7 @@ def method_of(cfg: dict[str, Any]) -> CASK:
         coverage=cfg.get("prefix_coverage_ratio", 0.0625),
         scores="z" if cfg.get("normalize_scores") else "raw",
         representative=cfg.get("representative_mode", "score_max_source"),
-        fold=cfg.get("decode_merge_enabled", True),
+        fold="neighbours" if cfg.get("decode_merge_enabled", True) else "none",
         promotion=cfg.get("promotion_score_ratio", 0.0),
         mass_gate=cfg.get("merge_score_mass_ratio_threshold", 0.0),
     )

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from reasonkv.budget import Budget
 from reasonkv.methods.base import Method, Needs, SlotState
-from reasonkv.methods.cask_plan import Operator, Representative, Rules
+from reasonkv.methods.cask_plan import Folding, Operator, Representative, Rules
 from reasonkv.methods.cask_stages import PromptMode, RowPlan, RowSlots, Shares, plan_row
 from reasonkv.methods.frequency import Aggregation, FrequencyOptions, frequency_scores
 from reasonkv.plan import Fold, Plan
@@ -26,8 +26,8 @@ PAPER_MARKERS = ("\n", "\n\n", "Therefore", " Therefore", "So", " So", "Hence", 
 """Texts that end a phase of the reasoning in the reference, each tokenised without special tokens."""
 _SPAN = {"span_start": SlotState("position", "min", torch.int32), "span_end": SlotState("position", "max", torch.int32)}
 _PROFILES: dict[str, dict[str, Any]] = {
-    "default": {"scores": "z", "prompt_share": 0.5, "operator": "mean", "mass": "log"},
-    "paper": {"scores": "raw", "prompt_share": 1.0, "operator": "keepkv", "mass": "none"},
+    "default": {"scores": "z", "prompt_share": 0.5, "fold": "similar", "operator": "mean", "mass": "log"},
+    "paper": {"scores": "raw", "prompt_share": 1.0, "fold": "neighbours", "operator": "keepkv", "mass": "none"},
 }
 
 
@@ -48,13 +48,15 @@ class CASK(Method):
     1. Prompt slots are evicted down to their share: an evenly spread reserve, and the best by score.
     2. Of the decode slots but the newest, a core is protected: what most query heads name among their best (`vote`),
        or what scores best (`score`). The rest is scratch.
-    3. Neighbouring scratch is merged greedily until it fits. Core slots and phase boundaries keep runs apart; pairs
-       that are close and similar go first. If the runs are too many, phase boundaries give way, then the core.
+    3. Neighbouring scratch that is close and similar is merged, most similar first; core slots and phase boundaries
+       keep runs apart. Scratch that does not fit then is evicted, worst score first.
     4. A group becomes one slot: the key of its best-scored source, the weighted mean of its values, and, with
        `mass="log"`, + log(source tokens) on its logits.
 
     `profile=paper` is the reference, with its quirks:
 
+    - step 3 goes on below the similarity, until all scratch fits (`fold=neighbours`); if the runs are too many for
+      that, phase boundaries give way, then the core;
     - a group's values weigh count x support, support = softplus(raw score) + 1e-4, divided by max(sum, 1): tiny
       supports shrink the value; `operator=mean` SUMS the values;
     - a folded slot enters the softmax as one key, whatever it stands for (`mass=none`);
@@ -68,7 +70,8 @@ class CASK(Method):
     is being evicted: one more prompt slot stays). The reference's tie-breaking noise, 1e-6 on stage 1's scores, is left
     out; of equal scores the older slot stays.
 
-    The default profile corrects: true weighted means, log mass, standardised scores, half of what is neither recent nor
+    The default profile corrects: only what is redundant is folded (a name and its number are neighbours, and one slot
+    cannot stand for both), true weighted means, log mass, standardised scores, half of what is neither recent nor
     protected for the decode stage, and a pinned prompt that does not fit is evicted after all (with the same guard).
 
     Args:
@@ -84,13 +87,15 @@ class CASK(Method):
         core_ratio: part of step 2's slots that the core gets.
         core_least: slots of the core at the least.
         promotion: scratch with this part of the core's lowest score joins the core; 0 is off.
-        fold: False evicts the worst scratch instead of folding it.
+        fold: "neighbours" - all scratch is merged until it fits, however unlike; "similar" - neighbours that are close
+            and similar are merged while the slots do not suffice, then the worst scratch is evicted; "none" - it is
+            evicted at once; "" stands for the profile's own.
         operator: how a group's values are weighted: "mean" - by source tokens; "keepkv" - times their supports; ""
             stands for the profile's own.
         representative: "score_max_source" - the group's key is its best source's; "weighted_latest" - the weighted mean
             of all, moved to the latest position.
         local_window: positions between spans up to which two slots are close.
-        similarity: cosine from which they are similar. A preference: merging goes on below it.
+        similarity: cosine from which they are similar. With fold="neighbours" a preference: merging goes on below it.
         value_gate: most distance between two slots' projected values; 0 is off.
         mass_gate: most summed score of a pair, in mean scores of the best; 0 is off.
         phases: runs end where the phase changes (between prompt and decode tokens even without markers).
@@ -117,7 +122,7 @@ class CASK(Method):
     core_ratio: float = 0.5
     core_least: int = 1
     promotion: float = 0.0
-    fold: bool = True
+    fold: Folding | Literal[""] = ""
     operator: Operator | Literal[""] = ""
     representative: Representative = "score_max_source"
     local_window: int = 32
@@ -141,6 +146,7 @@ class CASK(Method):
         for key, allowed in (
             ("prompt_stage", ("evict", "pin", "open")),
             ("core", ("vote", "score")),
+            ("fold", get_args(Folding)),
             ("operator", ("mean", "keepkv")),
             ("representative", ("score_max_source", "weighted_latest")),
             ("mass", ("log", "none")),
@@ -160,6 +166,10 @@ class CASK(Method):
     def frequency(self) -> FrequencyOptions:
         """The options of the score."""
         return FrequencyOptions(self.aggregation, self.mlr, self.trig)
+
+    @property
+    def _folds(self) -> bool:
+        return self.fold != "none"
 
     @property
     def marker_ids(self) -> tuple[tuple[int, ...], ...]:
@@ -190,12 +200,12 @@ class CASK(Method):
         return Needs(
             recent=0 if self.profile == "paper" else self.window,
             scope="layer" if self.per_layer else "model",
-            folds=self.fold,
-            slot_state=_SPAN if self.fold else {},
-            log_mass=self.fold and self.mass == "log",
-            token_ids=self.fold and self.phases and bool(self.markers),
+            folds=self._folds,
+            slot_state=_SPAN if self._folds else {},
+            log_mass=self._folds and self.mass == "log",
+            token_ids=self._folds and self.phases and bool(self.markers),
             calibration=True,
-            output_projection=self.fold and self.value_gate > 0.0,
+            output_projection=self._folds and self.value_gate > 0.0,
         )
 
     @classmethod
@@ -276,8 +286,8 @@ class CASK(Method):
         """
         first = views[0]
         scores_BMN = torch.cat([self._scores(view) for view in views], dim=1)
-        vectors_BND = comparison_vectors(views).cpu().numpy().astype(np.float64) if self.fold else None
-        gated = self.fold and self.value_gate > 0.0
+        vectors_BND = comparison_vectors(views).cpu().numpy().astype(np.float64) if self._folds else None
+        gated = self._folds and self.value_gate > 0.0
         values_BNE = projected_values(views).cpu().numpy().astype(np.float64) if gated else None
         positions_BN, counts_BN = _host(first.positions_BHN), _host(first.counts_BHN)
         starts_BN, ends_BN = (_host(first.state.get(name, first.positions_BHN)) for name in _SPAN)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 Representative = Literal["score_max_source", "weighted_latest"]
 Operator = Literal["mean", "keepkv"]
+Folding = Literal["similar", "neighbours", "none"]
 LEAST_SUPPORT = 1e-4
 """Floor under a slot's support wherever it weighs something."""
 _RELATIVE_ZERO = 1e-12  # floor under the norms a cosine is divided by
@@ -34,7 +35,7 @@ class Rules:
     core_ratio: float = 0.5
     core_least: int = 1
     promotion: float = 0.0
-    fold: bool = True
+    fold: Folding = "neighbours"
     operator: Operator = "keepkv"
     representative: Representative = "score_max_source"
     local_window: int = 32
@@ -150,8 +151,9 @@ def largest_core(slots: int, candidates: int, rules: Rules) -> int:
 def consolidate(candidates: Candidates, votes: Votes, slots: int, rules: Rules) -> Consolidation:
     """Bring n candidates down to `slots` output slots (spec: core, runs, greedy merging, in this order of preference).
 
-    The core shrinks from its largest size until the scratch fits; at each size phase boundaries are given up before
-    the mass gate, and the mass gate before the core.
+    Where all scratch has to be folded (`fold="neighbours"`), the core shrinks from its largest size until it fits; at
+    each size phase boundaries are given up before the mass gate, and the mass gate before the core. With "similar" and
+    "none" nothing has to give way: what is not folded is evicted, worst first.
 
     Args:
         candidates: n of them, more than `slots`.
@@ -166,7 +168,7 @@ def consolidate(candidates: Candidates, votes: Votes, slots: int, rules: Rules) 
         protected = np.zeros(candidates.size, dtype=bool)
         protected[core] = protected[promoted] = True
         scratch_slots = slots - int(protected.sum())
-        if not rules.fold:
+        if rules.fold == "none":
             return _evict(candidates, protected, promoted, scratch_slots)
         found = _merge(candidates, protected, scratch_slots, slots, rules)
         if found is not None:
@@ -195,6 +197,8 @@ def merge_neighbours(
     A heap holds every adjacent pair; a merge makes at most two new ones and leaves outdated ones in the heap, where
     they are recognised by their versions: O(n log n) instead of a scan of all pairs per merge.
 
+    With `fold="similar"` pairs below tier 2 do not merge; of the groups that are too many then, the worst-scored go.
+
     Args:
         candidates: the n candidates.
         is_core: bool [n], candidates that stay alone and end a run.
@@ -212,7 +216,8 @@ def merge_neighbours(
     n = candidates.size
     scratch = np.flatnonzero(~is_core)
     joined = _joins(candidates, is_core, phases).tolist()  # joined[i]: candidate i may merge with i - 1
-    if len(scratch) - sum(joined) > slots:
+    may_evict = rules.fold == "similar"
+    if len(scratch) - sum(joined) > slots and not may_evict:
         return None  # more runs than slots
     groups = _Groups(candidates, rules)
     after = list(range(1, n + 1))  # first candidate of the group that follows, by the first of a group
@@ -235,6 +240,8 @@ def merge_neighbours(
     surplus = len(scratch) - slots
     while surplus > 0:
         if not heap:
+            if may_evict:
+                break
             if dropped or not drop_gate or least_mass == float("inf"):
                 return None
             dropped, least_mass = True, float("inf")
@@ -256,7 +263,10 @@ def merge_neighbours(
                 offer(left, after[left])
         if joined[left]:
             offer(before[left], left)
-    return [groups.group(first) for first in scratch.tolist() if version[first] >= 0], dropped
+    firsts = [first for first in scratch.tolist() if version[first] >= 0]
+    if surplus > 0:
+        firsts = sorted(sorted(firsts, key=lambda first: -groups.score[first])[:slots])
+    return [groups.group(first) for first in firsts], dropped
 
 
 def single(candidates: Candidates, index: int) -> Group:
@@ -292,9 +302,8 @@ class _Groups:
                 return None
         similarity = float(np.dot(self.unit[left], self.unit[right]))
         gap = max(0, self.start[right] - self.end[left])
-        if gap > rules.local_window:
-            return 0, similarity
-        return (2 if similarity >= rules.similarity else 1), similarity
+        tier = 0 if gap > rules.local_window else 2 if similarity >= rules.similarity else 1
+        return None if rules.fold == "similar" and tier < 2 else (tier, similarity)
 
     def merge(self, left: int, right: int) -> None:
         """Put the group `right` into the group `left` before it."""
