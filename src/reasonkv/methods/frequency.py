@@ -125,15 +125,16 @@ def frequency_scores(
     out_RgN = torch.empty(B * H, Hq // H, N, dtype=dtype, device=device)
     for block in head_blocks(B * H, keys_RND[0].numel(), device):
         keys_rNd = upcast(keys_RND[block])[..., : 2 * F]
-        modulus_rFN = torch.hypot(keys_rNd[..., :F], keys_rNd[..., F:]).mT
-        alpha_rgF = alpha_HgF[head[block]]
+        modulus_rNF = torch.hypot(keys_rNd[..., :F], keys_rNd[..., F:])
+        alpha_rFg = alpha_HgF[head[block]].mT
+        # Long times short: on CPUs four times as fast as the transposed product.
         if query_RmD is None:
-            out_RgN[block] = alpha_rgF @ modulus_rFN
+            out_RgN[block] = (modulus_rNF @ alpha_rFg).mT
             continue
-        score_rmN = query_RmD[block] @ keys_rNd.mT
+        score_rNm = keys_rNd @ query_RmD[block].mT
         if options.aggregation == "max":
-            score_rmN = score_rmN.view(len(score_rmN), Hq // H, -1, N).amax(2)
-        out_RgN[block] = torch.baddbmm(score_rmN, alpha_rgF, modulus_rFN)
+            score_rNm = score_rNm.view(len(score_rNm), N, Hq // H, -1).amax(-1)
+        out_RgN[block] = torch.baddbmm(score_rNm, modulus_rNF, alpha_rFg).mT
     return out_RgN.view(B, Hq, N)
 
 
