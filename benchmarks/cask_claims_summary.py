@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-from cask_claims import ABLATIONS, DEGENERATE
+from cask_methods import ABLATIONS, DEGENERATE
+from experiment import POLICIES, Line, by_example, keep_records, policy_of
 from matplotlib.figure import Figure
 
-from reasonkv.evaluate.answers import AnswerRecord
 from reasonkv.evaluate.frontier import regime
-from reasonkv.evaluate.records import Record
-from reasonkv.evaluate.results import Results, load_results
+from reasonkv.evaluate.results import load_results
 from reasonkv.evaluate.statistics import Difference, estimate, paired_difference
 from reasonkv.methods import get_method, method_class
 from reasonkv.methods.base import Method
 from reasonkv.report.style import FULL_COLOUR, styles
 
-_POLICY = {"count": "prompt compressible", "on_top": "prompt kept"}
 _FIGURE = (
     "full",
     "random",
@@ -40,7 +36,6 @@ _METRICS = {
     "answer_top1": ("answer tokens right, points", 100.0),
 }
 _PARTS = {get_method(spec).spec(): words for spec, words in ABLATIONS.items()}
-_LINE = Record | AnswerRecord
 
 
 @dataclass(frozen=True)
@@ -51,10 +46,10 @@ class Group:
     policy: str
 
     def __str__(self) -> str:
-        return f"{self.task}, {_POLICY[self.policy]}"
+        return f"{self.task}, {POLICIES[self.policy]}"
 
 
-Cells = dict[Group, dict[tuple[str, int | None], dict[int, _LINE]]]
+Cells = dict[Group, dict[tuple[str, int | None], dict[int, Line]]]
 """Lines by group, then by (method, tokens), then by example."""
 
 
@@ -65,10 +60,10 @@ def summarize(folder: Path, to: Path) -> None:
     answers: Cells = {}
     for path in sorted(folder.iterdir()):
         results = load_results(path)
-        _keep(results, to / "records")
+        keep_records(results, to / "records")
         for kind, lines in ((replays, results.records), (answers, results.answers)):
             for line in lines:
-                group = Group(line.task, path.name.rsplit("-", 1)[1])
+                group = Group(line.task, policy_of(path))
                 cell = (_spec(line), line.budget["tokens"] if line.budget else None)
                 kind.setdefault(group, {}).setdefault(cell, {})[line.example] = line
     text = [
@@ -84,18 +79,7 @@ def summarize(folder: Path, to: Path) -> None:
     _figure(answers, "correct", to / "answers.png")
 
 
-def _keep(results: Results, folder: Path) -> None:
-    """The records without their texts, compressed, and the manifest."""
-    lines = []
-    for line in [*results.records, *results.answers]:
-        data = {name: value for name, value in asdict(line).items() if name != "output"}
-        lines.append(json.dumps(data) + "\n")
-    # no time stamp inside, so that equal records give equal files
-    (folder / f"{results.folder.name}.jsonl.gz").write_bytes(gzip.compress("".join(lines).encode(), mtime=0))
-    (folder / f"{results.folder.name}.manifest.json").write_text(json.dumps(results.manifest, indent=1) + "\n")
-
-
-def _spec(line: _LINE) -> str:
+def _spec(line: Line) -> str:
     """The method's shortest spec, from the options a record holds."""
     made: Method = method_class(line.method)(**line.options)
     return made.spec()
@@ -103,11 +87,6 @@ def _spec(line: _LINE) -> str:
 
 def _label(spec: str) -> str:
     return _PARTS.get(spec, spec)
-
-
-def _metric(lines: Mapping[int, _LINE], metric: str) -> dict[int, float]:
-    found = {example: getattr(line, metric) for example, line in lines.items()}
-    return {example: float(value) for example, value in found.items() if value is not None}
 
 
 def _budgets(cells: Mapping[tuple[str, int | None], object]) -> list[int]:
@@ -118,8 +97,8 @@ def _methods(cells: Mapping[tuple[str, int | None], object]) -> list[str]:
     return list(dict.fromkeys(method for method, tokens in cells if tokens is not None))
 
 
-def _gain(ours: Mapping[int, _LINE], theirs: Mapping[int, _LINE], metric: str, scale: float) -> Difference | None:
-    left, right = _metric(ours, metric), _metric(theirs, metric)
+def _gain(ours: Mapping[int, Line], theirs: Mapping[int, Line], metric: str, scale: float) -> Difference | None:
+    left, right = by_example(ours, metric), by_example(theirs, metric)
     return paired_difference({k: scale * v for k, v in left.items()}, {k: scale * v for k, v in right.items()})
 
 
@@ -206,14 +185,14 @@ def _accuracy(answers: Cells) -> list[str]:
     out = ["## Whole answers right in real generation, % (paired difference to random in points)", ""]
     for group, cells in answers.items():
         sizes = _budgets(cells)
-        full = estimate(list(_metric(cells["full", None], "correct").values()))
+        full = estimate(list(by_example(cells["full", None], "correct").values()))
         out += [f"**{group}**: full KV {100 * full.mean:.1f} +- {100 * (full.se or 0):.1f}", ""]
         out += ["| method | " + " | ".join(f"{n} slots" for n in sizes) + " |", "|---" * (1 + len(sizes)) + "|"]
         for method in _methods(cells):
             row = []
             for tokens in sizes:
                 lines = cells.get((method, tokens), {})
-                one = estimate(list(_metric(lines, "correct").values()))
+                one = estimate(list(by_example(lines, "correct").values()))
                 gain = _gain(lines, cells.get(("random", tokens), {}), "correct", 100.0)
                 row.append(f"{100 * one.mean:.1f} +- {100 * (one.se or 0):.1f} ({_words(gain, 0)})" if lines else "-")
             out.append(f"| {_label(method)} | " + " | ".join(row) + " |")
@@ -226,14 +205,14 @@ def _values_table(replays: Cells) -> list[str]:
     for group, cells in replays.items():
         sizes = _budgets(cells)
         out += [f"**{group}**, n = {len(cells['full', None])}", ""]
-        held = [estimate(list(_metric(cells["random", n], "physical_mean").values())).mean for n in sizes]
+        held = [estimate(list(by_example(cells["random", n], "physical_mean").values())).mean for n in sizes]
         heads = [f"{n} slots (mean {mean:.0f})" for n, mean in zip(sizes, held, strict=True)]
         out += ["| method | " + " | ".join(heads) + " |", "|---" * (1 + len(sizes)) + "|"]
         for method in _methods(cells):
             row = []
             for tokens in sizes:
                 lines = cells.get((method, tokens), {})
-                found = [estimate(list(_metric(lines, metric).values())) for metric in _METRICS]
+                found = [estimate(list(by_example(lines, metric).values())) for metric in _METRICS]
                 row.append(
                     f"{found[0].mean:.3f} +- {found[0].se or 0:.3f} / {100 * found[1].mean:.1f} / "
                     f"{100 * found[2].mean:.1f} +- {100 * (found[2].se or 0):.1f}"
@@ -276,11 +255,11 @@ def _figure(cells_of: Cells, metric: str, path: Path) -> None:
         for method, style in styles(list(_FIGURE)).items():
             if method == "full":
                 if metric == "correct":
-                    mean = scale(estimate(list(_metric(cells["full", None], metric).values())).mean)
+                    mean = scale(estimate(list(by_example(cells["full", None], metric).values())).mean)
                     handles[method] = axes.axhline(mean, color=FULL_COLOUR, ls="--", lw=1.2)
                 continue
             sizes = [n for n in _budgets(cells) if (method, n) in cells]
-            found = [estimate(list(_metric(cells[method, n], metric).values())) for n in sizes]
+            found = [estimate(list(by_example(cells[method, n], metric).values())) for n in sizes]
             if not found:
                 continue
             mean_B = np.array([scale(one.mean) for one in found])

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from experiment import POLICIES, Line, by_example, keep_records, policy_of
 from matplotlib.figure import Figure
 
-from reasonkv.evaluate.answers import AnswerRecord
-from reasonkv.evaluate.records import Record
-from reasonkv.evaluate.results import Results, load_results
+from reasonkv.evaluate.results import load_results
 from reasonkv.evaluate.statistics import Estimate, estimate, rank_correlation
 from reasonkv.report.style import FULL_COLOUR, styles
-
-_POLICY = {"count": "prompt compressible", "on_top": "prompt kept"}
-_LINE = Record | AnswerRecord
 
 
 @dataclass(frozen=True)
@@ -38,8 +32,8 @@ def summarize(folder: Path, to: Path) -> None:
     replays, answers = {}, {}
     for path in sorted(folder.iterdir()):
         results = load_results(path)
-        _keep(results, to / "records")
-        policy = path.name.rsplit("-", 1)[1]
+        keep_records(results, to / "records")
+        policy = policy_of(path)
         for kind, lines in ((replays, results.records), (answers, results.answers)):
             for line in lines:
                 kind.setdefault(_cell(line, policy), {})[line.example] = line
@@ -54,39 +48,22 @@ def summarize(folder: Path, to: Path) -> None:
     (to / "tables.md").write_text("\n".join(text) + "\n")
 
 
-def _cell(line: _LINE, policy: str) -> Cell:
+def _cell(line: Line, policy: str) -> Cell:
     # the variants this benchmark runs; other options are the same for all
     variants = {("random", "redraw", False): ":redraw=false", ("oracle", "reduce", "max"): ":reduce=max"}
     name = line.method + "".join(variants.get((line.method, key, one), "") for key, one in line.options.items())
     return Cell(line.task, policy, name, line.budget["tokens"] if line.budget else None)
 
 
-def _keep(results: Results, folder: Path) -> None:
-    """The records without their texts, compressed, and the manifest."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lines = []
-    for line in [*results.records, *results.answers]:
-        data = {name: value for name, value in asdict(line).items() if name != "output"}
-        lines.append(json.dumps(data) + "\n")
-    # no time stamp inside, so that equal records give equal files
-    (folder / f"{results.folder.name}.jsonl.gz").write_bytes(gzip.compress("".join(lines).encode(), mtime=0))
-    (folder / f"{results.folder.name}.manifest.json").write_text(json.dumps(results.manifest, indent=1) + "\n")
-
-
 def _default(cells: Sequence[Cell]) -> list[Cell]:
     return [cell for cell in cells if ":" not in cell.task]
-
-
-def _values(lines: dict[int, _LINE], metric: str) -> dict[int, float]:
-    found = {example: getattr(line, metric) for example, line in lines.items()}
-    return {example: float(value) for example, value in found.items() if value is not None}
 
 
 def _budgets(cells: Sequence[Cell], task: str, policy: str) -> list[int]:
     return sorted({c.tokens for c in cells if c.task == task and c.policy == policy and c.tokens is not None})
 
 
-def _separation(replays: dict[Cell, dict[int, _LINE]]) -> list[str]:
+def _separation(replays: dict[Cell, dict[int, Line]]) -> list[str]:
     """Paired differences to random at the middle budget, in standard errors."""
     out = ["", "## Does a family separate methods? (replay, middle budget)", ""]
     out += ["Gain over `random` at equal slots, paired by trace: mean, and how many standard errors it is.", ""]
@@ -98,27 +75,27 @@ def _separation(replays: dict[Cell, dict[int, _LINE]]) -> list[str]:
         for task, policy in tasks:
             budgets = _budgets(list(replays), task, policy)
             tokens = budgets[len(budgets) // 2]
-            theirs = _values(replays[Cell(task, policy, "random", tokens)], metric)
+            theirs = by_example(replays[Cell(task, policy, "random", tokens)], metric)
             row = []
             for method in methods:
-                ours = _values(replays.get(Cell(task, policy, method, tokens), {}), metric)
+                ours = by_example(replays.get(Cell(task, policy, method, tokens), {}), metric)
                 gain = estimate([sign * (ours[one] - theirs[one]) for one in sorted(ours.keys() & theirs.keys())])
                 row.append(f"{gain.mean:+.3f} ({gain.mean / gain.se:+.1f})" if gain.se else "-")
-            out.append(f"| {task} | {_POLICY[policy]} | {tokens} | {len(theirs)} | " + " | ".join(row) + " |")
+            out.append(f"| {task} | {POLICIES[policy]} | {tokens} | {len(theirs)} | " + " | ".join(row) + " |")
         out.append("")
     return out
 
 
-def _accuracy(replays: dict[Cell, dict[int, _LINE]], answers: dict[Cell, dict[int, _LINE]]) -> list[str]:
+def _accuracy(replays: dict[Cell, dict[int, Line]], answers: dict[Cell, dict[int, Line]]) -> list[str]:
     """Whole answers right and top-1, every cell."""
     out = ["## Accuracy of real generation, and fidelity of replay", ""]
     cells = _default(list(answers))
     for task, policy in dict.fromkeys((c.task, c.policy) for c in cells):
         budgets = _budgets(cells, task, policy)
         full = answers[Cell(task, policy, "full", None)]
-        random_full = estimate(list(_values(full, "correct").values()))
+        random_full = estimate(list(by_example(full, "correct").values()))
         out += [
-            f"**{task}, {_POLICY[policy]}**: full KV {_percent(random_full)} of {len(full)} right",
+            f"**{task}, {POLICIES[policy]}**: full KV {_percent(random_full)} of {len(full)} right",
             "",
             "| method | " + " | ".join(f"{n} slots: right, % | top-1, % | KL | mean slots" for n in budgets) + " |",
             "|---" * (1 + 4 * len(budgets)) + "|",
@@ -128,10 +105,12 @@ def _accuracy(replays: dict[Cell, dict[int, _LINE]], answers: dict[Cell, dict[in
             row = []
             for tokens in budgets:
                 cell = Cell(task, policy, method, tokens)
-                right = _percent(estimate(list(_values(answers[cell], "correct").values()))) if cell in answers else "-"
-                top1 = estimate(list(_values(replays[cell], "top1").values()))
-                kl = estimate(list(_values(replays[cell], "kl").values()))
-                held = estimate(list(_values(replays[cell], "physical_mean").values()))
+                right = (
+                    _percent(estimate(list(by_example(answers[cell], "correct").values()))) if cell in answers else "-"
+                )
+                top1 = estimate(list(by_example(replays[cell], "top1").values()))
+                kl = estimate(list(by_example(replays[cell], "kl").values()))
+                held = estimate(list(by_example(replays[cell], "physical_mean").values()))
                 row += [right, _percent(top1), f"{kl.mean:.3f} +- {kl.se or 0:.3f}", f"{held.mean:.0f}"]
             out.append(f"| {method} | " + " | ".join(row) + " |")
         out.append("")
@@ -139,14 +118,16 @@ def _accuracy(replays: dict[Cell, dict[int, _LINE]], answers: dict[Cell, dict[in
 
 
 def _prediction(
-    replays: dict[Cell, dict[int, _LINE]], answers: dict[Cell, dict[int, _LINE]], figure_path: Path
+    replays: dict[Cell, dict[int, Line]], answers: dict[Cell, dict[int, Line]], figure_path: Path
 ) -> list[str]:
     """How well fidelity under replay orders cells by the accuracy of real generation."""
     shared = [c for c in _default(list(answers)) if c in replays and c.tokens is not None]
     points = {}
     for cell in shared:
-        fidelity = {m: estimate(list(_values(replays[cell], m).values())).mean for m in ("kl", "top1", "answer_top1")}
-        points[cell] = (fidelity, estimate(list(_values(answers[cell], "correct").values())).mean)
+        fidelity = {
+            m: estimate(list(by_example(replays[cell], m).values())).mean for m in ("kl", "top1", "answer_top1")
+        }
+        points[cell] = (fidelity, estimate(list(by_example(answers[cell], "correct").values())).mean)
     out = ["## Does fidelity predict accuracy?", ""]
     out += ["Spearman's rank correlation over cells (method x budget) of a family, both prompt policies.", ""]
     out += ["| family | cells | -KL | top-1 | answer top-1 |", "|---|---|---|---|---|"]
@@ -177,7 +158,7 @@ def _prediction(
 
 
 def _distance(
-    replays: dict[Cell, dict[int, _LINE]], answers: dict[Cell, dict[int, _LINE]], figure_path: Path
+    replays: dict[Cell, dict[int, Line]], answers: dict[Cell, dict[int, Line]], figure_path: Path
 ) -> list[str]:
     """`recall` against distance: whole answers right, and answer tokens right under replay."""
     cells = [c for c in replays if c.task.startswith("recall:distance")]
@@ -195,8 +176,8 @@ def _distance(
         row, at, accuracy, fidelity = [], [], [], []
         for task in tasks:
             cell = Cell(task, "on_top", method, None if method == "full" else tokens)
-            one = estimate(list(_values(answers[cell], "correct").values())) if cell in answers else None
-            two = estimate(list(_values(replays[cell], "answer_top1").values()))
+            one = estimate(list(by_example(answers[cell], "correct").values())) if cell in answers else None
+            two = estimate(list(by_example(replays[cell], "answer_top1").values()))
             row.append(f"{_percent(one) if one else '-'} / {_percent(two)}")
             at.append(int(task.split("=")[1]))
             accuracy.append(np.nan if one is None else 100 * one.mean)
@@ -217,7 +198,7 @@ def _distance(
     return [*out, ""]
 
 
-def _frontier(replays: dict[Cell, dict[int, _LINE]], answers: dict[Cell, dict[int, _LINE]], path: Path) -> None:
+def _frontier(replays: dict[Cell, dict[int, Line]], answers: dict[Cell, dict[int, Line]], path: Path) -> None:
     """Accuracy (generation) and top-1 (replay) against slots, a column per family and policy."""
     columns = list(dict.fromkeys((c.task, c.policy) for c in _default(list(replays))))
     rows = ["correct", "kl"]
@@ -235,7 +216,7 @@ def _frontier(replays: dict[Cell, dict[int, _LINE]], answers: dict[Cell, dict[in
             scale = 100 if metric == "correct" else 1
             full = source.get(Cell(task, policy, "full", None))
             if full and metric == "correct":
-                mean = estimate(list(_values(full, metric).values())).mean
+                mean = estimate(list(by_example(full, metric).values())).mean
                 handles["full"] = axes.axhline(scale * mean, color=FULL_COLOUR, ls="--", lw=1.2)
             for method, style in styles(methods).items():
                 points = sorted(
@@ -244,7 +225,7 @@ def _frontier(replays: dict[Cell, dict[int, _LINE]], answers: dict[Cell, dict[in
                 if not points:
                     continue
                 at = [c.tokens for c in points]
-                values = [estimate(list(_values(source[c], metric).values())) for c in points]
+                values = [estimate(list(by_example(source[c], metric).values())) for c in points]
                 mean = np.array([scale * v.mean for v in values])
                 se = np.array([scale * (v.se or 0) for v in values])
                 (handles[method],) = axes.plot(at, mean, color=style.colour, marker=style.marker, ms=5, lw=1.5)
@@ -254,7 +235,7 @@ def _frontier(replays: dict[Cell, dict[int, _LINE]], answers: dict[Cell, dict[in
             axes.minorticks_off()
             axes.grid(True, lw=0.5, color="#dddddd")
             axes.spines[["top", "right"]].set_visible(False)
-            axes.set_title(f"{task}: {_POLICY[policy]}", fontsize=10)
+            axes.set_title(f"{task}: {POLICIES[policy]}", fontsize=10)
             if metric == "kl":
                 axes.set_yscale("log")
         line[0].set_ylabel("whole answers right, %" if metric == "correct" else "KL from full KV, nats")

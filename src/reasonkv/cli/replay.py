@@ -51,6 +51,13 @@ def replay(
     top_p: Annotated[
         float, typer.Option(min=0.01, max=1.0, help="Of sampled traces.", rich_help_panel="Traces")
     ] = 0.95,
+    diagnostics: Annotated[
+        bool,
+        typer.Option(
+            "--diagnostics",
+            help="Also measure what was lost, against full KV's attention over the trace; takes about twice as long.",
+        ),
+    ] = False,
     batch_size: common.BatchSize = 16,
     calibration: common.CalibrationFile = None,
     dtype: common.Dtype = "auto",
@@ -83,6 +90,7 @@ def replay(
         seed=seed,
         traces=TraceSettings(traces, max_new_tokens, temperature, top_p),  # type: ignore[arg-type]
         batch_size=batch_size,
+        diagnostics=diagnostics,
     )
     _run(job, (model, dtype, device, calibration), out, json)
 
@@ -101,7 +109,7 @@ def replay_and_show(job: ReplayJob, loaded: LoadedModel, out: Path, *, quiet: bo
     from reasonkv.evaluate.records import RECORDS
     from reasonkv.evaluate.runner import run_replay
     from reasonkv.evaluate.summary import summarize
-    from reasonkv.report.tables import caption, figure_note, replay_tables
+    from reasonkv.report.tables import caption, diagnostic_tables, figure_note, replay_tables
 
     with common.progress_bars(job.steps) as progress:
         records = run_replay(job, loaded, out, progress)
@@ -111,7 +119,7 @@ def replay_and_show(job: ReplayJob, loaded: LoadedModel, out: Path, *, quiet: bo
         from rich.console import Console
 
         console = Console(width=common.width() or None)
-        for table in replay_tables(rows):
+        for table in [*replay_tables(rows), *diagnostic_tables(rows)]:
             console.print(table)
         console.print(caption(records), style="dim", highlight=False)
         typer.echo(f"Records: {common.show(out / RECORDS)}" + (f"\nFigure:  {common.show(figure)}" if figure else ""))

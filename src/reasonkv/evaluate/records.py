@@ -76,6 +76,7 @@ class Record:
         tokens_dropped: tokens whose slots were given up.
         guards: how often a method fell back on a rule of its own, by name.
         seconds: wall-clock seconds of the batch divided by its rows.
+        diagnostics: measures of what was lost, by name (`reasonkv.evaluate.diagnostics`); empty unless asked for.
     """
 
     run: str
@@ -105,6 +106,7 @@ class Record:
     guards: dict[str, int] = field(default_factory=dict)
     seconds: float
     answer_top1: float | None = None
+    diagnostics: dict[str, float] = field(default_factory=dict)
 
     @property
     def key(self) -> str:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from transformers import PreTrainedModel
 
 from reasonkv.budget import Budget
 from reasonkv.calibration import Calibration
+from reasonkv.evaluate.diagnostics import Diagnostics
 from reasonkv.evaluate.metrics import NonFiniteError, TraceMetrics, TraceScore
 from reasonkv.evaluate.pieces import MAX_PIECE, Row, feed
 from reasonkv.evaluate.records import Record
@@ -46,12 +47,14 @@ class Replayed:
         stats: the row's physical lengths, bytes and events, at the end.
         nll_T: float32, negative log-likelihood of every output token.
         seconds: wall-clock seconds of the batch divided by its rows.
+        diagnostics: measures of what was lost, where asked for.
     """
 
     metrics: TraceMetrics
     stats: RowStats
     nll_T: torch.Tensor
     seconds: float
+    diagnostics: dict[str, float] = field(default_factory=dict)
 
 
 def replay_batch(
@@ -62,6 +65,7 @@ def replay_batch(
     seed: int = 0,
     chunked: bool = True,
     calibration: Calibration | None = None,
+    diagnostics: bool = False,
 ) -> list[Replayed]:
     """Replay a batch of traces.
 
@@ -79,6 +83,8 @@ def replay_batch(
         chunked: feed in pieces that end where the schedule puts an event; False feeds token by token after the
             prompt, which gives the same numbers slowly.
         calibration: statistics of the model's queries, for methods that need them; looked up unless given.
+        diagnostics: also measure what was lost, against full KV's attention over the trace; a bounded method then
+            takes about twice as long.
 
     Raises:
         BudgetError: a prompt does not fit.
@@ -86,7 +92,9 @@ def replay_batch(
         ReplayError: NaN or infinity came out.
     """
     rows = [Row(trace.prompt_P, trace.output_T) for trace in traces]
-    future = ReferenceAttention.collect(model, rows) if cell.method.needs.future else None
+    diagnosed = diagnostics and cell.method.bounded
+    future = ReferenceAttention.collect(model, rows) if diagnosed or cell.method.needs.future else None
+    observer = Diagnostics(future) if diagnosed and future is not None else None
     began = time.perf_counter()
     scores = [TraceScore() for _ in traces]
     with CompressedCache(
@@ -99,6 +107,7 @@ def replay_batch(
         max_length=max(row.fed for row in rows),
         reference=future,
         calibration=calibration,
+        observer=observer,
     ) as cache:
         distances = cache.tokens_to_next_event
         for scored in feed(model, cache, rows, distances=distances, max_piece=MAX_PIECE if chunked else 1):
@@ -108,10 +117,11 @@ def replay_batch(
             scores[scored.row].add(scored.logits_NV, tokens_N, reference)
         stats = cache.stats()
     seconds = (time.perf_counter() - began) / len(traces)
+    measures: list[dict[str, float]] = observer.measures() if observer else [{} for _ in traces]
     outcomes = []
-    for trace, score, row in zip(traces, scores, stats.rows, strict=True):
+    for trace, score, row, found in zip(traces, scores, stats.rows, measures, strict=True):
         try:
-            outcomes.append(Replayed(score.result(trace.answer_at), row, score.nll_N(), seconds))
+            outcomes.append(Replayed(score.result(trace.answer_at), row, score.nll_N(), seconds, found))
         except NonFiniteError as error:
             raise ReplayError(
                 f"Replaying example {trace.example} through {cell.label} failed because {error}; "
@@ -151,4 +161,5 @@ def to_record(run: str, task: str, seed: int, cell: Cell, trace: Trace, outcome:
         tokens_dropped=stats.tokens_dropped,
         guards=dict(stats.guards),
         seconds=round(outcome.seconds, 4),
+        diagnostics={name: round(measure, 6) for name, measure in outcome.diagnostics.items()},
     )

@@ -39,6 +39,7 @@ class ReplayJob:
         seed: of problems, sampling and methods.
         traces: how traces are made.
         batch_size: rows at once; changes nothing but rounding.
+        diagnostics: also measure what was lost (`reasonkv.evaluate.diagnostics`).
     """
 
     tasks: Sequence[str]
@@ -50,6 +51,7 @@ class ReplayJob:
     batch_size: int = 16
     command: str = "replay"
     mean_slots: Sequence[float] = ()
+    diagnostics: bool = False
 
     def cells(self, traces: Sequence[Trace] | None = None) -> list[Cell]:
         """Full KV once, then every bounded method at every budget, each once.
@@ -82,6 +84,7 @@ class ReplayJob:
             "limit": self.limit,
             "seed": self.seed,
             "traces": asdict(self.traces),
+            **({"diagnostics": True} if self.diagnostics else {}),
             **model.calibration_argument(self.methods),
         }
         return Manifest(self.command, arguments, {"name": model.name, "hash": model.hash}, model.device_name)
@@ -197,7 +200,12 @@ def _replay_cell(
         missing = {trace.example for trace in batch if key(trace) not in done}
         if missing:
             outcomes = replay_batch(
-                model.model, batch, cell, seed=job.seed, calibration=model.calibration_for(cell.method)
+                model.model,
+                batch,
+                cell,
+                seed=job.seed,
+                calibration=model.calibration_for(cell.method),
+                diagnostics=job.diagnostics,
             )
             records = [
                 to_record(run, task, job.seed, cell, trace, outcome)

@@ -36,7 +36,7 @@ class Row:
         method: the method, with the options that are not its defaults.
         tokens: the budget's tokens, None for full KV.
         n: traces.
-        estimates: by name, one of `METRICS`.
+        estimates: by name, one of `METRICS`; and the diagnostics that records have, over those that have them.
         versus_full: paired differences to full KV (top1, nll, kl), where full KV was replayed.
         versus_random: the same to `random` at the same budget.
     """
@@ -105,12 +105,20 @@ def summarize(records: Sequence[Record], *, seed: int = 0) -> list[Row]:
                 method=method,
                 tokens=members[0].budget["tokens"] if members[0].budget else None,
                 n=len(members),
-                estimates={name: estimate([value(one, name) for one in members]) for name in METRICS},
+                estimates={name: estimate([value(one, name) for one in members]) for name in METRICS}
+                | _diagnostics(members),
                 versus_full={} if members[0].method == "full" else _differences(members, full, seed),
                 versus_random={} if members[0].method in {"full", "random"} else _differences(members, random, seed),
             )
         )
     return rows
+
+
+def _diagnostics(records: Sequence[Record]) -> dict[str, Estimate]:
+    names = dict.fromkeys(name for record in records for name in record.diagnostics)
+    return {
+        name: estimate([record.diagnostics[name] for record in records if name in record.diagnostics]) for name in names
+    }
 
 
 def method_labels(records: Sequence[Record | AnswerRecord]) -> dict[str, str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from reasonkv.evaluate.answers import AnswerRecord
@@ -12,134 +11,14 @@ from reasonkv.evaluate.frontier import regime
 from reasonkv.evaluate.records import Record
 from reasonkv.evaluate.statistics import Difference, Estimate
 from reasonkv.report.cohorts import SummaryRow, labels_of
+from reasonkv.report.measures import DIAGNOSTICS, EVALUATE, REPLAY, Metric
 
 TAIL = 120
 """Characters of an output's end that the record table shows."""
 
 
-@dataclass(frozen=True)
-class Metric:
-    """A number of a cell.
-
-    Args:
-        key: its name in the estimates.
-        label: the column's heading.
-        title: what a figure's axis says.
-        meaning: one sentence.
-        scale: what the number is multiplied by for people.
-        digits: digits after the point.
-        plotted: whether figures offer it.
-    """
-
-    key: str
-    label: str
-    title: str
-    meaning: str
-    scale: float = 1.0
-    digits: int = 0
-    plotted: bool = True
-
-
-_MEMORY = (
-    Metric(
-        "physical_mean",
-        "mean slots",
-        "mean slots",
-        "slots per KV head that attention reads, mean over output tokens",
-        plotted=False,
-    ),
-    Metric(
-        "physical_peak",
-        "peak slots",
-        "peak slots",
-        "most slots per KV head held at once, prompt included",
-        plotted=False,
-    ),
-    Metric(
-        "saved_bytes",
-        "saved bytes %",
-        "saved bytes, %",
-        "share of full KV's bytes that is not held at the end, the method's own state counted as held",
-        100,
-        1,
-        False,
-    ),
-    Metric(
-        "bytes_held", "KiB held", "KiB held", "KiB held at the end, the method's own state included", 1 / 1024, 0, False
-    ),
-)
-REPLAY = (
-    Metric(
-        "top1",
-        "top-1 %",
-        "top-1 agreement with full KV, %",
-        "share of output tokens where the most likely token is the full-KV model's",
-        100,
-        1,
-    ),
-    Metric(
-        "answer_top1",
-        "answer top-1 %",
-        "top-1 agreement on the answer alone, %",
-        "share of the answer's tokens, those after </think>, where the most likely token is the full-KV model's; over "
-        "the traces that have such a part",
-        100,
-        1,
-    ),
-    Metric(
-        "kl",
-        "KL",
-        "KL from full KV, nats",
-        "mean divergence from the full-KV model's top tokens and one bucket for the rest, nats",
-        1,
-        3,
-    ),
-    Metric(
-        "nll", "NLL", "NLL of full KV's tokens, nats", "mean negative log-likelihood of the trace's tokens, nats", 1, 3
-    ),
-    Metric(
-        "top5",
-        "top-5 %",
-        "top-5 agreement with full KV, %",
-        "share of output tokens where the full-KV model's most likely token is among the five most likely",
-        100,
-        1,
-    ),
-    *_MEMORY,
-)
-EVALUATE = (
-    Metric(
-        "correct", "accuracy %", "accuracy, %", "share of answers that the task's checker accepts as a whole", 100, 1
-    ),
-    Metric(
-        "truncated",
-        "truncated %",
-        "truncated answers, %",
-        "share of answers that met the limit on their length before they ended",
-        100,
-        1,
-    ),
-    Metric(
-        "repetition",
-        "in loops %",
-        "output tokens in loops, %",
-        "share of output tokens that repeat what stands just before them, in a loop",
-        100,
-        1,
-    ),
-    Metric(
-        "diverged",
-        "diverged %",
-        "answers that differ from full KV's, %",
-        "share of answers that differ from full KV's answer to the same problem in any token",
-        100,
-        1,
-    ),
-    Metric("output_tokens", "output tokens", "output tokens", "tokens written, the end of sequence included", 1, 0),
-    *_MEMORY,
-)
 _MISSING = Estimate(math.nan, None)
-METRICS = {"replay": REPLAY, "evaluate": EVALUATE}
+METRICS = {"replay": (*REPLAY, *DIAGNOSTICS), "evaluate": EVALUATE}
 COMPARED = {"replay": ("top1", "kl"), "evaluate": ("correct",)}
 
 

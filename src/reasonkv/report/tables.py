@@ -9,6 +9,7 @@ from rich.table import Table
 
 from reasonkv.evaluate.records import Record
 from reasonkv.evaluate.summary import Row
+from reasonkv.report.measures import DIAGNOSTICS
 from reasonkv.report.wording import PROMPT_WORDS, budget_sentence, estimate_text, seeds_sentence
 
 
@@ -21,15 +22,19 @@ def replay_tables(rows: Sequence[Row]) -> list[Table]:
     return [_table(task, [row for row in rows if row.task == task]) for task in dict.fromkeys(r.task for r in rows)]
 
 
-def _table(task: str, rows: Sequence[Row]) -> Table:
-    table = Table(
-        title=task,
+def _frame(title: str) -> Table:
+    return Table(
+        title=title,
         title_justify="left",
         title_style="bold",
         header_style="bold",
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )
+
+
+def _table(task: str, rows: Sequence[Row]) -> Table:
+    table = _frame(task)
     table.add_column("method", no_wrap=True)
     for heading in ("budget", "n", "top-1 %", "NLL", "KL", "mean slots", "peak slots", "saved bytes %", "s/trace"):
         table.add_column(heading, justify="right")
@@ -52,6 +57,35 @@ def _table(task: str, rows: Sequence[Row]) -> Table:
         )
         previous = row.method
     return table
+
+
+def diagnostic_tables(rows: Sequence[Row]) -> list[Table]:
+    """What was lost, one table per task; none where no diagnostics were asked for.
+
+    Args:
+        rows: from `summarize`.
+    """
+    tables = []
+    for task in dict.fromkeys(row.task for row in rows):
+        own = [row for row in rows if row.task == task and any(one.key in row.estimates for one in DIAGNOSTICS)]
+        shown = [metric for metric in DIAGNOSTICS if any(metric.key in row.estimates for row in own)]
+        if not own:
+            continue
+        table = _frame(f"{task}: what was lost")
+        table.add_column("method", no_wrap=True)
+        table.add_column("budget", justify="right")
+        for metric in shown:
+            table.add_column(metric.label, justify="right")
+        for row in own:
+            cells = [
+                estimate_text(row.estimates[metric.key], metric.digits, metric.scale)
+                if metric.key in row.estimates
+                else "-"
+                for metric in shown
+            ]
+            table.add_row(row.method, f"{row.tokens:,}", *cells)
+        tables.append(table)
+    return tables
 
 
 def caption(records: Sequence[Record]) -> str:
