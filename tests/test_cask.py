@@ -177,6 +177,10 @@ class Words:
 
 def test_markers_come_from_a_tokenizer_without_what_it_cannot_write() -> None:
     assert phase_markers(Words()) == "198;271;12-13"
+    assert of("cask").for_tokenizer(Words()).marker_ids == ((198,), (271,), (12, 13))
+    assert of("cask:markers=7").for_tokenizer(Words()).marker_ids == ((7,),)
+    assert of("cask:markers=none").for_tokenizer(Words()).marker_ids == ()
+    assert of("cask").marker_ids == ()  # no tokenizer, no markers
     assert of("cask:markers=198;271;12-13").marker_ids == ((198,), (271,), (12, 13))
 
 
@@ -199,7 +203,7 @@ def test_the_short_form_gives_the_method_back(spec: str) -> None:
         ("cask:mass=x", "cask: mass must be log or none, not 'x'."),
         ("cask:core_ratio=1.5", "cask: core_ratio must be between 0 and 1, not 1.5."),
         ("cask:window=-1", "cask: window must be at least 0, not -1."),
-        ("cask:markers=a", "cask: markers are token ids like 198;271;12-13, not 'a'."),
+        ("cask:markers=a", "cask: markers are token ids like 198;271;12-13, auto or none, not 'a'."),
     ],
 )
 def test_a_bad_option_is_one_sentence(spec: str, message: str) -> None:

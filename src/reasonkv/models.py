@@ -77,6 +77,10 @@ class LoadedModel:
         """The statistics, if a method needs them; errors as in `calibration`."""
         return self.calibration if method.needs.calibration else None
 
+    def method_for(self, method: Method) -> Method:
+        """The method as this model runs it: what it leaves to a tokenizer is filled in."""
+        return method.for_tokenizer(self.tokenizer)
+
     def calibration_argument(self, methods: Iterable[Method]) -> dict[str, str]:
         """What a manifest says about the statistics: their digest, if any of these methods needs them."""
         return {"calibration": self.calibration.digest} if any(m.needs.calibration for m in methods) else {}

@@ -84,7 +84,7 @@ def generate(
             one_thread_if_small(loaded.model),
             CompressedCache(
                 loaded.model,
-                chosen,
+                loaded.method_for(chosen),
                 limits,
                 prompt_lengths=[len(ids)],
                 seed=seed,

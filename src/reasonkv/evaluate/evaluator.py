@@ -241,7 +241,7 @@ class _TaskRun:
         longest = max(len(item.prompt_P) for item in self.items)
         with CompressedCache(
             model,
-            cell.method,
+            self.model.method_for(cell.method),
             cell.budget,
             prompt_lengths=[len(one.prompt_P) for one in requests],
             seed=self.job.seed,

@@ -202,7 +202,7 @@ def _replay_cell(
             outcomes = replay_batch(
                 model.model,
                 batch,
-                cell,
+                replace(cell, method=model.method_for(cell.method)),
                 seed=job.seed,
                 calibration=model.calibration_for(cell.method),
                 diagnostics=job.diagnostics,

@@ -10,7 +10,7 @@ from typing import Any
 from reasonkv.evaluate.answers import AnswerRecord
 from reasonkv.evaluate.records import Record
 from reasonkv.evaluate.statistics import Difference, Estimate, estimate, paired_difference
-from reasonkv.methods import MethodError, get_method
+from reasonkv.methods import MethodError, method_class
 
 __all__ = [
     "METRICS",
@@ -127,19 +127,15 @@ def method_labels(records: Sequence[Record | AnswerRecord]) -> dict[str, str]:
     for record in records:
         key = _method_key(record)
         if key not in labels:
-            usual = _defaults(record.method)
-            changed = [
-                f"{name}={one}" for name, one in record.options.items() if name not in usual or usual[name] != one
-            ]
-            labels[key] = record.method + (":" + ",".join(changed) if changed else "")
+            labels[key] = _label(record.method, record.options)
     return labels
 
 
-def _defaults(method: str) -> dict[str, Any]:
+def _label(method: str, options: dict[str, Any]) -> str:
     try:
-        return get_method(method).options()
-    except MethodError:  # another package's method, read where that package is not installed
-        return {}
+        return method_class(method)(**options).spec()
+    except (MethodError, TypeError, ValueError):  # a method or option that is not installed here
+        return method + (":" + ",".join(f"{name}={one}" for name, one in options.items()) if options else "")
 
 
 def _method_key(record: Record | AnswerRecord) -> str:

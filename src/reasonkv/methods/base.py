@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -159,6 +159,10 @@ class Method(ABC):
 
         """
         raise NotImplementedError(f"{self.name} observes but does not say how.")
+
+    def for_tokenizer(self, tokenizer: Any) -> Method:
+        """The method with what an option leaves to the model's tokenizer filled in; records keep the option."""
+        return self
 
     def options(self) -> dict[str, object]:
         """The options as recorded in results."""

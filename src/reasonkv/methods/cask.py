@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
@@ -99,8 +99,9 @@ class CASK(Method):
         value_gate: most distance between two slots' projected values; 0 is off.
         mass_gate: most summed score of a pair, in mean scores of the best; 0 is off.
         phases: runs end where the phase changes (between prompt and decode tokens even without markers).
-        markers: token-id sequences that end a phase, "198;271;12-13" for three, the last of two tokens; see
-            `phase_markers`. None unless given: the ids depend on the tokenizer.
+        markers: token-id sequences that end a phase, "198;271;12-13" for three, the last of two tokens; "none"; or
+            "auto" - the reference's texts in the tokenizer's ids (`phase_markers`), which the commands fill in
+            (`for_tokenizer`); without a tokenizer it is none.
         mass: "log" - a folded slot's logits are raised by the log of its source tokens; "none" - for runtimes that add
             nothing to logits; "" stands for the profile's own.
         scores: "z" - standardised per query head over the candidates; "raw"; "" stands for the profile's own.
@@ -130,7 +131,7 @@ class CASK(Method):
     value_gate: float = 0.0
     mass_gate: float = 0.0
     phases: bool = True
-    markers: str = ""
+    markers: str = "auto"
     mass: Literal["log", "none", ""] = ""
     scores: Literal["z", "raw", ""] = ""
     aggregation: Aggregation = "mean"
@@ -173,11 +174,13 @@ class CASK(Method):
 
     @property
     def marker_ids(self) -> tuple[tuple[int, ...], ...]:
-        """`markers` as token ids."""
+        """`markers` as token ids; none where they are left to a tokenizer that is not known."""
+        if self.markers in ("auto", "none"):
+            return ()
         try:
             return tuple(tuple(int(token) for token in one.split("-")) for one in self.markers.split(";") if one)
         except ValueError:
-            raise ValueError(f"markers are token ids like 198;271;12-13, not {self.markers!r}.") from None
+            raise ValueError(f"markers are token ids like 198;271;12-13, auto or none, not {self.markers!r}.") from None
 
     @property
     def rules(self) -> Rules:
@@ -203,7 +206,7 @@ class CASK(Method):
             folds=self._folds,
             slot_state=_SPAN if self._folds else {},
             log_mass=self._folds and self.mass == "log",
-            token_ids=self._folds and self.phases and bool(self.markers),
+            token_ids=self._folds and self.phases and bool(self.marker_ids),
             calibration=True,
             output_projection=self._folds and self.value_gate > 0.0,
         )
@@ -223,6 +226,10 @@ class CASK(Method):
         return Budget(
             tokens, interval=128, sinks=0, recent=0, trigger="grid", trigger_counts="decode", cut_prompt="first_event"
         )
+
+    def for_tokenizer(self, tokenizer: Any) -> CASK:
+        """With `markers=auto` as the tokenizer's ids."""
+        return replace(self, markers=phase_markers(tokenizer) or "none") if self.markers == "auto" else self
 
     def spec(self) -> str:
         """As for every method, but against the defaults of the profile."""
@@ -298,7 +305,7 @@ class CASK(Method):
         rows = []
         for b in range(B):
             phases_N = np.where(is_prompt_BN[b], -1, 0)
-            if self.markers and first.token_ids is not None:
+            if self.marker_ids and first.token_ids is not None:
                 ids_L = first.token_ids[b].cpu().numpy()
                 phases_N = phases_of_tokens(ids_L, prompts[b], self.marker_ids)[starts_BN[b]]
             held = int(is_prompt_BN[b].sum())

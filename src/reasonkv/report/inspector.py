@@ -303,7 +303,7 @@ def _cache(
     model: LoadedModel, cell: Cell, prompt: int, longest: int, row: int, seed: int, **options: Any
 ) -> CompressedCache:
     return CompressedCache(
-        model.model, cell.method, cell.budget,
+        model.model, model.method_for(cell.method), cell.budget,
         prompt_lengths=[prompt], seed=seed, row_seeds=[row], max_length=longest,
         calibration=model.calibration_for(cell.method), **options,
     )  # fmt: skip
