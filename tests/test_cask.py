@@ -203,7 +203,7 @@ def test_the_short_form_gives_the_method_back(spec: str) -> None:
         ("cask:mass=x", "cask: mass must be log or none, not 'x'."),
         ("cask:core_ratio=1.5", "cask: core_ratio must be between 0 and 1, not 1.5."),
         ("cask:window=-1", "cask: window must be at least 0, not -1."),
-        ("cask:markers=a", "cask: markers are token ids like 198;271;12-13, auto or none, not 'a'."),
+        ("cask:markers=a", "cask: markers are token ids like 198;271;12-13, or none, not 'a'."),
     ],
 )
 def test_a_bad_option_is_one_sentence(spec: str, message: str) -> None:

@@ -247,13 +247,9 @@ def test_adaptive_horizon_weighs_distances_around_each_heads_wavelength() -> Non
 
 def test_variational_horizon_takes_its_weights_from_the_calibration() -> None:
     view = random_views([4])[0]
-
-    class WithHorizon:
-        mean_HqF, modulus_HqF, square_HqF = view.calibration.mean_HqF, view.calibration.modulus_HqF, None
-        horizon_HqJ = torch.full((4, 17), 1 / 17)
-
+    with_horizon = replace(view.calibration, horizon_HqJ=torch.full((4, 17), 1 / 17))
     options = FrequencyOptions(horizon="variational")
-    uniform = frequency_scores(view.keys_BHND, WithHorizon(), view.rotary, view.length_B, options)  # type: ignore[arg-type]
+    uniform = frequency_scores(view.keys_BHND, with_horizon, view.rotary, view.length_B, options)
     assert_close(uniform, frequency_scores(view.keys_BHND, view.calibration, view.rotary, view.length_B))
     with pytest.raises(MethodError, match="horizon=variational needs weights"):
         frequency_scores(view.keys_BHND, view.calibration, view.rotary, view.length_B, options)

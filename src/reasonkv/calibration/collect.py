@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
+from reasonkv.calibration.horizon import fit_horizon, future_distances
 from reasonkv.calibration.queries import TOKENS_AT_ONCE, QuerySums, summing
 from reasonkv.calibration.statistics import Calibration, CalibrationError, head_dim_of, rope_type_of
 from reasonkv.models import model_hash
@@ -28,6 +29,7 @@ def collect(
     batches: Iterable[Tensor],
     *,
     piece: int | None = None,
+    horizon: bool = False,
     on_done: Callable[[int], None] = lambda _: None,
     name: str | None = None,
     source: str | None = None,
@@ -41,6 +43,8 @@ def collect(
         model: a causal language model; it is used as it is (dtype, device, attention kernel) and left so.
         batches: int64 ids [B, T], unpadded; T may differ from batch to batch.
         piece: feed a row in pieces of so many tokens with a KV cache; None feeds it whole without one.
+        horizon: also fit weights of the future distances (`reasonkv.calibration.horizon`); windows that are short
+            beside the model's reach teach short distances.
         on_done: called with the tokens of every batch.
         name: the model's name, for the record.
         source: what `batches` are, in words, for the record.
@@ -54,7 +58,7 @@ def collect(
         UnsupportedModelError: a model that no compressed cache can serve.
         RotaryError: RoPE that cannot be undone.
     """
-    sums = QuerySums(_rotaries(model))
+    sums = QuerySums(_rotaries(model), horizon=horizon)
     decoder = model.get_decoder()
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     with summing(model, sums) as arguments:
@@ -163,10 +167,12 @@ def _averages(model: PreTrainedModel, sums: QuerySums, name: str | None, source:
         layers.append((total.cpu().double() / tokens).float())
     means_4LHqF = torch.stack(layers, dim=1)
     real, imaginary, modulus, square = means_4LHqF.unbind()
+    mean_LHqF = torch.complex(real, imaginary)
     return Calibration(
-        torch.complex(real, imaginary),
+        mean_LHqF,
         modulus,
         square,
+        horizon_LHqJ=_horizons(sums, mean_LHqF),
         head_dim=head_dim_of(config),
         tokens=sums.tokens[0],
         model=model_hash(model),
@@ -176,3 +182,15 @@ def _averages(model: PreTrainedModel, sums: QuerySums, name: str | None, source:
         name=name,
         source=source,
     )
+
+
+def _horizons(sums: QuerySums, mean_LHqF: Tensor) -> Tensor | None:
+    """Weights of the future distances of all layers, float32 [L, Hq, J], where they were asked for."""
+    if sums.horizon is None:
+        return None
+    offsets_J = future_distances()
+    found = [
+        fit_horizon(sums.horizon.tau_HqF(layer).cpu(), mean_HqF, rotary.inv_freq.cpu(), offsets_J)
+        for layer, (mean_HqF, rotary) in enumerate(zip(mean_LHqF, sums.rotaries, strict=True))
+    ]
+    return torch.stack(found).float()

@@ -1,7 +1,8 @@
 """Calibration files: safetensors with metadata, and the `.pt` files of the public reference code.
 
 A calibration file holds `mean_real`, `mean_imag`, `modulus` and, where known, `square`, each float32
-[layers, query heads, rotary pairs]; everything else is text in the header.
+[layers, query heads, rotary pairs], and, where fitted, `horizon` [layers, query heads, distances]; everything else is
+text in the header.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ FORMAT = "reasonkv-calibration"
 VERSION = 1
 _TEXTS = ("model", "rope_type", "date", "name", "source")
 _HEAD = re.compile(r"layer(\d+)_head(\d+)")
+_HORIZON = "oracle_pi"  # what .pt files call the weights of the future distances
 _SQUARES_SINCE = 3  # `stats_version` of .pt files whose entries have the mean square
 
 
@@ -40,6 +42,8 @@ def save_calibration(path: Path | str, calibration: Calibration) -> None:
     }
     if calibration.square_LHqF is not None:
         tensors["square"] = calibration.square_LHqF.contiguous().cpu()
+    if calibration.horizon_LHqJ is not None:
+        tensors["horizon"] = calibration.horizon_LHqJ.contiguous().cpu()
     facts = {
         "format": FORMAT,
         "version": VERSION,
@@ -81,6 +85,7 @@ def load_calibration(path: Path | str) -> Calibration:
             torch.complex(tensors["mean_real"], tensors["mean_imag"]),
             tensors["modulus"],
             tensors.get("square"),
+            horizon_LHqJ=tensors.get("horizon"),
             head_dim=int(header["head_dim"]),
             tokens=int(header["tokens"]) if "tokens" in header else None,
             verified=header["verified"] == "true",
@@ -124,11 +129,13 @@ def import_pt(path: Path | str) -> Calibration:
     ordered = [heads[i, h] for i in range(layers) for h in range(query_heads)]
     real, imaginary, modulus = (_stack(path, ordered, f"q_{one}", layers) for one in _PARTS[:3])
     square = _stack(path, ordered, f"q_{_PARTS[3]}", layers) if f"q_{_PARTS[3]}" in ordered[0] else None
+    horizon = _stack(path, ordered, _HORIZON, layers) if _HORIZON in ordered[0] else None
     rope_type, name = metadata.get("rope_type"), metadata.get("model_name")
     return Calibration(
         torch.complex(real, imaginary),
         modulus,
         square,
+        horizon_LHqJ=horizon,
         head_dim=int(metadata.get("head_dim", 2 * real.shape[2])),
         rope_type=None if rope_type is None else str(rope_type),
         name=None if name is None else str(name),
@@ -153,17 +160,23 @@ def export_pt(calibration: Calibration, path: Path | str) -> None:
         metadata["model_name"] = calibration.name
     if calibration.square_LHqF is not None:
         metadata["stats_version"] = _SQUARES_SINCE
-    tensors = (
-        calibration.mean_LHqF.real,
-        calibration.mean_LHqF.imag,
-        calibration.modulus_LHqF,
-        calibration.square_LHqF,
-    )
+    if calibration.horizon_LHqJ is not None:
+        metadata |= {
+            "build_variational_horizon": True,
+            "oracle_offsets": [2**j for j in range(calibration.horizon_LHqJ.shape[-1])],
+        }
+    tensors = {
+        "q_mean_real": calibration.mean_LHqF.real,
+        "q_mean_imag": calibration.mean_LHqF.imag,
+        "q_abs_mean": calibration.modulus_LHqF,
+        "q_sq_abs_mean": calibration.square_LHqF,
+        _HORIZON: calibration.horizon_LHqJ,
+    }
     # each head a tensor of its own: a view would take the whole storage into the file with it
     entries = {
         f"layer{i:02d}_head{h:02d}": {
-            f"q_{part}": tensor[i, h].detach().cpu().clone(memory_format=torch.contiguous_format)
-            for part, tensor in zip(_PARTS, tensors, strict=True)
+            part: tensor[i, h].detach().cpu().clone(memory_format=torch.contiguous_format)
+            for part, tensor in tensors.items()
             if tensor is not None
         }
         for i, h in metadata["sampled_heads"]

@@ -24,6 +24,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from reasonkv.calibration.horizon import HorizonSums
 from reasonkv.rotary import Rotary
 
 ARGUMENT = "reasonkv_query_sums"
@@ -38,12 +39,14 @@ class QuerySums:
 
     Args:
         rotaries: the rotation of every layer.
+        horizon: also sum what the weights of future distances are fitted to.
 
     Holds [4, Hq, F] float64 a layer (float32 where the device knows no float64), on the layer's device.
     """
 
-    def __init__(self, rotaries: Sequence[Rotary]) -> None:
+    def __init__(self, rotaries: Sequence[Rotary], *, horizon: bool = False) -> None:
         self.rotaries = rotaries
+        self.horizon = HorizonSums(len(rotaries)) if horizon else None
         self.sums: list[Tensor | None] = [None] * len(rotaries)
         self.tokens = [0] * len(rotaries)
         self.start = 0  # position of the next forward's first token
@@ -96,7 +99,11 @@ def _attention(kernel: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
     ) -> tuple[Tensor, Tensor | None]:
         sums: QuerySums | None = kwargs.pop(ARGUMENT, None)
         if sums is not None:
-            sums.add(int(module.layer_idx), query)  # type: ignore[arg-type]  # an int attribute, not a submodule
+            layer = int(module.layer_idx)  # type: ignore[arg-type]  # an int attribute, not a submodule
+            sums.add(layer, query)
+            if sums.horizon is not None:
+                scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
+                sums.horizon.add(layer, sums.rotaries[layer], query, key, scaling, sums.start)
         stock = _model_eager(module) if kernel == "eager" else ALL_ATTENTION_FUNCTIONS[kernel]
         out: tuple[Tensor, Tensor | None] = stock(module, query, key, value, attention_mask, **kwargs)
         return out

@@ -29,11 +29,13 @@ class LayerStatistics:
         mean_HqF: complex64, mean of q_f.
         modulus_HqF: float32, mean of |q_f|.
         square_HqF: float32, mean of |q_f|^2; None in imported older files.
+        horizon_HqJ: float32, weights of the future distances 1, 2, 4, ..., each row summing to 1; None unless fitted.
     """
 
     mean_HqF: Tensor
     modulus_HqF: Tensor
     square_HqF: Tensor | None = None
+    horizon_HqJ: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +46,8 @@ class Calibration:
         mean_LHqF: complex64, mean of q_f.
         modulus_LHqF: float32, mean of |q_f|.
         square_LHqF: float32, mean of |q_f|^2, or None (older files have none).
+        horizon_LHqJ: float32, every head's weights of the future distances 1, 2, 4, ..., or None
+            (`reasonkv.calibration.horizon`).
         head_dim: dimensions of a query head, those that RoPE leaves alone included.
         tokens: how many tokens were averaged, where known.
         model: hash of the model (`reasonkv.models.model_hash`), where known.
@@ -60,6 +64,7 @@ class Calibration:
     mean_LHqF: Tensor
     modulus_LHqF: Tensor
     square_LHqF: Tensor | None = None
+    horizon_LHqJ: Tensor | None = field(default=None, kw_only=True)
     head_dim: int = field(kw_only=True)
     tokens: int | None = field(default=None, kw_only=True)
     model: str | None = field(default=None, kw_only=True)
@@ -84,6 +89,15 @@ class Calibration:
                 raise CalibrationError(f"The calibration's {name} must be {dtype}, not {tensor.dtype}.")
             if not tensor.isfinite().all():
                 raise CalibrationError(f"The calibration's {name} has values that are not finite.")
+        horizon = self.horizon_LHqJ
+        if horizon is not None and (
+            horizon.shape[:-1] != self.mean_LHqF.shape[:-1]
+            or not bool(((horizon >= 0).all(-1) & ((horizon.sum(-1) - 1).abs() < 1e-3)).all())
+        ):
+            raise CalibrationError(
+                "The calibration's weights of future distances must be one row per layer and query head, none "
+                "negative, each row summing to 1."
+            )
         if 2 * self.mean_LHqF.shape[2] > self.head_dim:
             raise CalibrationError(
                 f"The calibration has {self.mean_LHqF.shape[2]} rotary pairs, more than fit a head_dim of "
@@ -109,7 +123,7 @@ class Calibration:
     def digest(self) -> str:
         """Twelve hex digits of the statistics themselves, for manifests."""
         digest = hashlib.sha256()
-        for tensor in (self.mean_LHqF, self.modulus_LHqF, self.square_LHqF):
+        for tensor in (self.mean_LHqF, self.modulus_LHqF, self.square_LHqF, self.horizon_LHqJ):
             if tensor is not None:
                 digest.update(
                     torch.view_as_real(tensor).cpu().numpy().tobytes()
@@ -121,14 +135,16 @@ class Calibration:
     def layer(self, index: int) -> LayerStatistics:
         """Statistics of one layer: views, not copies."""
         square = None if self.square_LHqF is None else self.square_LHqF[index]
-        return LayerStatistics(self.mean_LHqF[index], self.modulus_LHqF[index], square)
+        horizon = None if self.horizon_LHqJ is None else self.horizon_LHqJ[index]
+        return LayerStatistics(self.mean_LHqF[index], self.modulus_LHqF[index], square, horizon)
 
     def to(self, device: torch.device | str) -> Calibration:
         """The same statistics on a device."""
-        square = None if self.square_LHqF is None else self.square_LHqF.to(device)
-        return replace(
-            self, mean_LHqF=self.mean_LHqF.to(device), modulus_LHqF=self.modulus_LHqF.to(device), square_LHqF=square
-        )
+        parts = ("mean_LHqF", "modulus_LHqF", "square_LHqF", "horizon_LHqJ")
+        moved: dict[str, Any] = {
+            name: getattr(self, name).to(device) for name in parts if getattr(self, name) is not None
+        }
+        return replace(self, **moved)
 
     def concentration_LHqF(self) -> Tensor:
         """R = |mean of q_f| / mean of |q_f|, float32 in [0, 1] (0 where a pair is always zero).

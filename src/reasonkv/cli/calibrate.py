@@ -34,6 +34,10 @@ def calibrate(
         int | None, typer.Option(min=1, help="Tokens of a window; unless given, as many as 1 GB of work memory holds.")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Windows at once.")] = 1,
+    horizon: Annotated[
+        bool,
+        typer.Option("--horizon", help="Also fit weights of the future distances (triattention:horizon=variational)."),
+    ] = False,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -78,6 +82,7 @@ def calibrate(
             found = _read(import_, model)
         else:
             wanted = {"text": text, "task": task, "limit": limit, "seed": seed, "tokens": tokens, "window": window}
+            wanted["horizon"] = horizon
             found, out = _collect(model or "testbed", dtype, device, wanted, batch_size, out)
         written = _write(found, out, export, figure)
     except CalibrationError as error:
@@ -142,7 +147,9 @@ def _collect(
             done += new
             progress("tokens", min(done, tokens - 1), tokens)
 
-        found = collect(loaded.model, batches, on_done=advance, name=loaded.name, source=source)
+        found = collect(
+            loaded.model, batches, horizon=wanted["horizon"], on_done=advance, name=loaded.name, source=source
+        )
         progress("tokens", done, done)
     if done < _FEW:
         note(f"Only {done:,} tokens were averaged; some thousands give steadier statistics.")

@@ -99,9 +99,9 @@ class CASK(Method):
         value_gate: most distance between two slots' projected values; 0 is off.
         mass_gate: most summed score of a pair, in mean scores of the best; 0 is off.
         phases: runs end where the phase changes (between prompt and decode tokens even without markers).
-        markers: token-id sequences that end a phase, "198;271;12-13" for three, the last of two tokens; "none"; or
-            "auto" - the reference's texts in the tokenizer's ids (`phase_markers`), which the commands fill in
-            (`for_tokenizer`); without a tokenizer it is none.
+        markers: token-id sequences that end a phase, "198;271;12-13" for three, the last of two tokens; "none"; "" stands
+            for the reference's texts in the tokenizer's ids (`phase_markers`), which the commands fill in
+            (`for_tokenizer`); without a tokenizer there are none.
         mass: "log" - a folded slot's logits are raised by the log of its source tokens; "none" - for runtimes that add
             nothing to logits; "" stands for the profile's own.
         scores: "z" - standardised per query head over the candidates; "raw"; "" stands for the profile's own.
@@ -131,7 +131,7 @@ class CASK(Method):
     value_gate: float = 0.0
     mass_gate: float = 0.0
     phases: bool = True
-    markers: str = "auto"
+    markers: str = ""
     mass: Literal["log", "none", ""] = ""
     scores: Literal["z", "raw", ""] = ""
     aggregation: Aggregation = "mean"
@@ -175,12 +175,12 @@ class CASK(Method):
     @property
     def marker_ids(self) -> tuple[tuple[int, ...], ...]:
         """`markers` as token ids; none where they are left to a tokenizer that is not known."""
-        if self.markers in ("auto", "none"):
+        if self.markers in ("", "none"):
             return ()
         try:
             return tuple(tuple(int(token) for token in one.split("-")) for one in self.markers.split(";") if one)
         except ValueError:
-            raise ValueError(f"markers are token ids like 198;271;12-13, auto or none, not {self.markers!r}.") from None
+            raise ValueError(f"markers are token ids like 198;271;12-13, or none, not {self.markers!r}.") from None
 
     @property
     def rules(self) -> Rules:
@@ -228,8 +228,8 @@ class CASK(Method):
         )
 
     def for_tokenizer(self, tokenizer: Any) -> CASK:
-        """With `markers=auto` as the tokenizer's ids."""
-        return replace(self, markers=phase_markers(tokenizer) or "none") if self.markers == "auto" else self
+        """With the markers that are not given as the tokenizer's ids."""
+        return replace(self, markers=phase_markers(tokenizer) or "none") if self.markers == "" else self
 
     def spec(self) -> str:
         """As for every method, but against the defaults of the profile."""

@@ -21,6 +21,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from reasonkv.calibration.horizon import future_distances
 from reasonkv.calibration.statistics import LayerStatistics
 from reasonkv.methods.base import MethodError
 from reasonkv.rotary import Rotary
@@ -77,7 +78,7 @@ class FrequencyOptions:
 
     def offsets(self, device: torch.device | None = None) -> Tensor:
         """The future distances d_j, float64 [J]."""
-        return 2.0 ** torch.arange(self.longest.bit_length(), dtype=torch.float64, device=device)
+        return future_distances(self.longest).to(device)
 
 
 def frequency_scores(
@@ -206,19 +207,18 @@ def horizon_weights(statistics: LayerStatistics, inv_freq_F: Tensor, options: Fr
     if options.horizon == "fixed":
         return torch.full((1, J), 1.0 / J, dtype=torch.float64, device=inv_freq_F.device)
     if options.horizon == "variational":
-        weights_HqJ = getattr(statistics, "horizon_HqJ", None)
+        weights_HqJ = statistics.horizon_HqJ
         if weights_HqJ is None:
             raise MethodError(
-                "horizon=variational needs weights per query head, which this calibration does not have (the public "
-                "files have them where they were made with `--build-variational-horizon`); use horizon=fixed or "
-                "adaptive."
+                "horizon=variational needs weights per query head, which this calibration does not have; make it with "
+                "`reasonkv calibrate --horizon`, or use horizon=fixed or adaptive."
             )
         if weights_HqJ.shape[-1] != J:
             raise MethodError(
                 f"The calibration weights {weights_HqJ.shape[-1]} future distances, but longest={options.longest} "
                 f"gives {J}."
             )
-        return torch.as_tensor(weights_HqJ).double()
+        return weights_HqJ.to(inv_freq_F.device).double()
     mean_HqF = statistics.mean_HqF.to(torch.complex128).abs()
     share_HqF = mean_HqF / mean_HqF.sum(-1, keepdim=True).clamp(min=_TINY)
     concentration_Hq1 = (share_HqF * mean_HqF / statistics.modulus_HqF.double().clamp(min=_TINY)).sum(-1, keepdim=True)
