@@ -26,6 +26,8 @@ def parts(tasks: list[str]) -> Iterator[Part]:
         ("replay", "on_top", REPLAY_SHARES),
         ("replay", "count", REPLAY_SHARES),
         ("answers", "count", ANSWER_SHARES),
+        ("lost", "on_top", (1 / 2,)),
+        ("lost", "count", (1 / 2,)),
     ):
         for task in tasks:
             part = part_of(kind, task, policy, shares)

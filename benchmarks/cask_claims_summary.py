@@ -14,10 +14,12 @@ from experiment import POLICIES, Line, by_example, keep_records, policy_of
 from matplotlib.figure import Figure
 
 from reasonkv.evaluate.frontier import regime
+from reasonkv.evaluate.records import Record
 from reasonkv.evaluate.results import load_results
 from reasonkv.evaluate.statistics import Difference, estimate, paired_difference
 from reasonkv.methods import get_method, method_class
 from reasonkv.methods.base import Method
+from reasonkv.report.measures import DIAGNOSTICS, Metric
 from reasonkv.report.style import FULL_COLOUR, styles
 
 _FIGURE = (
@@ -58,10 +60,12 @@ def summarize(folder: Path, to: Path) -> None:
     (to / "records").mkdir(parents=True, exist_ok=True)
     replays: Cells = {}
     answers: Cells = {}
+    diagnosed: Cells = {}
     for path in sorted(folder.iterdir()):
         results = load_results(path)
         keep_records(results, to / "records")
-        for kind, lines in ((replays, results.records), (answers, results.answers)):
+        replayed = diagnosed if path.name.startswith("lost") else replays
+        for kind, lines in ((replayed, results.records), (answers, results.answers)):
             for line in lines:
                 group = Group(line.task, policy_of(path))
                 cell = (_spec(line), line.budget["tokens"] if line.budget else None)
@@ -71,6 +75,7 @@ def summarize(folder: Path, to: Path) -> None:
         *_claims(replays),
         *_ablations(replays),
         *_accuracy(answers),
+        *_lost(diagnosed),
         *_values_table(replays),
         *_regimes(replays),
     ]
@@ -198,6 +203,31 @@ def _accuracy(answers: Cells) -> list[str]:
             out.append(f"| {_label(method)} | " + " | ".join(row) + " |")
         out.append("")
     return out
+
+
+def _lost(diagnosed: Cells) -> list[str]:
+    """What full KV attends to and the method had given up, and CASK's own measures."""
+    out = ["## What was lost (replay at half the length; means with standard errors)", ""]
+    for group, cells in diagnosed.items():
+        (tokens,) = _budgets(cells)
+        out += [f"**{group}**, {tokens} slots, n = {len(cells['full', None])}", ""]
+        out += ["| method | " + " | ".join(one.label for one in DIAGNOSTICS) + " |"]
+        out += ["|---" * (1 + len(DIAGNOSTICS)) + "|"]
+        for method in _methods(cells):
+            records = [line for line in cells[method, tokens].values() if isinstance(line, Record)]
+            row = [_measured(one, [record.diagnostics for record in records]) for one in DIAGNOSTICS]
+            out.append(f"| {_label(method)} | " + " | ".join(row) + " |")
+        out.append("")
+    words = "; ".join(f"{one.label.removesuffix(' %')}: {one.meaning}" for one in DIAGNOSTICS)
+    return [*out, words + ".", ""] if diagnosed else []
+
+
+def _measured(metric: Metric, records: Sequence[Mapping[str, float]]) -> str:
+    found = [one[metric.key] for one in records if metric.key in one]
+    if not found:
+        return "-"
+    mean = estimate(found)
+    return f"{metric.scale * mean.mean:.{metric.digits}f} +- {metric.scale * (mean.se or 0):.{metric.digits}f}"
 
 
 def _values_table(replays: Cells) -> list[str]:

@@ -27,13 +27,17 @@ INTERVAL, SINKS, RECENT = 32, 4, 16
 LEAST = 24  # slots: sinks, recent and a few to choose
 POLICIES = {"count": "prompt compressible", "on_top": "prompt kept"}
 Line = Record | AnswerRecord
+Kind = Literal["replay", "answers", "lost"]
 
 
 @dataclass(frozen=True)
 class Part:
-    """One results folder: a task, its budgets, and whether traces are replayed or answers generated."""
+    """One results folder: a task, its budgets, and whether traces are replayed or answers generated.
 
-    kind: Literal["replay", "answers"]
+    "lost" is a replay with diagnostics.
+    """
+
+    kind: Kind
     task: str
     policy: Literal["count", "on_top"]
     tokens: tuple[int, ...]
@@ -57,9 +61,7 @@ def lengths(task: str, count: int = 64) -> tuple[float, float]:
     return prompt, sum(len(problem.trace.split()) + 1 for problem in problems) / count
 
 
-def part_of(
-    kind: Literal["replay", "answers"], task: str, policy: Literal["count", "on_top"], shares: Sequence[float]
-) -> Part | None:
+def part_of(kind: Kind, task: str, policy: Literal["count", "on_top"], shares: Sequence[float]) -> Part | None:
     """A folder whose budgets are shares of the mean length: of prompt and trace together where the prompt may be
     compressed, of the trace where it is held on top.
 
@@ -77,10 +79,9 @@ def run_part(part: Part, specs: Sequence[str], model: LoadedModel, out: Path, li
     """Run or resume one folder."""
     budgets = [Budget(n, interval=INTERVAL, sinks=SINKS, recent=RECENT, prompt=part.policy) for n in part.tokens]
     methods = [get_method(spec) for spec in specs]
-    if part.kind == "replay":
-        job = ReplayJob(
-            [part.task], methods, budgets, limit, traces=TraceSettings(max_new_tokens=2048), batch_size=batch_size
-        )
+    if part.kind != "answers":
+        traces, lost = TraceSettings(max_new_tokens=2048), part.kind == "lost"
+        job = ReplayJob([part.task], methods, budgets, limit, traces=traces, batch_size=batch_size, diagnostics=lost)
         run_replay(job, model, out / part.folder)
     else:
         run_evaluate(EvaluateJob([part.task], methods, budgets, limit, batch_size=batch_size), model, out / part.folder)
