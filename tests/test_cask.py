@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from cask_views import random_views
@@ -15,6 +16,8 @@ from torch import Tensor
 from reasonkv.compaction import compact_pair
 from reasonkv.methods import MethodError, get_method
 from reasonkv.methods.cask import CASK, CaskPlan, phase_markers, phases_of_tokens
+from reasonkv.methods.cask_plan import Rules
+from reasonkv.methods.cask_stages import RowSlots, Shares, plan_row
 from reasonkv.plan import Plan
 from reasonkv.view import SlotView
 
@@ -160,6 +163,40 @@ def test_a_pinned_prompt_that_fills_the_budget_is_a_guard_and_only_the_paper_los
         plan = method.plan_layers(views, 40)[0]
         assert "prefix_budget_exhausted" in plan.guards
         assert (plan.kept_BHK[0, 0, 0] == 0) == kept_sinks
+
+
+def row_of(n: int, **changes: object) -> RowSlots:
+    index = np.arange(n)
+    values: dict[str, object] = {
+        "prefix": 0, "protected_N": np.zeros(n, dtype=bool), "scores_MN": torch.arange(float(n))[None],
+        "counts_N": np.ones(n, dtype=np.int64), "starts_N": index, "ends_N": index, "positions_N": index,
+        "phases_N": np.zeros(n, dtype=np.int64), "vectors_ND": np.ones((n, 2)),
+    }  # fmt: skip
+    return RowSlots(**{**values, **changes})  # type: ignore[arg-type]
+
+
+def test_no_group_spans_a_protected_slot() -> None:
+    protected = np.arange(12) == 5
+    rules = Rules(core_ratio=0.0, core_least=0, fold="neighbours")
+    found = plan_row(row_of(12, protected_N=protected), 4, Shares(window=0), rules)
+    assert 5 in found.kept_K
+    assert (found.into_N == found.into_N[5]).sum() == 1
+    for slot in range(4):
+        members = np.flatnonzero(found.into_N == slot)
+        assert len(np.unique(members > 5)) == 1
+
+
+@pytest.mark.parametrize("operator", ["mean", "keepkv"])
+def test_a_source_weighs_its_tokens_and_under_keepkv_its_support_too(operator: str) -> None:
+    counts = np.array([3, 1, 2, 5])
+    rules = Rules(core_ratio=0.0, core_least=0, fold="neighbours", operator=operator)  # type: ignore[arg-type]
+    found = plan_row(row_of(4, counts_N=counts), 2, Shares(window=0, normalise=False), rules)
+    supports = np.log1p(np.exp(np.arange(4.0))) + 1e-4
+    weights = counts * (supports if operator == "keepkv" else 1.0)
+    for slot in range(2):
+        members = np.flatnonzero(found.into_N == slot)
+        np.testing.assert_allclose(found.value_weights_N[members], weights[members] / weights[members].sum(), rtol=1e-6)
+    assert found.counts_K.sum() == counts.sum()
 
 
 def test_phases_count_markers_that_were_decoded_and_end_with_their_last_token() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,10 @@ from reasonkv.calibration import import_pt
 from reasonkv.evaluate.cask_diagnostics import MEASURES, CaskDiagnostics, CaskEvent, trace_means
 from reasonkv.evaluate.pieces import Row, feed
 from reasonkv.evaluate.reference import ReferenceAttention
+from reasonkv.methods.cask import CaskPlan
+from reasonkv.plan import Plan
 from reasonkv.runtimes.transformers import CompressedCache
+from reasonkv.view import SlotView
 
 IDS = next(case for case in Recorded().json["replay"] if case["kind"] == "cask")["tokens"]
 
@@ -69,3 +73,122 @@ def test_masses_are_parts_and_ratios_at_most_one(measured: tuple[str, list[CaskE
     assert json.loads(json.dumps([event.to_json() for event in events]))[0]["event"] == 0
     assert set(trace_means(events)) == set(MEASURES)
     assert trace_means(events)["rho_rep"] is not None
+
+
+class ByHand:
+    """The same measures from lists of tokens per slot, one event of one row and layer at a time."""
+
+    def __init__(self, reference: ReferenceAttention) -> None:
+        self.reference = reference
+        self.held: dict[tuple[int, int], list[list[int]]] = {}
+        self.found: dict[tuple[int, int], list[dict[str, Any]]] = {}
+
+    def __call__(self, layer: int, rows: list[int], view: SlotView, plan: Plan) -> None:
+        assert isinstance(plan, CaskPlan)
+        for place, row in enumerate(rows):
+            decided, length = plan.rows[place], int(view.length_B[place])
+            before = self.held.get((layer, row), [])
+            seen = max((max(tokens) for tokens in before), default=-1) + 1
+            before = before + [[token] for token in range(seen, length)]
+            after: list[list[int]] = [[] for _ in decided.kept_K]
+            for tokens, into in zip(before, decided.into_N.tolist(), strict=True):
+                if into >= 0:
+                    after[into] += tokens
+            self.held[layer, row] = after
+            keys = view.rotary.unrotate(view.keys_BHND[place].double(), view.positions_BHN[place])  # type: ignore[union-attr]
+            w = view.rotary.inv_freq.double()  # type: ignore[union-attr]
+            kappa = torch.exp(1j * w[:, None] * 2.0 ** torch.arange(17).double()).mean(1).abs()
+            parts = []  # (source tokens, distance, norm) of every group
+            for slot, kept in enumerate(decided.kept_K.tolist()):
+                members = [m for m, into in enumerate(decided.into_N.tolist()) if into == slot]
+                if len(members) == 1:
+                    continue
+                weights = torch.tensor([float(plan.fold.value_weights_BHN[place, 0, m]) for m in members]).double()  # type: ignore[union-attr]
+                weights /= weights.sum()
+
+                def norm(x: torch.Tensor, kappa: torch.Tensor = kappa) -> torch.Tensor:
+                    return (kappa * torch.hypot(x[..., : len(kappa)], x[..., len(kappa) :])).sum(-1)
+
+                distance = sum(
+                    a * norm(keys[:, m] - keys[:, kept]).mean() for a, m in zip(weights, members, strict=True)
+                )
+                size = sum(a * norm(keys[:, m]).mean() for a, m in zip(weights, members, strict=True))
+                parts.append((len(after[slot]), float(distance), float(size)))
+            self.found.setdefault((row, int(view.event_B[place])), []).append(
+                {
+                    "layer": layer, "length": length, "before": before, "after": after, "parts": parts,
+                    "reps": [int(view.positions_BHN[place, 0, kept]) for kept in decided.kept_K],
+                    "candidates": decided.candidates, "core": decided.core, "kept": set(decided.kept_K.tolist()),
+                    "logs": plan.log_mass_BHK is not None or "log_mass" in view.state,
+                }
+            )  # fmt: skip
+
+    def event(self, row: int, event: int, until: int) -> dict[str, float | None]:
+        lost, absolute, evicted = [], [], []
+        slots = torch.zeros(0)
+        layers = self.found[row, event]
+        for one in layers:
+            mass = self.reference.received(one["layer"], row, one["length"], until)[:, : one["length"]].double()
+            total = mass.sum(1)
+            gaps = torch.stack(
+                [
+                    mass[:, tokens].sum(1) - (len(tokens) if one["logs"] else 1) * mass[:, rep]
+                    for tokens, rep in zip(one["after"], one["reps"], strict=True)
+                ]
+            )
+            lost.append(float((gaps.sum(0) / total).mean()))
+            absolute.append(float((gaps.abs().sum(0) / total).mean()))
+            alive = sum(mass[:, tokens].sum(1) for tokens in one["after"])
+            evicted.append(float((1 - alive / total).mean()))
+            per_slot = torch.stack([mass[:, tokens].sum(1).mean() for tokens in one["before"]])
+            slots = per_slot if len(slots) == 0 else slots + per_slot
+        first = layers[0]
+
+        def ratio(chosen: list[int]) -> float | None:
+            best = sorted((float(slots[slot]) for slot in first["candidates"]), reverse=True)[: len(chosen)]
+            return sum(float(slots[slot]) for slot in chosen) / sum(best) if chosen else None
+
+        def dispersion(part: int) -> float:
+            means = [sum(p[0] * p[part] for p in one["parts"]) / sum(p[0] for p in one["parts"]) for one in layers]
+            return sum(means) / len(means)
+
+        return {
+            "lost_mass": sum(lost) / len(lost),
+            "lost_mass_absolute": sum(absolute) / len(absolute),
+            "evicted_mass": sum(evicted) / len(evicted),
+            "rho_core": ratio(list(first["core"])),
+            "rho_rep": ratio([slot for slot in first["candidates"] if slot in first["kept"]]),
+            "kappa_dispersion": dispersion(1) if first["parts"] else None,
+            "kappa_dispersion_relative": dispersion(1) / dispersion(2) if first["parts"] else None,
+        }
+
+
+@pytest.mark.parametrize("spec", ["cask:similarity=0.5", "cask:fold=neighbours", "cask:profile=paper"])
+def test_every_measure_equals_its_definition_written_out(spec: str) -> None:
+    model = Qwen3ForCausalLM.from_pretrained(DATA / "tiny_qwen3").eval()
+    ids = Recorded().read(IDS).view(-1).long()
+    rows = [Row(ids[:40], ids[40:200]), Row(ids[5:30], ids[30:180])]
+    reference = ReferenceAttention.collect(model, rows)
+    ours, by_hand = CaskDiagnostics(reference), ByHand(reference)
+
+    def both(layer: int, at: list[int], view: SlotView, plan: Plan) -> None:
+        ours(layer, at, view, plan)
+        by_hand(layer, at, view, plan)
+
+    options: dict[str, Any] = {"calibration": import_pt(DATA / "tiny_stats.pt"), "prompt_lengths": [40, 25]}
+    with (
+        torch.no_grad(),
+        CompressedCache(model, spec, Budget(64, interval=32, recent=8), observer=both, **options) as cache,
+    ):
+        for _ in feed(model, cache, rows, distances=cache.tokens_to_next_event, score=False):
+            pass
+    compared = 0
+    for event in ours.events():
+        wanted = by_hand.event(event.row, event.event, event.until)
+        for name, value in wanted.items():
+            found = getattr(event, name)
+            assert (found is None) == (value is None), name
+            if value is not None:
+                assert found == pytest.approx(value, abs=1e-5), name
+                compared += 1
+    assert compared > 20
