@@ -24,8 +24,8 @@ PIECES = {
     "chunked": [8, 8, 8, 12, 12, 12],
 }
 BATCHES = {"single": [LENGTH], "padded": [LENGTH, LENGTH - 13, LENGTH - 29]}
-# windows that fit the tiny budget; everything else at its default
-SPECS = {"snapkv": "snapkv:window=6,kernel=3", "rkv": "rkv:window=6,kernel=3"}
+# windows that fit the tiny budget, and folds at every event; everything else at its default
+SPECS = {"snapkv": "snapkv:window=6,kernel=3", "rkv": "rkv:window=6,kernel=3", "cask": "cask:fold=neighbours"}
 
 
 class Case(NamedTuple):
