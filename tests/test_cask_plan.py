@@ -16,13 +16,13 @@ from reasonkv.methods.cask_plan import (
     Folding,
     Group,
     Rules,
-    Votes,
     _Groups,
     _joins,
     consolidate,
     largest_core,
     merge_neighbours,
 )
+from reasonkv.methods.cask_votes import Votes
 
 
 def rescan(

@@ -99,8 +99,8 @@ class CASK(Method):
         value_gate: most distance between two slots' projected values; 0 is off.
         mass_gate: most summed score of a pair, in mean scores of the best; 0 is off.
         phases: runs end where the phase changes (between prompt and decode tokens even without markers).
-        markers: token-id sequences that end a phase, "198;271;12-13" for three, the last of two tokens; "none"; "" stands
-            for the reference's texts in the tokenizer's ids (`phase_markers`), which the commands fill in
+        markers: token-id sequences that end a phase, "198;271;12-13" for three, the last of two tokens; "none"; ""
+            stands for the reference's texts in the tokenizer's ids (`phase_markers`), which the commands fill in
             (`for_tokenizer`); without a tokenizer there are none.
         mass: "log" - a folded slot's logits are raised by the log of its source tokens; "none" - for runtimes that add
             nothing to logits; "" stands for the profile's own.

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
+
+from reasonkv.methods.cask_votes import Votes
 
 Representative = Literal["score_max_source", "weighted_latest"]
 Operator = Literal["mean", "keepkv"]
@@ -77,7 +77,7 @@ class Candidates:
         return len(self.scores)
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # not frozen: an event makes hundreds, and frozen ones take three times as long
 class Group:
     """Neighbouring candidates first..last that become one slot, continued by `anchor` (their best-scored source)."""
 
@@ -108,37 +108,6 @@ class Consolidation:
     phases_relaxed: bool = False
     mass_relaxed: bool = False
     feasible: bool = True
-
-
-class Votes:
-    """How often each candidate is among a query head's best c, for any c; the rows are sorted once.
-
-    Args:
-        matrix_Mn: scores of M query heads (of all layers a plan covers) for n candidates.
-
-    """
-
-    def __init__(self, matrix_Mn: Tensor) -> None:
-        self._matrix = matrix_Mn
-        if matrix_Mn.device.type == "cpu":  # NumPy sorts rows several times faster than torch here
-            self._ascending = torch.from_numpy(np.sort(matrix_Mn.numpy(), axis=-1))
-        else:
-            self._ascending = matrix_Mn.sort(-1).values
-
-    def count(self, best: int) -> NDArray[np.int64]:
-        """int [n]: votes when every head names its `best` candidates; of a head's equals the older are named."""
-        n = self._matrix.shape[1]
-        if best == 0:
-            return np.zeros(n, dtype=np.int64)
-        least_M1 = self._ascending[:, n - best : n - best + 1]
-        named_Mn = self._matrix >= least_M1
-        if best < n and bool((self._ascending[:, n - best - 1] == least_M1[:, 0]).any()):
-            above_Mn = self._matrix > least_M1
-            equal_Mn = named_Mn & ~above_Mn
-            room_M1 = best - above_Mn.sum(-1, keepdim=True)
-            named_Mn = above_Mn | (equal_Mn & (equal_Mn.cumsum(-1) <= room_M1))
-        votes: NDArray[np.int64] = named_Mn.sum(0).cpu().numpy()
-        return votes
 
 
 def largest_core(slots: int, candidates: int, rules: Rules) -> int:
@@ -289,6 +258,8 @@ class _Groups:
         self.last = list(range(candidates.size))
         self.vector = candidates.vectors.copy()
         self.unit = _unit(self.vector)
+        # of every candidate and the one before it, worked out at once while both are alone
+        self.similarity = [0.0, *(self.unit[:-1] * self.unit[1:]).sum(-1).tolist()]
         self.value = None if candidates.values is None else candidates.values.copy()
 
     def order(self, left: int, right: int, least_mass: float) -> tuple[int, float] | None:
@@ -300,7 +271,10 @@ class _Groups:
             difference = self.value[left] - self.value[right]
             if float(np.sqrt(np.dot(difference, difference))) > rules.value_gate:
                 return None
-        similarity = float(np.dot(self.unit[left], self.unit[right]))
+        if self.last[left] == left == right - 1 and self.last[right] == right:
+            similarity = self.similarity[right]
+        else:
+            similarity = float((self.unit[left] * self.unit[right]).sum())
         gap = max(0, self.start[right] - self.end[left])
         tier = 0 if gap > rules.local_window else 2 if similarity >= rules.similarity else 1
         return None if rules.fold == "similar" and tier < 2 else (tier, similarity)

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from reasonkv.methods.cask_plan import LEAST_SUPPORT, Candidates, Consolidation, Group, Rules, Votes, consolidate
+from reasonkv.methods.cask_plan import LEAST_SUPPORT, Candidates, Consolidation, Group, Rules, consolidate
+from reasonkv.methods.cask_votes import Votes
 from reasonkv.plan import PlanError
 
 PromptMode = Literal["evict", "pin", "open"]
