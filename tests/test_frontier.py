@@ -11,13 +11,12 @@ import pytest
 from test_records import record
 
 from reasonkv.budget import Budget
+from reasonkv.evaluate.crossings import crossings, matched
 from reasonkv.evaluate.frontier import (
     FrontierError,
     Point,
     Target,
-    crossings,
     joined,
-    matched,
     measured_points,
     metric_value,
     regime,

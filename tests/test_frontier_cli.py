@@ -84,6 +84,20 @@ def test_usable_budgets_crossings_and_regimes_are_shown(results: Path) -> None:
     assert "Only decode-active records count; left out: 16 uncompressed of 112 bounded records." in out
 
 
+def test_two_named_methods_are_compared_at_equal_and_smaller_budgets_only(results: Path) -> None:
+    code, out, err = run(results, "--between", "keydiff > random")
+    assert (code, err) == (0, "")
+    shown = re.findall(r"keydiff@\d+ > random@\d+", out)
+    assert shown == [f"keydiff@{ours} > random@{theirs}" for ours in (64, 128, 256) for theirs in (64, 128, 256)
+                     if ours <= theirs]  # fmt: skip
+    assert "surely better than random in 3 of 3 pairs at the same budget, and in 1 of 3 pairs at a smaller one" in out
+    code, out, _ = run(results, "--between", "keydiff > random", "--json")
+    assert json.loads(out)["between"] == ["keydiff", "random"]
+    losing = next(one for one in json.loads(out)["crossings"] if one["label"] == "keydiff@64 > random@128")
+    assert not losing["holds"]
+    assert losing["difference"]["high"] < 0
+
+
 def test_json_has_everything_and_the_same_numbers(results: Path) -> None:
     code, out, _ = run(results, "--target", "0.9x", "--json")
     assert code == 0
@@ -156,6 +170,8 @@ def test_the_figure_is_drawn_from_decode_active_records_only(results: Path, tmp_
         (["RESULTS", "--metric", "accuracy"], "not accuracy"), (["RESULTS", "--metric", "bleu"], "must be one of"),
         (["RESULTS", "--target", "lots"], "not 'lots'"), (["RESULTS", "--metric", "kl", "--target", "0.9x"], "absolute"),
         (["RESULTS", "--axis", "time"], "--axis must be one of"), (["RESULTS", "--task", "program"], "not both"),
+        (["RESULTS", "--between", "rkv"], "takes two methods"), (["RESULTS", "--between", "rkv > random"], "'rkv'"),
+        (["--task", "program", "--between", "rkv > random"], "reads finished results"),
         (["--task", "program"], "needs --methods and --out as well"), (["RESULTS", "--figure", "RESULTS"], "folder"),
         (["--task", "program", "--methods", "full", "--out", "RESULTS/x"], "bounded method"),
         (["--task", "program", "--methods", "rkv", "--out", "RESULTS/x", "--resolution", "1"], "above 1"),

@@ -23,7 +23,8 @@ from typer.testing import CliRunner
 from reasonkv.budget import Budget
 from reasonkv.cli import app
 from reasonkv.evaluate.accuracy import summarize_answers
-from reasonkv.evaluate.frontier import Target, crossings, measured_points, usable_budget
+from reasonkv.evaluate.crossings import crossings
+from reasonkv.evaluate.frontier import Target, measured_points, usable_budget
 from reasonkv.evaluate.manifest import MANIFEST
 from reasonkv.evaluate.records import RECORDS, Record
 from reasonkv.evaluate.results import load_results

@@ -38,6 +38,13 @@ def frontier(
         ),
     ] = None,
     axis: Annotated[str, typer.Option(help="Budgets in tokens, physical_mean or bytes_held.")] = "tokens",
+    between: Annotated[
+        str | None,
+        typer.Option(
+            help="Two methods, 'cask > triattention': compare just these, at equal budgets and at smaller ones of the "
+            "first."
+        ),
+    ] = None,
     figure: Annotated[Path | None, typer.Option(help="Draw the frontier into this PNG.")] = None,
     task: Annotated[
         str | None, typer.Option(help="Tasks, with dials: program,recall:distance=900.", rich_help_panel=_SEARCH)
@@ -93,8 +100,10 @@ def frontier(
     if folders:
         if given:
             raise UsageError(f"Give either results folders or a search ({given[0]}), not both.")
-        _read(folders, metric, target, axis, figure, json)  # type: ignore[arg-type]
+        _read(folders, metric, target, axis, _pair(between), figure, json)  # type: ignore[arg-type]
         return
+    if between is not None:
+        raise UsageError("--between reads finished results; give their folders.")
     missing = [name for name in searching if name not in given]
     if not given:
         raise UsageError("Give results folders, or --task, --methods and --out for a search.")
@@ -119,6 +128,19 @@ def frontier(
     _search(job, wanted, resolution, figure, out, json, (model, dtype, device, calibration))
 
 
+def _pair(text: str | None) -> tuple[str, str] | None:
+    """The labels of two methods in 'A > B'."""
+    if text is None:
+        return None
+    parts = [part.strip() for part in text.split(">")]
+    if len(parts) != 2 or not all(parts):
+        raise UsageError(f"--between takes two methods, as in 'cask > triattention', not {text!r}.")
+    from reasonkv.methods import get_method
+
+    ours, theirs = (get_method(part).spec() for part in parts)
+    return ours, theirs
+
+
 def _target(metric: str, text: str | None) -> Target:
     from reasonkv.evaluate.frontier import Target
 
@@ -138,7 +160,13 @@ def _job(wanted: Target, max_new_tokens: int | None, settings: dict[str, Any]) -
 
 
 def _read(
-    folders: list[Path], metric: str | None, target: str | None, axis: Axis, figure: Path | None, json: bool
+    folders: list[Path],
+    metric: str | None,
+    target: str | None,
+    axis: Axis,
+    pair: tuple[str, str] | None,
+    figure: Path | None,
+    json: bool,
 ) -> None:
     """Usable budgets and crossings of finished results."""
     from reasonkv.evaluate.frontier import FrontierError, joined
@@ -150,7 +178,7 @@ def _read(
     records = joined(results)
     if all(record.budget is None for record in records):
         raise FrontierError("These results hold full KV alone; a frontier needs bounded methods.")
-    found = summarize_frontier(records, wanted, axis)
+    found = summarize_frontier(records, wanted, axis, pair=pair)
     drawn = _draw(found.points, figure, wanted, found.left_out)
     if json:
         common.print_json(

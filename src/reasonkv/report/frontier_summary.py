@@ -12,13 +12,12 @@ from rich.table import Table
 
 from reasonkv.evaluate.answers import AnswerRecord
 from reasonkv.evaluate.bisection import says_nothing
+from reasonkv.evaluate.crossings import Comparison, between, crossings
 from reasonkv.evaluate.frontier import (
     Axis,
-    Comparison,
     Point,
     Target,
     UsableBudget,
-    crossings,
     measured_points,
     regime,
     usable_budget,
@@ -38,7 +37,8 @@ class FrontierSummary:
         axis: what budgets are measured in.
         points: every cell, by regime.
         usable: by (task, method, rule), from decode-active points alone; why not, where there is none.
-        crossings: between decode-active points, the surest first.
+        crossings: between decode-active points, the surest first; with `between` all pairs of those two methods.
+        between: the two methods that were named, if any.
         regimes: bounded records by task and regime.
     """
 
@@ -48,6 +48,7 @@ class FrontierSummary:
     usable: dict[tuple[str, str, str], UsableBudget | str]
     crossings: list[Comparison]
     regimes: dict[str, dict[str, int]]
+    between: tuple[str, str] | None = None
 
     @property
     def left_out(self) -> str:
@@ -56,7 +57,7 @@ class FrontierSummary:
 
     def tables(self) -> list[Table]:
         """For the terminal."""
-        crossed = tables.crossings_table(self.crossings, self.target.metric, self.axis)
+        crossed = tables.crossings_table(self.crossings, self.target.metric, self.axis, self.between)
         active = [point for point in self.points if point.regime == DECODE_ACTIVE]
         found = tables.usable_tables(self.usable, active, self.target, self.axis)
         return [*found, *([crossed] if crossed else []), tables.regime_table(self.regimes)]
@@ -68,7 +69,7 @@ class FrontierSummary:
             "the interval is a bootstrap over examples. holds: the interval lies above 0 and p, corrected by Holm over "
             "every pair of a smaller and a larger cell, is below 0.05. n: examples, fewer where rows are too "
             "short for the larger budgets.",
-            tables.crossings_sentence(self.crossings),
+            tables.crossings_sentence(self.crossings, self.between),
             self.left_out,
         ]
 
@@ -85,13 +86,19 @@ class FrontierSummary:
             "axis": self.axis,
             "regimes": self.regimes,
             "usable": usable,
+            "between": self.between,
             "crossings": [_comparison(one) for one in self.crossings],
             "points": [tables.point_dict(one, estimate(list(one.values.values())).se) for one in self.points],
         }
 
 
 def summarize_frontier(
-    records: Sequence[Record | AnswerRecord], target: Target, axis: Axis = "tokens", *, seed: int = 0
+    records: Sequence[Record | AnswerRecord],
+    target: Target,
+    axis: Axis = "tokens",
+    *,
+    pair: tuple[str, str] | None = None,
+    seed: int = 0,
 ) -> FrontierSummary:
     """Usable budgets and crossings of records that may be compared (`frontier.joined`).
 
@@ -99,10 +106,11 @@ def summarize_frontier(
         records: of one kind, full KV's among them for a relative target.
         target: what has to be kept; its metric is the one read.
         axis: what budgets are measured in.
+        pair: labels of two methods: then these are compared, at equal and smaller budgets of the first.
         seed: of the bootstrap.
 
     Raises:
-        FrontierError: records without that metric, or a relative target without full KV.
+        FrontierError: records without that metric, a relative target without full KV, or a pair without cells.
     """
     points = measured_points(records, target.metric)
     active = [point for point in points if point.regime == DECODE_ACTIVE]
@@ -122,8 +130,11 @@ def summarize_frontier(
         if record.budget is not None:
             counts.setdefault(record.task, Counter())[regime(record)] += 1
     # every task's pairs stand in one family of tests, so that Holm's correction covers all that is shown
-    found = crossings(active, target.metric, axis=axis, seed=seed)
-    return FrontierSummary(target, axis, points, usable, found, {task: dict(own) for task, own in counts.items()})
+    if pair is None:
+        found = crossings(active, target.metric, axis=axis, seed=seed)
+    else:
+        found = between(active, *pair, target.metric, axis=axis, seed=seed)
+    return FrontierSummary(target, axis, points, usable, found, {task: dict(own) for task, own in counts.items()}, pair)
 
 
 def _comparison(one: Comparison) -> dict[str, Any]:

@@ -10,7 +10,8 @@ from rich import box
 from rich.table import Table
 
 from reasonkv.evaluate.bisection import Search
-from reasonkv.evaluate.frontier import Axis, Comparison, Point, Target, UsableBudget
+from reasonkv.evaluate.crossings import Comparison
+from reasonkv.evaluate.frontier import Axis, Point, Target, UsableBudget
 from reasonkv.report.regimes import DECODE_ACTIVE, MEANING
 
 UNITS = {
@@ -103,25 +104,31 @@ def _usable_cells(found: UsableBudget, counts: Sequence[int], axis: Axis) -> lis
     return [measured, _span(f"{min(counts)}", f"{max(counts)}"), value, interval, status]
 
 
-def crossings_table(found: Sequence[Comparison], metric: str, axis: Axis) -> Table | None:
+def crossings_table(
+    found: Sequence[Comparison], metric: str, axis: Axis, between: tuple[str, str] | None = None
+) -> Table | None:
     """The surest crossings, at most `SHOWN` of them; None where nothing does better with less.
 
     Args:
-        found: from `crossings`.
+        found: from `crossings`, or from `between`: then all of them.
         metric: theirs.
         axis: what "smaller" means.
+        between: the two methods of `between`.
     """
     if not found:
         return None
+    title = "Crossings: the smaller does better"
+    if between is not None:
+        title = f"{between[0]} at the same budget as {between[1]} and at smaller ones"
     scale, digits = _SCALE.get(metric, 1.0), 2 if metric in _SCALE else 3
     unit = ", points" if metric in _SCALE else ", nats"
-    table = _table("Crossings: the smaller does better" + _in(axis))
+    table = _table(title + _in(axis))
     table.add_column("task")
     table.add_column("smaller > larger", no_wrap=True)
     for heading in (metric, f"better by{unit}", "95 % interval", "n", "p (Holm)"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("holds")
-    for one in found[:SHOWN]:
+    for one in found if between is not None else found[:SHOWN]:
         gain = one.advantage
         table.add_row(
             one.ours.task,
@@ -136,8 +143,14 @@ def crossings_table(found: Sequence[Comparison], metric: str, axis: Axis) -> Tab
     return table
 
 
-def crossings_sentence(found: Sequence[Comparison]) -> str:
+def crossings_sentence(found: Sequence[Comparison], between: tuple[str, str] | None = None) -> str:
     """How many there are, how many hold, and how many are not shown."""
+    if between is not None:
+        parts = []
+        for words, less in (("at the same budget", False), ("at a smaller one", True)):
+            own = [one for one in found if (one.ours.tokens != one.theirs.tokens) == less]
+            parts.append(f"{sum(one.holds for one in own)} of {len(own)} pairs {words}")
+        return f"{between[0]} is surely better than {between[1]} in {', and in '.join(parts)}."
     if not found:
         return "Crossings: at no pair of methods and budgets does the smaller budget do better."
     held = sum(one.holds for one in found)

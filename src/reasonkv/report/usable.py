@@ -8,15 +8,13 @@ from collections.abc import Sequence
 from html import escape
 from itertools import combinations
 
+from reasonkv.evaluate.crossings import EQUAL, Comparison, crossings
 from reasonkv.evaluate.frontier import (
-    EQUAL,
     Axis,
-    Comparison,
     FrontierError,
     Point,
     Target,
     UsableBudget,
-    crossings,
     measured_points,
     usable_budget,
 )
