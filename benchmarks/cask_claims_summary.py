@@ -25,10 +25,11 @@ from reasonkv.report.style import FULL_COLOUR, styles
 _FIGURE = (
     "full",
     "random",
+    "snapkv:window=16",
     "rkv",
     "expected",
     "triattention",
-    "triattention:mode=per_layer_per_head",
+    "triattention:mode=global",
     "cask",
     "cask:profile=paper",
 )
@@ -276,7 +277,7 @@ def _figure(cells_of: Cells, metric: str, path: Path) -> None:
     if not cells_of:
         return
     scale: Callable[[float], float] = (lambda x: 100 * x) if metric == "correct" else (lambda x: x)
-    columns = 3 if metric == "correct" else 5
+    columns = min(3, len(cells_of))
     rows = -(-len(cells_of) // columns)
     figure = Figure(figsize=(3.3 * columns + 2.6, 3.1 * rows), layout="constrained")
     grid: Sequence[np.ndarray] = figure.subplots(rows, columns, squeeze=False)
