@@ -31,7 +31,9 @@ def decode(
     lengths = [PROMPT] * len(prompt_BL)  # the rest of the filling counts as decoded
     with torch.no_grad(), CompressedCache(model, method, budget, prompt_lengths=lengths) as cache:
         model(prompt_BL[:, :PROMPT], past_key_values=cache, logits_to_keep=1)
-        ids = model(prompt_BL[:, PROMPT:], past_key_values=cache, logits_to_keep=1).logits[:, -1].argmax(-1, keepdim=True)
+        ids = (
+            model(prompt_BL[:, PROMPT:], past_key_values=cache, logits_to_keep=1).logits[:, -1].argmax(-1, keepdim=True)
+        )
         start, already = time.perf_counter(), cache.compaction_seconds
         for _ in range(tokens):
             ids = model(ids, past_key_values=cache).logits[:, -1].argmax(-1, keepdim=True)

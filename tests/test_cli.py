@@ -170,7 +170,7 @@ def test_a_folder_of_another_command_is_one_sentence_and_a_corrupt_record_names_
         ([], "Give either --prompt TEXT or --task NAME."),
         (["--prompt", "a", "--task", "program"], "Give either --prompt TEXT or --task NAME."),
         (["--prompt", " "], "The prompt is empty"),
-        (["--prompt", "a", "--method", "rkv"], "rkv needs a budget; give --budget TOKENS."),
+        (["--prompt", "a", "--method", "rkv"], "rkv needs a budget; give --budget TOKENS"),
         (["--prompt", "a", "--budget", "64"], "full takes no budget"),
         (["--prompt", "a", "--method", "rkv", "--budget", "20"], "20 tokens cannot hold 4 sinks and 64 recent"),
         (["--prompt", "a", "--chat"], "no chat template"),

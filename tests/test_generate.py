@@ -16,8 +16,21 @@ from reasonkv.runtimes.transformers import check_model
 FAMILIES = ["llama", "qwen2", "qwen3", "qwen3_moe", "mistral", "phi3", "gemma3", "gpt_oss"]
 BUDGET = Budget(24, interval=8, sinks=2, recent=6)
 # a method that looks into the future is for replay: what is generated cannot be known beforehand
-BOUNDED = [name for name in method_names() if get_method(name).bounded and not get_method(name).needs.future]
-SPECS = {"snapkv": "snapkv:window=6", "rkv": "rkv:window=6"}
+BOUNDED = [
+    name
+    for name in method_names()
+    if get_method(name).bounded and not get_method(name).needs.future and name != "seer"  # tiny models have no gate
+]
+SPECS = {
+    "snapkv": "snapkv:window=6",
+    "rkv": "rkv:window=6",
+    "vase-attnv": "vase-attnv:window=6",
+    "vase-dkv": "vase-dkv:window=6",
+    "chunkkv": "chunkkv:base=snapkv:window=6;kernel=3,chunk=3",
+    "defensivekv": "defensivekv:window=6",
+    "beaconkv": "beaconkv:beacons=4,window=4,recent=6",
+    "random-attention": "random-attention:recent=6",
+}
 
 
 def generate(model, ids, mask=None, cache=None, new=40, **options):

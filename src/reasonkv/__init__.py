@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from reasonkv.budget import Budget, BudgetError
+from reasonkv.budget import Budget, BudgetError, Window
 
 if TYPE_CHECKING:
     from reasonkv.methods import Method, MethodError, Needs, ScorerMethod, get_method, method_names
@@ -26,6 +26,7 @@ __all__ = [
     "ScorerMethod",
     "SlotView",
     "UnsupportedModelError",
+    "Window",
     "generate",
     "get_method",
     "method_names",

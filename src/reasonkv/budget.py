@@ -2,12 +2,12 @@
 
 Everything here is integers. `tokens` counts *slots per KV head and layer*; what else is held on top of it (the
 prompt, the interval between two events) is spelled out by the fields, so that two results can be compared at equal
-physical length.
+physical length. `Window` is the budget of sliding-window compression, which bounds a rate and not a length.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, get_args
 
 PromptPolicy = Literal["count", "keep", "on_top"]
@@ -103,18 +103,143 @@ class Budget:
                 f"{prompt_length + recent}, or use prompt='count' or 'on_top'."
             )
 
+    @property
+    def label(self) -> str:
+        """What a cell is told apart by, for people."""
+        return f"{self.tokens}"
+
     def to_dict(self) -> dict[str, Any]:
         """Every field, for records and manifests."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Budget:
-        """The inverse of `to_dict`; unknown fields are an error, so that an old record is never misread."""
-        known = {field.name for field in fields(cls)}
-        unknown = sorted(set(data) - known)
+        """The inverse of `to_dict`, for a `Window` too; unknown fields are an error, so no old record is misread.
+
+        Raises:
+            BudgetError: unknown fields, or derived ones that contradict the others.
+
+        """
+        kind: type[Budget] = ListedWindow if "events" in data else Window if "retention" in data else Budget
+        own = fields(kind)
+        unknown = sorted(set(data) - {one.name for one in own})
         if unknown:
             raise BudgetError(f"Unknown budget fields: {', '.join(unknown)}.")
-        return cls(**data)
+        made = kind(**{one.name: data[one.name] for one in own if one.init and one.name in data})
+        derived = {one.name: getattr(made, one.name) for one in own if not one.init}
+        wrong = [name for name, value in derived.items() if data.get(name, value) != value]
+        if wrong:
+            raise BudgetError(f"The fields {', '.join(wrong)} of a window follow from the others, but differ here.")
+        return made
+
+
+@dataclass(frozen=True)
+class Window(Budget):
+    """The budget of sliding-window compression: every window of decoded tokens is cut once, and then frozen.
+
+    The schedule of Kara (arXiv 2607.01237). The prompt is outside the scheme and never dropped. As soon as
+    `size + buffer` decoded tokens are uncompressed, the oldest `size` of them keep `round(retention * size)` slots,
+    which no later event touches; the newest `buffer` stay raw. So physical length is not capped: it grows by `tokens`
+    slots for every `size` tokens. A forward that completes several windows cuts them together at its end, to as many
+    slots as one by one.
+
+    Every slot outside the window is protected at its event, so any method can choose inside it.
+
+    Args:
+        size: tokens of a window. The published grid is 256, 384 and 512.
+        buffer: newest tokens that stay raw. The published grid is 32 and 64.
+        retention: share of a window's slots that stay. Published: 0.2 to 0.6.
+
+    The other fields are what a budget's readers expect, and follow from these three: `tokens` slots stay of every
+    window, windows come every `interval = size` tokens, `recent = buffer` tokens are never dropped, `prompt` is on top,
+    `sinks` is 0.
+
+    Raises:
+        BudgetError: fields that contradict each other.
+
+    """
+
+    tokens: int = field(init=False, default=0)
+    interval: int = field(init=False, default=0)
+    sinks: int = field(init=False, default=0)
+    recent: int = field(init=False, default=0)
+    prompt: PromptPolicy = field(init=False, default="on_top")
+    trigger: Trigger = field(init=False, default="occupancy")
+    trigger_counts: TriggerCounts = field(init=False, default="all")
+    cut_prompt: CutPrompt = field(init=False, default="prefill")
+    prefill_chunk: int | None = field(init=False, default=None)
+    size: int = 512
+    buffer: int = 64
+    retention: float = 0.3
+
+    def __post_init__(self) -> None:
+        for name, least in (("size", 2), ("buffer", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise BudgetError(f"A window's {name} must be a whole number of at least {least}, not {value!r}.")
+        retention = self.retention
+        if not isinstance(retention, (int, float)) or isinstance(retention, bool) or not 0 < retention < 1:
+            raise BudgetError(f"A window's retention must lie between 0 and 1, not {retention!r}.")
+        kept = round(retention * self.size)
+        if not 1 <= kept < self.size:
+            raise BudgetError(
+                f"A retention of {retention:g} keeps {kept} of a window of {self.size} slots; "
+                f"at least 1 must stay and at least 1 must go."
+            )
+        for name, value in (("tokens", kept), ("interval", self.size), ("recent", self.buffer)):
+            object.__setattr__(self, name, value)  # derived fields of a frozen dataclass
+
+    def check_protected(self, *, recent: int = 0, sinks: int = 0, prompt_length: int | None = None) -> None:
+        """Check that the newest slots a method always keeps lie in the buffer; the prompt is protected in any case.
+
+        Args:
+            recent: newest slots the method itself always keeps.
+            sinks: not used; first slots lie in the prompt.
+            prompt_length: not used.
+
+        Raises:
+            BudgetError: the buffer is too small.
+
+        """
+        if recent > self.buffer:
+            raise BudgetError(
+                f"This method always keeps its newest {recent} slots, but the window's buffer holds {self.buffer}; "
+                f"raise the buffer to at least {recent}."
+            )
+
+    @property
+    def label(self) -> str:
+        """Slots kept of each window."""
+        return f"{self.tokens} of every {self.size}"
+
+    @property
+    def dropped(self) -> int:
+        """Slots that an event drops of every window."""
+        return self.size - self.tokens
+
+
+@dataclass(frozen=True)
+class ListedWindow(Window):
+    """A window whose events somebody else decides, such as a scheduler that compresses a few rows every so many steps.
+
+    An event at logical length e cuts the `size` tokens before the newest `buffer`; what lies between two such windows
+    stays raw for ever. The forward that reaches e must end there.
+
+    Args:
+        events: logical lengths of one row's events, ascending and at least `size` apart.
+
+    Raises:
+        BudgetError: fields that contradict each other.
+
+    """
+
+    events: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "events", tuple(self.events))  # a record gives a list
+        if any(later - earlier < self.size for earlier, later in zip(self.events, self.events[1:], strict=False)):
+            raise BudgetError(f"Two events of a row must be at least a window of {self.size} tokens apart.")
 
 
 def slot_bytes(key_dim: int, value_dim: int, element_size: int, state_bytes: int = 0) -> int:

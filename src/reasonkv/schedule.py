@@ -9,9 +9,10 @@ a piece; a piece that crosses boundaries has one event, at its end.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from reasonkv.budget import Budget
+from reasonkv.budget import Budget, BudgetError, ListedWindow, Window
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,13 @@ class State:
 
 
 def target(budget: Budget, state: State) -> int:
-    """Slots that stay after an event at `state.length`: min(L, p + tokens), p = the prompt's tokens if on top."""
+    """Slots that stay after an event at `state.length`, `state.held` of them held before it.
+
+    min(L, p + tokens), p = the prompt's tokens if on top; of a `Window`, what is left once every complete one is cut.
+    """
+    if isinstance(budget, Window):
+        start, end = _due(budget, state)
+        return state.held - (end - start) // budget.size * budget.dropped
     on_top = min(state.length, state.prompt) if budget.prompt == "on_top" else 0
     return min(state.length, on_top + budget.tokens)
 
@@ -50,6 +57,10 @@ def next_event(budget: Budget | None, state: State) -> int | None:
     if budget is None:
         return None
     dropped = state.length - state.held  # constant until the next event: at length n, n - dropped slots are held
+    if isinstance(budget, ListedWindow):
+        return next(iter(budget.events[dropped // budget.dropped :]), None)
+    if isinstance(budget, Window):
+        return max(state.length + 1, state.prompt + (dropped // budget.dropped + 1) * budget.size + budget.buffer)
     if state.length < state.prompt:
         if budget.prefill_chunk and budget.prompt == "count":
             first = max(state.length, dropped + budget.tokens) + 1
@@ -75,6 +86,9 @@ def step(budget: Budget | None, state: State, fed: int) -> tuple[State, int | No
     Returns:
         The state after the forward, and the number of slots its event keeps (None: no event).
 
+    Raises:
+        BudgetError: the forward does not end at the event of a `ListedWindow`, or that one has no window to cut.
+
     """
     grown = replace(state, length=state.length + fed, held=state.held + fed)
     boundary = next_event(budget, state)
@@ -84,6 +98,71 @@ def step(budget: Budget | None, state: State, fed: int) -> tuple[State, int | No
     return replace(grown, held=keep), keep
 
 
+def open_tokens(window: Window, before: State, after: State) -> tuple[int, int]:
+    """Half-open range of token indices that the event of a forward from `before` to `after` chooses from.
+
+    All of them are still held: nothing inside was ever cut. Every other slot is protected at this event.
+    """
+    return _due(window, replace(after, held=before.held + after.length - before.length))
+
+
+def _due(window: Window, state: State) -> tuple[int, int]:
+    """The tokens that an event at `state.length` cuts, as a half-open range: a whole number of windows."""
+    done = (state.length - state.held) // window.dropped
+    if not isinstance(window, ListedWindow):
+        start = state.prompt + done * window.size
+        return start, start + max(0, state.length - window.buffer - start) // window.size * window.size
+    if state.length != window.events[done]:
+        raise BudgetError(
+            f"A forward ends at {state.length} tokens of a row whose event was listed at {window.events[done]}; "
+            "end a forward there (tokens_to_next_event says how far it is)."
+        )
+    start = state.length - window.buffer - window.size
+    if start < state.prompt:
+        raise BudgetError(
+            f"An event listed at {state.length} tokens finds no window of {window.size} before its buffer of "
+            f"{window.buffer}: the prompt alone is {state.prompt} tokens."
+        )
+    return start, start + window.size
+
+
+def periodic_events(
+    window: Window, prompts: Sequence[int], lengths: Sequence[int], period: int, most: int
+) -> list[tuple[int, int]]:
+    """Which rows a global step counter would compress, and when: the periodic policy of KvLLM (arXiv 2607.01237).
+
+    All rows decode one token a step. Every `period` steps, up to `most` of the rows that hold at least a window beyond
+    their buffer are compressed, those with most uncompressed tokens first (of equals the first row).
+
+    Args:
+        window: what a compression cuts.
+        prompts: tokens of each row's prompt.
+        lengths: tokens each row sees in all; it leaves the batch then.
+        period: steps between two rounds, more than `window.size`, so that nothing is compressed twice.
+        most: rows of a round.
+
+    Returns:
+        (row, logical length) of every compression, in the order they fall; `CompressedCache(window_events=)` obeys it.
+
+    Raises:
+        BudgetError: a period that is too short, or no rows to a round.
+
+    """
+    if period <= window.size or most < 1:
+        raise BudgetError(
+            f"A period must be longer than a window of {window.size} and compress at least 1 row, "
+            f"not {period} steps and {most} rows."
+        )
+    raw_from, events = list(prompts), []
+    for now in range(period, max(lengths, default=0) + 1, period):
+        raw = {row: prompt + now - raw_from[row] for row, prompt in enumerate(prompts) if prompt + now < lengths[row]}
+        ready = [row for row, tokens in raw.items() if tokens >= window.size + window.buffer]
+        for row in sorted(ready, key=lambda one: (-raw[one], one))[:most]:
+            events.append((row, prompts[row] + now))
+            raw_from[row] = prompts[row] + now - window.buffer
+    return events
+
+
 def capacity(budget: Budget | None, prompt: int, max_length: int) -> int:
     """Slots to allocate for a row that decodes one token at a time, once a prompt cut at prefill has been cut.
 
@@ -91,6 +170,8 @@ def capacity(budget: Budget | None, prompt: int, max_length: int) -> int:
     """
     if budget is None:
         return max_length
+    if isinstance(budget, Window):
+        return _window_capacity(budget, prompt, max_length)
     on_top = prompt if budget.prompt == "on_top" else 0
     needed = on_top + budget.tokens + budget.interval
     if budget.trigger == "grid" and budget.trigger_counts == "decode":
@@ -117,6 +198,18 @@ def bound(budget: Budget | None, prompt: int, max_length: int, max_piece: int = 
     if budget.prefill_chunk and budget.prompt == "count":
         in_prompt = min(prompt, budget.tokens + budget.prefill_chunk)
     return min(max_length, max(capacity(budget, prompt, max_length) + max_piece - 1, in_prompt))
+
+
+def _window_capacity(window: Window, prompt: int, max_length: int) -> int:
+    """Most slots of a row fed one token at a time: at its end, or at an event before, its cut not yet made."""
+    if isinstance(window, ListedWindow):
+        events = [length for length in window.events if length <= max_length]
+        done, peaks = len(events), [length - number * window.dropped for number, length in enumerate(events)]
+    else:
+        done = max(0, max_length - prompt - window.buffer) // window.size
+        last = prompt + done * window.size + window.buffer  # every event's peak is higher than those before it
+        peaks = [last - (done - 1) * window.dropped] if done else []
+    return max(max_length - done * window.dropped, *peaks, 0)
 
 
 def _ceil_to(value: int, multiple: int) -> int:

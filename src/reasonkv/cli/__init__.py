@@ -15,6 +15,7 @@ from reasonkv.cli.inspect import inspect
 from reasonkv.cli.replay import replay
 from reasonkv.cli.report import report
 from reasonkv.cli.train import train_testbed
+from reasonkv.cli.train_gate import train_gate
 
 __all__ = ["app", "main"]
 
@@ -28,7 +29,10 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (demo, methods, doctor, generate, replay, evaluate, frontier, report, inspect, calibrate, train_testbed):
+COMMANDS = (
+    demo, methods, doctor, generate, replay, evaluate, frontier, report, inspect, calibrate, train_gate, train_testbed
+)  # fmt: skip
+for command in COMMANDS:
     app.command(name=command.__name__.replace("_", "-"))(command)
 
 

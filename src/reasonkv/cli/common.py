@@ -83,6 +83,20 @@ MeanSlots = Annotated[
     ),
 ]
 
+WindowSize = Annotated[
+    int | None,
+    typer.Option(
+        "--window",
+        help="Instead of --budgets: cut every window of so many decoded tokens once, as Kara does; prompt and newest "
+        "tokens stay, and the other options of a budget do not apply.",
+        rich_help_panel=_BUDGET,
+    ),
+]
+WindowBuffer = Annotated[int, typer.Option(help="With --window: newest tokens that stay raw.", rich_help_panel=_BUDGET)]
+Retention = Annotated[
+    str, typer.Option(help="With --window: shares of a window that stay: 0.2,0.3.", rich_help_panel=_BUDGET)
+]
+
 
 class UsageError(ValueError):
     """Arguments that no command can carry out; the message is one sentence."""
@@ -194,18 +208,50 @@ def make_budget(tokens: int, **fields: Any) -> Budget:
     return Budget(tokens, **fields)
 
 
-def make_budgets(budgets: str | None, mean_slots: str | None, **fields: Any) -> tuple[list[Budget], list[int]]:
-    """The budgets and the mean lengths that `--budgets` or `--mean-slots` ask for.
+def make_windows(size: int, buffer: int, retention: str) -> list[Budget]:
+    """The windows that `--window` and `--retention` ask for.
+
+    Raises:
+        UsageError, BudgetError: one sentence.
+    """
+    from reasonkv.budget import Window
+
+    try:
+        shares = [float(part) for part in retention.split(",") if part.strip()]
+    except ValueError:
+        shares = []
+    if not shares:
+        raise UsageError(f"--retention takes shares separated by commas, as in 0.2,0.3, not {retention!r}.")
+    return [Window(size, buffer, share) for share in dict.fromkeys(shares)]
+
+
+def make_budgets(
+    budgets: str | None,
+    mean_slots: str | None,
+    *,
+    window: int | None = None,
+    window_buffer: int = 64,
+    retention: str = "0.3",
+    **fields: Any,
+) -> tuple[list[Budget], list[int]]:
+    """The budgets and the mean lengths that `--budgets`, `--mean-slots` or `--window` ask for.
 
     Args:
         budgets: tokens, separated by commas.
-        mean_slots: mean slots instead; then one budget comes back, whose tokens are still to be solved.
+        mean_slots: mean slots instead; then one budget comes back, whose tokens (or retention) are still to be solved.
+        window: size of a sliding window instead; one budget per retention comes back.
+        window_buffer, retention: of the window.
         fields: every other field of a budget.
 
     Raises:
         UsageError: both, neither, or something that is no number.
         BudgetError: fields that contradict each other.
     """
+    if window is not None:
+        if budgets is not None:
+            raise UsageError("Give either --budgets or --window; with --window, --retention says how much stays.")
+        means = [] if mean_slots is None else whole_numbers(mean_slots, "--mean-slots")
+        return make_windows(window, window_buffer, retention)[: 1 if means else None], means
     if (budgets is None) == (mean_slots is None):
         raise UsageError("Give either --budgets or --mean-slots.")
     tokens = [max(1, fields["sinks"] + fields["recent"])] if budgets is None else whole_numbers(budgets, "--budgets")

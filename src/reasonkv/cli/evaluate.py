@@ -25,6 +25,9 @@ def evaluate(
     methods: common.Methods = DEFAULT_METHODS,
     budgets: common.Budgets = None,
     mean_slots: common.MeanSlots = None,
+    window: common.WindowSize = None,
+    window_buffer: common.WindowBuffer = 64,
+    retention: common.Retention = "0.3",
     model: common.Model = "testbed",
     limit: common.Limit = 16,
     seed: common.Seed = 0,
@@ -70,9 +73,12 @@ def evaluate(
 
     common.check_limit(limit)
     chosen = common.split_methods(methods)
-    needed = any(method.bounded for method in chosen) or budgets is not None or mean_slots is not None
+    needed = (
+        any(method.bounded for method in chosen) or budgets is not None or mean_slots is not None or window is not None
+    )
     solved, means = ([], []) if not needed else common.make_budgets(
-        budgets, mean_slots, interval=interval, sinks=sinks, recent=recent, prompt=prompt_policy, trigger=trigger,
+        budgets, mean_slots, window=window, window_buffer=window_buffer, retention=retention,
+        interval=interval, sinks=sinks, recent=recent, prompt=prompt_policy, trigger=trigger,
         trigger_counts=trigger_counts, cut_prompt=cut_prompt, prefill_chunk=prefill_chunk,
     )  # fmt: skip
     job = EvaluateJob(

@@ -18,6 +18,9 @@ def generate(
     model: common.Model = "testbed",
     method: Annotated[str, typer.Option(help="Method, with options: rkv:KEY=VALUE.")] = "full",
     budget: Annotated[int | None, typer.Option(help="Slots per KV head and layer after a compaction.")] = None,
+    window: common.WindowSize = None,
+    window_buffer: common.WindowBuffer = 64,
+    retention: common.Retention = "0.3",
     seed: common.Seed = 0,
     interval: common.Interval = 128,
     sinks: common.Sinks = 4,
@@ -48,18 +51,21 @@ def generate(
     if prompt is not None and not prompt.strip():
         raise UsageError("The prompt is empty; give it at least one word.")
     chosen = get_method(method)
-    if chosen.bounded == (budget is None):
+    if budget is not None and window is not None:
+        raise UsageError("Give either --budget or --window.")
+    if chosen.bounded == (budget is None and window is None):
         raise UsageError(
-            f"{chosen.name} needs a budget; give --budget TOKENS."
+            f"{chosen.name} needs a budget; give --budget TOKENS (or --window SIZE)."
             if chosen.bounded
             else "full takes no budget; leave --budget out, or choose another --method."
         )
-    limits = None
+    limits = None if window is None else common.make_windows(window, window_buffer, retention)[0]
     if budget is not None:
         limits = common.make_budget(
             budget, interval=interval, sinks=sinks, recent=recent, prompt=prompt_policy, trigger=trigger,
             trigger_counts=trigger_counts, cut_prompt=cut_prompt,
         )  # fmt: skip
+    if limits is not None:
         limits.check_protected(recent=chosen.needs.recent)
     family = get_task(task) if task is not None else None
     problems: list[Any] = [family.problem(i, seed=seed) for i in range(limit)] if family else [None]

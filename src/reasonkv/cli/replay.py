@@ -27,6 +27,9 @@ def replay(
     out: common.Out,
     budgets: common.Budgets = None,
     mean_slots: common.MeanSlots = None,
+    window: common.WindowSize = None,
+    window_buffer: common.WindowBuffer = 64,
+    retention: common.Retention = "0.3",
     model: common.Model = "testbed",
     limit: common.Limit = 16,
     seed: common.Seed = 0,
@@ -78,7 +81,8 @@ def replay(
     if traces not in _SOURCES:
         raise UsageError(f"--traces must be one of {', '.join(_SOURCES)}, not {traces!r}.")
     solved, means = common.make_budgets(
-        budgets, mean_slots, interval=interval, sinks=sinks, recent=recent, prompt=prompt_policy, trigger=trigger,
+        budgets, mean_slots, window=window, window_buffer=window_buffer, retention=retention,
+        interval=interval, sinks=sinks, recent=recent, prompt=prompt_policy, trigger=trigger,
         trigger_counts=trigger_counts, cut_prompt=cut_prompt, prefill_chunk=prefill_chunk,
     )  # fmt: skip
     job = ReplayJob(

@@ -45,6 +45,8 @@ class AnswerRecord:
         tokens_dropped: tokens whose slots were given up.
         guards: how often a method fell back on a rule of its own, by name.
         seconds: wall-clock seconds of the batch divided by its rows.
+        slots_read_mean: slots read per token fed after the prompt, of methods that keep all and select; else None.
+        bytes_read_mean: bytes of their keys and values, and of the page summaries read to choose; None as above.
     """
 
     run: str
@@ -73,6 +75,8 @@ class AnswerRecord:
     tokens_dropped: int
     guards: dict[str, int] = field(default_factory=dict)
     seconds: float
+    slots_read_mean: float | None = None
+    bytes_read_mean: float | None = None
 
     @property
     def key(self) -> str:

@@ -293,4 +293,6 @@ class _TaskRun:
             tokens_dropped=stats.tokens_dropped,
             guards=dict(stats.guards),
             seconds=round(seconds, 4),
+            slots_read_mean=stats.slots_read_mean,
+            bytes_read_mean=stats.bytes_read_mean,
         )

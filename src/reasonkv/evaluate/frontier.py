@@ -174,7 +174,7 @@ def measured_points(records: Sequence[Record | AnswerRecord], metric: str) -> li
         if record.budget is None:
             full.setdefault(record.task, {}).setdefault(record.example, []).append(metric_value(record, metric))
             continue
-        rule = json.dumps({k: v for k, v in record.budget.items() if k != "tokens"}, sort_keys=True)
+        rule = json.dumps({k: v for k, v in record.budget.items() if k not in ("tokens", "retention")}, sort_keys=True)
         label = labels[json.dumps([record.method, record.options], sort_keys=True)]
         cells.setdefault((record.task, label, rule, regime(record), record.budget["tokens"]), []).append(record)
     order = {key[:4]: at for at, key in reversed(list(enumerate(cells)))}

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from reasonkv.budget import Budget, BudgetError
+from reasonkv.budget import Budget, BudgetError, Window
 from reasonkv.schedule import State, next_event, step
 
 
@@ -48,6 +48,40 @@ def mean_physical(budget: Budget | None, prompts: Sequence[int], lengths: Sequen
     if not rows or any(length <= prompt for prompt, length in rows):
         raise ValueError("A mean physical length needs rows with tokens after their prompt.")
     return sum(attended_slots(budget, prompt, length) / (length - prompt) for prompt, length in rows) / len(rows)
+
+
+def budget_for_mean(budget: Budget, target: float, prompts: Sequence[int], lengths: Sequence[int]) -> Budget:
+    """The budget whose mean is nearest to a target: its `tokens` are solved, or the retention of a `Window`.
+
+    Args:
+        budget: everything else.
+        target: mean slots attended per token fed after the prompt.
+        prompts: tokens of each row's prompt.
+        lengths: tokens fed of each row, prompt included.
+
+    Raises:
+        BudgetError: the target lies outside what this budget can reach on these rows.
+    """
+    if not isinstance(budget, Window):
+        return replace(budget, tokens=tokens_for_mean(budget, target, prompts, lengths))
+
+    def window(kept: int) -> Window:
+        return replace(budget, retention=kept / budget.size)
+
+    def mean(kept: int) -> float:
+        return mean_physical(window(kept), prompts, lengths)
+
+    low, high = 1, budget.size - 1
+    least, most = mean(low), mean(high)
+    if not least <= target <= most:
+        raise BudgetError(
+            f"A mean of {target:g} slots cannot be reached: with this window and buffer it lies between {least:.1f} "
+            f"(1 slot of a window) and {most:.1f} (all but 1); choose a target in between."
+        )
+    while high - low > 1:  # a larger retention never attends to fewer slots
+        middle = (low + high) // 2
+        low, high = (middle, high) if mean(middle) < target else (low, middle)
+    return window(low if target - mean(low) <= mean(high) - target else high)
 
 
 def tokens_for_mean(budget: Budget, target: float, prompts: Sequence[int], lengths: Sequence[int]) -> int:

@@ -77,6 +77,8 @@ class Record:
         guards: how often a method fell back on a rule of its own, by name.
         seconds: wall-clock seconds of the batch divided by its rows.
         diagnostics: measures of what was lost, by name (`reasonkv.evaluate.diagnostics`); empty unless asked for.
+        slots_read_mean: slots read per token fed after the prompt, of methods that keep all and select; else None.
+        bytes_read_mean: bytes of their keys and values, and of the page summaries read to choose; None as above.
     """
 
     run: str
@@ -107,6 +109,8 @@ class Record:
     seconds: float
     answer_top1: float | None = None
     diagnostics: dict[str, float] = field(default_factory=dict)
+    slots_read_mean: float | None = None
+    bytes_read_mean: float | None = None
 
     @property
     def key(self) -> str:

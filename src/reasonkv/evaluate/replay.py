@@ -35,7 +35,7 @@ class Cell:
     @property
     def label(self) -> str:
         """For people: the method, and its tokens."""
-        return self.method.spec() + (f" @ {self.budget.tokens}" if self.budget else "")
+        return self.method.spec() + (f" @ {self.budget.label}" if self.budget else "")
 
 
 @dataclass(frozen=True)
@@ -162,4 +162,6 @@ def to_record(run: str, task: str, seed: int, cell: Cell, trace: Trace, outcome:
         guards=dict(stats.guards),
         seconds=round(outcome.seconds, 4),
         diagnostics={name: round(measure, 6) for name, measure in outcome.diagnostics.items()},
+        slots_read_mean=stats.slots_read_mean,
+        bytes_read_mean=stats.bytes_read_mean,
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from reasonkv.budget import Budget, BudgetError
 from reasonkv.evaluate.manifest import Manifest, open_results
-from reasonkv.evaluate.matching import tokens_for_mean
+from reasonkv.evaluate.matching import budget_for_mean
 from reasonkv.evaluate.records import RECORDS, Record, append_records, read_records, record_key, repair
 from reasonkv.evaluate.replay import Cell, replay_batch, to_record
 from reasonkv.evaluate.traces import Trace, TraceSettings, load_or_make_traces
@@ -116,7 +116,7 @@ def plan_cells(
                 "token, which is never fed; give --budgets instead."
             )
         prompts, fed = zip(*decoding, strict=True)
-        budgets = [replace(budgets[0], tokens=tokens_for_mean(budgets[0], mean, prompts, fed)) for mean in mean_slots]
+        budgets = [budget_for_mean(budgets[0], mean, prompts, fed) for mean in mean_slots]
     longest = None if rows is None else max(prompt for prompt, _ in rows)
     cells = [Cell(method, budget) for method in methods for budget in (budgets if method.bounded else [None])]
     for cell in cells:

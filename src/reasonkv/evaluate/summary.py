@@ -26,6 +26,9 @@ __all__ = [
 
 METRICS = ("top1", "top5", "nll", "kl", "physical_mean", "physical_peak", "saved_bytes", "seconds")
 
+READ = ("slots_read_mean", "bytes_read_mean")
+"""Of methods that hold everything and choose what to read."""
+
 
 @dataclass(frozen=True)
 class Row:
@@ -36,7 +39,7 @@ class Row:
         method: the method, with the options that are not its defaults.
         tokens: the budget's tokens, None for full KV.
         n: traces.
-        estimates: by name, one of `METRICS`; and the diagnostics that records have, over those that have them.
+        estimates: by name: `METRICS`; of `READ` and the diagnostics what records have, over those that have it.
         versus_full: paired differences to full KV (top1, nll, kl), where full KV was replayed.
         versus_random: the same to `random` at the same budget.
     """
@@ -106,7 +109,7 @@ def summarize(records: Sequence[Record], *, seed: int = 0) -> list[Row]:
                 tokens=members[0].budget["tokens"] if members[0].budget else None,
                 n=len(members),
                 estimates={name: estimate([value(one, name) for one in members]) for name in METRICS}
-                | _diagnostics(members),
+                | _optional(members),
                 versus_full={} if members[0].method == "full" else _differences(members, full, seed),
                 versus_random={} if members[0].method in {"full", "random"} else _differences(members, random, seed),
             )
@@ -114,11 +117,17 @@ def summarize(records: Sequence[Record], *, seed: int = 0) -> list[Row]:
     return rows
 
 
-def _diagnostics(records: Sequence[Record]) -> dict[str, Estimate]:
-    names = dict.fromkeys(name for record in records for name in record.diagnostics)
-    return {
-        name: estimate([record.diagnostics[name] for record in records if name in record.diagnostics]) for name in names
-    }
+def _optional(records: Sequence[Record]) -> dict[str, Estimate]:
+    """What only some records have: what selection methods read, and diagnostics."""
+    values: dict[str, list[float]] = {}
+    for record in records:
+        for name in READ:
+            found = getattr(record, name)
+            if found is not None:
+                values.setdefault(name, []).append(found)
+        for name, measure in record.diagnostics.items():
+            values.setdefault(name, []).append(measure)
+    return {name: estimate(own) for name, own in values.items()}
 
 
 def method_labels(records: Sequence[Record | AnswerRecord]) -> dict[str, str]:

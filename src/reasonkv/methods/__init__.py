@@ -42,8 +42,21 @@ CATALOGUE = {
     "rkv": "reasonkv.methods.rkv:RKV",
     "triattention": "reasonkv.methods.triattention:TriAttention",
     "expected": "reasonkv.methods.expected:ExpectedAttention",
-    "oracle": "reasonkv.methods.oracle:Oracle",
     "cask": "reasonkv.methods.cask:CASK",
+    "vase-attnv": "reasonkv.methods.vase_attnv:VaseAttnV",
+    "vase-dkv": "reasonkv.methods.vase_dkv:VaseDKV",
+    "kara": "reasonkv.methods.kara:Kara",
+    "h2o": "reasonkv.methods.h2o:H2O",
+    "tova": "reasonkv.methods.tova:TOVA",
+    "curdkv": "reasonkv.methods.curdkv:CurDKV",
+    "chunkkv": "reasonkv.methods.chunkkv:ChunkKV",
+    "lagkv": "reasonkv.methods.lagkv:LagKV",
+    "defensivekv": "reasonkv.methods.defensivekv:DefensiveKV",
+    "beaconkv": "reasonkv.methods.beaconkv:BeaconKV",
+    "random-attention": "reasonkv.methods.random_attention:RandomWithPrompt",
+    "quest": "reasonkv.methods.quest:Quest",
+    "seer": "reasonkv.methods.seer:SeerAttention",
+    "oracle": "reasonkv.methods.oracle:Oracle",
 }
 ENTRY_POINT_GROUP = "reasonkv.methods"
 

@@ -36,6 +36,10 @@ def command(manifest: Mapping[str, Any]) -> str:
     flags |= {flag: arguments.get(key) for key, flag in _PLAIN.items() if not (searched and key == "samples")}
     if searched:
         flags["--metric"] = "accuracy" if "samples" in arguments else "top1"
+    elif any("retention" in one for one in budgets):
+        if not arguments.get("mean_slots"):
+            flags["--retention"] = [one["retention"] for one in budgets]
+        budgets = [{"window": budgets[0]["size"], "window_buffer": budgets[0]["buffer"]}]
     elif not arguments.get("mean_slots"):
         flags["--budgets"] = [one["tokens"] for one in budgets]
     rule = arguments["rule"] if searched else budgets[0] if budgets else {}

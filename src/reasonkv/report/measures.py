@@ -33,7 +33,7 @@ _MEMORY = (
         "physical_mean",
         "mean slots",
         "mean slots",
-        "slots per KV head that attention reads, mean over output tokens",
+        "slots per KV head held, mean over output tokens; what attention reads, unless slots read says otherwise",
         plotted=False,
     ),
     Metric(
@@ -42,6 +42,22 @@ _MEMORY = (
         "peak slots",
         "most slots per KV head held at once, prompt included",
         plotted=False,
+    ),
+    Metric(
+        "slots_read_mean",
+        "slots read",
+        "slots read",
+        "slots per KV head that attention reads, mean over output tokens, of methods that hold all and select",
+        plotted=False,
+    ),
+    Metric(
+        "bytes_read_mean",
+        "KiB read",
+        "KiB read",
+        "KiB of keys, values and page summaries read per output token, of methods that hold all and select",
+        1 / 1024,
+        0,
+        False,
     ),
     Metric(
         "saved_bytes",

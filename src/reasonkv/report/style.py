@@ -52,7 +52,21 @@ FIXED = {
     "cask": Style(_COLOURS[7], "*"),
     "expected": Style(_COLOURS[1], "^", _DASHES[1]),
 }
-_FIRST_FREE = 8  # places 0 to 7 of the sequence belong to the names above
+_LATER = (
+    "vase-attnv", "vase-dkv", "kara", "h2o", "tova", "curdkv", "chunkkv", "lagkv", "defensivekv", "beaconkv",
+    "random-attention", "quest", "seer",
+)  # fmt: skip
+
+
+def _place(index: int) -> Style:
+    """The style at a place: colours go round first; a second round has other markers and another dash."""
+    turn, colour = divmod(index, len(_COLOURS))
+    return Style(_COLOURS[colour], _MARKERS[(colour + turn) % len(_MARKERS)], _DASHES[turn % len(_DASHES)])
+
+
+# places 0 to 7 of the sequence belong to the names written out
+FIXED |= {name: _place(8 + number) for number, name in enumerate(_LATER)}
+_FIRST_FREE = 8 + len(_LATER)
 
 
 def styles(methods: Sequence[str]) -> dict[str, Style]:
@@ -74,12 +88,6 @@ def styles(methods: Sequence[str]) -> dict[str, Style]:
 
 def _name(label: str) -> str:
     return label.partition(":")[0]
-
-
-def _place(index: int) -> Style:
-    """The style at a place: colours go round first; a second round has other markers and another dash."""
-    turn, colour = divmod(index, len(_COLOURS))
-    return Style(_COLOURS[colour], _MARKERS[(colour + turn) % len(_MARKERS)], _DASHES[turn % len(_DASHES)])
 
 
 def _variants(base: Style) -> Iterable[Style]:

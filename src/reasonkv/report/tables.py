@@ -36,7 +36,9 @@ def _frame(title: str) -> Table:
 def _table(task: str, rows: Sequence[Row]) -> Table:
     table = _frame(task)
     table.add_column("method", no_wrap=True)
-    for heading in ("budget", "n", "top-1 %", "NLL", "KL", "mean slots", "peak slots", "saved bytes %", "s/trace"):
+    selects = any("slots_read_mean" in row.estimates for row in rows)
+    headings = ("budget", "n", "top-1 %", "NLL", "KL", "mean slots", "peak slots", "saved bytes %", "s/trace")
+    for heading in (*headings, *(("slots read",) if selects else ())):
         table.add_column(heading, justify="right")
     previous = None
     for row in sorted(rows, key=lambda row: row.tokens is not None):
@@ -54,6 +56,7 @@ def _table(task: str, rows: Sequence[Row]) -> Table:
             estimate_text(e["physical_peak"], 0),
             estimate_text(e["saved_bytes"], 1, 100),
             f"{e['seconds'].mean:.2f}",  # a batch's time divided by its rows: it has no spread of its own
+            *([estimate_text(e["slots_read_mean"], 0) if "slots_read_mean" in e else "all"] if selects else []),
         )
         previous = row.method
     return table

@@ -29,6 +29,12 @@ def difference_text(one: Difference | None, digits: int, scale: float = 1) -> st
 
 def budget_sentence(budget: dict[str, Any]) -> str:
     """What a budget's number counts, and what is held on top of it."""
+    if "retention" in budget:
+        return (
+            f"Budget: slots that stay of every window of {budget['size']} decoded tokens, which are cut once; the "
+            f"{budget['buffer']} newest and the prompt stay besides. "
+            f"Slots are what attention reads, everything held included."
+        )
     rule = "every" if budget["trigger"] == "occupancy" else "on the grid of"
     return (
         f"Budget: slots per KV head and layer that stay after a compaction ({rule} {budget['interval']} tokens), "

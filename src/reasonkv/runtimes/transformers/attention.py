@@ -161,6 +161,8 @@ def _attend(
     kernel: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, layer: CompressedLayer, kwargs: Any
 ) -> Tensor:
     piece = layer.piece
+    if layer.cache.selection is not None and not piece.is_prompt:
+        return _attend_selected(kernel, module, query, key, value, layer, kwargs)
     if kernel.startswith("flash") and layer.log_mass_BH1W(query.dtype) is not None:
         raise UnsupportedModelError(
             "Flash attention adds nothing to logits, so folded slots cannot carry their mass; "
@@ -176,6 +178,35 @@ def _attend(
     if kernel == "reference" or kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
         return reference_attention(module, query, key, value, _mask(layer, query), **kwargs)[0]
     return _sdpa(module, query, key, value, layer, kwargs)
+
+
+def _attend_selected(
+    kernel: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, layer: CompressedLayer, kwargs: Any
+) -> Tensor:
+    """Attention of queries that read only the slots their method selects, under a mask for every query head."""
+    selection = layer.cache.selection
+    assert selection is not None
+    if kernel.startswith("flash"):
+        raise UnsupportedModelError(
+            "Flash attention takes no mask for every query, so nothing can be selected; load the model with sdpa."
+        )
+    (B, Hq, _, D), H = query.shape, key.shape[1]
+    parts = []
+    for columns, mask in selection.masks(layer.index, query, H, layer.piece):
+        asked = query[:, :, columns]
+        if kernel == "eager":
+            part = _model_eager(module)(module, asked, key, value, mask, **kwargs)[0]
+        elif kernel == "reference" or kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
+            part = reference_attention(module, asked, key, value, mask, **kwargs)[0]
+        else:  # as in `_sdpa`: a group's query heads stand as rows of one product
+            q = asked.shape[2]
+            rows, row_mask = asked.reshape(B, H, -1, D), mask.reshape(B, H, -1, mask.shape[3])
+            attended = nn.functional.scaled_dot_product_attention(
+                rows, key, value, attn_mask=row_mask, scale=kwargs.get("scaling")
+            )
+            part = attended.view(B, Hq, q, value.shape[-1]).transpose(1, 2)
+        parts.append(part)
+    return torch.cat(parts, 1).contiguous()
 
 
 def _model_eager(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:

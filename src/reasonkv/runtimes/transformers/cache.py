@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import time
 import weakref
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -24,7 +25,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
 from reasonkv import schedule
-from reasonkv.budget import Budget, BudgetError
+from reasonkv.budget import Budget, BudgetError, Window
 from reasonkv.calibration import Calibration
 from reasonkv.methods import Method, get_method, refuse_future
 from reasonkv.plan import Plan
@@ -32,7 +33,15 @@ from reasonkv.runtimes.transformers.attention import implementation_name
 from reasonkv.runtimes.transformers.events import carry_out_events
 from reasonkv.runtimes.transformers.layer import CompressedLayer, Observer
 from reasonkv.runtimes.transformers.rows import Piece, Row
-from reasonkv.runtimes.transformers.setup import checked_budget, load_statistics, rotary_of, spread
+from reasonkv.runtimes.transformers.selecting import Selection
+from reasonkv.runtimes.transformers.setup import (
+    check_window,
+    fitted,
+    listed_budgets,
+    load_statistics,
+    rotary_of,
+    spread,
+)
 from reasonkv.runtimes.transformers.stats import CacheStats, collect_stats
 from reasonkv.runtimes.transformers.storage import LayerStorage
 from reasonkv.runtimes.transformers.support import UnsupportedModelError, base_kernel, check_model, text_config
@@ -46,7 +55,7 @@ class CompressedCache(Cache):
     Args:
         model: the model that will use the cache; its attention implementation is wrapped until `close()`.
         method: a `Method`, or its spec (`"snapkv"`, `"rkv:form=port"`).
-        budget: a `Budget`, or its `tokens`, or None for full KV alone.
+        budget: a `Budget`, or its `tokens`, or a `Window`, or None for full KV alone.
         prompt_lengths: tokens of each row's prompt. Needed when a prompt is fed in several pieces; otherwise what the
             first forward feeds is the prompt.
         seed: seed of stochastic methods.
@@ -59,6 +68,8 @@ class CompressedCache(Cache):
             copies what it wants to keep of them. A deep copy of the cache calls the same observer.
         reference: full KV's attention over the very rows that will be fed, in this order, for methods that look into
             the future; see `reasonkv.evaluate.reference`.
+        window_events: (row, logical length) of every event, for a `Window` whose events a scheduler decides
+            (`reasonkv.schedule.periodic_events`) instead of the rows' own lengths.
         calibration: statistics of the model's queries, or the file they are in, for methods that need them; looked up
             beside the model and in the user's cache unless given (`reasonkv.calibration.find_calibration`).
 
@@ -84,18 +95,21 @@ class CompressedCache(Cache):
         observer: Observer | None = None,
         reference: TraceAttention | None = None,
         calibration: Calibration | str | Path | None = None,
+        window_events: Sequence[tuple[int, int]] | None = None,
     ) -> None:
         problems = check_model(model)
         if problems:
             raise UnsupportedModelError(problems[0])
-        self.method = get_method(method)
-        self.budget = checked_budget(self.method, budget)
+        self.method, self.budget = fitted(get_method(method), budget)
+        self.window_events = window_events
+        check_window(self.budget, reopen_prompt=reopen_prompt, listed=window_events is not None)
         if reference is None:
             refuse_future(self.method)
         self.observer, self.reference = observer, reference
         needs = self.method.needs
         self.rotary = rotary_of(model) if needs.rotary or needs.observes or needs.calibration else None
         self.calibration = load_statistics(model, calibration) if needs.calibration else None
+        self.selection, self.budget = Selection.of(self.method, model, self.budget, self.rotary)
         self.seed, self.row_seeds, self.max_length = seed, row_seeds, max_length
         self.prompt_lengths = [prompt_lengths] if isinstance(prompt_lengths, int) else prompt_lengths
         self.reopen_prompt = reopen_prompt
@@ -156,7 +170,7 @@ class CompressedCache(Cache):
             self.rows = self._first_rows(batch, fed)
         else:
             self._check_later_prompt(columns, fed)
-        self.piece = Piece.plan(self.budget, self.rows, columns, valid, fed)
+        self.piece = Piece.plan(self.rows, columns, valid, fed)
         if self.method.needs.token_ids:
             self.token_ids.append(self.piece)
 
@@ -183,18 +197,20 @@ class CompressedCache(Cache):
 
     def tokens_to_next_event(self) -> list[int | None]:
         """Per row, how many more tokens until its next event: the longest piece that crosses none. None: never."""
-        states = [row.state for row in self.rows]
-        if not states and self.prompt_lengths:
-            states = [schedule.State(prompt=prompt) for prompt in self.prompt_lengths]
-        boundaries = [schedule.next_event(self.budget, state) for state in states]
-        return [None if n is None else n - s.length for n, s in zip(boundaries, states, strict=True)]
+        rows = self.rows
+        if not rows and self.prompt_lengths:
+            budgets = listed_budgets(self.budget, self.window_events, len(self.prompt_lengths))
+            rows = [Row(schedule.State(prompt=p), b) for p, b in zip(self.prompt_lengths, budgets, strict=True)]
+        boundaries = [schedule.next_event(row.budget, row.state) for row in rows]
+        return [None if n is None else n - row.state.length for n, row in zip(boundaries, rows, strict=True)]
 
     def new_storage(self) -> LayerStorage:
         """Storage for one layer, sized by the longest row's schedule."""
         needs = self.method.needs
         if self.budget is None:
             return LayerStorage(None, queries=needs.queries)
-        slots = max(map(self.capacity_of, self.rows))
+        grows = isinstance(self.budget, Window) and self.max_length is None  # with the text, without an end in sight
+        slots = None if grows else max(row.capacity(self.max_length) for row in self.rows)
         return LayerStorage(slots, queries=needs.queries, counts=needs.folds, state=needs.stored_state)
 
     def is_prompt(self, index_BHN: Tensor, rows: list[int]) -> Tensor:
@@ -205,9 +221,15 @@ class CompressedCache(Cache):
                 marked[place] |= (index_BHN[place] >= start) & (index_BHN[place] < end)
         return marked
 
-    def is_protected(self, index_BHN: Tensor, is_prompt_BHN: Tensor) -> Tensor:
-        """Which slots no method may drop: sinks, the newest ones, and the prompt if the budget says so."""
-        assert self.budget is not None
+    def is_protected(self, index_BHN: Tensor, is_prompt_BHN: Tensor, rows: list[int]) -> Tensor:
+        """Which slots no method may drop: sinks, the newest ones, and the prompt if the budget says so.
+
+        Of a `Window`: all but the tokens whose turn it is.
+        """
+        assert self.budget is not None and self.piece is not None
+        if isinstance(self.budget, Window):
+            start_b11, end_b11 = self.piece.windows(rows, index_BHN.device)
+            return (index_BHN < start_b11) | (index_BHN >= end_b11)
         recent = max(self.budget.recent, self.method.needs.recent)
         protected = index_BHN < self.budget.sinks
         if recent:
@@ -254,6 +276,8 @@ class CompressedCache(Cache):
         super().reset()
         self.rows, self.piece, self.columns_seen, self.compaction_seconds, self.bytes_peak = [], None, 0, 0.0, 0
         self.token_ids = TokenLog()
+        if self.selection is not None:
+            self.selection.reset()
 
     def take_over(self) -> None:
         """Set the model's attention to ours, in case another cache was made or closed since."""
@@ -328,11 +352,8 @@ class CompressedCache(Cache):
     def _move_rows(self, index: list[int]) -> None:
         self.rows = [self.rows[row].copy() for row in index]
         self.token_ids.select_rows(torch.tensor(index))
-
-    def capacity_of(self, row: Row) -> int:
-        """Slots allocated for a row that runs alone."""
-        longest = self.max_length if self.max_length is not None else 1 << 62
-        return schedule.capacity(self.budget, row.state.prompt, max(longest, row.state.length))
+        if self.selection is not None:
+            self.selection.select_rows(torch.tensor(index))
 
     def _first_rows(self, batch: int, fed: list[int]) -> list[Row]:
         prompts = spread(self.prompt_lengths, batch, "prompt_lengths") or fed
@@ -351,14 +372,15 @@ class CompressedCache(Cache):
         if self.budget is not None:
             needs = self.method.needs
             self.budget.check_protected(recent=needs.recent, prompt_length=max(prompts))
+        budgets = listed_budgets(self.budget, self.window_events, batch)
         return [
-            Row(schedule.State(prompt=prompt), seed, prompt_spans=[(0, prompt)])
-            for prompt, seed in zip(prompts, seeds, strict=True)
+            Row(schedule.State(prompt=prompt), budget, seed, prompt_spans=[(0, prompt)])
+            for prompt, budget, seed in zip(prompts, budgets, seeds, strict=True)
         ]
 
     def _check_later_prompt(self, columns: int, fed: list[int]) -> None:
         """A second piece of several tokens is either a promised part of the prompt, or a later turn."""
-        if columns == 1 or self.budget is None:
+        if columns == 1 or (self.budget is None and self.selection is None):
             return
         still_prompt = all(row.decoded == 0 for row in self.rows)
         if still_prompt and self.prompt_lengths is None:
@@ -372,4 +394,5 @@ class CompressedCache(Cache):
             state = row.state
             row.prompt_spans.append((state.length, state.length + count))
             row.state = schedule.State(state.length, state.held, state.prompt + count)
-            self.budget.check_protected(recent=self.method.needs.recent, prompt_length=row.state.prompt)
+            if self.budget is not None:
+                self.budget.check_protected(recent=self.method.needs.recent, prompt_length=row.state.prompt)

@@ -79,6 +79,8 @@ class CompressedLayer(CacheLayerMixin):
         keys, values = self.storage.append(key_states, value_states, piece)
         if self.storage.allocated != allocated:
             self.cache.note_allocation()
+        if self.cache.selection is not None:
+            self.cache.selection.fill(self.index, keys, piece)
         keys.reasonkv_layer = self  # type: ignore[attr-defined]
         self.waiting = self.is_initialized = True
         return keys, values
@@ -144,7 +146,7 @@ class CompressedLayer(CacheLayerMixin):
             positions_BHN=index,
             counts_BHN=storage.source_counts(rows, held, settled),
             is_prompt_BHN=is_prompt,
-            is_protected_BHN=cache.is_protected(index, is_prompt),
+            is_protected_BHN=cache.is_protected(index, is_prompt, rows),
             queries_BHqTD=queries,
             query_positions_BT=query_index,
             scaling=self.rule.scaling,

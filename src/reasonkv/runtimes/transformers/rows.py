@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from reasonkv import schedule
-from reasonkv.budget import Budget
+from reasonkv.budget import Budget, Window
 
 
 @dataclass
@@ -18,6 +18,7 @@ class Row:
 
     Args:
         state: logical length, physical length and prompt tokens.
+        budget: the row's; all rows share one, unless their events were listed one by one.
         seed: the row's seed.
         settled: slots whose token index is stored explicitly (those an event left); later slots are consecutive.
         prompt_spans: half-open ranges of token indices that count as prompt.
@@ -31,6 +32,7 @@ class Row:
     """
 
     state: schedule.State
+    budget: Budget | None = None
     seed: int = 0
     settled: int = 0
     prompt_spans: list[tuple[int, int]] = field(default_factory=list)
@@ -41,6 +43,16 @@ class Row:
     decoded: int = 0
     peak: int = 0
     guards: dict[str, set[int]] = field(default_factory=dict)
+
+    def capacity(self, max_length: int | None) -> int:
+        """Slots allocated for the row when it runs alone.
+
+        Args:
+            max_length: most tokens it will see. None: not known; of a `Window`, the slots needed so far then come back.
+        """
+        if max_length is None:
+            max_length = 0 if isinstance(self.budget, Window) else 1 << 62
+        return schedule.capacity(self.budget, self.state.prompt, max(max_length, self.state.length))
 
     def copy(self) -> Row:
         """An independent row (beams, repeated rows)."""
@@ -75,7 +87,6 @@ class Piece:
     @classmethod
     def plan(
         cls,
-        budget: Budget | None,
         rows: list[Row],
         columns: int,
         valid_Bq: Tensor | None = None,
@@ -85,7 +96,7 @@ class Piece:
         fed = [columns] * len(rows) if fed is None else fed
         if all(count == columns for count in fed):
             valid_Bq = None
-        steps = [schedule.step(budget, row.state, count) for row, count in zip(rows, fed, strict=True)]
+        steps = [schedule.step(row.budget, row.state, count) for row, count in zip(rows, fed, strict=True)]
         return cls(rows, columns, fed, valid_Bq, [state for state, _ in steps], [keep for _, keep in steps])
 
     @cached_property
@@ -170,6 +181,28 @@ class Piece:
         assert isinstance(found, tuple)
         return found[0], found[1]
 
+    @cached_property
+    def is_prompt(self) -> bool:
+        """Every token of the forward belongs to its row's prompt."""
+        spans = [(row, row.state.length, row.state.length + fed) for row, fed in zip(self.rows, self.fed, strict=True)]
+        return all(
+            start == end or any(first <= start and end <= last for first, last in row.prompt_spans)
+            for row, start, end in spans
+        )
+
+    def in_prompt_Bq(self, device: torch.device) -> Tensor:
+        """Which columns hold a token of their row's prompt, bool [B, q]; of padding, whatever stands there."""
+        if ("prompt", device) not in self._per_device:
+            index_Bq, _ = self.token_indices(device)
+            marked = torch.zeros_like(index_Bq, dtype=torch.bool)
+            for number, row in enumerate(self.rows):
+                for start, end in row.prompt_spans:
+                    marked[number] |= (index_Bq[number] >= start) & (index_Bq[number] < end)
+            self._per_device["prompt", device] = marked
+        found = self._per_device["prompt", device]
+        assert isinstance(found, Tensor)
+        return found
+
     def additive_mask(self, device: torch.device, dtype: torch.dtype, repeats: int = 1) -> Tensor:
         """0 where a query may attend and -inf elsewhere: [B, 1, repeats * q, width], query index fastest.
 
@@ -184,6 +217,16 @@ class Piece:
         found = self._per_device[key]
         assert isinstance(found, Tensor)
         return found
+
+    def windows(self, rows: list[int], device: torch.device) -> tuple[Tensor, Tensor]:
+        """First token of the window that a row's event cuts, and the one after its last: int64 [b, 1, 1] each."""
+        spans = []
+        for row in rows:
+            window = self.rows[row].budget
+            assert isinstance(window, Window)
+            spans.append(schedule.open_tokens(window, self.rows[row].state, self.after[row]))
+        start_b, end_b = torch.tensor(spans, device=device).unbind(1)
+        return start_b[:, None, None], end_b[:, None, None]
 
     def groups(self, queries: int) -> list[list[int]]:
         """Rows with an event, gathered by slots held, slots kept and queries at hand: one plan each."""

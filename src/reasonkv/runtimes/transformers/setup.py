@@ -2,14 +2,72 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 from transformers import PreTrainedModel
 
-from reasonkv.budget import Budget, BudgetError
+from reasonkv.budget import Budget, BudgetError, ListedWindow, Window
 from reasonkv.calibration import Calibration
 from reasonkv.methods import Method
 from reasonkv.rotary import Rotary
+
+
+@runtime_checkable
+class FitsBudget(Protocol):
+    """A method whose defaults depend on the budget it runs under."""
+
+    def for_budget(self, budget: Budget) -> Method:
+        """The method with what an option leaves to the budget filled in; records keep the option."""
+
+
+def fitted(method: Method, budget: Budget | int | None) -> tuple[Method, Budget | None]:
+    """A method as it runs under a budget, and the budget, None exactly for methods that keep everything.
+
+    Raises:
+        BudgetError: a budget that is missing, not wanted, or too small for what is protected.
+
+    """
+    made = checked_budget(method, budget)
+    if made is not None and isinstance(method, FitsBudget):
+        return method.for_budget(made), made
+    return method, made
+
+
+def check_window(budget: Budget | None, *, reopen_prompt: bool, listed: bool) -> None:
+    """Check what only some kinds of budget can do.
+
+    Raises:
+        BudgetError: listed events for a budget that decides for itself, or a prompt in the middle of the windows.
+
+    """
+    if isinstance(budget, ListedWindow):
+        raise BudgetError("A cache lists its rows' events itself; give it a Window and window_events.")
+    if listed and not isinstance(budget, Window):
+        raise BudgetError("window_events are for a Window; a Budget decides by itself when its events fall.")
+    if reopen_prompt and isinstance(budget, Window):
+        raise BudgetError("The prompt of a Window ends before its first window; leave reopen_prompt out.")
+
+
+def listed_budgets(
+    budget: Budget | None, events: Sequence[tuple[int, int]] | None, batch: int
+) -> Sequence[Budget | None]:
+    """Every row's budget: the same for all, unless (row, logical length) of every event is given.
+
+    Raises:
+        BudgetError: an event of a row that is not in the batch, or two events of a row too close.
+
+    """
+    if events is None or budget is None:
+        return [budget] * batch
+    rows: list[list[int]] = [[] for _ in range(batch)]
+    for row, length in events:
+        if not 0 <= row < batch:
+            raise BudgetError(f"window_events names row {row} of a batch of {batch} rows.")
+        rows[row].append(length)
+    assert isinstance(budget, Window)
+    return [ListedWindow(budget.size, budget.buffer, budget.retention, events=tuple(sorted(own))) for own in rows]
 
 
 def checked_budget(method: Method, budget: Budget | int | None) -> Budget | None:

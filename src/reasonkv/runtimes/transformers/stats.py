@@ -19,7 +19,8 @@ class RowStats:
     Args:
         length: tokens seen (logical length).
         prompt: how many of them are prompt.
-        physical_mean: slots attended, mean over the tokens fed after the prompt (0 before the first).
+        physical_mean: slots held, mean over the tokens fed after the prompt (0 before the first); all are attended,
+            unless the method selects.
         physical_peak: most slots held at once, the prompt's forward included.
         physical_terminal: slots held now.
         events: compactions.
@@ -29,6 +30,8 @@ class RowStats:
         bytes_peak: bytes if all layers held the row's peak at once, as they would without staging; at least bytes_held.
         bytes_full: bytes of keys and values a cache without bound would hold for the same tokens.
         guards: at how many events a method fell back on a rule of its own, by the rule's name.
+        slots_read_mean: slots read per token fed after the prompt, where a method selects; None: all that are held.
+        bytes_read_mean: the bytes of their keys and values in all layers, and of the page summaries read to choose.
 
     """
 
@@ -44,6 +47,8 @@ class RowStats:
     bytes_peak: int
     bytes_full: int
     guards: dict[str, int] = field(default_factory=dict)
+    slots_read_mean: float | None = None
+    bytes_read_mean: float | None = None
 
     @property
     def saved_ratio(self) -> float:
@@ -94,10 +99,13 @@ def collect_stats(cache: CompressedCache) -> CacheStats:
     plain = sum(_plain_slot_bytes(s) for s in storages)
     logged = 4 if cache.method.needs.token_ids else 0
     rows = []
-    for row in cache.rows:
+    selection = cache.selection
+    for number, row in enumerate(cache.rows):
         state = row.state
-        allocated = state.held if cache.budget is None else cache.capacity_of(row)
+        slots_read, summaries_read = (None, 0.0) if selection is None else selection.read(number)
+        allocated = state.held if cache.budget is None else row.capacity(cache.max_length)
         per_row = fixed + logged * state.length
+        per_row += 0 if selection is None else selection.bytes_held(state.held)
         peak = max(row.peak, allocated)
         rows.append(
             RowStats(
@@ -113,6 +121,8 @@ def collect_stats(cache: CompressedCache) -> CacheStats:
                 bytes_peak=peak * slot + per_row,
                 bytes_full=state.length * plain,
                 guards={name: len(events) for name, events in sorted(row.guards.items())},
+                slots_read_mean=slots_read,
+                bytes_read_mean=None if slots_read is None else slots_read * plain + summaries_read,
             )
         )
     live = sum(storage.bytes_allocated() for storage in storages)

@@ -204,7 +204,8 @@ class LayerStorage:
         if self.keys is None or self.values is None:
             return 0
         H, element = self.keys.shape[1], self.keys.element_size()
-        state = 4 * (int(self.capacity is not None) + int(self.stores_counts))
+        bounded = self.capacity is not None or self.token_index is not None
+        state = 4 * (int(bounded) + int(self.stores_counts))
         state += sum(self._dtype_of(declared).itemsize for declared in self.declared.values())
         return H * ((self.keys.shape[3] + self.values.shape[3]) * element + state)
 

@@ -1,0 +1,202 @@
+"""Kara: every window of decoded tokens is cut once, by the attention inside it, and short chunks of text stay whole."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from reasonkv.budget import Budget, Window
+from reasonkv.methods.base import Method, Needs
+from reasonkv.plan import Plan
+from reasonkv.selection import group_mean, head_blocks, top_k_slots, upcast
+from reasonkv.view import SlotView
+
+
+@dataclass(frozen=True)
+class Kara(Method):
+    """Score a window's slots by attention inside the window, without a causal mask, and keep chunks rather than single
+    tokens (Han et al., 2026, "Kara: Sliding-Window KV Cache Compression for Efficient Serving of Reasoning LLMs under
+    Memory Constraints", arXiv 2607.01237).
+
+    Made for `reasonkv.Window`, whose events show exactly one window as slots that are not protected. There is no public
+    code; what public descriptions of the paper leave open is settled here and listed in `docs/methods/kara.md`. Under
+    an ordinary `Budget` the window is every slot that may be dropped, earlier survivors included: nothing is frozen
+    then, and queries that are no longer at hand do not vote.
+
+    Args:
+        gamma: most tokens that a chunk spans, its two ends included.
+        alpha: most slots between the ends of chunks, as a share of the slots that stay.
+        token2chunk: False keeps the best single tokens (ablation).
+        causal: a token is scored by itself and later ones alone (ablation).
+        buffer_votes: the queries after the window vote, too.
+        queries: queries kept in the ring; 0: as many as `size + buffer` of a `Window`, or `interval + recent`.
+
+    """
+
+    name: ClassVar[str] = "kara"
+    title: ClassVar[str] = "Chunks that a window attends to, in both directions"
+    paper: ClassVar[str] = "Kara, arXiv 2607.01237"
+
+    gamma: int = 8
+    alpha: float = 0.5
+    token2chunk: bool = True
+    causal: bool = False
+    buffer_votes: bool = False
+    queries: int = 0
+
+    def __post_init__(self) -> None:
+        if self.gamma < 1:
+            raise ValueError(f"gamma must be at least 1, not {self.gamma}.")
+        if not 0.0 <= self.alpha <= 1.0:
+            raise ValueError(f"alpha must be between 0 and 1, not {self.alpha}.")
+        if self.queries < 0:
+            raise ValueError(f"queries must be at least 0, not {self.queries}.")
+
+    @property
+    def needs(self) -> Needs:
+        """The window's queries."""
+        default = Window()
+        return Needs(queries=self.queries or default.size + default.buffer)
+
+    def for_budget(self, budget: Budget) -> Kara:
+        """With a ring that holds the queries of everything that came since the last event."""
+        return self if self.queries else replace(self, queries=budget.interval + budget.recent)
+
+    def plan(self, view: SlotView, keep: int) -> Plan:
+        """Score the window, keep its best chunks and tokens; everything outside it is protected and stays."""
+        open_BHN = ~view.is_protected_BHN
+        B, H, N = open_BHN.shape
+        # The window's slots in front, in order; where one head has fewer than another, protected slots fill up.
+        M = int(open_BHN.sum(-1).max())
+        window_BHM = open_BHN.to(torch.uint8).sort(dim=-1, descending=True, stable=True).indices[..., :M]
+        filler_BHM = view.is_protected_BHN.gather(2, window_BHM)
+        scores_BHM = self.score(view, window_BHM, filler_BHM)
+        room = keep - (N - M)  # the same for all heads: fillers stay, as all protected slots do
+        if self.token2chunk:
+            positions_BHM = view.positions_BHN.gather(2, window_BHM)
+            kept_BHr = chunked_top_k(scores_BHM, positions_BHM, room, filler_BHM, gamma=self.gamma, alpha=self.alpha)
+        else:
+            kept_BHr = top_k_slots(scores_BHM, room, filler_BHM)
+        stays_BHN = view.is_protected_BHN.clone().scatter_(2, window_BHM.gather(2, kept_BHr), True)
+        return Plan(stays_BHN.nonzero()[:, 2].view(B, H, keep))
+
+    def score(self, view: SlotView, window_BHM: Tensor, filler_BHM: Tensor) -> Tensor:
+        """s_j = mean over the group's query heads and the window's tokens i of softmax over j of q_i . k_j x scaling.
+
+        Keys outside the window are not in the softmax. A window whose own queries are all gone from the ring is scored
+        by those at hand, which are later.
+
+        Args:
+            view: one layer's slots, with queries.
+            window_BHM: int64, slots of the window, ascending.
+            filler_BHM: bool, entries of `window_BHM` that are no part of it.
+
+        Returns:
+            float32 [B, H, M], 0 for fillers.
+
+        """
+        queries_RgTD = view.queries_BHgTD().flatten(0, 1)
+        (R, g, T, _), M = queries_RgTD.shape, window_BHM.shape[2]
+        rows_B11, heads_H1 = (torch.arange(n, device=window_BHM.device) for n in window_BHM.shape[:2])
+        keys_RMD = view.keys_BHND[rows_B11[:, None, None], heads_H1[:, None], window_BHM].flatten(0, 1)
+        position_RM = view.positions_BHN.gather(2, window_BHM).flatten(0, 1)
+        filler_RM = filler_BHM.flatten(0, 1)
+
+        assert view.query_positions_BT is not None
+        asks_RT = view.query_positions_BT.repeat_interleave(window_BHM.shape[1], dim=0)
+        first_R1 = position_RM.masked_fill(filler_RM, torch.iinfo(torch.int64).max).amin(-1, keepdim=True)
+        last_R1 = position_RM.masked_fill(filler_RM, -1).amax(-1, keepdim=True)
+        votes_RT = asks_RT >= first_R1
+        if not self.buffer_votes:
+            own_RT = votes_RT & (asks_RT <= last_R1)
+            votes_RT = torch.where(own_RT.any(-1, keepdim=True), own_RT, votes_RT)
+
+        parts, has_fillers = [], bool(filler_RM.any())
+        for block in head_blocks(R, g * T * M, keys_RMD.device):
+            queries = upcast(queries_RgTD[block]).flatten(1, 2) * view.scaling
+            logits_rgTM = (queries @ upcast(keys_RMD[block]).mT).view(-1, g, T, M)
+            if has_fillers:
+                logits_rgTM.masked_fill_(filler_RM[block, None, None], float("-inf"))
+            if self.causal:  # queries that do not vote see everything, so that none is left without a slot
+                later_rTM = position_RM[block, None, :] > asks_RT[block, :, None]
+                logits_rgTM.masked_fill_((later_rTM & votes_RT[block, :, None])[:, None], float("-inf"))
+            attention_rgTM = logits_rgTM.softmax(-1)
+            vote_r11T = votes_RT[block, None, None].to(attention_rgTM.dtype)
+            parts.append((vote_r11T @ attention_rgTM)[:, :, 0] / vote_r11T.sum(-1))
+        attention_RgM = torch.cat(parts)
+        return group_mean(attention_RgM.view(*window_BHM.shape[:2], g, M))
+
+
+def chunked_top_k(
+    scores_BHM: Tensor, positions_BHM: Tensor, keep: int, forced_BHM: Tensor, *, gamma: int, alpha: float
+) -> Tensor:
+    """Token2Chunk: candidates are the best tokens; accepted chunks of them stay whole, the rest goes to the best left.
+
+    Args:
+        scores_BHM: scores of a window's slots.
+        positions_BHM: their tokens, ascending but for forced slots behind them.
+        keep: slots to return.
+        forced_BHM: bool, slots returned whatever happens, which are no part of the window.
+        gamma: most tokens a chunk spans.
+        alpha: most slots between ends of chunks, as a share of the window's slots that stay.
+
+    Returns:
+        int64 [B, H, keep], strictly ascending.
+
+    Raises:
+        PlanError: a score is NaN, or more than `keep` slots are forced.
+
+    """
+    best_BHk = top_k_slots(scores_BHM, keep, forced_BHM)
+    candidate_BHM = torch.zeros_like(forced_BHM).scatter_(2, best_BHk, True) & ~forced_BHM
+    start_BHM, accepted_BHM = accept_chunks(scores_BHM, positions_BHM, candidate_BHM, gamma=gamma, alpha=alpha)
+    # Count up where chunks begin and down behind their ends: slots inside one stand above zero.
+    edges_BHM = torch.zeros_like(start_BHM).scatter_add_(2, start_BHM, accepted_BHM.long())
+    edges_BHM[..., 1:] -= accepted_BHM[..., :-1].long()
+    whole_BHM = edges_BHM.cumsum(-1) > 0
+    return top_k_slots(scores_BHM.masked_fill(~candidate_BHM, float("-inf")), keep, whole_BHM | forced_BHM)
+
+
+def accept_chunks(
+    scores_BHM: Tensor, positions_BHM: Tensor, candidate_BHM: Tensor, *, gamma: int, alpha: float
+) -> tuple[Tensor, Tensor]:
+    """Which pairs of neighbouring candidates become chunks.
+
+    A pair spans a chunk if slots lie between its ends and it spans at most `gamma` tokens. Pairs are taken in
+    descending order of their lower end's score, newer ones first among equals, as long as the slots between ends are at
+    most alpha x candidates and all slots of chunks at most as many as there are candidates.
+
+    Returns:
+        For every slot: the start of the pair that ends there (int64, 0 where none does), and whether it is accepted.
+
+    """
+    M = scores_BHM.shape[-1]
+    slot_BHM = torch.arange(M, device=scores_BHM.device).expand(scores_BHM.shape)
+    newest_BHM = torch.where(candidate_BHM, slot_BHM, -1).cummax(-1).values
+    start_BHM = torch.cat([newest_BHM.new_full((*newest_BHM.shape[:2], 1), -1), newest_BHM[..., :-1]], -1)
+    is_pair_BHM = candidate_BHM & (start_BHM >= 0)
+    start_BHM = start_BHM.clamp(min=0)
+    between_BHM = slot_BHM - start_BHM - 1
+    span_BHM = positions_BHM - positions_BHM.gather(2, start_BHM) + 1
+    is_pair_BHM &= (between_BHM > 0) & (span_BHM <= gamma)
+
+    value_BHM = torch.minimum(scores_BHM, scores_BHM.gather(2, start_BHM)).masked_fill(~is_pair_BHM, float("-inf"))
+    # Stable, and over the slots in reverse, so that of equal values the newer pair comes first.
+    order_BHM = M - 1 - value_BHM.flip(-1).sort(dim=-1, descending=True, stable=True).indices
+    rank_BHM = torch.empty_like(order_BHM).scatter_(2, order_BHM, slot_BHM)
+    rank_BHM = rank_BHM.masked_fill(~is_pair_BHM, M)
+
+    # A candidate that ends one pair and starts the next takes a slot once: when the better of the two is accepted.
+    as_start_BHM = torch.full_like(rank_BHM, M).scatter_reduce_(2, start_BHM, rank_BHM, "amin")
+    joins_BHM = torch.minimum(rank_BHM, as_start_BHM)
+    ends_BHM = rank_BHM.new_zeros(*rank_BHM.shape[:2], M + 1).scatter_add_(2, joins_BHM, torch.ones_like(joins_BHM))
+    inner_BHM = (between_BHM * is_pair_BHM).gather(2, order_BHM)
+    inner_sum_BHM, all_sum_BHM = inner_BHM.cumsum(-1), (inner_BHM + ends_BHM[..., :M]).cumsum(-1)
+    candidates_BH1 = candidate_BHM.sum(-1, keepdim=True)
+    fits_BHM = (inner_sum_BHM <= alpha * candidates_BH1) & (all_sum_BHM <= candidates_BH1)
+    # Both sums only grow: the first pair that does not fit ends the list.
+    accepted_BHM = is_pair_BHM & fits_BHM.gather(2, rank_BHM.clamp(max=M - 1))
+    return start_BHM, accepted_BHM

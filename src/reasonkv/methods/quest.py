@@ -1,0 +1,65 @@
+"""Quest: read the pages whose keys could give a query the largest product."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from reasonkv.methods.selecting import FullPages, PageView, Prepared, SelectionMethod
+from reasonkv.selection import upcast
+
+
+@dataclass(frozen=True)
+class Quest(SelectionMethod):
+    """Read the pages with the highest upper bound of q.k (Tang et al., 2024, "Quest: Query-Aware Sparsity for
+    Efficient Long-Context LLM Inference", arXiv 2406.10774, section 3.3).
+
+    1. Of every full page keep the smallest and the largest value of each key channel: k lies in that box.
+    2. The bound of a page for a query is the largest product any key in the box could have with it: channel by channel
+       max(q_i low_i, q_i high_i), summed.
+    3. Attend to the pages with the highest bounds, and to nothing else.
+
+    Args:
+        page_size: tokens of a page (published: 16).
+        share: what query heads of a KV head do: "max" and "sum" of their bounds choose one set for all of them;
+            "none" lets each choose its own, as published for models without groups, so that a KV head is read wherever
+            one of them wants.
+        first, last, dense: see `SelectionMethod`; published: 0, 1, 2.
+
+    """
+
+    page_size: int = 16
+    share: Literal["max", "sum", "none"] = "max"
+
+    name: ClassVar[str] = "quest"
+    title: ClassVar[str] = "Keeps all, reads the pages with the highest bound of q.k"
+    paper: ClassVar[str] = "Tang et al., 2024, arXiv 2406.10774"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.page_size < 1:
+            raise ValueError(f"page_size must be at least 1, not {self.page_size}.")
+        if self.share not in {"max", "sum", "none"}:
+            raise ValueError(f"share must be max, sum or none, not {self.share!r}.")
+
+    def prepare(self, model: PreTrainedModel) -> Prepared:
+        """Nothing but the size of pages."""
+        return Prepared(self.page_size)
+
+    def summarise(self, pages: FullPages) -> dict[str, Tensor]:
+        """The corners of the box that a page's keys lie in, [n, H, D] each, in the keys' dtype."""
+        low_nHD, high_nHD = pages.keys_nHcD.aminmax(dim=2)
+        return {"low": low_nHD, "high": high_nHD}
+
+    def score(self, view: PageView) -> Tensor:
+        """Upper bounds of q.k, [B, H, q, P], or [B, Hq, q, P] with `share="none"`."""
+        queries_BHgqD = upcast(view.queries_BHgqD())
+        low_BH1DP, high_BH1DP = (upcast(view.state[name])[:, :, None].mT for name in ("low", "high"))
+        # a positive q_i is bounded by the largest value of its channel, a negative one by the smallest
+        bound_BHgqP = queries_BHgqD.clamp(min=0) @ high_BH1DP + queries_BHgqD.clamp(max=0) @ low_BH1DP
+        if self.share == "none":
+            return bound_BHgqP.flatten(1, 2)
+        return bound_BHgqP.amax(2) if self.share == "max" else bound_BHgqP.sum(2)

@@ -1,0 +1,179 @@
+"""A gate and its file: safetensors with the facts in the header.
+
+Of layer i, `i.query` [H, g, D, E], `i.key` [H, 3 D, E], `i.query_norm` [E] and `i.key_norm` [E]; E = D.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from reasonkv.methods.base import MethodError
+from reasonkv.models import TESTBED, model_hash
+
+FILE = "reasonkv_gate.safetensors"
+"""Name of a gate's file inside a model folder."""
+FORMAT, VERSION = "reasonkv-gate", 1
+_NAMES = ("query", "key", "query_norm", "key_norm")
+
+
+class GateError(MethodError):
+    """A gate that is missing, damaged, or another model's; the message says what to do."""
+
+
+@dataclass(frozen=True, eq=False)
+class Gate:
+    """The trained part of SeerAttention-R on one model.
+
+    Args:
+        layers: by index in the model, `query`, `key`, `query_norm` and `key_norm`, float32 (bfloat16 in the file);
+            empty for layers without full attention.
+        page_size: tokens of the pages it was trained for.
+        model: hash of the model it was trained on.
+        source: what it was trained on, in words.
+
+    """
+
+    layers: Sequence[Mapping[str, Tensor]]
+    page_size: int
+    model: str
+    source: str = ""
+
+    def to(self, device: torch.device | str) -> Gate:
+        """The same on a device."""
+        return replace(self, layers=[{name: x.to(device) for name, x in layer.items()} for layer in self.layers])
+
+    @property
+    def parameters(self) -> int:
+        """Numbers it consists of."""
+        return sum(tensor.numel() for layer in self.layers for tensor in layer.values())
+
+
+def random_gate(
+    layers: Sequence[tuple[int, int, int] | None], page_size: int, model: str, *, seed: int = 0, source: str = "random"
+) -> Gate:
+    """A gate before training.
+
+    Args:
+        layers: KV heads H, query heads of a group g and head_dim D of every layer; None for layers without a gate.
+        page_size: tokens of a page.
+        model: the model's hash.
+        seed: of the weights, which are normal with a variance of 1 / inputs.
+        source: for the record.
+
+    """
+    generator = torch.Generator().manual_seed(seed)
+    made: list[dict[str, Tensor]] = []
+    for shape in layers:
+        if shape is None:
+            made.append({})
+            continue
+        H, g, D = shape
+        made.append(
+            {
+                "query": torch.randn(H, g, D, D, generator=generator) * (g * D) ** -0.5,
+                "key": torch.randn(H, 3 * D, D, generator=generator) * (3 * D) ** -0.5,
+                "query_norm": torch.ones(D),
+                "key_norm": torch.ones(D),
+            }
+        )
+    return Gate(made, page_size, model, source)
+
+
+def save_gate(path: Path | str, gate: Gate) -> None:
+    """Write a gate's file in bfloat16, whole or not at all.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    from reasonkv.evaluate.manifest import write_atomically  # evaluation stands on the methods
+
+    tensors = {
+        f"{number}.{name}": tensor.detach().to("cpu", torch.bfloat16).contiguous()
+        for number, layer in enumerate(gate.layers)
+        for name, tensor in layer.items()
+    }
+    facts = {
+        "format": FORMAT, "version": VERSION, "layers": len(gate.layers), "page_size": gate.page_size,
+        "model": gate.model, "source": gate.source,
+    }  # fmt: skip
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, save(tensors, metadata={name: str(value) for name, value in facts.items()}))
+
+
+def load_gate(path: Path | str) -> Gate:
+    """Read a gate's file.
+
+    Raises:
+        GateError: it is missing, damaged, something else, or of a later version.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise GateError(f"There is no gate {path}.")
+    try:
+        with safe_open(path, "pt") as file:
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name).float() for name in list(file.keys())}
+    except (OSError, SafetensorError):
+        raise GateError(f"{path} cannot be read as a gate.") from None
+    if header.get("format") != FORMAT:
+        raise GateError(f"{path} is a safetensors file, but not a gate of reasonkv.")
+    try:
+        if int(header["version"]) > VERSION:
+            raise GateError(
+                f"{path} has format version {header['version']}, but this reasonkv reads versions up to {VERSION}."
+            )
+        numbers = range(int(header["layers"]))
+        present = {int(name.split(".")[0]) for name in tensors}
+        layers = [{n: tensors[f"{i}.{n}"] for n in _NAMES} if i in present else {} for i in numbers]
+        return Gate(layers, int(header["page_size"]), header["model"], header.get("source", ""))
+    except (KeyError, ValueError) as error:
+        if isinstance(error, GateError):
+            raise
+        raise GateError(f"{path} is damaged: its header and its tensors do not fit together.") from None
+
+
+def find_gate(model: PreTrainedModel, explicit: Path | str | None = None) -> Gate:
+    """A model's gate, checked against its hash.
+
+    Looked for in this order: `explicit`; `reasonkv_gate.safetensors` in the model's folder; the bundled model's own,
+    which also serves copies of that model elsewhere.
+
+    Args:
+        model: a causal language model.
+        explicit: a gate's file; then no other place is looked at.
+
+    Raises:
+        GateError: there is none (the message is the command that trains one), or it is damaged or another model's.
+    """
+    digest = model_hash(model)
+    folder = Path(str(model.name_or_path)).expanduser()
+    own = Path(explicit).expanduser() if explicit is not None else folder / FILE
+    if explicit is not None or own.is_file():
+        found = load_gate(own)
+        if found.model != digest:
+            raise GateError(f"{own} was trained on another model; train one with `{_command(model)}`.")
+        return found
+    bundled = _testbed_folder() / FILE
+    if bundled.is_file() and load_gate(bundled).model == digest:
+        return load_gate(bundled)
+    raise GateError(f"There is no gate for this model; train one with `{_command(model)}`.")
+
+
+def _testbed_folder() -> Path:
+    # written out, because importing the testbed package brings its training code along
+    return Path(__file__).parent.parent / "testbed" / "model"
+
+
+def _command(model: PreTrainedModel) -> str:
+    name = str(model.name_or_path)
+    shown = TESTBED if name and Path(name) == _testbed_folder() else name or "MODEL"
+    return f"reasonkv train-gate --model {shown} --text FILE --out {FILE}"

@@ -1,0 +1,458 @@
+"""Selection methods: all slots stay, and every decoded token reads exactly the pages its method chooses for it."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from models import batch, tiny_model
+from oracle import run_compressed
+from tiny import TASK
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+from reasonkv import Budget, BudgetError, CompressedCache
+from reasonkv.evaluate.replay import Cell, replay_batch, to_record
+from reasonkv.evaluate.traces import TraceSettings, load_or_make_traces
+from reasonkv.methods.base import MethodError
+from reasonkv.methods.quest import Quest
+from reasonkv.methods.seer import SeerAttention
+from reasonkv.methods.selecting import FullPages, PageView, SelectionMethod, best_pages
+from reasonkv.models import load_model, model_hash
+from reasonkv.plan import PlanError
+from reasonkv.runtimes.transformers.attention import reference_attention
+from reasonkv.runtimes.transformers.selecting import Selection
+from reasonkv.seer import (
+    FILE,
+    GateError,
+    GateRecipe,
+    TrainingRow,
+    find_gate,
+    kept_attention,
+    load_gate,
+    random_gate,
+    save_gate,
+    task_rows,
+    train_gate,
+)
+from reasonkv.tasks import get_task
+
+LENGTHS, PROMPTS = [60, 47, 31], [24, 11, 1]
+PIECES = {
+    "decode": [24] + [1] * 36,
+    "forward7": [24, 7, 7, 7, 7, 7, 1],
+    "chunked": [8, 8, 8, 12, 12, 12],
+}
+C, PAGES = 4, 3
+BUDGET = Budget(C * PAGES + 1, sinks=0, recent=0)
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What the layers of a run asked: rotated queries, keys and values of every forward, by layer."""
+
+    queries: dict[int, list[Tensor]]
+
+
+def tiny_gate(model: PreTrainedModel, folder: Path, page_size: int = C) -> SeerAttention:
+    config = model.config
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    H = config.num_key_value_heads
+    D = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    shape = (H, config.num_attention_heads // H, D)
+    path = folder / FILE
+    shapes = [shape if kind == "full_attention" else None for kind in kinds]
+    save_gate(path, random_gate(shapes, page_size, model_hash(model), seed=1))
+    return SeerAttention(gate=str(path))
+
+
+def run(model, method, budget, pieces, lengths=LENGTHS, prompts=PROMPTS, kernel=None):
+    ids, mask, positions = batch(lengths)
+    with CompressedCache(model, method, budget, prompt_lengths=prompts, kernel=kernel) as cache:
+        out = run_compressed(model, cache, ids, mask, positions, pieces)
+        return out, cache.stats(), cache, mask.bool()
+
+
+# -- the yardstick: an ordinary cache under masks worked out query by query, from keys alone ---------------------------
+
+METHODS: list[SelectionMethod] = []
+ROWS: list[tuple[Tensor, list[int]]] = []
+
+
+def _explicit(module, query, key, value, attention_mask, **kwargs):
+    """Full attention over the slots that each query's own choice names; one query at a time, nothing shared."""
+    (method,), ((mask, prompts),) = METHODS, ROWS
+    prepared = method.prepare(module.reasonkv_model())
+    parameters = None if prepared.layers is None else prepared.layers[module.layer_idx]
+    (B, Hq, q, _), H, S, c = query.shape, key.shape[1], key.shape[2], prepared.page_size
+    allowed = torch.zeros(B, Hq, q, S, dtype=torch.bool)
+    for row in range(B):
+        slots = mask[row, :S].nonzero()[:, 0]  # columns of the row's tokens
+        for column in range(q):
+            if not mask[row, S - q + column]:
+                allowed[row, :, column, 0] = True
+                continue
+            token = int(mask[row, : S - q + column + 1].sum()) - 1
+            own, first_n = token // c, torch.arange(token // c) * c
+            everything = token < prompts[row] or own == 0 or module.layer_idx < method.dense
+            chosen = torch.ones(Hq, own, dtype=torch.bool)
+            if not everything:
+                keys = key[row][:, slots[: own * c]].view(H, own, c, -1).transpose(0, 1)
+                summaries = method.summarise(FullPages(keys, first_n, parameters, module.reasonkv_rotary))
+                state = {name: summary.transpose(0, 1)[None] for name, summary in summaries.items()}
+                at = torch.tensor([[token]])
+                asked = query[row : row + 1, :, column : column + 1]
+                view = PageView(state, asked, at, c, parameters, module.reasonkv_rotary)
+                scores = method.score(view)[0, :, 0]
+                chosen = torch.zeros(scores.shape, dtype=torch.bool)
+                forced = [p for p in range(own) if p < method.first or p > own - method.last]
+                for head, of_head in enumerate(scores):
+                    best = sorted(range(own), key=lambda p: (p in forced, float(of_head[p]), p), reverse=True)
+                    chosen[head, best[: PAGES - 1]] = True
+                chosen = chosen.repeat_interleave(Hq // chosen.shape[0], 0)
+            for page in range(own):
+                allowed[row, :, column, slots[page * c : page * c + c]] = chosen[:, page, None]
+            allowed[row, :, column, slots[own * c : token + 1]] = True
+    return reference_attention(module, query, key, value, allowed, **kwargs)
+
+
+AttentionInterface.register("explicit_selection", _explicit)
+AttentionMaskInterface.register("explicit_selection", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+
+
+def run_explicit(model, method, mask, prompts, ids, positions, pieces) -> Tensor:
+    from reasonkv.runtimes.transformers.setup import rotary_of
+
+    before = model.config._attn_implementation
+    rotary = rotary_of(model)
+    for module in model.modules():
+        if hasattr(module, "layer_idx"):
+            module.__dict__["reasonkv_rotary"] = rotary
+            module.__dict__["reasonkv_model"] = lambda: model
+    METHODS.append(method)
+    ROWS.append((mask, prompts))
+    model.set_attn_implementation("explicit_selection")
+    cache, logits, start = DynamicCache(config=model.config), [], 0
+    try:
+        for size in pieces:
+            end = start + size
+            with torch.no_grad():
+                logits.append(
+                    model(
+                        ids[:, start:end],
+                        attention_mask=mask[:, :end].long(),
+                        position_ids=positions[:, start:end],
+                        past_key_values=cache,
+                        use_cache=True,
+                    ).logits
+                )
+            start = end
+    finally:
+        METHODS.clear()
+        ROWS.clear()
+        model.set_attn_implementation(before)
+    return torch.cat(logits, 1)
+
+
+# -- exactness ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pieces", list(PIECES))
+def test_quest_with_all_pages_selected_equals_full_attention(pieces: str) -> None:
+    model = tiny_model("qwen3")
+    full, _, _, real = run(model, "full", None, PIECES[pieces])
+    all_pages, stats, _, _ = run(model, Quest(page_size=C), Budget(64, sinks=0, recent=0), PIECES[pieces])
+    assert (all_pages.logits - full.logits)[real].abs().max() <= 1e-12
+    assert stats.rows[0].slots_read_mean == stats.rows[0].physical_mean == sum(range(25, 61)) / 36
+
+
+@pytest.mark.parametrize(
+    "family,kernel,method",
+    [
+        ("qwen3", "sdpa", Quest(page_size=C)),
+        ("llama", "reference", Quest(page_size=C, share="none")),
+        ("qwen2", "eager", Quest(page_size=C, share="sum", first=1)),
+        ("qwen3", "sdpa", Quest(page_size=C, last=2, dense=1)),
+        ("qwen3", "sdpa", None),
+    ],
+)
+def test_a_selected_run_equals_full_attention_under_an_explicit_mask(
+    family: str, kernel: str, method: SelectionMethod | None, tmp_path: Path
+) -> None:
+    """Left-padded rows of unequal length, grouped heads, pieces of one and of many tokens."""
+    model = tiny_model(family, kernel="eager" if kernel == "eager" else None)
+    chosen = method or tiny_gate(model, tmp_path)
+    ids, mask, positions = batch(LENGTHS)
+    pieces = [24, 9, 1, 1, 1, 12, 12]
+    wanted = run_explicit(model, chosen, mask.bool(), PROMPTS, ids, positions, pieces)
+    found, _, _, real = run(model, chosen, BUDGET, pieces, kernel="reference" if kernel == "reference" else None)
+    assert (found.logits - wanted)[real].abs().max() <= (1e-6 if kernel == "eager" else 1e-12)
+    full, _, _, _ = run(model, "full", None, pieces)
+    assert (found.logits - full.logits)[real].abs().max() > 1e-3  # the choice matters here
+
+
+def test_gpt_oss_with_learned_sinks_and_sliding_layers_is_exact() -> None:
+    model = tiny_model("gpt_oss")
+    method = Quest(page_size=C)
+    pieces = [20, 10, 1, 1, 8]
+    budget = Budget(64, sinks=0, recent=0)
+    full, _, _, real = run(model, "full", None, pieces, [40], [20], kernel="reference")
+    found, _, _, _ = run(model, method, budget, pieces, [40], [20], kernel="reference")
+    assert (found.logits - full.logits)[real].abs().max() <= 1e-12
+
+
+@pytest.mark.parametrize("name", ["quest", "quest-none", "seer"])
+def test_any_pieces_give_what_one_token_at_a_time_gives(name: str, tmp_path: Path) -> None:
+    model = tiny_model("qwen3")
+    method = (
+        tiny_gate(model, tmp_path) if name == "seer" else Quest(page_size=C, share="none" if "-" in name else "max")
+    )
+    one, counted, _, real = run(model, method, BUDGET, PIECES["decode"])
+    for pieces in ("forward7", "chunked"):
+        many, stats, _, _ = run(model, method, BUDGET, PIECES[pieces])
+        assert (many.logits - one.logits)[real].abs().max() <= 1e-12
+        assert [row.slots_read_mean for row in stats.rows] == [row.slots_read_mean for row in counted.rows]
+        assert [row.bytes_read_mean for row in stats.rows] == [row.bytes_read_mean for row in counted.rows]
+
+
+def test_a_long_piece_is_masked_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("qwen3")
+    whole, _, _, real = run(model, Quest(page_size=C), BUDGET, [24, 36])
+    monkeypatch.setattr("reasonkv.runtimes.transformers.selecting.MASK_ELEMENTS", 5000)
+    parts, _, _, _ = run(model, Quest(page_size=C), BUDGET, [24, 36])
+    assert (whole.logits - parts.logits)[real].abs().max() <= 1e-12
+
+
+def test_a_row_is_what_it_is_alone() -> None:
+    model = tiny_model("qwen3")
+    together, stats, _, _ = run(model, Quest(page_size=C), BUDGET, PIECES["decode"])
+    alone, single, _, _ = run(model, Quest(page_size=C), BUDGET, [24] + [1] * 36, [60], [24])
+    assert (together.logits[0] - alone.logits[0]).abs().max() <= 1e-9
+    assert stats.rows[0] == single.rows[0]
+
+
+# -- pages -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pieces", list(PIECES))
+def test_minimum_and_maximum_of_pages_are_exact_however_they_fill(pieces: str) -> None:
+    model = tiny_model("qwen3")
+    _, _, cache, _ = run(model, Quest(page_size=C), BUDGET, PIECES[pieces])
+    assert isinstance(cache.selection, Selection)
+    for layer in cache.compressed_layers:
+        assert layer.storage is not None and layer.storage.keys is not None
+        state = cache.selection.tables[layer.index].state
+        for row, length in enumerate(LENGTHS):
+            for page in range(length // C):
+                keys = layer.storage.keys[row, :, page * C : page * C + C]
+                assert torch.equal(state["low"][row, :, page], keys.amin(1))
+                assert torch.equal(state["high"][row, :, page], keys.amax(1))
+
+
+def test_quest_bounds_every_product_from_above() -> None:
+    generator = torch.Generator().manual_seed(0)
+    keys = torch.randn(7, 2, 5, 8, generator=generator)
+    queries = torch.randn(1, 4, 3, 8, generator=generator)
+    method = Quest(page_size=5, share="none")
+    state = {n: x.transpose(0, 1)[None] for n, x in method.summarise(FullPages(keys, torch.arange(7) * 5)).items()}
+    view = PageView(state, queries, torch.full((1, 3), 35), 5)
+    bound = method.score(view)
+    products = torch.einsum("hgqd,nhcd->hgqnc", queries[0].view(2, 2, 3, 8), keys).amax(-1).flatten(0, 1)
+    assert (bound[0] >= products - 1e-5).all()
+    # one key alone in its page: the bound is the product
+    state = {
+        n: x.transpose(0, 1)[None] for n, x in method.summarise(FullPages(keys[:, :, :1], torch.arange(7))).items()
+    }
+    exact = Quest(page_size=1, share="none").score(PageView(state, queries, torch.full((1, 3), 7), 1))
+    single = torch.einsum("hgqd,nhd->hgqn", queries[0].view(2, 2, 3, 8), keys[:, :, 0]).flatten(0, 1)
+    torch.testing.assert_close(exact[0], single)
+
+
+def test_best_pages_take_forced_ones_first_then_the_highest_and_of_equals_the_newer() -> None:
+    scores = torch.tensor([[[[5.0, 1.0, 1.0, 1.0, float("inf"), 9.0]]]])
+    allowed = torch.tensor([[[[True] * 5 + [False]]]])
+    forced = torch.tensor([[[[False, True, False, False, False, False]]]])
+    assert best_pages(scores, 4, allowed, forced).flatten().tolist() == [True, True, False, True, True, False]
+    assert best_pages(scores, 1, allowed, forced).flatten().nonzero().flatten().tolist() == [1]
+    assert not best_pages(scores, 0, allowed, forced).any()
+    assert torch.equal(best_pages(scores, 6, allowed, forced), allowed)
+    assert torch.equal(best_pages(scores, 5, allowed, forced), allowed)
+    with pytest.raises(PlanError, match="NaN"):
+        best_pages(scores.masked_fill(forced, float("nan")), 2, allowed, forced)
+
+
+# -- life of a cache ---------------------------------------------------------------------------------------------------
+
+
+def test_stats_tell_slots_read_from_slots_held() -> None:
+    model = tiny_model("qwen3")
+    _, stats, _, _ = run(model, Quest(page_size=C), BUDGET, [24] + [1] * 36, [60], [24])
+    (row,) = stats.rows
+    read = [min(token // C, PAGES - 1) * C + token % C + 1 for token in range(24, 60)]
+    assert row.slots_read_mean == pytest.approx(sum(read) / len(read))
+    assert row.slots_read_mean <= BUDGET.tokens
+    assert (row.physical_terminal, row.events, row.tokens_dropped) == (60, 0, 0)
+    page, slot = 3 * 2 * 2 * 16 * 8, 3 * 2 * 2 * 16 * 8  # layers, heads, two vectors, D, float64
+    assert row.bytes_held == row.bytes_full + 15 * page
+    pages_scored = sum(token // C for token in range(24, 60)) / 36
+    assert row.bytes_read_mean == pytest.approx(row.slots_read_mean * slot + pages_scored * page)
+    _, full, _, _ = run(model, "full", None, [24] + [1] * 36, [60], [24])
+    assert full.rows[0].slots_read_mean is None and full.rows[0].bytes_held == row.bytes_full
+
+
+def test_rows_move_with_their_pages() -> None:
+    """Beams: reordered, repeated and copied rows go on as they would have alone."""
+    model = tiny_model("qwen3")
+    ids, _, positions = batch([40, 40])
+
+    def feed(cache: CompressedCache, rows: Tensor, start: int, end: int) -> Tensor:
+        with torch.no_grad():
+            return model(
+                rows[:, start:end], past_key_values=cache, position_ids=positions[: len(rows), start:end]
+            ).logits
+
+    with CompressedCache(model, Quest(page_size=C), BUDGET) as cache:
+        feed(cache, ids, 0, 20)
+        for token in range(20, 30):
+            feed(cache, ids, token, token + 1)
+        twin = copy.deepcopy(cache)
+        wanted = torch.cat([feed(cache, ids, token, token + 1) for token in range(30, 40)], 1)
+        twin.reorder_cache(torch.tensor([1, 0]))
+        twin.batch_repeat_interleave(2)
+        twin.batch_select_indices(torch.tensor([1, 3]))
+        found = torch.cat([feed(twin, ids.flip(0), token, token + 1) for token in range(30, 40)], 1)
+        assert (found.flip(0) - wanted).abs().max() <= 1e-12
+        assert twin.stats().rows[0] == cache.stats().rows[1]
+        cache.reset()
+        assert cache.selection is not None and not cache.selection.tables
+
+
+def test_generate_runs_and_greedy_text_with_all_pages_is_full_kvs() -> None:
+    model = tiny_model("qwen3")
+    ids, mask, _ = batch([30, 21])
+    texts = []
+    for method, budget in (("full", None), (Quest(page_size=C), Budget(200)), (Quest(page_size=C), BUDGET)):
+        with CompressedCache(model, method, budget) as cache:
+            texts.append(
+                model.generate(ids, attention_mask=mask, max_new_tokens=30, do_sample=False, past_key_values=cache)
+            )
+    assert torch.equal(texts[0], texts[1])
+    assert not torch.equal(texts[0], texts[2])
+
+
+def test_a_later_turn_is_decode_unless_the_prompt_is_reopened() -> None:
+    model = tiny_model("qwen3")
+    ids, _, positions = batch([60])
+    runs = {}
+    for name, method, budget, reopen in (
+        ("full", "full", None, False), ("decode", Quest(page_size=C), BUDGET, False),
+        ("reopened", Quest(page_size=C), BUDGET, True),
+    ):  # fmt: skip
+        with CompressedCache(model, method, budget, reopen_prompt=reopen) as cache, torch.no_grad():
+            model(ids[:, :20], past_key_values=cache)
+            model(ids[:, 20:21], past_key_values=cache)
+            runs[name] = model(ids[:, 21:50], past_key_values=cache, position_ids=positions[:, 21:50]).logits
+    # token 20 was read sparsely in both, so the turn's own tokens differ from full KV's, but less where it reads all
+    gap = {name: (found - runs["full"]).abs().mean() for name, found in runs.items()}
+    assert 0 < gap["reopened"] < gap["decode"]
+
+
+@pytest.mark.parametrize(
+    "method,budget,words",
+    [
+        (Quest(), Budget(15, sinks=0, recent=0), "at least 16"),
+        (Quest(first=1), Budget(20, sinks=0, recent=0), "at least 32"),
+        (Quest(), None, "needs a budget"),
+    ],
+)
+def test_budgets_that_cannot_be_read_with_are_one_sentence(method: Quest, budget: Budget | None, words: str) -> None:
+    with pytest.raises(BudgetError, match=words):
+        CompressedCache(tiny_model("qwen3"), method, budget)
+
+
+def test_a_prompt_in_pieces_must_be_announced_and_options_are_checked() -> None:
+    model = tiny_model("qwen3")
+    ids, _, _ = batch([20])
+    with CompressedCache(model, Quest(page_size=C), BUDGET) as cache, torch.no_grad():
+        model(ids[:, :10], past_key_values=cache)
+        with pytest.raises(BudgetError, match="prompt_lengths"):
+            model(ids[:, 10:], past_key_values=cache)
+    for options in ({"page_size": 0}, {"share": "mean"}, {"last": 0}, {"first": -1}, {"dense": -1}):
+        with pytest.raises(ValueError):
+            Quest(**options)
+
+
+# -- replay and the gate, on the testbed -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def testbed():
+    torch.set_num_threads(1)
+    return load_model("testbed")
+
+
+def test_chunked_replay_equals_one_token_at_a_time(testbed, tmp_path: Path) -> None:
+    task = get_task(TASK)
+    traces = load_or_make_traces(
+        testbed.model, testbed.tokenizer, task, task_spec=TASK, examples=range(2), seed=0,
+        settings=TraceSettings(max_new_tokens=60), folder=tmp_path, batch_size=2,
+    )  # fmt: skip
+    cell = Cell(Quest(), Budget(64, recent=16))
+    many, single = (replay_batch(testbed.model, traces, cell, chunked=chunked) for chunked in (True, False))
+    for left, right in zip(many, single, strict=True):
+        assert (left.nll_T - right.nll_T).abs().max() <= 1e-4  # float32
+        assert left.stats == right.stats
+    record = to_record("run", TASK, 0, cell, traces[0], many[0])
+    assert record.slots_read_mean is not None and record.slots_read_mean <= 64 < record.physical_mean
+    assert record.saved_ratio_terminal == 0 and type(record).from_json(record.to_json()) == record
+
+
+def test_training_a_gate_lowers_its_loss_and_leaves_the_model_alone(tmp_path: Path) -> None:
+    model = tiny_model("llama", torch.float32)
+    rows = [TrainingRow(batch([48], seed)[0][0], 16) for seed in range(3)]
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    losses: list[float] = []
+    recipe = GateRecipe(page_size=4, steps=12, rows=3, warmup=2, rate=1e-2)
+    gate = train_gate(model, rows, recipe, source="noise", on_step=lambda _, loss: losses.append(loss))
+    assert losses[-1] < 0.9 * losses[0]
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    save_gate(tmp_path / "gate.safetensors", gate)
+    back = load_gate(tmp_path / "gate.safetensors")
+    assert (back.page_size, back.model, back.source) == (4, model_hash(model), "noise")
+    assert back.parameters == gate.parameters == 3 * (2 * 2 * 16 * 16 + 2 * 48 * 16 + 32)
+    with pytest.raises(GateError, match="nothing to train on"):
+        train_gate(model, [TrainingRow(rows[0].ids_L[:6], 5)], recipe)
+
+
+def test_the_shipped_gate_keeps_more_attention_than_a_random_one_on_held_out_traces(testbed, tmp_path: Path) -> None:
+    tasks = [get_task(name) for name in ("program", "search", "recall")]
+    held_out = list(task_rows(testbed.model, testbed.tokenizer, tasks, limit=1, split="test"))
+    shipped = find_gate(testbed.model)
+    assert shipped.model == testbed.hash
+    config = testbed.model.config
+    shape = (config.num_key_value_heads, config.num_attention_heads // config.num_key_value_heads, config.head_dim)
+    save_gate(tmp_path / FILE, random_gate([shape] * config.num_hidden_layers, shipped.page_size, testbed.hash))
+    for pages in (4, 8):
+        trained, untrained = (
+            kept_attention(testbed.model, held_out, method, pages, queries=64)
+            for method in (SeerAttention(), SeerAttention(gate=str(tmp_path / FILE)))
+        )
+        assert trained > untrained + 0.1
+
+
+def test_a_missing_or_foreign_gate_is_one_sentence(tmp_path: Path) -> None:
+    model = tiny_model("qwen3")
+    with pytest.raises(MethodError, match="reasonkv train-gate"):
+        CompressedCache(model, SeerAttention(), Budget(64, recent=8))
+    save_gate(tmp_path / FILE, random_gate([(2, 2, 16)] * 3, 4, "another"))
+    with pytest.raises(GateError, match="another model"):
+        find_gate(model, tmp_path / FILE)
+    with pytest.raises(GateError, match="no gate"):
+        load_gate(tmp_path / "none.safetensors")
+    (tmp_path / "text.safetensors").write_text("no")
+    with pytest.raises(GateError, match="cannot be read"):
+        load_gate(tmp_path / "text.safetensors")

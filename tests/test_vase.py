@@ -1,0 +1,579 @@
+"""VaSE: the authors' code on its own recorded inputs, the statistics of what is drawn, and what the options promise."""
+
+from __future__ import annotations
+
+import json
+from copy import deepcopy
+from dataclasses import replace
+from itertools import combinations, permutations
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import CONFIGS, batch, tiny_model
+from safetensors.torch import load_file
+from scipy.stats import chi2
+from slot_views import make_view, random_view
+from torch import Tensor
+from torch.testing import assert_close
+from transformers import AutoModelForCausalLM
+
+from reasonkv import Budget, noise
+from reasonkv.methods import Method
+from reasonkv.methods.vase_attnv import VaseAttnV, largest, sampling_keys, value_range
+from reasonkv.methods.vase_dkv import VaseDKV
+from reasonkv.plan import PlanError
+from reasonkv.runtimes.transformers import CompressedCache
+from reasonkv.selection import average_pool, group_mean, window_attention
+from reasonkv.view import SlotView
+
+DATA = Path(__file__).parent / "data"
+DOCS = Path(__file__).parents[1] / "docs" / "methods"
+TENSORS = load_file(DATA / "field_vase.safetensors")
+JSON = json.loads((DATA / "field_vase.json").read_text())
+CLOSE = {"rtol": 1e-5, "atol": 1e-7}
+SHORT = {"window": 16}
+SPECS: list[Method] = [
+    VaseAttnV(**SHORT),
+    VaseAttnV(**SHORT, sample=False),
+    VaseAttnV(**SHORT, kernel=5, temperature=0.5, magnitude="variance"),
+    VaseAttnV(**SHORT, n_large=0, n_sink=0),
+    VaseAttnV(**SHORT, n_large=1000, magnitude="norm"),
+    VaseAttnV(**SHORT, magnitude="random"),
+    VaseAttnV(**SHORT, evict_large=True),
+    VaseAttnV(**SHORT, form="public"),
+    VaseDKV(**SHORT),
+    VaseDKV(**SHORT, redraw=False),
+    VaseDKV(**SHORT, projection=0, n_sink=0),
+]
+
+
+def read(leaf: dict[str, str]) -> Tensor:
+    tensor = TENSORS[leaf["tensor"]]
+    return tensor.long() if tensor.dtype == torch.int16 else tensor
+
+
+def cases(group: str) -> list[Any]:
+    return [pytest.param(case, id=f"{case['index']}-{case['input']}") for case in JSON["cases"][group]]
+
+
+def public_view(case: dict[str, Any], event: int) -> tuple[SlotView, dict[str, Any]]:
+    """The slots of one event in the order the public code holds them, which after its first event is not by position."""
+    record, inputs = case["events"][event], JSON["inputs"][case["input"]]
+    window = case["options"]["residual_length"]
+    positions = read(record["slot_positions_before"])
+    keys, values = read(inputs["keys"]), read(inputs["values"])
+    index = positions.unsqueeze(-1).expand(-1, -1, -1, keys.shape[-1])
+    queries = read(inputs["queries_rot"])[:, :, event * window : (event + 1) * window]
+    view = make_view(keys.gather(2, index), queries, positions=positions, recent=window, event=event)
+    return replace(view, values_BHND=values.gather(2, index)), record
+
+
+def sorted_view(view: SlotView) -> SlotView:
+    """The same slots by position, as our caches hold them, and the order they had as state."""
+    place = view.positions_BHN.argsort(-1)
+    index = place.unsqueeze(-1).expand_as(view.keys_BHND)
+    order = {"order": place.int()}
+    return replace(
+        view,
+        keys_BHND=view.keys_BHND.gather(2, index),
+        values_BHND=view.values_BHND.gather(2, index),
+        positions_BHN=view.positions_BHN.gather(2, place),
+        is_protected_BHN=view.is_protected_BHN.gather(2, place),
+        is_prompt_BHN=view.is_prompt_BHN.gather(2, place),
+        state=order,
+    )
+
+
+def attnv(case: dict[str, Any], **options: Any) -> VaseAttnV:
+    given = case["options"]
+    kernel = given["kernel_size"] if given["smooth"] else 1
+    same = {key: given[key] for key in ("n_large", "n_sink", "temperature")}
+    return VaseAttnV(**{"window": given["residual_length"], "kernel": kernel, **same, **options})
+
+
+def as_set(slots: Tensor) -> Tensor:
+    return slots.sort(-1).values
+
+
+def mask_of(slots: Tensor, n: int) -> Tensor:
+    return torch.zeros(*slots.shape[:2], n, dtype=torch.bool).scatter_(2, slots, True)
+
+
+# ------------------------------------------------------------------------------------------------ the authors' AttnV
+
+
+@pytest.mark.parametrize("event", [0, 1])
+@pytest.mark.parametrize("case", cases("range_sink_sample_attn"))
+def test_attnv_reserves_and_weighs_as_the_authors_code(case: dict[str, Any], event: int) -> None:
+    (view, record), method = public_view(case, event), attnv(case)
+    n, keep = record["n_candidates"], record["K"] + method.window
+    assert_close(value_range(view.values_BHND[:, :, :n]), read(record["value_range_m"]), **CLOSE)
+    attention = method.attention(view)
+    assert_close(attention, read(record["attention_a"]), **CLOSE)
+    if "attention_mean_over_queries" in record:
+        over_queries = read(record["attention_mean_over_queries"])
+        assert_close(window_attention(view, over="old").view_as(over_queries), over_queries, **CLOSE)
+        assert_close(average_pool(group_mean(over_queries), method.kernel), attention, **CLOSE)
+    assert record["topk_margin_I1"] > 1e-3
+    reserved = method.reserve(view, keep, method.magnitudes(view))
+    assert torch.equal(reserved, mask_of(read(record["reserved_I1_in_code_order"]), n))
+    weights = attention.masked_fill(reserved, 0.0)
+    assert_close(weights, read(record["sampling_weights"]), **CLOSE)
+    quarter = attnv(case, n_large=-1)
+    assert quarter.options()["n_large"] == -1 and method.n_large == case["options"]["token_budget"] // 4
+    assert torch.equal(quarter.plan(view, keep).kept_BHK, method.plan(view, keep).kept_BHK)
+
+
+@pytest.mark.parametrize("case", cases("range_sink_sample_attn"))
+def test_attnv_includes_slots_as_often_as_the_authors_sampler(case: dict[str, Any]) -> None:
+    record, draws = case["events"][0], 2000
+    weights, theirs = read(record["sampling_weights"]), read(record["inclusion_frequency"])
+    reserved = mask_of(read(record["reserved_I1_in_code_order"]), weights.shape[2])
+    drawn = record["K"] - case["options"]["n_large"]
+    ours = frequencies(weights, reserved, drawn, draws)
+    is_open = ~reserved
+    if bool((theirs[reserved] == 1).all()):  # counted as kept
+        assert float(ours.masked_fill(reserved, 0).sum()) == pytest.approx(
+            drawn * reserved.shape[0] * reserved.shape[1]
+        )
+    mean = ((ours + theirs) / 2)[is_open].clamp(0.5 / draws, 1 - 0.5 / draws)
+    z = (ours - theirs)[is_open] / (2 * mean * (1 - mean) / draws).sqrt()
+    assert float(z.abs().max()) < 5.0
+    assert float(z.square().mean()) == pytest.approx(1.0, abs=5 * (2 / z.numel()) ** 0.5)
+
+
+def frequencies(weights: Tensor, reserved: Tensor, drawn: int, draws: int) -> Tensor:
+    B, H, n = weights.shape
+    uniform = noise.uniform(
+        torch.arange(n), seed=1, row_seed=torch.arange(B)[:, None, None, None], layer=0,
+        head=torch.arange(H)[:, None, None], event=torch.arange(draws)[:, None],
+    )  # fmt: skip
+    keys = sampling_keys(weights[:, :, None], uniform).masked_fill(reserved[:, :, None], -torch.inf)
+    chosen = keys.topk(drawn, dim=-1).indices
+    return torch.zeros(B, H, draws, n).scatter_(3, chosen, 1.0).mean(2)
+
+
+def test_a_plan_includes_slots_as_often_as_the_authors_sampler() -> None:
+    case, rows = JSON["cases"]["range_sink_sample_attn"][0], 600
+    (view, record), method = public_view(case, 0), attnv(case)
+    many = {
+        name: value.expand(rows, *value.shape[1:])
+        for name, value in vars(view).items()
+        if isinstance(value, Tensor) and value.shape[0] == 1
+    }
+    kept = method.plan(
+        replace(view, **{**many, "row_seed_B": torch.arange(rows)}), record["K"] + method.window
+    ).kept_BHK
+    n, reserved = record["n_candidates"], mask_of(read(record["reserved_I1_in_code_order"]), record["n_candidates"])
+    ours = torch.zeros(rows, 2, view.positions_BHN.shape[2]).scatter_(2, kept, 1.0).mean(0, keepdim=True)
+    assert bool((ours[..., n:] == 1).all()) and bool((ours[..., :n][reserved] == 1).all())
+    theirs = read(record["inclusion_frequency"])[~reserved].clamp(0.001, 0.999)
+    z = (ours[..., :n][~reserved] - theirs) / (theirs * (1 - theirs) * (1 / rows + 1 / 2000)).sqrt()
+    assert float(z.abs().max()) < 5.0
+
+
+@pytest.mark.parametrize("case", [c for c in cases("range_sink_sample_attn") if c.values[0]["options"]["smooth"]])
+def test_the_public_form_pools_and_orders_slots_as_the_authors_code(case: dict[str, Any]) -> None:
+    method = attnv(case, form="public", kernel=0)
+    assert method.kernel == 5
+    for event in (0, 1):
+        held, record = public_view(case, event)
+        view = sorted_view(held)
+        theirs = read(record["attention_a"]).gather(2, view.state["order"][..., : record["n_candidates"]].long())
+        assert_close(method.attention(view), theirs, **CLOSE)
+        plan = method.plan(view, record["K"] + method.window)
+        kept_in_order = plan.kept_BHK.gather(2, plan.state["order"].argsort(-1))
+        positions = view.positions_BHN.gather(2, kept_in_order)
+        large, K = method.n_large, record["K"]
+        theirs = read(record["positions_after_in_slot_order"])[..., :large]
+        assert torch.equal(as_set(positions[..., :4]), torch.arange(4).expand(*positions.shape[:2], 4))
+        assert torch.equal(positions[..., 4:large], theirs[..., 4:])
+        uniform = view.uniform_BHN()[..., : record["n_candidates"]]
+        drawn = sampling_keys(method.attention(view), uniform).gather(2, kept_in_order[..., large:K])
+        assert bool((drawn[..., 1:] <= drawn[..., :-1]).all())
+        assert torch.equal(positions[..., K:], view.positions_BHN[..., -method.window :])
+
+
+# -------------------------------------------------------------------------------------------------- the authors' DKV
+
+
+def dkv(case: dict[str, Any]) -> VaseDKV:
+    options = case["options"]
+    return VaseDKV(
+        window=options["residual_length"],
+        n_sink=options["n_sink"],
+        projection=options["p_gauss"],
+        redraw=options["mode"] == "cur_resample_gauss",
+    )
+
+
+class WithProjection(VaseDKV):
+    """The recorded projection in the place of the hashed one."""
+
+    def gaussian(self, view: SlotView) -> Tensor:
+        return view.state["G"]
+
+
+@pytest.mark.parametrize("event", [0, 1])
+@pytest.mark.parametrize("case", cases("cur_resample_gauss") + cases("cur_fixed_gauss"))
+def test_dkv_scores_and_keeps_as_the_authors_code(case: dict[str, Any], event: int) -> None:
+    view, record = public_view(case, event)
+    method, n = WithProjection(**dkv(case).options()), record["n_candidates"]
+    projection = read(record["G"]).expand(view.keys_BHND.shape[0], 1, -1, -1)[:, 0]
+    keys, values = view.keys_BHND[:, :, :n], view.values_BHND[:, :, :n]
+    assert_close(method.product(keys, values, projection), read(record["k2"]) * read(record["v2"]), **CLOSE)
+    assert_close((keys @ projection[:, None]).square().sum(-1), read(record["k2"]), **CLOSE)
+    view = replace(view, state={"G": projection})
+    assert_close(method.score(view)[..., :n], read(record["scores"]), **CLOSE)
+    kept = method.plan(view, record["K"] + method.window).kept_BHK
+    assert record["topk_margin"] > 2e-7
+    assert torch.equal(kept[..., : record["K"]], read(record["kept_slots_sorted"]))
+
+
+# ----------------------------------------------------------------------------------------------------- what is drawn
+
+
+@pytest.mark.parametrize("weights", [[1.0, 2, 3, 4, 5, 6], [0.9, 0.05, 0.03, 0.01, 0.007, 0.003], [1.0, 1, 1, 1, 0, 0]])
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_the_sampler_draws_one_after_the_other_without_replacement(weights: list[float], k: int) -> None:
+    draws, n = 20000, len(weights)
+    exact = {}
+    for order in permutations(range(n), k):
+        chance, left = 1.0, sum(weights)
+        for slot in order:
+            chance, left = chance * weights[slot] / max(left, 1e-12), left - weights[slot]
+        exact[order] = chance
+    events = torch.arange(draws)[:, None]
+    uniform = noise.uniform(torch.arange(n), seed=5, row_seed=0, layer=0, head=0, event=events)
+    chosen = sampling_keys(torch.tensor(weights), uniform).topk(k, dim=-1).indices.tolist()
+    seen: dict[tuple[int, ...], int] = {}
+    for row in chosen:
+        seen[tuple(row)] = seen.get(tuple(row), 0) + 1
+    ordered = {order: chance for order, chance in exact.items()}
+    check_chi_square(seen, ordered, draws)
+    sets = {group: sum(exact[order] for order in permutations(group)) for group in combinations(range(n), k)}
+    check_chi_square({group: sum(seen.get(order, 0) for order in permutations(group)) for group in sets}, sets, draws)
+
+
+def check_chi_square(seen: dict[Any, int], chances: dict[Any, float], draws: int) -> None:
+    """At the 0.1 % level; outcomes expected fewer than 5 times share a bin, and impossible ones never happen."""
+    assert all(seen.get(outcome, 0) == 0 for outcome, chance in chances.items() if chance == 0)
+    rare = [outcome for outcome, chance in chances.items() if chance * draws < 5]
+    bins = [(seen.get(outcome, 0), chance * draws) for outcome, chance in chances.items() if outcome not in rare]
+    bins.append((sum(seen.get(outcome, 0) for outcome in rare), sum(chances[outcome] for outcome in rare) * draws))
+    bins = [(count, expected) for count, expected in bins if expected >= 1]
+    statistic = sum((count - expected) ** 2 / expected for count, expected in bins)
+    assert statistic < chi2.isf(1e-3, max(1, len(bins) - 1))
+
+
+def test_slots_without_weight_are_drawn_last_and_only_if_they_must() -> None:
+    weights = torch.tensor([0.0, 0.5, 0.0, 0.5, 0.0])
+    uniform = noise.uniform(torch.arange(5), seed=0, row_seed=0, layer=0, head=0, event=torch.arange(3000)[:, None])
+    chosen = sampling_keys(weights, uniform).topk(3).indices
+    assert torch.equal(as_set(chosen[:, :2]), torch.tensor([1, 3]).expand(3000, 2))
+    share = torch.bincount(chosen[:, 2], minlength=5)[[0, 2, 4]] / 3000
+    assert float((share - 1 / 3).abs().max()) < 0.04
+
+
+def test_dkv_scores_are_the_norm_product_on_average() -> None:
+    draws, D, p = 6000, 16, 20
+    keys, values = torch.randn(2, 1, 1, 5, D, generator=torch.Generator().manual_seed(0))
+    values[..., 0, :] = 2 * keys[..., 0, :]  # the same direction: both norms see the same draw
+    view = random_view(1, 1, 8, D, queries=0)
+    many = replace(view, row_seed_B=torch.zeros(draws, dtype=torch.long), event_B=torch.arange(draws))
+    gaussian = VaseDKV(projection=p).gaussian(many)
+    assert gaussian is not None
+    assert tuple(gaussian.shape) == (draws, D, p)
+    assert float(gaussian.mean()) == pytest.approx(0, abs=5 * (1 / p / gaussian.numel()) ** 0.5)
+    assert float(gaussian.var() * p) == pytest.approx(1, abs=5 * (2 / gaussian.numel()) ** 0.5)
+    scores = VaseDKV().product(keys.expand(draws, 1, 5, D), values.expand(draws, 1, 5, D), gaussian)[:, 0]
+    norms = VaseDKV(projection=0).product(keys, values, None)[0, 0]
+    cosine = torch.cosine_similarity(keys, values, dim=-1)[0, 0]
+    error = scores.std(0) / draws**0.5
+    assert bool(((scores.mean(0) - norms * (1 + 2 * cosine.square() / p)).abs() < 4 * error).all())
+    spread = scores[:, 1:].std(0) / scores[:, 1:].mean(0)  # of directions with little in common: 0.46 at p = 20
+    assert float(spread.mean()) == pytest.approx(((1 + 2 / p) ** 2 - 1) ** 0.5, abs=0.05)
+
+
+def test_a_projection_is_one_per_row_layer_and_event_and_shared_by_heads() -> None:
+    view = replace(random_view(2, 2, 32, 8, queries=0, row_seeds=(0, 7)), layer=3, first_head=0)
+    method = VaseDKV(window=8)
+    drawn = method.gaussian(view)
+    assert drawn is not None
+    assert torch.equal(method.gaussian(replace(view, first_head=2)), drawn)  # type: ignore[arg-type]
+    others = [replace(view, layer=4), replace(view, seed=1), replace(view, event_B=torch.tensor([1, 1]))]
+    for other in others:
+        redrawn = method.gaussian(other)
+        assert redrawn is not None
+        assert float((redrawn - drawn).abs().mean()) > 0.1
+    assert float((drawn[0] - drawn[1]).abs().max()) > 0.1
+    fixed = VaseDKV(window=8, redraw=False)
+    assert torch.equal(fixed.gaussian(others[2]), drawn)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("method", [VaseAttnV(**SHORT), VaseDKV(**SHORT)], ids=lambda m: m.name)
+def test_the_same_seeds_keep_the_same_slots_and_others_keep_others(method: Method) -> None:
+    view = random_view(1, 2, 160, 16, sinks=4, recent=16)
+    kept = method.plan(view, 80).kept_BHK
+    assert torch.equal(method.plan(view, 80).kept_BHK, kept)
+    others = [replace(view, seed=1), replace(view, row_seed_B=torch.ones(1).long()), replace(view, layer=1)]
+    for other in [*others, replace(view, event_B=torch.ones(1).long())]:
+        assert not torch.equal(method.plan(other, 80).kept_BHK, kept)
+
+
+# ----------------------------------------------------------------------------------------------- plans of both methods
+
+
+def with_state(view: SlotView) -> SlotView:
+    """The state the public form of AttnV declares, as if no event had been."""
+    generator = torch.Generator().manual_seed(1)
+    values = torch.randn(view.keys_BHND.shape, generator=generator).to(view.keys_BHND.dtype)
+    return replace(view, values_BHND=values, state={"order": view.positions_BHN.int()})
+
+
+def mixed_rows() -> tuple[SlotView, list[SlotView]]:
+    """Rows that hold equally many slots but differ in prompt, length, event number and seed; and each alone."""
+    whole = with_state(random_view(3, 2, 200, 32, recent=16, sinks=4))
+    rows = []
+    for b, (prompt, dropped, event, row_seed) in enumerate([(0, 0, 0, 5), (40, 64, 2, 0), (60, 640, 9, 5)]):
+        age = torch.arange(200)
+        positions = torch.where(age < 100, age, age + dropped)
+        queries = whole.queries_BHqTD
+        assert queries is not None
+        alone = make_view(
+            whole.keys_BHND[b : b + 1], queries[b : b + 1], positions=positions, sinks=4, recent=16, prompt=prompt,
+            keep_prompt=True, event=event, row_seeds=(row_seed,),
+        )  # fmt: skip
+        state = {"order": alone.positions_BHN.int()}
+        rows.append(replace(alone, values_BHND=whole.values_BHND[b : b + 1], state=state))
+    tensors = {name for name, value in vars(rows[0]).items() if isinstance(value, Tensor)}
+    joined = {name: torch.cat([getattr(row, name) for row in rows]) for name in tensors}
+    state = {"order": torch.cat([row.state["order"] for row in rows])}
+    return replace(whole, **{**joined, "state": state}), rows
+
+
+def ids(method: Method) -> str:
+    return method.spec()
+
+
+@pytest.mark.parametrize("method", SPECS, ids=ids)
+def test_rows_are_planned_as_each_alone(method: Method) -> None:
+    view, rows = mixed_rows()
+    together = method.plan(view, 120)
+    together.check((3, 2, 200), 120, view.is_protected_BHN)
+    for b, row in enumerate(rows):
+        alone = method.plan(row, 120)
+        assert torch.equal(alone.kept_BHK[0], together.kept_BHK[b])
+        for name, values in alone.state.items():
+            assert torch.equal(values[0], together.state[name][b])
+    order = torch.tensor([2, 0, 1])
+    moved = {name: value[order] for name, value in vars(view).items() if isinstance(value, Tensor)}
+    state = {"order": view.state["order"][order]}
+    assert torch.equal(method.plan(replace(view, **{**moved, "state": state}), 120).kept_BHK, together.kept_BHK[order])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("method", SPECS, ids=ids)
+def test_a_plan_keeps_exactly_the_budget_with_every_protected_slot(method: Method, dtype: torch.dtype) -> None:
+    view = with_state(random_view(2, 3, 96, dtype=dtype, sinks=2, recent=16))
+    for keep in (18, 19, 41, 95):
+        method.plan(view, keep).check((2, 3, 96), keep, view.is_protected_BHN)
+
+
+@pytest.mark.parametrize("method", SPECS, ids=ids)
+def test_a_broken_value_is_an_error_and_not_a_winner(method: Method) -> None:
+    view = with_state(random_view(1, 2, 96, sinks=4, recent=16))
+    view.values_BHND[0, 0, 30, 0] = float("nan")
+    if isinstance(method, VaseAttnV) and method.magnitude == "random":
+        return  # reads no values
+    with pytest.raises(PlanError, match="NaN"):
+        method.plan(view, 40)
+
+
+def test_scores_are_float32_and_float64_models_are_scored_in_float64() -> None:
+    for dtype, expected in ((torch.bfloat16, torch.float32), (torch.float64, torch.float64)):
+        view = with_state(random_view(1, 2, 96, dtype=dtype, sinks=4, recent=16))
+        assert VaseDKV(**SHORT).score(view).dtype == expected
+        assert VaseAttnV(**SHORT).attention(view).dtype == VaseAttnV(**SHORT).magnitudes(view).dtype == expected
+
+
+# ------------------------------------------------------------------------------------------------ reserve and ablations
+
+
+def kept_ranges(method: VaseAttnV, view: SlotView, keep: int) -> tuple[Tensor, Tensor]:
+    """Whether every slot before the window is kept, and its rank by falling value range (sinks apart)."""
+    n = view.positions_BHN.shape[2] - method.window
+    kept = mask_of(method.plan(view, keep).kept_BHK, view.positions_BHN.shape[2])[..., 4:n]
+    ranges = view.values_BHND[:, :, 4:n].amax(-1) - view.values_BHND[:, :, 4:n].amin(-1)
+    return kept, ranges.argsort(-1, descending=True).argsort(-1)
+
+
+@pytest.mark.parametrize("form", ["ours", "public"])
+@pytest.mark.parametrize("n_large", [-1, 4, 20, 39])
+def test_the_reserve_holds_the_largest_value_ranges(n_large: int, form: Any) -> None:
+    view = with_state(random_view(2, 2, 200, sinks=4, recent=16))
+    method = VaseAttnV(**SHORT, n_large=n_large, form=form)
+    kept, rank = kept_ranges(method, view, 80)
+    reserved = (20 if n_large == -1 else n_large) - 4  # the sinks are among them
+    assert bool(kept[rank < reserved].all())
+    share = kept[rank >= reserved].float().mean()
+    assert float(share) == pytest.approx((80 - 16 - 4 - reserved) / (180 - reserved), abs=1e-6)
+
+
+def test_evicting_large_ranges_first_keeps_the_smallest_and_the_sinks() -> None:
+    view = with_state(random_view(2, 2, 200, sinks=0, recent=16))
+    method = VaseAttnV(**SHORT, evict_large=True)
+    assert method.needs.queries == 0
+    kept, rank = kept_ranges(method, replace(view, queries_BHqTD=None, query_positions_BT=None), 80)
+    assert torch.equal(kept, rank >= 180 - 60)
+    plan = method.plan(view, 80).kept_BHK
+    assert torch.equal(plan[..., :4], torch.arange(4).expand(2, 2, 4))
+
+
+def test_without_sampling_the_most_attended_slots_fill_what_the_reserve_leaves() -> None:
+    view = with_state(random_view(1, 2, 200, sinks=4, recent=16))
+    method = VaseAttnV(**SHORT, sample=False)
+    kept = mask_of(method.plan(view, 80).kept_BHK, 200)[..., :184]
+    reserved = method.reserve(view, 80, method.magnitudes(view)) | view.is_protected_BHN[..., :184]
+    attention = method.attention(view).masked_fill(reserved, -1)
+    assert torch.equal(kept, reserved | mask_of(attention.topk(80 - 16 - 20).indices, 184))
+    assert torch.equal(method.plan(replace(view, seed=9), 80).kept_BHK, method.plan(view, 80).kept_BHK)
+
+
+def test_a_low_temperature_sharpens_the_attention_that_slots_are_drawn_by() -> None:
+    view = with_state(random_view(1, 2, 96, sinks=4, recent=16))
+    soft, even, sharp = (VaseAttnV(**SHORT, temperature=T).attention(view) for T in (4.0, 1.0, 0.25))
+    entropy = [float(-(a * a.log()).sum(-1).mean()) for a in (soft, even, sharp)]
+    assert entropy == sorted(entropy, reverse=True)
+    scaled = replace(view, scaling=view.scaling / 4)
+    assert torch.equal(VaseAttnV(**SHORT).attention(scaled), soft)
+
+
+def test_a_random_reserve_is_another_than_the_one_by_range() -> None:
+    view = with_state(random_view(1, 64, 200, sinks=4, recent=16, group=1))
+    method = VaseAttnV(**SHORT, magnitude="random", n_large=40)
+    reserved = method.reserve(view, 80, method.magnitudes(view)) & ~view.is_protected_BHN[..., :184]
+    assert bool((reserved.sum(-1) == 36).all())
+    share = reserved[..., 4:].float().mean((0, 1))
+    assert float((share - 36 / 180).abs().max()) < 5 * (0.2 * 0.8 / 64) ** 0.5
+
+
+def test_a_kept_prompt_is_never_drawn_and_takes_its_part_of_the_quarter() -> None:
+    view, _ = mixed_rows()  # prompts of 0, 40 and 60 tokens, kept
+    method = VaseAttnV(**SHORT)
+    reserved = method.reserve(view, 120, method.magnitudes(view)) & ~view.is_protected_BHN[..., :184]
+    assert reserved.sum(-1).tolist() == [[26, 26], [(120 - 36) // 4 - 4] * 2, [(120 - 56) // 4 - 4] * 2]
+    tight = VaseAttnV(**SHORT, n_large=100).plan(view, 80)  # fewer places than the reserve asks for
+    tight.check((3, 2, 200), 80, view.is_protected_BHN)
+
+
+@pytest.mark.parametrize("method", [VaseAttnV(**SHORT, n_large=0), VaseDKV(**SHORT)], ids=lambda m: m.name)
+def test_sinks_stay_when_the_budget_protects_none(method: Method) -> None:
+    kept = method.plan(with_state(random_view(2, 2, 96, recent=16)), 24).kept_BHK
+    assert torch.equal(kept[..., :4], torch.arange(4).expand(2, 2, 4))
+
+
+def test_largest_gives_ties_to_the_newer_slot_and_counts_per_row() -> None:
+    scores = torch.tensor([[1.0, 2, 2, 2, 0], [5, 5, 5, 5, 5], [1, 2, 3, 4, 5]])[:, None]
+    chosen = largest(scores, torch.tensor([2, 3, 0])[:, None, None], 3)
+    assert chosen[:, 0].int().tolist() == [[0, 0, 1, 1, 0], [0, 0, 1, 1, 1], [0, 0, 0, 0, 0]]
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: VaseAttnV(form="paper"), "form must be ours or public, not 'paper'."),
+        (lambda: VaseAttnV(window=0), "window must be at least 1, not 0."),
+        (lambda: VaseAttnV(kernel=4), "kernel must be an odd number of slots, not 4."),
+        (lambda: VaseAttnV(n_large=-2), "n_large must be at least 0, or -1 for a quarter of the budget, not -2."),
+        (lambda: VaseAttnV(n_sink=-1), "n_sink must be at least 0, not -1."),
+        (lambda: VaseAttnV(temperature=0.0), "temperature must be above 0, not 0.0; sample=false takes the best."),
+        (lambda: VaseAttnV(magnitude="max"), "magnitude must be one of range, variance, norm, random, not 'max'."),
+        (lambda: VaseDKV(projection=-1), "projection must be at least 0, not -1."),
+    ],
+)
+def test_a_bad_option_is_one_sentence(build: Any, message: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        build()
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("method", [VaseAttnV(), VaseDKV()], ids=lambda m: m.name)
+def test_the_page_lists_every_option_with_its_default(method: Method) -> None:
+    page = (DOCS / f"{method.name}.md").read_text()
+    for option, value in method.options().items():
+        assert f"| `{option}` | {str(value).lower() if isinstance(value, bool) else value} |" in page
+
+
+# ------------------------------------------------------------------------------------------------------- static memory
+
+
+class CountingCache(CompressedCache):
+    """Counts what every layer allocates for keys and values."""
+
+    allocations = 0
+
+    def note_allocation(self) -> None:
+        self.allocations += 1
+        super().note_allocation()
+
+
+def addresses(cache: CompressedCache) -> list[int]:
+    """Of everything any layer stores."""
+    found = []
+    for layer in cache.compressed_layers:
+        storage = layer.storage
+        assert storage is not None
+        stored = [storage.keys, storage.values, storage.token_index, storage.ring, *storage.state.values()]
+        found += [tensor.data_ptr() for tensor in stored if tensor is not None]
+    return found
+
+
+@pytest.mark.parametrize("method", [VaseAttnV(**SHORT), VaseDKV(**SHORT)], ids=ids)
+def test_capacity_is_allocated_once_in_2000_decoded_tokens(method: Method) -> None:
+    config = deepcopy(CONFIGS["qwen3"])
+    config.num_hidden_layers, config.layer_types = 1, ["full_attention"]
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    body = model.model
+    tokens, budget = batch([20])[0], Budget(48, interval=16, sinks=4, recent=16)
+    with torch.no_grad(), CountingCache(model, method, budget) as cache:
+        body(tokens, past_key_values=cache)
+        for step in range(60):  # past the first event, which writes the token indices
+            body(tokens[:, step % 20 : step % 20 + 1], past_key_values=cache)
+        assert cache.allocations == len(cache.compressed_layers)
+        before, events = addresses(cache), cache.rows[0].events
+        bytes_before = cache.stats().bytes_allocated
+        for step in range(1940):
+            body(tokens[:, step % 20 : step % 20 + 1], past_key_values=cache)
+        assert cache.allocations == len(cache.compressed_layers)
+        assert addresses(cache) == before
+        assert cache.stats().bytes_allocated == cache.stats().bytes_allocated_peak == bytes_before
+        assert cache.rows[0].events - events > 115
+        assert cache.compressed_layers[0].storage.keys.shape[2] == 48 + 16  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("method", [SPECS[0], SPECS[7], SPECS[8]], ids=ids)
+@pytest.mark.parametrize("prompt", ["count", "keep"])
+def test_a_decoded_batch_holds_what_each_row_holds_alone(method: Method, prompt: Any) -> None:
+    model = tiny_model("qwen3", torch.float64)
+    budget = Budget(48, interval=16, sinks=4, recent=16, prompt=prompt)
+    tokens, mask, position = batch([20, 12])
+    held = []
+    for rows in ([0, 1], [0], [1]):
+        start = 0 if 0 in rows else 8
+        seeds = [3 + row for row in rows]
+        with torch.no_grad(), CompressedCache(model, method, budget, row_seeds=seeds) as cache:
+            grown, place = mask[rows, start:], position[rows, start:]
+            model(tokens[rows, start:], attention_mask=grown, position_ids=place, past_key_values=cache)
+            for step in range(90):
+                grown, place = torch.nn.functional.pad(grown, (0, 1), value=1), place[:, -1:] + 1
+                new = tokens[rows, 8 + step % 12, None]
+                model(new, attention_mask=grown, position_ids=place, past_key_values=cache)
+            assert cache.rows[0].events > 2
+            held.append([cache.slot_positions(layer) for layer in range(3)])
+    for layer in range(3):
+        for row in (0, 1):
+            assert torch.equal(held[0][layer][row], held[1 + row][layer][0])
