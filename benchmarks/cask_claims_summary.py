@@ -295,7 +295,7 @@ def _figure(cells_of: Cells, metric: str, path: Path) -> None:
                 continue
             mean_B = np.array([scale(one.mean) for one in found])
             se_B = np.array([scale(one.se or 0) for one in found])
-            (handles[method],) = axes.plot(sizes, mean_B, color=style.colour, marker=style.marker, ms=4.5, lw=1.4)
+            (handles[method],) = axes.plot(sizes, mean_B, ms=4.5, lw=1.4, **style.line)
             axes.fill_between(sizes, mean_B - se_B, mean_B + se_B, color=style.colour, alpha=0.12, lw=0)
         axes.set_xscale("log", base=2)
         axes.set_xticks(_budgets(cells), map(str, _budgets(cells)))
