@@ -29,12 +29,12 @@ def storage(queries: int, dtype: torch.dtype) -> tuple[LayerStorage, Piece]:
     layer = LayerStorage(HELD, queries=queries)
     centres = torch.randn(1, KV_HEADS, 64, D)
     keys = (centres[:, :, torch.randint(64, (HELD,))] + 0.7 * torch.randn(1, KV_HEADS, HELD, D)).to(dtype)
-    rows = [Row(State(prompt=1))]
-    fill = Piece.plan(None, rows, HELD - 1, None)
+    rows = [Row(State(prompt=1))]  # no event while it is filled
+    fill = Piece.plan(rows, HELD - 1)
     layer.append(keys[:, :, :-1], torch.randn_like(keys[:, :, :-1]), fill)
     layer.remember_queries(torch.randn(1, QUERY_HEADS, HELD - 1, D, dtype=dtype), fill)
-    rows[0].state = State(HELD - 1, HELD - 1, 1)
-    last = Piece.plan(budget, rows, 1, None)
+    rows[0].state, rows[0].budget = State(HELD - 1, HELD - 1, 1), budget
+    last = Piece.plan(rows, 1)
     layer.append(keys[:, :, -1:], torch.randn_like(keys[:, :, -1:]), last)
     layer.remember_queries(torch.randn(1, QUERY_HEADS, 1, D, dtype=dtype), last)
     return layer, last
@@ -56,7 +56,7 @@ def event(layer: LayerStorage, piece: Piece, method: object, index: int) -> None
     )  # fmt: skip
     plan = method.plan(view, KEEP)
     plan.check((1, KV_HEADS, HELD), KEEP, protected)
-    layer.carry_out([([0], plan, position, view.counts_BHN)], piece)
+    layer.carry_out([([0], plan, view)], piece)
 
 
 def main() -> None:
