@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal, get_args
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from reasonkv.budget import Budget
 from reasonkv.methods.base import Method, Needs, SlotState
+from reasonkv.methods.cask_phases import PAPER_MARKERS, phase_markers, phases_of_tokens
 from reasonkv.methods.cask_plan import Folding, Operator, Representative, Rules
 from reasonkv.methods.cask_stages import PromptMode, RowPlan, RowSlots, Shares, plan_row
 from reasonkv.methods.frequency import Aggregation, FrequencyOptions, frequency_scores
@@ -22,8 +23,6 @@ from reasonkv.view import SlotView
 __all__ = ["CASK", "PAPER_MARKERS", "CaskPlan", "phase_markers", "phases_of_tokens"]
 
 Profile = Literal["default", "paper"]
-PAPER_MARKERS = ("\n", "\n\n", "Therefore", " Therefore", "So", " So", "Hence", " Hence")
-"""Texts that end a phase of the reasoning in the reference, each tokenised without special tokens."""
 _SPAN = {"span_start": SlotState("position", "min", torch.int32), "span_end": SlotState("position", "max", torch.int32)}
 _PROFILES: dict[str, dict[str, Any]] = {
     "default": {"scores": "z", "prompt_share": 0.5, "fold": "similar", "operator": "mean", "mass": "log"},
@@ -367,47 +366,6 @@ def projected_values(views: Sequence[SlotView]) -> Tensor:
         total = projected_BNE if total is None else total + projected_BNE
     assert total is not None
     return total / len(views)
-
-
-def phases_of_tokens(ids_L: NDArray[np.int64], prompt: int, markers: Iterable[Sequence[int]]) -> NDArray[np.int64]:
-    """Phase of every token: -1 in the prompt, then the number of markers that ended before it.
-
-    A marker's own tokens belong to the phase it ends; a marker counts when all of it was decoded.
-
-    Args:
-        ids_L: int64, every token of the row.
-        prompt: tokens of the prompt.
-        markers: token-id sequences.
-
-    """
-    decoded = ids_L[prompt:]
-    ends = np.zeros(len(decoded), dtype=bool)
-    for marker in markers:
-        length = len(marker)
-        if 0 < length <= len(decoded):
-            windows = np.lib.stride_tricks.sliding_window_view(decoded, length)
-            ends[length - 1 :] |= (windows == np.asarray(marker)).all(-1)
-    phases = np.full(len(ids_L), -1, dtype=np.int64)
-    phases[prompt:] = np.cumsum(ends) - ends
-    return phases
-
-
-def phase_markers(tokenizer: Any, texts: Iterable[str] = PAPER_MARKERS) -> str:
-    """The option `markers` for a tokenizer: every text's token ids, without special tokens.
-
-    Texts that the tokenizer cannot write (no ids, or an unknown token among them) are left out.
-
-    Args:
-        tokenizer: of transformers, or anything with its `encode`.
-        texts: what ends a phase; the reference's list unless given.
-
-    """
-    found = []
-    for text in texts:
-        ids = tuple(int(token) for token in tokenizer.encode(text, add_special_tokens=False))
-        if ids and getattr(tokenizer, "unk_token_id", None) not in ids and ids not in found:
-            found.append(ids)
-    return ";".join("-".join(map(str, ids)) for ids in found)
 
 
 def _host(x_BHN: Tensor) -> NDArray[np.int64]:
