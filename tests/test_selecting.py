@@ -10,36 +10,23 @@ import pytest
 import torch
 from models import batch, tiny_model
 from oracle import run_compressed
-from tiny import TASK
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from reasonkv import Budget, BudgetError, CompressedCache
-from reasonkv.evaluate.replay import Cell, replay_batch, to_record
-from reasonkv.evaluate.traces import TraceSettings, load_or_make_traces
-from reasonkv.methods.base import MethodError
 from reasonkv.methods.quest import Quest
 from reasonkv.methods.seer import SeerAttention
 from reasonkv.methods.selecting import FullPages, PageView, SelectionMethod, best_pages
-from reasonkv.models import load_model, model_hash
+from reasonkv.models import model_hash
 from reasonkv.plan import PlanError
 from reasonkv.runtimes.transformers.attention import reference_attention
 from reasonkv.runtimes.transformers.selecting import Selection
 from reasonkv.seer import (
     FILE,
-    GateError,
-    GateRecipe,
-    TrainingRow,
-    find_gate,
-    kept_attention,
-    load_gate,
     random_gate,
     save_gate,
-    task_rows,
-    train_gate,
 )
-from reasonkv.tasks import get_task
 
 LENGTHS, PROMPTS = [60, 47, 31], [24, 11, 1]
 PIECES = {
@@ -384,75 +371,3 @@ def test_a_prompt_in_pieces_must_be_announced_and_options_are_checked() -> None:
     for options in ({"page_size": 0}, {"share": "mean"}, {"last": 0}, {"first": -1}, {"dense": -1}):
         with pytest.raises(ValueError):
             Quest(**options)
-
-
-# -- replay and the gate, on the testbed -------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def testbed():
-    torch.set_num_threads(1)
-    return load_model("testbed")
-
-
-def test_chunked_replay_equals_one_token_at_a_time(testbed, tmp_path: Path) -> None:
-    task = get_task(TASK)
-    traces = load_or_make_traces(
-        testbed.model, testbed.tokenizer, task, task_spec=TASK, examples=range(2), seed=0,
-        settings=TraceSettings(max_new_tokens=60), folder=tmp_path, batch_size=2,
-    )  # fmt: skip
-    cell = Cell(Quest(), Budget(64, recent=16))
-    many, single = (replay_batch(testbed.model, traces, cell, chunked=chunked) for chunked in (True, False))
-    for left, right in zip(many, single, strict=True):
-        assert (left.nll_T - right.nll_T).abs().max() <= 1e-4  # float32
-        assert left.stats == right.stats
-    record = to_record("run", TASK, 0, cell, traces[0], many[0])
-    assert record.slots_read_mean is not None and record.slots_read_mean <= 64 < record.physical_mean
-    assert record.saved_ratio_terminal == 0 and type(record).from_json(record.to_json()) == record
-
-
-def test_training_a_gate_lowers_its_loss_and_leaves_the_model_alone(tmp_path: Path) -> None:
-    model = tiny_model("llama", torch.float32)
-    rows = [TrainingRow(batch([48], seed)[0][0], 16) for seed in range(3)]
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    losses: list[float] = []
-    recipe = GateRecipe(page_size=4, steps=12, rows=3, warmup=2, rate=1e-2)
-    gate = train_gate(model, rows, recipe, source="noise", on_step=lambda _, loss: losses.append(loss))
-    assert losses[-1] < 0.9 * losses[0]
-    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
-    save_gate(tmp_path / "gate.safetensors", gate)
-    back = load_gate(tmp_path / "gate.safetensors")
-    assert (back.page_size, back.model, back.source) == (4, model_hash(model), "noise")
-    assert back.parameters == gate.parameters == 3 * (2 * 2 * 16 * 16 + 2 * 48 * 16 + 32)
-    with pytest.raises(GateError, match="nothing to train on"):
-        train_gate(model, [TrainingRow(rows[0].ids_L[:6], 5)], recipe)
-
-
-def test_the_shipped_gate_keeps_more_attention_than_a_random_one_on_held_out_traces(testbed, tmp_path: Path) -> None:
-    tasks = [get_task(name) for name in ("program", "search", "recall")]
-    held_out = list(task_rows(testbed.model, testbed.tokenizer, tasks, limit=1, split="test"))
-    shipped = find_gate(testbed.model)
-    assert shipped.model == testbed.hash
-    config = testbed.model.config
-    shape = (config.num_key_value_heads, config.num_attention_heads // config.num_key_value_heads, config.head_dim)
-    save_gate(tmp_path / FILE, random_gate([shape] * config.num_hidden_layers, shipped.page_size, testbed.hash))
-    for pages in (4, 8):
-        trained, untrained = (
-            kept_attention(testbed.model, held_out, method, pages, queries=64)
-            for method in (SeerAttention(), SeerAttention(gate=str(tmp_path / FILE)))
-        )
-        assert trained > untrained + 0.1
-
-
-def test_a_missing_or_foreign_gate_is_one_sentence(tmp_path: Path) -> None:
-    model = tiny_model("qwen3")
-    with pytest.raises(MethodError, match="reasonkv train-gate"):
-        CompressedCache(model, SeerAttention(), Budget(64, recent=8))
-    save_gate(tmp_path / FILE, random_gate([(2, 2, 16)] * 3, 4, "another"))
-    with pytest.raises(GateError, match="another model"):
-        find_gate(model, tmp_path / FILE)
-    with pytest.raises(GateError, match="no gate"):
-        load_gate(tmp_path / "none.safetensors")
-    (tmp_path / "text.safetensors").write_text("no")
-    with pytest.raises(GateError, match="cannot be read"):
-        load_gate(tmp_path / "text.safetensors")

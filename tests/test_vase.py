@@ -21,9 +21,8 @@ from transformers import AutoModelForCausalLM
 
 from reasonkv import Budget, noise
 from reasonkv.methods import Method
-from reasonkv.methods.vase_attnv import VaseAttnV, largest, sampling_keys, value_range
+from reasonkv.methods.vase_attnv import VaseAttnV, sampling_keys, value_range
 from reasonkv.methods.vase_dkv import VaseDKV
-from reasonkv.plan import PlanError
 from reasonkv.runtimes.transformers import CompressedCache
 from reasonkv.selection import average_pool, group_mean, window_attention
 from reasonkv.view import SlotView
@@ -47,6 +46,10 @@ SPECS: list[Method] = [
     VaseDKV(**SHORT, redraw=False),
     VaseDKV(**SHORT, projection=0, n_sink=0),
 ]
+
+
+def ids(method: Method) -> str:
+    return method.spec()
 
 
 def read(leaf: dict[str, str]) -> Tensor:
@@ -321,190 +324,6 @@ def test_the_same_seeds_keep_the_same_slots_and_others_keep_others(method: Metho
     others = [replace(view, seed=1), replace(view, row_seed_B=torch.ones(1).long()), replace(view, layer=1)]
     for other in [*others, replace(view, event_B=torch.ones(1).long())]:
         assert not torch.equal(method.plan(other, 80).kept_BHK, kept)
-
-
-# ----------------------------------------------------------------------------------------------- plans of both methods
-
-
-def with_state(view: SlotView) -> SlotView:
-    """The state the public form of AttnV declares, as if no event had been."""
-    generator = torch.Generator().manual_seed(1)
-    values = torch.randn(view.keys_BHND.shape, generator=generator).to(view.keys_BHND.dtype)
-    return replace(view, values_BHND=values, state={"order": view.positions_BHN.int()})
-
-
-def mixed_rows() -> tuple[SlotView, list[SlotView]]:
-    """Rows that hold equally many slots but differ in prompt, length, event number and seed; and each alone."""
-    whole = with_state(random_view(3, 2, 200, 32, recent=16, sinks=4))
-    rows = []
-    for b, (prompt, dropped, event, row_seed) in enumerate([(0, 0, 0, 5), (40, 64, 2, 0), (60, 640, 9, 5)]):
-        age = torch.arange(200)
-        positions = torch.where(age < 100, age, age + dropped)
-        queries = whole.queries_BHqTD
-        assert queries is not None
-        alone = make_view(
-            whole.keys_BHND[b : b + 1], queries[b : b + 1], positions=positions, sinks=4, recent=16, prompt=prompt,
-            keep_prompt=True, event=event, row_seeds=(row_seed,),
-        )  # fmt: skip
-        state = {"order": alone.positions_BHN.int()}
-        rows.append(replace(alone, values_BHND=whole.values_BHND[b : b + 1], state=state))
-    tensors = {name for name, value in vars(rows[0]).items() if isinstance(value, Tensor)}
-    joined = {name: torch.cat([getattr(row, name) for row in rows]) for name in tensors}
-    state = {"order": torch.cat([row.state["order"] for row in rows])}
-    return replace(whole, **{**joined, "state": state}), rows
-
-
-def ids(method: Method) -> str:
-    return method.spec()
-
-
-@pytest.mark.parametrize("method", SPECS, ids=ids)
-def test_rows_are_planned_as_each_alone(method: Method) -> None:
-    view, rows = mixed_rows()
-    together = method.plan(view, 120)
-    together.check((3, 2, 200), 120, view.is_protected_BHN)
-    for b, row in enumerate(rows):
-        alone = method.plan(row, 120)
-        assert torch.equal(alone.kept_BHK[0], together.kept_BHK[b])
-        for name, values in alone.state.items():
-            assert torch.equal(values[0], together.state[name][b])
-    order = torch.tensor([2, 0, 1])
-    moved = {name: value[order] for name, value in vars(view).items() if isinstance(value, Tensor)}
-    state = {"order": view.state["order"][order]}
-    assert torch.equal(method.plan(replace(view, **{**moved, "state": state}), 120).kept_BHK, together.kept_BHK[order])
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("method", SPECS, ids=ids)
-def test_a_plan_keeps_exactly_the_budget_with_every_protected_slot(method: Method, dtype: torch.dtype) -> None:
-    view = with_state(random_view(2, 3, 96, dtype=dtype, sinks=2, recent=16))
-    for keep in (18, 19, 41, 95):
-        method.plan(view, keep).check((2, 3, 96), keep, view.is_protected_BHN)
-
-
-@pytest.mark.parametrize("method", SPECS, ids=ids)
-def test_a_broken_value_is_an_error_and_not_a_winner(method: Method) -> None:
-    view = with_state(random_view(1, 2, 96, sinks=4, recent=16))
-    view.values_BHND[0, 0, 30, 0] = float("nan")
-    if isinstance(method, VaseAttnV) and method.magnitude == "random":
-        return  # reads no values
-    with pytest.raises(PlanError, match="NaN"):
-        method.plan(view, 40)
-
-
-def test_scores_are_float32_and_float64_models_are_scored_in_float64() -> None:
-    for dtype, expected in ((torch.bfloat16, torch.float32), (torch.float64, torch.float64)):
-        view = with_state(random_view(1, 2, 96, dtype=dtype, sinks=4, recent=16))
-        assert VaseDKV(**SHORT).score(view).dtype == expected
-        assert VaseAttnV(**SHORT).attention(view).dtype == VaseAttnV(**SHORT).magnitudes(view).dtype == expected
-
-
-# ------------------------------------------------------------------------------------------------ reserve and ablations
-
-
-def kept_ranges(method: VaseAttnV, view: SlotView, keep: int) -> tuple[Tensor, Tensor]:
-    """Whether every slot before the window is kept, and its rank by falling value range (sinks apart)."""
-    n = view.positions_BHN.shape[2] - method.window
-    kept = mask_of(method.plan(view, keep).kept_BHK, view.positions_BHN.shape[2])[..., 4:n]
-    ranges = view.values_BHND[:, :, 4:n].amax(-1) - view.values_BHND[:, :, 4:n].amin(-1)
-    return kept, ranges.argsort(-1, descending=True).argsort(-1)
-
-
-@pytest.mark.parametrize("form", ["ours", "public"])
-@pytest.mark.parametrize("n_large", [-1, 4, 20, 39])
-def test_the_reserve_holds_the_largest_value_ranges(n_large: int, form: Any) -> None:
-    view = with_state(random_view(2, 2, 200, sinks=4, recent=16))
-    method = VaseAttnV(**SHORT, n_large=n_large, form=form)
-    kept, rank = kept_ranges(method, view, 80)
-    reserved = (20 if n_large == -1 else n_large) - 4  # the sinks are among them
-    assert bool(kept[rank < reserved].all())
-    share = kept[rank >= reserved].float().mean()
-    assert float(share) == pytest.approx((80 - 16 - 4 - reserved) / (180 - reserved), abs=1e-6)
-
-
-def test_evicting_large_ranges_first_keeps_the_smallest_and_the_sinks() -> None:
-    view = with_state(random_view(2, 2, 200, sinks=0, recent=16))
-    method = VaseAttnV(**SHORT, evict_large=True)
-    assert method.needs.queries == 0
-    kept, rank = kept_ranges(method, replace(view, queries_BHqTD=None, query_positions_BT=None), 80)
-    assert torch.equal(kept, rank >= 180 - 60)
-    plan = method.plan(view, 80).kept_BHK
-    assert torch.equal(plan[..., :4], torch.arange(4).expand(2, 2, 4))
-
-
-def test_without_sampling_the_most_attended_slots_fill_what_the_reserve_leaves() -> None:
-    view = with_state(random_view(1, 2, 200, sinks=4, recent=16))
-    method = VaseAttnV(**SHORT, sample=False)
-    kept = mask_of(method.plan(view, 80).kept_BHK, 200)[..., :184]
-    reserved = method.reserve(view, 80, method.magnitudes(view)) | view.is_protected_BHN[..., :184]
-    attention = method.attention(view).masked_fill(reserved, -1)
-    assert torch.equal(kept, reserved | mask_of(attention.topk(80 - 16 - 20).indices, 184))
-    assert torch.equal(method.plan(replace(view, seed=9), 80).kept_BHK, method.plan(view, 80).kept_BHK)
-
-
-def test_a_low_temperature_sharpens_the_attention_that_slots_are_drawn_by() -> None:
-    view = with_state(random_view(1, 2, 96, sinks=4, recent=16))
-    soft, even, sharp = (VaseAttnV(**SHORT, temperature=T).attention(view) for T in (4.0, 1.0, 0.25))
-    entropy = [float(-(a * a.log()).sum(-1).mean()) for a in (soft, even, sharp)]
-    assert entropy == sorted(entropy, reverse=True)
-    scaled = replace(view, scaling=view.scaling / 4)
-    assert torch.equal(VaseAttnV(**SHORT).attention(scaled), soft)
-
-
-def test_a_random_reserve_is_another_than_the_one_by_range() -> None:
-    view = with_state(random_view(1, 64, 200, sinks=4, recent=16, group=1))
-    method = VaseAttnV(**SHORT, magnitude="random", n_large=40)
-    reserved = method.reserve(view, 80, method.magnitudes(view)) & ~view.is_protected_BHN[..., :184]
-    assert bool((reserved.sum(-1) == 36).all())
-    share = reserved[..., 4:].float().mean((0, 1))
-    assert float((share - 36 / 180).abs().max()) < 5 * (0.2 * 0.8 / 64) ** 0.5
-
-
-def test_a_kept_prompt_is_never_drawn_and_takes_its_part_of_the_quarter() -> None:
-    view, _ = mixed_rows()  # prompts of 0, 40 and 60 tokens, kept
-    method = VaseAttnV(**SHORT)
-    reserved = method.reserve(view, 120, method.magnitudes(view)) & ~view.is_protected_BHN[..., :184]
-    assert reserved.sum(-1).tolist() == [[26, 26], [(120 - 36) // 4 - 4] * 2, [(120 - 56) // 4 - 4] * 2]
-    tight = VaseAttnV(**SHORT, n_large=100).plan(view, 80)  # fewer places than the reserve asks for
-    tight.check((3, 2, 200), 80, view.is_protected_BHN)
-
-
-@pytest.mark.parametrize("method", [VaseAttnV(**SHORT, n_large=0), VaseDKV(**SHORT)], ids=lambda m: m.name)
-def test_sinks_stay_when_the_budget_protects_none(method: Method) -> None:
-    kept = method.plan(with_state(random_view(2, 2, 96, recent=16)), 24).kept_BHK
-    assert torch.equal(kept[..., :4], torch.arange(4).expand(2, 2, 4))
-
-
-def test_largest_gives_ties_to_the_newer_slot_and_counts_per_row() -> None:
-    scores = torch.tensor([[1.0, 2, 2, 2, 0], [5, 5, 5, 5, 5], [1, 2, 3, 4, 5]])[:, None]
-    chosen = largest(scores, torch.tensor([2, 3, 0])[:, None, None], 3)
-    assert chosen[:, 0].int().tolist() == [[0, 0, 1, 1, 0], [0, 0, 1, 1, 1], [0, 0, 0, 0, 0]]
-
-
-@pytest.mark.parametrize(
-    ("build", "message"),
-    [
-        (lambda: VaseAttnV(form="paper"), "form must be ours or public, not 'paper'."),
-        (lambda: VaseAttnV(window=0), "window must be at least 1, not 0."),
-        (lambda: VaseAttnV(kernel=4), "kernel must be an odd number of slots, not 4."),
-        (lambda: VaseAttnV(n_large=-2), "n_large must be at least 0, or -1 for a quarter of the budget, not -2."),
-        (lambda: VaseAttnV(n_sink=-1), "n_sink must be at least 0, not -1."),
-        (lambda: VaseAttnV(temperature=0.0), "temperature must be above 0, not 0.0; sample=false takes the best."),
-        (lambda: VaseAttnV(magnitude="max"), "magnitude must be one of range, variance, norm, random, not 'max'."),
-        (lambda: VaseDKV(projection=-1), "projection must be at least 0, not -1."),
-    ],
-)
-def test_a_bad_option_is_one_sentence(build: Any, message: str) -> None:
-    with pytest.raises(ValueError) as caught:
-        build()
-    assert str(caught.value) == message
-
-
-@pytest.mark.parametrize("method", [VaseAttnV(), VaseDKV()], ids=lambda m: m.name)
-def test_the_page_lists_every_option_with_its_default(method: Method) -> None:
-    page = (DOCS / f"{method.name}.md").read_text()
-    for option, value in method.options().items():
-        assert f"| `{option}` | {str(value).lower() if isinstance(value, bool) else value} |" in page
 
 
 # ------------------------------------------------------------------------------------------------------- static memory

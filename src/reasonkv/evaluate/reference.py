@@ -29,13 +29,14 @@ WORK_ELEMENTS = 1 << 20
 
 
 @dataclass(frozen=True)
-class _Recorder(FullKV):
+class QueryRecorder(FullKV):
     """Full KV with a ring of queries as long as the longest row: in the end it holds every query at its token index."""
 
     tokens: int = 1
 
     @property
     def needs(self) -> Needs:
+        """A ring of so many queries."""
         return Needs(queries=self.tokens)
 
 
@@ -84,7 +85,7 @@ class ReferenceAttention:
         longest = max(lengths)
         layers = {}
         prompts = [len(row.prompt_P) for row in rows]
-        with CompressedCache(model, _Recorder(longest), prompt_lengths=prompts, max_length=longest) as cache:
+        with CompressedCache(model, QueryRecorder(longest), prompt_lengths=prompts, max_length=longest) as cache:
             for _ in feed(model, cache, rows, score=False):
                 pass
             for layer in cache.compressed_layers:

@@ -19,8 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from reasonkv.calibration.corpus import text_batches
 from reasonkv.evaluate.generate import encode, end_tokens
-from reasonkv.methods.base import Needs
-from reasonkv.methods.full import FullKV
+from reasonkv.evaluate.reference import QueryRecorder
 from reasonkv.methods.seer import gate_keys, gate_logits, gate_queries
 from reasonkv.methods.selecting import FullPages, PageView, Parameters, SelectionMethod
 from reasonkv.models import model_hash
@@ -234,17 +233,6 @@ def text_rows(tokenizer: PreTrainedTokenizerBase, path: Path, *, tokens: int, wi
 
 
 @dataclass(frozen=True)
-class _Recorder(FullKV):
-    """Full KV with a ring of queries as long as the row: in the end it holds every query."""
-
-    tokens: int = 1
-
-    @property
-    def needs(self) -> Needs:
-        return Needs(queries=self.tokens)
-
-
-@dataclass(frozen=True)
 class _Seen:
     """One layer of one row: rotated queries after the prompt [H, g, T, D], their token indices, all rotated keys."""
 
@@ -262,7 +250,7 @@ def _observe(model: PreTrainedModel, row: TrainingRow, queries: int) -> dict[int
     taken = min(queries, after)
     positions_T = row.prompt + (torch.arange(taken, device=device) * after) // max(taken, 1)
     found = {}
-    with CompressedCache(model, _Recorder(L), prompt_lengths=[L], max_length=L) as cache:
+    with CompressedCache(model, QueryRecorder(L), prompt_lengths=[L], max_length=L) as cache:
         model.get_decoder()(
             input_ids=row.ids_L[None].to(device), past_key_values=cache, use_cache=True,
             attention_mask=torch.ones(1, L, dtype=torch.long, device=device),
