@@ -16,7 +16,7 @@ from cask_claims_summary import summarize
 from cask_methods import ABLATIONS, BASELINES, CASK, DEGENERATE, GENERATED, TRIATTENTION
 from experiment import Part, part_of
 
-REPLAY_SHARES, ANSWER_SHARES = (1 / 8, 1 / 6, 1 / 4, 1 / 3, 1 / 2), (1 / 3, 1 / 2)
+REPLAY_SHARES, ANSWER_SHARES, LOW_SHARES = (1 / 8, 1 / 6, 1 / 4, 1 / 3, 1 / 2), (1 / 3, 1 / 2), (1 / 8, 1 / 6, 1 / 4)
 
 
 def parts(tasks: list[str]) -> Iterator[Part]:
@@ -25,6 +25,7 @@ def parts(tasks: list[str]) -> Iterator[Part]:
         ("answers", "on_top", ANSWER_SHARES),
         ("replay", "on_top", REPLAY_SHARES),
         ("replay", "count", REPLAY_SHARES),
+        ("low", "on_top", LOW_SHARES),
         ("answers", "count", ANSWER_SHARES),
         ("lost", "on_top", (1 / 2,)),
         ("lost", "count", (1 / 2,)),
@@ -37,7 +38,7 @@ def parts(tasks: list[str]) -> Iterator[Part]:
 
 def methods_of(part: Part) -> tuple[str, ...]:
     """The methods a folder holds."""
-    methods = GENERATED if part.kind == "answers" else (*BASELINES, *TRIATTENTION, *CASK, *ABLATIONS)
+    methods = GENERATED if part.generates else (*BASELINES, *TRIATTENTION, *CASK, *ABLATIONS)
     return (*methods, DEGENERATE) if part.policy == "count" else methods
 
 

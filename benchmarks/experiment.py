@@ -27,20 +27,25 @@ INTERVAL, SINKS, RECENT = 32, 4, 16
 LEAST = 24  # slots: sinks, recent and a few to choose
 POLICIES = {"count": "prompt compressible", "on_top": "prompt kept"}
 Line = Record | AnswerRecord
-Kind = Literal["replay", "answers", "lost"]
+Kind = Literal["replay", "answers", "low", "lost"]
 
 
 @dataclass(frozen=True)
 class Part:
     """One results folder: a task, its budgets, and whether traces are replayed or answers generated.
 
-    "lost" is a replay with diagnostics.
+    "low" generates answers at budgets where few are right; "lost" is a replay with diagnostics.
     """
 
     kind: Kind
     task: str
     policy: Literal["count", "on_top"]
     tokens: tuple[int, ...]
+
+    @property
+    def generates(self) -> bool:
+        """Whether answers are generated; otherwise traces are replayed."""
+        return self.kind in ("answers", "low")
 
     @property
     def folder(self) -> str:
@@ -79,7 +84,7 @@ def run_part(part: Part, specs: Sequence[str], model: LoadedModel, out: Path, li
     """Run or resume one folder."""
     budgets = [Budget(n, interval=INTERVAL, sinks=SINKS, recent=RECENT, prompt=part.policy) for n in part.tokens]
     methods = [get_method(spec) for spec in specs]
-    if part.kind != "answers":
+    if not part.generates:
         traces, lost = TraceSettings(max_new_tokens=2048), part.kind == "lost"
         job = ReplayJob([part.task], methods, budgets, limit, traces=traces, batch_size=batch_size, diagnostics=lost)
         run_replay(job, model, out / part.folder)
