@@ -53,6 +53,10 @@ class Part:
         dials = self.task.partition(":")[2].replace("=", "").replace(",", "-")
         return "-".join(filter(None, (self.kind, self.task.partition(":")[0], dials, self.policy)))
 
+    def budgets(self) -> list[Budget]:
+        """Its budgets."""
+        return [Budget(n, interval=INTERVAL, sinks=SINKS, recent=RECENT, prompt=self.policy) for n in self.tokens]
+
 
 def policy_of(folder: Path) -> str:
     """The prompt policy in a folder's name."""
@@ -82,7 +86,7 @@ def part_of(kind: Kind, task: str, policy: Literal["count", "on_top"], shares: S
 
 def run_part(part: Part, specs: Sequence[str], model: LoadedModel, out: Path, limit: int, batch_size: int) -> None:
     """Run or resume one folder."""
-    budgets = [Budget(n, interval=INTERVAL, sinks=SINKS, recent=RECENT, prompt=part.policy) for n in part.tokens]
+    budgets = part.budgets()
     methods = [get_method(spec) for spec in specs]
     if not part.generates:
         traces, lost = TraceSettings(max_new_tokens=2048), part.kind == "lost"
@@ -136,5 +140,5 @@ def main(
     console, model = Console(stderr=True), load_model(chosen.model)
     for part in parts(chosen.tasks.split(",")):
         if not chosen.part or part.folder.startswith(chosen.part):
-            console.print(f"{part.folder}: {', '.join(map(str, part.tokens))} slots")
+            console.print(f"{part.folder}: {', '.join(budget.label for budget in part.budgets())} slots")
             run_part(part, methods_of(part), model, chosen.out, chosen.limit, chosen.batch_size)
