@@ -118,7 +118,7 @@ def main(
     description: str | None,
     parts: Callable[[list[str]], Iterable[Part]],
     methods_of: Callable[[Part], Sequence[str]],
-    summarize: Callable[[Path, Path], None],
+    summarize: Callable[[Sequence[Path], Path], None],
 ) -> None:
     """Parse and run."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -131,11 +131,11 @@ def main(
     run.add_argument("--batch-size", type=int, default=64)
     run.add_argument("--part", help="only folders whose name starts with this")
     show = commands.add_parser("summarize")
-    show.add_argument("folder", type=Path)
+    show.add_argument("folders", type=Path, nargs="+", help="folders that `run --out` wrote")
     show.add_argument("--to", type=Path, required=True)
     chosen = parser.parse_args()
     if chosen.command == "summarize":
-        summarize(chosen.folder, chosen.to)
+        summarize(chosen.folders, chosen.to)
         return
     console, model = Console(stderr=True), load_model(chosen.model)
     for part in parts(chosen.tasks.split(",")):

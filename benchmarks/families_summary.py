@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from cells import result_folders
 from experiment import POLICIES, Line, by_example, keep_records, policy_of
 from matplotlib.figure import Figure
 
@@ -26,11 +27,11 @@ class Cell:
     tokens: int | None
 
 
-def summarize(folder: Path, to: Path) -> None:
+def summarize(folders: Sequence[Path], to: Path) -> None:
     """Write everything into `to`."""
     to.mkdir(parents=True, exist_ok=True)
     replays, answers = {}, {}
-    for path in sorted(folder.iterdir()):
+    for path in result_folders(folders):
         results = load_results(path)
         keep_records(results, to / "records")
         policy = policy_of(path)

@@ -1,7 +1,7 @@
 """The league table: every method on every family under replay and in real generation, at equal slots.
 
     python benchmarks/league.py run --out results/league              # resumes where it was stopped
-    python benchmarks/league.py summarize results/league --and results/cask --to docs/results/league
+    python benchmarks/league.py summarize results/league results/cask --to docs/results/league
 
 Folders are those of `cask_claims.py` (same traces, problems, budgets and seeds), so that the methods which that
 experiment ran are not run again: `summarize` joins both. Two columns: the prompt compressible and inside the budget,

@@ -1,0 +1,129 @@
+"""Results folders as cells that may be compared: by family and prompt policy, then method and budget, then example."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from experiment import POLICIES, Line, by_example, keep_records, policy_of
+
+from reasonkv.evaluate.results import load_results
+from reasonkv.evaluate.statistics import Difference, Estimate, estimate, paired_difference
+from reasonkv.methods import method_class
+from reasonkv.methods.base import Method
+
+METRICS = {
+    "kl": ("KL, nats", -1.0),
+    "top1": ("top-1, points", 100.0),
+    "answer_top1": ("answer tokens right, points", 100.0),
+}
+"""Words for a metric, and the factor that makes more of it better."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """What may be compared with one another: a family under a prompt policy."""
+
+    task: str
+    policy: str
+
+    def __str__(self) -> str:
+        return f"{self.task}, {POLICIES[self.policy]}"
+
+
+Cells = dict[Group, dict[tuple[str, str], dict[int, Line]]]
+"""Lines by group, then by (method, budget's label), then by example. Full KV's budget is ""."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """Everything in some folders, by kind: replays, generated answers, and replays with diagnostics."""
+
+    replays: Cells
+    answers: Cells
+    diagnosed: Cells
+
+
+def load_cells(folders: Iterable[Path], records_to: Path) -> Found:
+    """Read results folders and keep their records, compressed, in `records_to`.
+
+    Raises:
+        SystemExit: two folders hold the same method, budget and example.
+
+    """
+    records_to.mkdir(parents=True, exist_ok=True)
+    found = Found({}, {}, {})
+    for path in sorted(folders):
+        results = load_results(path)
+        keep_records(results, records_to)
+        replayed = found.diagnosed if path.name.startswith("lost") else found.replays
+        for kind, lines in ((replayed, results.records), (found.answers, results.answers)):
+            for line in lines:
+                cells = kind.setdefault(Group(line.task, policy_of(path)), {})
+                cell = cells.setdefault((spec_of(line), label_of(line)), {})
+                if line.example in cell and line.budget is not None:
+                    raise SystemExit(f"{path} holds {spec_of(line)} at {label_of(line)} slots a second time.")
+                cell[line.example] = line  # full KV runs in several experiments, and is the same in all
+    return found
+
+
+def result_folders(roots: Sequence[Path]) -> list[Path]:
+    """The results folders in some folders."""
+    return [path for root in roots for path in sorted(root.iterdir()) if (path / "manifest.json").exists()]
+
+
+def spec_of(line: Line) -> str:
+    """The method's shortest spec, from the options a record holds."""
+    made: Method = method_class(line.method)(**line.options)
+    return made.spec()
+
+
+def label_of(line: Line) -> str:
+    """The budget's slots, or what a window keeps of its tokens."""
+    if line.budget is None:
+        return ""
+    size = line.budget.get("size")
+    return f"{line.budget['tokens']} of every {size}" if size else str(line.budget["tokens"])
+
+
+def budgets(cells: Mapping[tuple[str, str], object]) -> list[str]:
+    """Labels of the budgets, smallest first."""
+    return sorted({label for _, label in cells if label}, key=lambda label: int(label.split()[0]))
+
+
+def methods(cells: Mapping[tuple[str, str], object]) -> list[str]:
+    """Methods with a budget, in the order they ran."""
+    return list(dict.fromkeys(method for method, label in cells if label))
+
+
+def mean(lines: Mapping[int, Line], metric: str) -> Estimate:
+    """A metric's mean over examples."""
+    return estimate(list(by_example(dict(lines), metric).values()))
+
+
+def gain(ours: Mapping[int, Line], theirs: Mapping[int, Line], metric: str, scale: float) -> Difference | None:
+    """Paired difference, positive where ours is better by the sign of `scale`."""
+    left, right = by_example(dict(ours), metric), by_example(dict(theirs), metric)
+    return paired_difference({k: scale * v for k, v in left.items()}, {k: scale * v for k, v in right.items()})
+
+
+def verdict(found: Difference | None) -> str:
+    """better, worse, or undecided where the interval holds 0."""
+    if found is None:
+        return "-"
+    return "better" if found.low > 0 else "worse" if found.high < 0 else "undecided"
+
+
+def words(found: Difference | None, digits: int = 3) -> str:
+    """A difference with its interval."""
+    return "-" if found is None else f"{found.mean:+.{digits}f} [{found.low:+.{digits}f}, {found.high:+.{digits}f}]"
+
+
+def count_verdicts(found: Iterable[Difference | None]) -> str:
+    """How often better / undecided / worse."""
+    counts: dict[str, int] = defaultdict(int)
+    for one in found:
+        counts[verdict(one)] += 1
+    return " / ".join(str(counts[name]) for name in ("better", "undecided", "worse")) if counts else "-"
