@@ -1,8 +1,134 @@
-"""The league's tables."""
+"""The verdict on every claim, with its numbers, from the folders that `method_claims.py run` leaves."""
 
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+from cells import Cells, Group, budgets, gain, load_cells, mean, methods, result_folders, verdict, words
+from experiment import Line
 
-def summarize(folder: Path, to: Path) -> None:
+from reasonkv.evaluate.statistics import Difference
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim of a paper, as two forms of a method of which the first should be better.
+
+    Args:
+        words: the claim.
+        better: the method that should win.
+        worse: the one that should lose.
+        metrics: what to look at: "kl" in replay; "correct" and "repetition" in real generation.
+        at_least: equal is enough.
+
+    """
+
+    words: str
+    better: str
+    worse: str
+    metrics: tuple[str, ...] = ("kl", "correct")
+    at_least: bool = False
+
+
+_ATTNV, _DKV = "vase-attnv:window=16", "vase-dkv:window=16"
+CLAIMS = (
+    Claim(
+        "Evicting tokens with large value ranges is far worse than evicting at random, and makes traces loop",
+        "random",
+        f"{_ATTNV},evict_large=True",
+        ("kl", "correct", "repetition"),
+    ),
+    Claim("Sampling beats taking the best by the same scores", _ATTNV, f"{_ATTNV},sample=False"),
+    Claim("The reserve of large value ranges adds to sampling", _ATTNV, f"{_ATTNV},n_large=4"),
+    Claim("The value range is a better reserve than a random one", _ATTNV, f"{_ATTNV},magnitude=random"),
+    Claim("A fresh projection at every event beats a fixed one", _DKV, f"{_DKV},redraw=False"),
+    Claim("The random projection beats the plain product of norms", _DKV, f"{_DKV},projection=0"),
+    Claim("Attention in both directions beats causal scoring", "kara", "kara:causal=True"),
+    Claim("The same without chunks", "kara:token2chunk=False", "kara:causal=True,token2chunk=False"),
+    Claim("Token2Chunk adds to it", "kara", "kara:token2chunk=False"),
+    Claim("Random with the prompt kept is at least as good as VaSE-AttnV", "random", _ATTNV, at_least=True),
+    Claim("Random with the prompt kept is at least as good as VaSE-DKV", "random", _DKV, at_least=True),
+)
+_SCALE = {
+    "kl": (-1.0, 3, "KL, nats"),
+    "correct": (100.0, 0, "right, points"),
+    "repetition": (-100.0, 0, "in loops, points"),
+}
+_ENOUGH = 2 / 3  # of the decided cells on one side, and at least a third of all decided: the claim is judged
+
+
+def summarize(folders: Sequence[Path], to: Path) -> None:
     """Write everything into `to`."""
-    raise SystemExit("not yet")
+    found = load_cells(result_folders(folders), to / "records")
+    out = ["Made by `python benchmarks/method_claims.py summarize`; see README.md for what the words mean.", ""]
+    out += ["## Verdicts", "", "| claim | measure | cells better / undecided / worse | mean difference | verdict |"]
+    out += ["|---" * 5 + "|"]
+    details = []
+    for claim in CLAIMS:
+        for metric in claim.metrics:
+            rows = list(_rows(found.replays if metric == "kl" else found.answers, claim, metric))
+            if rows:
+                counts = [sum(verdict(one) == name for *_, one in rows) for name in ("better", "undecided", "worse")]
+                average = sum(one.mean for *_, one in rows) / len(rows)
+                _, digits, title = _SCALE[metric]
+                out.append(
+                    f"| {claim.words} | {title} | {' / '.join(map(str, counts))} | {average:+.{digits}f} | "
+                    f"{_judged(*counts, at_least=claim.at_least)} |"
+                )
+                details += [f"**{claim.words}** (`{claim.better}` against `{claim.worse}`, {title})", ""]
+                details += ["| family | budget | difference | verdict |", "|---" * 4 + "|"]
+                details += [f"| {g} | {label} | {words(one, digits)} | {verdict(one)} |" for g, label, one in rows]
+                details.append("")
+    out += ["", "A claim holds, or does not, where at least a third of its cells are decided and two thirds of those "]
+    out += [
+        "agree, or, of `at least as good`, where no more than a sixth are worse; positive differences speak for it.",
+        "",
+        "## Every cell",
+        "",
+        *details,
+    ]
+    out += [*_values(found.replays, "kl"), *_values(found.answers, "correct"), *_values(found.answers, "repetition")]
+    (to / "tables.md").write_text("\n".join(out) + "\n")
+
+
+def _rows(cells_of: Cells, claim: Claim, metric: str) -> Iterator[tuple[Group, str, Difference]]:
+    """(group, budget, paired difference) wherever both forms ran."""
+    scale, *_ = _SCALE[metric]
+    for group, cells in cells_of.items():
+        for label in budgets(cells):
+            if (claim.better, label) in cells and (claim.worse, label) in cells:
+                found = gain(cells[claim.better, label], cells[claim.worse, label], metric, scale)
+                if found is not None:
+                    yield group, label, found
+
+
+def _judged(better: int, undecided: int, worse: int, *, at_least: bool) -> str:
+    decided = better + worse
+    if at_least and worse <= (better + undecided + worse) / 6:
+        return "holds"
+    if decided * 3 < better + undecided + worse:
+        return "cannot be told"
+    if better >= _ENOUGH * decided:
+        return "holds"
+    return "does not hold here" if worse >= _ENOUGH * decided else "depends on the family"
+
+
+def _values(cells_of: Mapping[Group, Mapping[tuple[str, str], Mapping[int, Line]]], metric: str) -> list[str]:
+    scale, digits, title = _SCALE[metric]
+    out = [f"## {title.split(',')[0].capitalize()}: means and standard errors", ""]
+    for group, cells in cells_of.items():
+        sizes = budgets(cells)
+        out += [f"**{group}**", "", "| method | " + " | ".join(sizes) + " |", "|---" * (1 + len(sizes)) + "|"]
+        for method in methods(cells):
+            row = []
+            for label in sizes:
+                one = mean(cells.get((method, label), {}), metric)
+                known = (method, label) in cells
+                row.append(
+                    f"{abs(scale) * one.mean:.{digits}f} +- {abs(scale) * (one.se or 0):.{digits}f}" if known else "-"
+                )
+            out.append(f"| {method} | " + " | ".join(row) + " |")
+        out.append("")
+    return out
