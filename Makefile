@@ -4,9 +4,13 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # Two threads in all: one per test worker, so that workers do not fight over the cores.
 WORKERS ?= 2
+# vLLM has requirements of its own, so it has a virtual environment of its own.
+VLLM_PYTHON ?= python3.11
+VLLM_VENV ?= .venv-vllm
+VLLM_BIN := $(VLLM_VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint format bench clean
+.PHONY: help setup setup-vllm demo test test-all test-vllm lint format bench bench-vllm clean
 
 help:  ## show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -34,6 +38,23 @@ test: $(BIN)/.dev  ## lint, types and the tests (a pairwise cover of the exactne
 test-all: $(BIN)/.dev  ## the tests with the whole exactness matrix
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS)
 
+$(VLLM_BIN)/.ready: constraints-vllm.txt
+	test -x $(VLLM_BIN)/python || $(VLLM_PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_BIN)/pip install --quiet --disable-pip-version-check --no-deps --requirement constraints-vllm.txt
+	touch $@
+
+$(VLLM_BIN)/.installed: $(VLLM_BIN)/.ready pyproject.toml
+	$(VLLM_BIN)/pip install --quiet --disable-pip-version-check --no-deps --editable .
+	touch $@
+
+setup-vllm: $(VLLM_BIN)/.installed  ## a virtual environment with vLLM on CPU
+
+test-vllm: $(VLLM_BIN)/.installed  ## real vLLM engines on CPU against the transformers runtime
+	OMP_NUM_THREADS=1 $(VLLM_BIN)/python -m pytest tests/vllm
+
+bench-vllm: $(VLLM_BIN)/.installed  ## tokens per second through vLLM, stock against compressed
+	OMP_NUM_THREADS=1 $(VLLM_BIN)/python benchmarks/serving.py
+
 lint: $(BIN)/.dev  ## ruff and mypy
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
@@ -44,4 +65,4 @@ bench: $(BIN)/.dev  ## the benchmarks whose results are committed
 	$(BIN)/python benchmarks/replay_speed.py && $(BIN)/python benchmarks/decode_overhead.py && $(BIN)/python benchmarks/event_cost.py
 
 clean:  ## remove the virtual environment and caches
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis dist build
+	rm -rf $(VENV) $(VLLM_VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis dist build

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,8 @@ from typer.testing import CliRunner
 import reasonkv.evaluate.demo
 from reasonkv.cli import app
 from reasonkv.cli.common import UsageError, split_specs, whole_numbers
+from reasonkv.methods import CATALOGUE, get_method
+from reasonkv.methods.selecting import SelectionMethod
 
 COMMANDS = (
     "demo", "methods", "doctor", "generate", "replay", "evaluate", "frontier", "report", "inspect", "train-testbed",
@@ -191,7 +194,7 @@ def test_generate_says_what_is_wrong_in_one_sentence(model: str, arguments: list
         (["replay", "--tsk", "program"], "No such option"),
         (["demo", "--limit", "many"], "Invalid value for '--limit'"),
         (["generate", "--max-new-tokens", "0"], "--max-new-tokens"),
-        (["methods", "rkv"], "unexpected extra argument"),
+        (["methods", "rkv", "snapkv"], "unexpected extra argument"),
     ],
 )
 def test_a_mistyped_command_line_is_one_sentence_too(arguments: list[str], words: str) -> None:
@@ -251,10 +254,11 @@ def test_the_demo_shows_every_method_at_every_budget_and_where_results_are(
     monkeypatch.setattr("reasonkv.evaluate.demo.TASKS", (TASK,))
     monkeypatch.setattr("reasonkv.evaluate.demo.INSPECTED_TASK", TASK)
     monkeypatch.setattr("reasonkv.evaluate.demo.LONGEST_TRACE", 120)
+    monkeypatch.setattr("reasonkv.evaluate.evaluator.FULL_LIMIT", 60)  # random weights never come to an end
     monkeypatch.chdir(tmp_path)
     code, stdout, stderr = run("demo", "--limit", "2", "--no-open")
     assert code == 0, stderr
-    for word in ("full", "random", "streaming", "snapkv:window=16", "rkv", "keydiff", "What to look at:"):
+    for word in (*reasonkv.evaluate.demo.METHODS, "slots read", "What to look at:"):
         assert word in stdout
     assert "Report:  reasonkv-demo/report.html" in stdout
     folder = tmp_path / "reasonkv-demo"
@@ -274,9 +278,38 @@ def test_methods_lists_the_catalogue() -> None:
     rows = {row["name"]: row for row in json.loads(stdout)}
     assert code == 0
     assert {"full", "streaming", "random", "knorm", "keydiff", "snapkv", "rkv", "oracle"} <= set(rows)
+    assert list(rows) == list(CATALOGUE)
     assert rows["oracle"]["needs"] == ["the future (replay only)"]
-    assert all(row["title"] and row["paper"] for row in rows.values())
-    assert "2404.14469" in run("methods")[1]
+    for name, row in rows.items():
+        needs, said = get_method(name).needs, " ".join(row["needs"])
+        assert row["title"]
+        assert row["paper"]
+        assert row["runtimes"] == ["transformers"]
+        assert row["options"] == get_method(name).options()
+        for words, wanted in {
+            f"{needs.queries} newest quer": needs.queries, f"{needs.recent} newest slot": needs.recent,
+            "every query": needs.observes, f"per {needs.scope}": needs.scope != "head", "merges": needs.folds,
+            "mass": needs.log_mass, "calibration": needs.calibration, "rotary": needs.rotary,
+            "token ids": needs.token_ids, "output projection": needs.output_projection, "future": needs.future,
+            "state per slot": needs.slot_state, "summaries": isinstance(get_method(name), SelectionMethod),
+        }.items():  # fmt: skip
+            assert (words in said) == bool(wanted), (name, words)
+
+
+def test_the_list_of_methods_fits_100_columns_and_one_method_has_its_options() -> None:
+    text = run("methods")[1]
+    assert max(map(len, text.splitlines())) <= 100
+    assert "…" not in text
+    for name in CATALOGUE:
+        assert re.search(rf"^ {name} ", text, re.M)
+    assert "2404.14469" in text
+    code, one, _ = run("methods", "snapkv")
+    assert code == 0
+    for words in ("arXiv 2404.14469, section 4", "kernel: slots pooled together", "window=64,kernel=5,pooling=avg"):
+        assert words in one
+    assert "it has no options" in run("methods", "full")[1]
+    assert json.loads(run("methods", "rkv", "--json")[1])[0]["name"] == "rkv"
+    assert "did you mean 'snapkv'?" in sentence(*run("methods", "snapvk"))
 
 
 def test_doctor_says_whether_a_model_is_supported(model: str, tmp_path: Path) -> None:

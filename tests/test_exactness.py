@@ -34,6 +34,8 @@ SPECS = {
     "vase-dkv": "vase-dkv:window=6",
     "chunkkv": "chunkkv:base=snapkv:window=6;kernel=3,chunk=4",
     "defensivekv": "defensivekv:window=6",
+    "pyramidkv": "pyramidkv:window=6,kernel=3",
+    "adakv": "adakv:base=snapkv:window=6;kernel=3",
     "beaconkv": "beaconkv:beacons=4,window=4,recent=6",
     "random-attention": "random-attention:recent=6",
 }
@@ -92,7 +94,7 @@ def check(case: Case, family: str | None = None) -> None:
         known = [Row(row[:p], torch.cat([row[p:], unused])) for row, p in zip(tokens_of, prompts, strict=True)]
         future = ReferenceAttention.collect(model, known)
     math = sdpa_kernel(SDPBackend.MATH) if case.kernel == "sdpa" else contextlib.nullcontext()
-    log = PlanLog() if method.needs.folds else None
+    log = PlanLog() if method.needs.folds or method.needs.log_mass else None
     statistics = calibration(model) if method.needs.calibration else None
     options = {"prompt_lengths": prompts, "kernel": kernel, "reference": future, "calibration": statistics}
     with CompressedCache(model, method, budget, observer=log, **options) as cache, math:

@@ -28,6 +28,8 @@ SPECS = {
     "vase-dkv": "vase-dkv:window=6",
     "chunkkv": "chunkkv:base=snapkv:window=6;kernel=3,chunk=3",
     "defensivekv": "defensivekv:window=6",
+    "pyramidkv": "pyramidkv:window=6",
+    "adakv": "adakv:base=snapkv:window=6",
     "beaconkv": "beaconkv:beacons=4,window=4,recent=6",
     "random-attention": "random-attention:recent=6",
 }

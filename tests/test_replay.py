@@ -24,7 +24,10 @@ from reasonkv.evaluate.traces import Trace, TraceSettings, load_or_make_traces, 
 from reasonkv.methods import get_method
 from reasonkv.tasks import get_task
 
-METHODS = ("streaming", "random", "knorm", "keydiff", "snapkv:window=8", "rkv")
+METHODS = (
+    "streaming", "random", "knorm", "keydiff", "snapkv:window=8", "rkv", "pyramidkv:window=8",
+    "adakv:base=snapkv:window=8",
+)  # fmt: skip
 BUDGET = Budget(24, interval=12, sinks=2, recent=8, prompt="on_top")
 
 
@@ -70,7 +73,8 @@ def test_pieces_give_the_kept_sets_and_scores_of_single_tokens(method: str, budg
         forwards.append(count)
     assert torch.equal(kept[0], kept[1])
     torch.testing.assert_close(nll[0], nll[1], rtol=0, atol=1e-6)
-    assert forwards[0] * 4 < forwards[1] == 90
+    # pyramidkv's layers have events of their own, which end pieces, too
+    assert forwards[0] * (2 if method.startswith("pyramidkv") else 4) < forwards[1] == 90
     cell = Cell(get_method(method), budget)
     fast, slow = (replay_batch(model, [trace], cell, seed=3, chunked=chunked)[0] for chunked in (True, False))
     assert fast.metrics.nll == pytest.approx(slow.metrics.nll, abs=1e-6)

@@ -133,25 +133,70 @@ def window_attention(view: SlotView, *, over: Literal["all", "old"] = "all", mer
         float32 probabilities [B, H, g, n], n = N or N - T; with `merge_logits` [B, H, 1, n].
 
     """
-    queries_RgTD = view.queries_BHgTD().flatten(0, 1)
-    keys_RND = view.keys_BHND.flatten(0, 1)
+    queries_RgTD, keys_RND = view.queries_BHgTD().flatten(0, 1), view.keys_BHND.flatten(0, 1)
     (R, g, T, _), N = queries_RgTD.shape, keys_RND.shape[1]
     n = N if over == "all" else N - T
-    # Slots are ascending and the queries are the row's newest tokens: only the T newest slots can lie after a query.
-    assert view.query_positions_BT is not None
-    later_BHTT = view.positions_BHN[:, :, None, N - T :] > view.query_positions_BT[:, None, :, None]
-    later_RTT = later_BHTT.flatten(0, 1)
+    later_RTT = later_slots(view) if over == "all" else None
+    mean_RgN = torch.empty(R, 1 if merge_logits else g, n, dtype=upcast(keys_RND[:0]).dtype, device=keys_RND.device)
+    for block, attention_RgTN in attention_blocks(
+        queries_RgTD, keys_RND[:, :n], view.scaling, later_RTT, merge_logits=merge_logits
+    ):
+        torch.mean(attention_RgTN, 2, out=mean_RgN[block])
+    return mean_RgN.view(*view.keys_BHND.shape[:2], -1, n)
 
-    parts = []
-    for block in head_blocks(R, g * T * N, keys_RND.device):
-        queries = upcast(queries_RgTD[block]).flatten(1, 2) * view.scaling
-        logits_RgTN = (queries @ upcast(keys_RND[block, :n]).mT).view(-1, g, T, n)
+
+def later_slots(view: SlotView) -> Tensor:
+    """Which of the T newest slots come after which of the T newest queries, bool [R, T, T].
+
+    Slots are ascending and the queries are the row's newest tokens, so no other slot can come after a query.
+    """
+    assert view.query_positions_BT is not None
+    T = view.query_positions_BT.shape[1]
+    newest_BHT = view.positions_BHN[..., view.positions_BHN.shape[-1] - T :]
+    return (newest_BHT[:, :, None] > view.query_positions_BT[:, None, :, None]).flatten(0, 1)
+
+
+def attention_blocks(
+    queries_RgTD: Tensor,
+    keys_RND: Tensor,
+    scaling: float,
+    later_RTt: Tensor | None = None,
+    *,
+    merge_logits: bool = False,
+    hide: Callable[[slice, Tensor], None] | None = None,
+) -> Iterator[tuple[slice, Tensor]]:
+    """Softmax over slots of every query's products with the keys, a block of KV heads at a time.
+
+    Args:
+        queries_RgTD: rotated queries.
+        keys_RND: rotated keys, any float dtype.
+        scaling: factor on the products.
+        later_RTt: bool, which of the last t slots come after a query, which then does not see them.
+        merge_logits: replace the logits of a group's query heads by their maximum.
+        hide: called with a block and its logits [r, g, T, N], to set what is not seen to minus infinity.
+
+    Yields:
+        The block, and float32 (float64 for float64 keys) [r, g, T, N], or with `merge_logits` [r, 1, T, N]. The next
+        block is written over it.
+
+    """
+    (R, g, T, _), N = queries_RgTD.shape, keys_RND.shape[1]
+    dtype, device = upcast(keys_RND[:0]).dtype, keys_RND.device
+    blocks = list(head_blocks(R, g * T * N, device))
+    logits_rqN = torch.empty(max((b.stop - b.start for b in blocks), default=0), g * T, N, dtype=dtype, device=device)
+    for block in blocks:
+        queries_rqD = upcast(queries_RgTD[block]).flatten(1, 2) * scaling
+        logits_rqN = logits_rqN[: len(queries_rqD)]
+        torch.bmm(queries_rqD, upcast(keys_RND[block]).mT, out=logits_rqN)
+        logits_rgTN = logits_rqN.view(-1, g, T, N)
         if merge_logits:
-            logits_RgTN = logits_RgTN.amax(1, keepdim=True)
-        if over == "all":
-            logits_RgTN[..., N - T :].masked_fill_(later_RTT[block, None], float("-inf"))
-        parts.append(logits_RgTN.softmax(-1).mean(2))
-    return torch.cat(parts).view(*view.keys_BHND.shape[:2], -1, n)
+            logits_rgTN = logits_rgTN.amax(1, keepdim=True)
+        if later_RTt is not None:
+            hidden_r1Tt = later_RTt[block, None]
+            logits_rgTN[..., N - hidden_r1Tt.shape[-1] :].masked_fill_(hidden_r1Tt, float("-inf"))
+        if hide is not None:
+            hide(block, logits_rgTN)
+        yield block, torch.softmax(logits_rgTN, -1, out=logits_rgTN)
 
 
 def by_head(function: Callable[[Tensor], Tensor], keys_BHND: Tensor) -> Tensor:
@@ -169,8 +214,10 @@ def block_elements(device: torch.device) -> int:
 def head_blocks(heads: int, elements: int, device: torch.device) -> Iterator[slice]:
     """Slices over `heads` that bound what is worked on at once, given the elements one head needs.
 
-    On a CPU a block fits a core's cache, which is faster than all heads at once; an accelerator takes large ones.
+    On a CPU a block fits a core's cache, which is faster than all heads at once, but has a head for every thread, for
+    a product of one head is shared badly among threads; an accelerator takes large ones.
     """
-    step = max(1, block_elements(device) // max(1, elements))
+    least = torch.get_num_threads() if device.type == "cpu" else 1
+    step = max(least, block_elements(device) // max(1, elements))
     for start in range(0, heads, step):
         yield slice(start, min(start + step, heads))

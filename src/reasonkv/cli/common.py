@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
 import typer
 
 if TYPE_CHECKING:
-    from reasonkv.budget import Budget
     from reasonkv.methods import Method
     from reasonkv.models import LoadedModel
 
@@ -89,6 +88,14 @@ WindowSize = Annotated[
         "--window",
         help="Instead of --budgets: cut every window of so many decoded tokens once, as Kara does; prompt and newest "
         "tokens stay, and the other options of a budget do not apply.",
+        rich_help_panel=_BUDGET,
+    ),
+]
+SearchedWindow = Annotated[
+    int | None,
+    typer.Option(
+        "--window",
+        help="Search windows instead: of every so many decoded tokens, how many slots have to stay.",
         rich_help_panel=_BUDGET,
     ),
 ]
@@ -197,68 +204,6 @@ def whole_numbers(text: str, option: str) -> list[int]:
     return list(dict.fromkeys(numbers))
 
 
-def make_budget(tokens: int, **fields: Any) -> Budget:
-    """A budget from flags.
-
-    Raises:
-        BudgetError: one sentence.
-    """
-    from reasonkv.budget import Budget
-
-    return Budget(tokens, **fields)
-
-
-def make_windows(size: int, buffer: int, retention: str) -> list[Budget]:
-    """The windows that `--window` and `--retention` ask for.
-
-    Raises:
-        UsageError, BudgetError: one sentence.
-    """
-    from reasonkv.budget import Window
-
-    try:
-        shares = [float(part) for part in retention.split(",") if part.strip()]
-    except ValueError:
-        shares = []
-    if not shares:
-        raise UsageError(f"--retention takes shares separated by commas, as in 0.2,0.3, not {retention!r}.")
-    return [Window(size, buffer, share) for share in dict.fromkeys(shares)]
-
-
-def make_budgets(
-    budgets: str | None,
-    mean_slots: str | None,
-    *,
-    window: int | None = None,
-    window_buffer: int = 64,
-    retention: str = "0.3",
-    **fields: Any,
-) -> tuple[list[Budget], list[int]]:
-    """The budgets and the mean lengths that `--budgets`, `--mean-slots` or `--window` ask for.
-
-    Args:
-        budgets: tokens, separated by commas.
-        mean_slots: mean slots instead; then one budget comes back, whose tokens (or retention) are still to be solved.
-        window: size of a sliding window instead; one budget per retention comes back.
-        window_buffer, retention: of the window.
-        fields: every other field of a budget.
-
-    Raises:
-        UsageError: both, neither, or something that is no number.
-        BudgetError: fields that contradict each other.
-    """
-    if window is not None:
-        if budgets is not None:
-            raise UsageError("Give either --budgets or --window; with --window, --retention says how much stays.")
-        means = [] if mean_slots is None else whole_numbers(mean_slots, "--mean-slots")
-        return make_windows(window, window_buffer, retention)[: 1 if means else None], means
-    if (budgets is None) == (mean_slots is None):
-        raise UsageError("Give either --budgets or --mean-slots.")
-    tokens = [max(1, fields["sinks"] + fields["recent"])] if budgets is None else whole_numbers(budgets, "--budgets")
-    means = [] if mean_slots is None else whole_numbers(mean_slots, "--mean-slots")
-    return [make_budget(one, **fields) for one in tokens], means
-
-
 def split_tasks(text: str) -> list[str]:
     """The task specs of `--task`.
 
@@ -364,7 +309,7 @@ def check_limit(limit: int) -> None:
 
 def width() -> int:
     """Columns for tables where stdout is no terminal: wide enough for every column of ours."""
-    return 0 if sys.stdout.isatty() else 140
+    return 0 if sys.stdout.isatty() else 150
 
 
 def show(path: Path) -> str:

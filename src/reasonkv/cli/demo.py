@@ -20,16 +20,16 @@ if TYPE_CHECKING:
 @expected_errors
 def demo(
     out: Annotated[Path, typer.Option(help="Results folder.")] = Path("reasonkv-demo"),
-    limit: Annotated[int, typer.Option(help="Problems per family.")] = 12,
+    limit: Annotated[int, typer.Option(help="Problems per family.")] = 8,
     seed: common.Seed = 0,
-    batch_size: common.BatchSize = 12,
+    batch_size: common.BatchSize = 8,
     device: common.Device = "auto",
     show: Annotated[
         bool | None, typer.Option("--open/--no-open", help="Open the report in a browser [default: in a terminal].")
     ] = None,
     json: common.Json = False,
 ) -> None:
-    """See the main job on the bundled model: what seven methods keep of full KV, and whether the answers stay right.
+    """See the main job on the bundled model: what ten methods keep of full KV, and whether the answers stay right.
 
     Replays full KV's traces (fidelity), then lets every method answer by itself (accuracy), and writes report.html with
     figures, tables and a trace whose every token shows when it was dropped. A few minutes on two CPU cores, no network.

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from reasonkv.cli import common
+from reasonkv.cli.budgets import make_budgets
 from reasonkv.cli.common import expected_errors, note
 
 if TYPE_CHECKING:
@@ -76,8 +77,8 @@ def evaluate(
     needed = (
         any(method.bounded for method in chosen) or budgets is not None or mean_slots is not None or window is not None
     )
-    solved, means = ([], []) if not needed else common.make_budgets(
-        budgets, mean_slots, window=window, window_buffer=window_buffer, retention=retention,
+    solved, means = ([], []) if not needed else make_budgets(
+        budgets, mean_slots, methods=chosen, window=window, window_buffer=window_buffer, retention=retention,
         interval=interval, sinks=sinks, recent=recent, prompt=prompt_policy, trigger=trigger,
         trigger_counts=trigger_counts, cut_prompt=cut_prompt, prefill_chunk=prefill_chunk,
     )  # fmt: skip
@@ -111,6 +112,7 @@ def evaluate_and_show(job: EvaluateJob, loaded: LoadedModel, out: Path, *, quiet
     from reasonkv.evaluate.evaluator import run_evaluate
     from reasonkv.evaluate.records import RECORDS
     from reasonkv.report.answers_table import answers_caption, answers_tables
+    from reasonkv.report.cohorts import what_was_read
 
     with common.progress_bars(job.steps) as progress:
         answers = run_evaluate(job, loaded, out, progress)
@@ -119,8 +121,13 @@ def evaluate_and_show(job: EvaluateJob, loaded: LoadedModel, out: Path, *, quiet
         from rich.console import Console
 
         console = Console(width=common.width() or None)
-        for table in answers_tables(rows):
+        for table in answers_tables(rows, answers):
             console.print(table)
         console.print(answers_caption(answers, job.sampling), style="dim", highlight=False)
         typer.echo(f"Records: {common.show(out / RECORDS)}")
-    return {"out": str(out), "records": str(out / RECORDS), "rows": [row.to_dict() for row in rows]}
+    read = what_was_read(answers)
+    data = [
+        row.to_dict() | {name: vars(one) for name, one in read.get((row.task, row.method, row.tokens), {}).items()}
+        for row in rows
+    ]
+    return {"out": str(out), "records": str(out / RECORDS), "rows": data}

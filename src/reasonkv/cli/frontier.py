@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from reasonkv.cli import common
+from reasonkv.cli.budgets import make_budget, make_windows
 from reasonkv.cli.common import UsageError, expected_errors, note
 
 if TYPE_CHECKING:
@@ -64,6 +65,8 @@ def frontier(
         float, typer.Option(help="Stop when the bracket is this narrow, as a ratio.", rich_help_panel=_SEARCH)
     ] = 1.1,
     seed: common.Seed = 0,
+    window: common.SearchedWindow = None,
+    window_buffer: common.WindowBuffer = 64,
     interval: common.Interval = 128,
     sinks: common.Sinks = 4,
     recent: common.Recent = 64,
@@ -71,6 +74,7 @@ def frontier(
     trigger: common.Trigger = "occupancy",
     trigger_counts: common.TriggerCounts = "all",
     cut_prompt: common.CutPrompt = "prefill",
+    prefill_chunk: common.PrefillChunk = None,
     max_new_tokens: Annotated[
         int | None,
         typer.Option(min=1, help="Most output tokens, as in replay and evaluate.", rich_help_panel=_SEARCH),
@@ -116,10 +120,13 @@ def frontier(
     assert out is not None
     common.check_limit(limit)
     wanted = _target(metric or "top1", target)
-    rule = common.make_budget(
-        max(1, sinks + recent), interval=interval, sinks=sinks, recent=recent, prompt=prompt_policy, trigger=trigger,
-        trigger_counts=trigger_counts, cut_prompt=cut_prompt,
-    )  # fmt: skip
+    if window is not None:
+        (rule,) = make_windows(window, window_buffer, "0.5")  # the search finds the retention
+    else:
+        rule = make_budget(
+            max(1, sinks + recent), interval=interval, sinks=sinks, recent=recent, prompt=prompt_policy,
+            trigger=trigger, trigger_counts=trigger_counts, cut_prompt=cut_prompt, prefill_chunk=prefill_chunk,
+        )  # fmt: skip
     settings: dict[str, Any] = {
         "tasks": common.split_tasks(task), "methods": common.split_methods(methods), "budgets": [rule],
         "limit": limit, "seed": seed, "batch_size": batch_size,
@@ -220,6 +227,7 @@ def _search(
     """Bisect, then say what was found."""
     from reasonkv.evaluate.bisection import check_search, search_budgets
     from reasonkv.evaluate.frontier import joined
+    from reasonkv.evaluate.matching import sized
     from reasonkv.evaluate.results import load_results
     from reasonkv.report.frontier_summary import summarize_frontier
     from reasonkv.report.frontier_tables import search_sentences, search_tables
@@ -229,11 +237,12 @@ def _search(
     note(f"{loaded.name}: {loaded.dtype} on {loaded.device_name}; results in {common.show(out)}")
 
     def tell(point: Point | None, probe: Probe) -> None:
+        size = sized(job.budgets[0], probe.tokens).label
         if point is None:
-            note(f"  @ {probe.tokens:,}: no decode-active record")
+            note(f"  @ {size}: no decode-active record")
             return
         verdict = "kept" if probe.keeps else "missed"
-        note(f"  {point.task}: {point.method} @ {probe.tokens:,}: {wanted.metric} {point.mean:.4g}, {verdict}")
+        note(f"  {point.task}: {point.method} @ {size}: {wanted.metric} {point.mean:.4g}, {verdict}")
 
     with common.progress_bars(len(job.tasks) * (1 + 6 * len(job.methods))) as progress:
         searches = search_budgets(job, loaded, out, wanted, resolution=resolution, progress=progress, on_probe=tell)
@@ -248,7 +257,7 @@ def _search(
     from rich.console import Console
 
     console = Console(width=common.width() or None)
-    for table in search_tables(searches):
+    for table in search_tables(searches, getattr(job.budgets[0], "size", None)):
         console.print(table)
     for sentence in search_sentences(found.left_out):
         console.print(sentence, style="dim", highlight=False)

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from reasonkv.cli import common
+from reasonkv.cli.budgets import make_budget, make_window
 from reasonkv.cli.common import UsageError, expected_errors
 
 
@@ -59,9 +60,9 @@ def generate(
             if chosen.bounded
             else "full takes no budget; leave --budget out, or choose another --method."
         )
-    limits = None if window is None else common.make_windows(window, window_buffer, retention)[0]
+    limits = None if window is None else make_window(window, window_buffer, retention)
     if budget is not None:
-        limits = common.make_budget(
+        limits = make_budget(
             budget, interval=interval, sinks=sinks, recent=recent, prompt=prompt_policy, trigger=trigger,
             trigger_counts=trigger_counts, cut_prompt=cut_prompt,
         )  # fmt: skip

@@ -2,66 +2,139 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
-from typing import Annotated, Any
+from inspect import cleandoc
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from reasonkv.cli import common
 from reasonkv.cli.common import FAILED, expected_errors
 
+if TYPE_CHECKING:
+    from reasonkv.methods import Method
+
+_COLUMNS = 100
+"""Of the list of methods, where stdout is no terminal."""
+
 
 @expected_errors
-def methods(json: common.Json = False) -> None:
-    """List the methods: name, what it keeps, options, paper, what it needs.
+def methods(
+    name: Annotated[str | None, typer.Argument(help="One method: its formula, and its options with defaults.")] = None,
+    json: common.Json = False,
+) -> None:
+    """List the methods: what each keeps, what it needs, its paper; with a name, its formula and options.
+
+    Methods of other packages, found by the entry point group [b]reasonkv.methods[/b], come last.
 
     Example: [b]reasonkv methods[/b]
-    """
-    from reasonkv.methods import catalogue
 
-    rows = [_describe(cls) for cls in catalogue()]
+    Example: [b]reasonkv methods snapkv[/b]
+    """
+    from reasonkv.methods import MethodError, method_names
+
+    rows, broken = [], {}
+    for one in method_names() if name is None else [name]:
+        try:
+            rows.append(_describe(one))
+        except MethodError as error:
+            if name is not None:
+                raise
+            broken[one] = str(error)
     if json:
         common.print_json(rows)
-        return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(header_style="bold")
-    for heading in ("method", "keeps", "options and defaults", "needs", "paper"):
-        table.add_column(heading)
-    for row in rows:
-        options = ", ".join(f"{name}={value}" for name, value in row["options"].items()) or "-"
-        table.add_row(row["name"], row["title"], options, ", ".join(row["needs"]) or "-", row["paper"])
-    Console(width=common.width() or None).print(table)
-    typer.echo("Give options as METHOD:KEY=VALUE,KEY=VALUE. Runtimes: transformers.")
+    elif name is not None:
+        _print_one(rows[0])
+    else:
+        _print_all(rows)
+    for sentence in broken.values():
+        common.note(sentence)
 
 
-def _describe(cls: Any) -> dict[str, Any]:
-    options = {field.name: field.default for field in fields(cls)}
-    needs = cls().needs
+def _describe(name: str) -> dict[str, Any]:
+    """Everything about a method, by its name.
+
+    Raises:
+        MethodError: unknown, or of another package and not usable; one sentence.
+    """
+    from reasonkv.methods import CATALOGUE, MethodError, method_class
+
+    if name in CATALOGUE:
+        return _describe_class(method_class(name))
+    try:
+        found = method_class(name)
+        facts = _describe_class(found)
+    except MethodError:
+        raise
+    except Exception as error:  # another package's code: whatever it does must not take the list down
+        words = " ".join(str(error).split()).rstrip(".")
+        raise MethodError(
+            f"The method {name!r} of another package cannot be used: {type(error).__name__}: {words}."
+        ) from None
+    if found.name != name:
+        raise MethodError(
+            f"The entry point {name!r} gives a method that calls itself {found.name!r}; give both the same name."
+        )
+    return facts
+
+
+def _describe_class(cls: type[Method]) -> dict[str, Any]:
+    from reasonkv.methods.selecting import SelectionMethod
+
+    method = cls()
+    needs = method.needs
     wanted = {
-        f"{needs.queries} recent queries": needs.queries,
-        f"{needs.recent} newest slots kept": needs.recent,
+        "summaries of pages": issubclass(cls, SelectionMethod),
+        f"{needs.queries} newest quer{'y' if needs.queries == 1 else 'ies'}": needs.queries,
+        "every query": needs.observes,
+        f"{needs.recent} newest slot{'' if needs.recent == 1 else 's'} kept": needs.recent,
         f"one choice per {needs.scope}": needs.scope != "head",
         "merges slots": needs.folds,
         "mass on logits (not on flash)": needs.log_mass,
+        f"state per slot ({', '.join(needs.slot_state)})": needs.slot_state,
         "calibration": needs.calibration,
-        "every query": needs.observes,
+        "rotary embedding": needs.rotary,
         "token ids": needs.token_ids,
         "output projection": needs.output_projection,
-        f"state per slot ({', '.join(needs.slot_state)})": needs.slot_state,
         "the future (replay only)": needs.future,
     }
-    words = [text for text, is_wanted in wanted.items() if is_wanted]
     return {
         "name": cls.name,
         "title": cls.title,
         "paper": cls.paper,
         "bounded": cls.bounded,
-        "options": options,
-        "needs": words,
+        "options": method.options(),
+        "needs": [text for text, is_wanted in wanted.items() if is_wanted],
         "runtimes": ["transformers"],
+        "summary": cleandoc(cls.__doc__ or ""),
     }
+
+
+def _print_all(rows: list[dict[str, Any]]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(header_style="bold", box=box.SIMPLE_HEAD, padding=(0, 2, 0, 0), pad_edge=False)
+    table.add_column("method", no_wrap=True)
+    runtimes = {", ".join(row["runtimes"]) for row in rows}
+    for heading in ("keeps", "needs", "paper", *(["runtimes"] if len(runtimes) > 1 else [])):
+        table.add_column(heading, overflow="fold")
+    for row in rows:
+        runs_on = [", ".join(row["runtimes"])] if len(runtimes) > 1 else []
+        table.add_row(row["name"], row["title"], ", ".join(row["needs"]) or "-", row["paper"], *runs_on)
+    Console(width=_COLUMNS if common.width() else None).print(table)
+    if len(runtimes) == 1:
+        typer.echo(f"All run on {runtimes.pop()}.")
+    typer.echo("needs: with default options.")
+    typer.echo("reasonkv methods NAME has a method's formula and options; give them as NAME:KEY=VALUE,KEY=VALUE.")
+
+
+def _print_one(row: dict[str, Any]) -> None:
+    typer.echo(f"{row['name']}: {row['title']} ({row['paper']})\n\n{row['summary']}\n")
+    typer.echo(f"needs     {', '.join(row['needs']) or 'nothing but keys, values and positions'}")
+    typer.echo(f"runtimes  {', '.join(row['runtimes'])}")
+    options = ",".join(f"{name}={value}" for name, value in row["options"].items())
+    typer.echo(f"defaults  {row['name']}:{options}" if options else "defaults  it has no options")
 
 
 @expected_errors

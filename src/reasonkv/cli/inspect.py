@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from reasonkv.cli import common
+from reasonkv.cli.budgets import make_budget, make_window
 from reasonkv.cli.common import UsageError, expected_errors
 
 if TYPE_CHECKING:
+    from reasonkv.budget import Budget
     from reasonkv.evaluate.replay import Cell
     from reasonkv.evaluate.results import Results
     from reasonkv.evaluate.traces import Trace
@@ -33,6 +35,9 @@ def inspect(
     out: Annotated[Path, typer.Option(help="The page.")] = Path("reasonkv-inspect.html"),
     save: Annotated[Path | None, typer.Option(help="Also keep the data and the plans in this folder.")] = None,
     seed: common.Seed = 0,
+    window: common.WindowSize = None,
+    window_buffer: common.WindowBuffer = 64,
+    retention: common.Retention = "0.3",
     interval: common.Interval = 128,
     sinks: common.Sinks = 4,
     recent: common.Recent = 64,
@@ -56,6 +61,8 @@ def inspect(
     if folder is not None:
         from reasonkv.evaluate.results import load_results
 
+        if window is not None:
+            raise UsageError("A results folder has its own windows; leave --window out, or leave the folder out.")
         name = model or load_results(folder).manifest["model"]["name"]
         loaded = common.open_model(name, dtype, device, calibration)
         made = folder_inspection(folder, loaded, task, example, method, budget, generate)
@@ -64,7 +71,8 @@ def inspect(
             "interval": interval, "sinks": sinks, "recent": recent, "prompt": prompt_policy, "trigger": trigger,
             "trigger_counts": trigger_counts, "cut_prompt": cut_prompt, "prefill_chunk": prefill_chunk,
         }  # fmt: skip
-        cell = _new_cell(method or "rkv", budget, fields, generate)
+        limits = None if window is None else make_window(window, window_buffer, retention)
+        cell = _new_cell(method or "rkv", budget, fields, limits, generate)
         made = _fresh(
             (model or "testbed", dtype, device, calibration),
             task or "program", example or 0, cell, generate, seed, max_new_tokens,
@@ -72,20 +80,22 @@ def inspect(
     _write(made, out, save if save is not None else folder)
 
 
-def _new_cell(method: str, budget: int | None, fields: dict[str, Any], generate: bool) -> Cell:
+def _new_cell(method: str, budget: int | None, fields: dict[str, Any], window: Budget | None, generate: bool) -> Cell:
     from reasonkv.evaluate.replay import Cell
     from reasonkv.methods import get_method, refuse_future
 
     chosen = get_method(method)
-    if chosen.bounded == (budget is None):
+    if budget is not None and window is not None:
+        raise UsageError("Give either --budget or --window.")
+    if chosen.bounded == (budget is None and window is None):
         raise UsageError(
-            f"{chosen.name} needs a budget; give --budget TOKENS."
+            f"{chosen.name} needs a budget; give --budget TOKENS (or --window SIZE)."
             if chosen.bounded
             else f"{chosen.name} takes no budget; leave --budget out, or choose another --method."
         )
     if generate:
         refuse_future(chosen)
-    limits = None if budget is None else common.make_budget(budget, **fields)
+    limits = window if budget is None else make_budget(budget, **fields)
     if limits is not None:
         limits.check_protected(recent=chosen.needs.recent)
     return Cell(chosen, limits)
@@ -230,7 +240,9 @@ def _write(made: Inspection, out: Path, keep: Path | None) -> None:
 
 def _summary(data: dict[str, Any]) -> str:
     """Two lines: what was held, and what it did."""
-    slots = "full KV" if data["budget"] is None else f"{data['method']} at {data['budget']['tokens']:,} slots"
+    from reasonkv.report.wording import size_words
+
+    slots = "full KV" if data["budget"] is None else f"{data['method']} at {size_words(data['budget'])}"
     held = f"{slots} on {data['task']}, example {data['example']}: {len(data['pieces']):,} tokens, "
     held += f"{len(data['events']['length'])} events, {data['stats']['mean']:,.0f} slots on average."
     words = {True: "right", False: "wrong"}

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from reasonkv.cli import common
+from reasonkv.cli.budgets import make_budgets
 from reasonkv.cli.common import UsageError, expected_errors, note
 
 if TYPE_CHECKING:
@@ -80,14 +81,15 @@ def replay(
     common.check_limit(limit)
     if traces not in _SOURCES:
         raise UsageError(f"--traces must be one of {', '.join(_SOURCES)}, not {traces!r}.")
-    solved, means = common.make_budgets(
-        budgets, mean_slots, window=window, window_buffer=window_buffer, retention=retention,
+    chosen = common.split_methods(methods)
+    solved, means = make_budgets(
+        budgets, mean_slots, methods=chosen, window=window, window_buffer=window_buffer, retention=retention,
         interval=interval, sinks=sinks, recent=recent, prompt=prompt_policy, trigger=trigger,
         trigger_counts=trigger_counts, cut_prompt=cut_prompt, prefill_chunk=prefill_chunk,
     )  # fmt: skip
     job = ReplayJob(
         tasks=common.split_tasks(task),
-        methods=common.split_methods(methods),
+        methods=chosen,
         budgets=solved,
         mean_slots=means,
         limit=limit,
@@ -113,12 +115,16 @@ def replay_and_show(job: ReplayJob, loaded: LoadedModel, out: Path, *, quiet: bo
     from reasonkv.evaluate.records import RECORDS
     from reasonkv.evaluate.runner import run_replay
     from reasonkv.evaluate.summary import summarize
+    from reasonkv.report.cohorts import selecting_labels
     from reasonkv.report.tables import caption, diagnostic_tables, figure_note, replay_tables
 
     with common.progress_bars(job.steps) as progress:
         records = run_replay(job, loaded, out, progress)
     rows = summarize(records)
-    figure = _draw(rows, out / FIGURE, by_mean=bool(job.mean_slots), under=figure_note(records))
+    # what is read in all is no match for what is held beside the prompt
+    on_top = any(budget.prompt == "on_top" for budget in job.budgets)
+    drawn = [row for row in rows if not (on_top and row.method in selecting_labels(records))]
+    figure = _draw(drawn, out / FIGURE, by_mean=bool(job.mean_slots), under=figure_note(records))
     if not quiet:
         from rich.console import Console
 

@@ -45,7 +45,8 @@ class AnswerRecord:
         tokens_dropped: tokens whose slots were given up.
         guards: how often a method fell back on a rule of its own, by name.
         seconds: wall-clock seconds of the batch divided by its rows.
-        slots_read_mean: slots read per token fed after the prompt, of methods that keep all and select; else None.
+        slots_read_mean: slots attended per token fed after the prompt, of methods that keep all and select, or that
+            hold padding which nothing attends to; else None.
         bytes_read_mean: bytes of their keys and values, and of the page summaries read to choose; None as above.
     """
 
@@ -77,6 +78,11 @@ class AnswerRecord:
     seconds: float
     slots_read_mean: float | None = None
     bytes_read_mean: float | None = None
+
+    @property
+    def selects(self) -> bool:
+        """The method held everything and read a part of it. What holds padding has dropped something first."""
+        return self.slots_read_mean is not None and self.events == 0
 
     @property
     def key(self) -> str:

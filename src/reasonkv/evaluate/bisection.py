@@ -1,9 +1,9 @@
 """The usable budget by bisection over real runs: which budget a method needs, without measuring a whole grid.
 
 Budgets are probed at midpoints in log(budget), between the smallest that holds what may never be dropped and the length
-of the longest row, where nothing is dropped. All probes of a search go into one results folder, whose manifest names
-the methods and the budget rule but no budgets and no target: the same search continues where it stopped, and one for
-another target or resolution reuses every budget it meets again.
+of the longest row, where nothing is dropped; of a `Window`, the slots kept of each window, up to its size. All probes
+of a search go into one results folder, whose manifest names the methods and the budget rule but no budgets and no
+target: the same search continues where it stopped, and one for another target or resolution reuses what it meets.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal
 
-from reasonkv.budget import Budget
+from reasonkv.budget import Budget, Window
 from reasonkv.evaluate.answers import AnswerRecord
 from reasonkv.evaluate.evaluator import EvaluateJob, run_evaluate
 from reasonkv.evaluate.frontier import (
@@ -30,6 +30,7 @@ from reasonkv.evaluate.frontier import (
     usable_budget,
 )
 from reasonkv.evaluate.manifest import Manifest
+from reasonkv.evaluate.matching import selecting_method, sized
 from reasonkv.evaluate.records import Record
 from reasonkv.evaluate.runner import Progress, ReplayJob, run_replay, silent
 from reasonkv.evaluate.statistics import Difference, holm, paired_difference, paired_p_value
@@ -147,9 +148,9 @@ def find_usable_budget(
     """Bisect for the smallest budget that keeps a target, on decode-active records.
 
     A budget without decode-active records bounds the search from above, since its rows are full KV's; so does one where
-    full KV has 0 on the few examples that are still compressed. Where the
-    smallest budget already keeps the target, the midpoint is run as well: if that one misses it, the search goes on
-    above it. The interval is `usable_budget`'s over all probes.
+    full KV has 0 on the few examples that are still compressed. Where the smallest budget already keeps the target, the
+    midpoint is run as well: if that one misses it, the search goes on above it. The interval is `usable_budget`'s over
+    all probes.
 
     Args:
         run_cell: runs the cell at a budget; called once per budget.
@@ -282,7 +283,7 @@ class _EvaluateProbe(EvaluateJob):
 
 def _manifest(whole: Manifest) -> Manifest:
     arguments = {name: value for name, value in whole.arguments.items() if name not in {"budgets", "mean_slots"}}
-    rule = {name: value for name, value in whole.arguments["budgets"][0].items() if name != "tokens"}
+    rule = {name: value for name, value in whole.arguments["budgets"][0].items() if name not in {"tokens", "retention"}}
     return replace(whole, command=COMMAND, arguments=arguments | {"rule": rule})
 
 
@@ -301,7 +302,7 @@ def search_budgets(
     Full KV runs in any case: it gives the rows' lengths and what a relative target refers to.
 
     Args:
-        job: with one budget, whose `tokens` are ignored, and without `mean_slots`.
+        job: with one budget, whose `tokens` (of a `Window` its retention) are ignored, and without `mean_slots`.
         model: the model.
         folder: results folder; a search that was stopped, or one for another target, continues in it.
         target: what has to be kept; accuracy belongs to an `EvaluateJob`, every other metric to a `ReplayJob`.
@@ -321,7 +322,7 @@ def search_budgets(
             low, high = budget_range(rule, method, full)
 
             def run_cell(tokens: int, task: str = task, method: Method = method) -> list[Record | AnswerRecord]:
-                budget = replace(rule, tokens=tokens)
+                budget = sized(rule, tokens)
                 records = _run(job, model, folder, task, method, budget, progress)
                 cell = (task, method.name, method.options(), budget.to_dict())
                 mine = [one for one in records if (one.task, one.method, one.options, one.budget) == cell]
@@ -337,8 +338,9 @@ def check_search(job: ReplayJob | EvaluateJob, target: Target, resolution: float
     """The bounded methods of a job, each once, after checking what can be checked without a model.
 
     Raises:
-        FrontierError: the job does not measure the metric, has other than one budget, or no bounded method; or the
-            resolution is not above 1.
+        FrontierError: the job does not measure the metric, has other than one budget, no bounded method, or one that
+            drops nothing; or the resolution is not above 1.
+        BudgetError: a method's own window does not fit the buffer of a `Window`.
     """
     if (target.metric == "accuracy") != isinstance(job, EvaluateJob):
         raise FrontierError(f"{target.metric} cannot be measured by this kind of job.")
@@ -346,9 +348,13 @@ def check_search(job: ReplayJob | EvaluateJob, target: Target, resolution: float
         raise FrontierError("A search takes one budget, whose other fields are the rule, and no mean slots.")
     if not (resolution > 1 and math.isfinite(resolution)):
         raise FrontierError(f"The resolution is a ratio of budgets above 1, as in 1.1, not {resolution:g}.")
+    if (selecting := selecting_method(job.methods)) is not None:
+        raise FrontierError(f"{selecting} drops nothing, so there is no budget to find; run it with --budgets instead.")
     methods = list(dict.fromkeys(method for method in job.methods if method.bounded))
     if not methods:
         raise FrontierError("A search needs a bounded method; full KV has no budget.")
+    if isinstance(job.budgets[0], Window):
+        job.budgets[0].check_protected(recent=max(method.needs.recent for method in methods))
     return methods
 
 
@@ -360,6 +366,8 @@ def budget_range(rule: Budget, method: Method, full: Sequence[Record | AnswerRec
         method: its own window counts as protected.
         full: full KV's records of one task.
     """
+    if isinstance(rule, Window):
+        return 1, rule.size
     recent = max(rule.recent, method.needs.recent)
     low = max(1, rule.sinks + recent)
     if rule.prompt == "keep":
@@ -383,7 +391,7 @@ def _run(
     values |= {"tasks": [task], "methods": [method], "budgets": [] if budget is None else [budget], "search": job}
 
     def own(what: str, done: int, total: int) -> None:
-        if budget is None or what.endswith(f" @ {budget.tokens}"):  # not the traces, which are there already
+        if budget is None or what.endswith(f" @ {budget.label}"):  # not the traces, which are there already
             progress(what, done, total)
 
     if isinstance(job, EvaluateJob):

@@ -25,6 +25,7 @@ from reasonkv.methods import Method, get_method
 from reasonkv.methods.base import refuse_future
 from reasonkv.models import LoadedModel, one_thread_if_small
 from reasonkv.runtimes.transformers import CompressedCache
+from reasonkv.runtimes.transformers.support import compressed_layers
 from reasonkv.tasks import Problem, Task, get_task
 
 FULL_LIMIT = 2048
@@ -92,12 +93,13 @@ class EvaluateJob:
         others = [method for method in self.methods if method.bounded]
         return list(dict.fromkeys([get_method("full"), *others]))
 
-    def cells(self, outputs: Sequence[Output] | None = None) -> list[Cell]:
+    def cells(self, outputs: Sequence[Output] | None = None, layers: int = 1) -> list[Cell]:
         """Full KV once, then every bounded method at every budget, each once.
 
         Args:
             outputs: full KV's, of one task, for what only they can tell: whether prompts fit, and the tokens of
                 `mean_slots`.
+            layers: compressed layers of the model, for methods whose layers have budgets of their own.
 
         Raises:
             BudgetError: a prompt or a method's own window does not fit a budget, or a mean cannot be reached.
@@ -105,7 +107,7 @@ class EvaluateJob:
         rows = None
         if outputs is not None:
             rows = [(one.prompt_tokens, one.prompt_tokens + len(one.tokens) - 1) for one in outputs]
-        return plan_cells(self.all_methods, self.budgets, self.mean_slots, rows)
+        return plan_cells(self.all_methods, self.budgets, self.mean_slots, rows, layers)
 
     @property
     def steps(self) -> int:
@@ -199,7 +201,7 @@ class _TaskRun:
         outputs = [self.outputs[item.name] for item in self.items]
         longest = max(len(one.tokens) for one in outputs)
         limit = self.job.max_new_tokens or math.ceil(LONGER * longest) + MORE
-        for cell in self.job.cells(outputs):
+        for cell in self.job.cells(outputs, compressed_layers(self.model.model.config)):
             if cell.budget is not None:
                 self._run_cell(cell, limit)
 

@@ -34,7 +34,7 @@ class EventPlan:
         positions_HN: int32, token index of every slot held before the event.
         kept_HK: int32, slots that stayed, ascending.
         into_HN: int32, output slot a slot was folded into (a kept one: its own), -1 where dropped; None where the plan
-            folds nothing.
+            folds nothing. A slot that stays as padding (log mass -inf) counts as dropped.
     """
 
     layer: int
@@ -58,7 +58,7 @@ class PlanRecorder:
     def __call__(self, layer: int, rows: list[int], view: SlotView, plan: Plan) -> None:
         """Copy one layer's plan for the rows that share it."""
         positions_BHN, kept_BHK = _copied(view.positions_BHN), _copied(plan.kept_BHK)
-        into_BHN = None if plan.fold is None else _copied(plan.fold.into_BHN)
+        into_BHN = _copied(plan.fold.into_BHN) if plan.fold is not None else _without_padding(view, plan)
         events, lengths = view.event_B.tolist(), view.length_B.tolist()
         for place, row in enumerate(rows):
             into_HN = None if into_BHN is None else into_BHN[place]
@@ -71,7 +71,8 @@ class PlanRecorder:
 class Fates:
     """What became of the tokens of one row.
 
-    A folded token lives on in the slot it was folded into; when that slot is dropped later, so is the token.
+    A folded token lives on in the slot it was folded into; when that slot is dropped later, so is the token. Where
+    layers have events of their own, they are counted over all layers: one for every length at which any had one.
 
     Args:
         layers: indices of the layers, in the order of the first axis.
@@ -79,7 +80,7 @@ class Fates:
         folded_GHN: int32, event at which the token's slot was folded into another, or -1.
         into_GHN: int32, token index of that other slot, or -1.
         lengths_E: tokens seen at every event.
-        before_E: slots held per KV head before every event.
+        before_E: slots held per KV head before every event, mean over the layers that had it.
         after_E: slots held after it.
     """
 
@@ -113,7 +114,7 @@ def fates(plans: Sequence[EventPlan], tokens: int, *, row: int = 0, layers: Sequ
     H = own[0].kept_HK.shape[0] if own else 1
     shape = (len(chosen), H, tokens)
     dropped, folded, into = (torch.full(shape, NEVER, dtype=torch.int32) for _ in range(3))
-    events: list[EventPlan] = []
+    lengths = sorted({plan.length for plan in own if plan.layer in chosen})
     for place, layer in enumerate(chosen):
         steps = [plan for plan in own if plan.layer == layer]
         if [plan.event for plan in steps] != list(range(len(steps))):
@@ -123,20 +124,31 @@ def fates(plans: Sequence[EventPlan], tokens: int, *, row: int = 0, layers: Sequ
             moved_HN = _hosts(plan, tokens).gather(1, host_HN.clamp(min=0))
             gone = (host_HN >= 0) & (moved_HN < 0)
             leaves = (host_HN == torch.arange(tokens)) & (moved_HN >= 0) & (moved_HN != host_HN)
-            dropped[place][gone] = plan.event
-            folded[place][leaves] = plan.event
+            event = lengths.index(plan.length)
+            dropped[place][gone] = event
+            folded[place][leaves] = event
             into[place][leaves] = moved_HN[leaves].to(torch.int32)
             host_HN = torch.where(host_HN >= 0, moved_HN, host_HN)
-        events = max(events, steps, key=len)
+    at = [[plan for plan in own if plan.layer in chosen and plan.length == length] for length in lengths]
     return Fates(
         chosen,
         dropped,
         folded,
         into,
-        tuple(plan.length for plan in events),
-        tuple(plan.positions_HN.shape[-1] for plan in events),
-        tuple(plan.kept_HK.shape[-1] for plan in events),
+        tuple(lengths),
+        tuple(round(sum(plan.positions_HN.shape[-1] for plan in plans) / len(plans)) for plans in at),
+        tuple(round(sum(plan.kept_HK.shape[-1] for plan in plans) / len(plans)) for plans in at),
     )
+
+
+def _without_padding(view: SlotView, plan: Plan) -> Tensor | None:
+    """Where every slot goes, int32 [B, H, N], if some stay as padding, which is as good as dropped; else None."""
+    if plan.log_mass_BHK is None or not bool(plan.log_mass_BHK.isneginf().any()):
+        return None
+    K = plan.kept_BHK.shape[-1]
+    output_BHK = torch.arange(K, device=plan.kept_BHK.device).expand_as(plan.kept_BHK)
+    output_BHK = output_BHK.masked_fill(plan.log_mass_BHK.isneginf(), NEVER)
+    return _copied(torch.full_like(view.positions_BHN, NEVER).scatter_(2, plan.kept_BHK, output_BHK))
 
 
 def _hosts(plan: EventPlan, tokens: int) -> Tensor:

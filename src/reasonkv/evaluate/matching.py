@@ -1,16 +1,42 @@
 """Equal physical lengths: which `tokens` gives a wanted mean, from the schedule alone.
 
 Methods and prompt policies differ in what they count, so equal `tokens` is not equal memory. Two cells are compared
-when their mean physical length differs by under 2 %.
+when their mean physical length differs by under 2 %. Methods that hold everything and select have no such length to
+match: what they read comes in whole pages, which no budget brings within 2 % of a wanted mean.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from reasonkv.budget import Budget, BudgetError, Window
+from reasonkv.budget import Budget, BudgetError, DividesBudget, Window, layer_budgets
+from reasonkv.methods import Method
+from reasonkv.methods.selecting import SelectionMethod
 from reasonkv.schedule import State, next_event, step
+
+
+def sized(rule: Budget, tokens: int) -> Budget:
+    """The budget of a rule at a size: its `tokens`, or as many slots kept of each of a `Window`'s windows."""
+    return replace(rule, retention=tokens / rule.size) if isinstance(rule, Window) else replace(rule, tokens=tokens)
+
+
+def selecting_method(methods: Iterable[Method]) -> str | None:
+    """The name of the first method that holds everything and selects what to read, if any does."""
+    return next((method.name for method in methods if isinstance(method, SelectionMethod)), None)
+
+
+def check_matchable(methods: Iterable[Method]) -> None:
+    """Check that equal mean slots mean something for every method.
+
+    Raises:
+        BudgetError: a method that holds everything and selects.
+    """
+    if (selecting := selecting_method(methods)) is not None:
+        raise BudgetError(
+            f"Mean slots are matched by what is held, and {selecting} holds everything and reads whole pages of it; "
+            f"run {selecting} with --budgets, which is what it reads, and compare by slots read."
+        )
 
 
 def attended_slots(budget: Budget | None, prompt: int, length: int) -> int:
@@ -33,24 +59,45 @@ def attended_slots(budget: Budget | None, prompt: int, length: int) -> int:
     return total
 
 
-def mean_physical(budget: Budget | None, prompts: Sequence[int], lengths: Sequence[int]) -> float:
-    """Mean over rows of the mean slots attended per token fed after the prompt.
+def mean_physical(
+    budget: Budget | None,
+    prompts: Sequence[int],
+    lengths: Sequence[int],
+    method: Method | None = None,
+    layers: int = 1,
+) -> float:
+    """Mean over rows, and over layers whose budgets differ, of the mean slots held per token fed after the prompt.
 
     Args:
         budget: None for full KV.
         prompts: tokens of each row's prompt.
         lengths: tokens fed of each row, prompt included; more than its prompt.
+        method: matters where it divides the budget among layers.
+        layers: compressed layers.
 
     Raises:
+        BudgetError: a layer's share cannot hold what is protected.
         ValueError: no rows, or one without a token after its prompt.
     """
     rows = list(zip(prompts, lengths, strict=True))
     if not rows or any(length <= prompt for prompt, length in rows):
         raise ValueError("A mean physical length needs rows with tokens after their prompt.")
-    return sum(attended_slots(budget, prompt, length) / (length - prompt) for prompt, length in rows) / len(rows)
+    total = 0.0
+    for prompt, length in rows:
+        shares = layer_budgets(method, budget, layers, prompt) if isinstance(method, DividesBudget) else [budget]
+        slots = sum(attended_slots(own, prompt, length) for own in shares)
+        total += slots / len(shares) / (length - prompt)
+    return total / len(rows)
 
 
-def budget_for_mean(budget: Budget, target: float, prompts: Sequence[int], lengths: Sequence[int]) -> Budget:
+def budget_for_mean(
+    budget: Budget,
+    target: float,
+    prompts: Sequence[int],
+    lengths: Sequence[int],
+    method: Method | None = None,
+    layers: int = 1,
+) -> Budget:
     """The budget whose mean is nearest to a target: its `tokens` are solved, or the retention of a `Window`.
 
     Args:
@@ -58,18 +105,16 @@ def budget_for_mean(budget: Budget, target: float, prompts: Sequence[int], lengt
         target: mean slots attended per token fed after the prompt.
         prompts: tokens of each row's prompt.
         lengths: tokens fed of each row, prompt included.
+        method, layers: as in `mean_physical`.
 
     Raises:
         BudgetError: the target lies outside what this budget can reach on these rows.
     """
     if not isinstance(budget, Window):
-        return replace(budget, tokens=tokens_for_mean(budget, target, prompts, lengths))
-
-    def window(kept: int) -> Window:
-        return replace(budget, retention=kept / budget.size)
+        return replace(budget, tokens=tokens_for_mean(budget, target, prompts, lengths, method, layers))
 
     def mean(kept: int) -> float:
-        return mean_physical(window(kept), prompts, lengths)
+        return mean_physical(sized(budget, kept), prompts, lengths)
 
     low, high = 1, budget.size - 1
     least, most = mean(low), mean(high)
@@ -81,29 +126,43 @@ def budget_for_mean(budget: Budget, target: float, prompts: Sequence[int], lengt
     while high - low > 1:  # a larger retention never attends to fewer slots
         middle = (low + high) // 2
         low, high = (middle, high) if mean(middle) < target else (low, middle)
-    return window(low if target - mean(low) <= mean(high) - target else high)
+    return sized(budget, low if target - mean(low) <= mean(high) - target else high)
 
 
-def tokens_for_mean(budget: Budget, target: float, prompts: Sequence[int], lengths: Sequence[int]) -> int:
+def tokens_for_mean(
+    budget: Budget,
+    target: float,
+    prompts: Sequence[int],
+    lengths: Sequence[int],
+    method: Method | None = None,
+    layers: int = 1,
+) -> int:
     """The `tokens` whose mean physical length is nearest to a target; the smaller of two equally near.
+
+    Where budgets are divided among layers, their rounding may leave it a token beside the nearest.
 
     Args:
         budget: everything but `tokens`, which is ignored.
         target: mean slots attended per token fed after the prompt.
         prompts: tokens of each row's prompt.
         lengths: tokens fed of each row, prompt included.
+        method, layers: as in `mean_physical`.
 
     Raises:
         BudgetError: the target lies outside what this budget can reach on these rows.
     """
-    low = max(1, budget.sinks + budget.recent)
+    divides = isinstance(method, DividesBudget)
+    recent = max(budget.recent, method.needs.recent) if method is not None and divides else budget.recent
+    low = max(1, budget.sinks + recent)
     if budget.prompt == "keep":
-        low = max(low, max(prompts) + budget.recent + 1)
+        low = max(low, max(prompts) + recent + 1)
     high = max(low, max(lengths))  # holds every token of every row, so the mean is full KV's
 
     def mean(tokens: int) -> float:
-        return mean_physical(replace(budget, tokens=tokens), prompts, lengths)
+        return mean_physical(replace(budget, tokens=tokens), prompts, lengths, method, layers)
 
+    while divides and mean(high) < mean_physical(None, prompts, lengths):  # until the smallest share holds everything
+        high *= 2
     least, most = mean(low), mean(high)
     if not least <= target <= most:
         raise BudgetError(

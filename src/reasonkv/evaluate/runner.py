@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from reasonkv.budget import Budget, BudgetError
+from reasonkv.budget import Budget, BudgetError, DividesBudget, layer_budgets
 from reasonkv.evaluate.manifest import Manifest, open_results
 from reasonkv.evaluate.matching import budget_for_mean
 from reasonkv.evaluate.records import RECORDS, Record, append_records, read_records, record_key, repair
@@ -14,6 +14,7 @@ from reasonkv.evaluate.replay import Cell, replay_batch, to_record
 from reasonkv.evaluate.traces import Trace, TraceSettings, load_or_make_traces
 from reasonkv.methods import Method
 from reasonkv.models import LoadedModel, one_thread_if_small
+from reasonkv.runtimes.transformers.support import compressed_layers
 from reasonkv.tasks import get_task
 
 Progress = Callable[[str, int, int], None]
@@ -53,11 +54,12 @@ class ReplayJob:
     mean_slots: Sequence[float] = ()
     diagnostics: bool = False
 
-    def cells(self, traces: Sequence[Trace] | None = None) -> list[Cell]:
+    def cells(self, traces: Sequence[Trace] | None = None, layers: int = 1) -> list[Cell]:
         """Full KV once, then every bounded method at every budget, each once.
 
         Args:
             traces: of one task, for what only they can tell: whether prompts fit, and the tokens of `mean_slots`.
+            layers: compressed layers of the model, for methods whose layers have budgets of their own.
 
         Raises:
             BudgetError: a prompt or a method's own window does not fit a budget, or a mean cannot be reached.
@@ -65,7 +67,7 @@ class ReplayJob:
         rows = None
         if traces is not None:
             rows = [(len(one.prompt_P), len(one.prompt_P) + len(one.output_T) - 1) for one in traces]
-        return plan_cells(self.methods, self.budgets, self.mean_slots, rows)
+        return plan_cells(self.methods, self.budgets, self.mean_slots, rows, layers)
 
     @property
     def steps(self) -> int:
@@ -95,19 +97,23 @@ def plan_cells(
     budgets: Sequence[Budget],
     mean_slots: Sequence[float] = (),
     rows: Sequence[tuple[int, int]] | None = None,
+    layers: int = 1,
 ) -> list[Cell]:
     """Every bounded method at every budget, and full KV without one, each once, in the methods' order.
 
     Args:
         methods: the methods.
-        budgets: the budgets; with `mean_slots`, one whose tokens are solved for each mean.
+        budgets: the budgets; with `mean_slots`, one whose tokens are solved for each mean (and for each method that
+            divides its budget among layers).
         mean_slots: mean physical lengths to reach instead of `budgets`.
         rows: (tokens of the prompt, tokens fed in all) of one task's rows, for what only they can tell: whether
             prompts fit, and the tokens of `mean_slots`. None checks what can be checked without.
+        layers: compressed layers of the model.
 
     Raises:
         BudgetError: a prompt or a method's own window does not fit a budget, or a mean cannot be reached.
     """
+    solved: dict[Method | None, list[Budget]] = {}  # None: methods whose layers share one budget
     if rows is not None and mean_slots:
         decoding = [(prompt, fed) for prompt, fed in rows if fed > prompt]
         if not decoding:
@@ -116,12 +122,19 @@ def plan_cells(
                 "token, which is never fed; give --budgets instead."
             )
         prompts, fed = zip(*decoding, strict=True)
-        budgets = [budget_for_mean(budgets[0], mean, prompts, fed) for mean in mean_slots]
+        for method in methods:
+            own = method if isinstance(method, DividesBudget) else None
+            if own not in solved:
+                solved[own] = [budget_for_mean(budgets[0], mean, prompts, fed, own, layers) for mean in mean_slots]
     longest = None if rows is None else max(prompt for prompt, _ in rows)
-    cells = [Cell(method, budget) for method in methods for budget in (budgets if method.bounded else [None])]
+    cells = []
+    for method in methods:
+        met = solved.get(method if isinstance(method, DividesBudget) else None, budgets)
+        cells += [Cell(method, budget) for budget in (met if method.bounded else [None])]
     for cell in cells:
         if cell.budget is not None and (rows is not None or not mean_slots):
             cell.budget.check_protected(recent=cell.method.needs.recent, prompt_length=longest)
+            layer_budgets(cell.method, cell.budget, layers, longest)
     return list(dict.fromkeys(cells))
 
 
@@ -163,7 +176,7 @@ def run_replay(job: ReplayJob, model: LoadedModel, folder: Path, progress: Progr
                 batch_size=job.batch_size,
                 on_done=traces_done,
             )
-            for cell in job.cells(traces):
+            for cell in job.cells(traces, compressed_layers(model.model.config)):
                 _replay_cell(job, model, spec, cell, traces, manifest.run, path, done, progress)
         return read_records(path)
 

@@ -118,7 +118,7 @@ def summarize(records: Sequence[Record], *, seed: int = 0) -> list[Row]:
 
 
 def _optional(records: Sequence[Record]) -> dict[str, Estimate]:
-    """What only some records have: what selection methods read, and diagnostics."""
+    """What only some records have: what was read where that is not all that is held, and diagnostics."""
     values: dict[str, list[float]] = {}
     for record in records:
         for name in READ:

@@ -50,6 +50,8 @@ CATALOGUE = {
     "tova": "reasonkv.methods.tova:TOVA",
     "curdkv": "reasonkv.methods.curdkv:CurDKV",
     "chunkkv": "reasonkv.methods.chunkkv:ChunkKV",
+    "pyramidkv": "reasonkv.methods.pyramidkv:PyramidKV",
+    "adakv": "reasonkv.methods.adakv:AdaKV",
     "lagkv": "reasonkv.methods.lagkv:LagKV",
     "defensivekv": "reasonkv.methods.defensivekv:DefensiveKV",
     "beaconkv": "reasonkv.methods.beaconkv:BeaconKV",

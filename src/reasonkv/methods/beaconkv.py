@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from reasonkv.methods.base import Needs, Observed, ScorerMethod
-from reasonkv.selection import head_blocks, upcast
+from reasonkv.selection import attention_blocks, upcast
 from reasonkv.view import SlotView
 
 
@@ -137,15 +137,14 @@ def largest_attention(view: SlotView, queries_BqtD: Tensor, positions_Bt: Tensor
     """
     B, H, N, D = view.keys_BHND.shape
     queries_RgtD = queries_BqtD.reshape(B * H, -1, queries_BqtD.shape[2], D)
-    keys_RND, (_, g, t, _) = view.keys_BHND.flatten(0, 1), queries_RgtD.shape
-    later_RtN = (view.positions_BHN[:, :, None] > positions_Bt[:, None, :, None]).flatten(0, 1)
-    parts = []
-    for block in head_blocks(B * H, g * t * N, keys_RND.device):
-        queries_RqD = queries_RgtD[block].flatten(1, 2) * view.scaling
-        logits_RgtN = (queries_RqD @ upcast(keys_RND[block]).mT).view(-1, g, t, N)
-        logits_RgtN.masked_fill_(later_RtN[block, None], float("-inf"))
-        parts.append(logits_RgtN.softmax(-1).amax((1, 2)))
-    return torch.cat(parts).view(B, H, N)
+    # Slots ascend to the row's newest token: only as many of the newest as there are queries can come after one.
+    newest_BHn = view.positions_BHN[..., max(0, N - positions_Bt.shape[1]) :]
+    later_Rtn = (newest_BHn[:, :, None] > positions_Bt[:, None, :, None]).flatten(0, 1)
+    largest_RN = torch.empty(B * H, N, dtype=queries_BqtD.dtype, device=queries_BqtD.device)
+    keys_RND = view.keys_BHND.flatten(0, 1)
+    for block, attention_RgtN in attention_blocks(queries_RgtD, keys_RND, view.scaling, later_Rtn):
+        torch.amax(attention_RgtN, (1, 2), out=largest_RN[block])
+    return largest_RN.view(B, H, N)
 
 
 def _line(cosine_Xnn: Tensor, index_X1: Tensor) -> Tensor:

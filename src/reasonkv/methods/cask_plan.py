@@ -9,84 +9,38 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from reasonkv.methods.cask_groups import (
+    LEAST_SUPPORT,
+    Candidates,
+    Folding,
+    Group,
+    Grouping,
+    Operator,
+    Representative,
+    Rules,
+)
 from reasonkv.methods.cask_votes import Votes
 
-Representative = Literal["score_max_source", "weighted_latest"]
-Operator = Literal["mean", "keepkv"]
-Folding = Literal["similar", "neighbours", "none"]
-LEAST_SUPPORT = 1e-4
-"""Floor under a slot's support wherever it weighs something."""
+__all__ = [
+    "LEAST_SUPPORT",
+    "Candidates",
+    "Consolidation",
+    "Folding",
+    "Group",
+    "Grouping",
+    "Operator",
+    "Representative",
+    "Rules",
+    "consolidate",
+    "largest_core",
+    "merge_neighbours",
+]
+
 _RELATIVE_ZERO = 1e-12  # floor under the norms a cosine is divided by
-
-
-@dataclass(frozen=True)
-class Rules:
-    """How candidates are consolidated; the fields are the options of `reasonkv.methods.cask.CASK` of these names.
-
-    `promotion`, `value_gate` and `mass_gate` are off at 0.
-    """
-
-    core: Literal["vote", "score"] = "vote"
-    core_ratio: float = 0.5
-    core_least: int = 1
-    promotion: float = 0.0
-    fold: Folding = "neighbours"
-    operator: Operator = "keepkv"
-    representative: Representative = "score_max_source"
-    local_window: int = 32
-    similarity: float = 0.985
-    value_gate: float = 0.0
-    mass_gate: float = 0.0
-    phases: bool = True
-
-
-@dataclass(frozen=True)
-class Candidates:
-    """What is known of n candidates, oldest first.
-
-    Args:
-        scores: float64 [n], maximum over query heads.
-        supports: float64 [n], weight of a source slot beside its count.
-        counts: int [n], source tokens a slot stands for.
-        starts: int [n], first original position of a slot's span.
-        ends: int [n], last original position of it.
-        phases: int [n], phase of a slot.
-        vectors: float64 [n, D], what two slots are compared by.
-        values: float64 [n, M], projected values for the value gate, or None.
-        linked: bool [n], the candidate directly follows the one before it (nothing protected lies between).
-    """
-
-    scores: NDArray[np.float64]
-    supports: NDArray[np.float64]
-    counts: NDArray[np.int64]
-    starts: NDArray[np.int64]
-    ends: NDArray[np.int64]
-    phases: NDArray[np.int64]
-    vectors: NDArray[np.float64]
-    values: NDArray[np.float64] | None = None
-    linked: NDArray[np.bool_] | None = None
-
-    @property
-    def size(self) -> int:
-        """n."""
-        return len(self.scores)
-
-
-@dataclass(slots=True)  # not frozen: an event makes hundreds, and frozen ones take three times as long
-class Group:
-    """Neighbouring candidates first..last that become one slot, continued by `anchor` (their best-scored source)."""
-
-    first: int
-    last: int
-    anchor: int
-    count: int
-    support: float
-    score_mass: float
 
 
 @dataclass(frozen=True)
@@ -102,7 +56,7 @@ class Consolidation:
         feasible: False where no core size was; the best-scored candidates were kept then, and none folded.
     """
 
-    groups: tuple[Group, ...]
+    groups: Grouping
     core: tuple[int, ...]
     promoted: tuple[int, ...] = ()
     phases_relaxed: bool = False
@@ -144,8 +98,8 @@ def consolidate(candidates: Candidates, votes: Votes, slots: int, rules: Rules) 
             groups, phases_relaxed, mass_relaxed = found
             core_all = tuple(np.flatnonzero(protected).tolist())
             return Consolidation(groups, core_all, tuple(sorted(promoted)), phases_relaxed, mass_relaxed)
-    best = sorted(_best_first(candidates.scores)[:slots])
-    return Consolidation(tuple(single(candidates, i) for i in best), (), feasible=False)
+    best = np.sort(_best_first(candidates.scores)[:slots])
+    return Consolidation(Grouping.alone(candidates, best), (), feasible=False)
 
 
 def merge_neighbours(
@@ -157,7 +111,7 @@ def merge_neighbours(
     phases: bool,
     least_mass: float = float("inf"),
     drop_gate: bool = False,
-) -> tuple[list[Group], bool] | None:
+) -> tuple[Grouping, bool] | None:
     """Merge neighbouring scratch, best pair first, until `slots` groups are left.
 
     A pair's order is (tier, similarity), of equals the older first. Tier 2: close (within `local_window` positions)
@@ -183,30 +137,26 @@ def merge_neighbours(
 
     """
     n = candidates.size
-    scratch = np.flatnonzero(~is_core)
-    joined = _joins(candidates, is_core, phases).tolist()  # joined[i]: candidate i may merge with i - 1
+    is_first = ~is_core  # of a group
+    may_join = _joins(candidates, is_core, phases)  # of a candidate and the one before it
     may_evict = rules.fold == "similar"
-    if len(scratch) - sum(joined) > slots and not may_evict:
+    scratch = int(is_first.sum())
+    if scratch - int(may_join.sum()) > slots and not may_evict:
         return None  # more runs than slots
-    groups = _Groups(candidates, rules)
+    groups, joined = _Groups(candidates, rules), may_join.tolist()
     after = list(range(1, n + 1))  # first candidate of the group that follows, by the first of a group
     before = list(range(-1, n - 1))
     version = [0] * n  # of a group, by its first candidate; -1 once that is inside another group
-    heap: list[tuple[int, float, int, int, int]] = []
+    heap = groups.first_orders(may_join, least_mass)
+    heapq.heapify(heap)
 
     def offer(left: int, right: int) -> None:
         order = groups.order(left, right, least_mass)
         if order is not None:
             heapq.heappush(heap, (-order[0], -order[1], left, version[left], version[right]))
 
-    def offer_all() -> None:
-        for right in range(1, n):
-            if joined[right] and version[right] >= 0:
-                offer(before[right], right)
-
-    offer_all()
     dropped = False
-    surplus = len(scratch) - slots
+    surplus = scratch - slots
     while surplus > 0:
         if not heap:
             if may_evict:
@@ -214,7 +164,9 @@ def merge_neighbours(
             if dropped or not drop_gate or least_mass == float("inf"):
                 return None
             dropped, least_mass = True, float("inf")
-            offer_all()
+            for right in range(1, n):
+                if joined[right] and version[right] >= 0:
+                    offer(before[right], right)
             if not heap:
                 return None
         _, _, left, left_version, right_version = heapq.heappop(heap)
@@ -224,6 +176,7 @@ def merge_neighbours(
         groups.merge(left, right)
         version[left] += 1
         version[right] = -1
+        is_first[right] = False
         after[left] = after[right]
         surplus -= 1
         if after[left] < n:
@@ -232,35 +185,48 @@ def merge_neighbours(
                 offer(left, after[left])
         if joined[left]:
             offer(before[left], left)
-    firsts = [first for first in scratch.tolist() if version[first] >= 0]
+    firsts = np.flatnonzero(is_first)
     if surplus > 0:
-        firsts = sorted(sorted(firsts, key=lambda first: -groups.score[first])[:slots])
-    return [groups.group(first) for first in firsts], dropped
-
-
-def single(candidates: Candidates, index: int) -> Group:
-    """A candidate that stays alone."""
-    score, support = float(candidates.scores[index]), float(candidates.supports[index])
-    return Group(index, index, index, int(candidates.counts[index]), support, score)
+        firsts = np.sort(firsts[_best_first(groups.score[firsts])[:slots]])
+    return groups.grouping(firsts), dropped
 
 
 class _Groups:
     """The growing groups, by their first candidate."""
 
     def __init__(self, candidates: Candidates, rules: Rules) -> None:
-        self.rules = rules
-        self.score = candidates.scores.tolist()
-        self.score_mass = list(self.score)
-        self.support = candidates.supports.tolist()
-        self.count = candidates.counts.tolist()
-        self.start, self.end = candidates.starts.tolist(), candidates.ends.tolist()
-        self.anchor = list(range(candidates.size))
-        self.last = list(range(candidates.size))
+        self.rules, self.candidates = rules, candidates
+        # Arrays, although single entries are read: an event merges tens of groups, and has a thousand candidates.
+        self.score, self.support = candidates.scores.astype(np.float64), candidates.supports.astype(np.float64)
+        self.score_mass = self.score.copy()
+        self.count, self.start, self.end = candidates.counts.copy(), candidates.starts.copy(), candidates.ends.copy()
+        self.anchor, self.last = np.arange(candidates.size), np.arange(candidates.size)
         self.vector = candidates.vectors.copy()
         self.unit = _unit(self.vector)
         # of every candidate and the one before it, worked out at once while both are alone
-        self.similarity = [0.0, *(self.unit[:-1] * self.unit[1:]).sum(-1).tolist()]
+        self.similarity = np.zeros(candidates.size)
+        (self.unit[:-1] * self.unit[1:]).sum(-1, out=self.similarity[1:])
         self.value = None if candidates.values is None else candidates.values.copy()
+
+    def first_orders(self, joined: NDArray[np.bool_], least_mass: float) -> list[tuple[int, float, int, int, int]]:
+        """What `order` says of every candidate and the one before it where they may join, while all are alone.
+
+        As entries of the heap: (-tier, -similarity, left, 0, 0).
+        """
+        rules, known = self.rules, self.candidates
+        right = np.flatnonzero(joined)
+        if self.value is not None and rules.value_gate > 0.0:
+            orders = [(i - 1, self.order(i - 1, i, least_mass)) for i in right.tolist()]
+            return [(-order[0], -order[1], left, 0, 0) for left, order in orders if order is not None]
+        left = right - 1
+        similarity = self.similarity[right]
+        is_close = known.starts[right] - known.ends[left] <= rules.local_window
+        tier = np.where(is_close, np.where(similarity >= rules.similarity, 2, 1), 0)
+        allowed = ~(known.scores[left] + known.scores[right] > least_mass)
+        if rules.fold == "similar":
+            allowed &= tier == 2
+        columns = ((-tier)[allowed].tolist(), (-similarity)[allowed].tolist(), left[allowed].tolist())
+        return [(*entry, 0, 0) for entry in zip(*columns, strict=True)]
 
     def order(self, left: int, right: int, least_mass: float) -> tuple[int, float] | None:
         """(tier, similarity) of a pair, None where a gate forbids it."""
@@ -274,7 +240,7 @@ class _Groups:
         if self.last[left] == left == right - 1 and self.last[right] == right:
             similarity = self.similarity[right]
         else:
-            similarity = float((self.unit[left] * self.unit[right]).sum())
+            similarity = float(np.add.reduce(self.unit[left] * self.unit[right]))
         gap = max(0, self.start[right] - self.end[left])
         tier = 0 if gap > rules.local_window else 2 if similarity >= rules.similarity else 1
         return None if rules.fold == "similar" and tier < 2 else (tier, similarity)
@@ -303,10 +269,14 @@ class _Groups:
         self.end[left] = max(self.end[left], self.end[right])
         self.last[left] = self.last[right]
 
+    def grouping(self, firsts: NDArray[np.int64]) -> Grouping:
+        """The groups that start with `firsts`."""
+        last, anchor, count = self.last[firsts], self.anchor[firsts], self.count[firsts].astype(np.int64)
+        return Grouping(firsts, last, anchor, count, self.support[firsts], self.score_mass[firsts])
+
     def group(self, first: int) -> Group:
-        return Group(
-            first, self.last[first], self.anchor[first], self.count[first], self.support[first], self.score_mass[first]
-        )
+        """One of them."""
+        return self.grouping(np.asarray([first]))[0]
 
 
 def _unit(vectors: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -315,9 +285,9 @@ def _unit(vectors: NDArray[np.float64]) -> NDArray[np.float64]:
     return unit
 
 
-def _best_first(scores: NDArray[np.float64]) -> list[int]:
+def _best_first(scores: NDArray[np.float64]) -> NDArray[np.int64]:
     """Indices by falling score; of equals the earlier first."""
-    best: list[int] = np.argsort(-scores, kind="stable").tolist()
+    best: NDArray[np.int64] = np.argsort(-scores, kind="stable")
     return best
 
 
@@ -325,7 +295,8 @@ def _core(scores: NDArray[np.float64], votes: Votes, size: int, rules: Rules) ->
     if size == 0:
         return []
     if rules.core == "score":
-        return _best_first(scores)[:size]
+        best: list[int] = _best_first(scores)[:size].tolist()
+        return best
     order: list[int] = np.lexsort((-scores, -votes.count(size))).tolist()  # stable: of equals the earlier first
     return order[:size]
 
@@ -335,7 +306,7 @@ def _promoted(scores: NDArray[np.float64], core: list[int], slots: int, rules: R
         return []
     least = rules.promotion * float(scores[core].min())
     chosen = set(core)
-    worthy = [i for i in _best_first(scores) if i not in chosen and scores[i] >= least]
+    worthy = [i for i in _best_first(scores).tolist() if i not in chosen and scores[i] >= least]
     return worthy[: max(0, slots - len(core) - 1)]
 
 
@@ -353,7 +324,7 @@ def _joins(candidates: Candidates, is_core: NDArray[np.bool_], phases: bool) -> 
 
 def _merge(
     candidates: Candidates, protected: NDArray[np.bool_], scratch_slots: int, slots: int, rules: Rules
-) -> tuple[tuple[Group, ...], bool, bool] | None:
+) -> tuple[Grouping, bool, bool] | None:
     """Groups, phases relaxed, mass gate relaxed; None where the scratch does not fit."""
     gate = float("inf")
     if rules.mass_gate > 0.0:
@@ -364,8 +335,7 @@ def _merge(
             candidates, protected, scratch_slots, rules, phases=phases, least_mass=gate, drop_gate=not phases
         )
         if merged is not None:
-            alone = [single(candidates, i) for i in np.flatnonzero(protected).tolist()]
-            groups = tuple(sorted([*merged[0], *alone], key=lambda group: group.first))
+            groups = merged[0].merged_with(Grouping.alone(candidates, np.flatnonzero(protected)))
             return groups, rules.phases and not phases, merged[1]
     return None
 
@@ -374,7 +344,8 @@ def _evict(
     candidates: Candidates, protected: NDArray[np.bool_], promoted: Sequence[int], scratch_slots: int
 ) -> Consolidation:
     """Keep the best-scored scratch and fold nothing."""
-    scratch = [i for i in _best_first(candidates.scores) if not protected[i]][:scratch_slots]
-    core = np.flatnonzero(protected).tolist()
-    kept = sorted([*core, *scratch])
-    return Consolidation(tuple(single(candidates, i) for i in kept), tuple(core), tuple(sorted(promoted)))
+    best = _best_first(candidates.scores)
+    kept = protected.copy()
+    kept[best[~protected[best]][:scratch_slots]] = True
+    core = tuple(np.flatnonzero(protected).tolist())
+    return Consolidation(Grouping.alone(candidates, np.flatnonzero(kept)), core, tuple(sorted(promoted)))

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from reasonkv.methods.cask_plan import LEAST_SUPPORT, Candidates, Consolidation, Group, Rules, consolidate
+from reasonkv.methods.cask_plan import LEAST_SUPPORT, Candidates, Consolidation, Grouping, Rules, consolidate
 from reasonkv.methods.cask_votes import Votes
 from reasonkv.plan import PlanError
 
@@ -147,11 +147,11 @@ def plan_row(row: RowSlots, keep: int, shares: Shares, rules: Rules) -> RowPlan:
         candidates = np.flatnonzero(~stays[prefix:]) + prefix
         slots = keep - int(stays.sum())
     if slots >= len(candidates):
-        return _assemble(row, shares, rules, stays, candidates, [_alone(i) for i in range(len(candidates))], guards)
+        return _assemble(row, shares, rules, stays, candidates, _alone(range(len(candidates))), guards)
     if slots <= 1:
         guards.append(MERGE_INACTIVE)
         last = range(len(candidates) - slots, len(candidates))
-        return _assemble(row, shares, rules, stays, candidates, [_alone(i) for i in last], guards)
+        return _assemble(row, shares, rules, stays, candidates, _alone(last), guards)
 
     index = torch.as_tensor(candidates, device=row.scores_MN.device)
     scores_Mn = row.scores_MN.index_select(1, index)
@@ -247,11 +247,14 @@ def _newest(row: RowSlots, keep: int, guards: list[str]) -> RowPlan:
     older = np.flatnonzero(~stays)
     stays[older[len(older) - (keep - int(stays.sum())) :]] = True
     nothing = np.empty(0, dtype=np.int64)
-    return _assemble(row, Shares(), Rules(), stays, nothing, [], guards)
+    return _assemble(row, Shares(), Rules(), stays, nothing, _alone(range(0)), guards)
 
 
-def _alone(index: int) -> Group:
-    return Group(index, index, index, 1, 1.0, 0.0)
+def _alone(candidates: range) -> Grouping:
+    """Candidates that stay as they are."""
+    index = np.asarray(candidates, dtype=np.int64)
+    ones = np.ones(len(index))
+    return Grouping(index, index, index, np.ones_like(index), ones, np.zeros_like(ones))
 
 
 def _assemble(
@@ -260,7 +263,7 @@ def _assemble(
     rules: Rules,
     stays_N: NDArray[np.bool_],
     candidates: NDArray[np.int64],
-    groups: tuple[Group, ...] | list[Group],
+    groups: Grouping,
     guards: list[str],
     supports_n: NDArray[np.float64] | None = None,
     consolidation: Consolidation | None = None,
@@ -268,9 +271,8 @@ def _assemble(
     """Kept slots, fold targets and weights from what stays as it is and from the groups of candidates."""
     N = len(stays_N)
     latest = rules.representative == "weighted_latest"
-    first_g = np.asarray([group.first for group in groups], dtype=np.int64)
-    last_g = np.asarray([group.last for group in groups], dtype=np.int64)
-    chosen_g = last_g if latest else np.asarray([group.anchor for group in groups], dtype=np.int64)
+    first_g, last_g = groups.first, groups.last
+    chosen_g = last_g if latest else groups.anchor
     kept_N = stays_N.copy()
     kept_N[candidates[chosen_g]] = True
     kept_K = np.flatnonzero(kept_N)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from reasonkv.methods.base import Method, Needs, SlotState
 from reasonkv.plan import Plan
-from reasonkv.selection import check_window, fill_window, head_blocks, top_k_slots, upcast
+from reasonkv.selection import attention_blocks, check_window, fill_window, later_slots, top_k_slots, upcast
 from reasonkv.view import SlotView
 
 _UNKNOWN = -1.0  # state of a slot whose norm has not been taken; norms are never negative
@@ -166,16 +166,11 @@ def neighbour_sums(x: Tensor, kernel: int) -> Tensor:
 def window_votes(view: SlotView, kernel: int) -> WindowVotes:
     """Steps 1 and 2 up to the maximum; the softmax runs over all slots, causally, as in the model."""
     queries_RgTD, keys_RND = view.queries_BHgTD().flatten(0, 1), view.keys_BHND.flatten(0, 1)
-    (R, g, T, _), N = queries_RgTD.shape, keys_RND.shape[1]
+    T, N = queries_RgTD.shape[2], keys_RND.shape[1]
     n = N - T
-    assert view.query_positions_BT is not None
-    later_RTT = (view.positions_BHN[:, :, None, n:] > view.query_positions_BT[:, None, :, None]).flatten(0, 1)
     worst, mean, edge = [], [], []
-    for block in head_blocks(R, g * T * N, keys_RND.device):
-        queries = upcast(queries_RgTD[block]).flatten(1, 2) * view.scaling
-        logits_RgTN = (queries @ upcast(keys_RND[block]).mT).view(-1, g, T, N)
-        logits_RgTN[..., n:].masked_fill_(later_RTT[block, None], float("-inf"))
-        attention_RgTn = logits_RgTN.softmax(-1)[..., :n]
+    for _, attention_RgTN in attention_blocks(queries_RgTD, keys_RND, view.scaling, later_slots(view)):
+        attention_RgTn = attention_RgTN[..., :n]
         sums_RgT1 = attention_RgTn.sum(-1, keepdim=True)
         pooled_RgTn = neighbour_sums(attention_RgTn, kernel)
         least = torch.finfo(pooled_RgTn.dtype).tiny  # a row without any attention to old slots stays without

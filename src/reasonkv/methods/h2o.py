@@ -10,7 +10,7 @@ from torch import Tensor
 
 from reasonkv.methods.base import Method, Needs, Observed, SlotState
 from reasonkv.plan import Plan
-from reasonkv.selection import group_mean, head_blocks, top_k_slots, upcast
+from reasonkv.selection import attention_blocks, group_mean, top_k_slots, upcast
 from reasonkv.view import SlotView
 
 _FRESH = -1.0  # state of a slot that no event has seen; attention is never negative
@@ -120,19 +120,14 @@ def received(view: SlotView, queries_BHqTD: Tensor, positions_BT: Tensor, counts
     slots_R1N = view.positions_BHN.flatten(0, 1)[:, None, old:]
     positions_RT1 = positions_BT.repeat_interleave(H, 0)[..., None]
     ignored_R1T1 = ~counts_BT.repeat_interleave(H, 0)[:, None, :, None]
-    parts = []
-    for block in head_blocks(B * H, g * min(T, _QUERIES_AT_ONCE) * N, keys_RND.device):
-        keys_RDN = upcast(keys_RND[block]).mT
-        # In float64: sums of thousands of queries, and no trace of the pieces they came in after rounding.
-        total_RgN = torch.zeros(keys_RDN.shape[0], g, N, dtype=torch.float64, device=keys_RND.device)
-        for start in range(0, T, _QUERIES_AT_ONCE):
-            at = slice(start, start + _QUERIES_AT_ONCE)
-            queries_RqD = upcast(queries_RgTD[block, :, at]).flatten(1, 2) * view.scaling
-            logits_RgTN = (queries_RqD @ keys_RDN).view(len(keys_RDN), g, -1, N)
-            later_RTN = slots_R1N[block] > positions_RT1[block, at]
-            logits_RgTN[..., old:].masked_fill_(later_RTN[:, None], float("-inf"))
-            # a query that is ignored may have no slot left to see: its row is NaN, and is filled
-            attention_RgTN = logits_RgTN.softmax(-1).masked_fill_(ignored_R1T1[block, :, at], 0.0)
-            total_RgN += attention_RgTN.sum(2, dtype=torch.float64)
-        parts.append(total_RgN)
-    return group_mean(torch.cat(parts).view(B, H, g, N)).to(upcast(view.keys_BHND[:0]).dtype)
+    # In float64: sums of thousands of queries, and no trace of the pieces they came in after rounding.
+    ignores = not bool(counts_BT.all())
+    total_RgN = torch.zeros(B * H, g, N, dtype=torch.float64, device=keys_RND.device)
+    for start in range(0, T, _QUERIES_AT_ONCE):
+        at = slice(start, start + _QUERIES_AT_ONCE)
+        later_RTn = slots_R1N > positions_RT1[:, at]
+        for block, attention_RgTN in attention_blocks(queries_RgTD[:, :, at], keys_RND, view.scaling, later_RTn):
+            if ignores:  # an ignored query may have no slot left to see: its row is NaN, and is filled
+                attention_RgTN.masked_fill_(ignored_R1T1[block, :, at], 0.0)
+            total_RgN[block] += attention_RgTN.sum(2, dtype=torch.float64)
+    return group_mean(total_RgN.view(B, H, g, N)).to(upcast(view.keys_BHND[:0]).dtype)

@@ -11,7 +11,7 @@ from torch import Tensor
 from reasonkv.budget import Budget, Window
 from reasonkv.methods.base import Method, Needs
 from reasonkv.plan import Plan
-from reasonkv.selection import group_mean, head_blocks, top_k_slots, upcast
+from reasonkv.selection import attention_blocks, group_mean, top_k_slots
 from reasonkv.view import SlotView
 
 
@@ -99,7 +99,7 @@ class Kara(Method):
 
         """
         queries_RgTD = view.queries_BHgTD().flatten(0, 1)
-        (R, g, T, _), M = queries_RgTD.shape, window_BHM.shape[2]
+        M = window_BHM.shape[2]
         rows_B11, heads_H1 = (torch.arange(n, device=window_BHM.device) for n in window_BHM.shape[:2])
         keys_RMD = view.keys_BHND[rows_B11[:, None, None], heads_H1[:, None], window_BHM].flatten(0, 1)
         position_RM = view.positions_BHN.gather(2, window_BHM).flatten(0, 1)
@@ -114,20 +114,21 @@ class Kara(Method):
             own_RT = votes_RT & (asks_RT <= last_R1)
             votes_RT = torch.where(own_RT.any(-1, keepdim=True), own_RT, votes_RT)
 
-        parts, has_fillers = [], bool(filler_RM.any())
-        for block in head_blocks(R, g * T * M, keys_RMD.device):
-            queries = upcast(queries_RgTD[block]).flatten(1, 2) * view.scaling
-            logits_rgTM = (queries @ upcast(keys_RMD[block]).mT).view(-1, g, T, M)
+        has_fillers = bool(filler_RM.any())
+
+        def hide(block: slice, logits_rgTM: Tensor) -> None:
             if has_fillers:
                 logits_rgTM.masked_fill_(filler_RM[block, None, None], float("-inf"))
             if self.causal:  # queries that do not vote see everything, so that none is left without a slot
                 later_rTM = position_RM[block, None, :] > asks_RT[block, :, None]
                 logits_rgTM.masked_fill_((later_rTM & votes_RT[block, :, None])[:, None], float("-inf"))
-            attention_rgTM = logits_rgTM.softmax(-1)
+
+        parts = []
+        for block, attention_rgTM in attention_blocks(queries_RgTD, keys_RMD, view.scaling, hide=hide):
             vote_r11T = votes_RT[block, None, None].to(attention_rgTM.dtype)
             parts.append((vote_r11T @ attention_rgTM)[:, :, 0] / vote_r11T.sum(-1))
         attention_RgM = torch.cat(parts)
-        return group_mean(attention_RgM.view(*window_BHM.shape[:2], g, M))
+        return group_mean(attention_RgM.view(*window_BHM.shape[:2], -1, M))
 
 
 def chunked_top_k(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -32,7 +33,10 @@ class KeyDiff(ScorerMethod):
 
 
 def cosine_with_anchor(keys_RND: Tensor) -> Tensor:
-    """Cosine of every key with the mean of the normalised keys of its head: [R, N, D] to [R, N]."""
-    unit_RND = functional.normalize(keys_RND, dim=-1)
-    anchor_R1D = functional.normalize(unit_RND.mean(dim=1, keepdim=True), dim=-1)
-    return (anchor_R1D @ unit_RND.mT).squeeze(1)
+    """Cosine of every key with the mean of the normalised keys of its head: [R, N, D] to [R, N].
+
+    Keys are divided by their norms inside the two products, so that no normalised copy of them is made.
+    """
+    inverse_R1N = 1.0 / torch.linalg.vector_norm(keys_RND, dim=-1).clamp(min=1e-12)[:, None]
+    anchor_R1D = functional.normalize(inverse_R1N @ keys_RND, dim=-1)  # the sum points where the mean does
+    return (anchor_R1D @ keys_RND.mT * inverse_R1N).squeeze(1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rich import box
 from rich.table import Table
@@ -10,7 +10,9 @@ from rich.table import Table
 from reasonkv.evaluate.accuracy import AccuracyRow
 from reasonkv.evaluate.answers import AnswerRecord
 from reasonkv.evaluate.generate import Sampling
-from reasonkv.report.wording import budget_sentence, difference_text, estimate_text, seeds_sentence
+from reasonkv.evaluate.statistics import Estimate
+from reasonkv.report.cohorts import Cell, rule_sentence, what_was_read
+from reasonkv.report.wording import difference_text, estimate_text, seeds_sentence
 
 _HEADINGS = (
     "budget", "n", "accuracy %", "vs full", "vs random", "cut off %", "tokens", "loops %", "differ %", "first at",
@@ -19,16 +21,20 @@ _HEADINGS = (
 _WHOLE = {"accuracy %", "vs full", "vs random"}  # columns whose cells hold spaces
 
 
-def answers_tables(rows: Sequence[AccuracyRow]) -> list[Table]:
+def answers_tables(rows: Sequence[AccuracyRow], answers: Sequence[AnswerRecord] = ()) -> list[Table]:
     """One table per task; full KV first, then methods in their order.
 
     Args:
         rows: from `summarize_answers`.
+        answers: the records behind them, for what methods read that hold everything and select.
     """
-    return [_table(task, [row for row in rows if row.task == task]) for task in dict.fromkeys(r.task for r in rows)]
+    read = what_was_read(answers)
+    tasks = dict.fromkeys(row.task for row in rows)
+    return [_table(task, [row for row in rows if row.task == task], read) for task in tasks]
 
 
-def _table(task: str, rows: Sequence[AccuracyRow]) -> Table:
+def _table(task: str, rows: Sequence[AccuracyRow], read: Mapping[Cell, dict[str, Estimate]]) -> Table:
+    selects = any(cell[0] == task for cell in read)
     table = Table(
         title=task,
         title_justify="left",
@@ -38,13 +44,15 @@ def _table(task: str, rows: Sequence[AccuracyRow]) -> Table:
         padding=(0, 1, 0, 0),
     )
     table.add_column("method", no_wrap=True)
-    for heading in _HEADINGS:
-        table.add_column(heading, justify="right", no_wrap=heading in _WHOLE)
+    for heading in (*_HEADINGS, *(("slots read",) if selects else ())):
+        whole_words = max(map(len, heading.split()))
+        table.add_column(heading, justify="right", no_wrap=heading in _WHOLE, min_width=whole_words)
     previous = None
     for row in sorted(rows, key=lambda row: row.budget is not None):
         if previous is not None and row.method != previous:
             table.add_section()
         e = row.estimates
+        chosen = read.get((row.task, row.method, row.tokens))
         table.add_row(
             row.method if row.method != previous else "",
             "-" if row.tokens is None else f"{row.tokens:,}",
@@ -60,6 +68,7 @@ def _table(task: str, rows: Sequence[AccuracyRow]) -> Table:
             f"{e['physical_mean'].mean:,.0f}",
             f"{e['physical_peak'].mean:,.0f}",
             f"{e['saved_bytes'].mean * 100:.1f}",
+            *([f"{chosen['slots_read_mean'].mean:,.0f}" if chosen else "all"] if selects else []),
         )
         previous = row.method
     return table
@@ -87,8 +96,7 @@ def answers_caption(answers: Sequence[AnswerRecord], sampling: Sampling | None =
         f"three times or more in a row. differ: outputs that are not full KV's; first at: the median token at which "
         f"they leave it."
     ]
-    budgets = [one.budget for one in answers if one.budget]
-    if budgets:
-        sentences.append(budget_sentence(budgets[0]))
+    if any(one.budget for one in answers):
+        sentences.append(rule_sentence(answers))
     sentences.append(seeds_sentence({one.seed for one in answers}))
     return " ".join(sentences)

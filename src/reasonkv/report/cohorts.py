@@ -9,13 +9,16 @@ from typing import Any
 
 from reasonkv.evaluate.accuracy import summarize_answers
 from reasonkv.evaluate.answers import AnswerRecord
-from reasonkv.evaluate.frontier import regime
 from reasonkv.evaluate.records import Record
 from reasonkv.evaluate.results import Results
 from reasonkv.evaluate.statistics import Difference, Estimate, clustered_mean
-from reasonkv.evaluate.summary import method_labels, summarize
+from reasonkv.evaluate.summary import READ, method_labels, summarize
+from reasonkv.report.regimes import SELECTING, regime_of
+from reasonkv.report.wording import budget_sentence
 
 Line = Record | AnswerRecord
+Cell = tuple[str, str, int | None]
+"""Task, label of the method, tokens of the budget."""
 UNBOUNDED = "full KV"
 """What stands in the regime column of full KV's own rows."""
 
@@ -70,6 +73,22 @@ class Cohort:
         """Whether no method may drop the prompt."""
         return self.rule.get("prompt") in {"keep", "on_top"}
 
+    @property
+    def selecting(self) -> list[str]:
+        """Labels of the methods that hold everything and read a part of it."""
+        return list(dict.fromkeys(row.method for row in self.rows if row.regime == SELECTING))
+
+    @property
+    def padded(self) -> list[str]:
+        """Labels of the methods that drop slots and hold padding, which nothing attends to."""
+        found = [row for row in self.rows if row.regime != SELECTING and "slots_read_mean" in row.estimates]
+        return list(dict.fromkeys(row.method for row in found))
+
+    @property
+    def evicts(self) -> bool:
+        """Whether any bounded method drops slots."""
+        return any(row.regime not in {UNBOUNDED, SELECTING} for row in self.rows)
+
     def same_problems(self, other: Cohort) -> bool:
         """Whether the other ran the same kind of job on the same model and problems, so that rows may be shared."""
         mine, theirs = self.results.manifest, other.results.manifest
@@ -99,6 +118,26 @@ def labels_of(records: Sequence[Line]) -> list[str]:
     return [known[json.dumps([one.method, one.options], sort_keys=True)] for one in records]
 
 
+def selecting_labels(records: Sequence[Line]) -> list[str]:
+    """Labels of the methods that hold everything and read a part of it, each once."""
+    return list(dict.fromkeys(labels_of([one for one in records if one.selects])))
+
+
+def padded_labels(records: Sequence[Line]) -> list[str]:
+    """Labels of the methods that drop slots and hold padding, which nothing attends to, each once."""
+    found = [one for one in records if one.slots_read_mean is not None and not one.selects]
+    return list(dict.fromkeys(labels_of(found)))
+
+
+def rule_sentence(records: Sequence[Line]) -> str:
+    """What the budget of some records counts, those of one rule; nothing where only full KV ran."""
+    bounded = [one for one in records if one.budget is not None]
+    if not bounded or bounded[0].budget is None:
+        return ""
+    evicting = any(not one.selects for one in bounded)
+    return budget_sentence(bounded[0].budget, selecting_labels(bounded), padded_labels(bounded), evicting=evicting)
+
+
 def _of_folder(results: Results, records: Sequence[Line]) -> list[Cohort]:
     full = [record for record in records if record.budget is None]
     rules: dict[str, list[Line]] = {}
@@ -113,7 +152,7 @@ def _of_folder(results: Results, records: Sequence[Line]) -> list[Cohort]:
 def _by_regime(full: Sequence[Line], members: Sequence[Line]) -> list[SummaryRow]:
     split: dict[str, list[Line]] = {}
     for record in members:
-        split.setdefault(str(regime(record)), []).append(record)
+        split.setdefault(regime_of(record), []).append(record)
     # full KV stands in every part, so that differences to it pair the very problems of that part
     rows = _rows(full, UNBOUNDED)
     for name, part in split.items():
@@ -130,7 +169,9 @@ def _rows(records: Sequence[Line], name: str) -> list[SummaryRow]:
     held = _means(records, lambda one: one.bytes_held)
     answer = _means(replayed, lambda one: one.answer_top1 if isinstance(one, Record) else None)
     rows = []
+    read = what_was_read(answers)
     for row in summarize_answers(answers):
+        cell = (row.task, row.method, row.tokens)
         rows.append(
             SummaryRow(
                 name,
@@ -138,7 +179,7 @@ def _rows(records: Sequence[Line], name: str) -> list[SummaryRow]:
                 row.method,
                 row.tokens,
                 row.n,
-                {**row.estimates, "bytes_held": held[row.task, row.method, row.tokens]},
+                {**row.estimates, "bytes_held": held[cell]} | read.get(cell, {}),
                 {"correct": row.versus_full} if row.versus_full else {},
                 {"correct": row.versus_random} if row.versus_random else {},
             )
@@ -158,11 +199,18 @@ def _rows(records: Sequence[Line], name: str) -> list[SummaryRow]:
     return rows
 
 
-def _means(
-    records: Sequence[Line], value: Callable[[Line], float | None]
-) -> dict[tuple[str, str, int | None], Estimate]:
+def what_was_read(records: Sequence[Line]) -> dict[Cell, dict[str, Estimate]]:
+    """Slots and bytes read per decoded token by task, method and budget, where that is not all that is held."""
+    found: dict[Cell, dict[str, Estimate]] = {}
+    for name in READ:
+        for cell, one in _means(records, lambda record, name=name: getattr(record, name)).items():  # type: ignore[misc]
+            found.setdefault(cell, {})[name] = one
+    return found
+
+
+def _means(records: Sequence[Line], value: Callable[[Line], float | None]) -> dict[Cell, Estimate]:
     """The mean of a value by task, method and budget, over the records that have it."""
-    cells: dict[tuple[str, str, int | None], list[tuple[float, int]]] = {}
+    cells: dict[Cell, list[tuple[float, int]]] = {}
     for record, label in zip(records, labels_of(records), strict=True):
         found = value(record)
         if found is not None:

@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from reasonkv.evaluate.answers import AnswerRecord
-from reasonkv.evaluate.frontier import regime
 from reasonkv.evaluate.records import Record
 from reasonkv.evaluate.statistics import Difference, Estimate
 from reasonkv.report.cohorts import SummaryRow, labels_of
 from reasonkv.report.measures import DIAGNOSTICS, EVALUATE, REPLAY, Metric
+from reasonkv.report.regimes import regime_of
 
 TAIL = 120
 """Characters of an output's end that the record table shows."""
@@ -74,7 +74,7 @@ def record_table(records: Sequence[Record] | Sequence[AnswerRecord]) -> dict[str
             "regime",
             "regime",
             "how the budget met the trace",
-            ["full KV" if one.budget is None else str(regime(one)) for one in records],
+            ["full KV" if one.budget is None else regime_of(one) for one in records],
         ),
     ]
     simple: list[tuple[str, str, str, Callable[[Any], Any], int, float]] = [
@@ -126,7 +126,7 @@ def record_table(records: Sequence[Record] | Sequence[AnswerRecord]) -> dict[str
             ),
         ]
     simple += [
-        ("physical_mean", "mean slots", "slots read per output token", lambda r: r.physical_mean, 0, 1),
+        ("physical_mean", "mean slots", "slots held per output token", lambda r: r.physical_mean, 0, 1),
         ("physical_peak", "peak slots", "most slots held at once", lambda r: r.physical_peak, 0, 1),
         ("bytes_held", "KiB held", "held at the end, method state included", lambda r: r.bytes_held, 0, 1 / 1024),
         ("bytes_full", "KiB full KV", "what full KV would hold at the end", lambda r: r.bytes_full, 0, 1 / 1024),

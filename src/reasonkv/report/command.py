@@ -39,10 +39,11 @@ def command(manifest: Mapping[str, Any]) -> str:
     elif any("retention" in one for one in budgets):
         if not arguments.get("mean_slots"):
             flags["--retention"] = [one["retention"] for one in budgets]
-        budgets = [{"window": budgets[0]["size"], "window_buffer": budgets[0]["buffer"]}]
     elif not arguments.get("mean_slots"):
         flags["--budgets"] = [one["tokens"] for one in budgets]
     rule = arguments["rule"] if searched else budgets[0] if budgets else {}
+    if "size" in rule:  # the other fields of a window follow from these
+        rule = {"window": rule["size"], "window_buffer": rule["buffer"]}
     flags |= {_RULE.get(key, _flag(key)): value for key, value in rule.items() if key != "tokens"}
     if traces:
         flags["--max-new-tokens"] = traces.get("max_new_tokens")

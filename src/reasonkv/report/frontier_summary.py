@@ -19,13 +19,13 @@ from reasonkv.evaluate.frontier import (
     Target,
     UsableBudget,
     measured_points,
-    regime,
     usable_budget,
 )
 from reasonkv.evaluate.records import Record
 from reasonkv.evaluate.statistics import estimate
 from reasonkv.report import frontier_tables as tables
-from reasonkv.report.regimes import DECODE_ACTIVE
+from reasonkv.report.cohorts import selecting_labels
+from reasonkv.report.regimes import DECODE_ACTIVE, regime_of
 
 
 @dataclass(frozen=True)
@@ -115,11 +115,14 @@ def summarize_frontier(
     points = measured_points(records, target.metric)
     active = [point for point in points if point.regime == DECODE_ACTIVE]
     usable: dict[tuple[str, str, str], UsableBudget | str] = {}
+    selecting = selecting_labels(records)
     for point in points:
         key = (point.task, point.method, point.rule)
         if key not in usable:
             own = [one for one in active if (one.task, one.method, one.rule) == key]
-            if not own:
+            if point.method in selecting:
+                usable[key] = tables.SELECTS
+            elif not own:
                 usable[key] = tables.NO_RECORD
             elif all(says_nothing(target, one) for one in own):
                 usable[key] = f"full KV's {target.metric} is 0"
@@ -128,7 +131,7 @@ def summarize_frontier(
     counts: dict[str, Counter[str]] = {}
     for record in records:
         if record.budget is not None:
-            counts.setdefault(record.task, Counter())[regime(record)] += 1
+            counts.setdefault(record.task, Counter())[regime_of(record)] += 1
     # every task's pairs stand in one family of tests, so that Holm's correction covers all that is shown
     if pair is None:
         found = crossings(active, target.metric, axis=axis, seed=seed)

@@ -12,7 +12,7 @@ from rich.table import Table
 from reasonkv.evaluate.bisection import Search
 from reasonkv.evaluate.crossings import Comparison
 from reasonkv.evaluate.frontier import Axis, Point, Target, UsableBudget
-from reasonkv.report.regimes import DECODE_ACTIVE, MEANING
+from reasonkv.report.regimes import DECODE_ACTIVE, MEANING, SELECTING
 
 UNITS = {
     "tokens": "budget, slots per KV head after a compaction",
@@ -20,6 +20,7 @@ UNITS = {
     "bytes_held": "bytes held at the end",
 }
 NO_RECORD = "no decode-active record"
+SELECTS = "holds everything: its budget is what it reads"
 _SCALE = {"top1": 100.0, "accuracy": 100.0}
 SHOWN = 12
 """Crossings shown to people; JSON has all."""
@@ -158,16 +159,18 @@ def crossings_sentence(found: Sequence[Comparison], between: tuple[str, str] | N
     return text + (f" The surest {SHOWN} are shown; --json has all." if len(found) > SHOWN else "")
 
 
-def search_tables(searches: Sequence[Search]) -> list[Table]:
+def search_tables(searches: Sequence[Search], window: int | None = None) -> list[Table]:
     """One table per task: what a search by bisection found.
 
     Args:
         searches: from `search_budgets`.
+        window: size of the windows whose kept slots were searched, if any.
     """
     found = []
     for task in dict.fromkeys(one.task for one in searches):
         own = [one for one in searches if one.task == task]
-        table = _table(f"{task}: usable budget for {own[0].target}")
+        of = "" if window is None else f", in slots kept of every {window:,}"
+        table = _table(f"{task}: usable budget for {own[0].target}{of}")
         table.add_column("method", no_wrap=True)
         for heading in ("missed", "kept", "usable", "95 % interval"):
             table.add_column(heading, justify="right", no_wrap=True)
@@ -227,10 +230,11 @@ def regime_table(counts: Mapping[str, Mapping[str, int]]) -> Table:
     """
     table = _table("Bounded records by regime")
     table.add_column("task")
-    for name in MEANING:
+    names = [name for name in MEANING if name != SELECTING or any(name in own for own in counts.values())]
+    for name in names:
         table.add_column(name, justify="right")
     for task, own in counts.items():
-        table.add_row(task, *(f"{own.get(name, 0):,}" for name in MEANING))
+        table.add_row(task, *(f"{own.get(name, 0):,}" for name in names))
     return table
 
 

@@ -6,18 +6,20 @@ from html import escape
 
 from reasonkv.report.cohorts import UNBOUNDED, Cohort, SummaryRow
 from reasonkv.report.narrative import MAIN
-from reasonkv.report.regimes import DECODE_ACTIVE
+from reasonkv.report.regimes import DECODE_ACTIVE, SELECTING
 from reasonkv.report.wording import estimate_text
 
 
 def glance(cohort: Cohort) -> str:
-    """The main metric of every method on every task, decode-active records only, one table per budget; HTML.
+    """The main metric of every method on every task, one table per budget; HTML.
 
+    Of methods that drop slots decode-active records only, and below them those that hold everything and select.
     Budgets that were solved for a mean differ by task, so tables go by rank: each task's smallest budget first.
     """
     tasks = list(dict.fromkeys(row.task for row in cohort.rows))
     full = {row.task: row for row in cohort.rows if row.regime == UNBOUNDED}
-    active = [row for row in cohort.rows if row.regime == DECODE_ACTIVE]
+    active = [row for row in cohort.rows if row.regime in {DECODE_ACTIVE, SELECTING}]
+    active.sort(key=lambda row: row.regime == SELECTING)
     budgets = {task: sorted({row.tokens or 0 for row in active if row.task == task}) for task in tasks}
     deepest = max(map(len, budgets.values()), default=0)
     name = MAIN[cohort.kind][1]
@@ -33,8 +35,9 @@ def glance(cohort: Cohort) -> str:
         head = "".join(f'<th scope="col">{escape(task)}</th>' for task in tasks)
         rows = [_line("full KV", [full.get(task) for task in tasks], full, cohort, "full")]
         rows += [_line(one, [here.get((one, task)) for task in tasks], full, cohort) for one in methods]
-        saved = "".join(f"<td>{_saved([row for (_, at), row in here.items() if at == task])}</td>" for task in tasks)
-        foot = f'<tfoot><tr><th scope="row">saved bytes</th>{saved}</tr></tfoot>' if here else ""
+        dropping = [row for row in here.values() if row.regime == DECODE_ACTIVE]
+        saved = "".join(f"<td>{_saved([row for row in dropping if row.task == task])}</td>" for task in tasks)
+        foot = f'<tfoot><tr><th scope="row">saved bytes</th>{saved}</tr></tfoot>' if dropping else ""
         caption = f"{name}, % ± one standard error" + (f", at {title}" if title else "")
         tables.append(
             f'<div class="table-frame glance" data-budget="{escape(title)}" tabindex="0" role="region" '
@@ -62,12 +65,16 @@ def _line(
             f'<span class="bar" aria-hidden="true"><b style="width:{100 * min(1, max(0, one.mean)):.1f}%"></b>{mark}'
             "</span></td>"
         )
-    return f'<tr class="{style}"><th scope="row">{escape(label)}</th>{"".join(cells)}</tr>'
+    read = [row.estimates["slots_read_mean"].mean for row in rows if row and row.regime == SELECTING]
+    aside = f" <small>holds all, reads {_span(read, '{:,.0f}')} slots</small>" if read else ""
+    return f'<tr class="{style}"><th scope="row">{escape(label)}{aside}</th>{"".join(cells)}</tr>'
 
 
 def _saved(rows: list[SummaryRow]) -> str:
     shares = [row.estimates["saved_bytes"].mean for row in rows]
-    if not shares:
-        return "–"
-    low, high = f"{min(shares):.0%}", f"{max(shares):.0%}"
+    return _span(shares, "{:.0%}") if shares else "–"
+
+
+def _span(values: list[float], form: str) -> str:
+    low, high = form.format(min(values)), form.format(max(values))
     return low if low == high else f"{low} to {high}"

@@ -35,6 +35,7 @@ from reasonkv.evaluate.traces import Trace, reference_logprobs
 from reasonkv.methods import refuse_future
 from reasonkv.models import LoadedModel, one_thread_if_small
 from reasonkv.report.html import INSPECTOR_SCRIPTS, INSPECTOR_STYLES, page
+from reasonkv.report.wording import size_words
 from reasonkv.runtimes.transformers import CompressedCache, RowStats
 from reasonkv.tasks import get_task
 
@@ -258,7 +259,7 @@ def load_inspections(folder: Path) -> list[dict[str, Any]]:
 
 def inspector_page(data: dict[str, Any]) -> str:
     """The inspector alone, as one self-contained HTML page."""
-    slots = "" if data["budget"] is None else f" at {data['budget']['tokens']:,} slots"
+    slots = "" if data["budget"] is None else f" at {size_words(data['budget'])}"
     title = f"{data['method']}{slots} on {data['task']}, example {data['example']}"
     body = (
         '<main class="page"><header class="topbar"><span class="muted">reasonkv inspect</span>'

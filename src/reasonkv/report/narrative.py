@@ -7,7 +7,8 @@ from typing import Any
 
 from reasonkv.evaluate.results import Results
 from reasonkv.report.cohorts import UNBOUNDED, Cohort, SummaryRow
-from reasonkv.report.wording import budget_sentence, estimate_text
+from reasonkv.report.regimes import DECODE_ACTIVE
+from reasonkv.report.wording import budget_sentence, estimate_text, listed
 
 MAIN = {"replay": ("top1", "top-1 agreement", 100.0, 1), "evaluate": ("correct", "accuracy", 100.0, 1)}
 """By kind: the metric that is looked at first, its name, its scale and its digits."""
@@ -18,7 +19,7 @@ def what_ran(results: Results) -> str:
     records: Sequence[Any] = results.answers or results.records
     model = results.manifest.get("model", {})
     seeds = sorted({one.seed for one in records})
-    tasks = _listed(list(dict.fromkeys(one.task for one in records)))
+    tasks = listed(list(dict.fromkeys(one.task for one in records)))
     problems = len({(one.task, one.example) for one in records})
     methods = len({(one.method, str(one.options)) for one in records if one.budget is not None})
     budgets = sorted({one.budget["tokens"] for one in records if one.budget})
@@ -29,7 +30,7 @@ def what_ran(results: Results) -> str:
         did = f"replayed {problems:,} traces that full KV had written"
     cells = f"full KV and {methods} method{'s' if methods != 1 else ''}"
     if budgets:
-        cells += f" at {_listed([f'{one:,}' for one in budgets] if len(budgets) < 6 else [f'{len(budgets)} budgets'])}"
+        cells += f" at {listed([f'{one:,}' for one in budgets] if len(budgets) < 6 else [f'{len(budgets)} budgets'])}"
         cells += " slots per KV head" if len(budgets) < 6 else f" from {budgets[0]:,} to {budgets[-1]:,} slots"
     name = model.get("name", "an unnamed model")
     return (
@@ -40,7 +41,9 @@ def what_ran(results: Results) -> str:
 
 def rule_text(cohort: Cohort) -> str:
     """What the budget of a cohort counts, in sentences; nothing where only full KV ran."""
-    return budget_sentence(cohort.rule) if cohort.rule else "Only full KV ran."
+    if not cohort.rule:
+        return "Only full KV ran."
+    return budget_sentence(cohort.rule, cohort.selecting, cohort.padded, evicting=cohort.evicts)
 
 
 def cohort_label(cohort: Cohort) -> str:
@@ -65,7 +68,7 @@ def findings(cohort: Cohort) -> list[str]:
     found = []
     for task in dict.fromkeys(row.task for row in cohort.rows):
         full = next((row for row in cohort.rows if row.task == task and row.regime == UNBOUNDED), None)
-        dropped = [row for row in cohort.rows if row.task == task and row.regime == "decode-active"]
+        dropped = [row for row in cohort.rows if row.task == task and row.regime == DECODE_ACTIVE]
         if not dropped:
             continue
         tokens = min(row.tokens or 0 for row in dropped)
@@ -85,7 +88,3 @@ def findings(cohort: Cohort) -> list[str]:
         saved = here[0].estimates["saved_bytes"].mean
         found.append(f"{task}, {tokens:,} slots ({saved:.0%} of full KV's bytes saved), {name}: {'; '.join(parts)}.")
     return found
-
-
-def _listed(words: Sequence[str]) -> str:
-    return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " and " + words[-1]

@@ -9,7 +9,6 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from reasonkv.evaluate.frontier import regime
 from reasonkv.evaluate.manifest import ResultsError, write_atomically
 from reasonkv.evaluate.results import Results, load_results
 from reasonkv.report.cohorts import UNBOUNDED, Cohort, cohorts
@@ -19,7 +18,7 @@ from reasonkv.report.glance import glance
 from reasonkv.report.html import INSPECTOR_SCRIPTS, INSPECTOR_STYLES, page
 from reasonkv.report.marks import marks
 from reasonkv.report.narrative import MAIN, cohort_label, findings, job_words, rule_text, what_ran
-from reasonkv.report.regimes import MEANING
+from reasonkv.report.regimes import MEANING, SELECTING, regime_of
 from reasonkv.report.usable import usable_intro, usable_section
 
 TITLE = "What the cache kept, and what that did"
@@ -214,10 +213,11 @@ def _regimes(results: Sequence[Results]) -> str:
             guards.update(record.guards)
             if record.budget is not None:
                 job = job_words("evaluate" if one.answers else "replay", record.budget["prompt"])
-                counts[job, record.task, record.budget["tokens"], regime(record)] += 1
+                counts[job, record.task, record.budget["tokens"], regime_of(record)] += 1
     if not counts:
         return ""
-    names = list(MEANING) + sorted({key[3] for key in counts} - set(MEANING))
+    found = {key[3] for key in counts}
+    names = [name for name in MEANING if name != SELECTING or name in found]
     head = "".join(f'<th scope="col" class="number">{escape(name)}</th>' for name in names)
     # budgets that did the same are one row: what differs is what has to be seen
     alike: dict[tuple[str, str, tuple[str, ...]], list[int]] = {}
@@ -233,13 +233,13 @@ def _regimes(results: Sequence[Results]) -> str:
             f'<tr><td class="name">{escape(job)}</td><th scope="row">{escape(task)}</th>'
             f'<td class="name">{budgets}</td>{cells}</tr>'
         )
-    meanings = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in MEANING.items())
-    found = (
+    meanings = "".join(f"<dt>{escape(name)}</dt><dd>{escape(MEANING[name])}</dd>" for name in names)
+    fell_back = (
         f"<p>Guards: {escape(', '.join(f'{name} {count:,}' for name, count in guards.items()))}.</p>" if guards else ""
     )
     return (
         '<p class="muted">Equal budgets do not mean equal pressure. Records are kept apart by what the budget did, in '
-        f'every figure and table here.</p><dl class="words">{meanings}</dl>{found}'
+        f'every figure and table here.</p><dl class="words">{meanings}</dl>{fell_back}'
         '<div class="table-frame" tabindex="0" role="region" aria-label="Records by regime"><table><thead><tr>'
         '<th scope="col">job</th><th scope="col">task</th><th scope="col">budgets</th>'
         f"{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"

@@ -54,7 +54,7 @@ FIXED = {
 }
 _LATER = (
     "vase-attnv", "vase-dkv", "kara", "h2o", "tova", "curdkv", "chunkkv", "lagkv", "defensivekv", "beaconkv",
-    "random-attention", "quest", "seer",
+    "random-attention", "quest", "seer", "pyramidkv", "adakv",
 )  # fmt: skip
 
 

@@ -9,8 +9,9 @@ from rich.table import Table
 
 from reasonkv.evaluate.records import Record
 from reasonkv.evaluate.summary import Row
+from reasonkv.report.cohorts import rule_sentence, selecting_labels
 from reasonkv.report.measures import DIAGNOSTICS
-from reasonkv.report.wording import PROMPT_WORDS, budget_sentence, estimate_text, seeds_sentence
+from reasonkv.report.wording import PROMPT_WORDS, estimate_text, listed, seeds_sentence
 
 
 def replay_tables(rows: Sequence[Row]) -> list[Table]:
@@ -104,7 +105,7 @@ def caption(records: Sequence[Record]) -> str:
         lengths.append(f"{task} {prompt:,.0f} + {output:,.0f} tokens, {right} of {len(own)} traces answer right")
     sentences = [f"± is one standard error over traces. Full KV's traces, prompt + output: {'; '.join(lengths)}."]
     if budgets:
-        sentences.append(f"{budget_sentence(budgets[0])} s/trace is replay's time, not decoding's.")
+        sentences.append(f"{rule_sentence(records)} s/trace is replay's time, not decoding's.")
     sentences.append(seeds_sentence({record.seed for record in records}))
     return " ".join(sentences)
 
@@ -113,4 +114,7 @@ def figure_note(records: Sequence[Record]) -> str:
     """One line for under a figure: what the band is, and how the prompt was treated."""
     policies = dict.fromkeys(record.budget["prompt"] for record in records if record.budget)
     words = "; ".join(PROMPT_WORDS[policy] for policy in policies)
+    selecting = selecting_labels(records)
+    if selecting and "on_top" in policies:
+        words += f"; not drawn, as their budget is what is read in all: {listed(selecting)}"
     return f"Band: one standard error over traces. {words[:1].upper()}{words[1:]}."

@@ -21,7 +21,7 @@ from reasonkv.evaluate.frontier import (
 from reasonkv.report.cohorts import Cohort
 from reasonkv.report.frontier_tables import UNITS, usable_text
 from reasonkv.report.regimes import DECODE_ACTIVE
-from reasonkv.report.wording import difference_text
+from reasonkv.report.wording import difference_text, listed
 
 KEPT = "0.95x"
 """The target: this share of full KV's mean on the same examples."""
@@ -55,12 +55,17 @@ def usable_section(cohort: Cohort) -> str:
     metric, axis = _METRIC[cohort.kind], _axis(cohort)
     rule = json.dumps(cohort.rule, sort_keys=True)
     points = [
-        one for one in measured_points(cohort.results.answers or cohort.results.records, metric) if one.rule == rule
+        one
+        for one in measured_points(cohort.results.answers or cohort.results.records, metric)
+        if one.rule == rule and one.method not in cohort.selecting
     ]
     active = [one for one in points if one.regime == DECODE_ACTIVE]
+    left_out = ""
+    if cohort.selecting:
+        left_out = f"<p>Left out: {escape(listed(cohort.selecting))}, whose budget is what is read and not held.</p>"
     if not active:
-        return "<p>No record is decode-active, so there is nothing to compare.</p>"
-    return _usable(cohort, points, active, axis) + _crossings(cohort, active, metric, axis)
+        return "<p>No record is decode-active, so there is nothing to compare.</p>" + left_out
+    return left_out + _usable(cohort, points, active, axis) + _crossings(cohort, active, metric, axis)
 
 
 def _axis(cohort: Cohort) -> Axis:

@@ -46,7 +46,8 @@
     function slotRule() {
       if (!data.budget) return "no budget: nothing is dropped";
       const extra = data.budget.prompt === "on_top" ? ` + prompt ${group(data.prompt)}` : "";
-      return `budget ${group(data.budget.tokens)}${extra}; full KV ${group(m.count)}`;
+      const every = data.budget.size ? ` of every ${group(data.budget.size)}` : "";
+      return `budget ${group(data.budget.tokens)}${every}${extra}; full KV ${group(m.count)}`;
     }
 
     /* Controls. */

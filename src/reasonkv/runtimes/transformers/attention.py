@@ -4,8 +4,8 @@ Registered with transformers' public `AttentionInterface` and `AttentionMaskInte
 that come from a compressed layer carry a reference to it; every other call is handed to the stock function untouched.
 
 Visibility needs no per-head masks: whatever a slot held before, it is older than every new token, so a query sees all
-slots up to its own and nothing else. A mask per KV head is needed only where folded slots weigh more than one token
-(log mass).
+slots up to its own and nothing else. A mask per KV head is needed only where slots weigh more or less than one token by
+their log mass: folded ones more, padding nothing (-inf).
 """
 
 from __future__ import annotations
@@ -165,8 +165,8 @@ def _attend(
         return _attend_selected(kernel, module, query, key, value, layer, kwargs)
     if kernel.startswith("flash") and layer.log_mass_BH1W(query.dtype) is not None:
         raise UnsupportedModelError(
-            "Flash attention adds nothing to logits, so folded slots cannot carry their mass; "
-            "load the model with sdpa, or give the method the option mass=none."
+            "Flash attention adds nothing to logits, so slots cannot weigh more or less than one token; load the model "
+            "with sdpa, or choose options without log mass (cask:mass=none, adakv:stretch=1)."
         )
     if kernel.startswith("flash") and piece.is_uniform:
         # old slots are visible to all queries and flash aligns its causal triangle to the end: no mask needed

@@ -24,11 +24,9 @@ from torch.utils.hooks import RemovableHandle
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
-from reasonkv import schedule
-from reasonkv.budget import Budget, BudgetError, Window
+from reasonkv.budget import Budget, BudgetError, Window, layer_budgets
 from reasonkv.calibration import Calibration
 from reasonkv.methods import Method, get_method, refuse_future
-from reasonkv.plan import Plan
 from reasonkv.runtimes.transformers.attention import implementation_name
 from reasonkv.runtimes.transformers.events import carry_out_events
 from reasonkv.runtimes.transformers.layer import CompressedLayer, Observer
@@ -37,7 +35,6 @@ from reasonkv.runtimes.transformers.selecting import Selection
 from reasonkv.runtimes.transformers.setup import (
     check_window,
     fitted,
-    listed_budgets,
     load_statistics,
     rotary_of,
     spread,
@@ -46,6 +43,7 @@ from reasonkv.runtimes.transformers.stats import CacheStats, collect_stats
 from reasonkv.runtimes.transformers.storage import LayerStorage
 from reasonkv.runtimes.transformers.support import UnsupportedModelError, base_kernel, check_model, text_config
 from reasonkv.runtimes.transformers.tokens import TokenLog, listen
+from reasonkv.runtimes.transformers.tracks import Track, make_tracks, tokens_to_next_event
 from reasonkv.view import TraceAttention
 
 
@@ -113,9 +111,8 @@ class CompressedCache(Cache):
         self.seed, self.row_seeds, self.max_length = seed, row_seeds, max_length
         self.prompt_lengths = [prompt_lengths] if isinstance(prompt_lengths, int) else prompt_lengths
         self.reopen_prompt = reopen_prompt
-        self.piece: Piece | None = None
-        self.rows: list[Row] = []
-        self.columns_seen = 0
+        self.tracks: list[Track] = []  # one, unless the method gives layers budgets of their own
+        self.columns_seen = self.layers_done = 0
         self.compaction_seconds = 0.0
         self.bytes_peak = 0
         self.token_ids = TokenLog()
@@ -132,6 +129,17 @@ class CompressedCache(Cache):
         self.compressed_layers: list[CompressedLayer] = [
             layer for layer in self.layers if isinstance(layer, CompressedLayer)
         ]
+        layer_budgets(self.method, self.budget, len(self.compressed_layers))  # so that a share too small is said now
+
+    @property
+    def rows(self) -> list[Row]:
+        """What every row holds; of the first layer, where layers have budgets of their own."""
+        return self.tracks[0].rows if self.tracks else []
+
+    @property
+    def piece(self) -> Piece | None:
+        """The forward under way, as the first layer sees it."""
+        return self.tracks[0].piece if self.tracks else None
 
     # -- one forward ----------------------------------------------------------------------------------------------
 
@@ -147,7 +155,7 @@ class CompressedCache(Cache):
             UnsupportedModelError, BudgetError: the forward cannot be served.
 
         """
-        if self.piece is not None and (self.piece.layers_done or any(x.waiting for x in self.compressed_layers)):
+        if self.piece is not None and (self.layers_done or any(x.waiting for x in self.compressed_layers)):
             raise UnsupportedModelError(
                 "The previous forward did not finish, or its attention did not go through this cache; "
                 "call cache.reset() before going on."
@@ -166,12 +174,13 @@ class CompressedCache(Cache):
                 )
             valid = attention_mask[:, -columns:].bool()
         fed = [columns] * batch if valid is None else [int(n) for n in valid.sum(-1).tolist()]
-        if not self.rows:
-            self.rows = self._first_rows(batch, fed)
+        if not self.tracks:
+            self._first_rows(batch, fed)
         else:
             self._check_later_prompt(columns, fed)
-        self.piece = Piece.plan(self.rows, columns, valid, fed)
-        if self.method.needs.token_ids:
+        for track in self.tracks:
+            track.piece = Piece.plan(track.rows, columns, valid, fed, track.layers)
+        if self.method.needs.token_ids and self.piece is not None:
             self.token_ids.append(self.piece)
 
     def layer_done(self, layer: CompressedLayer) -> None:
@@ -181,36 +190,36 @@ class CompressedCache(Cache):
             PlanError, UnsupportedModelError: a plan that cannot be carried out, a defect of the method.
 
         """
-        piece = self.piece
-        assert piece is not None
-        piece.layers_done += 1
-        is_last = piece.layers_done == len(self.compressed_layers)
+        piece = layer.piece
+        self.layers_done += 1
+        is_last = self.layers_done == len(self.compressed_layers)
         whole_model = self.method.needs.scope == "model"
         if any(keep is not None for keep in piece.keep) and (is_last or not whole_model):
             start = time.perf_counter()
             carry_out_events(self, self.compressed_layers if whole_model else [layer], piece)
             self.compaction_seconds += time.perf_counter() - start
-        if piece.layers_done == len(self.compressed_layers):
-            piece.commit()
+        if is_last:
+            for track in self.tracks:
+                assert track.piece is not None
+                track.piece.commit()
+                track.piece = None
             self.columns_seen += piece.columns
-            self.piece = None
+            self.layers_done = 0
 
     def tokens_to_next_event(self) -> list[int | None]:
         """Per row, how many more tokens until its next event: the longest piece that crosses none. None: never."""
-        rows = self.rows
-        if not rows and self.prompt_lengths:
-            budgets = listed_budgets(self.budget, self.window_events, len(self.prompt_lengths))
-            rows = [Row(schedule.State(prompt=p), b) for p, b in zip(self.prompt_lengths, budgets, strict=True)]
-        boundaries = [schedule.next_event(row.budget, row.state) for row in rows]
-        return [None if n is None else n - row.state.length for n, row in zip(boundaries, rows, strict=True)]
+        tracks = self.tracks
+        if not tracks and self.prompt_lengths:
+            tracks, _ = self._tracks(self.prompt_lengths)
+        return tokens_to_next_event(tracks)
 
-    def new_storage(self) -> LayerStorage:
-        """Storage for one layer, sized by the longest row's schedule."""
+    def new_storage(self, track: int = 0) -> LayerStorage:
+        """Storage for a layer of a track, sized by the longest row's schedule."""
         needs = self.method.needs
         if self.budget is None:
             return LayerStorage(None, queries=needs.queries)
         grows = isinstance(self.budget, Window) and self.max_length is None  # with the text, without an end in sight
-        slots = None if grows else max(row.capacity(self.max_length) for row in self.rows)
+        slots = None if grows else max(row.capacity(self.max_length) for row in self.tracks[track].rows)
         return LayerStorage(slots, queries=needs.queries, counts=needs.folds, state=needs.stored_state)
 
     def is_prompt(self, index_BHN: Tensor, rows: list[int]) -> Tensor:
@@ -241,18 +250,6 @@ class CompressedCache(Cache):
         live = sum(x.storage.bytes_allocated() for x in self.compressed_layers if x.storage is not None)
         self.bytes_peak = max(self.bytes_peak, live)
 
-    def note_plans(self, rows: list[int], plans: list[Plan]) -> None:
-        """Count folded slots (as a mean over heads and layers) and the guards of one or all layers for `stats()`."""
-        for plan in plans:
-            for row in rows:
-                for guard in plan.guards:
-                    self.rows[row].guards.setdefault(guard, set()).add(self.rows[row].events)
-            if plan.fold is not None:
-                kept = plan.kept_BHK.shape[-1]
-                per_row = ((plan.fold.into_BHN >= 0).sum(-1) - kept).float().mean(-1) / len(self.compressed_layers)
-                for row, folded in zip(rows, per_row.tolist(), strict=True):
-                    self.rows[row].folded += folded
-
     # -- what it held ----------------------------------------------------------------------------------------------
 
     def stats(self) -> CacheStats:
@@ -266,7 +263,7 @@ class CompressedCache(Cache):
             raise ValueError(f"Layer {layer} is not a compressed layer that has seen a token.")
         return [
             found.storage.token_indices([i], row.state.held, [row.state.length], [row.settled])[0]
-            for i, row in enumerate(self.rows)
+            for i, row in enumerate(self.tracks[found.track].rows)
         ]
 
     # -- life cycle -------------------------------------------------------------------------------------------------
@@ -274,7 +271,8 @@ class CompressedCache(Cache):
     def reset(self) -> None:
         """Forget everything fed; the cache can then be used for another batch."""
         super().reset()
-        self.rows, self.piece, self.columns_seen, self.compaction_seconds, self.bytes_peak = [], None, 0, 0.0, 0
+        self.tracks, self.columns_seen, self.layers_done = [], 0, 0
+        self.compaction_seconds, self.bytes_peak = 0.0, 0
         self.token_ids = TokenLog()
         if self.selection is not None:
             self.selection.reset()
@@ -350,14 +348,18 @@ class CompressedCache(Cache):
             )
 
     def _move_rows(self, index: list[int]) -> None:
-        self.rows = [self.rows[row].copy() for row in index]
+        for track in self.tracks:
+            track.rows = [track.rows[row].copy() for row in index]
         self.token_ids.select_rows(torch.tensor(index))
         if self.selection is not None:
             self.selection.select_rows(torch.tensor(index))
 
-    def _first_rows(self, batch: int, fed: list[int]) -> list[Row]:
+    def _tracks(self, prompts: list[int], seeds: list[int] | None = None) -> tuple[list[Track], list[int]]:
+        layers = len(self.compressed_layers)
+        return make_tracks(self.method, self.budget, layers, prompts, seeds=seeds, window_events=self.window_events)
+
+    def _first_rows(self, batch: int, fed: list[int]) -> None:
         prompts = spread(self.prompt_lengths, batch, "prompt_lengths") or fed
-        seeds = spread(self.row_seeds, batch, "row_seeds") or [0] * batch
         if self.reference is not None and len(self.reference.lengths) != batch:
             raise UnsupportedModelError(
                 f"The reference was collected from {len(self.reference.lengths)} rows but the forward has {batch}; "
@@ -370,13 +372,10 @@ class CompressedCache(Cache):
                     "feed the prompt in pieces that end with it, or correct prompt_lengths."
                 )
         if self.budget is not None:
-            needs = self.method.needs
-            self.budget.check_protected(recent=needs.recent, prompt_length=max(prompts))
-        budgets = listed_budgets(self.budget, self.window_events, batch)
-        return [
-            Row(schedule.State(prompt=prompt), budget, seed, prompt_spans=[(0, prompt)])
-            for prompt, budget, seed in zip(prompts, budgets, seeds, strict=True)
-        ]
+            self.budget.check_protected(recent=self.method.needs.recent, prompt_length=max(prompts))
+        self.tracks, numbers = self._tracks(prompts, spread(self.row_seeds, batch, "row_seeds"))
+        for layer, number in zip(self.compressed_layers, numbers, strict=True):
+            layer.track = number
 
     def _check_later_prompt(self, columns: int, fed: list[int]) -> None:
         """A second piece of several tokens is either a promised part of the prompt, or a later turn."""
@@ -390,9 +389,8 @@ class CompressedCache(Cache):
             )
         if not self.reopen_prompt or still_prompt:
             return
-        for row, count in zip(self.rows, fed, strict=True):
-            state = row.state
-            row.prompt_spans.append((state.length, state.length + count))
-            row.state = schedule.State(state.length, state.held, state.prompt + count)
-            if self.budget is not None:
-                self.budget.check_protected(recent=self.method.needs.recent, prompt_length=row.state.prompt)
+        for track in self.tracks:
+            for row, count in zip(track.rows, fed, strict=True):
+                row.reopen(count)
+                if row.budget is not None:
+                    row.budget.check_protected(recent=self.method.needs.recent, prompt_length=row.state.prompt)

@@ -37,7 +37,7 @@ def carry_out_events(cache: CompressedCache, layers: list[CompressedLayer], piec
             plan.check(tuple(view.positions_BHN.shape), keep, view.is_protected_BHN)  # type: ignore[arg-type]
             _check_declared(cache, plan)
             found.append((rows, plan, view))
-        cache.note_plans(rows, plans)
+        _note(piece, rows, plans)
     if cache.observer is not None:  # once every plan is known to be sound, and while the slots are still there
         for layer, found in zip(layers, done, strict=True):
             for rows, plan, view in found:
@@ -45,6 +45,23 @@ def carry_out_events(cache: CompressedCache, layers: list[CompressedLayer], piec
     for layer, found in zip(layers, done, strict=True):
         assert layer.storage is not None
         layer.storage.carry_out(found, piece)
+
+
+def _note(piece: Piece, rows: list[int], plans: list[Plan]) -> None:
+    """Count folded slots and padding (as means over heads and layers) and the guards of one or all layers."""
+    for plan in plans:
+        for row in rows:
+            for guard in plan.guards:
+                piece.rows[row].guards.setdefault(guard, set()).add(piece.rows[row].events)
+        if plan.fold is not None:
+            kept = plan.kept_BHK.shape[-1]
+            per_row = ((plan.fold.into_BHN >= 0).sum(-1) - kept).float().mean(-1) / piece.layers
+            for row, folded in zip(rows, per_row.tolist(), strict=True):
+                piece.rows[row].folded += folded
+        if plan.log_mass_BHK is not None:
+            padding_B = plan.log_mass_BHK.isneginf().sum(-1).double().mean(-1)
+            for row, padding in zip(rows, padding_B.tolist(), strict=True):
+                piece.rows[row].padding_left += padding
 
 
 def _check_declared(cache: CompressedCache, plan: Plan) -> None:

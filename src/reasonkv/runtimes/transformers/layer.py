@@ -37,6 +37,7 @@ class CompressedLayer(CacheLayerMixin):
         super().__init__()
         self.attach(cache)
         self.index = index
+        self.track = 0  # of the cache's tracks; set by the first forward
         self.waiting = False  # between `update` and `after_attention`
         self.storage: LayerStorage | None = None
         self.rule: LogitRule | None = None  # of the newest forward
@@ -57,7 +58,8 @@ class CompressedLayer(CacheLayerMixin):
     @property
     def piece(self) -> Piece:
         """The forward under way."""
-        piece = self.cache.piece
+        tracks = self.cache.tracks
+        piece = tracks[self.track].piece if tracks else None
         if piece is None:
             raise UnsupportedModelError(
                 f"{self.cache.describe_model()} built no mask through AttentionMaskInterface for this forward; "
@@ -74,7 +76,7 @@ class CompressedLayer(CacheLayerMixin):
             raise UnsupportedModelError("A compressed cache is for inference; call the model under torch.no_grad().")
         piece = self.piece
         if self.storage is None:
-            self.storage = self.cache.new_storage()
+            self.storage = self.cache.new_storage(self.track)
         allocated = self.storage.allocated
         keys, values = self.storage.append(key_states, value_states, piece)
         if self.storage.allocated != allocated:

@@ -24,10 +24,13 @@ class Row:
         prompt_spans: half-open ranges of token indices that count as prompt.
         events: events so far.
         dropped, folded: source tokens dropped and slots folded away, per KV head, averaged over layers and heads.
-        attended: slots attended, summed over the tokens fed after the prompt.
+        attended: slots held by the tokens fed after the prompt, summed over them; all but padding are attended.
         decoded: tokens fed after the prompt.
         peak: most slots held at once.
         guards: events at which a method fell back on a rule of its own, by name.
+        padding: slots held that nothing attends to (log mass -inf), per KV head, averaged over heads and layers.
+        padding_left: what the forward under way leaves of them, summed over the layers that had their event.
+        padding_passed: such slots, summed over the tokens fed after the prompt.
 
     """
 
@@ -43,6 +46,9 @@ class Row:
     decoded: int = 0
     peak: int = 0
     guards: dict[str, set[int]] = field(default_factory=dict)
+    padding: float = 0.0
+    padding_left: float = 0.0
+    padding_passed: float = 0.0
 
     def capacity(self, max_length: int | None) -> int:
         """Slots allocated for the row when it runs alone.
@@ -53,6 +59,12 @@ class Row:
         if max_length is None:
             max_length = 0 if isinstance(self.budget, Window) else 1 << 62
         return schedule.capacity(self.budget, self.state.prompt, max(max_length, self.state.length))
+
+    def reopen(self, tokens: int) -> None:
+        """Count the next tokens as prompt, too (a later turn)."""
+        start, end = self.state.length, self.state.length + tokens
+        self.prompt_spans.append((start, end))
+        self.state = replace(self.state, prompt=self.state.prompt + tokens)
 
     def copy(self) -> Row:
         """An independent row (beams, repeated rows)."""
@@ -71,7 +83,7 @@ class Piece:
         valid_Bq: bool, True at tokens; None when nothing is padding.
         after: every row's state after the forward, its event included.
         keep: slots a row's event keeps, or None.
-        layers_done: compressed layers that have attended.
+        layers: compressed layers it is fed to.
 
     """
 
@@ -81,7 +93,7 @@ class Piece:
     valid_Bq: Tensor | None
     after: list[schedule.State]
     keep: list[int | None]
-    layers_done: int = 0
+    layers: int = 1
     _per_device: dict[object, Tensor | tuple[Tensor, ...]] = field(default_factory=dict)
 
     @classmethod
@@ -91,13 +103,14 @@ class Piece:
         columns: int,
         valid_Bq: Tensor | None = None,
         fed: list[int] | None = None,
+        layers: int = 1,
     ) -> Piece:
         """Work out one forward of `columns` columns, of which each row feeds `fed` (all, unless some are padding)."""
         fed = [columns] * len(rows) if fed is None else fed
         if all(count == columns for count in fed):
             valid_Bq = None
         steps = [schedule.step(row.budget, row.state, count) for row, count in zip(rows, fed, strict=True)]
-        return cls(rows, columns, fed, valid_Bq, [state for state, _ in steps], [keep for _, keep in steps])
+        return cls(rows, columns, fed, valid_Bq, [state for state, _ in steps], [keep for _, keep in steps], layers)
 
     @cached_property
     def held(self) -> list[int]:
@@ -245,11 +258,13 @@ class Piece:
             if fed > first:
                 row.decoded += fed - first
                 row.attended += sum(range(before.held + first + 1, before.held + fed + 1))
+                row.padding_passed += row.padding * (fed - first)
             row.peak = max(row.peak, self.held[index])
             if keep is not None:
                 row.dropped += self.held[index] - keep
                 row.events += 1
                 row.settled = keep
+                row.padding, row.padding_left = row.padding_left / self.layers, 0.0
             row.state = self.after[index]
 
     def _valid(self, device: torch.device) -> Tensor:

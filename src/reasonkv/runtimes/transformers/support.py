@@ -32,6 +32,11 @@ def layer_types(config: PreTrainedConfig) -> list[str]:
     return ["sliding_attention" if sliding else "full_attention"] * decoder.num_hidden_layers
 
 
+def compressed_layers(config: PreTrainedConfig) -> int:
+    """Layers a compressed cache bounds; the others slide and are bounded already."""
+    return layer_types(config).count("full_attention")
+
+
 def check_model(model: PreTrainedModel | PreTrainedConfig) -> list[str]:
     """Reasons why a compressed cache cannot serve this model, one sentence each; empty when it can."""
     config = model if isinstance(model, PreTrainedConfig) else model.config

@@ -1,0 +1,103 @@
+"""PyramidKV: lower layers keep more slots than higher ones, and SnapKV says which."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from reasonkv.budget import Budget
+from reasonkv.methods.snapkv import SnapKV
+
+
+@dataclass(frozen=True)
+class PyramidKV(SnapKV):
+    """SnapKV with a budget per layer that falls linearly from the first layer to the last (Cai et al., 2024,
+    "PyramidKV: Dynamic KV Cache Compression based on Pyramidal Information Funneling", arXiv 2406.02069).
+
+    What every layer protects is set apart; of the b slots per layer beyond it, the last layer gets b / beta, the first
+    2b - b / beta, those between lie on a line. Shares are rounded so that the layers together have exactly
+    layers x `tokens`. Every layer then follows its own schedule.
+
+    Args:
+        window, kernel, pooling, denominator: SnapKV's.
+        beta: how steep the pyramid is; 1 gives every layer the same, which is SnapKV.
+        form: "ours" - as above; "public" - kvpress: all of `tokens` is divided, shares are rounded one by one, so that
+            their sum may miss, and where the last layer would get less than the window all layers get the same.
+
+    """
+
+    name: ClassVar[str] = "pyramidkv"
+    title: ClassVar[str] = "SnapKV with more slots in lower layers than in higher ones"
+    paper: ClassVar[str] = "PyramidKV, arXiv 2406.02069"
+
+    beta: int = 20
+    form: Literal["ours", "public"] = "ours"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.beta < 1:
+            raise ValueError(f"beta must be at least 1, not {self.beta}.")
+        if self.form not in ("ours", "public"):
+            raise ValueError(f"form must be ours or public, not {self.form!r}.")
+
+    def layer_tokens(self, budget: Budget, layers: int, prompt: int) -> list[int]:
+        """The `tokens` of every layer, first to last.
+
+        Args:
+            budget: the average.
+            layers: compressed layers.
+            prompt: tokens of the row's prompt, which every layer holds inside its budget if it is to be kept.
+
+        """
+        if self.form == "public":
+            return public_pyramid(budget.tokens, layers, window=self.window, beta=self.beta)
+        recent = max(budget.recent, self.window)
+        common = budget.sinks + recent
+        if budget.prompt == "keep":
+            common = max(common, prompt + recent + 1)  # the budget asks for one slot more
+        return [common + share for share in pyramid(budget.tokens - common, layers, self.beta)]
+
+
+def pyramid(mean: int, layers: int, beta: int) -> list[int]:
+    """Shares on a line from 2 mean - mean / beta down to mean / beta, rounded to sum to exactly layers x mean.
+
+    Shares are rounded down, and what is left goes to the largest remainders, of equal ones the lower layer's. They
+    never rise from one layer to the next. Integers throughout, so every machine divides alike.
+
+    Args:
+        mean: slots per layer.
+        layers: at least 1.
+        beta: at least 1.
+
+    """
+    if layers == 1:
+        return [mean]
+    steps = beta * (layers - 1)  # share of layer l: parts[l] / steps
+    parts = [mean * ((2 * beta - 1) * (layers - 1) - 2 * layer * (beta - 1)) for layer in range(layers)]
+    shares = [part // steps for part in parts]
+    by_remainder = sorted(range(layers), key=lambda layer: (-(parts[layer] % steps), layer))
+    for layer in by_remainder[: layers * mean - sum(shares)]:
+        shares[layer] += 1
+    return shares
+
+
+def public_pyramid(mean: float, layers: int, *, window: int, beta: int, length: int | None = None) -> list[int]:
+    """Slots per layer as kvpress divides them.
+
+    Args:
+        mean: slots per layer, before rounding.
+        layers: at least 1.
+        window: SnapKV's.
+        beta: at least 1.
+        length: tokens there are to choose from, which caps the first layer's share; None: as many as are wanted.
+
+    """
+    least = mean / beta
+    most = 2 * mean - least
+    if length is not None and most >= length - window:
+        most = length - window
+        least = 2 * mean - most
+    if layers == 1 or not (length is None or length >= most) or not most >= least >= window:
+        return [round(mean)] * layers
+    step = (most - least) / (layers - 1)
+    return [round(most - layer * step) for layer in range(layers)]

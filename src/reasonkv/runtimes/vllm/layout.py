@@ -1,0 +1,149 @@
+"""Where the platform's kernels put a key or value in a block, found out by asking them.
+
+Attention kernels pack keys and values as they like: CPU kernels interleave them per instruction set, others split them
+by head or by token. Instead of knowing every packing, a numbered ramp is written through the platform's own cache
+operation when the engine starts, and where the numbers end up is the layout. Reading is then one gather of whole
+blocks; writing goes through the platform's operation again.
+
+Legend: B rows, M blocks per row, H KV heads, S slots per block, D head_dim, E elements of a block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_BASE = 128  # digits that every floating-point type holds exactly
+
+Write = Callable[[Tensor, Tensor, Tensor, Tensor], None]
+"""`write(keys_nHD, values_nHD, kv_cache, slots_n)`: the platform's cache operation."""
+
+
+class LayoutError(RuntimeError):
+    """A cache operation that does more than move elements, so that nothing can be read back."""
+
+
+@dataclass(frozen=True)
+class Strides:
+    """An index that is linear in head, slot and dimension, where slot s counts as (s // inner, s % inner)."""
+
+    offset: int
+    head: int
+    outer: int
+    inner_step: int
+    dim: int
+    inner: int
+
+    def view(self, blocks_BME: Tensor, shape_HSD: tuple[int, int, int]) -> Tensor:
+        """[B, H, M, S, D] of blocks [B, M, E]; a view, but for slots that are split."""
+        H, S, D = shape_HSD
+        B, M, E = blocks_BME.shape
+        split = blocks_BME.as_strided(
+            (B, H, M, S // self.inner, self.inner, D),
+            (M * E, self.head, E, self.outer, self.inner_step, self.dim),
+            blocks_BME.storage_offset() + self.offset,
+        )
+        return split.reshape(B, H, M, S, D)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where every element of a block is.
+
+    Args:
+        key_index_HSD, value_index_HSD: int64, element of the block.
+
+    """
+
+    key_index_HSD: Tensor
+    value_index_HSD: Tensor
+    key_strides: Strides | None
+    value_strides: Strides | None
+
+    @classmethod
+    def probe(cls, kv_cache: Tensor, block: int, heads: int, head_dim: int, write: Write) -> Layout:
+        """Find out by writing to a block that nobody uses yet; it is zero afterwards.
+
+        Args:
+            kv_cache: the layer's cache, blocks first, [blocks, heads, slots, elements of a slot].
+            block: number of the block.
+            heads: KV heads of this rank.
+            head_dim: of keys and values.
+            write: the platform's cache operation.
+
+        Raises:
+            LayoutError: what was written cannot be found again.
+
+        """
+        S, device = kv_cache.shape[2], kv_cache.device
+        numbers = torch.arange(heads * S * head_dim, device=device)
+        slots_S = torch.arange(S, device=device) + block * S
+        elements = kv_cache[block].numel()
+        found: list[Tensor] = []
+        for is_key in (True, False):
+            number_E = torch.zeros(elements, dtype=torch.int64, device=device)
+            weight = 1
+            while weight <= len(numbers):
+                digits = (numbers // weight % _BASE).to(kv_cache.dtype).view(heads, S, head_dim).transpose(0, 1)
+                other = torch.full_like(digits, -1.0)
+                pair = (digits, other) if is_key else (other, digits)
+                write(pair[0].contiguous(), pair[1].contiguous(), kv_cache, slots_S)
+                number_E += kv_cache[block].reshape(-1).float().round().long() * weight
+                weight *= _BASE
+            # elements of the other kind are negative throughout
+            mine = (number_E >= 0).nonzero()[:, 0]
+            index = torch.full_like(numbers, -1)
+            if len(mine) == len(numbers) and int(number_E[mine].max()) < len(numbers):
+                index[number_E[mine]] = mine
+            if bool((index < 0).any()):
+                raise LayoutError(
+                    "The attention backend's cache operation changes what it stores, so reasonkv cannot read keys "
+                    "and values back; choose another --attention-backend or a cache without quantisation."
+                )
+            found.append(index.view(heads, S, head_dim))
+        kv_cache[block].zero_()
+        return cls(found[0], found[1], _strides(found[0]), _strides(found[1]))
+
+    def read(self, kv_cache: Tensor, blocks_BM: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of whole blocks, in the order of slots: [B, H, M * S, D] each, contiguous copies."""
+        B, M = blocks_BM.shape
+        blocks_BME = kv_cache[blocks_BM.long()].reshape(B, M, -1)
+        return (
+            self._select(blocks_BME, self.key_index_HSD, self.key_strides),
+            self._select(blocks_BME, self.value_index_HSD, self.value_strides),
+        )
+
+    def _select(self, blocks_BME: Tensor, index_HSD: Tensor, strides: Strides | None) -> Tensor:
+        (B, M, _), (H, S, D) = blocks_BME.shape, index_HSD.shape
+        if strides is not None:
+            found = strides.view(blocks_BME, (H, S, D))
+        else:
+            found = blocks_BME.index_select(2, index_HSD.flatten()).view(B, M, H, S, D).transpose(1, 2)
+        return found.reshape(B, H, M * S, D).contiguous()
+
+
+def _strides(index_HSD: Tensor) -> Strides | None:
+    """The index as strides, or None where it is not linear."""
+    H, S, D = index_HSD.shape
+    first = index_HSD[0, 0, 0]
+
+    def step(h: int, s: int, d: int) -> int:
+        if h >= H or s >= S or d >= D:
+            return 0
+        return int(index_HSD[h, s, d] - first)
+
+    head, dim = step(1, 0, 0), step(0, 0, 1)
+    slot_S = index_HSD[0, :, 0] - first
+    device = index_HSD.device
+    for inner in (n for n in range(S, 0, -1) if S % n == 0):
+        found = Strides(int(first), head, step(0, inner, 0), step(0, 1, 0) if inner > 1 else 0, dim, inner)
+        s = torch.arange(S, device=device)
+        if not torch.equal(slot_S, s // inner * found.outer + s % inner * found.inner_step):
+            continue
+        heads, dims = torch.arange(H, device=device) * head, torch.arange(D, device=device) * dim
+        linear = first + heads[:, None, None] + slot_S[:, None] + dims
+        return found if torch.equal(linear, index_HSD) else None
+    return None

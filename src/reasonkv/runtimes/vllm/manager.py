@@ -1,0 +1,140 @@
+"""Blocks of requests under a budget, in the scheduler.
+
+A request's whole bound is reserved when it is admitted, so that it is never preempted for want of blocks. Once its
+prompt is in and cut, the blocks that the rest of it can never need are freed, once: the worker's block table only
+appends, so no block may be added after one was freed. Under a `Window`, which has no bound but its length, blocks are
+added as they are needed and none is freed before the end.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
+from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+
+from reasonkv import schedule
+from reasonkv.budget import Window
+from reasonkv.runtimes.vllm.spec import BoundedSpec
+
+_REMEMBERED = 4096  # prompts of requests that gave their blocks back; enough for all that can be waiting preempted
+
+
+@dataclass
+class Holding:
+    """What one request may hold.
+
+    Args:
+        prompt: tokens of its prompt.
+        fill: tokens that are fed before it decodes one by one: the prompt, or after a preemption all it had.
+        state: its lengths after the step that was scheduled last.
+        high_water: most slots it held at once so far.
+        trimmed: the blocks it cannot need any more were freed.
+
+    """
+
+    prompt: int
+    fill: int
+    state: schedule.State = field(default_factory=schedule.State)
+    high_water: int = 0
+    trimmed: bool = False
+
+
+class BoundedManager(FullAttentionManager):  # type: ignore[misc]
+    """Allocates what `reasonkv.schedule` says, and never a block more."""
+
+    kv_cache_spec: BoundedSpec
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.holdings: dict[str, Holding] = {}
+        self.prompts: OrderedDict[str, int] = OrderedDict()
+        self.most_blocks = 0  # that a request held at once, for tests and reports
+
+    def get_num_blocks_to_allocate(
+        self,
+        request_id: str,
+        num_tokens: int,
+        new_computed_blocks: Sequence[KVCacheBlock],
+        total_computed_tokens: int,
+        num_local_computed_tokens: int,
+        num_tokens_main_model: int,
+        apply_admission_cap: bool = False,
+        prefill_end: int = 0,
+    ) -> int:
+        """Blocks this request lacks for its next step, or when it asks to be admitted, for all it will ever need."""
+        held = len(self.req_to_blocks.get(request_id, ()))
+        if apply_admission_cap and held == 0:
+            # The prompt of a request seen for the first time is all of it; `remove_skipped_blocks` confirms it.
+            prompt = self.prompts.get(request_id, num_tokens)
+            self.holdings[request_id] = Holding(prompt, num_tokens)
+        holding = self.holdings[request_id]
+        return max(0, self._blocks(holding, num_tokens) - held)
+
+    def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[KVCacheBlock]:
+        """Blocks for the step that is being scheduled, and its events taken note of."""
+        holding = self.holdings[request_id]
+        blocks = self._blocks(holding, num_tokens)
+        holding.high_water, holding.state = self._after(holding, num_tokens)
+        new: list[KVCacheBlock] = super().allocate_new_blocks(
+            request_id, blocks * self.block_size, blocks * self.block_size
+        )
+        self.most_blocks = max(self.most_blocks, len(self.req_to_blocks[request_id]))
+        return new
+
+    def remove_skipped_blocks(
+        self, request_id: str, processed_computed_tokens: int, num_prompt_tokens: int | None = None
+    ) -> None:
+        """Free, once, what a request whose prompt is in and cut can never need again.
+
+        Args:
+            request_id: the request.
+            processed_computed_tokens: tokens whose steps are over, so that nothing in flight reads what is freed.
+            num_prompt_tokens: tokens of its prompt.
+
+        """
+        holding = self.holdings.get(request_id)
+        if holding is None:
+            return
+        if num_prompt_tokens is not None and holding.state.length == 0:
+            holding.prompt = num_prompt_tokens
+        if holding.trimmed or processed_computed_tokens < holding.fill or isinstance(self.kv_cache_spec.budget, Window):
+            return
+        holding.trimmed = True
+        blocks = self.req_to_blocks[request_id]
+        needed = self._blocks(holding, 0)
+        surplus = blocks[needed:]
+        del blocks[needed:]
+        self.block_pool.free_blocks(reversed(surplus))
+
+    def cache_blocks(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: a block that events rewrite does not hold the tokens its hash would say."""
+
+    def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
+        """All blocks of a request that ends or is preempted."""
+        holding = self.holdings.pop(request_id, None)
+        if holding is not None and holding.state.length:
+            self.prompts[request_id] = holding.prompt
+            if len(self.prompts) > _REMEMBERED:
+                self.prompts.popitem(last=False)
+        blocks: list[KVCacheBlock] = super().pop_blocks_for_free(request_id)
+        return blocks
+
+    def _blocks(self, holding: Holding, num_tokens: int) -> int:
+        spec = self.kv_cache_spec
+        if isinstance(spec.budget, Window):
+            return spec.blocks(self._after(holding, num_tokens)[0])
+        most = spec.slots_while_decoding(holding.prompt)
+        if not holding.trimmed:
+            most = max(most, spec.slots_while_filling(holding.prompt, holding.fill))
+        return spec.blocks(most)
+
+    def _after(self, holding: Holding, num_tokens: int) -> tuple[int, schedule.State]:
+        """The high water and the state after a step that ends at `num_tokens`."""
+        state = schedule.State(holding.state.length, holding.state.held, holding.prompt)
+        fed = max(0, num_tokens - state.length)
+        after, _ = schedule.step(self.kv_cache_spec.budget, state, fed)
+        return max(holding.high_water, state.held + fed), after

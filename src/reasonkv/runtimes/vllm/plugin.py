@@ -1,0 +1,20 @@
+"""What vLLM runs in every process, by the entry point group `vllm.general_plugins`."""
+
+from __future__ import annotations
+
+
+def register() -> None:
+    """Tell vLLM which manager goes with our kind of KV cache spec; may be called any number of times.
+
+    That is all, and it changes nothing by itself: a spec of that kind exists only where `reasonkv`'s worker made it.
+    """
+    from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager  # noqa: F401  (registers the built-ins)
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
+    from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+
+    from reasonkv.runtimes.vllm.manager import BoundedManager
+    from reasonkv.runtimes.vllm.spec import BoundedSpec
+
+    # Registering first would leave vLLM's own specs out: it registers them only while the registry is empty.
+    KVCacheSpecRegistry._ensure_registered()
+    KVCacheSpecRegistry.register(BoundedSpec, BoundedManager, uniform_type_base_spec=FullAttentionSpec)

@@ -1,0 +1,240 @@
+"""One engine's compressed requests in one worker: what the scheduler said, what every layer keeps, when events fall."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence as SequenceOf
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from vllm.config import get_layers_from_vllm_config
+from vllm.logger import init_logger
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.v1.attention.backend import CommonAttentionMetadata
+
+from reasonkv import schedule
+from reasonkv.runtimes.vllm.config import EngineConfig, RequestConfig, ServingError
+from reasonkv.runtimes.vllm.events import Layer, Observer, carry_out_events
+from reasonkv.runtimes.vllm.layout import Layout
+from reasonkv.runtimes.vllm.metrics import Exporter, Meter
+from reasonkv.runtimes.vllm.setup import check_layers, own_heads, rotary_of, statistics_of, with_markers
+from reasonkv.runtimes.vllm.slots import LayerSlots
+from reasonkv.runtimes.vllm.step import Sequence, Step
+
+logger = init_logger("vllm.reasonkv")
+
+_FED_AGAIN = (
+    "Request %s was preempted. All it has is fed again, in pieces, and its events fall at their ends, so its text may go "
+    "on differently."
+)
+
+
+class Runtime:
+    """Made by the worker once the model is loaded; every compressed layer refers to it.
+
+    Args:
+        vllm_config: vLLM's whole configuration.
+        config: ours.
+        runner: the worker's model runner, which orders the batch.
+        rank: of this worker among tensor-parallel ones.
+
+    Raises:
+        ServingError: the model's attention cannot be served; one sentence says why.
+
+    """
+
+    def __init__(self, vllm_config: Any, config: EngineConfig, runner: Any, rank: int = 0) -> None:
+        self.config, self.runner, self.vllm_config = config, runner, vllm_config
+        self.device: torch.device = runner.device
+        self.sequences: dict[str, Sequence] = {}
+        self.free_places = list(reversed(range(vllm_config.scheduler_config.max_num_seqs)))
+        self.step: Step | None = None
+        self.observer: Observer | None = None
+        # ranks agree on what they drop, so one of them counts
+        self.meter = Meter(exporter=Exporter.where_collected() if rank == 0 else None)
+        self._ring_places: tuple[Tensor, Tensor, Tensor | None] | None = None
+        self._suspended: dict[str, Sequence] = {}
+        self._modules = get_layers_from_vllm_config(vllm_config, Attention)
+        check_layers(self._modules, vllm_config)
+        self.first_head = rank * next(iter(self._modules.values())).num_kv_heads
+        self.layers: list[Layer] = []
+        self.use(config)
+        for number, layer in enumerate(self.layers):
+            layer.module.impl.runtime, layer.module.impl.layer_number = self, number
+
+    def use(self, config: EngineConfig) -> None:
+        """Serve by another method from now on, under the same budget.
+
+        No request may be running: those that finished are forgotten here, before the scheduler says so.
+
+        Raises:
+            ServingError: the statistics or the rotary embedding that the method needs are missing.
+
+        """
+        for name in list(self.sequences):
+            self._forget(name)
+        self.config = replace(config, method=with_markers(config.method, self.vllm_config))
+        model, needs = self.vllm_config.model_config, self.config.method.needs
+        places = self.vllm_config.scheduler_config.max_num_seqs
+        self.rotary = rotary_of(self.vllm_config, self.device) if needs.rotary or needs.calibration else None
+        known = statistics_of(self.vllm_config, config.calibration, self.device) if needs.calibration else None
+        layouts = [layer.layout for layer in self.layers] or [None] * len(self._modules)
+        self.layers = []
+        for (name, module), layout in zip(self._modules.items(), layouts, strict=True):
+            shape = (places, module.num_kv_heads, module.num_heads, module.head_size)
+            index, first = extract_layer_index(name), self.first_head * module.num_heads // module.num_kv_heads
+            heads = slice(first, first + module.num_heads)
+            statistics = None if known is None else own_heads(known.layer(index), heads)
+            slots = LayerSlots(*shape, model.dtype, self.device, needs)
+            self.layers.append(Layer(index, module, slots, statistics, layout))
+        self.token_ids: Tensor | None = None  # int32 [places, length]
+        if needs.token_ids:
+            self.token_ids = torch.zeros(places, model.max_model_len, dtype=torch.int32, device=self.device)
+
+    def find_layout(self) -> None:
+        """Ask the platform where it puts keys and values, once blocks exist and before any request runs."""
+        for layer in self.layers:
+            module = layer.module
+
+            def write(keys: Tensor, values: Tensor, kv_cache: Tensor, slots: Tensor, module: Any = module) -> None:
+                module.impl.write(module, keys, values, kv_cache, slots)
+
+            # block 0 is vLLM's null block, where padding goes
+            layer.layout = Layout.probe(module.kv_cache, 1, module.num_kv_heads, module.head_size, write)
+
+    # -- one step ---------------------------------------------------------------------------------------------------
+
+    def begin(self, scheduled: Any) -> None:
+        """Take in what the scheduler sends before a step (`SchedulerOutput`)."""
+        for name in scheduled.finished_req_ids:
+            self._forget(name)
+            self._suspended.pop(name, None)
+        for name in scheduled.preempted_req_ids or ():
+            if name in self.sequences:
+                self._suspended[name] = self.sequences[name]
+                self._forget(name)
+        for new in scheduled.scheduled_new_reqs:
+            if self._suspended.pop(new.req_id, None) is not None:  # the second model runner is told it is new
+                logger.warning(_FED_AGAIN, new.req_id)
+            self._admit(new.req_id, new.prompt_len, new.sampling_params)
+        cached = scheduled.scheduled_cached_reqs
+        for name in cached.resumed_req_ids:
+            self._admit_again(name)
+        if scheduled.num_scheduled_tokens:
+            self.step = Step(dict(scheduled.num_scheduled_tokens), self.sequences, self.config.budget)
+            self._check_agreement(cached)
+
+    def make_physical(self, common: CommonAttentionMetadata, block_size: int) -> CommonAttentionMetadata:
+        """A step's attention metadata with the lengths and slots that are there, for the kernels."""
+        step = self.step
+        assert step is not None
+        table = common.block_table_tensor
+        step.order = self._batch_order(common)
+        step.block_table = table
+        self._ring_places = None
+        padding = common.num_reqs - len(step.order)
+        dropped = [one.state.length - one.state.held for one in (step.sequences[name] for name in step.order)]
+        dropped_B = torch.tensor(dropped + [0] * padding, dtype=common.seq_lens.dtype)
+        upper = common.seq_lens_cpu_upper_bound
+        slots = torch.full_like(common.slot_mapping, -1)
+        slots[: step.tokens] = step.physical_slots(table, block_size).to(slots.dtype)
+        return common.replace(
+            seq_lens=common.seq_lens - dropped_B.to(common.seq_lens.device, non_blocking=True),
+            seq_lens_cpu_upper_bound=None if upper is None else upper - dropped_B.to(upper.dtype),
+            max_seq_len=max(step.held(name) for name in step.order),
+            slot_mapping=slots,
+        )
+
+    def after_attention(self, number: int, query: Tensor) -> None:
+        """Called by every compressed layer after it attended: remember its queries, carry out its events.
+
+        Args:
+            number: which layer, in the order they run.
+            query: rotated queries [tokens, Hq, D], padding behind them.
+
+        """
+        step = self.step
+        if step is None:  # a warm-up that no scheduler asked for
+            return
+        layer = self.layers[number]
+        if number == 0 and self.token_ids is not None:
+            self._log_tokens(step)
+        if layer.slots.ring is not None:
+            if self._ring_places is None:
+                self._ring_places = step.ring_places(layer.slots.ring.shape[2], self.device)
+            layer.slots.remember_queries(query[: step.tokens], self._ring_places)
+        whole_model, is_last = self.config.method.needs.scope == "model", number == len(self.layers) - 1
+        if step.has_events and (is_last or not whole_model):
+            start = time.perf_counter()
+            with torch.autocast(self.device.type, enabled=False):  # scores are float32 whoever calls
+                carry_out_events(self, self.layers if whole_model else [layer], step)
+            self.meter.seconds += time.perf_counter() - start
+
+    def end(self, seconds: float) -> None:
+        """Move the requests on after a step that took so long."""
+        step, self.step = self.step, None
+        if step is not None:
+            self.meter.note_step(step, seconds)
+            step.commit()
+
+    def token_ids_of(self, names: SequenceOf[str]) -> tuple[Tensor, ...]:
+        """Per request, int64 [length]: every token it has seen, those of this step included."""
+        assert self.token_ids is not None and self.step is not None
+        return tuple(
+            self.token_ids[self.sequences[name].place, : self.step.after[name][0].length].long() for name in names
+        )
+
+    # -- internals --------------------------------------------------------------------------------------------------
+
+    def _admit(self, name: str, prompt: int, sampling_params: Any) -> None:
+        try:
+            asked = RequestConfig.of(getattr(sampling_params, "extra_args", None))
+        except ServingError as error:  # a server that was told to (`RequestOptions`) has refused it before
+            logger.warning("Request %s runs with reasonkv's defaults: %s", name, error)
+            asked = RequestConfig()
+        budget = self.config.budget
+        if budget.prompt == "keep" and prompt + max(budget.recent, self.config.method.needs.recent) >= budget.tokens:
+            logger.warning(
+                "Request %s has a prompt of %d tokens, which prompt='keep' cannot hold in a budget of %d; "
+                "its prompt is compressed like the rest.", name, prompt, budget.tokens,
+            )  # fmt: skip
+        self.sequences[name] = Sequence(self.free_places.pop(), schedule.State(prompt=prompt), asked.seed)
+
+    def _admit_again(self, name: str) -> None:
+        logger.warning(_FED_AGAIN, name)
+        old = self._suspended.pop(name)
+        self.sequences[name] = Sequence(self.free_places.pop(), schedule.State(prompt=old.state.prompt), old.seed)
+
+    def _forget(self, name: str) -> None:
+        sequence = self.sequences.pop(name, None)
+        if sequence is not None:
+            self.free_places.append(sequence.place)
+
+    def _check_agreement(self, cached: Any) -> None:
+        for name, length in zip(cached.req_ids, cached.num_computed_tokens, strict=True):
+            if self.sequences[name].state.length != length:
+                raise RuntimeError(
+                    f"The scheduler has {length} tokens of request {name} in the cache, the worker "
+                    f"{self.sequences[name].state.length}."
+                )
+
+    def _batch_order(self, common: CommonAttentionMetadata) -> list[str]:
+        states = getattr(self.runner, "req_states", None)  # the second model runner keeps a table of requests
+        if states is not None:
+            return [states.index_to_req_id[int(number)] for number in common.req_idx]
+        assert self.step is not None
+        order: list[str] = self.runner.input_batch.req_ids[: len(self.step.fed)]
+        return order
+
+    def _log_tokens(self, step: Step) -> None:
+        assert self.token_ids is not None
+        buffers = getattr(self.runner, "input_buffers", None)
+        ids = (self.runner.input_ids.gpu if buffers is None else buffers.input_ids)[: step.tokens]
+        place = step.per_token([step.sequences[name].place for name in step.order])
+        position = step.rank + step.per_token([step.sequences[name].state.length for name in step.order])
+        where = torch.from_numpy(np.stack([place, position])).to(self.device)
+        self.token_ids[where[0], where[1]] = ids.to(torch.int32)

@@ -1,0 +1,103 @@
+"""What an engine checks and looks up once its model is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from reasonkv.calibration import Calibration, CalibrationError, LayerStatistics
+from reasonkv.calibration.files import load_calibration
+from reasonkv.calibration.lookup import FILE
+from reasonkv.methods import Method
+from reasonkv.rotary import Rotary, RotaryError
+from reasonkv.runtimes.transformers.support import check_model
+from reasonkv.runtimes.vllm.backend import CompressedImpl
+from reasonkv.runtimes.vllm.config import ServingError
+
+
+def check_layers(modules: dict[str, Any], vllm_config: Any) -> None:
+    """Refuse models whose attention is not plain full attention through our backend.
+
+    Args:
+        modules: vLLM's attention layers by name.
+        vllm_config: vLLM's whole configuration.
+
+    Raises:
+        ServingError: one sentence.
+
+    """
+    problems = check_model(vllm_config.model_config.hf_config)
+    if problems:
+        raise ServingError(problems[0])
+    if not modules:
+        raise ServingError("The model has no attention layers that reasonkv could bound.")
+    for name, module in modules.items():
+        if not isinstance(module.impl, CompressedImpl):
+            raise ServingError(
+                f"Layer {name} runs on {type(module.impl).__name__}, which reasonkv does not drive; choose "
+                "--attention-backend FLASH_ATTN or TRITON_ATTN (CPU_ATTN on CPU), and start each engine in a process "
+                "of its own."
+            )
+        if module.sliding_window is not None:
+            raise ServingError("Models with sliding-window layers are not served yet; use them with transformers.")
+        if module.kv_sharing_target_layer_name is not None:
+            raise ServingError("Layers that share keys and values are not served: events of one would cut another's.")
+        if module.head_size_v != module.head_size:
+            raise ServingError("Values of another width than keys are not served yet.")
+
+
+def with_markers(method: Method, vllm_config: Any) -> Method:
+    """The method with what an option leaves to the model's tokenizer filled in."""
+    model = vllm_config.model_config
+    if type(method).for_tokenizer is Method.for_tokenizer or model.skip_tokenizer_init:
+        return method
+    from transformers import AutoTokenizer
+
+    return method.for_tokenizer(AutoTokenizer.from_pretrained(model.tokenizer))
+
+
+def rotary_of(vllm_config: Any, device: torch.device) -> Rotary:
+    """The rotary embedding of the model's full-attention layers.
+
+    Raises:
+        ServingError: one that cannot be undone.
+
+    """
+    try:
+        return Rotary.from_config(vllm_config.model_config.hf_config, "full_attention").to(device)
+    except RotaryError as error:
+        raise ServingError(str(error)) from None
+
+
+def statistics_of(vllm_config: Any, given: str | None, device: torch.device) -> Calibration:
+    """Statistics of the model's queries: the file that is given, or the one in the model's folder.
+
+    They are checked against the configuration; the hash of the weights is not, because vLLM's are laid out otherwise.
+
+    Raises:
+        ServingError: none, or another model's.
+
+    """
+    model = vllm_config.model_config
+    path = Path(given).expanduser() if given is not None else Path(model.model) / FILE
+    if given is None and not path.is_file():
+        raise ServingError(
+            f"The method needs statistics of the model's queries, and {model.model} is no folder that has them; make "
+            f"them with `reasonkv calibrate --model {model.model} --text FILE --out stats.safetensors` and put "
+            '"calibration": "stats.safetensors" into the configuration.'
+        )
+    try:
+        found = load_calibration(path)
+        found.check(model.hf_config)
+    except CalibrationError as error:
+        raise ServingError(str(error)) from None
+    return found.to(device)
+
+
+def own_heads(whole: LayerStatistics, heads: slice) -> LayerStatistics:
+    """One layer's statistics of this rank's query heads."""
+    square = None if whole.square_HqF is None else whole.square_HqF[heads]
+    horizon = None if whole.horizon_HqJ is None else whole.horizon_HqJ[heads]
+    return LayerStatistics(whole.mean_HqF[heads], whole.modulus_HqF[heads], square, horizon)

@@ -1,0 +1,32 @@
+"""Tests of the vLLM runtime. Those that need vLLM itself are left out where it is not installed: its requirements are
+its own, and `make test-vllm` installs them and runs everything here.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+try:  # the folder's own name would be found as an empty package
+    MISSING = importlib.util.find_spec("vllm.v1") is None
+except ModuleNotFoundError:
+    MISSING = True
+NEED_VLLM = [
+    "test_blocks.py",
+    "test_contract.py",
+    "test_inert.py",
+    "test_parity.py",
+    "test_requests.py",
+    "test_server.py",
+]
+collect_ignore = NEED_VLLM if MISSING else []
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundled model as a folder that vLLM loads."""
+    from engines import model_folder
+
+    return model_folder(tmp_path_factory.mktemp("model"))

@@ -1,0 +1,149 @@
+"""What can be asked of an engine and of a request, and one sentence for each thing that cannot."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from reasonkv import Budget, Window
+from reasonkv.runtimes.vllm import config
+from reasonkv.runtimes.vllm.config import EngineConfig, RequestConfig, ServingError, check_engine, check_version
+
+
+def test_an_engine_is_configured_by_a_method_and_the_fields_of_a_budget() -> None:
+    made = EngineConfig.parse(
+        {"method": "snapkv:window=16", "tokens": 256, "interval": 64, "prompt": "on_top", "seed": 3}
+    )
+    assert made.method.spec() == "snapkv:window=16" and made.seed == 3
+    assert made.budget == Budget(256, interval=64, prompt="on_top")
+
+
+def test_a_window_takes_the_place_of_a_budget_and_sizes_karas_ring() -> None:
+    made = EngineConfig.parse({"method": "kara", "window": {"size": 96, "buffer": 32, "retention": 0.25}})
+    assert made.budget == Window(size=96, buffer=32, retention=0.25)
+    assert made.method.needs.queries == 96 + 32
+
+
+def test_nothing_is_configured_without_the_key() -> None:
+    assert EngineConfig.of(SimpleNamespace(additional_config={})) is None
+    assert EngineConfig.of(SimpleNamespace(additional_config={"other": 1})) is None
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({"tokens": 5}, "configured as"),
+        ("snapkv", "configured as"),
+        ({"method": "snapvk", "tokens": 512}, "did you mean 'snapkv'"),
+        ({"method": "snapkv"}, "needs a budget"),
+        ({"method": "snapkv", "interval": 64}, "needs tokens"),
+        ({"method": "snapkv", "tokens": 64, "recent": 100}, "cannot hold"),
+        ({"method": "snapkv", "token": 64}, "Unknown reasonkv fields: token"),
+        ({"method": "snapkv", "tokens": "many"}, "whole number"),
+        ({"method": "snapkv", "tokens": 512, "seed": 0.5}, "seed must be a whole number"),
+        ({"method": "kara", "tokens": 512, "window": {"size": 96}}, "takes the place of tokens"),
+        ({"method": "kara", "window": {"width": 96}}, "window takes size, buffer, retention"),
+        ({"method": "kara", "window": {"retention": 2}}, "retention must lie between"),
+        ({"method": "full"}, "leave reasonkv out"),
+        ({"method": "cask", "tokens": 512}, "mass=none"),
+        ({"method": "cask:mass=none,value_gate=1.0", "tokens": 512}, "output projection"),
+        ({"method": "quest", "tokens": 512}, "selects what each query reads"),
+        ({"method": "oracle", "tokens": 512}, "looks into the future"),
+        ({"method": "h2o", "tokens": 512}, "observes every query"),
+    ],
+)
+def test_a_configuration_that_makes_no_sense_is_refused_in_one_sentence(given: Any, sentence: str) -> None:
+    with pytest.raises(ServingError, match=sentence) as error:
+        EngineConfig.parse(given)
+    assert "\n" not in str(error.value)
+
+
+def stock(**changes: Any) -> SimpleNamespace:
+    """What `check_engine` reads of vLLM's configuration; `a.b=` sets a field of a part."""
+    parts = {
+        "parallel_config": SimpleNamespace(
+            pipeline_parallel_size=1, tensor_parallel_size=1, decode_context_parallel_size=1,
+            prefill_context_parallel_size=1, use_ubatching=False,
+        ),
+        "scheduler_config": SimpleNamespace(scheduler_reserve_full_isl=True),
+        "cache_config": SimpleNamespace(cache_dtype="auto"),
+        "model_config": SimpleNamespace(
+            is_multimodal_model=False, is_encoder_decoder=False, get_total_num_kv_heads=lambda: 8
+        ),
+        "speculative_config": None, "kv_transfer_config": None, "lora_config": None,
+    }  # fmt: skip
+    for name, value in changes.items():
+        part, _, field = name.partition("__")
+        if field:
+            setattr(parts[part], field, value)
+        else:
+            parts[part] = value
+    return SimpleNamespace(**parts)
+
+
+RANDOM = EngineConfig.parse({"method": "random", "tokens": 256})
+TRIATTENTION = EngineConfig.parse({"method": "triattention", "tokens": 256})
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"speculative_config": object()}, "speculative decoding"),
+        ({"kv_transfer_config": object()}, "KV connectors"),
+        ({"lora_config": object()}, "LoRA"),
+        ({"parallel_config__pipeline_parallel_size": 2}, "pipeline parallelism"),
+        ({"parallel_config__decode_context_parallel_size": 2}, "context parallelism"),
+        ({"parallel_config__use_ubatching": True}, "microbatching"),
+        ({"parallel_config__tensor_parallel_size": 3}, "8 KV heads do not divide among 3 ranks"),
+        ({"cache_config__cache_dtype": "fp8"}, "quantised KV cache"),
+        ({"scheduler_config__scheduler_reserve_full_isl": False}, "admission without the whole prompt"),
+        ({"model_config__is_multimodal_model": True}, "multi-modal"),
+    ],
+)
+def test_an_engine_that_would_go_wrong_is_refused_in_one_sentence(changes: dict[str, Any], sentence: str) -> None:
+    check_engine(stock(), RANDOM)
+    with pytest.raises(ServingError, match=sentence):
+        check_engine(stock(**changes), RANDOM)
+
+
+def test_a_method_whose_heads_decide_together_is_refused_on_several_ranks() -> None:
+    two_ranks = stock(parallel_config__tensor_parallel_size=2)
+    check_engine(two_ranks, RANDOM)
+    with pytest.raises(ServingError, match="lets all heads decide together"):
+        check_engine(two_ranks, TRIATTENTION)
+
+
+def test_other_versions_of_vllm_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for found, is_fine in (("0.32.0", True), ("0.32.4+cpu", True), ("0.31.2", False), ("0.320.0", False)):
+        monkeypatch.setattr(config, "version", lambda name, found=found: found)
+        if is_fine:
+            assert check_version() == found
+        else:
+            with pytest.raises(ServingError, match=f"vLLM {found} is installed"):
+                check_version()
+
+
+def test_a_request_sets_its_seed_as_an_object_or_as_text() -> None:
+    assert RequestConfig.of(None) == RequestConfig.of({}) == RequestConfig.of({"other": 1}) == RequestConfig(0)
+    assert (
+        RequestConfig.of({"reasonkv": {"seed": 5}}) == RequestConfig.of({"reasonkv": '{"seed": 5}'}) == RequestConfig(5)
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ("seed", "must be an object"),
+        (5, "must be an object"),
+        ({"seed": "five"}, "whole number"),
+        ({"seed": True}, "whole number"),
+        ({"sede": 5}, "Unknown reasonkv options of a request: sede"),
+        ({"tokens": 64}, "tokens cannot be set by a request"),
+        ({"enabled": False}, "enabled cannot be set by a request"),
+    ],
+)
+def test_a_request_that_makes_no_sense_is_refused_in_one_sentence(given: Any, sentence: str) -> None:
+    with pytest.raises(ServingError, match=sentence):
+        RequestConfig.of({"reasonkv": given})

@@ -1,0 +1,85 @@
+"""Whatever way a platform packs keys and values, the probe finds every element again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from reasonkv.runtimes.vllm.layout import Layout, LayoutError
+
+H, S, D, BLOCKS = 3, 32, 16, 5
+Place = Callable[[Tensor, Tensor, Tensor, int], Tensor]
+
+
+def plain(h: Tensor, s: Tensor, d: Tensor, kind: int) -> Tensor:
+    """Tokens with their key and value side by side, as FlashAttention and Triton have them."""
+    return (h * S + s) * 2 * D + kind * D + d
+
+
+def transposed(h: Tensor, s: Tensor, d: Tensor, kind: int) -> Tensor:
+    """Keys by dimension, values by token, as one CPU kernel has them."""
+    inside = s * D + d if kind else d * S + s
+    return h * 2 * S * D + kind * S * D + inside
+
+
+def in_groups(h: Tensor, s: Tensor, d: Tensor, kind: int) -> Tensor:
+    """Groups of 8 tokens, transposed within."""
+    return h * 2 * S * D + kind * S * D + s // 8 * 8 * D + d * 8 + s % 8
+
+
+def in_pairs(h: Tensor, s: Tensor, d: Tensor, kind: int) -> Tensor:
+    """Pairs of dimensions interleaved over tokens, as matrix units want them: not linear."""
+    return h * 2 * S * D + kind * S * D + d // 2 * 2 * S + s * 2 + d % 2
+
+
+def scrambled(h: Tensor, s: Tensor, d: Tensor, kind: int) -> Tensor:
+    """No order at all."""
+    order = torch.randperm(H * S * D * 2, generator=torch.Generator().manual_seed(3))
+    return order[plain(h, s, d, kind)]
+
+
+def writer(place: Place) -> Callable[[Tensor, Tensor, Tensor, Tensor], None]:
+    h, d = torch.arange(H)[:, None], torch.arange(D)
+
+    def write(keys_nHD: Tensor, values_nHD: Tensor, kv_cache: Tensor, slots_n: Tensor) -> None:
+        flat = kv_cache.view(BLOCKS, -1)
+        for key_HD, value_HD, slot in zip(keys_nHD, values_nHD, slots_n, strict=True):
+            block, s = slot // S, slot % S
+            flat[block, place(h, s, d, 0)] = key_HD
+            flat[block, place(h, s, d, 1)] = value_HD
+
+    return write
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("place", "is_linear"),
+    [(plain, True), (transposed, True), (in_groups, True), (in_pairs, False), (scrambled, False)],
+)
+def test_what_is_written_is_read_back_bit_for_bit(place: Place, is_linear: bool, dtype: torch.dtype) -> None:
+    cache = torch.zeros(BLOCKS, H, S, 2 * D, dtype=dtype)
+    write = writer(place)
+    layout = Layout.probe(cache, 1, H, D, write)
+    assert not cache.any()
+    assert (layout.key_strides is not None) == is_linear
+    keys, values = torch.randn(2, 2 * S, H, D).to(dtype)
+    blocks = torch.tensor([4, 2])
+    slots = (blocks[:, None] * S + torch.arange(S)).flatten()
+    write(keys, values, cache, slots)
+    found = layout.read(cache, torch.stack([blocks, blocks.flip(0)]))
+    for got, written in zip(found, (keys, values), strict=True):
+        assert torch.equal(got[0], written.transpose(0, 1))
+        assert torch.equal(got[1], torch.cat([written[S:], written[:S]]).transpose(0, 1))
+
+
+def test_a_cache_operation_that_rounds_is_refused() -> None:
+    exact = writer(plain)
+
+    def write(keys: Tensor, values: Tensor, kv_cache: Tensor, slots: Tensor) -> None:
+        exact((keys / 4).round() * 4, values, kv_cache, slots)
+
+    with pytest.raises(LayoutError, match="changes what it stores"):
+        Layout.probe(torch.zeros(BLOCKS, H, S, 2 * D), 1, H, D, write)

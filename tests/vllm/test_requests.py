@@ -1,0 +1,75 @@
+"""What one request may set, and what the engine refuses when it starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from engines import core_of, engine, greedy, prompts, reference, runtime_of, serve
+from vllm.exceptions import VLLMValidationError
+
+from reasonkv import Budget
+from reasonkv.runtimes.vllm.config import ServingError
+
+GIVEN = {"method": "random", "tokens": 64, "interval": 32, "sinks": 4, "recent": 16, "seed": 7}
+BUDGET = Budget(64, interval=32, sinks=4, recent=16)
+
+
+def test_a_requests_seed_is_its_row_seed_and_wrong_options_never_reach_the_engine(folder: Path) -> None:
+    ids = prompts((90,))[0]
+    validator = "reasonkv.runtimes.vllm.requests:RequestOptions"
+    with engine(folder, GIVEN, logits_processors=[validator]) as llm:
+        assert core_of(llm).scheduler.kv_cache_manager.enable_caching  # on, and nothing is ever found in it
+        sampling = [greedy(80, extra_args={"reasonkv": {"seed": seed}}) for seed in (0, 5, 5)]
+        mine = serve(llm, [ids] * 3, sampling)
+        theirs = reference("random", BUDGET, [ids] * 3, 80, seed=7, row_seeds=[0, 5, 5])
+        assert mine.tokens == theirs.tokens
+        assert all(torch.equal(mine.kept[key], kept) for key, kept in theirs.kept.items())
+        assert not torch.equal(mine.kept[0, 0, 0], mine.kept[1, 0, 0])
+        assert torch.equal(mine.kept[1, 0, 0], mine.kept[2, 0, 0])
+        for wrong in ({"seed": "x"}, {"tokens": 5}, {"unknown": 1}):
+            with pytest.raises(VLLMValidationError, match=r"reasonkv|cannot be set"):
+                serve(llm, [ids], greedy(4, extra_args={"reasonkv": wrong}))
+        again = serve(llm, [ids], greedy(80))  # the engine is alive, and a request without options has seed 0
+        assert again.tokens == mine.tokens[:1]
+        assert not core_of(llm).scheduler.running
+
+
+def test_a_prompt_that_cannot_be_kept_is_compressed_and_the_engine_lives_on(folder: Path) -> None:
+    short, long = prompts((40, 130))
+    with engine(folder, GIVEN | {"prompt": "keep"}) as llm:
+        mine = serve(llm, [short, long], greedy(80))
+        assert [len(tokens) for tokens in mine.tokens] == [80, 80]
+        assert (mine.kept[0, 0, 0][:, :40] == torch.arange(40)).all()  # it fits: 40 + 16 < 64
+        assert not (mine.kept[1, 0, 0][:, :40] == torch.arange(40)).all()
+
+
+def test_the_meter_counts_what_the_schedule_says(folder: Path) -> None:
+    ids = prompts((90,))[0]
+    with engine(folder, GIVEN) as llm:
+        serve(llm, [ids], greedy(80))
+        meter = runtime_of(llm).meter
+        # the prompt is cut from 90 to 64; then an event each time 96 are held: after 32 and after 64 of 79 fed tokens
+        assert (meter.events, meter.dropped, meter.peak) == (3, 26 + 32 + 32, 96)
+        assert (meter.steps, meter.physical, meter.logical) == (80, 64 + 79 - 64, 90 + 79)
+        assert 0 < meter.seconds < meter.step_seconds
+
+
+@pytest.mark.parametrize(
+    ("given", "options", "sentence"),
+    [
+        ({"method": "cask", "tokens": 96}, {}, "mass=none"),
+        ({"method": "triattention", "tokens": 96}, {}, "needs statistics of the model's queries"),
+        (
+            GIVEN,
+            {"max_model_len": 1024, "block_size": 32, "num_gpu_blocks_override": 9},
+            "needs 32 blocks until it is cut",
+        ),
+    ],
+)
+def test_an_engine_that_cannot_be_served_does_not_start(
+    folder: Path, given: dict[str, object], options: dict[str, object], sentence: str
+) -> None:
+    with pytest.raises(ServingError, match=sentence), engine(folder, given, **options):
+        pass

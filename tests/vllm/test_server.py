@@ -1,0 +1,109 @@
+"""A real server with our two flags, spoken to by the official client.
+
+The CPU build of vLLM on PyPI has another package name, which its own `vllm` command does not look for; the server's module
+is what `vllm serve` runs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from engines import WORKER, prompts
+
+GIVEN = {"method": "random", "tokens": 64, "interval": 32, "sinks": 4, "recent": 16, "seed": 7}
+CHAT = "{% for message in messages %}{{ message.content }} {% endfor %}<think>"
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log, metrics = tmp_path_factory.mktemp("log") / "server.log", tmp_path_factory.mktemp("metrics")
+    command = [
+        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder),
+        "--served-model-name", "testbed",
+        "--worker-cls", WORKER, "--additional-config", json.dumps({"reasonkv": GIVEN}),
+        "--logits-processors", "reasonkv.runtimes.vllm.requests:RequestOptions",
+        "--max-model-len", "1024", "--max-num-seqs", "8", "--dtype", "float32", "--enforce-eager",
+        "--chat-template", CHAT, "--port", str(port), "--host", "127.0.0.1",
+    ]  # fmt: skip
+    env = os.environ | {"PROMETHEUS_MULTIPROC_DIR": str(metrics), "VLLM_LOGGING_LEVEL": "INFO"}
+    env["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"  # as users have it: the engine is a process of its own
+    url = f"http://127.0.0.1:{port}"
+    with log.open("w") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=env)
+        try:
+            deadline = time.monotonic() + 180
+            while True:
+                try:
+                    urllib.request.urlopen(f"{url}/health", timeout=2)
+                    break
+                except OSError:
+                    assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
+                    time.sleep(0.5)
+            assert "reasonkv on vLLM 0.32" in log.read_text()  # one line says what is active
+            yield url
+        finally:
+            process.terminate()
+            process.wait(60)
+
+
+@pytest.fixture
+def client(server: str) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server}/v1", api_key="none", max_retries=0)
+
+
+def counted(server: str, name: str) -> float:
+    text = urllib.request.urlopen(f"{server}/metrics", timeout=10).read().decode()
+    found = re.search(rf"^{re.escape(name)}(?:{{.*}})? (\S+)$", text, re.MULTILINE)
+    return float(found[1]) if found else 0.0
+
+
+def ask(client: openai.OpenAI, **options: Any) -> Any:
+    fixed = {"model": "testbed", "prompt": prompts((60,))[0], "temperature": 0, "max_tokens": 120}
+    return client.completions.create(**(fixed | options), extra_body={"ignore_eos": True})
+
+
+def test_completions_and_chats_stream_and_their_events_are_counted(server: str, client: openai.OpenAI) -> None:
+    before = counted(server, "reasonkv:events_total")
+    whole = ask(client)
+    assert whole.usage.completion_tokens == 120
+    parts = [chunk.choices[0].text for chunk in ask(client, stream=True) if chunk.choices]
+    assert len(parts) > 10 and "".join(parts) == whole.choices[0].text
+    # 60 + 119 fed tokens: 96 are held after 36, then every 32 again
+    assert counted(server, "reasonkv:events_total") - before == 2 * 3
+    assert counted(server, "reasonkv:slots_dropped_total") >= 2 * 3 * 32
+    assert 64 <= counted(server, "reasonkv:peak_slots") <= 96
+    assert counted(server, "reasonkv:logical_tokens") > counted(server, "reasonkv:physical_tokens") > 0
+    assert counted(server, "vllm:generation_tokens_total") >= 240
+    chat = client.chat.completions.create(
+        model="testbed", messages=[{"role": "user", "content": "<program> a = 1 ;"}], max_tokens=20, temperature=0,
+        stream=True, extra_body={"ignore_eos": True},
+    )  # fmt: skip
+    assert sum(len(chunk.choices) for chunk in chat) >= 20
+
+
+def test_a_wrong_request_is_answered_400_with_a_sentence_and_the_server_lives_on(client: openai.OpenAI) -> None:
+    for given, sentence in (('{"tokens": 5}', "cannot be set by a request"), ('{"seed": "x"}', "whole number")):
+        with pytest.raises(openai.BadRequestError, match=sentence) as error:
+            client.completions.create(
+                model="testbed", prompt=[5, 6], max_tokens=4, extra_body={"vllm_xargs": {"reasonkv": given}}
+            )
+        assert error.value.status_code == 400
+    seeded = client.completions.create(
+        model="testbed", prompt=[5, 6], max_tokens=4, extra_body={"vllm_xargs": {"reasonkv": '{"seed": 4}'}}
+    )
+    assert seeded.usage.completion_tokens <= 4
