@@ -36,7 +36,8 @@ HELD, KEEP = 1152, 1024
 FLUSH = 64 * 2**20
 NO_EVENT = ("full", "oracle", "quest", "seer")  # they drop nothing, or look into the future
 FURTHER = (
-    "rkv:form=port", "cask:fold=neighbours", "cask:per_layer=true", "triattention:mode=global", "expected:covariance=full"
+    "rkv:form=port", "cask:fold=neighbours", "cask:per_layer=true", "triattention:mode=global",
+    "expected:covariance=full",
 )  # fmt: skip
 
 
@@ -185,8 +186,7 @@ class Feeder:
 def events(
     method: Method, model: PreTrainedModel, repeats: int, dtype: torch.dtype
 ) -> Iterator[tuple[float, float, float]]:
-    """Milliseconds of events in the middle of a generation, of what the cache does for a token without an event, and
-    of reading keys and values once."""
+    """Milliseconds of an event in the middle of a generation, of a token without one, and of reading K and V once."""
     window = Window() if method.name == "kara" else None
     prompt = HELD - window.size - window.buffer if window else 1
     feeder: Feeder | None = None
@@ -210,7 +210,7 @@ def events(
 
 
 def rates() -> tuple[float, float]:
-    """Floating-point operations per second of a float32 matrix product, and exponentials per second in a core's cache."""
+    """Operations per second of a float32 matrix product, and exponentials per second in a core's cache."""
     a, b = torch.randn(2, 2048, 2048)
     x = torch.randn(1 << 18)
     out = torch.empty_like(x)
@@ -250,15 +250,13 @@ def main() -> None:
         counted = formula(spec, method)
         least = (read, 1e3 * LAYERS * counted.flops / flops, 1e3 * LAYERS * counted.elements / elements)
         rows.append([spec, middle, low, high, *least, middle / max(least), plain, "yes" if counted.quadratic else ""])
-        print(
-            f"{spec:30s} {middle:8.1f} ms  least {least[0]:6.1f} {least[1]:6.1f} {least[2]:6.1f}  ratio {middle / max(least):5.2f}",
-            flush=True,
-        )
+        parts = " ".join(f"{part:6.1f}" for part in least)
+        print(f"{spec:30s} {middle:8.1f} ms  least {parts}  ratio {middle / max(least):5.2f}", flush=True)
     if arguments.methods:
         return
     publish(
         "event_cost" if arguments.dtype == "float32" else f"event_cost_{arguments.dtype}",
-        f"One event of all {LAYERS} layers at Qwen3-8B geometry, {HELD} -> {KEEP} slots, {arguments.dtype}, batch 1, CPU",
+        f"One event of {LAYERS} layers at Qwen3-8B geometry, {HELD} -> {KEEP} slots, {arguments.dtype}, one row, CPU",
         ["method", "ms", "95 % low", "95 % high", "(a) ms to read K and V once", "(b) ms of products",
          "(c) ms of exponentials", "ratio to the largest", "ms of a token without an event", "quadratic"],
         rows,

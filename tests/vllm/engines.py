@@ -23,7 +23,7 @@ from reasonkv.view import SlotView
 os.environ |= {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # so that the tests see the scheduler and the worker
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the scheduler, and with one rank the worker, are where tests see them
     "VLLM_LOGGING_LEVEL": "WARNING",
     "HF_HUB_OFFLINE": "1",
 }

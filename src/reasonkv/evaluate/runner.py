@@ -8,7 +8,7 @@ from pathlib import Path
 
 from reasonkv.budget import Budget, BudgetError, DividesBudget, layer_budgets
 from reasonkv.evaluate.manifest import Manifest, open_results
-from reasonkv.evaluate.matching import budget_for_mean
+from reasonkv.evaluate.matching import budget_for_mean, check_matchable
 from reasonkv.evaluate.records import RECORDS, Record, append_records, read_records, record_key, repair
 from reasonkv.evaluate.replay import Cell, replay_batch, to_record
 from reasonkv.evaluate.traces import Trace, TraceSettings, load_or_make_traces
@@ -111,8 +111,11 @@ def plan_cells(
         layers: compressed layers of the model.
 
     Raises:
-        BudgetError: a prompt or a method's own window does not fit a budget, or a mean cannot be reached.
+        BudgetError: a prompt or a method's own window does not fit a budget, or a mean cannot be reached, or has no
+            meaning for a method that selects.
     """
+    if mean_slots:
+        check_matchable(methods)
     solved: dict[Method | None, list[Budget]] = {}  # None: methods whose layers share one budget
     if rows is not None and mean_slots:
         decoding = [(prompt, fed) for prompt, fed in rows if fed > prompt]

@@ -86,6 +86,11 @@ def method_class(name: str) -> type[Method]:
         found = points[0].load()
     if not (isinstance(found, type) and issubclass(found, Method)):
         raise MethodError(f"The entry point {name!r} does not name a reasonkv Method class.")
+    if getattr(found, "name", None) != name:
+        raise MethodError(
+            f"The entry point {name!r} gives a method that calls itself {getattr(found, 'name', None)!r}; "
+            f"give both the same name."
+        )
     return found
 
 

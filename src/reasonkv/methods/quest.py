@@ -36,7 +36,7 @@ class Quest(SelectionMethod):
 
     name: ClassVar[str] = "quest"
     title: ClassVar[str] = "Keeps all, reads the pages with the highest bound of q.k"
-    paper: ClassVar[str] = "Tang et al., 2024, arXiv 2406.10774"
+    paper: ClassVar[str] = "Quest, arXiv 2406.10774"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -40,7 +40,7 @@ class SeerAttention(SelectionMethod):
 
     name: ClassVar[str] = "seer"
     title: ClassVar[str] = "Keeps all, reads the pages a trained gate expects to matter"
-    paper: ClassVar[str] = "Gao et al., 2025, arXiv 2506.08889"
+    paper: ClassVar[str] = "SeerAttention-R, arXiv 2506.08889"
 
     @property
     def needs(self) -> Needs:

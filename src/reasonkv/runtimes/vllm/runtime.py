@@ -28,8 +28,8 @@ from reasonkv.runtimes.vllm.step import Sequence, Step
 logger = init_logger("vllm.reasonkv")
 
 _FED_AGAIN = (
-    "Request %s was preempted. All it has is fed again, in pieces, and its events fall at their ends, so its text may go "
-    "on differently."
+    "Request %s was preempted. All it has is fed again, in pieces, and its events fall at their ends, so its text may "
+    "go on differently."
 )
 
 
