@@ -48,7 +48,7 @@ _PARTS = {get_method(spec).spec(): words for spec, words in ABLATIONS.items()}
 def summarize(folders: Sequence[Path], to: Path) -> None:
     """Write everything into `to`."""
     found = load_cells(result_folders(folders), to / "records")
-    replays, answers, diagnosed = found.replays, found.answers, found.diagnosed
+    replays, answers, diagnosed = (_chosen(one) for one in (found.replays, found.answers, found.diagnosed))
     text = [
         "Made by `python benchmarks/cask_claims.py summarize`; see README.md for what the words mean.",
         *_claims(replays),
@@ -61,6 +61,15 @@ def summarize(folders: Sequence[Path], to: Path) -> None:
     (to / "tables.md").write_text("\n".join(text) + "\n")
     _figure(replays, "kl", to / "replay.png")
     _figure(answers, "correct", to / "answers.png")
+
+
+def _chosen(cells_of: Cells) -> Cells:
+    """Without parts left out at another prompt share than the default's, which an earlier default has left in records."""
+    other = "prompt_share=0.5"
+    return {
+        group: {cell: lines for cell, lines in cells.items() if other not in cell[0] or cell[0] == f"cask:{other}"}
+        for group, cells in cells_of.items()
+    }
 
 
 def _label(spec: str) -> str:

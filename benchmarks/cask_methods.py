@@ -10,6 +10,7 @@ ABLATIONS = {
     "cask:fold=neighbours,mass=none": "the same without log mass",
     "cask:core_ratio=0,core_least=0": "no core",
     "cask:per_layer=true": "a plan per layer",
+    "cask:prompt_share=0.5": "half to the prompt",
 }
 DEGENERATE = "triattention:profile=paper"
 """The reference's baseline on long prompts: it pins the prompt, or what fits of its beginning."""

@@ -76,7 +76,10 @@ def result_folders(roots: Sequence[Path]) -> list[Path]:
 
 def spec_of(line: Line) -> str:
     """The method's shortest spec, from the options a record holds."""
-    made: Method = method_class(line.method)(**line.options)
+    options = dict(line.options)
+    if line.method == "cask" and line.budget is not None and line.budget["prompt"] == "on_top":
+        options.pop("prompt_share")  # the prompt is protected whole, so no share of it is chosen
+    made: Method = method_class(line.method)(**options)
     return made.spec()
 
 

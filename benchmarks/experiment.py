@@ -130,6 +130,7 @@ def main(
     run.add_argument("--limit", type=int, default=64)
     run.add_argument("--batch-size", type=int, default=64)
     run.add_argument("--part", help="only folders whose name starts with this")
+    run.add_argument("--methods", help="only these of a folder's methods, separated by spaces")
     show = commands.add_parser("summarize")
     show.add_argument("folders", type=Path, nargs="+", help="folders that `run --out` wrote")
     show.add_argument("--to", type=Path, required=True)
@@ -141,4 +142,6 @@ def main(
     for part in parts(chosen.tasks.split(",")):
         if not chosen.part or part.folder.startswith(chosen.part):
             console.print(f"{part.folder}: {', '.join(budget.label for budget in part.budgets())} slots")
-            run_part(part, methods_of(part), model, chosen.out, chosen.limit, chosen.batch_size)
+            every = methods_of(part)
+            chosen_ones = every if chosen.methods is None else [one for one in every if one in chosen.methods.split()]
+            run_part(part, chosen_ones, model, chosen.out, chosen.limit, chosen.batch_size)

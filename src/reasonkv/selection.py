@@ -123,6 +123,8 @@ def fill_window(scores_BHn: Tensor, slots: int) -> Tensor:
 def window_attention(view: SlotView, *, over: Literal["all", "old"] = "all", merge_logits: bool = False) -> Tensor:
     """Attention of the newest T queries to every slot, averaged over the queries.
 
+    Slots that weigh more or less than one token (log mass) do so here as they do in the model.
+
     Args:
         view: one layer's slots, with queries.
         over: "all" - the softmax runs over all slots, causally, as in the model; "old" - only over the slots before
@@ -138,8 +140,15 @@ def window_attention(view: SlotView, *, over: Literal["all", "old"] = "all", mer
     n = N if over == "all" else N - T
     later_RTT = later_slots(view) if over == "all" else None
     mean_RgN = torch.empty(R, 1 if merge_logits else g, n, dtype=upcast(keys_RND[:0]).dtype, device=keys_RND.device)
+    mass_BHN = view.state.get("log_mass")
+    mass_Rn = None if mass_BHN is None else mass_BHN.flatten(0, 1)[:, :n]
+
+    def weigh(block: slice, logits_rgTn: Tensor) -> None:
+        if mass_Rn is not None:
+            logits_rgTn += mass_Rn[block, None, None]
+
     for block, attention_RgTN in attention_blocks(
-        queries_RgTD, keys_RND[:, :n], view.scaling, later_RTT, merge_logits=merge_logits
+        queries_RgTD, keys_RND[:, :n], view.scaling, later_RTT, merge_logits=merge_logits, adjust=weigh
     ):
         torch.mean(attention_RgTN, 2, out=mean_RgN[block])
     return mean_RgN.view(*view.keys_BHND.shape[:2], -1, n)
@@ -163,7 +172,7 @@ def attention_blocks(
     later_RTt: Tensor | None = None,
     *,
     merge_logits: bool = False,
-    hide: Callable[[slice, Tensor], None] | None = None,
+    adjust: Callable[[slice, Tensor], None] | None = None,
 ) -> Iterator[tuple[slice, Tensor]]:
     """Softmax over slots of every query's products with the keys, a block of KV heads at a time.
 
@@ -173,7 +182,7 @@ def attention_blocks(
         scaling: factor on the products.
         later_RTt: bool, which of the last t slots come after a query, which then does not see them.
         merge_logits: replace the logits of a group's query heads by their maximum.
-        hide: called with a block and its logits [r, g, T, N], to set what is not seen to minus infinity.
+        adjust: called with a block and its logits [r, g, T, N], to change them in place before the softmax.
 
     Yields:
         The block, and float32 (float64 for float64 keys) [r, g, T, N], or with `merge_logits` [r, 1, T, N]. The next
@@ -194,8 +203,8 @@ def attention_blocks(
         if later_RTt is not None:
             hidden_r1Tt = later_RTt[block, None]
             logits_rgTN[..., N - hidden_r1Tt.shape[-1] :].masked_fill_(hidden_r1Tt, float("-inf"))
-        if hide is not None:
-            hide(block, logits_rgTN)
+        if adjust is not None:
+            adjust(block, logits_rgTN)
         yield block, torch.softmax(logits_rgTN, -1, out=logits_rgTN)
 
 

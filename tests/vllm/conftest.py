@@ -13,14 +13,7 @@ try:  # the folder's own name would be found as an empty package
     MISSING = importlib.util.find_spec("vllm.v1") is None
 except ModuleNotFoundError:
     MISSING = True
-NEED_VLLM = [
-    "test_blocks.py",
-    "test_contract.py",
-    "test_inert.py",
-    "test_parity.py",
-    "test_requests.py",
-    "test_server.py",
-]
+NEED_VLLM = [f"test_{name}.py" for name in ["blocks", "contract", "inert", "parity", "ranks", "requests", "server"]]
 collect_ignore = NEED_VLLM if MISSING else []
 
 

@@ -25,7 +25,7 @@ __all__ = ["CASK", "PAPER_MARKERS", "CaskPlan", "phase_markers", "phases_of_toke
 Profile = Literal["default", "paper"]
 _SPAN = {"span_start": SlotState("position", "min", torch.int32), "span_end": SlotState("position", "max", torch.int32)}
 _PROFILES: dict[str, dict[str, Any]] = {
-    "default": {"scores": "z", "prompt_share": 0.5, "fold": "similar", "operator": "mean", "mass": "log"},
+    "default": {"scores": "z", "prompt_share": 0.9, "fold": "similar", "operator": "mean", "mass": "log"},
     "paper": {"scores": "raw", "prompt_share": 1.0, "fold": "neighbours", "operator": "keepkv", "mass": "none"},
 }
 
@@ -70,7 +70,7 @@ class CASK(Method):
     out; of equal scores the older slot stays.
 
     The default profile corrects: only what is redundant is folded (a name and its number are neighbours, and one slot
-    cannot stand for both), true weighted means, log mass, standardised scores, half of what is neither recent nor
+    cannot stand for both), true weighted means, log mass, standardised scores, a tenth of what is neither recent nor
     protected for the decode stage, and a pinned prompt that does not fit is evicted after all (with the same guard).
 
     Args:

@@ -38,7 +38,7 @@ class Shares:
     """
 
     prompt: PromptMode = "evict"
-    prompt_share: float = 0.5
+    prompt_share: float = 0.9
     coverage: float = 0.0625
     window: int = 8
     normalise: bool = True

@@ -124,7 +124,7 @@ class Kara(Method):
                 logits_rgTM.masked_fill_((later_rTM & votes_RT[block, :, None])[:, None], float("-inf"))
 
         parts = []
-        for block, attention_rgTM in attention_blocks(queries_RgTD, keys_RMD, view.scaling, hide=hide):
+        for block, attention_rgTM in attention_blocks(queries_RgTD, keys_RMD, view.scaling, adjust=hide):
             vote_r11T = votes_RT[block, None, None].to(attention_rgTM.dtype)
             parts.append((vote_r11T @ attention_rgTM)[:, :, 0] / vote_r11T.sum(-1))
         attention_RgM = torch.cat(parts)

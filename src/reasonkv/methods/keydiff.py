@@ -39,4 +39,5 @@ def cosine_with_anchor(keys_RND: Tensor) -> Tensor:
     """
     inverse_R1N = 1.0 / torch.linalg.vector_norm(keys_RND, dim=-1).clamp(min=1e-12)[:, None]
     anchor_R1D = functional.normalize(inverse_R1N @ keys_RND, dim=-1)  # the sum points where the mean does
-    return (anchor_R1D @ keys_RND.mT * inverse_R1N).squeeze(1)
+    cosine_R1N: Tensor = anchor_R1D @ keys_RND.mT * inverse_R1N
+    return cosine_R1N.squeeze(1)
