@@ -64,7 +64,7 @@ def summarize(folders: Sequence[Path], to: Path) -> None:
 
 
 def _chosen(cells_of: Cells) -> Cells:
-    """Without parts left out at another prompt share than the default's, which an earlier default has left in records."""
+    """Without the ablations of an earlier default, another share of the budget for the prompt."""
     other = "prompt_share=0.5"
     return {
         group: {cell: lines for cell, lines in cells.items() if other not in cell[0] or cell[0] == f"cask:{other}"}

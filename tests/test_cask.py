@@ -150,7 +150,7 @@ def test_rows_of_different_prompts_are_planned_as_each_alone(spec: str) -> None:
 
 
 def test_decode_tokens_get_their_share_beside_a_long_prompt_and_two_slots_under_the_papers_rule() -> None:
-    for spec, decode in (("cask", 8 + 20), ("cask:profile=paper", 8 + 2)):
+    for spec, decode in (("cask", 8 + 4), ("cask:prompt_share=0.5", 8 + 20), ("cask:profile=paper", 8 + 2)):
         method = of(spec)
         [row] = method.plan_layers(random_views(method, N=160, prompts=(100,)), 48)[0].rows  # type: ignore[attr-defined]
         assert int((row.kept_K >= 100).sum()) == decode
