@@ -29,9 +29,10 @@ def main() -> None:
     parser.add_argument("--to", type=Path, required=True)
     parser.add_argument("--tasks", default="program,recall,search,arithmetic")
     parser.add_argument("--limit", type=int, default=32)
+    parser.add_argument("--table-only", action="store_true", help="run nothing; write the table from what is there")
     chosen = parser.parse_args()
     model = load_model("testbed")
-    for task in chosen.tasks.split(","):
+    for task in [] if chosen.table_only else chosen.tasks.split(","):
         tokens = [8 * round(sum(lengths(task)) * share / 8) for share in OF_LENGTH]
         sizes = [Budget(n, interval=INTERVAL, sinks=SINKS, recent=RECENT, prompt="count") for n in tokens]
         every = [get_method(spec) for spec in METHODS]
