@@ -47,7 +47,7 @@ class Found:
 
 
 def load_cells(folders: Iterable[Path], records_to: Path) -> Found:
-    """Read results folders and keep their records, compressed, in `records_to`.
+    """Read results folders and keep their records, compressed, in `records_to`, a folder for each folder they lie in.
 
     Raises:
         SystemExit: two folders hold the same method, budget and example.
@@ -57,7 +57,7 @@ def load_cells(folders: Iterable[Path], records_to: Path) -> Found:
     found = Found({}, {}, {})
     for path in sorted(folders):
         results = load_results(path)
-        keep_records(results, records_to)
+        keep_records(results, records_to / path.parent.name)
         replayed = found.diagnosed if path.name.startswith("lost") else found.replays
         for kind, lines in ((replayed, results.records), (found.answers, results.answers)):
             for line in lines:
