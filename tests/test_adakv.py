@@ -27,7 +27,6 @@ from reasonkv.evaluate.replay import Cell, replay_batch, to_record
 from reasonkv.methods.adakv import AdaKV, shared_top_k
 from reasonkv.plan import PlanError
 from reasonkv.runtimes.transformers.attention import reference_attention
-from reasonkv.selection import window_attention
 
 DATA = Path(__file__).parent / "data"
 TENSORS = load_file(DATA / "field_uneven.safetensors")
@@ -390,23 +389,3 @@ def test_a_replay_record_holds_both_lengths() -> None:
     assert not record.selects and replace(record, events=0).selects  # what only selects has no events
     assert record.bytes_read_mean is not None and record.bytes_read_mean < record.bytes_held
     assert math.isclose(record.bytes_read_mean / record.slots_read_mean, record.bytes_full / (45 + 40 - 1))
-
-
-@pytest.mark.parametrize("merge_logits", [False, True])
-def test_a_bases_attention_leaves_padding_out(merge_logits: bool) -> None:
-    view = ada_view(B=1, H=1, N=40, padding=15, seed=3)
-    live = ~view.state["log_mass"][0, 0].isneginf()
-    assert 0 < int((~live).sum()) <= 15
-    without = replace(
-        view,
-        keys_BHND=view.keys_BHND[:, :, live],
-        values_BHND=view.values_BHND[:, :, live],
-        positions_BHN=view.positions_BHN[:, :, live],
-        is_prompt_BHN=view.is_prompt_BHN[:, :, live],
-        is_protected_BHN=view.is_protected_BHN[:, :, live],
-        counts_BHN=view.counts_BHN[:, :, live],
-        state={},
-    )
-    found = window_attention(view, merge_logits=merge_logits)
-    assert bool((found[..., ~live] == 0).all())
-    torch.testing.assert_close(found[..., live], window_attention(without, merge_logits=merge_logits))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from slot_views import random_view
+from torch import Tensor
 
 from reasonkv import selection
 from reasonkv.plan import PlanError
@@ -109,3 +112,20 @@ def test_window_attention_is_the_mean_softmax_of_the_recent_queries(
         assert got.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
         expected = attention_by_definition(view, over, merge)
         torch.testing.assert_close(got.double(), expected, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("merge_logits", [False, True])
+def test_window_attention_leaves_out_slots_of_no_mass(merge_logits: bool) -> None:
+    view = random_view(1, 1, 40, queries=6, recent=6)
+    live = torch.ones(40, dtype=torch.bool).index_fill_(0, torch.arange(3, 33, 4), False)
+    mass_BHN = torch.zeros(1, 1, 40).masked_fill(~live, float("-inf"))
+    of_slots = {
+        name: value[:, :, live]
+        for name, value in view.__dict__.items()
+        if name.endswith(("_BHN", "_BHND")) and isinstance(value, Tensor)
+    }
+    found = selection.window_attention(replace(view, state={"log_mass": mass_BHN}), merge_logits=merge_logits)
+    assert bool((found[..., ~live] == 0).all())
+    torch.testing.assert_close(
+        found[..., live], selection.window_attention(replace(view, **of_slots), merge_logits=merge_logits)
+    )
