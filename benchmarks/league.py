@@ -31,6 +31,8 @@ METHODS = (
     "vase-attnv:window=16",
     "vase-dkv:window=16",
     "kara",
+    "pyramidkv:window=16",
+    "adakv:base=snapkv:window=16",
     "quest",
     "seer",
     "oracle",
