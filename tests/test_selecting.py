@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -225,6 +225,21 @@ def test_a_row_is_what_it_is_alone() -> None:
 # -- pages -------------------------------------------------------------------------------------------------------------
 
 
+def test_with_the_prompt_on_top_a_row_reads_as_many_more_slots_as_its_prompt_has() -> None:
+    """Rows of other prompts read other numbers of pages at once, each what it reads alone at tokens + prompt."""
+    model, (ids, mask, positions), method = tiny_model("qwen3"), batch(LENGTHS), Quest(page_size=C)
+    together, stats, _, _ = run(model, method, replace(BUDGET, prompt="on_top"), PIECES["decode"])
+    for row, prompt in enumerate(PROMPTS):
+        own, more = mask[row].bool(), replace(BUDGET, tokens=BUDGET.tokens + prompt)
+        one = [tensor[row : row + 1, own] for tensor in (ids, mask, positions)]
+        with CompressedCache(model, method, more, prompt_lengths=[prompt]) as cache:
+            alone = run_compressed(model, cache, *one, [prompt] + [1] * (LENGTHS[row] - prompt))
+            read = cache.stats().rows[0].slots_read_mean
+        torch.testing.assert_close(together.logits[row, own], alone.logits[0], rtol=0, atol=1e-12)
+        assert stats.rows[row].slots_read_mean == pytest.approx(read)
+    assert stats.rows[0].slots_read_mean > stats.rows[2].slots_read_mean
+
+
 @pytest.mark.parametrize("pieces", list(PIECES))
 def test_minimum_and_maximum_of_pages_are_exact_however_they_fill(pieces: str) -> None:
     model = tiny_model("qwen3")
@@ -263,13 +278,13 @@ def test_best_pages_take_forced_ones_first_then_the_highest_and_of_equals_the_ne
     scores = torch.tensor([[[[5.0, 1.0, 1.0, 1.0, float("inf"), 9.0]]]])
     allowed = torch.tensor([[[[True] * 5 + [False]]]])
     forced = torch.tensor([[[[False, True, False, False, False, False]]]])
-    assert best_pages(scores, 4, allowed, forced).flatten().tolist() == [True, True, False, True, True, False]
-    assert best_pages(scores, 1, allowed, forced).flatten().nonzero().flatten().tolist() == [1]
-    assert not best_pages(scores, 0, allowed, forced).any()
-    assert torch.equal(best_pages(scores, 6, allowed, forced), allowed)
-    assert torch.equal(best_pages(scores, 5, allowed, forced), allowed)
+    assert best_pages(scores, [4], allowed, forced).flatten().tolist() == [True, True, False, True, True, False]
+    assert best_pages(scores, [1], allowed, forced).flatten().nonzero().flatten().tolist() == [1]
+    assert not best_pages(scores, [0], allowed, forced).any()
+    assert torch.equal(best_pages(scores, [6], allowed, forced), allowed)
+    assert torch.equal(best_pages(scores, [5], allowed, forced), allowed)
     with pytest.raises(PlanError, match="NaN"):
-        best_pages(scores.masked_fill(forced, float("nan")), 2, allowed, forced)
+        best_pages(scores.masked_fill(forced, float("nan")), [2], allowed, forced)
 
 
 # -- life of a cache ---------------------------------------------------------------------------------------------------

@@ -1,9 +1,11 @@
 """Selection methods: every slot stays, and each query reads a few pages of them.
 
 They evict nothing, so they make no plan: bytes held are full KV's (and a little more, the pages' summaries), and the
-budget's `tokens` are slots *read* per decoded token. A page is `page_size` consecutive tokens of a row, the first of
-them at a multiple of `page_size`. It is summarised once, when it is full; the page that a query's own token stands in
-is always read. So what a query reads depends on the tokens before it alone, not on the pieces they were fed in.
+budget's `tokens` are slots *read* per decoded token, with `prompt="on_top"` as many more as the prompt has tokens: what
+an evicting method may hold, and so read, at the same budget. A page is `page_size` consecutive tokens of a row, the
+first of them at a multiple of `page_size`. It is summarised once, when it is full; the page that a query's own token
+stands in is always read. So what a query reads depends on the tokens before it alone, not on the pieces they were fed
+in.
 
 Legend: B rows, H KV heads, g query heads per KV head, Hq = H x g, q query tokens, P full pages, c tokens of a page,
 D head_dim, n pages summarised together.
@@ -136,12 +138,12 @@ class SelectionMethod(Method):
         Entries of pages that are not full when the query comes are ignored, and so must not change any other entry.
         """
 
-    def select(self, view: PageView, pages: int) -> Tensor:
+    def select(self, view: PageView, pages_B: Sequence[int]) -> Tensor:
         """Choose among the pages before each query's own.
 
         Args:
             view: one layer's queries and pages.
-            pages: pages to read per head, the query's own included; at least `first + last`.
+            pages_B: pages each row reads per head, the query's own included; at least `first + last`.
 
         Returns:
             bool [B, H or Hq, q, P]; a query's own page, which is read in any case, is left out.
@@ -154,7 +156,7 @@ class SelectionMethod(Method):
         own_Bq1 = view.own_Bq[..., None]
         before_B1qP = (number_P < own_Bq1)[:, None]
         always_B1qP = before_B1qP & ((number_P < self.first) | (number_P > own_Bq1 - self.last))[:, None]
-        return best_pages(self.score(view), pages - 1, before_B1qP, always_B1qP)
+        return best_pages(self.score(view), [pages - 1 for pages in pages_B], before_B1qP, always_B1qP)
 
     def plan(self, view: SlotView, keep: int) -> Plan:
         """All slots, whatever `keep` says: nothing is ever dropped, so no event asks."""
@@ -162,12 +164,12 @@ class SelectionMethod(Method):
         return Plan(torch.arange(N, device=view.positions_BHN.device).expand(B, H, N))
 
 
-def best_pages(scores_BHqP: Tensor, pages: int, allowed_B1qP: Tensor, forced_B1qP: Tensor) -> Tensor:
-    """The `pages` allowed pages with the highest scores, or all where there are fewer; of equal ones the newer.
+def best_pages(scores_BHqP: Tensor, pages_B: Sequence[int], allowed_B1qP: Tensor, forced_B1qP: Tensor) -> Tensor:
+    """As many allowed pages with the highest scores as a row reads, or all where there are fewer; of equals the newer.
 
     Args:
         scores_BHqP: scores; what stands at pages that are not allowed is ignored.
-        pages: how many, at least the forced ones.
+        pages_B: how many in each row, at least the forced ones.
         allowed_B1qP: bool, pages there are.
         forced_B1qP: bool, allowed pages that are chosen whatever their score.
 
@@ -182,15 +184,18 @@ def best_pages(scores_BHqP: Tensor, pages: int, allowed_B1qP: Tensor, forced_B1q
     # an accelerator would have to be waited for at every step, so only a CPU is asked; elsewhere a NaN chooses nothing
     if scores_BHqP.device.type == "cpu" and bool((scores_BHqP.isnan() & allowed_B1qP).any()):
         raise PlanError("A page's score is NaN, so the pages have no order.")
-    if pages >= scores_BHqP.shape[-1]:
+    P = scores_BHqP.shape[-1]
+    if min(pages_B) >= P:
         return allowed_B1qP.expand(scores_BHqP.shape)
-    if pages == 0:
+    if max(pages_B) == 0:
         return torch.zeros_like(scores_BHqP, dtype=torch.bool)
     scores = scores_BHqP.clamp(least, most).masked_fill(forced_B1qP, float("inf"))
     scores = scores.masked_fill(~allowed_B1qP, float("-inf"))
     # everything above the smallest chosen score, and as many of its equals as there is room for, newest first
-    cut = scores.topk(pages, dim=-1, sorted=False).values.amin(-1, keepdim=True)
+    count_B111 = torch.tensor(pages_B, device=scores.device).clamp(max=P)[:, None, None, None]
+    best = scores.topk(min(max(pages_B), P), dim=-1).values
+    cut = best.gather(-1, (count_B111 - 1).clamp(min=0).expand(*scores.shape[:-1], 1))
     above, equal = scores > cut, scores == cut
-    room = pages - above.sum(-1, keepdim=True)
+    room = count_B111 - above.sum(-1, keepdim=True)
     rank = equal.flip(-1).cumsum(-1).flip(-1)
     return (above | (equal & (rank <= room))) & allowed_B1qP

@@ -176,7 +176,7 @@ def kept_attention(
             view = PageView(
                 state, seen.queries_HgTD[:, :, asked_T].flatten(0, 1)[None], position_1T, c, parameters, rotary
             )
-            chosen_HTP = method.select(view, pages)[0]
+            chosen_HTP = method.select(view, [pages])[0]
             chosen_HgTP = chosen_HTP.view(H, -1, *chosen_HTP.shape[1:])
             weights_HgTL = _attention(seen)[:, :, asked_T]
             page_L = torch.arange(seen.keys_HLD.shape[1], device=weights_HgTL.device) // c

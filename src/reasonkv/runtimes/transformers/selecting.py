@@ -17,7 +17,7 @@ from reasonkv.budget import Budget, BudgetError, Window
 from reasonkv.methods import Method
 from reasonkv.methods.selecting import FullPages, PageView, Prepared, SelectionMethod
 from reasonkv.rotary import Rotary
-from reasonkv.runtimes.transformers.rows import Piece
+from reasonkv.runtimes.transformers.rows import Piece, Row
 
 MASK_ELEMENTS = 1 << 24
 """Mask entries worked on at once: queries of a long piece are attended to in parts."""
@@ -75,8 +75,8 @@ class Selection:
     Args:
         method: the method.
         prepared: its size of pages and its parameters.
-        budget: its `tokens` are slots to read per decoded token and KV head; its other fields say what may be dropped
-            and when, and nothing is.
+        budget: its `tokens` are slots to read per decoded token and KV head, with `prompt="on_top"` beyond as many as
+            the prompt has; its other fields say what may be dropped and when, and nothing is.
         rotary: the model's rotary embedding, if the method needs it.
 
     Raises:
@@ -95,7 +95,7 @@ class Selection:
             )
         self.method, self.prepared, self.rotary = method, prepared, rotary
         self.page_size = prepared.page_size
-        self.pages = budget.tokens // prepared.page_size
+        self.tokens, self.prompt_on_top = budget.tokens, budget.prompt == "on_top"
         self.tables: dict[int, PageTable] = {}  # by layer
 
     @classmethod
@@ -151,6 +151,10 @@ class Selection:
             mask = torch.zeros(slots_BHqqN.shape, dtype=queries_BHqqD.dtype, device=queries_BHqqD.device)
             yield columns, mask.masked_fill_(~slots_BHqqN, float("-inf")).expand(B, Hq, -1, -1)
 
+    def pages(self, row: Row) -> int:
+        """Pages that a decoded token of a row reads."""
+        return (self.tokens + (row.state.prompt if self.prompt_on_top else 0)) // self.page_size
+
     def read(self, row: int) -> tuple[float, float]:
         """Slots and bytes of page summaries that decoded tokens of a row read, mean over tokens.
 
@@ -204,7 +208,7 @@ class Selection:
             queries_BHqqD, positions_Bq, c, self._parameters(layer), self.rotary,
         )  # fmt: skip
         with torch.autocast(device.type, enabled=False):  # scores are float32 whoever calls
-            chosen_BHqP = self.method.select(view, self.pages)
+            chosen_BHqP = self.method.select(view, [self.pages(row) for row in piece.rows])
         B, heads = chosen_BHqP.shape[:2]
         union_BHqP = chosen_BHqP.view(B, kv_heads, heads // kv_heads, *chosen_BHqP.shape[2:]).any(2)
         slots_Bq = union_BHqP.sum(-1).double().mean(1) * c + positions_Bq % c + 1
