@@ -17,7 +17,11 @@ import experiment
 from experiment import Part, part_of
 from league_summary import summarize
 
-REPLAY_SHARES, ANSWER_SHARES, LOW_SHARES = (1 / 8, 1 / 6, 1 / 4, 1 / 3, 1 / 2), (1 / 3, 1 / 2), (1 / 8, 1 / 6, 1 / 4)
+REPLAY_SHARES: dict[str, tuple[float, ...]] = {
+    "on_top": (1 / 8, 1 / 6, 1 / 4, 1 / 3, 1 / 2),
+    "count": (1 / 8, 1 / 4, 1 / 2),
+}
+ANSWER_SHARES = (1 / 3, 1 / 2)  # below, almost nothing answers (docs/results/cask)
 METHODS = (
     "knorm",
     "keydiff",
@@ -44,8 +48,8 @@ PROMPT_KEPT = "random-attention:recent=16"
 
 def parts(tasks: list[str]) -> Iterator[Part]:
     """Every folder, those that tell most first."""
-    kinds = (("replay", REPLAY_SHARES), ("answers", ANSWER_SHARES), ("low", LOW_SHARES))
-    for policy, (kind, shares) in product(("on_top", "count"), kinds):
+    for policy, kind in product(("on_top", "count"), ("replay", "answers")):
+        shares = REPLAY_SHARES[policy] if kind == "replay" else ANSWER_SHARES
         for task in tasks:
             part = part_of(kind, task, policy, shares)  # type: ignore[arg-type]
             if part is not None:

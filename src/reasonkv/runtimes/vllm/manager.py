@@ -4,12 +4,15 @@ A request's whole bound is reserved when it is admitted, so that it is never pre
 prompt is in and cut, the blocks that the rest of it can never need are freed, once: the worker's block table only
 appends, so no block may be added after one was freed. Under a `Window`, which has no bound but its length, blocks are
 added as they are needed and none is freed before the end.
+
+A request that opts out holds a block for every so many tokens, as in a stock engine; those it does not hold yet are
+promised to it, so that nobody else is admitted to them.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +20,8 @@ from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 
 from reasonkv import schedule
-from reasonkv.budget import Window
+from reasonkv.budget import Budget, Window
+from reasonkv.runtimes.vllm.config import RequestConfig
 from reasonkv.runtimes.vllm.spec import BoundedSpec
 
 _REMEMBERED = 4096  # prompts of requests that gave their blocks back; enough for all that can be waiting preempted
@@ -28,16 +32,21 @@ class Holding:
     """What one request may hold.
 
     Args:
+        budget: None for a request that keeps full KV.
         prompt: tokens of its prompt.
-        fill: tokens that are fed before it decodes one by one: the prompt, or after a preemption all it had.
+        fill: tokens that are fed in pieces of any length: the prompt, or after a preemption all it had, unless its
+            pieces end at events.
+        whole: most tokens it will ever have in the cache, known where our scheduler is.
         state: its lengths after the step that was scheduled last.
         high_water: most slots it held at once so far.
         trimmed: the blocks it cannot need any more were freed.
 
     """
 
+    budget: Budget | None
     prompt: int
     fill: int
+    whole: int
     state: schedule.State = field(default_factory=schedule.State)
     high_water: int = 0
     trimmed: bool = False
@@ -47,6 +56,8 @@ class BoundedManager(FullAttentionManager):  # type: ignore[misc]
     """Allocates what `reasonkv.schedule` says, and never a block more."""
 
     kv_cache_spec: BoundedSpec
+    requests: Mapping[str, Any] | None = None
+    """vLLM's unfinished requests by id, where our scheduler shows them; otherwise they are known by number alone."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -68,10 +79,10 @@ class BoundedManager(FullAttentionManager):  # type: ignore[misc]
         """Blocks this request lacks for its next step, or when it asks to be admitted, for all it will ever need."""
         held = len(self.req_to_blocks.get(request_id, ()))
         if apply_admission_cap and held == 0:
-            # The prompt of a request seen for the first time is all of it; `remove_skipped_blocks` confirms it.
-            prompt = self.prompts.get(request_id, num_tokens)
-            self.holdings[request_id] = Holding(prompt, num_tokens)
+            self.holdings[request_id] = self._open(request_id, num_tokens)
         holding = self.holdings[request_id]
+        if apply_admission_cap:
+            return max(0, self._whole(holding, num_tokens) - held) + self._promised(besides=request_id)
         return max(0, self._blocks(holding, num_tokens) - held)
 
     def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[KVCacheBlock]:
@@ -101,7 +112,9 @@ class BoundedManager(FullAttentionManager):  # type: ignore[misc]
             return
         if num_prompt_tokens is not None and holding.state.length == 0:
             holding.prompt = num_prompt_tokens
-        if holding.trimmed or processed_computed_tokens < holding.fill or isinstance(self.kv_cache_spec.budget, Window):
+        if holding.budget is None or isinstance(holding.budget, Window):
+            return
+        if holding.trimmed or processed_computed_tokens < holding.fill:
             return
         holding.trimmed = True
         blocks = self.req_to_blocks[request_id]
@@ -116,16 +129,50 @@ class BoundedManager(FullAttentionManager):  # type: ignore[misc]
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """All blocks of a request that ends or is preempted."""
         holding = self.holdings.pop(request_id, None)
-        if holding is not None and holding.state.length:
+        if holding is not None and holding.state.length and self.requests is None:
             self.prompts[request_id] = holding.prompt
             if len(self.prompts) > _REMEMBERED:
                 self.prompts.popitem(last=False)
         blocks: list[KVCacheBlock] = super().pop_blocks_for_free(request_id)
         return blocks
 
+    def tokens_to_event(self, request_id: str) -> int | None:
+        """How many more tokens of a request fall into the cache until it has an event; None: it never has one."""
+        holding = self.holdings.get(request_id) or self._open(request_id, 0)
+        state = schedule.State(holding.state.length, holding.state.held, holding.prompt)
+        boundary = schedule.next_event(holding.budget, state)
+        return None if boundary is None else boundary - state.length
+
+    def _open(self, request_id: str, num_tokens: int) -> Holding:
+        longest = self.kv_cache_spec.max_length
+        if self.requests is None:
+            # The prompt of a request seen for the first time is all of it; `remove_skipped_blocks` confirms it.
+            prompt = self.prompts.get(request_id, num_tokens)
+            return Holding(self.kv_cache_spec.budget, prompt, num_tokens, longest)
+        request = self.requests[request_id]
+        prompt = request.num_prompt_tokens
+        budget = None if RequestConfig.wants_full_kv(request.sampling_params) else self.kv_cache_spec.budget
+        # the token sampled last is never fed
+        return Holding(budget, prompt, prompt, min(longest, prompt + request.max_tokens - 1))
+
+    def _promised(self, besides: str) -> int:
+        """Blocks that requests with full KV will still need, and that nobody else may be admitted to."""
+        growing = [(name, one) for name, one in self.holdings.items() if one.budget is None and name != besides]
+        held = {name: len(self.req_to_blocks.get(name, ())) for name, _ in growing}
+        return sum(self._whole(one, one.whole) - held[name] for name, one in growing if held[name])
+
+    def _whole(self, holding: Holding, num_tokens: int) -> int:
+        """Blocks to have in sight when a request of so many tokens is admitted."""
+        spec = self.kv_cache_spec
+        if holding.budget is None:
+            return spec.blocks(holding.whole)
+        if isinstance(holding.budget, Window):
+            return spec.blocks(schedule.bound(holding.budget, holding.prompt, num_tokens, spec.max_piece))
+        return self._blocks(holding, num_tokens)
+
     def _blocks(self, holding: Holding, num_tokens: int) -> int:
         spec = self.kv_cache_spec
-        if isinstance(spec.budget, Window):
+        if holding.budget is None or isinstance(holding.budget, Window):
             return spec.blocks(self._after(holding, num_tokens)[0])
         most = spec.slots_while_decoding(holding.prompt)
         if not holding.trimmed:
@@ -136,5 +183,5 @@ class BoundedManager(FullAttentionManager):  # type: ignore[misc]
         """The high water and the state after a step that ends at `num_tokens`."""
         state = schedule.State(holding.state.length, holding.state.held, holding.prompt)
         fed = max(0, num_tokens - state.length)
-        after, _ = schedule.step(self.kv_cache_spec.budget, state, fed)
+        after, _ = schedule.step(holding.budget, state, fed)
         return max(holding.high_water, state.held + fed), after

@@ -17,7 +17,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from reasonkv import schedule
-from reasonkv.runtimes.vllm.config import EngineConfig, RequestConfig, ServingError
+from reasonkv.runtimes.vllm.config import SCHEDULER, EngineConfig, RequestConfig, ServingError, has_scheduler
 from reasonkv.runtimes.vllm.events import Layer, Observer, carry_out_events
 from reasonkv.runtimes.vllm.layout import Layout
 from reasonkv.runtimes.vllm.metrics import Exporter, Meter
@@ -29,8 +29,9 @@ logger = init_logger("vllm.reasonkv")
 
 _FED_AGAIN = (
     "Request %s was preempted. All it has is fed again, in pieces, and its events fall at their ends, so its text may "
-    "go on differently."
+    f"go on differently; with --scheduler-cls {SCHEDULER} it would not."
 )
+_RESUMED = "Request %s was preempted. All it has is fed again in pieces that end at its events."
 
 
 class Runtime:
@@ -50,6 +51,7 @@ class Runtime:
     def __init__(self, vllm_config: Any, config: EngineConfig, runner: Any, rank: int = 0) -> None:
         self.config, self.runner, self.vllm_config = config, runner, vllm_config
         self.device: torch.device = runner.device
+        self.has_scheduler = has_scheduler(vllm_config)
         self.sequences: dict[str, Sequence] = {}
         self.free_places = list(reversed(range(vllm_config.scheduler_config.max_num_seqs)))
         self.step: Step | None = None
@@ -119,13 +121,13 @@ class Runtime:
                 self._forget(name)
         for new in scheduled.scheduled_new_reqs:
             if self._suspended.pop(new.req_id, None) is not None:  # the second model runner is told it is new
-                logger.warning(_FED_AGAIN, new.req_id)
+                self._note_resumed(new.req_id)
             self._admit(new.req_id, new.prompt_len, new.sampling_params)
         cached = scheduled.scheduled_cached_reqs
         for name in cached.resumed_req_ids:
             self._admit_again(name)
         if scheduled.num_scheduled_tokens:
-            self.step = Step(dict(scheduled.num_scheduled_tokens), self.sequences, self.config.budget)
+            self.step = Step(dict(scheduled.num_scheduled_tokens), self.sequences)
             self._check_agreement(cached)
 
     def make_physical(self, common: CommonAttentionMetadata, block_size: int) -> CommonAttentionMetadata:
@@ -197,17 +199,29 @@ class Runtime:
             logger.warning("Request %s runs with reasonkv's defaults: %s", name, error)
             asked = RequestConfig()
         budget = self.config.budget
+        if not asked.enabled:
+            if self.has_scheduler:
+                self.sequences[name] = Sequence(self.free_places.pop(), schedule.State(prompt=prompt), None)
+                return
+            logger.warning("Request %s is compressed: to keep full KV it needs --scheduler-cls %s.", name, SCHEDULER)
         if budget.prompt == "keep" and prompt + max(budget.recent, self.config.method.needs.recent) >= budget.tokens:
             logger.warning(
                 "Request %s has a prompt of %d tokens, which prompt='keep' cannot hold in a budget of %d; "
                 "its prompt is compressed like the rest.", name, prompt, budget.tokens,
             )  # fmt: skip
-        self.sequences[name] = Sequence(self.free_places.pop(), schedule.State(prompt=prompt), asked.seed)
+        self.sequences[name] = Sequence(self.free_places.pop(), schedule.State(prompt=prompt), budget, asked.seed)
 
     def _admit_again(self, name: str) -> None:
-        logger.warning(_FED_AGAIN, name)
+        self._note_resumed(name)
         old = self._suspended.pop(name)
-        self.sequences[name] = Sequence(self.free_places.pop(), schedule.State(prompt=old.state.prompt), old.seed)
+        state = schedule.State(prompt=old.state.prompt)
+        self.sequences[name] = Sequence(self.free_places.pop(), state, old.budget, old.seed)
+
+    def _note_resumed(self, name: str) -> None:
+        if self.has_scheduler:
+            logger.info(_RESUMED, name)
+        else:
+            logger.warning(_FED_AGAIN, name)
 
     def _forget(self, name: str) -> None:
         sequence = self.sequences.pop(name, None)

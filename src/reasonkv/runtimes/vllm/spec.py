@@ -21,7 +21,8 @@ class BoundedSpec(FullAttentionSpec):  # type: ignore[misc]
     Args:
         budget: of every request.
         max_length: most tokens of a request (the engine's `max_model_len`).
-        max_piece: most tokens of one request in one step (the engine's `max_num_batched_tokens`).
+        max_piece: most tokens of a piece that crosses an event: 1 where the scheduler ends pieces at events (ours
+            does), otherwise the engine's `max_num_batched_tokens`.
 
     """
 
@@ -38,7 +39,8 @@ class BoundedSpec(FullAttentionSpec):  # type: ignore[misc]
     def slots_while_filling(self, prompt: int, fill: int) -> int:
         """Most slots held until `fill` tokens are in: the prompt, or a preempted request's tokens fed again.
 
-        The scheduler cuts the prompt into pieces of its own choosing. A piece that crosses an event has it at its end.
+        A stock scheduler cuts the prompt into pieces of its own choosing. A piece that crosses an event has it at its
+        end.
         """
         pieces = 1 if fill <= prompt else self.max_piece
         most = schedule.bound(self.budget, prompt, self.max_length, pieces)

@@ -23,6 +23,7 @@ class Sequence:
     Args:
         place: row of everything that is kept per request (rings, token indices, state).
         state: logical length, physical length and prompt tokens.
+        budget: None for a request that keeps full KV.
         seed: its row seed.
         settled: slots whose token index is stored (those an event left); later slots are consecutive.
         events: events so far.
@@ -31,6 +32,7 @@ class Sequence:
 
     place: int
     state: schedule.State
+    budget: Budget | None
     seed: int = 0
     settled: int = 0
     events: int = 0
@@ -43,13 +45,11 @@ class Step:
     Args:
         fed: tokens of every request that is scheduled, by request id.
         sequences: the requests, by id.
-        budget: of all requests.
 
     """
 
     fed: dict[str, int]
     sequences: dict[str, Sequence]
-    budget: Budget
     order: list[str] = field(default_factory=list)
     """Request ids as they stand in the batch, set when the batch is known."""
     block_table: Tensor | None = None
@@ -58,7 +58,8 @@ class Step:
     @cached_property
     def after(self) -> dict[str, tuple[schedule.State, int | None]]:
         """Every request's state after the step, its event included, and the slots that event keeps."""
-        return {name: schedule.step(self.budget, self.sequences[name].state, n) for name, n in self.fed.items()}
+        of = self.sequences
+        return {name: schedule.step(of[name].budget, of[name].state, n) for name, n in self.fed.items()}
 
     @cached_property
     def has_events(self) -> bool:

@@ -15,7 +15,7 @@ from vllm.platforms import current_platform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-from reasonkv.runtimes.vllm.config import EngineConfig, ServingError, check_engine, check_version
+from reasonkv.runtimes.vllm.config import EngineConfig, ServingError, check_engine, check_version, has_scheduler
 from reasonkv.runtimes.vllm.runtime import Runtime
 from reasonkv.runtimes.vllm.spec import BoundedSpec
 
@@ -70,7 +70,8 @@ class Worker(PlatformWorker):  # type: ignore[misc]
         foreign = {name for name, spec in found.items() if type(spec) is not FullAttentionSpec}
         if foreign:
             raise ServingError(f"Only full-attention layers are served, and {sorted(foreign)[0]} is none.")
-        longest, piece = self.model_config.max_model_len, self.scheduler_config.max_num_batched_tokens
+        longest = self.model_config.max_model_len
+        piece = 1 if has_scheduler(self.vllm_config) else self.scheduler_config.max_num_batched_tokens
         budget = self.compression.budget
         return {name: BoundedSpec.of(spec, budget, longest, piece) for name, spec in found.items()}
 
