@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from reasonkv.budget import Budget, BudgetError, Window
-from reasonkv.methods import get_method
-from reasonkv.methods.base import Method, Needs, Observed, ScorerMethod
+from reasonkv.methods.base import Method, Needs
+from reasonkv.methods.borrowed import BorrowsScores
 from reasonkv.plan import Plan
 from reasonkv.selection import top_k_slots
 from reasonkv.view import SlotView
 
 
 @dataclass(frozen=True)
-class AdaKV(Method):
+class AdaKV(BorrowsScores, Method):
     """One top-k over all heads of a layer instead of one per head (Feng et al., 2024, "Ada-KV: Optimizing KV Cache
     Eviction by Adaptive Budget Allocation for Efficient LLM Inference", arXiv 2407.11550).
 
@@ -44,7 +43,6 @@ class AdaKV(Method):
     title: ClassVar[str] = "One budget for all heads of a layer, shared by another method's scores"
     paper: ClassVar[str] = "Ada-KV, arXiv 2407.11550"
 
-    base: str = "snapkv"
     alpha: float = 0.2
     stretch: float = 1.5
 
@@ -53,20 +51,7 @@ class AdaKV(Method):
             raise ValueError(f"alpha must be between 0 and 1, not {self.alpha}.")
         if not 1.0 <= self.stretch < float("inf"):
             raise ValueError(f"stretch must be a number of at least 1, not {self.stretch}.")
-        found = get_method(self.base.replace(";", ","))
-        if not isinstance(found, ScorerMethod):
-            raise ValueError(f"base must be a method that scores slots, not {found.name}.")
-        if found.needs.scope != "head" or found.needs.stored_state:
-            raise ValueError(
-                f"base must score every head by itself and store nothing beside slots, unlike {found.name}."
-            )
-
-    @cached_property
-    def scorer(self) -> ScorerMethod:
-        """The base method."""
-        found: Method = get_method(self.base.replace(";", ","))
-        assert isinstance(found, ScorerMethod)
-        return found
+        super().__post_init__()
 
     @property
     def needs(self) -> Needs:
@@ -83,14 +68,6 @@ class AdaKV(Method):
         if isinstance(budget, Window):
             raise BudgetError(f"{self.name} divides all slots of a layer anew at every event; give it a Budget.")
         return self
-
-    def new_row_state(self, rows: int, query_heads: int, head_dim: int, device: torch.device) -> dict[str, Tensor]:
-        """The base's."""
-        return self.scorer.new_row_state(rows, query_heads, head_dim, device)
-
-    def observe(self, state: dict[str, Tensor], seen: Observed) -> None:
-        """The base's."""
-        self.scorer.observe(state, seen)
 
     def plan(self, view: SlotView, keep: int) -> Plan:
         """Steps 1 to 4."""

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from reasonkv.methods import get_method
-from reasonkv.methods.base import Method, Needs, Observed, ScorerMethod
+from reasonkv.methods.base import Needs, ScorerMethod
+from reasonkv.methods.borrowed import BorrowsScores
 from reasonkv.plan import Plan
 from reasonkv.selection import upcast
 from reasonkv.view import SlotView
 
 
 @dataclass(frozen=True)
-class ChunkKV(ScorerMethod):
+class ChunkKV(BorrowsScores, ScorerMethod):
     """Keep whole chunks of tokens by the mean score of another method (Liu et al., 2025, "ChunkKV: Semantic-Preserving
     KV Cache Compression for Efficient Long-Context LLM Inference", arXiv 2502.00299).
 
@@ -40,7 +39,6 @@ class ChunkKV(ScorerMethod):
     title: ClassVar[str] = "Chunks of consecutive tokens, by the mean of another score"
     paper: ClassVar[str] = "ChunkKV, arXiv 2502.00299"
 
-    base: str = "snapkv"
     chunk: int = 10
     reuse: int = 1
 
@@ -48,33 +46,12 @@ class ChunkKV(ScorerMethod):
         for key in ("chunk", "reuse"):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key} must be at least 1, not {getattr(self, key)}.")
-        found = get_method(self.base.replace(";", ","))
-        if not isinstance(found, ScorerMethod) or isinstance(found, ChunkKV):
-            raise ValueError(f"base must be a method that scores slots, not {found.name}.")
-        if found.needs.scope != "head" or found.needs.slot_state:
-            raise ValueError(
-                f"base must score every head by itself and store nothing beside slots, unlike {found.name}."
-            )
-
-    @cached_property
-    def scorer(self) -> ScorerMethod:
-        """The base method."""
-        found: Method = get_method(self.base.replace(";", ","))
-        assert isinstance(found, ScorerMethod)
-        return found
+        super().__post_init__()
 
     @property
     def needs(self) -> Needs:
         """What the base needs; one set per layer, or for several layers at once."""
         return replace(self.scorer.needs, scope="layer" if self.reuse == 1 else "model")
-
-    def new_row_state(self, rows: int, query_heads: int, head_dim: int, device: torch.device) -> dict[str, Tensor]:
-        """The base's."""
-        return self.scorer.new_row_state(rows, query_heads, head_dim, device)
-
-    def observe(self, state: dict[str, Tensor], seen: Observed) -> None:
-        """The base's."""
-        self.scorer.observe(state, seen)
 
     def plan_layers(self, views: Sequence[SlotView], keep: int) -> list[Plan]:
         """Plan every layer, or every `reuse`-th one for itself and those after it."""
