@@ -2,12 +2,14 @@
 
 The cache is given as many blocks as full KV needs for 8 sequences of 2,000 output tokens. 64 requests ask for 2,000
 tokens each: full KV starts more of them while they are short and preempts as they grow, a compressed cache runs as many
-as its blocks allow throughout. Every arm is a process of its own, with the bundled model (`make bench-vllm`).
+as its blocks allow throughout. Then, on engines of the same kind, the time of a step by how many requests run, and the
+time to the first token of a lone request. Every arm is a process of its own, with the bundled model.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
@@ -15,13 +17,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
-from common import publish
+from common import median_interval, publish
 
-BLOCK, PROMPT = 128, 40
-ARMS = ["stock", "random@256", "vase-dkv@256", "kara@256", "cask:mass=none@256", "random@512", "vase-dkv@512"]
+BLOCK, PROMPT, LONG_PROMPT = 128, 40, 1000
+METHODS = ("random", "vase-dkv", "kara", "cask:mass=none")
+ARMS = ["stock", *(f"{method}@{tokens}" for tokens in (256, 512) for method in METHODS)]
+BATCHES = (1, 2, 4, 8, 16, 32)
 WORKER = "reasonkv.runtimes.vllm.worker.Worker"
 
 
@@ -38,50 +42,123 @@ def configuration(arm: str) -> dict[str, Any] | None:
     return given
 
 
-def run_arm(arm: str, requests: int, tokens: int, at_once: int) -> dict[str, Any]:
-    """Serve all requests in this process and say how it went."""
-    from vllm import LLM, SamplingParams
+@contextlib.contextmanager
+def engine_of(arm: str, blocks: int, longest: int, requests: int) -> Iterator[Any]:
+    """vLLM in this process, with so many blocks."""
+    from vllm import LLM
 
-    from reasonkv.tasks import get_task
     from reasonkv.testbed import testbed_path
 
-    blocks = at_once * -(-(PROMPT + tokens) // BLOCK)
     given = configuration(arm)
     options = {} if given is None else {"worker_cls": WORKER, "additional_config": {"reasonkv": given}}
-    with tempfile.TemporaryDirectory() as folder:
-        for file in testbed_path().iterdir():  # vLLM would take the statistics for weights
-            if file.suffix != ".safetensors" or file.name == "model.safetensors":
-                (Path(folder) / file.name).symlink_to(file)
-        llm = LLM(
-            folder, max_model_len=-(-(PROMPT + tokens) // BLOCK) * BLOCK, max_num_seqs=requests, dtype="float32",
-            enforce_eager=True, block_size=BLOCK, num_gpu_blocks_override=blocks + 1, enable_prefix_caching=False,
-            disable_log_stats=True, **options,
-        )  # fmt: skip
-    tokenizer = llm.get_tokenizer()
-    sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+    llm = LLM(
+        str(testbed_path()), max_model_len=-(-longest // BLOCK) * BLOCK, max_num_seqs=requests, dtype="float32",
+        enforce_eager=True, block_size=BLOCK, num_gpu_blocks_override=blocks + 1, enable_prefix_caching=False,
+        disable_log_stats=True, **options,
+    )  # fmt: skip
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+
+
+def prompts(llm: Any, count: int, length: int) -> list[list[int]]:
+    """Token ids of problems and their reference traces, all of one length."""
+    from reasonkv.tasks import get_task
+
+    tokenizer, task, found = llm.get_tokenizer(), get_task("program"), []
+    for number in range(count):
+        problem = task.problem(number)
+        ids = tokenizer(f"{problem.prompt} {problem.trace}", add_special_tokens=False)["input_ids"]
+        found.append((ids * -(-length // len(ids)))[:length])
+    return found
+
+
+def serve(llm: Any, ids: list[list[int]], tokens: int) -> dict[str, Any]:
+    """Serve all prompts at once: every step's running requests and seconds, and when first tokens came."""
+    from vllm import SamplingParams
+
     engine, core = llm.llm_engine, llm.llm_engine.engine_core.engine_core
-    for number in range(requests):
-        problem = get_task("program").problem(number)
-        ids = tokenizer(f"{problem.prompt} {problem.trace}", add_special_tokens=False)["input_ids"][:PROMPT]
-        engine.add_request(str(number), {"prompt_token_ids": ids}, sampling)
+    sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+    for number, prompt in enumerate(ids):
+        engine.add_request(str(number), {"prompt_token_ids": prompt}, sampling)
     steps: list[tuple[int, float]] = []
-    first, start = {}, time.perf_counter()
+    first: dict[str, float] = {}
+    start = time.perf_counter()
     while engine.has_unfinished_requests():
         before = time.perf_counter()
         for output in engine.step():
             first.setdefault(output.request_id, time.perf_counter() - start)
         steps.append((len(core.scheduler.running), time.perf_counter() - before))
-    seconds = time.perf_counter() - start
-    taken = sorted(one for _, one in steps)
-    runtime = core.model_executor.driver_worker.worker.runtime if given is not None else None
-    share = runtime.meter.seconds / runtime.meter.step_seconds if runtime is not None else 0.0
+    return {"steps": steps, "first": first, "seconds": time.perf_counter() - start}
+
+
+def throughput(arm: str, requests: int, tokens: int, at_once: int) -> dict[str, Any]:
+    """All requests on the blocks of a few full ones."""
+    blocks = at_once * -(-(PROMPT + tokens) // BLOCK)
+    with engine_of(arm, blocks, PROMPT + tokens, requests) as llm:
+        serve(llm, prompts(llm, 4, PROMPT), 8)  # warms up
+        worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+        meter = worker.runtime.meter if arm != "stock" else None
+        before = (meter.seconds, meter.step_seconds) if meter is not None else (0.0, 0.0)
+        found = serve(llm, prompts(llm, requests, PROMPT), tokens)
+        share = 0.0 if meter is None else (meter.seconds - before[0]) / (meter.step_seconds - before[1])
+    taken = sorted(one for _, one in found["steps"])
     return {
-        "arm": arm, "blocks": blocks, "running_peak": max(running for running, _ in steps),
-        "running_mean": statistics.mean(running for running, _ in steps),
-        "tokens_per_second": requests * tokens / seconds,
+        "arm": arm, "blocks": blocks, "running_peak": max(running for running, _ in found["steps"]),
+        "running_mean": statistics.mean(running for running, _ in found["steps"]),
+        "tokens_per_second": requests * tokens / found["seconds"],
         "step_p50_ms": 1e3 * statistics.median(taken), "step_p99_ms": 1e3 * taken[int(0.99 * len(taken))],
-        "event_share": share, "first_token_s": min(first.values()), "seconds": seconds,
+        "event_share": share, "seconds": found["seconds"],
     }  # fmt: skip
+
+
+def steps_by_batch(arm: str, tokens: int, most: int) -> dict[str, Any]:
+    """Median milliseconds of a decode step by running requests, in the middle of a text of 2,000 tokens."""
+    longest = LONG_PROMPT + tokens
+    found: dict[int, float] = {}
+    with engine_of(arm, most * -(-longest // BLOCK), longest, most) as llm:
+        for batch in (one for one in BATCHES if one <= most):
+            taken = serve(llm, prompts(llm, batch, LONG_PROMPT), tokens)["steps"]
+            # the first steps fill, the last ones drain
+            found[batch] = 1e3 * statistics.median([one for running, one in taken if running == batch][tokens // 2 :])
+    return {"arm": arm, "step_ms": found}
+
+
+def first_tokens(arm: str, repeats: int) -> dict[str, Any]:
+    """Seconds to the first token of a lone request, stock and compressed by turns in one process."""
+    took: dict[str, list[float]] = {"stock": [], arm: []}
+    longest = LONG_PROMPT + 8
+    with contextlib.ExitStack() as stack:
+        blocks = 2 * -(-longest // BLOCK)
+        engines = {name: stack.enter_context(engine_of(name, blocks, longest, 2)) for name in took}
+        for repeat in range(repeats + 1):
+            for name, llm in engines.items():
+                (seconds,) = serve(llm, prompts(llm, 1, LONG_PROMPT), 1)["first"].values()
+                if repeat:
+                    took[name].append(1e3 * seconds)
+    ratio = median_interval([ours / theirs for ours, theirs in zip(took[arm], took["stock"], strict=True)])
+    return {"arm": arm, "stock_ms": statistics.median(took["stock"]), "ms": statistics.median(took[arm]),
+            "ratio": ratio[0], "ratio_low": ratio[1], "ratio_high": ratio[2]}  # fmt: skip
+
+
+def in_own_process(part: str, arm: str, given: argparse.Namespace) -> dict[str, Any]:
+    """One measurement, in an engine of its own."""
+    environment = os.environ | {
+        "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1",
+    }  # fmt: skip
+    command = [sys.executable, __file__, "--part", part, "--arms", arm, "--requests", str(given.requests)]
+    command += ["--tokens", str(given.tokens), "--at-once", str(given.at_once), "--repeats", str(given.repeats)]
+    with tempfile.TemporaryFile("w+") as log:
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment, check=False)
+        line = next((one for one in done.stdout.splitlines() if one.startswith("RESULT ")), None)
+        if line is None:
+            log.seek(0)
+            sys.exit(f"{part} of {arm} failed:\n{log.read()[-3000:]}")
+    found: dict[str, Any] = json.loads(line.removeprefix("RESULT "))
+    print(part, found, flush=True)
+    return found
 
 
 def main() -> None:
@@ -90,38 +167,36 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=2000)
     parser.add_argument("--at-once", type=int, default=8, help="sequences of full KV that the blocks hold")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--repeats", type=int, default=30, help="of the time to the first token")
+    parser.add_argument("--part", choices=("throughput", "steps", "first"), help=argparse.SUPPRESS)
     given = parser.parse_args()
-    if given.one is not None:
-        print("RESULT", json.dumps(run_arm(given.one, given.requests, given.tokens, given.at_once)))
+    if given.part is not None:
+        (arm,) = given.arms
+        result = {
+            "throughput": lambda: throughput(arm, given.requests, given.tokens, given.at_once),
+            "steps": lambda: steps_by_batch(arm, min(200, given.tokens), min(max(BATCHES), given.requests)),
+            "first": lambda: first_tokens(arm, given.repeats),
+        }[given.part]()
+        print("RESULT", json.dumps(result))
         return
-    environment = os.environ | {
-        "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR",
-        "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1",
-    }  # fmt: skip
-    found = []
-    for arm in given.arms:
-        command = [sys.executable, __file__, "--one", arm, "--requests", str(given.requests)]
-        command += ["--tokens", str(given.tokens), "--at-once", str(given.at_once)]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-        line = next((one for one in done.stdout.splitlines() if one.startswith("RESULT ")), None)
-        if line is None:
-            sys.exit(f"{arm} failed:\n{done.stderr[-3000:]}")
-        found.append(json.loads(line.removeprefix("RESULT ")))
-        print(found[-1], flush=True)
+    compressed = [arm for arm in given.arms if arm != "stock"]
+    found = [in_own_process("throughput", arm, given) for arm in given.arms]
+    steps = [in_own_process("steps", arm, given) for arm in ("stock", *compressed[:1])]
+    first = [in_own_process("first", arm, given) for arm in compressed[:2]]
     stock = next((one["tokens_per_second"] for one in found if one["arm"] == "stock"), float("nan"))
     publish(
         "serving",
         f"{given.requests} requests of {given.tokens} output tokens on the blocks of {given.at_once} full sequences",
-        ["arm", "running, mean", "tokens/s", "over stock", "step p50 ms", "step p99 ms", "events, % of step time"],
+        ["arm", "running, peak", "running, mean", "tokens/s", "over stock", "step p50 ms", "step p99 ms",
+         "events, % of step time"],
         [
             [
-                one["arm"], one["running_mean"], one["tokens_per_second"], one["tokens_per_second"] / stock,
-                one["step_p50_ms"], one["step_p99_ms"], 100 * one["event_share"],
+                one["arm"], one["running_peak"], one["running_mean"], one["tokens_per_second"],
+                one["tokens_per_second"] / stock, one["step_p50_ms"], one["step_p99_ms"], 100 * one["event_share"],
             ]
             for one in found
         ],
-        {"arms": found, "prompt": PROMPT, "block": BLOCK},
+        {"arms": found, "steps_by_batch": steps, "first_token": first, "prompt": PROMPT, "block": BLOCK},
     )  # fmt: skip
 
 
