@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from reasonkv.budget import Budget, BudgetError
 from reasonkv.cli import app
 from reasonkv.evaluate.bisection import check_search
-from reasonkv.evaluate.frontier import FrontierError, Target
+from reasonkv.evaluate.frontier import FrontierError, Target, regime
 from reasonkv.evaluate.matching import check_matchable
 from reasonkv.evaluate.results import load_results
 from reasonkv.evaluate.runner import ReplayJob
@@ -26,7 +26,7 @@ from reasonkv.methods import get_method
 from reasonkv.report.answers_table import answers_caption
 from reasonkv.report.cohorts import cohorts
 from reasonkv.report.glance import glance
-from reasonkv.report.regimes import SELECTING, regime_of
+from reasonkv.report.regimes import SELECTING
 from reasonkv.report.report import report_html
 from reasonkv.report.tables import figure_note
 from reasonkv.report.usable import usable_section
@@ -92,7 +92,7 @@ def test_without_a_selecting_method_nothing_of_it_is_shown() -> None:
     assert "most slots per KV head and layer that a decoded token reads" in answers_caption(alone)
     assert "compaction" not in answers_caption(alone)
     padded = [replace(one, method="adakv", slots_read_mean=100.0, events=3) for one in answers if one.budget]
-    assert {regime_of(one) for one in padded} != {SELECTING}
+    assert {regime(one) for one in padded} != {SELECTING}
     assert "adakv holds padding, which nothing attends to." in answers_caption(padded)
 
 
@@ -124,7 +124,7 @@ def test_a_report_without_them_has_no_regime_of_theirs(tmp_path: Path) -> None:
 def test_the_frontier_names_them_and_draws_no_conclusion(tmp_path: Path) -> None:
     full = [record(i, method="full", options={}, budget=None, events=0, top1=1.0) for i in range(16)]
     quest = cell("quest", 64, 0.99, events=0, slots_read_mean=60.0)
-    assert {regime_of(one) for one in quest} == {SELECTING}
+    assert {regime(one) for one in quest} == {SELECTING}
     made = folder(tmp_path / "results", [*full, *cell("random", 64, 0.5), *cell("random", 128, 0.6), *quest])
     code, out, _ = run("frontier", made)
     assert code == 0

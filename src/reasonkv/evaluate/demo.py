@@ -28,7 +28,7 @@ WHAT_TO_LOOK_AT = (
     "random keeps the prompt like every other method; a method earns its keep by how far it is above random.",
     "high top-1 is not yet a right answer: one wrong digit early, and everything after it is built on it.",
     "mean and peak slots are what is held, and attention reads it all: compare methods at equal slots.",
-    "quest holds everything; its budget is all it reads, prompt included (slots read): far less than the others read.",
+    "quest holds everything and frees nothing; it reads as many slots (slots read) as the others hold.",
 )
 
 

@@ -25,7 +25,7 @@ from reasonkv.evaluate.statistics import bootstrap_means
 from reasonkv.evaluate.summary import method_labels
 from reasonkv.schedule import State, next_event, step
 
-Regime = Literal["decode-active", "prefix-exhausted", "uncompressed"]
+Regime = Literal["decode-active", "prefix-exhausted", "uncompressed", "selecting"]
 Axis = Literal["tokens", "physical_mean", "bytes_held"]
 HIGHER_IS_BETTER = {"top1": True, "nll": False, "kl": False, "accuracy": True}
 PREFIX_GUARD = "prefix_budget_exhausted"
@@ -44,11 +44,14 @@ def regime(record: Record | AnswerRecord) -> Regime:
       (the guard `prefix_budget_exhausted`), or the prompt is kept inside the budget and fills it together with the
       sinks and the recent window, or every event was a cut of the prompt and decoding never met another one.
     - "decode-active": decoding went on compressing, with tokens of its own to choose from.
+    - "selecting": the method held everything, and every decoded token read a part of it.
 
     With `prompt="count"` a prompt larger than the budget does not by itself exhaust it: its tokens may be dropped, so
     from the first decode event on the method chooses among both. How many events are cuts of the prompt follows from
     the schedule alone.
     """
+    if record.selects:
+        return "selecting"
     if record.events == 0 or record.budget is None:
         return "uncompressed"
     budget = Budget.from_dict(record.budget)

@@ -9,11 +9,12 @@ from typing import Any
 
 from reasonkv.evaluate.accuracy import summarize_answers
 from reasonkv.evaluate.answers import AnswerRecord
+from reasonkv.evaluate.frontier import regime
 from reasonkv.evaluate.records import Record
 from reasonkv.evaluate.results import Results
 from reasonkv.evaluate.statistics import Difference, Estimate, clustered_mean
 from reasonkv.evaluate.summary import READ, method_labels, summarize
-from reasonkv.report.regimes import SELECTING, regime_of
+from reasonkv.report.regimes import SELECTING
 from reasonkv.report.wording import budget_sentence
 
 Line = Record | AnswerRecord
@@ -152,7 +153,7 @@ def _of_folder(results: Results, records: Sequence[Line]) -> list[Cohort]:
 def _by_regime(full: Sequence[Line], members: Sequence[Line]) -> list[SummaryRow]:
     split: dict[str, list[Line]] = {}
     for record in members:
-        split.setdefault(regime_of(record), []).append(record)
+        split.setdefault(regime(record), []).append(record)
     # full KV stands in every part, so that differences to it pair the very problems of that part
     rows = _rows(full, UNBOUNDED)
     for name, part in split.items():

@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from reasonkv.evaluate.answers import AnswerRecord
+from reasonkv.evaluate.frontier import regime
 from reasonkv.evaluate.records import Record
 from reasonkv.evaluate.statistics import Difference, Estimate
 from reasonkv.report.cohorts import SummaryRow, labels_of
 from reasonkv.report.measures import DIAGNOSTICS, EVALUATE, REPLAY, Metric
-from reasonkv.report.regimes import regime_of
 
 TAIL = 120
 """Characters of an output's end that the record table shows."""
@@ -74,7 +74,7 @@ def record_table(records: Sequence[Record] | Sequence[AnswerRecord]) -> dict[str
             "regime",
             "regime",
             "how the budget met the trace",
-            ["full KV" if one.budget is None else regime_of(one) for one in records],
+            ["full KV" if one.budget is None else regime(one) for one in records],
         ),
     ]
     simple: list[tuple[str, str, str, Callable[[Any], Any], int, float]] = [

@@ -19,13 +19,14 @@ from reasonkv.evaluate.frontier import (
     Target,
     UsableBudget,
     measured_points,
+    regime,
     usable_budget,
 )
 from reasonkv.evaluate.records import Record
 from reasonkv.evaluate.statistics import estimate
 from reasonkv.report import frontier_tables as tables
 from reasonkv.report.cohorts import selecting_labels
-from reasonkv.report.regimes import DECODE_ACTIVE, regime_of
+from reasonkv.report.regimes import DECODE_ACTIVE
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ def summarize_frontier(
     counts: dict[str, Counter[str]] = {}
     for record in records:
         if record.budget is not None:
-            counts.setdefault(record.task, Counter())[regime_of(record)] += 1
+            counts.setdefault(record.task, Counter())[regime(record)] += 1
     # every task's pairs stand in one family of tests, so that Holm's correction covers all that is shown
     if pair is None:
         found = crossings(active, target.metric, axis=axis, seed=seed)

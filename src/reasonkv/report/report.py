@@ -9,6 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from reasonkv.evaluate.frontier import regime
 from reasonkv.evaluate.manifest import ResultsError, write_atomically
 from reasonkv.evaluate.results import Results, load_results
 from reasonkv.report.cohorts import UNBOUNDED, Cohort, cohorts
@@ -18,7 +19,7 @@ from reasonkv.report.glance import glance
 from reasonkv.report.html import INSPECTOR_SCRIPTS, INSPECTOR_STYLES, page
 from reasonkv.report.marks import marks
 from reasonkv.report.narrative import MAIN, cohort_label, findings, job_words, rule_text, what_ran
-from reasonkv.report.regimes import MEANING, SELECTING, regime_of
+from reasonkv.report.regimes import MEANING, SELECTING
 from reasonkv.report.usable import usable_intro, usable_section
 
 TITLE = "What the cache kept, and what that did"
@@ -213,7 +214,7 @@ def _regimes(results: Sequence[Results]) -> str:
             guards.update(record.guards)
             if record.budget is not None:
                 job = job_words("evaluate" if one.answers else "replay", record.budget["prompt"])
-                counts[job, record.task, record.budget["tokens"], regime_of(record)] += 1
+                counts[job, record.task, record.budget["tokens"], regime(record)] += 1
     if not counts:
         return ""
     found = {key[3] for key in counts}
