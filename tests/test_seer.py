@@ -15,7 +15,9 @@ from reasonkv.evaluate.traces import TraceSettings, load_or_make_traces
 from reasonkv.methods.base import MethodError
 from reasonkv.methods.quest import Quest
 from reasonkv.methods.seer import SeerAttention
+from reasonkv.methods.selecting import FullPages, PageView
 from reasonkv.models import load_model, model_hash
+from reasonkv.runtimes.transformers.setup import rotary_of
 from reasonkv.seer import (
     FILE,
     GateError,
@@ -52,6 +54,34 @@ def test_chunked_replay_equals_one_token_at_a_time(testbed, tmp_path: Path) -> N
     record = to_record("run", TASK, 0, cell, traces[0], many[0])
     assert record.slots_read_mean is not None and record.slots_read_mean <= 64 < record.physical_mean
     assert record.saved_ratio_terminal == 0 and type(record).from_json(record.to_json()) == record
+
+
+def test_a_gate_scores_pages_by_its_three_steps() -> None:
+    """Head by head and page by page; a page's key is rotated for its first token."""
+    rotary, c = rotary_of(tiny_model("qwen3")), 4
+    (parameters,) = random_gate([(2, 2, 16)], c, "any", seed=3).layers
+    parameters = {name: tensor.double() for name, tensor in parameters.items()}
+    generator = torch.Generator().manual_seed(0)
+    first_n = torch.tensor([0, c, 2 * c])
+    keys_nHcD = torch.randn(3, 2, c, 16, generator=generator, dtype=torch.float64)
+    query_HgD = torch.randn(2, 2, 16, generator=generator, dtype=torch.float64)
+    at = torch.tensor([[13]])
+    turned = rotary.rotate(keys_nHcD, (first_n[:, None] + torch.arange(c))[:, None])
+    asked = rotary.rotate(query_HgD.view(1, 4, 1, 16), at[:, None])
+    state = SeerAttention().summarise(FullPages(turned, first_n, parameters, rotary))["gate"].transpose(0, 1)[None]
+    scores = SeerAttention().score(PageView({"gate": state}, asked, at, c, parameters, rotary))
+
+    def normed(x_E, weight_E, position: int):
+        return rotary.rotate(x_E / (x_E.square().mean() + 1e-6).sqrt() * weight_E, torch.tensor(position))
+
+    for head in range(2):
+        mixed_E = sum(query_HgD[head, member] @ parameters["query"][head, member] for member in range(2))
+        query_E = normed(mixed_E, parameters["query_norm"], 13)
+        for page in range(3):
+            keys_cD = keys_nHcD[page, head]
+            pooled_X = torch.cat([keys_cD.amax(0), keys_cD.amin(0), keys_cD.mean(0)])
+            key_E = normed(pooled_X @ parameters["key"][head], parameters["key_norm"], page * c)
+            assert scores[0, head, 0, page] == pytest.approx(float(query_E @ key_E) / 4, rel=1e-9)
 
 
 def test_training_a_gate_lowers_its_loss_and_leaves_the_model_alone(tmp_path: Path) -> None:
