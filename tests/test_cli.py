@@ -20,6 +20,7 @@ from reasonkv.cli import app
 from reasonkv.cli.common import UsageError, split_specs, whole_numbers
 from reasonkv.methods import CATALOGUE, get_method
 from reasonkv.methods.selecting import SelectionMethod
+from reasonkv.runtimes.vllm.config import EngineConfig, ServingError
 
 COMMANDS = (
     "demo", "methods", "doctor", "generate", "replay", "evaluate", "frontier", "report", "inspect", "train-testbed",
@@ -284,7 +285,7 @@ def test_methods_lists_the_catalogue() -> None:
         needs, said = get_method(name).needs, " ".join(row["needs"])
         assert row["title"]
         assert row["paper"]
-        assert row["runtimes"] == ["transformers"]
+        assert row["runtimes"][0] == "transformers"
         assert row["options"] == get_method(name).options()
         for words, wanted in {
             f"{needs.queries} newest quer": needs.queries, f"{needs.recent} newest slot": needs.recent,
@@ -294,6 +295,26 @@ def test_methods_lists_the_catalogue() -> None:
             "state per slot": needs.slot_state, "summaries": isinstance(get_method(name), SelectionMethod),
         }.items():  # fmt: skip
             assert (words in said) == bool(wanted), (name, words)
+
+
+def test_methods_says_of_every_method_what_an_engine_of_vllm_would() -> None:
+    rows = {row["name"]: row for row in json.loads(run("methods", "--json")[1])}
+    for name, row in rows.items():
+        if len(row["runtimes"]) == 1:
+            with pytest.raises(ServingError) as error:
+                EngineConfig.parse({"method": name, **({} if name == "full" else {"tokens": 512})})
+            assert row["not_on"] == {"vllm": str(error.value)}
+            continue
+        spec = row["runtimes"][1].replace("vllm with ", f"{name}:").replace("vllm", name)
+        EngineConfig.parse({"method": spec, "tokens": 512})
+        assert row["not_on"] == {}
+        if spec != name:
+            with pytest.raises(ServingError, match=re.escape(spec.partition(":")[2])):
+                EngineConfig.parse({"method": name, "tokens": 512})
+    served = {name: row["runtimes"][1] for name, row in rows.items() if len(row["runtimes"]) > 1}
+    assert served["cask"] == "vllm with mass=none"
+    assert served["snapkv"] == "vllm"
+    assert set(rows) - set(served) == {"full", "h2o", "pyramidkv", "quest", "seer", "oracle"}
 
 
 def test_the_list_of_methods_fits_100_columns_and_one_method_has_its_options() -> None:

@@ -13,7 +13,7 @@ from test_vase import SHORT, SPECS, ids, mask_of
 from torch import Tensor
 
 from reasonkv.methods import Method
-from reasonkv.methods.vase_attnv import VaseAttnV, largest
+from reasonkv.methods.vase_attnv import VaseAttnV, evened, largest, value_range
 from reasonkv.methods.vase_dkv import VaseDKV
 from reasonkv.plan import PlanError
 from reasonkv.view import SlotView
@@ -196,3 +196,29 @@ def test_the_page_lists_every_option_with_its_default(method: Method) -> None:
     page = (DOCS / f"{method.name}.md").read_text()
     for option, value in method.options().items():
         assert f"| `{option}` | {str(value).lower() if isinstance(value, bool) else value} |" in page
+
+
+@pytest.mark.parametrize(("form", "is_settled"), [("ours", True), ("public", False)])
+def test_rounding_does_not_choose_among_the_slots_of_one_word(form: Any, is_settled: bool) -> None:
+    view = random_view(1, 2, 60, 16, queries=8, recent=8)
+    words = torch.randn(5, 16, generator=torch.Generator().manual_seed(2))
+    values = words[torch.arange(60) % 5].expand(1, 2, 60, 16)  # 52 slots before the window, 10 or 11 of every word
+    method = VaseAttnV(form=form, window=8, n_large=25, n_sink=0)
+    reserved = []
+    for draw in range(8):
+        noise = torch.randn(values.shape, generator=torch.Generator().manual_seed(draw))
+        rounded = replace(view, values_BHND=values * (1 + 2e-7 * noise))
+        reserved.append(method.reserve(rounded, 40, method.magnitudes(rounded)))
+    assert all(torch.equal(one, reserved[0]) for one in reserved) == is_settled
+    if is_settled:  # of the word that does not fit whole, the newest
+        order = value_range(words[None, None])[0, 0].argsort(descending=True).tolist()
+        slots = [slot for word in order for slot in range(51, -1, -1) if slot % 5 == word][:25]
+        assert reserved[0][0, 0].nonzero()[:, 0].tolist() == sorted(slots)
+
+
+def test_evening_keeps_12_bits_and_what_is_not_finite() -> None:
+    given = torch.tensor([1.0, 1 + 2.0**-14, 1 + 2.0**-10, 3.3e-20, torch.inf, -torch.inf])
+    found = evened(given)
+    assert found[0] == found[1] and found[2] > found[1]
+    torch.testing.assert_close(found, given, rtol=2.0**-12, atol=0)
+    assert torch.isnan(evened(torch.tensor(torch.nan)))

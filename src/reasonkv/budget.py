@@ -124,7 +124,9 @@ class Budget:
             BudgetError: unknown fields, or derived ones that contradict the others.
 
         """
-        kind: type[Budget] = ListedWindow if "events" in data else Window if "retention" in data else Budget
+        kind: type[Budget] = Budget
+        for field_name, one in (("retention", Window), ("events", ListedWindow), ("period", PeriodicWindow)):
+            kind = one if field_name in data else kind
         own = fields(kind)
         unknown = sorted(set(data) - {one.name for one in own})
         if unknown:
@@ -244,6 +246,43 @@ class ListedWindow(Window):
         object.__setattr__(self, "events", tuple(self.events))  # a record gives a list
         if any(later - earlier < self.size for earlier, later in zip(self.events, self.events[1:], strict=False)):
             raise BudgetError(f"Two events of a row must be at least a window of {self.size} tokens apart.")
+
+
+@dataclass(frozen=True)
+class PeriodicWindow(Window):
+    """A window whose events an engine decides by its steps: the periodic policy of KvLLM (arXiv 2607.01237).
+
+    Every `period` steps, up to `most` of the rows that hold a window beyond their buffer are compressed, those with
+    most uncompressed tokens first (`reasonkv.schedule.periodic_round`). No step then has more events than that, but
+    when a row's fall depends on the other rows.
+
+    Args:
+        period: steps between two rounds, more than `size`, so that nothing is compressed twice.
+        most: rows of a round.
+
+    Raises:
+        BudgetError: fields that contradict each other.
+
+    """
+
+    period: int = 1024
+    most: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("period", "most"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise BudgetError(f"A periodic window's {name} must be a whole number, not {value!r}.")
+        if self.period <= self.size or self.most < 1:
+            raise BudgetError(
+                f"A period must be longer than a window of {self.size} and compress at least 1 row, "
+                f"not {self.period} steps and {self.most} rows."
+            )
+
+    def row(self) -> ListedWindow:
+        """One row's budget, before it has had an event."""
+        return ListedWindow(self.size, self.buffer, self.retention)
 
 
 @runtime_checkable

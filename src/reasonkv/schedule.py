@@ -9,10 +9,11 @@ a piece; a piece that crosses boundaries has one event, at its end.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
-from reasonkv.budget import Budget, BudgetError, ListedWindow, Window
+from reasonkv.budget import Budget, BudgetError, ListedWindow, PeriodicWindow, Window
 
 
 @dataclass(frozen=True)
@@ -148,19 +149,54 @@ def periodic_events(
         BudgetError: a period that is too short, or no rows to a round.
 
     """
-    if period <= window.size or most < 1:
-        raise BudgetError(
-            f"A period must be longer than a window of {window.size} and compress at least 1 row, "
-            f"not {period} steps and {most} rows."
-        )
-    raw_from, events = list(prompts), []
+    policy = PeriodicWindow(window.size, window.buffer, window.retention, period=period, most=most)
+    rows = [policy.row()] * len(prompts)
+    events = []
     for now in range(period, max(lengths, default=0) + 1, period):
-        raw = {row: prompt + now - raw_from[row] for row, prompt in enumerate(prompts) if prompt + now < lengths[row]}
-        ready = [row for row, tokens in raw.items() if tokens >= window.size + window.buffer]
-        for row in sorted(ready, key=lambda one: (-raw[one], one))[:most]:
-            events.append((row, prompts[row] + now))
-            raw_from[row] = prompts[row] + now - window.buffer
+        states = {
+            row: State(prompt + now, prompt=prompt) for row, prompt in enumerate(prompts) if prompt + now < lengths[row]
+        }
+        for row in periodic_round(policy, now, {row: raw_tokens(rows[row], state) for row, state in states.items()}):
+            rows[row] = listed(rows[row], states[row].length)
+            events.append((row, states[row].length))
     return events
+
+
+Row = TypeVar("Row", int, str)
+
+
+def periodic_round(policy: PeriodicWindow, step: int, raw: Mapping[Row, int]) -> list[Row]:
+    """Which rows of an engine's step have an event at its end.
+
+    Args:
+        policy: how often, and how many.
+        step: its number; a round falls on every multiple of `policy.period`.
+        raw: `raw_tokens` of every row the step feeds, by what it is called, in the step's order.
+
+    Returns:
+        Those with most uncompressed tokens first; of equals, those that stand first in `raw`.
+
+    """
+    if step == 0 or step % policy.period:
+        return []
+    ready = [row for row, tokens in raw.items() if tokens >= policy.size + policy.buffer]
+    return sorted(ready, key=lambda row: -raw[row])[: policy.most]
+
+
+def row_budget(budget: Budget) -> Budget:
+    """What one row of an engine starts with: the engine's budget, or a list that its steps will add events to."""
+    return budget.row() if isinstance(budget, PeriodicWindow) else budget
+
+
+def raw_tokens(window: ListedWindow, state: State) -> int:
+    """Tokens of a row, beyond its prompt, that came since the last window cut from it: 0 at least."""
+    start = window.events[-1] - window.buffer if window.events else state.prompt
+    return max(0, state.length - start)
+
+
+def listed(window: ListedWindow, length: int) -> ListedWindow:
+    """A row's window with one more event, at that length."""
+    return replace(window, events=(*window.events, length))
 
 
 def capacity(budget: Budget | None, prompt: int, max_length: int) -> int:
@@ -205,6 +241,11 @@ def _window_capacity(window: Window, prompt: int, max_length: int) -> int:
     if isinstance(window, ListedWindow):
         events = [length for length in window.events if length <= max_length]
         done, peaks = len(events), [length - number * window.dropped for number, length in enumerate(events)]
+    elif isinstance(window, PeriodicWindow):  # of a row alone, whose first round just missed it
+        first = prompt + window.size + window.buffer - 1 + window.period
+        done = max(0, (max_length - first) // window.period + 1)
+        last = first + (done - 1) * window.period
+        peaks = [last - (done - 1) * window.dropped] if done else []
     else:
         done = max(0, max_length - prompt - window.buffer) // window.size
         last = prompt + done * window.size + window.buffer  # every event's peak is higher than those before it

@@ -27,6 +27,16 @@ class TraceAttention(Protocol):
         """Attention [H, end] that the queries of tokens start..end-1 pay to tokens 0..end-1, float32."""
 
 
+class Ranks(Protocol):
+    """Tensor-parallel processes, each with as many KV heads of its own."""
+
+    def gather(self, x: Tensor) -> Tensor:
+        """Every rank's `x` (of one shape), stacked in front in the order of their heads: the same on all ranks.
+
+        A collective: all ranks call it equally often and in the same order.
+        """
+
+
 @dataclass(frozen=True)
 class SlotView:
     """The slots of one layer for B rows that all hold N slots and keep the same number at this event.
@@ -52,6 +62,7 @@ class SlotView:
         seed: the run's seed.
         layer: index of the layer in the model.
         first_head: global index of KV head 0 (other than 0 under tensor parallelism).
+        ranks: the processes that hold the layer's other heads, or None where all heads are here.
         rows: the batch row of each of the B rows.
         prompt_length_B: int64, tokens of the row's prompt, dropped ones included.
         query_heads: Hq, known whether or not queries are.
@@ -90,6 +101,7 @@ class SlotView:
     row_state: dict[str, Tensor] = field(default_factory=dict)
     output_projection_HqDM: Tensor | None = None
     reference: TraceAttention | None = None
+    ranks: Ranks | None = None
 
     @property
     def group_size(self) -> int:
@@ -109,6 +121,25 @@ class SlotView:
             raise ValueError("This method needs recent queries; declare them in Needs(queries=T).")
         B, _, T, D = self.queries_BHqTD.shape
         return self.queries_BHqTD.view(B, self.keys_BHND.shape[1], self.group_size, T, D)
+
+    def reduce(self, x: Tensor, how: Literal["sum", "mean", "max"]) -> Tensor:
+        """What was reduced over the heads here, reduced over all heads: whoever lets heads decide together calls this.
+
+        The same on every rank, to the bit; `x` itself where all heads are here.
+
+        Args:
+            x: any shape, the same on all ranks; of "mean", a mean over this rank's heads.
+            how: the reduction that made it.
+
+        """
+        if self.ranks is None:
+            return x
+        parts = self.ranks.gather(x)
+        return parts.amax(0) if how == "max" else parts.sum(0) if how == "sum" else parts.mean(0)
+
+    def all_heads(self, x: Tensor, dim: int) -> Tensor:
+        """Numbers of the heads here joined with those of all other heads, along the axis that counts heads."""
+        return x if self.ranks is None else torch.cat(list(self.ranks.gather(x)), dim)
 
     def future_attention_BHN(self, reduce: Literal["sum", "max"] = "sum") -> Tensor:
         """Attention that full KV's queries still to come in the trace pay to every slot's token, float32 [B, H, N].

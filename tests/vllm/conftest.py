@@ -13,7 +13,9 @@ try:  # the folder's own name would be found as an empty package
     MISSING = importlib.util.find_spec("vllm.v1") is None
 except ModuleNotFoundError:
     MISSING = True
-NEED_VLLM = [f"test_{name}.py" for name in ["blocks", "contract", "inert", "parity", "ranks", "requests", "server"]]
+NEED_VLLM = [
+    f"test_{name}.py" for name in ["blocks", "contract", "inert", "parity", "periodic", "ranks", "requests", "server"]
+]
 collect_ignore = NEED_VLLM if MISSING else []
 
 

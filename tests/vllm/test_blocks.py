@@ -3,79 +3,43 @@
 from __future__ import annotations
 
 import random
-from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from engines import core_of, engine, greedy, manager_of, prompts, reference, runtime_of, serve
+from engines import (
+    FULL_KV,
+    Watcher,
+    engine,
+    free_blocks,
+    full_kv,
+    greedy,
+    manager_of,
+    prompts,
+    reference,
+    runtime_of,
+    serve,
+)
 
-from reasonkv import Budget, CompressedCache, Window, schedule
+from reasonkv import Budget, CompressedCache, Window, schedule, testbed
+from reasonkv.runtimes.vllm.config import SCHEDULER, EngineConfig
 from reasonkv.testbed import load_testbed
 
 SEED, BLOCK = 7, 32
 SMALL = {"tokens": 64, "interval": 32, "sinks": 4, "recent": 16}
+CALIBRATION = str(testbed.testbed_path() / "reasonkv_calibration.safetensors")
 BUDGET = Budget(64, interval=32, sinks=4, recent=16)
 
 
 @pytest.fixture(scope="module")
 def small_engine(folder: Path) -> Iterator[Any]:
-    """32 blocks of 32 tokens, prompts fed at most 48 tokens a step."""
+    """32 blocks of 32 tokens, fed at most 48 tokens a step, by our scheduler."""
     options = {"block_size": BLOCK, "num_gpu_blocks_override": 33, "max_num_batched_tokens": 48}
+    options["scheduler_cls"] = SCHEDULER
     with engine(folder, {"method": "random", "seed": SEED, **SMALL}, max_model_len=768, **options) as llm:
         yield llm
-
-
-class Watcher:
-    """Steps an engine and looks at both sides after every step."""
-
-    def __init__(self, llm: Any) -> None:
-        self.llm, self.engine = llm, llm.llm_engine
-        self.most: dict[str, int] = defaultdict(int)
-        self.last: dict[str, int] = {}
-        self.pieces: dict[str, list[int]] = defaultdict(list)
-        self.preempted: set[str] = set()
-        self.tokens: dict[str, list[int]] = {}
-
-    def add(self, name: str, ids: list[int], tokens: int) -> None:
-        self.engine.add_request(name, {"prompt_token_ids": ids}, greedy(tokens))
-
-    def step(self) -> None:
-        runtime, manager = runtime_of(self.llm), manager_of(self.llm)
-        before = {name: one.state.length for name, one in runtime.sequences.items()}
-        for output in self.engine.step():
-            self.tokens[output.request_id] = list(output.outputs[0].token_ids)
-        batch = core_of(self.llm).model_executor.driver_worker.worker.model_runner.input_batch
-        for name, one in runtime.sequences.items():
-            if name not in manager.req_to_blocks:  # it has finished, or was preempted
-                continue
-            short = name.rsplit("-", 1)[0]
-            if name not in before and self.pieces[short]:
-                self.preempted.add(short)
-            start = before.get(name, 0)
-            if one.state.length > start:
-                self.pieces[short].append(one.state.length - start)
-            blocks = [block.block_id for block in manager.req_to_blocks[name]]
-            assert len(set(blocks)) == len(blocks)
-            assert manager.holdings[name].state == one.state  # the scheduler's integers are the worker's
-            assert one.state.held <= len(blocks) * manager.block_size
-            if name in batch.req_id_to_index:
-                row = batch.block_table[0].block_table.np[batch.req_id_to_index[name]]
-                assert row[: len(blocks)].tolist() == blocks
-            self.most[short] = max(self.most[short], len(blocks))
-            self.last[short] = len(blocks)
-        owned = [block.block_id for blocks in manager.req_to_blocks.values() for block in blocks]
-        assert len(set(owned)) == len(owned)  # no block belongs to two requests
-
-    def run(self) -> None:
-        while self.engine.has_unfinished_requests():
-            self.step()
-
-
-def free_blocks(llm: Any) -> int:
-    return manager_of(llm).block_pool.get_num_free_blocks()
 
 
 def test_a_request_holds_what_the_formula_says_and_gives_it_back(small_engine: Any) -> None:
@@ -103,32 +67,77 @@ def test_a_prompt_in_pieces_is_cut_as_a_whole_one(small_engine: Any) -> None:
     assert all(torch.equal(mine.kept[key], kept) for key, kept in theirs.kept.items())
 
 
-def test_all_blocks_come_back_from_many_requests_of_which_some_are_aborted(small_engine: Any) -> None:
+def test_all_blocks_come_back_and_every_text_is_its_own_whoever_is_aborted_or_preempted(small_engine: Any) -> None:
     before, draw = free_blocks(small_engine), random.Random(0)
     longest = prompts((310,) * 8)
-    watcher = Watcher(small_engine)
+    watcher = Watcher(small_engine, repeats=True)
     asked: dict[str, tuple[list[int], int]] = {}
     for number in range(200):
         ids = draw.choice(longest)[: draw.randint(1, 180)]
-        asked[f"r{number}"] = (ids, draw.randint(1, 90))
+        asked[f"r{number}"] = (ids, draw.randint(1, 60))
     aborted = set(draw.sample(sorted(asked), 40))
     for name, (ids, tokens) in asked.items():
         watcher.add(name, ids, tokens)
-    doomed = {name: draw.randint(0, 40) for name in aborted}  # tokens after which they are aborted
+    doomed = {name: draw.randint(0, 30) for name in aborted}  # tokens after which they are aborted
+    steps = 0
     while watcher.engine.has_unfinished_requests():
         watcher.step()
+        steps += 1
+        if steps % 150 == 0:  # admission reserves all that a request will need, so only force preempts it
+            watcher.preempt_all()
         for name in [name for name, after in doomed.items() if len(watcher.tokens.get(name, ())) >= after]:
             watcher.engine.abort_request([name])
             del doomed[name]
     assert free_blocks(small_engine) == before
     manager = manager_of(small_engine)
     assert not manager.holdings and not any(manager.req_to_blocks.values())
-    assert not watcher.preempted  # admission reserves all a request will need
-    finished = sorted(set(asked) - aborted)
-    for name in finished[::8]:
+    assert len(watcher.preempted) >= 8 and watcher.repeated
+    for name in sorted(set(asked) - aborted):
         ids, tokens = asked[name]
         assert len(watcher.tokens[name]) == tokens
-        assert serve(small_engine, [ids], greedy(tokens)).tokens == [watcher.tokens[name]]
+        assert serve(small_engine, [ids], greedy(tokens)).tokens == [watcher.tokens[name]], name
+
+
+@pytest.mark.parametrize("method", ["snapkv:window=16", "tova", "cask:mass=none"])
+def test_what_a_method_has_seen_is_fed_again_too(small_engine: Any, method: str) -> None:
+    """Recent queries, what was observed of every query, and the text, each of a request that is preempted twice."""
+    runtime, asked = runtime_of(small_engine), prompts((12, 90, 130))
+    before = runtime.config
+    runtime.use(EngineConfig.parse({"method": method, "calibration": CALIBRATION, **SMALL}))
+    try:
+        uninterrupted = serve(small_engine, asked, greedy(90))
+        assert len(uninterrupted.kept) >= 3 * 3 * 2
+        watcher = Watcher(small_engine, repeats=True)
+        for number, ids in enumerate(asked):
+            watcher.add(str(number), ids, 90)
+        for _ in range(2):
+            for _ in range(40):
+                watcher.step()
+            watcher.preempt_all()
+        watcher.run()
+    finally:
+        runtime.use(before)
+    assert watcher.preempted == {"0", "1", "2"} and watcher.repeated
+    assert [watcher.tokens[str(number)] for number in range(3)] == uninterrupted.tokens
+
+
+def test_a_request_that_opts_out_keeps_full_kv_beside_compressed_ones(small_engine: Any) -> None:
+    before = free_blocks(small_engine)
+    asked, opted_out = prompts((90, 200, 47, 130, 64)), {"0", "1"}
+    watcher = Watcher(small_engine)
+    for number, ids in enumerate(asked):
+        options = {"extra_args": FULL_KV} if str(number) in opted_out else {}
+        watcher.add(str(number), ids, 300, **options)
+    watcher.step()
+    watcher.step()
+    # 13 and 16 of 32 blocks are promised to the first two until they end, so there is room for one of the others
+    assert {name.rsplit("-", 1)[0] for name in manager_of(small_engine).req_to_blocks} <= {"0", "1", "2"}
+    watcher.run()
+    assert not watcher.preempted
+    assert [watcher.most[name] for name in ("0", "1", "2", "3", "4")] == [13, 16, 3, 5, 3]
+    stock, compressed = full_kv(asked[:2], 300), reference("random", BUDGET, asked[2:], 300, seed=SEED).tokens
+    assert [watcher.tokens[str(number)] for number in range(5)] == stock + compressed
+    assert free_blocks(small_engine) == before
 
 
 def test_a_chunked_prompt_stays_within_its_bound_and_equals_a_replay_in_the_same_pieces(folder: Path) -> None:
@@ -145,6 +154,52 @@ def test_a_chunked_prompt_stays_within_its_bound_and_equals_a_replay_in_the_same
     for number, ids in enumerate(asked):
         assert watcher.most[str(number)] == -(-(64 + 32 - 1 + 48) // BLOCK) == 5  # of 10 for the whole prompt
         assert replay(ids, watcher.tokens[str(number)], watcher.pieces[str(number)], budget) >= 50 - 1
+
+
+def test_our_scheduler_cuts_a_prompt_at_its_chunks_whatever_else_is_fed(folder: Path) -> None:
+    given = {"method": "random", "seed": SEED, "prefill_chunk": 32, **SMALL}
+    options = {"block_size": BLOCK, "num_gpu_blocks_override": 17, "max_num_batched_tokens": 48}
+    budget = Budget(64, interval=32, sinks=4, recent=16, prefill_chunk=32)
+    asked = prompts((310, 250, 20))
+    with engine(folder, given, max_model_len=768, scheduler_cls=SCHEDULER, **options) as llm:
+        watcher = Watcher(llm)
+        for number, ids in enumerate(asked):
+            watcher.add(str(number), ids, 50)
+        watcher.run()
+        assert max(watcher.most.values()) == -(-(64 + 32) // BLOCK) == 3
+        for number, ids in enumerate(asked):
+            in_chunks = [32] * (len(ids) // 32) + [len(ids) % 32] + [1] * 49
+            assert watcher.pieces[str(number)] != in_chunks  # it was fed beside the others
+            assert replay(ids, watcher.tokens[str(number)], in_chunks, budget) == 50
+
+        # With full KV the cache of 16 blocks is full at 512 tokens, where such a request ends.
+        watcher.add("long", asked[0], 400, extra_args=FULL_KV)
+        watcher.add("too long", asked[0] * 2, 10, extra_args=FULL_KV)
+        watcher.run()
+        assert watcher.ends["long"] == "length" and len(watcher.tokens["long"]) == 512 + 1 - 310
+        assert watcher.ends["too long"] == "error"
+        assert watcher.tokens["long"] == full_kv(asked[:1], 512 + 1 - 310)[0]
+        assert free_blocks(llm) == 16
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_our_scheduler_feeds_a_preempted_request_as_if_it_had_never_been(folder: Path, is_async: bool) -> None:
+    from reasonkv.runtimes.vllm.scheduler import AsyncScheduler
+
+    given = {"method": "random", "seed": SEED, "window": {"size": 48, "buffer": 16, "retention": 0.5}}
+    options = {"block_size": BLOCK, "num_gpu_blocks_override": 25, "max_num_batched_tokens": 96}
+    # The CPU platform steps synchronously; there the asynchronous class goes through the same motions, one at a time.
+    options["scheduler_cls"] = AsyncScheduler if is_async else SCHEDULER
+    asked = prompts((64, 70, 75, 80, 90, 100))
+    with engine(folder, given, max_model_len=640, **options) as llm:
+        watcher = Watcher(llm, repeats=True)
+        for number, ids in enumerate(asked):
+            watcher.add(str(number), ids, 240)
+        watcher.run()
+        assert watcher.preempted and watcher.repeated  # a window's cache grows, until blocks run out
+        assert free_blocks(llm) == 24
+    theirs = reference("random", Window(size=48, buffer=16, retention=0.5), asked, 240, seed=SEED)
+    assert [watcher.tokens[str(number)] for number in range(6)] == theirs.tokens
 
 
 def test_a_preempted_request_goes_on_as_a_replay_in_its_pieces_and_others_as_alone(folder: Path) -> None:

@@ -8,8 +8,18 @@ from typing import Any
 import pytest
 
 from reasonkv import Budget, Window
+from reasonkv.budget import PeriodicWindow
 from reasonkv.runtimes.vllm import config
-from reasonkv.runtimes.vllm.config import EngineConfig, RequestConfig, ServingError, check_engine, check_version
+from reasonkv.runtimes.vllm.config import (
+    OPT_OUT,
+    SCHEDULER,
+    EngineConfig,
+    RequestConfig,
+    ServingError,
+    check_engine,
+    check_version,
+    has_scheduler,
+)
 
 
 def test_an_engine_is_configured_by_a_method_and_the_fields_of_a_budget() -> None:
@@ -46,12 +56,13 @@ def test_nothing_is_configured_without_the_key() -> None:
         ({"method": "kara", "tokens": 512, "window": {"size": 96}}, "takes the place of tokens"),
         ({"method": "kara", "window": {"width": 96}}, "window takes size, buffer, retention"),
         ({"method": "kara", "window": {"retention": 2}}, "retention must lie between"),
+        ({"method": "kara", "window": {"size": 48, "period": 48}}, "longer than a window"),
         ({"method": "full"}, "leave reasonkv out"),
         ({"method": "cask", "tokens": 512}, "mass=none"),
         ({"method": "cask:mass=none,value_gate=1.0", "tokens": 512}, "output projection"),
         ({"method": "quest", "tokens": 512}, "selects what each query reads"),
         ({"method": "oracle", "tokens": 512}, "looks into the future"),
-        ({"method": "h2o", "tokens": 512}, "observes every query"),
+        ({"method": "h2o", "tokens": 512}, "only if they all come in one forward"),
     ],
 )
 def test_a_configuration_that_makes_no_sense_is_refused_in_one_sentence(given: Any, sentence: str) -> None:
@@ -84,7 +95,6 @@ def stock(**changes: Any) -> SimpleNamespace:
 
 
 RANDOM = EngineConfig.parse({"method": "random", "tokens": 256})
-TRIATTENTION = EngineConfig.parse({"method": "triattention", "tokens": 256})
 
 
 @pytest.mark.parametrize(
@@ -108,13 +118,6 @@ def test_an_engine_that_would_go_wrong_is_refused_in_one_sentence(changes: dict[
         check_engine(stock(**changes), RANDOM)
 
 
-def test_a_method_whose_heads_decide_together_is_refused_on_several_ranks() -> None:
-    two_ranks = stock(parallel_config__tensor_parallel_size=2)
-    check_engine(two_ranks, RANDOM)
-    with pytest.raises(ServingError, match="lets all heads decide together"):
-        check_engine(two_ranks, TRIATTENTION)
-
-
 def test_other_versions_of_vllm_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     for found, is_fine in (("0.32.0", True), ("0.32.4+cpu", True), ("0.31.2", False), ("0.320.0", False)):
         monkeypatch.setattr(config, "version", lambda name, found=found: found)
@@ -123,6 +126,43 @@ def test_other_versions_of_vllm_are_refused(monkeypatch: pytest.MonkeyPatch) -> 
         else:
             with pytest.raises(ServingError, match=f"vLLM {found} is installed"):
                 check_version()
+
+
+def test_our_scheduler_is_known_by_its_name_and_by_its_class() -> None:
+    ours = type("Scheduler", (), {"__module__": "reasonkv.runtimes.vllm.scheduler"})
+    for given in (SCHEDULER, ours, type("Own", (ours,), {})):
+        assert has_scheduler(stock(scheduler_config__scheduler_cls=given))
+    for given in (None, "vllm.v1.core.sched.scheduler.Scheduler", dict):
+        assert not has_scheduler(stock(scheduler_config__scheduler_cls=given))
+
+
+def test_requests_may_opt_out_only_where_our_scheduler_is() -> None:
+    asked = stock(model_config__logits_processors=[OPT_OUT], scheduler_config__scheduler_cls=SCHEDULER)
+    check_engine(asked, RANDOM)
+    with pytest.raises(ServingError, match="needs --scheduler-cls reasonkv"):
+        check_engine(stock(model_config__logits_processors=[OPT_OUT], scheduler_config__scheduler_cls=None), RANDOM)
+
+
+def test_a_window_with_a_period_needs_our_scheduler() -> None:
+    window = {"size": 48, "buffer": 16, "retention": 0.25, "period": 64, "most": 2}
+    made = EngineConfig.parse({"method": "kara", "window": window})
+    assert made.budget == PeriodicWindow(48, 16, 0.25, period=64, most=2)
+    assert made.method.needs.queries == 48 + 16
+    assert "12 of 48 tokens of 2 requests every 64 steps" in made.describe()
+    check_engine(stock(scheduler_config__scheduler_cls=SCHEDULER), made)
+    with pytest.raises(ServingError, match="give --scheduler-cls"):
+        check_engine(stock(scheduler_config__scheduler_cls=None), made)
+
+
+def test_a_request_opts_out_as_an_object_or_as_text() -> None:
+    for given, wants in (
+        ({"enabled": False}, True),
+        ('{"enabled": false}', True),
+        ({"enabled": "no"}, False),
+        (None, False),
+    ):
+        assert RequestConfig.wants_full_kv(SimpleNamespace(extra_args={"reasonkv": given})) is wants
+    assert not RequestConfig.wants_full_kv(None)
 
 
 def test_a_request_sets_its_seed_as_an_object_or_as_text() -> None:
@@ -141,7 +181,7 @@ def test_a_request_sets_its_seed_as_an_object_or_as_text() -> None:
         ({"seed": True}, "whole number"),
         ({"sede": 5}, "Unknown reasonkv options of a request: sede"),
         ({"tokens": 64}, "tokens cannot be set by a request"),
-        ({"enabled": False}, "enabled cannot be set by a request"),
+        ({"enabled": "no"}, "enabled must be true or false"),
     ],
 )
 def test_a_request_that_makes_no_sense_is_refused_in_one_sentence(given: Any, sentence: str) -> None:

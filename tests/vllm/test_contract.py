@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import fields
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,16 +12,21 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.plugins import DEFAULT_PLUGINS_GROUP
 from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadataBuilder, CommonAttentionMetadata
 from vllm.v1.attention.backends import cpu_attn, registry
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler as StockAsyncScheduler
 from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
+from vllm.v1.core.sched.scheduler import Scheduler as StockScheduler
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager, SingleTypeKVCacheManager
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 from vllm.v1.sample.logits_processor import LogitsProcessor
+from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as LogitsProcessorV2
 from vllm.v1.worker.gpu_worker import Worker
 
 from reasonkv.runtimes.vllm import backend_cpu
 from reasonkv.runtimes.vllm.manager import BoundedManager
 from reasonkv.runtimes.vllm.plugin import register
+from reasonkv.runtimes.vllm.requests import RequestOptionsWithOptOut
+from reasonkv.runtimes.vllm.scheduler import AsyncScheduler, Scheduler
 from reasonkv.runtimes.vllm.spec import BoundedSpec
 
 
@@ -54,6 +60,8 @@ def names(cls: Any) -> set[str]:
         (cpu_attn.CPUAttentionBackendImpl.do_kv_cache_update, "self layer key value kv_cache slot_mapping"),
         (registry.register_backend, "backend class_path is_mamba"),
         (KVCacheSpecRegistry.register, "kvcache_spec_cls manager_class uniform_type_base_spec"),
+        (StockScheduler.add_request, "self request"),
+        (StockScheduler._reserve_prefill_lookahead, "self request num_computed_tokens num_new_tokens"),
         (Worker.execute_model, "self scheduler_output"),
         (Worker.initialize_from_config, "self kv_cache_config"),
         (Worker.get_kv_cache_spec, "self"),
@@ -94,6 +102,28 @@ def test_what_we_subclass_and_register_by_is_still_there() -> None:
     assert not cpu_attn.CPUAttentionBackend.forward_includes_kv_cache_update
     assert "validate_params" in vars(LogitsProcessor)
     assert {"get_attn_backend", "get_kv_cache_spec"} <= set(vars(Attention))
+
+
+def test_the_scheduler_asks_last_how_long_a_piece_may_be() -> None:
+    source = inspect.getsource(StockScheduler.schedule)
+    assert source.count("self._reserve_prefill_lookahead(") == 2  # of running requests, and of waiting ones
+    assert "grammar_compile_error_reqs" in inspect.getsource(StockScheduler.update_from_output)
+
+
+@pytest.mark.parametrize(("is_async", "kind"), [(False, Scheduler), (True, AsyncScheduler), (None, Scheduler)])
+def test_one_name_makes_the_scheduler_that_the_engine_needs(is_async: bool | None, kind: type) -> None:
+    asked = SimpleNamespace(scheduler_config=SimpleNamespace(async_scheduling=is_async))
+    assert type(Scheduler.__new__(Scheduler, asked)) is kind
+    assert issubclass(AsyncScheduler, StockAsyncScheduler) and not issubclass(Scheduler, StockAsyncScheduler)
+
+
+def test_the_check_of_requests_is_a_processor_for_both_model_runners() -> None:
+    assert issubclass(RequestOptionsWithOptOut, LogitsProcessor) and issubclass(
+        RequestOptionsWithOptOut, LogitsProcessorV2
+    )
+    first, second = RequestOptionsWithOptOut(None, "cpu", False), RequestOptionsWithOptOut(None, None)
+    assert first.apply("logits") == second.apply("logits", "context") == "logits"
+    assert first.is_argmax_invariant() and not second.add_request(0, None)
 
 
 def test_registering_twice_keeps_vllms_own_specs() -> None:

@@ -9,11 +9,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from engines import WORKER, core_of, engine, greedy, manager_of, prompts
+from engines import core_of, engine, greedy, manager_of, prompts
 from vllm.config import get_layers_from_vllm_config
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+from reasonkv.runtimes.vllm.config import SCHEDULER, WORKER
 
 STOCK = """
 import json, sys
@@ -43,7 +45,7 @@ def test_without_configuration_tokens_and_attention_are_stock(folder: Path) -> N
     # A compressed engine before, in the same process, must leave nothing behind.
     with engine(folder, {"method": "random", "tokens": 96, "interval": 32, "recent": 16}) as llm:
         assert generated(llm) != expected
-    for options in ({}, {"worker_cls": WORKER}):
+    for options in ({}, {"worker_cls": WORKER, "scheduler_cls": SCHEDULER}):
         with engine(folder, **options) as llm:
             assert generated(llm) == expected
             runner = core_of(llm).model_executor.driver_worker.worker.model_runner

@@ -10,7 +10,7 @@ from engines import core_of, engine, greedy, prompts, reference, runtime_of, ser
 from vllm.exceptions import VLLMValidationError
 
 from reasonkv import Budget
-from reasonkv.runtimes.vllm.config import ServingError
+from reasonkv.runtimes.vllm.config import OPT_OUT, OPTIONS, SCHEDULER, ServingError
 
 GIVEN = {"method": "random", "tokens": 64, "interval": 32, "sinks": 4, "recent": 16, "seed": 7}
 BUDGET = Budget(64, interval=32, sinks=4, recent=16)
@@ -18,8 +18,7 @@ BUDGET = Budget(64, interval=32, sinks=4, recent=16)
 
 def test_a_requests_seed_is_its_row_seed_and_wrong_options_never_reach_the_engine(folder: Path) -> None:
     ids = prompts((90,))[0]
-    validator = "reasonkv.runtimes.vllm.requests:RequestOptions"
-    with engine(folder, GIVEN, logits_processors=[validator]) as llm:
+    with engine(folder, GIVEN, logits_processors=[OPTIONS]) as llm:
         assert core_of(llm).scheduler.kv_cache_manager.enable_caching  # on, and nothing is ever found in it
         sampling = [greedy(80, extra_args={"reasonkv": {"seed": seed}}) for seed in (0, 5, 5)]
         mine = serve(llm, [ids] * 3, sampling)
@@ -28,8 +27,13 @@ def test_a_requests_seed_is_its_row_seed_and_wrong_options_never_reach_the_engin
         assert all(torch.equal(mine.kept[key], kept) for key, kept in theirs.kept.items())
         assert not torch.equal(mine.kept[0, 0, 0], mine.kept[1, 0, 0])
         assert torch.equal(mine.kept[1, 0, 0], mine.kept[2, 0, 0])
-        for wrong in ({"seed": "x"}, {"tokens": 5}, {"unknown": 1}):
-            with pytest.raises(VLLMValidationError, match=r"reasonkv|cannot be set"):
+        for wrong, sentence in (
+            ({"seed": "x"}, "seed must be a whole number"),
+            ({"tokens": 5}, "cannot be set by a request"),
+            ({"unknown": 1}, "Unknown reasonkv options"),
+            ({"enabled": False}, f"without --scheduler-cls {SCHEDULER}"),
+        ):
+            with pytest.raises(VLLMValidationError, match=sentence):
                 serve(llm, [ids], greedy(4, extra_args={"reasonkv": wrong}))
         again = serve(llm, [ids], greedy(80))  # the engine is alive, and a request without options has seed 0
         assert again.tokens == mine.tokens[:1]
@@ -66,6 +70,7 @@ def test_the_meter_counts_what_the_schedule_says(folder: Path) -> None:
             {"max_model_len": 1024, "block_size": 32, "num_gpu_blocks_override": 9},
             "needs 32 blocks until it is cut",
         ),
+        (GIVEN, {"logits_processors": [OPT_OUT]}, f"needs --scheduler-cls {SCHEDULER}"),
     ],
 )
 def test_an_engine_that_cannot_be_served_does_not_start(

@@ -1,12 +1,7 @@
-"""A real server with our two flags, spoken to by the official client.
-
-The CPU build of vLLM on PyPI has another package name, which its own `vllm` command does not look for; the server's module
-is what `vllm serve` runs.
-"""
+"""A real server, started by `reasonkv serve` and spoken to by the official client."""
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import socket
@@ -20,23 +15,20 @@ from typing import Any
 
 import openai
 import pytest
-from engines import WORKER, prompts
+from engines import full_kv, prompts
 
-GIVEN = {"method": "random", "tokens": 64, "interval": 32, "sinks": 4, "recent": 16, "seed": 7}
+GIVEN = ["--method", "random", "--budget", "64", "--interval", "32", "--sinks", "4", "--recent", "16", "--seed", "7"]
 CHAT = "{% for message in messages %}{{ message.content }} {% endfor %}<think>"
 
 
 @pytest.fixture(scope="module")
-def server(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     log, metrics = tmp_path_factory.mktemp("log") / "server.log", tmp_path_factory.mktemp("metrics")
     command = [
-        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder),
-        "--served-model-name", "testbed",
-        "--worker-cls", WORKER, "--additional-config", json.dumps({"reasonkv": GIVEN}),
-        "--logits-processors", "reasonkv.runtimes.vllm.requests:RequestOptions",
+        str(Path(sys.executable).with_name("reasonkv")), "serve", "testbed", *GIVEN,
         "--max-model-len", "1024", "--max-num-seqs", "8", "--dtype", "float32", "--enforce-eager",
         "--chat-template", CHAT, "--port", str(port), "--host", "127.0.0.1",
     ]  # fmt: skip
@@ -46,7 +38,7 @@ def server(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[s
     with log.open("w") as out:
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=env)
         try:
-            deadline = time.monotonic() + 180
+            deadline = time.monotonic() + 400
             while True:
                 try:
                     urllib.request.urlopen(f"{url}/health", timeout=2)
@@ -58,7 +50,7 @@ def server(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[s
             yield url
         finally:
             process.terminate()
-            process.wait(60)
+            process.wait(120)
 
 
 @pytest.fixture
@@ -74,7 +66,8 @@ def counted(server: str, name: str) -> float:
 
 def ask(client: openai.OpenAI, **options: Any) -> Any:
     fixed = {"model": "testbed", "prompt": prompts((60,))[0], "temperature": 0, "max_tokens": 120}
-    return client.completions.create(**(fixed | options), extra_body={"ignore_eos": True})
+    extra = {"ignore_eos": True} | options.pop("extra_body", {})
+    return client.completions.create(**(fixed | options), extra_body=extra)
 
 
 def test_completions_and_chats_stream_and_their_events_are_counted(server: str, client: openai.OpenAI) -> None:
@@ -94,6 +87,18 @@ def test_completions_and_chats_stream_and_their_events_are_counted(server: str, 
         stream=True, extra_body={"ignore_eos": True},
     )  # fmt: skip
     assert sum(len(chunk.choices) for chunk in chat) >= 20
+
+
+def test_a_request_that_opts_out_is_answered_with_full_kv(server: str, client: openai.OpenAI) -> None:
+    from reasonkv.testbed import load_testbed
+
+    before, ids = counted(server, "reasonkv:events_total"), prompts((60, 60, 90))[2]
+    opted_out = {"vllm_xargs": {"reasonkv": '{"enabled": false}'}}
+    text = ask(client, prompt=ids, extra_body=opted_out).choices[0].text
+    expected = load_testbed()[1].decode(full_kv([ids], 120)[0], skip_special_tokens=True)
+    assert text.split() == expected.split()
+    assert counted(server, "reasonkv:events_total") == before
+    assert ask(client, prompt=ids).choices[0].text != text
 
 
 def test_a_wrong_request_is_answered_400_with_a_sentence_and_the_server_lives_on(client: openai.OpenAI) -> None:

@@ -14,6 +14,7 @@ from reasonkv.cli.info import doctor, methods
 from reasonkv.cli.inspect import inspect
 from reasonkv.cli.replay import replay
 from reasonkv.cli.report import report
+from reasonkv.cli.serve import PASSED_ON, serve
 from reasonkv.cli.train import train_testbed
 from reasonkv.cli.train_gate import train_gate
 
@@ -34,6 +35,7 @@ COMMANDS = (
 )  # fmt: skip
 for command in COMMANDS:
     app.command(name=command.__name__.replace("_", "-"))(command)
+app.command(context_settings=PASSED_ON)(serve)
 
 
 def main() -> None:

@@ -104,9 +104,22 @@ def _describe_class(cls: type[Method]) -> dict[str, Any]:
         "bounded": cls.bounded,
         "options": method.options(),
         "needs": [text for text, is_wanted in wanted.items() if is_wanted],
-        "runtimes": ["transformers"],
+        **_runtimes(method),
         "summary": cleandoc(cls.__doc__ or ""),
     }
+
+
+def _runtimes(method: Method) -> dict[str, Any]:
+    """Where the method runs, with the option it needs there, and why not where it does not."""
+    from reasonkv.runtimes.vllm.config import ServingError, served_as
+
+    try:
+        served = served_as(method)
+    except ServingError as error:
+        return {"runtimes": ["transformers"], "not_on": {"vllm": str(error)}}
+    given = served.options()
+    changed = [f"{key}={str(given[key]).lower()}" for key, value in method.options().items() if given[key] != value]
+    return {"runtimes": ["transformers", f"vllm with {','.join(changed)}" if changed else "vllm"], "not_on": {}}
 
 
 def _print_all(rows: list[dict[str, Any]]) -> None:
@@ -116,15 +129,14 @@ def _print_all(rows: list[dict[str, Any]]) -> None:
 
     table = Table(header_style="bold", box=box.SIMPLE_HEAD, padding=(0, 2, 0, 0), pad_edge=False)
     table.add_column("method", no_wrap=True)
-    runtimes = {", ".join(row["runtimes"]) for row in rows}
-    for heading in ("keeps", "needs", "paper", *(["runtimes"] if len(runtimes) > 1 else [])):
+    for heading in ("keeps", "needs", "paper", "vllm"):
         table.add_column(heading, overflow="fold")
     for row in rows:
-        runs_on = [", ".join(row["runtimes"])] if len(runtimes) > 1 else []
-        table.add_row(row["name"], row["title"], ", ".join(row["needs"]) or "-", row["paper"], *runs_on)
+        on_vllm = [one for one in row["runtimes"] if one.startswith("vllm")]
+        said = "no" if not on_vllm else "yes" if on_vllm == ["vllm"] else "option"
+        table.add_row(row["name"], row["title"], ", ".join(row["needs"]) or "-", row["paper"], said)
     Console(width=_COLUMNS if common.width() else None).print(table)
-    if len(runtimes) == 1:
-        typer.echo(f"All run on {runtimes.pop()}.")
+    typer.echo("All run on transformers; vllm: whether they run there, too, or with an option that NAME tells.")
     typer.echo("needs: with default options.")
     typer.echo("reasonkv methods NAME has a method's formula and options; give them as NAME:KEY=VALUE,KEY=VALUE.")
 
@@ -133,6 +145,8 @@ def _print_one(row: dict[str, Any]) -> None:
     typer.echo(f"{row['name']}: {row['title']} ({row['paper']})\n\n{row['summary']}\n")
     typer.echo(f"needs     {', '.join(row['needs']) or 'nothing but keys, values and positions'}")
     typer.echo(f"runtimes  {', '.join(row['runtimes'])}")
+    for runtime, reason in row["not_on"].items():
+        typer.echo(f"{'not ' + runtime:<10}{reason}")
     options = ",".join(f"{name}={value}" for name, value in row["options"].items())
     typer.echo(f"defaults  {row['name']}:{options}" if options else "defaults  it has no options")
 

@@ -63,6 +63,7 @@ class Needs:
         rotary: the view shows the rotary embedding alone.
         observes: `Method.observe` is called with the queries of every forward; what it keeps is `view.row_state`.
         output_projection: the view shows the layer's output projection.
+        whole_prompt: what the method observes of a prompt is right only if the prompt comes in one forward.
 
     """
 
@@ -78,6 +79,7 @@ class Needs:
     rotary: bool = False
     observes: bool = False
     output_projection: bool = False
+    whole_prompt: bool = False
 
     @property
     def stored_state(self) -> dict[str, SlotState]:

@@ -291,7 +291,8 @@ class CASK(Method):
 
         """
         first = views[0]
-        scores_BMN = torch.cat([self._scores(view) for view in views], dim=1)
+        scores_BLqN = first.all_heads(torch.stack([self._scores(view) for view in views], dim=1), dim=2)
+        scores_BMN = scores_BLqN.flatten(1, 2)
         vectors_BND = comparison_vectors(views).cpu().numpy().astype(np.float64) if self._folds else None
         gated = self._folds and self.value_gate > 0.0
         values_BNE = projected_values(views).cpu().numpy().astype(np.float64) if gated else None
@@ -350,7 +351,7 @@ def comparison_vectors(views: Sequence[SlotView]) -> Tensor:
             total_BND.addcdiv_(keys_BND, norm_BN1.clamp_(min=1e-12))
     assert first.rotary is not None
     total_BND /= len(views) * first.keys_BHND.shape[1]
-    return first.rotary.unrotate(total_BND, first.positions_BHN[:, 0])
+    return first.rotary.unrotate(first.reduce(total_BND, "mean"), first.positions_BHN[:, 0])
 
 
 def projected_values(views: Sequence[SlotView]) -> Tensor:
@@ -365,7 +366,7 @@ def projected_values(views: Sequence[SlotView]) -> Tensor:
         projected_BNE = view.values_BHND.to(dtype).transpose(1, 2).reshape(B, N, H * D) @ weight_hE
         total = projected_BNE if total is None else total + projected_BNE
     assert total is not None
-    return total / len(views)
+    return views[0].reduce(total / len(views), "mean")
 
 
 def _host(x_BHN: Tensor) -> NDArray[np.int64]:

@@ -66,7 +66,7 @@ class ChunkKV(BorrowsScores, ScorerMethod):
 
         float64, which holds such a number exactly; NaN where the base's score is.
         """
-        base_BN = self.scorer.score(view).sum(1)
+        base_BN = view.reduce(self.scorer.score(view).sum(1), "sum")
         order_BN = chunk_order(base_BN, view.positions_BHN[:, 0], self.chunk, view.is_protected_BHN[:, 0])
         return order_BN[:, None].expand(view.positions_BHN.shape).contiguous()
 

@@ -54,7 +54,7 @@ class H2O(Method):
     @property
     def needs(self) -> Needs:
         """The queries since the last event, and the sum beside every slot."""
-        return Needs(queries=self.window, observes=True, slot_state={"attention": SlotState(_FRESH)})
+        return Needs(queries=self.window, observes=True, whole_prompt=True, slot_state={"attention": SlotState(_FRESH)})
 
     def new_row_state(self, rows: int, query_heads: int, head_dim: int, device: torch.device) -> dict[str, Tensor]:
         """The queries of the newest forward, while it is longer than the ring: none yet."""

@@ -75,7 +75,10 @@ class RandomWithPrompt(ScorerMethod):
         if self.block == 1 and not self.shared:
             return view.uniform_BHN(per_event=self.redraw)
         positions_BHN = view.positions_BHN.div(self.block, rounding_mode="floor")
-        numbers_BHN = replace(view, positions_BHN=positions_BHN).uniform_BHN(per_event=self.redraw)
+        first_head = 0 if self.shared else view.first_head  # of all heads, whichever are here
+        numbers_BHN = replace(view, positions_BHN=positions_BHN, first_head=first_head).uniform_BHN(
+            per_event=self.redraw
+        )
         return numbers_BHN[:, :1].expand_as(numbers_BHN).contiguous() if self.shared else numbers_BHN
 
     def is_held(self, view: SlotView) -> Tensor:

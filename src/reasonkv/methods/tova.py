@@ -42,5 +42,5 @@ class TOVA(ScorerMethod):
     def score(self, view: SlotView) -> Tensor:
         """Softmax over all slots, mean over the window and over all query heads: the same numbers for every KV head."""
         attention_BHgN = window_attention(view)
-        mean_B1N = attention_BHgN.flatten(1, 2).mean(1, keepdim=True)
+        mean_B1N = view.reduce(attention_BHgN.flatten(1, 2).mean(1, keepdim=True), "mean")
         return mean_B1N.expand(view.positions_BHN.shape).contiguous()

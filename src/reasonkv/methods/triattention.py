@@ -152,7 +152,7 @@ class TriAttention(Method):
         if self.normalize:
             scores_BHgN = standardize(scores_BHgN, ~self._protected(view, keep)[0][:, :, None])
         if self.mode == "global":
-            return across(scores_BHgN.flatten(1, 2), "max", 1)[:, None]
+            return view.reduce(across(scores_BHgN.flatten(1, 2), "max", 1)[:, None], "max")
         return across(scores_BHgN, self.group, 2)
 
     def _protected(self, view: SlotView, keep: int) -> tuple[Tensor, Tensor]:
@@ -200,9 +200,5 @@ def standardize(scores: Tensor, is_candidate: Tensor, least: float = 1e-6) -> Te
 
 
 def across(scores: Tensor, how: Literal["max", "mean"], dim: int) -> Tensor:
-    """Reduce scores over query heads or layers: the one place where a tensor-parallel runtime must add a collective.
-
-    `max` over the query heads of `global` needs an all-reduce over ranks; reductions over a KV head's own group or
-    over layers are local.
-    """
+    """Reduce scores over query heads or layers. Over all heads of a layer, `SlotView.reduce` goes on."""
     return scores.amax(dim) if how == "max" else scores.mean(dim)

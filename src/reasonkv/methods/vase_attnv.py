@@ -37,9 +37,14 @@ class VaseAttnV(Method):
     The paper's budget leaves the prompt compressible (`prompt="count"`); whatever the budget protects stays, counts in
     `keep`, and is not drawn.
 
+    A first layer's value depends on its token alone, so that all slots of one word have the same range, and rounding,
+    which differs between batches and kernels, would choose among them. Here magnitudes are compared at 12 bits, and of
+    equal ones the newer slot is reserved.
+
     Args:
-        form: "ours" - slots in the order of their tokens, no pooling; "public" - attention is pooled in the order the
-            public code holds its slots in: reserved ones by value range, then drawn ones as drawn, then new ones.
+        form: "ours" - slots in the order of their tokens, no pooling, near-equal magnitudes equal; "public" - attention
+            is pooled in the order the public code holds its slots in: reserved ones by value range, then drawn ones as
+            drawn, then new ones.
         window: newest queries that vote; their tokens always stay (the public code's residual length).
         n_large: reserved slots, the sinks among them; -1 stands for a quarter of the budget, the paper's choice, where
             protected slots before the window are not counted (but for `n_sink` of them).
@@ -129,6 +134,8 @@ class VaseAttnV(Method):
         else:
             measure = {"range": value_range, "variance": value_variance, "norm": value_norm}[self.magnitude]
             magnitude_BHn = measure(view.values_BHND[:, :, :n])
+            if self.form == "ours":
+                magnitude_BHn = evened(magnitude_BHn)
         return magnitude_BHn.masked_fill(self._is_sink(view)[..., :n], -torch.inf if self.evict_large else torch.inf)
 
     def reserve(self, view: SlotView, keep: int, magnitude_BHn: Tensor) -> Tensor:
@@ -181,6 +188,12 @@ def value_variance(values_BHND: Tensor) -> Tensor:
 def value_norm(values_BHND: Tensor) -> Tensor:
     """Euclidean norm of every value, float32 [B, H, N]."""
     return by_head(lambda values_RND: torch.linalg.vector_norm(values_RND, dim=-1), values_BHND)
+
+
+def evened(magnitude: Tensor) -> Tensor:
+    """Rounded to 12 bits, so that numbers that differ by rounding alone are equal (but for 1 in some thousands)."""
+    mantissa, exponent = torch.frexp(magnitude)
+    return torch.ldexp((mantissa * 4096).round() / 4096, exponent)
 
 
 def sampling_keys(weights_BHn: Tensor, uniform_BHn: Tensor) -> Tensor:

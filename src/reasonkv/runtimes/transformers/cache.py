@@ -230,21 +230,6 @@ class CompressedCache(Cache):
                 marked[place] |= (index_BHN[place] >= start) & (index_BHN[place] < end)
         return marked
 
-    def is_protected(self, index_BHN: Tensor, is_prompt_BHN: Tensor, rows: list[int]) -> Tensor:
-        """Which slots no method may drop: sinks, the newest ones, and the prompt if the budget says so.
-
-        Of a `Window`: all but the tokens whose turn it is.
-        """
-        assert self.budget is not None and self.piece is not None
-        if isinstance(self.budget, Window):
-            start_b11, end_b11 = self.piece.windows(rows, index_BHN.device)
-            return (index_BHN < start_b11) | (index_BHN >= end_b11)
-        recent = max(self.budget.recent, self.method.needs.recent)
-        protected = index_BHN < self.budget.sinks
-        if recent:
-            protected[:, :, -recent:] = True
-        return protected if self.budget.prompt == "count" else protected | is_prompt_BHN
-
     def note_allocation(self) -> None:
         """Called when a layer allocated: remember the most bytes of keys and values that were alive at once."""
         live = sum(x.storage.bytes_allocated() for x in self.compressed_layers if x.storage is not None)

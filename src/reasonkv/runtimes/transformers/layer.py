@@ -12,6 +12,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from reasonkv.methods import Observed
 from reasonkv.plan import Plan
+from reasonkv.protection import protected_slots
 from reasonkv.runtimes.transformers.attention import LogitRule, MaskLength
 from reasonkv.runtimes.transformers.rows import Piece
 from reasonkv.runtimes.transformers.storage import LayerStorage
@@ -148,7 +149,7 @@ class CompressedLayer(CacheLayerMixin):
             positions_BHN=index,
             counts_BHN=storage.source_counts(rows, held, settled),
             is_prompt_BHN=is_prompt,
-            is_protected_BHN=cache.is_protected(index, is_prompt, rows),
+            is_protected_BHN=self._protected(index, is_prompt, rows, piece),
             queries_BHqTD=queries,
             query_positions_BT=query_index,
             scaling=self.rule.scaling,
@@ -168,6 +169,11 @@ class CompressedLayer(CacheLayerMixin):
             output_projection_HqDM=None if self.output_projection is None else self.output_projection.float(),
             reference=cache.reference,
         )
+
+    def _protected(self, index_BHN: Tensor, is_prompt_BHN: Tensor, rows: list[int], piece: Piece) -> Tensor:
+        budgets = [one for one in (piece.rows[row].budget for row in rows) if one is not None]  # an event has one
+        before, after = [piece.rows[row].state for row in rows], [piece.after[row] for row in rows]
+        return protected_slots(index_BHN, is_prompt_BHN, budgets, before, after, self.cache.method.needs.recent)
 
     # -- the layer contract of transformers ---------------------------------------------------------------------
 

@@ -231,16 +231,6 @@ class Piece:
         assert isinstance(found, Tensor)
         return found
 
-    def windows(self, rows: list[int], device: torch.device) -> tuple[Tensor, Tensor]:
-        """First token of the window that a row's event cuts, and the one after its last: int64 [b, 1, 1] each."""
-        spans = []
-        for row in rows:
-            window = self.rows[row].budget
-            assert isinstance(window, Window)
-            spans.append(schedule.open_tokens(window, self.rows[row].state, self.after[row]))
-        start_b, end_b = torch.tensor(spans, device=device).unbind(1)
-        return start_b[:, None, None], end_b[:, None, None]
-
     def groups(self, queries: int) -> list[list[int]]:
         """Rows with an event, gathered by slots held, slots kept and queries at hand: one plan each."""
         found: dict[tuple[int, int, int], list[int]] = {}

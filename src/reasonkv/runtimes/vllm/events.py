@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from reasonkv import schedule
-from reasonkv.budget import Budget, Window
 from reasonkv.compaction import compact_pair
 from reasonkv.plan import Plan, PlanError
+from reasonkv.protection import protected_slots
 from reasonkv.runtimes.vllm.layout import Layout
 from reasonkv.runtimes.vllm.slots import LayerSlots
 from reasonkv.runtimes.vllm.step import Step
@@ -122,29 +121,15 @@ def make_view(runtime: Runtime, layer: Layer, step: Step, rows: list[int]) -> Sl
         calibration=layer.calibration,
         rotary=runtime.rotary,
         token_ids=runtime.token_ids_of(names) if config.method.needs.token_ids else None,
+        row_state={name: stored[place_b] for name, stored in slots.row_state.items()},
+        ranks=runtime.ranks,
     )
 
 
 def _protected(runtime: Runtime, index_BHN: Tensor, is_prompt_BHN: Tensor, step: Step, names: list[str]) -> Tensor:
-    """Which slots no method may drop: sinks, the newest ones, and the prompt if the budget says so.
-
-    Of a `Window`: all but the tokens whose turn it is.
-    """
-    budget: Budget = runtime.config.budget
-    if isinstance(budget, Window):
-        spans = [schedule.open_tokens(budget, step.sequences[name].state, step.after[name][0]) for name in names]
-        start_b, end_b = torch.tensor(spans, device=index_BHN.device).unbind(1)
-        return (index_BHN < start_b[:, None, None]) | (index_BHN >= end_b[:, None, None])
-    recent = max(budget.recent, runtime.config.method.needs.recent)
-    protected = index_BHN < budget.sinks
-    if recent:
-        protected[:, :, -recent:] = True
-    if budget.prompt == "count":
-        return protected
-    if budget.prompt == "keep":  # of a request whose prompt does not fit, the prompt is compressible
-        fits = [step.sequences[name].state.prompt + recent < budget.tokens for name in names]
-        is_prompt_BHN = is_prompt_BHN & torch.tensor(fits, device=index_BHN.device)[:, None, None]
-    return protected | is_prompt_BHN
+    budgets = [one for one in (step.sequences[name].budget for name in names) if one is not None]  # an event has one
+    before, after = [step.sequences[name].state for name in names], [step.after[name][0] for name in names]
+    return protected_slots(index_BHN, is_prompt_BHN, budgets, before, after, runtime.config.method.needs.recent)
 
 
 def _rewrite(layer: Layer, step: Step, rows: list[int], plan: Plan, view: SlotView) -> None:

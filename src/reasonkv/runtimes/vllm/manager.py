@@ -13,14 +13,14 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 
 from reasonkv import schedule
-from reasonkv.budget import Budget, Window
+from reasonkv.budget import Budget, ListedWindow, PeriodicWindow, Window
 from reasonkv.runtimes.vllm.config import RequestConfig
 from reasonkv.runtimes.vllm.spec import BoundedSpec
 
@@ -32,7 +32,7 @@ class Holding:
     """What one request may hold.
 
     Args:
-        budget: None for a request that keeps full KV.
+        budget: None for a request that keeps full KV; with the events so far, where the engine's steps decide them.
         prompt: tokens of its prompt.
         fill: tokens that are fed in pieces of any length: the prompt, or after a preemption all it had, unless its
             pieces end at events.
@@ -64,6 +64,7 @@ class BoundedManager(FullAttentionManager):  # type: ignore[misc]
         self.holdings: dict[str, Holding] = {}
         self.prompts: OrderedDict[str, int] = OrderedDict()
         self.most_blocks = 0  # that a request held at once, for tests and reports
+        self.steps = 0  # with at least one token, so far
 
     def get_num_blocks_to_allocate(
         self,
@@ -136,6 +137,28 @@ class BoundedManager(FullAttentionManager):  # type: ignore[misc]
         blocks: list[KVCacheBlock] = super().pop_blocks_for_free(request_id)
         return blocks
 
+    def end_step(self, fed: Mapping[str, int]) -> None:
+        """A step has been scheduled: the events that fall at its end because of its number (`PeriodicWindow`).
+
+        Args:
+            fed: tokens of every request it feeds.
+
+        """
+        policy, self.steps = self.kv_cache_spec.budget, self.steps + bool(fed)
+        if not isinstance(policy, PeriodicWindow) or not fed:
+            return
+        rows = {name: self.holdings[name] for name in fed}  # in the scheduler's order, which the worker is told
+        raw = {
+            name: schedule.raw_tokens(one.budget, one.state)
+            for name, one in rows.items()
+            if isinstance(one.budget, ListedWindow)
+        }
+        for name in schedule.periodic_round(policy, self.steps - 1, raw):
+            holding = rows[name]
+            assert isinstance(holding.budget, ListedWindow)
+            holding.budget = schedule.listed(holding.budget, holding.state.length)
+            holding.state = replace(holding.state, held=holding.state.held - policy.dropped)
+
     def tokens_to_event(self, request_id: str) -> int | None:
         """How many more tokens of a request fall into the cache until it has an event; None: it never has one."""
         holding = self.holdings.get(request_id) or self._open(request_id, 0)
@@ -145,13 +168,14 @@ class BoundedManager(FullAttentionManager):  # type: ignore[misc]
 
     def _open(self, request_id: str, num_tokens: int) -> Holding:
         longest = self.kv_cache_spec.max_length
+        bounded = schedule.row_budget(self.kv_cache_spec.budget)
         if self.requests is None:
             # The prompt of a request seen for the first time is all of it; `remove_skipped_blocks` confirms it.
             prompt = self.prompts.get(request_id, num_tokens)
-            return Holding(self.kv_cache_spec.budget, prompt, num_tokens, longest)
+            return Holding(bounded, prompt, num_tokens, longest)
         request = self.requests[request_id]
         prompt = request.num_prompt_tokens
-        budget = None if RequestConfig.wants_full_kv(request.sampling_params) else self.kv_cache_spec.budget
+        budget = None if RequestConfig.wants_full_kv(request.sampling_params) else bounded
         # the token sampled last is never fed
         return Holding(budget, prompt, prompt, min(longest, prompt + request.max_tokens - 1))
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,10 +19,14 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from reasonkv import schedule
+from reasonkv.budget import ListedWindow, PeriodicWindow
+from reasonkv.methods import Observed
 from reasonkv.runtimes.vllm.config import SCHEDULER, EngineConfig, RequestConfig, ServingError, has_scheduler
 from reasonkv.runtimes.vllm.events import Layer, Observer, carry_out_events
 from reasonkv.runtimes.vllm.layout import Layout
 from reasonkv.runtimes.vllm.metrics import Exporter, Meter
+from reasonkv.runtimes.vllm.pieces import Pieces
+from reasonkv.runtimes.vllm.ranks import other_ranks
 from reasonkv.runtimes.vllm.setup import check_layers, own_heads, rotary_of, statistics_of, with_markers
 from reasonkv.runtimes.vllm.slots import LayerSlots
 from reasonkv.runtimes.vllm.step import Sequence, Step
@@ -56,9 +62,12 @@ class Runtime:
         self.free_places = list(reversed(range(vllm_config.scheduler_config.max_num_seqs)))
         self.step: Step | None = None
         self.observer: Observer | None = None
+        self.steps = 0  # with at least one token, so far
         # ranks agree on what they drop, so one of them counts
         self.meter = Meter(exporter=Exporter.where_collected() if rank == 0 else None)
+        self.ranks = other_ranks(vllm_config.parallel_config.tensor_parallel_size)
         self._ring_places: tuple[Tensor, Tensor, Tensor | None] | None = None
+        self._pieces: list[Pieces] | None = None
         self._suspended: dict[str, Sequence] = {}
         self._modules = get_layers_from_vllm_config(vllm_config, Attention)
         check_layers(self._modules, vllm_config)
@@ -82,7 +91,8 @@ class Runtime:
         self.config = replace(config, method=with_markers(config.method, self.vllm_config))
         model, needs = self.vllm_config.model_config, self.config.method.needs
         places = self.vllm_config.scheduler_config.max_num_seqs
-        self.rotary = rotary_of(self.vllm_config, self.device) if needs.rotary or needs.calibration else None
+        rotates = needs.rotary or needs.observes or needs.calibration
+        self.rotary = rotary_of(self.vllm_config, self.device) if rotates else None
         known = statistics_of(self.vllm_config, config.calibration, self.device) if needs.calibration else None
         layouts = [layer.layout for layer in self.layers] or [None] * len(self._modules)
         self.layers = []
@@ -91,7 +101,7 @@ class Runtime:
             index, first = extract_layer_index(name), self.first_head * module.num_heads // module.num_kv_heads
             heads = slice(first, first + module.num_heads)
             statistics = None if known is None else own_heads(known.layer(index), heads)
-            slots = LayerSlots(*shape, model.dtype, self.device, needs)
+            slots = LayerSlots(*shape, model.dtype, self.device, needs, self._row_states_of(module))
             self.layers.append(Layer(index, module, slots, statistics, layout))
         self.token_ids: Tensor | None = None  # int32 [places, length]
         if needs.token_ids:
@@ -129,6 +139,7 @@ class Runtime:
         if scheduled.num_scheduled_tokens:
             self.step = Step(dict(scheduled.num_scheduled_tokens), self.sequences)
             self._check_agreement(cached)
+            self._choose_rows(self.step)
 
     def make_physical(self, common: CommonAttentionMetadata, block_size: int) -> CommonAttentionMetadata:
         """A step's attention metadata with the lengths and slots that are there, for the kernels."""
@@ -137,7 +148,7 @@ class Runtime:
         table = common.block_table_tensor
         step.order = self._batch_order(common)
         step.block_table = table
-        self._ring_places = None
+        self._ring_places = self._pieces = None
         padding = common.num_reqs - len(step.order)
         dropped = [one.state.length - one.state.held for one in (step.sequences[name] for name in step.order)]
         dropped_B = torch.tensor(dropped + [0] * padding, dtype=common.seq_lens.dtype)
@@ -169,6 +180,8 @@ class Runtime:
             if self._ring_places is None:
                 self._ring_places = step.ring_places(layer.slots.ring.shape[2], self.device)
             layer.slots.remember_queries(query[: step.tokens], self._ring_places)
+        if self.config.method.needs.observes:
+            self._observe(layer, query)
         whole_model, is_last = self.config.method.needs.scope == "model", number == len(self.layers) - 1
         if step.has_events and (is_last or not whole_model):
             start = time.perf_counter()
@@ -192,6 +205,28 @@ class Runtime:
 
     # -- internals --------------------------------------------------------------------------------------------------
 
+    def _row_states_of(self, module: Any) -> Callable[[int], dict[str, Tensor]] | None:
+        if not self.config.method.needs.observes:
+            return None
+        geometry = {"query_heads": module.num_heads, "head_dim": module.head_size, "device": self.device}
+        return partial(self.config.method.new_row_state, **geometry)
+
+    def _observe(self, layer: Layer, query: Tensor) -> None:
+        assert self.step is not None and self.rotary is not None
+        if self._pieces is None:
+            self._pieces = Pieces.of(self.step, self.device)
+        with torch.autocast(self.device.type, enabled=False):
+            for one in self._pieces:
+                queries_bHqnD = query[one.token_bn].transpose(1, 2)
+                seen = Observed(queries_bHqnD, one.position_bn, one.valid_bn, layer=layer.index, rotary=self.rotary)
+                layer.slots.observe(self.config.method, one.place_b, seen)
+
+    def _take_place(self) -> int:
+        place = self.free_places.pop()
+        for layer in self.layers:
+            layer.slots.start(place)
+        return place
+
     def _admit(self, name: str, prompt: int, sampling_params: Any) -> None:
         try:
             asked = RequestConfig.of(getattr(sampling_params, "extra_args", None))
@@ -201,7 +236,7 @@ class Runtime:
         budget = self.config.budget
         if not asked.enabled:
             if self.has_scheduler:
-                self.sequences[name] = Sequence(self.free_places.pop(), schedule.State(prompt=prompt), None)
+                self.sequences[name] = Sequence(self._take_place(), schedule.State(prompt=prompt), None)
                 return
             logger.warning("Request %s is compressed: to keep full KV it needs --scheduler-cls %s.", name, SCHEDULER)
         if budget.prompt == "keep" and prompt + max(budget.recent, self.config.method.needs.recent) >= budget.tokens:
@@ -209,13 +244,15 @@ class Runtime:
                 "Request %s has a prompt of %d tokens, which prompt='keep' cannot hold in a budget of %d; "
                 "its prompt is compressed like the rest.", name, prompt, budget.tokens,
             )  # fmt: skip
-        self.sequences[name] = Sequence(self.free_places.pop(), schedule.State(prompt=prompt), budget, asked.seed)
+        own = schedule.row_budget(budget)
+        self.sequences[name] = Sequence(self._take_place(), schedule.State(prompt=prompt), own, asked.seed)
 
     def _admit_again(self, name: str) -> None:
         self._note_resumed(name)
         old = self._suspended.pop(name)
         state = schedule.State(prompt=old.state.prompt)
-        self.sequences[name] = Sequence(self.free_places.pop(), state, old.budget, old.seed)
+        own = None if old.budget is None else schedule.row_budget(self.config.budget)
+        self.sequences[name] = Sequence(self._take_place(), state, own, old.seed)
 
     def _note_resumed(self, name: str) -> None:
         if self.has_scheduler:
@@ -235,6 +272,21 @@ class Runtime:
                     f"The scheduler has {length} tokens of request {name} in the cache, the worker "
                     f"{self.sequences[name].state.length}."
                 )
+
+    def _choose_rows(self, step: Step) -> None:
+        """The events that the step's number brings; the scheduler's manager of blocks computes the same."""
+        policy, self.steps = self.config.budget, self.steps + 1
+        if not isinstance(policy, PeriodicWindow):
+            return
+        ends, windows = {}, {}
+        for name, fed in step.fed.items():
+            one = step.sequences[name]
+            if isinstance(one.budget, ListedWindow):
+                ends[name] = replace(one.state, length=one.state.length + fed)
+                windows[name] = one.budget
+        raw = {name: schedule.raw_tokens(windows[name], state) for name, state in ends.items()}
+        for name in schedule.periodic_round(policy, self.steps - 1, raw):
+            step.sequences[name].budget = schedule.listed(windows[name], ends[name].length)
 
     def _batch_order(self, common: CommonAttentionMetadata) -> list[str]:
         states = getattr(self.runner, "req_states", None)  # the second model runner keeps a table of requests

