@@ -48,7 +48,11 @@ CLAIMS = (
     Claim("A fresh projection at every event beats a fixed one", _DKV, f"{_DKV},redraw=False"),
     Claim("The random projection beats the plain product of norms", _DKV, f"{_DKV},projection=0"),
     Claim("Attention in both directions beats causal scoring", "kara", "kara:causal=True"),
-    Claim("The same without chunks", "kara:token2chunk=False", "kara:causal=True,token2chunk=False"),
+    Claim(
+        "Attention in both directions beats causal scoring, both without chunks",
+        "kara:token2chunk=False",
+        "kara:token2chunk=False,causal=True",
+    ),
     Claim("Token2Chunk adds to it", "kara", "kara:token2chunk=False"),
     Claim("Random with the prompt kept is at least as good as VaSE-AttnV", "random", _ATTNV, at_least=True),
     Claim("Random with the prompt kept is at least as good as VaSE-DKV", "random", _DKV, at_least=True),
