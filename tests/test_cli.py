@@ -24,6 +24,7 @@ from reasonkv.runtimes.vllm.config import EngineConfig, ServingError
 
 COMMANDS = (
     "demo", "methods", "doctor", "generate", "replay", "evaluate", "frontier", "report", "inspect", "train-testbed",
+    "calibrate", "train-gate", "serve",
 )  # fmt: skip
 SMALL = ["--interval", "12", "--sinks", "2", "--recent", "8", "--prompt-policy", "on_top", "--max-new-tokens", "40"]
 
