@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from reasonkv import Budget, CompressedCache, get_method
-from reasonkv.budget import Window
+from reasonkv.budget import DividesBudget, Window
 from reasonkv.calibration import Calibration
 from reasonkv.methods import Method, method_names
 from reasonkv.rotary import Rotary
@@ -189,6 +189,9 @@ def events(
     """Milliseconds of an event in the middle of a generation, of a token without one, and of reading K and V once."""
     window = Window() if method.name == "kara" else None
     prompt = HELD - window.size - window.buffer if window else 1
+    if isinstance(method, DividesBudget):
+        yield from uneven_events(method, model, repeats, dtype)
+        return
     feeder: Feeder | None = None
     for repeat in range(repeats + 1):  # the first is not timed
         if feeder is None or window:  # what stays of windows grows, and they carry nothing along
@@ -207,6 +210,23 @@ def events(
             feeder.cache.close()
     if feeder is not None:
         feeder.cache.close()
+
+
+def uneven_events(
+    method: Method, model: PreTrainedModel, repeats: int, dtype: torch.dtype
+) -> Iterator[tuple[float, float, float]]:
+    """The same of a method whose layers have budgets of their own: one event of every layer, an interval long."""
+    interval = HELD - KEEP
+    feeder = Feeder(method, model, Budget(KEEP, interval=interval), 1, dtype)
+    for tokens in (1, 2 * HELD):  # until the largest share is full
+        feeder.feed(tokens)
+    for repeat in range(repeats + 1):
+        in_event, plain = feeder.feed(1)
+        read = feeder.read()
+        took = in_event + feeder.feed(interval - 1)[0]
+        if repeat:
+            yield took * 1e3, (plain - in_event) * 1e3, read * 1e3
+    feeder.cache.close()
 
 
 def rates() -> tuple[float, float]:
