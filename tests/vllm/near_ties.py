@@ -1,7 +1,7 @@
 """Where two runtimes may drop different slots or say different tokens: only where a decision was nearly a tie.
 
 A method decides by comparing scores. If moving every score by no more than half of `NEAR` of the scores' range changes
-the plan, then two scores that it compared were closer than `NEAR` of that range; if no such move changes it, none were.
+the plan, then two scores that it compared were closer than `NEAR` of that range; if none of the drawn moves changes it, none is taken to be.
 """
 
 from __future__ import annotations

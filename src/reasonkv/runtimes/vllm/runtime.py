@@ -38,6 +38,7 @@ _FED_AGAIN = (
     f"go on differently; with --scheduler-cls {SCHEDULER} it would not."
 )
 _RESUMED = "Request %s was preempted. All it has is fed again in pieces that end at its events."
+_RESUMED_PERIODIC = "Request %s was preempted. All it has is fed again; under a global period its events fall elsewhere."
 
 
 class Runtime:
@@ -256,7 +257,8 @@ class Runtime:
 
     def _note_resumed(self, name: str) -> None:
         if self.has_scheduler:
-            logger.info(_RESUMED, name)
+            periodic = isinstance(self.config.budget, PeriodicWindow)
+            logger.info(_RESUMED_PERIODIC if periodic else _RESUMED, name)
         else:
             logger.warning(_FED_AGAIN, name)
 
