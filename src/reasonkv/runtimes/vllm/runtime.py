@@ -38,7 +38,7 @@ _FED_AGAIN = (
     f"go on differently; with --scheduler-cls {SCHEDULER} it would not."
 )
 _RESUMED = "Request %s was preempted. All it has is fed again in pieces that end at its events."
-_RESUMED_PERIODIC = "Request %s was preempted. All it has is fed again; under a global period its events fall elsewhere."
+_RESUMED_PERIODIC = "Request %s was preempted. All it has is fed again; under a global period events fall elsewhere."
 
 
 class Runtime:
