@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from engines import prompts, reference
+from engines import Run, prompts, reference
 from near_ties import check_agreement
 
 from reasonkv import Budget, testbed
@@ -34,7 +34,8 @@ if __name__ == "__main__":
     folder, out, job = Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
     with engine(folder, job["given"][0], tensor_parallel_size=2, distributed_executor_backend="mp") as llm:
         asked = prompts(job["lengths"])
-        torch.save([serve_on_ranks(llm, given, asked, job["tokens"]) for given in job["given"]], out)
+        runs = [serve_on_ranks(llm, given, asked, job["tokens"]) for given in job["given"]]
+        torch.save([(run.tokens, run.kept) for run in runs], out)
 """
 
 
@@ -50,7 +51,7 @@ def test_two_ranks_say_and_keep_what_one_does(folder: Path, tmp_path: Path) -> N
         env=os.environ | {"PYTHONPATH": str(Path(__file__).parent), "VLLM_CPU_OMP_THREADS_BIND": "0|1"}, check=False,
     )  # fmt: skip
     assert out.is_file(), done.stderr[-3000:]
-    runs = torch.load(out, weights_only=False)
+    runs = [Run(*run) for run in torch.load(out, weights_only=True)]
     asked = prompts(LENGTHS)
     for (name, scope), mine in zip(METHODS.items(), runs, strict=True):
         method = get_method(name)
