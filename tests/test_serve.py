@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from reasonkv import testbed
 from reasonkv.cli import app
+from reasonkv.cli.serve import METRICS_FOLDER
 from reasonkv.runtimes.vllm import config
 from reasonkv.runtimes.vllm.config import OPT_OUT, OPTIONS, SCHEDULER, WORKER
 
@@ -168,9 +169,17 @@ def test_the_server_takes_the_commands_place(monkeypatch: pytest.MonkeyPatch) ->
     """With a real vLLM, `tests/vllm/test_server.py` starts it."""
     started: list[tuple[str, list[str]]] = []
     monkeypatch.setattr(os, "execv", lambda path, command: started.append((path, command)))
-    code, stdout, stderr = run(*BASIC, "--port", "8000")
-    assert (code, stdout, stderr) == (0, "", "")
-    assert started == [(sys.executable, dry(*BASIC, "--port", "8000"))]
+    monkeypatch.setenv(METRICS_FOLDER, "chosen")
+    assert run(*BASIC, "--port", "8000") == (0, "", "")
+    assert started == [(sys.executable, dry(*BASIC, "--port", "8000"))] and os.environ[METRICS_FOLDER] == "chosen"
+    # without a folder for the counts, the server gets an empty one; a dry run makes none
+    monkeypatch.delenv(METRICS_FOLDER)
+    dry(*BASIC)
+    assert METRICS_FOLDER not in os.environ
+    run(*BASIC)
+    folder = Path(os.environ.pop(METRICS_FOLDER))
+    assert list(folder.iterdir()) == []
+    folder.rmdir()
 
 
 def test_help_is_shown_in_full_and_by_h_too() -> None:

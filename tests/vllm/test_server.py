@@ -26,14 +26,15 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    log, metrics = tmp_path_factory.mktemp("log") / "server.log", tmp_path_factory.mktemp("metrics")
+    log = tmp_path_factory.mktemp("log") / "server.log"
     command = [
         str(Path(sys.executable).with_name("reasonkv")), "serve", "testbed", *GIVEN,
         "--max-model-len", "1024", "--max-num-seqs", "8", "--dtype", "float32", "--enforce-eager",
         "--chat-template", CHAT, "--port", str(port), "--host", "127.0.0.1",
     ]  # fmt: skip
-    env = os.environ | {"PROMETHEUS_MULTIPROC_DIR": str(metrics), "VLLM_LOGGING_LEVEL": "INFO"}
-    env["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"  # as users have it: the engine is a process of its own
+    # as users have it: the engine is a process of its own
+    env = os.environ | {"VLLM_LOGGING_LEVEL": "INFO", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    env.pop("PROMETHEUS_MULTIPROC_DIR", None)
     url = f"http://127.0.0.1:{port}"
     with log.open("w") as out:
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=env)

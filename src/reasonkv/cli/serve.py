@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import sys
+import tempfile
 from dataclasses import fields as dataclass_fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,6 +21,7 @@ PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_opt
 """How the command is registered. `-h` would be looked for inside vLLM's short options, such as `-dph`."""
 OURS = ("--worker-cls", "--additional-config", "--scheduler-cls")
 LOGITS_PROCESSORS = "--logits-processors"
+METRICS_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
 
 
 @expected_errors
@@ -76,6 +78,9 @@ def serve(
         typer.echo(shlex.join(command))
         return
     sys.stdout.flush()
+    # Counts reach the process that answers /metrics through files; vLLM wants the folder named before it is imported.
+    if METRICS_FOLDER not in os.environ:
+        os.environ[METRICS_FOLDER] = tempfile.mkdtemp(prefix="reasonkv-metrics-")
     os.execv(command[0], command)
 
 
