@@ -24,9 +24,17 @@ from common import median_interval, publish
 
 BLOCK, PROMPT, LONG_PROMPT = 128, 40, 1000
 METHODS = ("random", "vase-dkv", "kara", "cask:mass=none")
-ARMS = ["stock", *(f"{method}@{tokens}" for tokens in (256, 512) for method in METHODS)]
+WINDOW = {"size": 128, "buffer": 32, "retention": 0.3}
+SCHEDULES = {"threshold": WINDOW, "period": WINDOW | {"period": 129, "most": 8}}
+"""Kara's windows, cut in a request as each is full, or in the 8 fullest requests at once (KvLLM's policy)."""
+ARMS = [
+    "stock",
+    *(f"{method}@{tokens}" for tokens in (256, 512) for method in METHODS),
+    *(f"kara@{schedule}" for schedule in SCHEDULES),
+]
 BATCHES = (1, 2, 4, 8, 16, 32)
 WORKER = "reasonkv.runtimes.vllm.worker.Worker"
+SCHEDULER = "reasonkv.runtimes.vllm.scheduler.Scheduler"
 
 
 def configuration(arm: str) -> dict[str, Any] | None:
@@ -36,6 +44,8 @@ def configuration(arm: str) -> dict[str, Any] | None:
     from reasonkv.testbed import testbed_path
 
     method, _, tokens = arm.rpartition("@")
+    if tokens in SCHEDULES:
+        return {"method": method, "window": SCHEDULES[tokens]}
     given: dict[str, Any] = {"method": method, "tokens": int(tokens), "interval": 128}
     if method.startswith("cask"):
         given["calibration"] = str(testbed_path() / "reasonkv_calibration.safetensors")
@@ -51,6 +61,8 @@ def engine_of(arm: str, blocks: int, longest: int, requests: int) -> Iterator[An
 
     given = configuration(arm)
     options = {} if given is None else {"worker_cls": WORKER, "additional_config": {"reasonkv": given}}
+    if given is not None and "window" in given:
+        options["scheduler_cls"] = SCHEDULER
     llm = LLM(
         str(testbed_path()), max_model_len=-(-longest // BLOCK) * BLOCK, max_num_seqs=requests, dtype="float32",
         enforce_eager=True, block_size=BLOCK, num_gpu_blocks_override=blocks + 1, enable_prefix_caching=False,
@@ -75,21 +87,22 @@ def prompts(llm: Any, count: int, length: int) -> list[list[int]]:
 
 
 def serve(llm: Any, ids: list[list[int]], tokens: int) -> dict[str, Any]:
-    """Serve all prompts at once: every step's running requests and seconds, and when first tokens came."""
+    """Serve all prompts at once: every step's running and waiting requests and seconds, and when first tokens came."""
     from vllm import SamplingParams
 
     engine, core = llm.llm_engine, llm.llm_engine.engine_core.engine_core
     sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
     for number, prompt in enumerate(ids):
         engine.add_request(str(number), {"prompt_token_ids": prompt}, sampling)
-    steps: list[tuple[int, float]] = []
+    steps: list[tuple[int, int, float]] = []  # running, waiting, seconds
     first: dict[str, float] = {}
     start = time.perf_counter()
     while engine.has_unfinished_requests():
         before = time.perf_counter()
         for output in engine.step():
             first.setdefault(output.request_id, time.perf_counter() - start)
-        steps.append((len(core.scheduler.running), time.perf_counter() - before))
+        scheduler = core.scheduler
+        steps.append((len(scheduler.running), len(scheduler.waiting), time.perf_counter() - before))
     return {"steps": steps, "first": first, "seconds": time.perf_counter() - start}
 
 
@@ -103,12 +116,15 @@ def throughput(arm: str, requests: int, tokens: int, at_once: int) -> dict[str, 
         before = (meter.seconds, meter.step_seconds) if meter is not None else (0.0, 0.0)
         found = serve(llm, prompts(llm, requests, PROMPT), tokens)
         share = 0.0 if meter is None else (meter.seconds - before[0]) / (meter.step_seconds - before[1])
-    taken = sorted(one for _, one in found["steps"])
+    taken = sorted(one for *_, one in found["steps"])
+    busy = [(running, one) for running, waiting, one in found["steps"] if waiting]
     return {
-        "arm": arm, "blocks": blocks, "running_peak": max(running for running, _ in found["steps"]),
-        "running_mean": statistics.mean(running for running, _ in found["steps"]),
+        "arm": arm, "blocks": blocks, "running_peak": max(running for running, *_ in found["steps"]),
+        "running_mean": statistics.mean(running for running, *_ in found["steps"]),
         "tokens_per_second": requests * tokens / found["seconds"],
+        "busy_tokens_per_second": sum(running for running, _ in busy) / sum(one for _, one in busy) if busy else None,
         "step_p50_ms": 1e3 * statistics.median(taken), "step_p99_ms": 1e3 * taken[int(0.99 * len(taken))],
+        "step_longest_ms": 1e3 * taken[-1],
         "event_share": share, "seconds": found["seconds"],
     }  # fmt: skip
 
@@ -121,7 +137,9 @@ def steps_by_batch(arm: str, tokens: int, most: int) -> dict[str, Any]:
         for batch in (one for one in BATCHES if one <= most):
             taken = serve(llm, prompts(llm, batch, LONG_PROMPT), tokens)["steps"]
             # the first steps fill, the last ones drain
-            found[batch] = 1e3 * statistics.median([one for running, one in taken if running == batch][tokens // 2 :])
+            found[batch] = 1e3 * statistics.median(
+                [one for running, _, one in taken if running == batch][tokens // 2 :]
+            )
     return {"arm": arm, "step_ms": found}
 
 
@@ -187,12 +205,13 @@ def main() -> None:
     publish(
         "serving",
         f"{given.requests} requests of {given.tokens} output tokens on the blocks of {given.at_once} full sequences",
-        ["arm", "running, peak", "running, mean", "tokens/s", "over stock", "step p50 ms", "step p99 ms",
-         "events, % of step time"],
+        ["arm", "running, peak", "running, mean", "tokens/s", "over stock", "tokens/s while requests wait",
+         "step p50 ms", "step p99 ms", "longest ms", "events, % of step time"],
         [
             [
                 one["arm"], one["running_peak"], one["running_mean"], one["tokens_per_second"],
-                one["tokens_per_second"] / stock, one["step_p50_ms"], one["step_p99_ms"], 100 * one["event_share"],
+                one["tokens_per_second"] / stock, one["busy_tokens_per_second"], one["step_p50_ms"],
+                one["step_p99_ms"], one["step_longest_ms"], 100 * one["event_share"],
             ]
             for one in found
         ],

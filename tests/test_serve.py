@@ -90,6 +90,7 @@ def test_every_option_of_a_budget_reaches_the_engine() -> None:
     assert given_to(window) == {"method": "kara", "window": {"size": 96, "buffer": 32, "retention": 0.25}}
     config.EngineConfig.parse(given_to(command))
     config.EngineConfig.parse(given_to(window))
+    assert config.EngineConfig.parse(given_to(dry(*BASIC, "--log-requests"))).log_requests
 
 
 @pytest.mark.usefixtures("installed")

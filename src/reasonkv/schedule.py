@@ -10,15 +10,14 @@ a piece; a piece that crosses boundaries has one event, at its end.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import TypeVar
+from dataclasses import replace
+from typing import NamedTuple, TypeVar
 
 from reasonkv.budget import Budget, BudgetError, ListedWindow, PeriodicWindow, Window
 
 
-@dataclass(frozen=True)
-class State:
-    """One row of one layer.
+class State(NamedTuple):
+    """One row of one layer; a tuple, because an engine makes two per request and step.
 
     Args:
         length: logical length L, tokens seen.
@@ -68,7 +67,7 @@ def next_event(budget: Budget | None, state: State) -> int | None:
             boundary = _ceil_to(first, budget.prefill_chunk)
             if boundary < state.prompt:
                 return boundary
-        whole = replace(state, length=state.prompt)
+        whole = state._replace(length=state.prompt)
         if budget.cut_prompt == "prefill" and state.prompt - dropped > target(budget, whole):
             return state.prompt
     first_decode = max(state.length, state.prompt) + 1
@@ -91,12 +90,12 @@ def step(budget: Budget | None, state: State, fed: int) -> tuple[State, int | No
         BudgetError: the forward does not end at the event of a `ListedWindow`, or that one has no window to cut.
 
     """
-    grown = replace(state, length=state.length + fed, held=state.held + fed)
+    grown = State(state.length + fed, state.held + fed, state.prompt)
     boundary = next_event(budget, state)
     if budget is None or boundary is None or fed == 0 or grown.length < boundary:
         return grown, None
     keep = target(budget, grown)
-    return replace(grown, held=keep), keep
+    return grown._replace(held=keep), keep
 
 
 def open_tokens(window: Window, before: State, after: State) -> tuple[int, int]:
@@ -104,7 +103,7 @@ def open_tokens(window: Window, before: State, after: State) -> tuple[int, int]:
 
     All of them are still held: nothing inside was ever cut. Every other slot is protected at this event.
     """
-    return _due(window, replace(after, held=before.held + after.length - before.length))
+    return _due(window, after._replace(held=before.held + after.length - before.length))
 
 
 def _due(window: Window, state: State) -> tuple[int, int]:

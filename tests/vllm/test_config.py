@@ -53,6 +53,7 @@ def test_nothing_is_configured_without_the_key() -> None:
         ({"method": "snapkv", "token": 64}, "Unknown reasonkv fields: token"),
         ({"method": "snapkv", "tokens": "many"}, "whole number"),
         ({"method": "snapkv", "tokens": 512, "seed": 0.5}, "seed must be a whole number"),
+        ({"method": "snapkv", "tokens": 512, "log_requests": 1}, "log_requests must be true or false"),
         ({"method": "kara", "tokens": 512, "window": {"size": 96}}, "takes the place of tokens"),
         ({"method": "kara", "window": {"width": 96}}, "window takes size, buffer, retention"),
         ({"method": "kara", "window": {"retention": 2}}, "retention must lie between"),

@@ -17,16 +17,21 @@ import openai
 import pytest
 from engines import full_kv, prompts
 
-GIVEN = ["--method", "random", "--budget", "64", "--interval", "32", "--sinks", "4", "--recent", "16", "--seed", "7"]
+GIVEN = ["--method", "random", "--budget", "64", "--interval", "32", "--sinks", "4", "--recent", "16", "--seed", "7",
+         "--log-requests"]  # fmt: skip
 CHAT = "{% for message in messages %}{{ message.content }} {% endfor %}<think>"
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("log") / "server.log"
+
+
+@pytest.fixture(scope="module")
+def server(log: Path) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    log = tmp_path_factory.mktemp("log") / "server.log"
     command = [
         str(Path(sys.executable).with_name("reasonkv")), "serve", "testbed", *GIVEN,
         "--max-model-len", "1024", "--max-num-seqs", "8", "--dtype", "float32", "--enforce-eager",
@@ -113,3 +118,10 @@ def test_a_wrong_request_is_answered_400_with_a_sentence_and_the_server_lives_on
         model="testbed", prompt=[5, 6], max_tokens=4, extra_body={"vllm_xargs": {"reasonkv": '{"seed": 4}'}}
     )
     assert seeded.usage.completion_tokens <= 4
+
+
+def test_the_log_says_what_a_request_held(client: openai.OpenAI, log: Path) -> None:
+    request = ask(client).id
+    ask(client, max_tokens=1)  # the worker hears of a request's end with the next step
+    said = f"Request {request}.* ended: 179 tokens, 60 of them its prompt's; 3 events; 83 slots held, 96 at most"
+    assert re.search(said, log.read_text())

@@ -46,6 +46,9 @@ def serve(
         Path | None,
         typer.Option(help="Query statistics, made by [b]reasonkv calibrate[/b]; looked for in the model's folder."),
     ] = None,
+    log_requests: Annotated[
+        bool, typer.Option("--log-requests", help="Log what each request held, when it ends.")
+    ] = False,
     opt_out: Annotated[bool, typer.Option(help="Let a request keep full KV.")] = True,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the command instead of running it.")] = False,
 ) -> None:
@@ -68,6 +71,8 @@ def serve(
     given: dict[str, Any] = {"method": chosen.spec(), **fields}
     if seed is not None:
         given["seed"] = seed
+    if log_requests:
+        given["log_requests"] = True
     _check(given)
     folder = _folder(model)
     statistics = _statistics(calibration, folder, chosen)

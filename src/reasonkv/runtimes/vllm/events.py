@@ -6,7 +6,7 @@ plan, one write.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,10 @@ from reasonkv.view import SlotView
 if TYPE_CHECKING:
     from reasonkv.calibration import LayerStatistics
     from reasonkv.runtimes.vllm.runtime import Runtime
+
+PORTION_BYTES = {"cpu": 1 << 23, "accelerator": 1 << 28}
+"""Keys and values that are copied at once. A step in which hundreds of requests have an event would otherwise need
+memory that nobody set aside; a CPU's copies stay in its cache, and in pages that the allocator has at hand."""
 
 Observer = Callable[[int, list[str], SlotView, Plan], None]
 """Called as `observer(layer, requests, view, plan)`: row i of the view and of the plan is request `requests[i]`."""
@@ -59,7 +63,7 @@ def carry_out_events(runtime: Runtime, layers: list[Layer], step: Step) -> None:
 
     """
     done: list[tuple[Layer, list[int], Plan, SlotView]] = []
-    for rows in step.groups(runtime.config.method.needs.queries):
+    for rows in _portions(step, layers, step.groups(runtime.config.method.needs.queries)):
         keep = step.after[step.order[rows[0]]][1]
         assert keep is not None
         views = [make_view(runtime, layer, step, rows) for layer in layers]
@@ -75,6 +79,16 @@ def carry_out_events(runtime: Runtime, layers: list[Layer], step: Step) -> None:
         runtime.meter.note_plans(step, rows, plans, len(runtime.layers))
     for layer, rows, plan, view in done:
         _rewrite(layer, step, rows, plan, view)
+
+
+def _portions(step: Step, layers: list[Layer], groups: list[list[int]]) -> Iterator[list[int]]:
+    """Groups cut so that the copies of their keys and values stay small."""
+    cache = layers[0].module.kv_cache
+    portion = PORTION_BYTES["cpu" if cache.device.type == "cpu" else "accelerator"]
+    for rows in groups:
+        row_bytes = step.held(step.order[rows[0]]) * cache[0, :, 0].numel() * cache.element_size() * len(layers)
+        most = max(1, portion // row_bytes)
+        yield from (rows[start : start + most] for start in range(0, len(rows), most))
 
 
 def make_view(runtime: Runtime, layer: Layer, step: Step, rows: list[int]) -> SlotView:

@@ -2,8 +2,8 @@
 
 Attention kernels pack keys and values as they like: CPU kernels interleave them per instruction set, others split them
 by head or by token. Instead of knowing every packing, a numbered ramp is written through the platform's own cache
-operation when the engine starts, and where the numbers end up is the layout. Reading is then one gather of whole
-blocks; writing goes through the platform's operation again.
+operation when the engine starts, and where the numbers end up is the layout. Reading is then one gather; writing goes
+through the platform's operation again.
 
 Legend: B rows, M blocks per row, H KV heads, S slots per block, D head_dim, E elements of a block.
 """
@@ -37,16 +37,16 @@ class Strides:
     dim: int
     inner: int
 
-    def view(self, blocks_BME: Tensor, shape_HSD: tuple[int, int, int]) -> Tensor:
-        """[B, H, M, S, D] of blocks [B, M, E]; a view, but for slots that are split."""
+    def gather(self, cache_NE: Tensor, blocks_BM: Tensor, shape_HSD: tuple[int, int, int]) -> Tensor:
+        """[B, H, M * S, D] of some of N blocks, in one pass."""
         H, S, D = shape_HSD
-        B, M, E = blocks_BME.shape
-        split = blocks_BME.as_strided(
-            (B, H, M, S // self.inner, self.inner, D),
-            (M * E, self.head, E, self.outer, self.inner_step, self.dim),
-            blocks_BME.storage_offset() + self.offset,
+        view_NHSD = cache_NE.as_strided(
+            (len(cache_NE), H, S // self.inner, self.inner, D),
+            (cache_NE.stride(0), self.head, self.outer, self.inner_step, self.dim),
+            cache_NE.storage_offset() + self.offset,
         )
-        return split.reshape(B, H, M, S, D)
+        head_H1 = torch.arange(H, device=cache_NE.device)[:, None]
+        return view_NHSD[blocks_BM[:, None], head_H1].reshape(len(blocks_BM), H, -1, D)
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,8 @@ class Layout:
     """Where every element of a block is.
 
     Args:
-        key_index_HSD, value_index_HSD: int64, element of the block.
+        key_index_HSD, value_index_HSD: int64, element of the block, counted as they lie in memory.
+        key_strides, value_strides: the same as strides, where they are regular.
 
     """
 
@@ -91,7 +92,7 @@ class Layout:
                 other = torch.full_like(digits, -1.0)
                 pair = (digits, other) if is_key else (other, digits)
                 write(pair[0].contiguous(), pair[1].contiguous(), kv_cache, slots_S)
-                number_E += kv_cache[block].reshape(-1).float().round().long() * weight
+                number_E += _by_memory(kv_cache)[block].reshape(-1).float().round().long() * weight
                 weight *= _BASE
             # elements of the other kind are negative throughout
             mine = (number_E >= 0).nonzero()[:, 0]
@@ -109,20 +110,29 @@ class Layout:
 
     def read(self, kv_cache: Tensor, blocks_BM: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of whole blocks, in the order of slots: [B, H, M * S, D] each, contiguous copies."""
-        B, M = blocks_BM.shape
-        blocks_BME = kv_cache[blocks_BM.long()].reshape(B, M, -1)
+        cache, number_BM = _by_memory(kv_cache), blocks_BM.long()
+        if not cache[0].is_contiguous():  # blocks with gaps in memory
+            cache = cache[number_BM.flatten()]
+            number_BM = torch.arange(len(cache), device=cache.device).view(blocks_BM.shape)
+        cache_NE = cache.flatten(1)
         return (
-            self._select(blocks_BME, self.key_index_HSD, self.key_strides),
-            self._select(blocks_BME, self.value_index_HSD, self.value_strides),
+            _select(cache_NE, number_BM, self.key_index_HSD, self.key_strides),
+            _select(cache_NE, number_BM, self.value_index_HSD, self.value_strides),
         )
 
-    def _select(self, blocks_BME: Tensor, index_HSD: Tensor, strides: Strides | None) -> Tensor:
-        (B, M, _), (H, S, D) = blocks_BME.shape, index_HSD.shape
-        if strides is not None:
-            found = strides.view(blocks_BME, (H, S, D))
-        else:
-            found = blocks_BME.index_select(2, index_HSD.flatten()).view(B, M, H, S, D).transpose(1, 2)
-        return found.reshape(B, H, M * S, D).contiguous()
+
+def _select(cache_NE: Tensor, blocks_BM: Tensor, index_HSD: Tensor, strides: Strides | None) -> Tensor:
+    (B, M), (H, S, D) = blocks_BM.shape, index_HSD.shape
+    if strides is not None:
+        return strides.gather(cache_NE, blocks_BM, (H, S, D))
+    found = cache_NE[blocks_BM].index_select(2, index_HSD.flatten()).view(B, M, H, S, D)
+    return found.transpose(1, 2).reshape(B, H, M * S, D)
+
+
+def _by_memory(kv_cache: Tensor) -> Tensor:
+    """The cache with the dimensions of a block in the order they have in memory; a view."""
+    within = kv_cache.stride()[1:]
+    return kv_cache.permute(0, *sorted(range(1, kv_cache.dim()), key=lambda dim: -within[dim - 1]))
 
 
 def _strides(index_HSD: Tensor) -> Strides | None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
@@ -82,6 +82,8 @@ class BoundedManager(FullAttentionManager):  # type: ignore[misc]
         if apply_admission_cap and held == 0:
             self.holdings[request_id] = self._open(request_id, num_tokens)
         holding = self.holdings[request_id]
+        if holding.trimmed:  # it has all it will ever need
+            return 0
         if apply_admission_cap:
             return max(0, self._whole(holding, num_tokens) - held) + self._promised(besides=request_id)
         return max(0, self._blocks(holding, num_tokens) - held)
@@ -89,8 +91,10 @@ class BoundedManager(FullAttentionManager):  # type: ignore[misc]
     def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[KVCacheBlock]:
         """Blocks for the step that is being scheduled, and its events taken note of."""
         holding = self.holdings[request_id]
-        blocks = self._blocks(holding, num_tokens)
+        blocks = 0 if holding.trimmed else self._blocks(holding, num_tokens)
         holding.high_water, holding.state = self._after(holding, num_tokens)
+        if holding.trimmed:
+            return []
         new: list[KVCacheBlock] = super().allocate_new_blocks(
             request_id, blocks * self.block_size, blocks * self.block_size
         )
@@ -157,7 +161,7 @@ class BoundedManager(FullAttentionManager):  # type: ignore[misc]
             holding = rows[name]
             assert isinstance(holding.budget, ListedWindow)
             holding.budget = schedule.listed(holding.budget, holding.state.length)
-            holding.state = replace(holding.state, held=holding.state.held - policy.dropped)
+            holding.state = holding.state._replace(held=holding.state.held - policy.dropped)
 
     def tokens_to_event(self, request_id: str) -> int | None:
         """How many more tokens of a request fall into the cache until it has an event; None: it never has one."""

@@ -51,14 +51,16 @@ class Meter:
         """Count one finished step, before its requests move on."""
         self.steps += 1
         self.step_seconds += seconds
-        self.physical = sum(state.held for state, _ in step.after.values())
-        self.logical = sum(state.length for state, _ in step.after.values())
-        for name, (_, keep) in step.after.items():
-            held = step.held(name)
-            self.peak = max(self.peak, held)
+        self.physical = self.logical = 0
+        for name, (state, keep) in step.after.items():
+            self.physical += state.held
+            self.logical += state.length
+            held = state.held
             if keep is not None:
+                held = step.held(name)
                 self.events += 1
                 self.dropped += held - keep
+            self.peak = max(self.peak, held)
         if self.exporter is not None:
             self.exporter.update(self)
 

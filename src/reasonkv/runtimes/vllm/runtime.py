@@ -56,7 +56,7 @@ class Runtime:
     """
 
     def __init__(self, vllm_config: Any, config: EngineConfig, runner: Any, rank: int = 0) -> None:
-        self.config, self.runner, self.vllm_config = config, runner, vllm_config
+        self.config, self.runner, self.vllm_config, self.rank = config, runner, vllm_config, rank
         self.device: torch.device = runner.device
         self.has_scheduler = has_scheduler(vllm_config)
         self.sequences: dict[str, Sequence] = {}
@@ -124,6 +124,8 @@ class Runtime:
     def begin(self, scheduled: Any) -> None:
         """Take in what the scheduler sends before a step (`SchedulerOutput`)."""
         for name in scheduled.finished_req_ids:
+            if self.config.log_requests and self.rank == 0 and name in self.sequences:
+                logger.info("Request %s ended: %s.", name, self.sequences[name])
             self._forget(name)
             self._suspended.pop(name, None)
         for name in scheduled.preempted_req_ids or ():
@@ -284,7 +286,7 @@ class Runtime:
         for name, fed in step.fed.items():
             one = step.sequences[name]
             if isinstance(one.budget, ListedWindow):
-                ends[name] = replace(one.state, length=one.state.length + fed)
+                ends[name] = one.state._replace(length=one.state.length + fed)
                 windows[name] = one.budget
         raw = {name: schedule.raw_tokens(windows[name], state) for name, state in ends.items()}
         for name in schedule.periodic_round(policy, self.steps - 1, raw):

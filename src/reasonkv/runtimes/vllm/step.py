@@ -27,6 +27,7 @@ class Sequence:
         seed: its row seed.
         settled: slots whose token index is stored (those an event left); later slots are consecutive.
         events: events so far.
+        peak: most slots held at once so far.
 
     """
 
@@ -36,6 +37,13 @@ class Sequence:
     seed: int = 0
     settled: int = 0
     events: int = 0
+    peak: int = 0
+
+    def __str__(self) -> str:
+        return (
+            f"{self.state.length} tokens, {self.state.prompt} of them its prompt's; {self.events} events; "
+            f"{self.state.held} slots held, {self.peak} at most"
+        )
 
 
 @dataclass
@@ -122,7 +130,8 @@ class Step:
         """Move the requests on, once every layer has attended and compacted."""
         for name, (state, keep) in self.after.items():
             sequence = self.sequences[name]
-            sequence.state = state
+            held = state.held if keep is None else self.held(name)
+            sequence.state, sequence.peak = state, max(sequence.peak, held)
             if keep is not None:
                 sequence.events += 1
                 sequence.settled = keep
