@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -52,9 +50,9 @@ def naive_event(budget: Budget, state: State) -> bool:
 def naive_walk(budget: Budget, prompt: int, length: int) -> list[State]:
     states, state = [], State(prompt=prompt)
     for _ in range(length):
-        state = replace(state, length=state.length + 1, held=state.held + 1)
+        state = state._replace(length=state.length + 1, held=state.held + 1)
         if naive_event(budget, state):
-            state = replace(state, held=target(budget, state))
+            state = state._replace(held=target(budget, state))
         states.append(state)
     return states
 

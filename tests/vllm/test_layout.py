@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from reasonkv.runtimes.vllm.layout import Layout, LayoutError
+from reasonkv.runtimes.vllm.layout import Layout, LayoutError, Write
 
 H, S, D, BLOCKS = 3, 32, 16, 5
 Place = Callable[[Tensor, Tensor, Tensor, int], Tensor]
@@ -60,12 +60,14 @@ def writer(place: Place) -> Callable[[Tensor, Tensor, Tensor, Tensor], None]:
     [(plain, True), (transposed, True), (in_groups, True), (in_pairs, False), (scrambled, False)],
 )
 def test_what_is_written_is_read_back_bit_for_bit(place: Place, is_linear: bool, dtype: torch.dtype) -> None:
-    cache = torch.zeros(BLOCKS, H, S, 2 * D, dtype=dtype)
-    write = writer(place)
+    check_reading(torch.zeros(BLOCKS, H, S, 2 * D, dtype=dtype), writer(place), is_linear)
+
+
+def check_reading(cache: Tensor, write: Write, is_linear: bool) -> None:
     layout = Layout.probe(cache, 1, H, D, write)
     assert not cache.any()
     assert (layout.key_strides is not None) == is_linear
-    keys, values = torch.randn(2, 2 * S, H, D).to(dtype)
+    keys, values = torch.randn(2, 2 * S, H, D).to(cache.dtype)
     blocks = torch.tensor([4, 2])
     slots = (blocks[:, None] * S + torch.arange(S)).flatten()
     write(keys, values, cache, slots)
@@ -73,6 +75,19 @@ def test_what_is_written_is_read_back_bit_for_bit(place: Place, is_linear: bool,
     for got, written in zip(found, (keys, values), strict=True):
         assert torch.equal(got[0], written.transpose(0, 1))
         assert torch.equal(got[1], torch.cat([written[S:], written[:S]]).transpose(0, 1))
+
+
+@pytest.mark.parametrize("memory", ["slots first", "gaps"])
+def test_blocks_may_lie_in_memory_as_they_like(memory: str) -> None:
+    """By slots and then heads, as FlashAttention may be told to, or with something else between two heads."""
+    cache = torch.zeros(BLOCKS, S, H, 2 * D).transpose(1, 2)
+    if memory == "gaps":
+        cache = torch.zeros(BLOCKS, H, S + 3, 2 * D)[:, :, :S]
+
+    def write(keys_nHD: Tensor, values_nHD: Tensor, kv_cache: Tensor, slots_n: Tensor) -> None:
+        kv_cache[slots_n // S, :, slots_n % S] = torch.cat([keys_nHD, values_nHD], -1)
+
+    check_reading(cache, write, is_linear=True)
 
 
 def test_a_cache_operation_that_rounds_is_refused() -> None:

@@ -14,7 +14,9 @@ from near_ties import check_agreement
 
 from reasonkv import Budget, Window, testbed
 from reasonkv.methods import Method, get_method
+from reasonkv.runtimes.vllm import events
 from reasonkv.runtimes.vllm.config import EngineConfig
+from reasonkv.runtimes.vllm.events import make_view
 
 SEED, TOKENS = 7, 160
 BUDGET = Budget(96, interval=32, sinks=4, recent=16)
@@ -62,6 +64,29 @@ def test_all_tokens_and_kept_slots_equal_the_transformers_runtimes(threshold_eng
 )  # fmt: skip
 def test_requests_agree_until_a_near_tie(threshold_engine: Any, method: str) -> None:
     check_agreement(*run_both(threshold_engine, method, THRESHOLD, BUDGET), prompts(), identical=7)
+
+
+def test_events_of_many_requests_are_carried_out_in_portions(
+    threshold_engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime = runtime_of(threshold_engine)
+    asked, cache = prompts((60,) * 5), runtime.layers[0].module.kv_cache
+    slot_bytes = cache[0, :, 0].numel() * cache.element_size()
+    for method, layers in (("random", 1), ("cask:mass=none", 3)):  # the second plans all layers at once
+        runtime.use(EngineConfig.parse({"method": method, "seed": SEED, "calibration": CALIBRATION, **THRESHOLD}))
+        whole, rows = serve(threshold_engine, asked, greedy(70)), []
+
+        def spy(runtime: Any, layer: Any, step: Any, rows_: list[int], rows: list[int] = rows) -> Any:
+            rows.append(len(rows_))
+            return make_view(runtime, layer, step, rows_)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(events, "make_view", spy)
+            patch.setitem(events.PORTION_BYTES, "cpu", 2 * 128 * slot_bytes * layers)  # two rows at an event
+            portions = serve(threshold_engine, asked, greedy(70))
+        assert set(rows) == {1, 2} and sum(rows) == 5 * 3 * len({event for *_, event in whole.kept})
+        assert portions.tokens == whole.tokens and portions.kept.keys() == whole.kept.keys()
+        assert all(torch.equal(portions.kept[key], kept) for key, kept in whole.kept.items())
 
 
 @pytest.mark.parametrize("method", ["expected", "beaconkv:recent=16"])

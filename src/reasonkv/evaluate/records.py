@@ -42,11 +42,11 @@ class Line(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Record:
-    """What replaying one trace through one bounded cache gave.
+class Measured:
+    """What records of every kind say: what ran on which problem, and what its cache held and read.
 
     Token counts are tokens, physical lengths are slots per KV head (mean over full-attention layers and heads), sizes
-    are bytes of this row alone. All means run over the trace's output tokens.
+    are bytes of this row alone.
 
     Args:
         run: identifier of the command and arguments that wrote it (`Manifest.run`).
@@ -57,15 +57,8 @@ class Record:
         example: number of the problem; also the row seed of methods that draw random numbers.
         seed: the run's seed.
         prompt_tokens: tokens of the prompt.
-        output_tokens: tokens of the trace that were predicted.
-        trace_correct: whether the trace, as full KV wrote it, gives the right answer.
-        top1: share of output tokens where the most likely token is the full-KV model's.
-        top5: share where the full-KV model's most likely token is among the five most likely.
-        nll: mean negative log-likelihood of the trace's token, nats.
-        kl: mean KL divergence from the full-KV model's top-k tokens (and one bucket for the rest), nats.
-        first_mismatch: index of the first output token that counts against `top1`, or None.
-        answer_top1: `top1` of the answer's tokens alone, those after `</think>`; None where a trace has no such part.
-        physical_mean: slots attended per token fed after the prompt.
+        output_tokens: tokens that were predicted or written, the end-of-sequence token included.
+        physical_mean: slots attended per token fed after the prompt (0 when the output is one token).
         physical_peak: most slots held at once, prompt included.
         physical_terminal: slots held at the end.
         saved_ratio_terminal: 1 - physical_terminal / tokens fed.
@@ -76,7 +69,6 @@ class Record:
         tokens_dropped: tokens whose slots were given up.
         guards: how often a method fell back on a rule of its own, by name.
         seconds: wall-clock seconds of the batch divided by its rows.
-        diagnostics: measures of what was lost, by name (`reasonkv.evaluate.diagnostics`); empty unless asked for.
         slots_read_mean: slots attended per token fed after the prompt, of methods that keep all and select, or that
             hold padding which nothing attends to; else None.
         bytes_read_mean: bytes of their keys and values, and of the page summaries read to choose; None as above.
@@ -91,12 +83,6 @@ class Record:
     seed: int
     prompt_tokens: int
     output_tokens: int
-    trace_correct: bool
-    top1: float
-    top5: float
-    nll: float
-    kl: float
-    first_mismatch: int | None
     physical_mean: float
     physical_peak: float
     physical_terminal: float
@@ -108,8 +94,6 @@ class Record:
     tokens_dropped: int
     guards: dict[str, int] = field(default_factory=dict)
     seconds: float
-    answer_top1: float | None = None
-    diagnostics: dict[str, float] = field(default_factory=dict)
     slots_read_mean: float | None = None
     bytes_read_mean: float | None = None
 
@@ -118,11 +102,6 @@ class Record:
         """The method held everything and read a part of it. What holds padding has dropped something first."""
         return self.slots_read_mean is not None and self.events == 0
 
-    @property
-    def key(self) -> str:
-        """What makes a record the one it is; no two records of a folder share it."""
-        return record_key(self.method, self.options, self.budget, self.task, self.example, self.seed)
-
     def to_json(self) -> str:
         """One line, without its newline.
 
@@ -130,6 +109,36 @@ class Record:
             ValueError: a metric is not a finite number.
         """
         return json.dumps(asdict(self), allow_nan=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record(Measured):
+    """What replaying one trace through one bounded cache gave. All means run over the trace's output tokens.
+
+    Args:
+        trace_correct: whether the trace, as full KV wrote it, gives the right answer.
+        top1: share of output tokens where the most likely token is the full-KV model's.
+        top5: share where the full-KV model's most likely token is among the five most likely.
+        nll: mean negative log-likelihood of the trace's token, nats.
+        kl: mean KL divergence from the full-KV model's top-k tokens (and one bucket for the rest), nats.
+        first_mismatch: index of the first output token that counts against `top1`, or None.
+        answer_top1: `top1` of the answer's tokens alone, those after `</think>`; None where a trace has no such part.
+        diagnostics: measures of what was lost, by name (`reasonkv.evaluate.diagnostics`); empty unless asked for.
+    """
+
+    trace_correct: bool
+    top1: float
+    top5: float
+    nll: float
+    kl: float
+    first_mismatch: int | None
+    answer_top1: float | None = None
+    diagnostics: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """What makes a record the one it is; no two records of a folder share it."""
+        return record_key(self.method, self.options, self.budget, self.task, self.example, self.seed)
 
     @classmethod
     def from_json(cls, line: str) -> Record:

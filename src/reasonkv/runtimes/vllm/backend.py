@@ -5,8 +5,8 @@ keys and values are written at physical slots (vLLM's runner would write them at
 `forward`); and after a layer has attended, its requests' events are carried out. Where a layer belongs to no
 `Runtime`, as in another engine of the same process, nothing differs.
 
-The subclasses are in modules of their own (`backend_cpu`, `backend_flash`, `backend_triton`), because importing a
-platform's backend fails on others.
+Each platform's backend is made in a module of its own (`backend_cpu`, `backend_flash`, `backend_triton`), because
+importing it fails on others.
 """
 
 from __future__ import annotations
@@ -81,3 +81,28 @@ class CompressedImpl:
         """The platform's own cache operation, for whole tokens of all heads."""
         slots_n = slots_n.to(torch.int64)
         self.do_kv_cache_update(layer, keys_nHD, values_nHD, kv_cache, slots_n)  # type: ignore[attr-defined]
+
+
+def compressed(stock: type[Any], stock_builder: type[Any], stock_impl: type[Any]) -> type[Any]:
+    """A stock backend under a budget, from its own class and those of its metadata builder and implementation."""
+
+    class Builder(CompressedBuilder, stock_builder):  # type: ignore[misc]
+        """Metadata with physical lengths."""
+
+    class Impl(CompressedImpl, stock_impl):  # type: ignore[misc]
+        """Attention over physical slots."""
+
+    class Backend(stock):  # type: ignore[misc]
+        """The stock backend with both."""
+
+        forward_includes_kv_cache_update = True
+
+        @staticmethod
+        def get_impl_cls() -> type[Impl]:
+            return Impl
+
+        @staticmethod
+        def get_builder_cls() -> type[Builder]:
+            return Builder
+
+    return Backend

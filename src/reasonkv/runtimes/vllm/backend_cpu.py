@@ -8,28 +8,6 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionMetadataBuilder,
 )
 
-from reasonkv.runtimes.vllm.backend import CompressedBuilder, CompressedImpl
+from reasonkv.runtimes.vllm.backend import compressed
 
-
-class Builder(CompressedBuilder, CPUAttentionMetadataBuilder):  # type: ignore[misc]
-    """Metadata with physical lengths."""
-
-
-class Impl(CompressedImpl, CPUAttentionBackendImpl):  # type: ignore[misc]
-    """Attention over physical slots."""
-
-
-class Backend(CPUAttentionBackend):  # type: ignore[misc]
-    """`CPU_ATTN` under a budget."""
-
-    forward_includes_kv_cache_update = True
-
-    @staticmethod
-    def get_impl_cls() -> type[Impl]:
-        """Ours."""
-        return Impl
-
-    @staticmethod
-    def get_builder_cls() -> type[Builder]:
-        """Ours."""
-        return Builder
+Backend = compressed(CPUAttentionBackend, CPUAttentionMetadataBuilder, CPUAttentionBackendImpl)

@@ -8,28 +8,6 @@ from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionMetadataBuilder,
 )
 
-from reasonkv.runtimes.vllm.backend import CompressedBuilder, CompressedImpl
+from reasonkv.runtimes.vllm.backend import compressed
 
-
-class Builder(CompressedBuilder, FlashAttentionMetadataBuilder):  # type: ignore[misc]
-    """Metadata with physical lengths."""
-
-
-class Impl(CompressedImpl, FlashAttentionImpl):  # type: ignore[misc]
-    """Attention over physical slots."""
-
-
-class Backend(FlashAttentionBackend):  # type: ignore[misc]
-    """`FLASH_ATTN` under a budget."""
-
-    forward_includes_kv_cache_update = True
-
-    @staticmethod
-    def get_impl_cls() -> type[Impl]:
-        """Ours."""
-        return Impl
-
-    @staticmethod
-    def get_builder_cls() -> type[Builder]:
-        """Ours."""
-        return Builder
+Backend = compressed(FlashAttentionBackend, FlashAttentionMetadataBuilder, FlashAttentionImpl)
