@@ -1,9 +1,12 @@
 """Output tokens per second through vLLM on CPU, stock against compressed, on the same blocks.
 
+    python benchmarks/serving.py --parts parts.jsonl     # goes on where it was stopped
+
 The cache is given as many blocks as full KV needs for 8 sequences of 2,000 output tokens. 64 requests ask for 2,000
 tokens each: full KV starts more of them while they are short and preempts as they grow, a compressed cache runs as many
-as its blocks allow throughout. Then, on engines of the same kind, the time of a step by how many requests run, and the
-time to the first token of a lone request. Every arm is a process of its own, with the bundled model.
+as its blocks allow throughout. Rounds run every arm once, by turns. Then, on engines of the same kind, the time of a
+step by how many requests run and how much each holds, and the time to the first and second token of a lone request.
+Every measurement is a process of its own, with the bundled model.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from common import median_interval, publish
@@ -32,7 +36,9 @@ ARMS = [
     *(f"{method}@{tokens}" for tokens in (256, 512) for method in METHODS),
     *(f"kara@{schedule}" for schedule in SCHEDULES),
 ]
-BATCHES = (1, 2, 4, 8, 16, 32)
+BATCHES = (1, 2, 4, 8, 16, 32, 42)
+HELD = {"stock": (LONG_PROMPT, 220), "random@256": (LONG_PROMPT,)}
+"""Prompts before the steps that are timed by batch: half of a full text, and one that gives 320 to 420 slots, as ours."""
 WORKER = "reasonkv.runtimes.vllm.worker.Worker"
 SCHEDULER = "reasonkv.runtimes.vllm.scheduler.Scheduler"
 
@@ -129,88 +135,119 @@ def throughput(arm: str, requests: int, tokens: int, at_once: int) -> dict[str, 
     }  # fmt: skip
 
 
-def steps_by_batch(arm: str, tokens: int, most: int) -> dict[str, Any]:
-    """Median milliseconds of a decode step by running requests, in the middle of a text of 2,000 tokens."""
-    longest = LONG_PROMPT + tokens
+def steps_by_batch(arm: str, prompt: int, tokens: int, most: int) -> dict[str, Any]:
+    """Median milliseconds of a decode step by running requests, after prompts of one length."""
+    longest = prompt + tokens
     found: dict[int, float] = {}
     with engine_of(arm, most * -(-longest // BLOCK), longest, most) as llm:
         for batch in (one for one in BATCHES if one <= most):
-            taken = serve(llm, prompts(llm, batch, LONG_PROMPT), tokens)["steps"]
+            taken = serve(llm, prompts(llm, batch, prompt), tokens)["steps"]
             # the first steps fill, the last ones drain
             found[batch] = 1e3 * statistics.median(
                 [one for running, _, one in taken if running == batch][tokens // 2 :]
             )
-    return {"arm": arm, "step_ms": found}
+    return {"arm": arm, "prompt": prompt, "step_ms": found}
 
 
 def first_tokens(arm: str, repeats: int) -> dict[str, Any]:
-    """Seconds to the first token of a lone request, stock and compressed by turns in one process."""
-    took: dict[str, list[float]] = {"stock": [], arm: []}
+    """Milliseconds to the first token of a lone request, and from it to the second, which waits for the prompt's cut;
+    stock and compressed by turns in one process.
+    """
+    took: dict[str, list[tuple[float, float]]] = {"stock": [], arm: []}
     longest = LONG_PROMPT + 8
     with contextlib.ExitStack() as stack:
         blocks = 2 * -(-longest // BLOCK)
         engines = {name: stack.enter_context(engine_of(name, blocks, longest, 2)) for name in took}
         for repeat in range(repeats + 1):
             for name, llm in engines.items():
-                (seconds,) = serve(llm, prompts(llm, 1, LONG_PROMPT), 1)["first"].values()
+                served = serve(llm, prompts(llm, 1, LONG_PROMPT), 2)
+                (first,) = served["first"].values()
                 if repeat:
-                    took[name].append(1e3 * seconds)
-    ratio = median_interval([ours / theirs for ours, theirs in zip(took[arm], took["stock"], strict=True)])
-    return {"arm": arm, "stock_ms": statistics.median(took["stock"]), "ms": statistics.median(took[arm]),
-            "ratio": ratio[0], "ratio_low": ratio[1], "ratio_high": ratio[2]}  # fmt: skip
+                    took[name].append((1e3 * first, 1e3 * (served["seconds"] - first)))
+    ratio = median_interval([ours[0] / theirs[0] for ours, theirs in zip(took[arm], took["stock"], strict=True)])
+    first_ms, second_ms = ({name: statistics.median(one[i] for one in took[name]) for name in took} for i in (0, 1))
+    return {"arm": arm, "stock_ms": first_ms["stock"], "ms": first_ms[arm], "ratio": ratio[0], "ratio_low": ratio[1],
+            "ratio_high": ratio[2], "stock_second_ms": second_ms["stock"], "second_ms": second_ms[arm]}  # fmt: skip
 
 
-def in_own_process(part: str, arm: str, given: argparse.Namespace) -> dict[str, Any]:
-    """One measurement, in an engine of its own."""
+def in_own_process(part: str, arm: str, given: argparse.Namespace, number: int) -> dict[str, Any]:
+    """One measurement, in an engine of its own; one that an earlier run finished is read from `--parts`."""
+    key = [part, arm, number, given.requests, given.tokens, given.at_once, given.repeats]
+    for line in given.parts.read_text().splitlines() if given.parts and given.parts.exists() else ():
+        if json.loads(line)["key"] == key:
+            kept: dict[str, Any] = json.loads(line)["found"]
+            return kept
     environment = os.environ | {
         "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1",
     }  # fmt: skip
     command = [sys.executable, __file__, "--part", part, "--arms", arm, "--requests", str(given.requests)]
     command += ["--tokens", str(given.tokens), "--at-once", str(given.at_once), "--repeats", str(given.repeats)]
+    command += ["--number", str(number)]
     with tempfile.TemporaryFile("w+") as log:
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment, check=False)
-        line = next((one for one in done.stdout.splitlines() if one.startswith("RESULT ")), None)
-        if line is None:
+        line = next((one for one in done.stdout.splitlines() if one.startswith("RESULT ")), "")
+        if not line:
             log.seek(0)
             sys.exit(f"{part} of {arm} failed:\n{log.read()[-3000:]}")
     found: dict[str, Any] = json.loads(line.removeprefix("RESULT "))
     print(part, found, flush=True)
+    if given.parts:
+        with given.parts.open("a") as parts:
+            parts.write(json.dumps({"key": key, "found": found}) + "\n")
     return found
 
 
+def median_of(rounds: list[dict[str, Any]], stock: list[dict[str, Any]]) -> dict[str, Any]:
+    """An arm over its rounds: the median of everything, and its rate over that of stock in the same round."""
+    names = [name for name, value in rounds[0].items() if isinstance(value, int | float)]
+    found = {name: statistics.median(one[name] for one in rounds) for name in names}
+    rates = [(one["tokens_per_second"], two["tokens_per_second"]) for one, two in zip(rounds, stock, strict=False)]
+    found["over_stock"], found["over_stock_low"], found["over_stock_high"] = (
+        median_interval([own / other for own, other in rates]) if rates else (float("nan"),) * 3
+    )
+    return {"arm": rounds[0]["arm"], **found, "rounds": rounds}
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arms", nargs="+", default=ARMS)
     parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=2000)
     parser.add_argument("--at-once", type=int, default=8, help="sequences of full KV that the blocks hold")
+    parser.add_argument("--rounds", type=int, default=3, help="of the throughput of every arm")
     parser.add_argument("--repeats", type=int, default=30, help="of the time to the first token")
+    parser.add_argument("--parts", type=Path, help="file that finished measurements are kept in, and read from")
     parser.add_argument("--part", choices=("throughput", "steps", "first"), help=argparse.SUPPRESS)
+    parser.add_argument("--number", type=int, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.part is not None:
         (arm,) = given.arms
+        most = min(max(BATCHES), given.requests)
         result = {
             "throughput": lambda: throughput(arm, given.requests, given.tokens, given.at_once),
-            "steps": lambda: steps_by_batch(arm, min(200, given.tokens), min(max(BATCHES), given.requests)),
+            "steps": lambda: steps_by_batch(arm, given.number, min(200, given.tokens), most),
             "first": lambda: first_tokens(arm, given.repeats),
         }[given.part]()
         print("RESULT", json.dumps(result))
         return
     compressed = [arm for arm in given.arms if arm != "stock"]
-    found = [in_own_process("throughput", arm, given) for arm in given.arms]
-    steps = [in_own_process("steps", arm, given) for arm in ("stock", *compressed[:1])]
-    first = [in_own_process("first", arm, given) for arm in compressed[:2]]
-    stock = next((one["tokens_per_second"] for one in found if one["arm"] == "stock"), float("nan"))
+    steps = [in_own_process("steps", arm, given, prompt) for arm, every in HELD.items() for prompt in every]
+    first = [in_own_process("first", arm, given, 0) for arm in compressed[:2]]
+    rounds: dict[str, list[dict[str, Any]]] = {arm: [] for arm in given.arms}
+    for number in range(given.rounds):
+        for arm in given.arms:
+            rounds[arm].append(in_own_process("throughput", arm, given, number))
+    found = [median_of(rounds[arm], rounds.get("stock", [])) for arm in given.arms]
     publish(
         "serving",
         f"{given.requests} requests of {given.tokens} output tokens on the blocks of {given.at_once} full sequences",
-        ["arm", "running, peak", "running, mean", "tokens/s", "over stock", "tokens/s while requests wait",
-         "step p50 ms", "step p99 ms", "longest ms", "events, % of step time"],
+        ["arm", "running, peak", "running, mean", "tokens/s", "over stock", "95 % low", "95 % high",
+         "tokens/s while requests wait", "step p50 ms", "step p99 ms", "longest ms", "events, % of step time"],
         [
             [
-                one["arm"], one["running_peak"], one["running_mean"], one["tokens_per_second"],
-                one["tokens_per_second"] / stock, one["busy_tokens_per_second"], one["step_p50_ms"],
+                one["arm"], one["running_peak"], one["running_mean"], one["tokens_per_second"], one["over_stock"],
+                one["over_stock_low"], one["over_stock_high"], one.get("busy_tokens_per_second"), one["step_p50_ms"],
                 one["step_p99_ms"], one["step_longest_ms"], 100 * one["event_share"],
             ]
             for one in found

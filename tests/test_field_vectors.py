@@ -1,4 +1,4 @@
-"""TOVA, LagKV, CurDKV and ChunkKV: scores and kept sets equal those recorded from public code (kvpress)."""
+"""TOVA, LagKV, CurDKV, ChunkKV and Kara's attention equal what was recorded from public code (kvpress)."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from torch.testing import assert_close
 
 from reasonkv.methods.chunkkv import ChunkKV, chunk_means, chunk_order
 from reasonkv.methods.curdkv import CurDKV
+from reasonkv.methods.kara import Kara
 from reasonkv.methods.lagkv import LagKV, lag_relative
 from reasonkv.methods.tova import TOVA
 from reasonkv.selection import top_k_slots, window_attention
@@ -155,3 +156,19 @@ def test_every_row_has_its_own_chunks_where_public_code_takes_row_0s(case: dict[
     if case["options"]["base"] == "keydiff":
         assert torch.equal(both[0, 0], shared)
         assert torch.equal(both[0, 0], both[0, 1])
+
+
+# --------------------------------------------------------------------------------------------------------------- kara
+
+
+@pytest.mark.parametrize("case", cases("noncausal"))
+def test_karas_attention_in_both_directions_equals_kvpress_in_whole_chunks(case: dict[str, Any]) -> None:
+    """NonCausalAttn there: the sum over a chunk's queries, without the model's scaling. The newest 64 queries are kept."""
+    public, size, at_hand = read(case["column_sums_group_mean"]), case["options"]["chunk_size"], 64
+    view, N = replace(view_of(case, queries=at_hand), scaling=1.0), public.shape[-1]
+    starts = [start for start in range(0, N - size + 1, size) if start >= N - at_hand]
+    assert starts
+    for start in starts:
+        chunk = torch.arange(start, start + size).expand(*public.shape[:2], -1)
+        ours = size * Kara().score(view, chunk, torch.zeros_like(chunk, dtype=torch.bool))
+        assert_close(ours, public[..., start : start + size], rtol=1e-5, atol=2e-4)

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import batch, tiny_model
 
-from reasonkv import Budget, BudgetError, CompressedCache
-from reasonkv.schedule import State, bound, capacity, next_event, step, target
+from reasonkv import Budget, BudgetError, CompressedCache, Window
+from reasonkv.schedule import Course, State, bound, capacity, next_event, step, target
 
 
 @st.composite
@@ -99,6 +99,22 @@ def test_a_piece_that_crosses_boundaries_has_one_event_at_its_end(
             assert keep is None
             assert after.held == state.held + fed
         state = after
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    st.none() | budgets() | st.builds(Window, st.integers(4, 20), st.integers(0, 8), st.sampled_from([0.25, 0.5])),
+    st.integers(0, 120),
+    st.lists(st.integers(0, 60) | st.just(1), min_size=1, max_size=60),
+)
+def test_a_course_says_what_step_says(budget: Budget | None, prompt: int, pieces: list[int]) -> None:
+    course, state = Course(budget=budget, state=State(prompt=prompt)), State(prompt=prompt)
+    for fed in pieces:
+        expected = step(budget, state, fed)
+        assert course.after(fed) == course.after(fed) == expected
+        course.state = state = expected[0]
+    course.budget, course.state = Budget(8, interval=4, sinks=1, recent=1), State(100, 11, 100)  # nothing is carried on
+    assert course.after(1) == step(course.budget, course.state, 1) == (State(101, 8, 100), 8)
 
 
 @settings(max_examples=400, deadline=None)

@@ -70,7 +70,7 @@ def test_the_command_is_vllms_own_server_with_our_flags_and_everything_else_unto
     assert command[5:] == [
         "--worker-cls", WORKER, "--additional-config", '{"reasonkv": {"method": "snapkv", "tokens": 512}}',
         "--scheduler-cls", SCHEDULER, "--port", "8000", "-tp", "2", "-dph", "--max_model_len=4096", "--enforce-eager",
-        "--logits-processors", OPT_OUT,
+        "--logits-processors", f"{OPT_OUT}.snapkv",
     ]  # fmt: skip
 
 
@@ -107,9 +107,10 @@ def test_logits_processors_of_the_user_stand_beside_ours() -> None:
     for written in (["--logits-processors", "a:B", "c:D"], ["--logits-processors=a:B"]):
         command = dry(*BASIC, *written)
         at = command.index("--logits-processors")
-        assert command[at : at + 3] == ["--logits-processors", OPT_OUT, "a:B"]
+        assert command[at : at + 3] == ["--logits-processors", f"{OPT_OUT}.snapkv", "a:B"]
         assert command.count("--logits-processors") == 1
-    assert dry(*BASIC, "--no-opt-out")[-1] == OPTIONS
+    assert dry(*BASIC, "--no-opt-out")[-1] == f"{OPTIONS}.snapkv"
+    assert dry("serve", "m", "--method", "rkv:form=port", "--budget", "512")[-1] == f"{OPT_OUT}.rkv"  # its name alone
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ a piece; a piece that crosses boundaries has one event, at its end.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple, TypeVar
 
 from reasonkv.budget import Budget, BudgetError, ListedWindow, PeriodicWindow, Window
@@ -96,6 +96,32 @@ def step(budget: Budget | None, state: State, fed: int) -> tuple[State, int | No
         return grown, None
     keep = target(budget, grown)
     return grown._replace(held=keep), keep
+
+
+@dataclass(kw_only=True)
+class Course:
+    """One row on its way through a budget: says what `step` says, and asks `next_event` once an event, not every token.
+
+    Args:
+        budget: None for a row without bound.
+        state: the row now.
+
+    """
+
+    budget: Budget | None
+    state: State = field(default_factory=State)
+    _boundary: int | None = field(default=None, init=False, repr=False, compare=False)
+    _known_for: tuple[Budget | None, int, int] | None = field(default=None, init=False, repr=False, compare=False)
+
+    def after(self, fed: int) -> tuple[State, int | None]:
+        """The state after feeding so many tokens in one forward, and the slots its event keeps (None: no event)."""
+        budget, (length, held, prompt) = self.budget, self.state
+        known = self._known_for
+        if known is None or known[0] is not budget or known[1] != length - held or known[2] != prompt:
+            self._known_for, self._boundary = (budget, length - held, prompt), next_event(budget, self.state)
+        if self._boundary is None or length + fed < self._boundary:
+            return State(length + fed, held + fed, prompt), None
+        return step(budget, self.state, fed)
 
 
 def open_tokens(window: Window, before: State, after: State) -> tuple[int, int]:

@@ -107,8 +107,8 @@ class SlotView:
     def group_size(self) -> int:
         """Query heads per KV head (1 where neither queries nor `query_heads` are given)."""
         if self.queries_BHqTD is not None:
-            return self.queries_BHqTD.shape[1] // self.keys_BHND.shape[1]
-        return max(1, self.query_heads // self.keys_BHND.shape[1])
+            return self.queries_BHqTD.shape[1] // self.positions_BHN.shape[1]
+        return max(1, self.query_heads // self.positions_BHN.shape[1])
 
     def queries_BHgTD(self) -> Tensor:
         """The queries with their KV head as an axis of its own: [B, H, g, T, D].
@@ -120,7 +120,7 @@ class SlotView:
         if self.queries_BHqTD is None:
             raise ValueError("This method needs recent queries; declare them in Needs(queries=T).")
         B, _, T, D = self.queries_BHqTD.shape
-        return self.queries_BHqTD.view(B, self.keys_BHND.shape[1], self.group_size, T, D)
+        return self.queries_BHqTD.view(B, self.positions_BHN.shape[1], self.group_size, T, D)
 
     def reduce(self, x: Tensor, how: Literal["sum", "mean", "max"]) -> Tensor:
         """What was reduced over the heads here, reduced over all heads: whoever lets heads decide together calls this.
@@ -171,7 +171,8 @@ class SlotView:
 
         """
         event_B = self.event_B if per_event else torch.zeros_like(self.event_B)
-        heads = torch.arange(self.first_head, self.first_head + self.keys_BHND.shape[1], device=self.length_B.device)
+        last_head = self.first_head + self.positions_BHN.shape[1]
+        heads = torch.arange(self.first_head, last_head, device=self.length_B.device)
         return noise.uniform(
             self.positions_BHN,
             seed=self.seed,

@@ -6,7 +6,7 @@ import os
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +130,8 @@ class Recorder:
 
 def one_row(view: SlotView, row: int) -> SlotView:
     """A copy of one row of a view."""
-    batched = {name: value for name, value in vars(view).items() if isinstance(value, Tensor) and "_B" in name}
+    every = {one.name: getattr(view, one.name) for one in fields(SlotView)}  # keys and values are read here, if never
+    batched = {name: value for name, value in every.items() if isinstance(value, Tensor) and "_B" in name}
     cut: dict[str, Any] = {name: value[row : row + 1].clone() for name, value in batched.items()}
     for named in ("state", "row_state"):
         cut[named] = {name: value[row : row + 1].clone() for name, value in getattr(view, named).items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,9 +10,11 @@ import pytest
 
 from reasonkv import Budget, Window
 from reasonkv.budget import PeriodicWindow
+from reasonkv.methods import catalogue, get_method
 from reasonkv.runtimes.vllm import config
 from reasonkv.runtimes.vllm.config import (
     OPT_OUT,
+    OPTIONS,
     SCHEDULER,
     EngineConfig,
     RequestConfig,
@@ -19,7 +22,9 @@ from reasonkv.runtimes.vllm.config import (
     check_engine,
     check_version,
     has_scheduler,
+    served_as,
 )
+from reasonkv.runtimes.vllm.options import method_of
 
 
 def test_an_engine_is_configured_by_a_method_and_the_fields_of_a_budget() -> None:
@@ -137,11 +142,25 @@ def test_our_scheduler_is_known_by_its_name_and_by_its_class() -> None:
         assert not has_scheduler(stock(scheduler_config__scheduler_cls=given))
 
 
-def test_requests_may_opt_out_only_where_our_scheduler_is() -> None:
-    asked = stock(model_config__logits_processors=[OPT_OUT], scheduler_config__scheduler_cls=SCHEDULER)
+@pytest.mark.parametrize("processor", [OPT_OUT, f"{OPT_OUT}.random"])
+def test_requests_may_opt_out_only_where_our_scheduler_is(processor: str) -> None:
+    asked = stock(model_config__logits_processors=[processor], scheduler_config__scheduler_cls=SCHEDULER)
     check_engine(asked, RANDOM)
     with pytest.raises(ServingError, match="needs --scheduler-cls reasonkv"):
-        check_engine(stock(model_config__logits_processors=[OPT_OUT], scheduler_config__scheduler_cls=None), RANDOM)
+        check_engine(stock(model_config__logits_processors=[processor], scheduler_config__scheduler_cls=None), RANDOM)
+
+
+def test_requests_are_checked_by_the_engines_own_method() -> None:
+    bound = type("Bound", (), {"__module__": OPTIONS.split(":")[0], "__qualname__": "RequestOptions.random"})
+    for fine in (OPTIONS, f"{OPTIONS}.random", bound, "other.module:RequestOptions.rkv"):
+        check_engine(stock(model_config__logits_processors=[fine], scheduler_config__scheduler_cls=None), RANDOM)
+    for flag in (OPTIONS, OPT_OUT):
+        for method in ("rkv", "nonsense", "random.rkv", ""):
+            asked = stock(
+                model_config__logits_processors=["a:B", f"{flag}.{method}"], scheduler_config__scheduler_cls=SCHEDULER
+            )
+            with pytest.raises(ServingError, match=f"give --logits-processors {flag}.random"):
+                check_engine(asked, RANDOM)
 
 
 def test_a_window_with_a_period_needs_our_scheduler() -> None:
@@ -183,8 +202,122 @@ def test_a_request_sets_its_seed_as_an_object_or_as_text() -> None:
         ({"sede": 5}, "Unknown reasonkv options of a request: sede"),
         ({"tokens": 64}, "tokens cannot be set by a request"),
         ({"enabled": "no"}, "enabled must be true or false"),
+        ({"options": "redraw=false"}, "options must be an object"),
+        ({"options": ["redraw"]}, "options must be an object"),
+        # what would end the engine if it got there
+        ({"seed": 2**63}, "at most 64 bits"),
+        ('{"seed": ' + "1" * 5000 + "}", "must be an object"),
+        ("[" * 100_000, "must be an object"),
     ],
 )
 def test_a_request_that_makes_no_sense_is_refused_in_one_sentence(given: Any, sentence: str) -> None:
     with pytest.raises(ServingError, match=sentence):
         RequestConfig.of({"reasonkv": given})
+
+
+def test_a_request_sets_options_as_an_object_or_within_its_text() -> None:
+    given = {"seed": 5, "options": {"temperature": 0.5, "sample": False}}
+    asked = RequestConfig.of({"reasonkv": given})
+    assert asked == RequestConfig.of({"reasonkv": json.dumps(given)}) == RequestConfig(5, options=given["options"])
+    assert asked != RequestConfig(5) and len({asked, RequestConfig.of({"reasonkv": given})}) == 1
+    given["options"]["temperature"] = 2.0  # what was asked is asked
+    assert asked.options == {"temperature": 0.5, "sample": False}
+    with pytest.raises(TypeError):
+        asked.options["temperature"] = 2.0  # type: ignore[index]
+
+
+def test_a_requests_method_is_the_engines_with_its_options() -> None:
+    engines = get_method("vase-attnv:window=16,n_sink=2")
+    assert method_of(engines, RequestConfig().options) is engines
+    made = method_of(engines, {"temperature": 2, "magnitude": "norm"})
+    assert made == method_of(engines, {"magnitude": "norm", "temperature": 2.0})
+    assert hash(made) == hash(method_of(engines, {"magnitude": "norm", "temperature": 2.0}))
+    assert made.spec() == "vase-attnv:window=16,n_sink=2,temperature=2.0,magnitude=norm"
+    assert made.needs == engines.needs
+    assert method_of(engines, {"window": 16, "sample": False}).spec() == "vase-attnv:window=16,n_sink=2,sample=False"
+    assert (
+        method_of(get_method("triattention"), {"mode": "global", "group": "max"}).spec() == "triattention:mode=global"
+    )
+
+
+def test_every_option_of_every_method_can_be_restated_unless_all_queries_are_observed() -> None:
+    for cls in catalogue():
+        try:
+            method = served_as(get_method(cls.name))
+        except ServingError:
+            continue
+        for key, value in method.options().items():
+            if method.needs.observes:
+                with pytest.raises(ServingError, match=f"^{key} of {cls.name} cannot be set by a request"):
+                    method_of(method, {key: value})
+            else:
+                assert method_of(method, {key: value}) == method
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "sentence"),
+    [
+        ("vase-attnv", {"tempreture": 0.5}, "Unknown option of vase-attnv 'tempreture'; did you mean 'temperature'"),
+        ("vase-attnv", {"tokens": 5}, "Unknown option of vase-attnv 'tokens'"),
+        ("streaming", {"window": 5}, "It takes none"),
+        ("vase-attnv", {"temperature": "0.5"}, "temperature takes a number, not '0.5'"),
+        ("vase-attnv", {"temperature": True}, "temperature takes a number, not True"),
+        ("vase-attnv", {"temperature": None}, "temperature takes a number, not None"),
+        ("vase-attnv", {"temperature": float("nan")}, "temperature takes a number, not nan"),
+        ("vase-attnv", {"temperature": float("inf")}, "temperature takes a number, not inf"),
+        ("vase-attnv", {"temperature": 10**400}, "temperature takes a number"),
+        ("vase-attnv", {"sample": 0}, "sample takes true or false, not 0"),
+        ("vase-attnv", {"kernel": 3.0}, "kernel takes a whole number, not 3.0"),
+        ("vase-attnv", {"kernel": False}, "kernel takes a whole number, not False"),
+        ("vase-attnv", {"magnitude": ["norm"]}, "magnitude takes a text"),
+        ("vase-attnv", {"magnitude": "size"}, "magnitude must be one of range"),
+        ("vase-attnv", {"temperature": 0}, "temperature must be above 0"),
+        ("vase-attnv", {"kernel": 2}, "kernel must be an odd number"),
+        ("chunkkv", {"base": "nothing"}, "Unknown method 'nothing'"),
+        # extremes, by which an event would never end, or end the engine
+        ("vase-attnv", {"temperature": 1e-300}, "temperature must be 0 or between 0.0001 and 10000 in size"),
+        ("lagkv", {"value_ratio": 1e300}, "value_ratio must be 0 or between"),
+        ("rkv", {"kernel": 2**31 - 1}, "kernel must be 0 or between"),
+        ("vase-dkv", {"projection": 10**9}, "projection must be 0 or between"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused_in_one_sentence(
+    method: str, options: dict[str, Any], sentence: str
+) -> None:
+    with pytest.raises(ServingError, match=sentence) as error:
+        method_of(get_method(method), options)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "deciding"),
+    [
+        ("snapkv", {"window": 32}, "window"),  # the length of the ring
+        ("snapkv", {"kernel": 3, "window": 32}, "window"),
+        ("vase-dkv", {"window": 32}, "window"),  # what is protected
+        ("vase-attnv", {"form": "public"}, "form"),  # state beside slots
+        ("vase-attnv", {"evict_large": True}, "evict_large"),
+        ("random-attention", {"shared": True}, "shared"),  # which heads decide together
+        ("triattention", {"mode": "per_layer_per_head", "group": "mean"}, "mode"),
+        ("triattention", {"horizon": "variational"}, "horizon"),  # parts of the statistics
+        ("triattention", {"norm": "rms2"}, "norm"),
+        ("cask:mass=none", {"mass": "log"}, "mass"),
+        ("cask:mass=none", {"fold": "none"}, "fold"),
+        ("cask:mass=none", {"value_gate": 0.5}, "value_gate"),
+        ("cask:mass=none,markers=5", {"phases": False}, "phases"),
+        ("defensivekv:output_norm=false", {"output_norm": True}, "output_norm"),
+        ("adakv:stretch=1.0", {"stretch": 1.5}, "stretch"),
+        ("chunkkv", {"base": "keydiff"}, "base"),
+        ("chunkkv", {"reuse": 2}, "reuse"),
+        ("kara:queries=96", {"queries": 0}, "queries"),
+        ("expected", {"future": 64, "covariance": "full"}, "covariance, future"),  # every query
+        ("beaconkv", {"beacons": 8}, "beacons"),
+    ],
+)
+def test_what_the_engine_collects_is_not_for_a_request_to_decide(
+    method: str, options: dict[str, Any], deciding: str
+) -> None:
+    engines = get_method(method)
+    with pytest.raises(ServingError, match=f"^{deciding} of {engines.name} cannot be set by a request") as error:
+        method_of(engines, options)
+    assert "set it in --additional-config" in str(error.value)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import inspect
+from abc import ABCMeta
 from dataclasses import fields
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from vllm import SamplingParams
+from vllm.exceptions import VLLMValidationError
 from vllm.model_executor.layers.attention import Attention
 from vllm.plugins import DEFAULT_PLUGINS_GROUP
 from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadataBuilder, CommonAttentionMetadata
@@ -18,14 +21,16 @@ from vllm.v1.core.sched.scheduler import Scheduler as StockScheduler
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager, SingleTypeKVCacheManager
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
-from vllm.v1.sample.logits_processor import LogitsProcessor
+from vllm.v1.sample.logits_processor import LogitsProcessor, cached_load_custom_logitsprocs
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as LogitsProcessorV2
+from vllm.v1.worker.gpu.sample.logits_processor import build_custom_logits_processors_params_validator
 from vllm.v1.worker.gpu_worker import Worker
 
 from reasonkv.runtimes.vllm import backend_cpu
+from reasonkv.runtimes.vllm.config import OPT_OUT, OPTIONS
 from reasonkv.runtimes.vllm.manager import BoundedManager
 from reasonkv.runtimes.vllm.plugin import register
-from reasonkv.runtimes.vllm.requests import RequestOptionsWithOptOut
+from reasonkv.runtimes.vllm.requests import RequestOptions, RequestOptionsWithOptOut
 from reasonkv.runtimes.vllm.scheduler import AsyncScheduler, Scheduler
 from reasonkv.runtimes.vllm.spec import BoundedSpec
 
@@ -124,6 +129,18 @@ def test_the_check_of_requests_is_a_processor_for_both_model_runners() -> None:
     first, second = RequestOptionsWithOptOut(None, "cpu", False), RequestOptionsWithOptOut(None, None)
     assert first.apply("logits") == second.apply("logits", "context") == "logits"
     assert first.is_argmax_invariant() and not second.add_request(0, None)
+
+
+def test_a_processor_is_found_by_getattr_name_after_name() -> None:
+    assert type(LogitsProcessor) is type(LogitsProcessorV2) is ABCMeta
+    bound = getattr(RequestOptions, "vase-attnv"), getattr(RequestOptionsWithOptOut, "vase-attnv")
+    given = (f"{OPTIONS}.vase-attnv", f"{OPT_OUT}.vase-attnv")
+    assert cached_load_custom_logitsprocs(given) == list(bound)
+    assert cached_load_custom_logitsprocs(bound) == list(bound)
+    validate = build_custom_logits_processors_params_validator(given)
+    validate(SamplingParams(extra_args={"reasonkv": {"options": {"temperature": 0.5}}}))
+    with pytest.raises(VLLMValidationError, match="temperature takes a number"):
+        validate(SamplingParams(extra_args={"reasonkv": {"options": {"temperature": "x"}}}))
 
 
 def test_registering_twice_keeps_vllms_own_specs() -> None:

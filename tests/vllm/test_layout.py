@@ -71,10 +71,13 @@ def check_reading(cache: Tensor, write: Write, is_linear: bool) -> None:
     blocks = torch.tensor([4, 2])
     slots = (blocks[:, None] * S + torch.arange(S)).flatten()
     write(keys, values, cache, slots)
-    found = layout.read(cache, torch.stack([blocks, blocks.flip(0)]))
-    for got, written in zip(found, (keys, values), strict=True):
+    both = torch.stack([blocks, blocks.flip(0)])
+    some = torch.stack([torch.randperm(2 * S)[: S + 1] for _ in range(2 * H)]).view(2, H, S + 1)  # each head its own
+    found = (layout.read_keys(cache, both), layout.read_values(cache, both))
+    for got, picked, written in zip(found, layout.read_slots(cache, both, some), (keys, values), strict=True):
         assert torch.equal(got[0], written.transpose(0, 1))
         assert torch.equal(got[1], torch.cat([written[S:], written[:S]]).transpose(0, 1))
+        assert torch.equal(picked, got.take_along_dim(some[..., None], 2))
 
 
 @pytest.mark.parametrize("memory", ["slots first", "gaps"])

@@ -46,7 +46,8 @@ def test_pieces_of_a_batch_give_the_state_of_the_whole_alone(spec: str) -> None:
     method, draw = get_method(spec), torch.Generator().manual_seed(0)
     text = {name: torch.randn(60, HQ, D, generator=draw) for name in "abc"}
     sequences = {
-        name: Sequence(place, State(prompt=40), Budget(128)) for name, place in zip("abc", (2, 0, 4), strict=True)
+        name: Sequence(place=place, state=State(prompt=40), budget=Budget(128), method=method)
+        for name, place in zip("abc", (2, 0, 4), strict=True)
     }
     slots = slots_of(method)
     for fed in STEPS:

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from engines import core_of, engine, greedy, prompts, reference, runtime_of, serve
 from vllm.exceptions import VLLMValidationError
 
-from reasonkv import Budget
+from reasonkv import Budget, testbed
+from reasonkv.methods import get_method
 from reasonkv.runtimes.vllm.config import OPT_OUT, OPTIONS, SCHEDULER, ServingError
+from reasonkv.runtimes.vllm.options import method_of
+from reasonkv.runtimes.vllm.requests import RequestOptions, RequestOptionsWithOptOut
 
+CALIBRATION = str(testbed.testbed_path() / "reasonkv_calibration.safetensors")
 GIVEN = {"method": "random", "tokens": 64, "interval": 32, "sinks": 4, "recent": 16, "seed": 7}
 BUDGET = Budget(64, interval=32, sinks=4, recent=16)
 
 
 def test_a_requests_seed_is_its_row_seed_and_wrong_options_never_reach_the_engine(folder: Path) -> None:
     ids = prompts((90,))[0]
-    with engine(folder, GIVEN, logits_processors=[OPTIONS]) as llm:
+    with engine(folder, GIVEN, logits_processors=[f"{OPTIONS}.random"]) as llm:
         assert core_of(llm).scheduler.kv_cache_manager.enable_caching  # on, and nothing is ever found in it
         sampling = [greedy(80, extra_args={"reasonkv": {"seed": seed}}) for seed in (0, 5, 5)]
         mine = serve(llm, [ids] * 3, sampling)
@@ -32,12 +39,57 @@ def test_a_requests_seed_is_its_row_seed_and_wrong_options_never_reach_the_engin
             ({"tokens": 5}, "cannot be set by a request"),
             ({"unknown": 1}, "Unknown reasonkv options"),
             ({"enabled": False}, f"without --scheduler-cls {SCHEDULER}"),
+            ({"options": {"redarw": True}}, "did you mean 'redraw'"),
+            ({"options": {"redraw": "no"}}, "redraw takes true or false"),
+            ('{"options": {"redraw": 1}}', "redraw takes true or false"),
         ):
             with pytest.raises(VLLMValidationError, match=sentence):
                 serve(llm, [ids], greedy(4, extra_args={"reasonkv": wrong}))
         again = serve(llm, [ids], greedy(80))  # the engine is alive, and a request without options has seed 0
         assert again.tokens == mine.tokens[:1]
         assert not core_of(llm).scheduler.running
+
+
+def test_requests_of_one_batch_each_keep_what_their_options_keep(folder: Path) -> None:
+    """Row by row what `CompressedCache` keeps when that row's options are the method's."""
+    asked, tokens = prompts((90, 90, 90, 130)), 120
+    options: list[dict[str, Any]] = [{}, {"temperature": 0.25}, {"sample": False, "magnitude": "norm"}, {}]
+    given = GIVEN | {"method": "vase-attnv:window=16"}
+    with engine(folder, given, logits_processors=[f"{OPTIONS}.vase-attnv"]) as llm:
+        sampling = [greedy(tokens, extra_args={"reasonkv": {"seed": 3, "options": one}}) for one in options]
+        mine = serve(llm, asked, sampling)
+        others = serve(llm, asked, greedy(tokens, extra_args={"reasonkv": {"seed": 3}}))
+        for row, (ids, own) in enumerate(zip(asked, options, strict=True)):
+            method = method_of(get_method(given["method"]), own)
+            theirs = reference(method, BUDGET, [ids], tokens, seed=7, row_seeds=[3])
+            assert mine.tokens[row] == theirs.tokens[0]
+            assert {key[1:] for key in mine.kept if key[0] == row} == {key[1:] for key in theirs.kept}
+            for (_, layer, event), kept in theirs.kept.items():
+                assert torch.equal(mine.kept[row, layer, event], kept), (row, layer, event)
+            differs = any(not torch.equal(mine.kept[key], others.kept[key]) for key in mine.kept if key[0] == row)
+            assert differs == bool(own)  # the options do something, to their own request
+
+
+def test_a_class_checks_the_options_of_the_method_it_is_bound_to() -> None:
+    bound = RequestOptions.random
+    assert bound is RequestOptions.random and bound is pickle.loads(pickle.dumps(bound))
+    assert issubclass(bound, RequestOptions) and bound is not RequestOptionsWithOptOut.random
+    assert RequestOptionsWithOptOut.random.may_opt_out and not bound.may_opt_out
+    assert RequestOptions.cask.method == get_method("cask:mass=none")  # as it is served
+    for name, sentence in (
+        ("nothing", "no method is called so"),
+        ("full", "keeps everything"),
+        ("quest", "selects what each query reads"),
+        ("__wrapped__", "no attribute"),
+    ):
+        with pytest.raises(AttributeError, match=sentence):
+            getattr(RequestOptions, name)
+    with pytest.raises(AttributeError, match="no method is called so"):
+        _ = bound.random
+    with pytest.raises(ServingError, match=f"in --logits-processors {OPT_OUT}.METHOD"):
+        RequestOptionsWithOptOut.validate_params(
+            SimpleNamespace(extra_args={"reasonkv": {"options": {"redraw": True}}})
+        )
 
 
 def test_a_prompt_that_cannot_be_kept_is_compressed_and_the_engine_lives_on(folder: Path) -> None:
@@ -58,6 +110,10 @@ def test_the_meter_counts_what_the_schedule_says(folder: Path) -> None:
         assert (meter.events, meter.dropped, meter.peak) == (3, 26 + 32 + 32, 96)
         assert (meter.steps, meter.physical, meter.logical) == (80, 64 + 79 - 64, 90 + 79)
         assert 0 < meter.seconds < meter.step_seconds
+        serve(llm, [ids], greedy(33))  # 96 are held after its last step, and nobody needs that event any more
+        serve(llm, [ids], greedy(1))  # nor the prompt's cut here
+        serve(llm, [ids[:5]], greedy(1))
+        assert (meter.events, meter.dropped) == (3 + 1, 26 + 32 + 32 + 26)
 
 
 @pytest.mark.parametrize(
@@ -66,11 +122,17 @@ def test_the_meter_counts_what_the_schedule_says(folder: Path) -> None:
         ({"method": "cask", "tokens": 96}, {}, "mass=none"),
         ({"method": "triattention", "tokens": 96}, {}, "needs statistics of the model's queries"),
         (
+            {"method": "triattention:horizon=variational", "tokens": 96, "calibration": CALIBRATION},
+            {},
+            "has no horizon statistics",
+        ),
+        (
             GIVEN,
             {"max_model_len": 1024, "block_size": 32, "num_gpu_blocks_override": 9},
             "needs 32 blocks until it is cut",
         ),
-        (GIVEN, {"logits_processors": [OPT_OUT]}, f"needs --scheduler-cls {SCHEDULER}"),
+        (GIVEN, {"logits_processors": [f"{OPT_OUT}.random"]}, f"needs --scheduler-cls {SCHEDULER}"),
+        (GIVEN, {"logits_processors": [f"{OPTIONS}.rkv"]}, f"give --logits-processors {OPTIONS}.random"),
     ],
 )
 def test_an_engine_that_cannot_be_served_does_not_start(

@@ -108,14 +108,22 @@ def test_a_request_that_opts_out_is_answered_with_full_kv(server: str, client: o
 
 
 def test_a_wrong_request_is_answered_400_with_a_sentence_and_the_server_lives_on(client: openai.OpenAI) -> None:
-    for given, sentence in (('{"tokens": 5}', "cannot be set by a request"), ('{"seed": "x"}', "whole number")):
+    for given, sentence in (
+        ('{"tokens": 5}', "cannot be set by a request"),
+        ('{"seed": "x"}', "whole number"),
+        ('{"options": {"redarw": false}}', "did you mean 'redraw'"),
+        ('{"options": {"redraw": "no"}}', "redraw takes true or false"),
+    ):
         with pytest.raises(openai.BadRequestError, match=sentence) as error:
             client.completions.create(
                 model="testbed", prompt=[5, 6], max_tokens=4, extra_body={"vllm_xargs": {"reasonkv": given}}
             )
         assert error.value.status_code == 400
     seeded = client.completions.create(
-        model="testbed", prompt=[5, 6], max_tokens=4, extra_body={"vllm_xargs": {"reasonkv": '{"seed": 4}'}}
+        model="testbed",
+        prompt=[5, 6],
+        max_tokens=4,
+        extra_body={"vllm_xargs": {"reasonkv": '{"seed": 4, "options": {"redraw": false}}'}},
     )
     assert seeded.usage.completion_tokens <= 4
 

@@ -78,7 +78,7 @@ def serve(
     statistics = _statistics(calibration, folder, chosen)
     if statistics is not None:
         given["calibration"] = str(statistics.resolve())
-    command = _command(folder, given, _passed_on(context.args, model, folder, seed, opt_out))
+    command = _command(folder, given, _passed_on(context.args, model, folder, seed, _processor(chosen, opt_out)))
     if dry_run:
         typer.echo(shlex.join(command))
         return
@@ -146,17 +146,21 @@ def _statistics(given: Path | None, folder: str, method: Any) -> Path | None:
     return found
 
 
-def _passed_on(extra: list[str], model: str, folder: str, seed: int | None, opt_out: bool) -> list[str]:
-    """vLLM's own options, with ours among the logits processors.
+def _processor(method: Any, opt_out: bool) -> str:
+    """The check of requests: by name, so that they may set options of the method."""
+    from reasonkv.runtimes.vllm.config import OPT_OUT, OPTIONS
+
+    return f"{OPT_OUT if opt_out else OPTIONS}.{method.name}"
+
+
+def _passed_on(extra: list[str], model: str, folder: str, seed: int | None, processor: str) -> list[str]:
+    """vLLM's own options, with our processor among those of the logits.
 
     Raises:
         UsageError: an option that this command builds itself.
 
     """
-    from reasonkv.runtimes.vllm.config import OPT_OUT, OPTIONS
-
-    processor, passed, is_listed = OPT_OUT if opt_out else OPTIONS, [], False
-    names = [_option_name(argument) for argument in extra]
+    names, passed, is_listed = [_option_name(argument) for argument in extra], [], False
     for name in OURS:
         if name in names:
             raise UsageError(

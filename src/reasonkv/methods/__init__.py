@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
-from dataclasses import fields
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, replace
 from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any, get_type_hints
@@ -30,6 +31,7 @@ __all__ = [
     "get_method",
     "method_names",
     "refuse_future",
+    "with_options",
 ]
 
 CATALOGUE = {
@@ -122,6 +124,29 @@ def get_method(spec: str | Method) -> Method:
         raise MethodError(f"{name}: {error}") from None
 
 
+def with_options(method: Method, options: Mapping[str, Any]) -> Method:
+    """A method with some options replaced by values of their own types, as JSON has them; the others stay as they are.
+
+    Raises:
+        MethodError: as `get_method`.
+
+    """
+    name, hints = method.name, get_type_hints(type(method))
+    known, values = [f.name for f in fields(method)], {}
+    for key, value in options.items():
+        if key not in known:
+            raise MethodError(_unknown(f"option of {name}", str(key), known))
+        if not _fits(value, hints[key]):
+            raise MethodError(f"{name}: {key} takes {_kind(hints[key])}, not {value!r}.")
+        values[key] = float(value) if hints[key] is float else value
+    try:
+        return replace(method, **values)
+    except MethodError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise MethodError(f"{name}: {error}") from None
+
+
 def catalogue() -> Iterator[type[Method]]:
     """Every method class, built-in ones first."""
     for name in method_names():
@@ -141,8 +166,16 @@ def _parse(name: str, key: str, value: str, hint: Any) -> Any:
     return value
 
 
+def _fits(value: object, hint: Any) -> bool:
+    if hint is bool or isinstance(value, bool):
+        return hint is bool and isinstance(value, bool)
+    if hint is float:  # neither infinite nor nan, which would not equal itself
+        return isinstance(value, (int, float)) and abs(value) <= sys.float_info.max
+    return isinstance(value, int if hint is int else str)
+
+
 def _kind(hint: Any) -> str:
-    return {bool: "true or false", int: "a whole number", float: "a number"}[hint]
+    return {bool: "true or false", int: "a whole number", float: "a number"}.get(hint, "a text")
 
 
 def _unknown(kind: str, name: str, known: list[str]) -> str:

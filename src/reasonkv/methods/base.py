@@ -60,6 +60,7 @@ class Needs:
         log_mass: plans carry `Plan.log_mass_BHK`, which the runtime adds to a slot's logits from then on.
         token_ids: the view shows every token a row has seen.
         calibration: the view shows the model's query statistics, and its rotary embedding.
+        statistics: which of their optional parts the method reads: "square", "horizon" (`LayerStatistics`).
         rotary: the view shows the rotary embedding alone.
         observes: `Method.observe` is called with the queries of every forward; what it keeps is `view.row_state`.
         output_projection: the view shows the layer's output projection.
@@ -76,6 +77,7 @@ class Needs:
     log_mass: bool = False
     token_ids: bool = False
     calibration: bool = False
+    statistics: frozenset[str] = frozenset()
     rotary: bool = False
     observes: bool = False
     output_projection: bool = False

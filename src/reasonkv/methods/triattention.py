@@ -107,7 +107,12 @@ class TriAttention(Method):
     @property
     def needs(self) -> Needs:
         """Query statistics; all layers at once unless every layer chooses by itself."""
-        return Needs(scope="head" if self.mode == "per_layer_per_head" else "model", calibration=True)
+        parts = {"square": self.norm == "rms2", "horizon": self.horizon == "variational"}
+        return Needs(
+            scope="head" if self.mode == "per_layer_per_head" else "model",
+            calibration=True,
+            statistics=frozenset(part for part, is_read in parts.items() if is_read),
+        )
 
     @classmethod
     def paper_budget(cls, tokens: int, entry: Literal["command_line", "library"] = "command_line") -> Budget:

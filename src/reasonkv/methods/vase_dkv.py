@@ -73,16 +73,19 @@ class VaseDKV(ScorerMethod):
         if self.projection == 0:
             return None
         D = view.keys_BHND.shape[-1]
-        uniform_Be = noise.uniform(
+        event_B = view.event_B if self.redraw else torch.zeros_like(view.event_B)
+        # Hashing costs more than multiplying, and in a server all requests have one seed unless they ask for another.
+        drawn_U2, of_B = torch.unique(torch.stack([view.row_seed_B, event_B], 1), dim=0, return_inverse=True)
+        uniform_Ue = noise.uniform(
             torch.arange(D * self.projection, device=view.keys_BHND.device).unsqueeze(0),
             seed=view.seed,
-            row_seed=view.row_seed_B[:, None],
+            row_seed=drawn_U2[:, :1],
             layer=view.layer,
             head=_NO_HEAD,
-            event=view.event_B[:, None] if self.redraw else 0,
+            event=drawn_U2[:, 1:],
         )
-        normal_BDp = noise.normal(uniform_Be).view(-1, D, self.projection)
-        return normal_BDp / math.sqrt(self.projection)
+        normal_UDp = noise.normal(uniform_Ue).view(-1, D, self.projection)
+        return normal_UDp[of_B] / math.sqrt(self.projection)
 
     def product(self, keys_BHND: Tensor, values_BHND: Tensor, gaussian_BDp: Tensor | None) -> Tensor:
         """||k G||^2 ||v G||^2 of every slot, G None for the identity: float32 [B, H, N]."""

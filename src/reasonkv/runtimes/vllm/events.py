@@ -1,7 +1,8 @@
 """The events of one step: views of the slots, plans, their checks, and the rewriting of blocks.
 
-All requests of a step that hold equally many slots are planned together: per layer one gather of their blocks, one
-plan, one write.
+All requests of a step that hold equally many slots are planned together: per layer one plan, one gather, one write.
+Keys and values leave their blocks only as far as somebody looks at them: whole ones if the method does, and otherwise
+just those that stay.
 """
 
 from __future__ import annotations
@@ -53,31 +54,71 @@ class Layer:
     layout: Layout | None = None
 
 
-def carry_out_events(runtime: Runtime, layers: list[Layer], step: Step) -> None:
-    """Plan and carry out the events of one layer, or of all layers at once for methods of model scope.
+@dataclass(frozen=True)
+class PagedView(SlotView):
+    """A view made without keys and values (None): they are read out of their blocks when first looked at.
 
-    Nothing is rewritten before every plan was made and found sound.
+    Args:
+        read_keys, read_values: read them, [B, H, N, D].
+
+    """
+
+    read_keys: Callable[[], Tensor] | None = None
+    read_values: Callable[[], Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("keys_BHND", "values_BHND"):
+            if vars(self)[name] is None:
+                del vars(self)[name]  # so that looking it up asks below
+
+    def __getattr__(self, name: str) -> Tensor:
+        """Only called for what is not there."""
+        read = {"keys_BHND": self.read_keys, "values_BHND": self.read_values}.get(name)
+        if read is None:
+            raise AttributeError(name)
+        found = read()
+        vars(self)[name] = found
+        return found
+
+
+def carry_out_events(runtime: Runtime, step: Step) -> None:
+    """Plan and carry out the events of a step whose attention is over, in all layers.
+
+    A request that has ended since needs none. Nothing of a request is rewritten before its plans were made and found
+    sound: those of a layer, or of all layers for methods of model scope.
 
     Raises:
         PlanError: a plan that cannot be carried out, a defect of the method.
 
     """
-    done: list[tuple[Layer, list[int], Plan, SlotView]] = []
-    for rows in _portions(step, layers, step.groups(runtime.config.method.needs.queries)):
-        keep = step.after[step.order[rows[0]]][1]
+    needs = runtime.config.method.needs
+    groups = step.groups(needs.queries, runtime.sequences)
+    for layers in [runtime.layers] if needs.scope == "model" else [[layer] for layer in runtime.layers]:
+        for rows in _portions(step, layers, groups):
+            _carry_out(runtime, layers, step, rows)
+    for name in (step.order[row] for rows in groups for row in rows):
+        sequence, keep = step.sequences[name], step.after[name][1]
         assert keep is not None
-        views = [make_view(runtime, layer, step, rows) for layer in layers]
-        plans = runtime.config.method.plan_layers(views, keep)
-        for layer, view, plan in zip(layers, views, plans, strict=True):
-            B, H, N = view.positions_BHN.shape
-            plan.check((B, H, N), keep, view.is_protected_BHN)
-            if plan.fold is not None and not runtime.config.method.needs.folds:
-                raise PlanError(f"{runtime.config.method.name} folds slots without declaring Needs(folds=True).")
-            if runtime.observer is not None:
-                runtime.observer(layer.index, [step.order[row] for row in rows], view, plan)
-            done.append((layer, rows, plan, view))
-        runtime.meter.note_plans(step, rows, plans, len(runtime.layers))
-    for layer, rows, plan, view in done:
+        sequence.events, sequence.settled = sequence.events + 1, keep
+        runtime.meter.note_event(step.held(name) - keep)
+
+
+def _carry_out(runtime: Runtime, layers: list[Layer], step: Step, rows: list[int]) -> None:
+    """The events of some requests of one group, in one or all layers."""
+    names = [step.order[row] for row in rows]
+    method, keep = step.sequences[names[0]].method, step.after[names[0]][1]
+    assert keep is not None
+    views = [make_view(runtime, layer, step, rows) for layer in layers]
+    plans = method.plan_layers(views, keep)
+    for layer, view, plan in zip(layers, views, plans, strict=True):
+        B, H, N = view.positions_BHN.shape
+        plan.check((B, H, N), keep, view.is_protected_BHN)
+        if plan.fold is not None and not method.needs.folds:
+            raise PlanError(f"{method.name} folds slots without declaring Needs(folds=True).")
+        if runtime.observer is not None:
+            runtime.observer(layer.index, names, view, plan)
+    runtime.meter.note_plans(plans, len(runtime.layers))
+    for layer, view, plan in zip(layers, views, plans, strict=True):
         _rewrite(layer, step, rows, plan, view)
 
 
@@ -99,22 +140,24 @@ def make_view(runtime: Runtime, layer: Layer, step: Step, rows: list[int]) -> Sl
     held = step.held(names[0])
     length_b, place_b, settled_b, event_b, seed_b, prompt_b = torch.tensor(
         [
-            [step.after[name][0].length, one.place, one.settled, one.events, one.seed, one.state.prompt]
+            [step.after[name][0].length, one.place, one.settled, one.events, one.seed, step.before[name].prompt]
             for name, one in zip(names, sequences, strict=True)
         ],
         device=runtime.device,
     ).unbind(1)
-    assert layer.layout is not None
-    keys_BHND, values_BHND = layer.layout.read(layer.module.kv_cache, _blocks(layer, step, rows, held))
+    layout, cache, blocks_BM = layer.layout, layer.module.kv_cache, _blocks(layer, step, rows, held)
+    assert layout is not None
     index = slots.token_indices(place_b, held, length_b, settled_b)
     is_prompt = index < prompt_b[:, None, None]
     queries = query_index = None
     if slots.ring is not None:
         count = min(slots.ring.shape[2], step.after[names[0]][0].length)
         queries, query_index = slots.recent_queries(place_b, length_b, count)
-    return SlotView(
-        keys_BHND=keys_BHND[:, :, :held],
-        values_BHND=values_BHND[:, :, :held],
+    return PagedView(
+        keys_BHND=None,  # type: ignore[arg-type]
+        values_BHND=None,  # type: ignore[arg-type]
+        read_keys=lambda: layout.read_keys(cache, blocks_BM)[:, :, :held],
+        read_values=lambda: layout.read_values(cache, blocks_BM)[:, :, :held],
         positions_BHN=index,
         counts_BHN=slots.source_counts(place_b, held, settled_b),
         is_prompt_BHN=is_prompt,
@@ -134,7 +177,7 @@ def make_view(runtime: Runtime, layer: Layer, step: Step, rows: list[int]) -> Sl
         query_heads=layer.module.num_heads,
         calibration=layer.calibration,
         rotary=runtime.rotary,
-        token_ids=runtime.token_ids_of(names) if config.method.needs.token_ids else None,
+        token_ids=runtime.token_ids_of(step, names) if config.method.needs.token_ids else None,
         row_state={name: stored[place_b] for name, stored in slots.row_state.items()},
         ranks=runtime.ranks,
     )
@@ -142,26 +185,32 @@ def make_view(runtime: Runtime, layer: Layer, step: Step, rows: list[int]) -> Sl
 
 def _protected(runtime: Runtime, index_BHN: Tensor, is_prompt_BHN: Tensor, step: Step, names: list[str]) -> Tensor:
     budgets = [one for one in (step.sequences[name].budget for name in names) if one is not None]  # an event has one
-    before, after = [step.sequences[name].state for name in names], [step.after[name][0] for name in names]
+    before, after = [step.before[name] for name in names], [step.after[name][0] for name in names]
     return protected_slots(index_BHN, is_prompt_BHN, budgets, before, after, runtime.config.method.needs.recent)
 
 
 def _rewrite(layer: Layer, step: Step, rows: list[int], plan: Plan, view: SlotView) -> None:
     """Write what stays to the front of the requests' blocks, and note what it is."""
-    keys, values = view.keys_BHND.contiguous(), view.values_BHND.contiguous()
-    keys_BHKD, values_BHKD = compact_pair(keys, values, list(range(len(rows))), plan, view.positions_BHN)
-    (B, H, K, D), block_size = keys_BHKD.shape, layer.module.kv_cache.shape[2]
-    slot_K = torch.arange(K, device=keys.device)
+    kept_BHK, cache = plan.kept_BHK, layer.module.kv_cache
+    if plan.fold is None:
+        assert layer.layout is not None
+        blocks_BM = _blocks(layer, step, rows, view.positions_BHN.shape[2])
+        keys_BHKD, values_BHKD = layer.layout.read_slots(cache, blocks_BM, kept_BHK)
+    else:
+        keys, values = view.keys_BHND.contiguous(), view.values_BHND.contiguous()
+        keys_BHKD, values_BHKD = compact_pair(keys, values, list(range(len(rows))), plan, view.positions_BHN)
+    (B, H, K), block_size = kept_BHK.shape, cache.shape[2]
+    slot_K = torch.arange(K, device=kept_BHK.device)
     blocks_BM = _blocks(layer, step, rows, K).long()
     slots_n = (blocks_BM[:, slot_K // block_size] * block_size + slot_K % block_size).flatten()
     layer.module.impl.write(
         layer.module,
-        keys_BHKD.transpose(1, 2).reshape(B * K, H, D),
+        keys_BHKD.transpose(1, 2).reshape(B * K, H, -1),
         values_BHKD.transpose(1, 2).reshape(B * K, H, -1),
-        layer.module.kv_cache,
+        cache,
         slots_n,
     )
-    place_b = torch.tensor([step.sequences[step.order[row]].place for row in rows], device=keys.device)
+    place_b = torch.tensor([step.sequences[step.order[row]].place for row in rows], device=kept_BHK.device)
     layer.slots.settle(place_b, plan, view)
 
 

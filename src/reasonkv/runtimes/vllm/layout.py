@@ -39,14 +39,25 @@ class Strides:
 
     def gather(self, cache_NE: Tensor, blocks_BM: Tensor, shape_HSD: tuple[int, int, int]) -> Tensor:
         """[B, H, M * S, D] of some of N blocks, in one pass."""
+        H, _, D = shape_HSD
+        head_H1 = torch.arange(H, device=cache_NE.device)[:, None]
+        return self._view(cache_NE, shape_HSD)[blocks_BM[:, None], head_H1].reshape(len(blocks_BM), H, -1, D)
+
+    def gather_slots(
+        self, cache_NE: Tensor, block_BHK: Tensor, slot_BHK: Tensor, shape_HSD: tuple[int, int, int]
+    ) -> Tensor:
+        """[B, H, K, D]: slot `slot_BHK` of block `block_BHK`, every head its own, in one pass."""
+        head_H1 = torch.arange(shape_HSD[0], device=cache_NE.device)[:, None]
+        return self._view(cache_NE, shape_HSD)[block_BHK, head_H1, slot_BHK // self.inner, slot_BHK % self.inner]
+
+    def _view(self, cache_NE: Tensor, shape_HSD: tuple[int, int, int]) -> Tensor:
+        """[N, H, S // inner, inner, D] without a copy."""
         H, S, D = shape_HSD
-        view_NHSD = cache_NE.as_strided(
+        return cache_NE.as_strided(
             (len(cache_NE), H, S // self.inner, self.inner, D),
             (cache_NE.stride(0), self.head, self.outer, self.inner_step, self.dim),
             cache_NE.storage_offset() + self.offset,
         )
-        head_H1 = torch.arange(H, device=cache_NE.device)[:, None]
-        return view_NHSD[blocks_BM[:, None], head_H1].reshape(len(blocks_BM), H, -1, D)
 
 
 @dataclass(frozen=True)
@@ -108,24 +119,47 @@ class Layout:
         kv_cache[block].zero_()
         return cls(found[0], found[1], _strides(found[0]), _strides(found[1]))
 
-    def read(self, kv_cache: Tensor, blocks_BM: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of whole blocks, in the order of slots: [B, H, M * S, D] each, contiguous copies."""
-        cache, number_BM = _by_memory(kv_cache), blocks_BM.long()
-        if not cache[0].is_contiguous():  # blocks with gaps in memory
-            cache = cache[number_BM.flatten()]
-            number_BM = torch.arange(len(cache), device=cache.device).view(blocks_BM.shape)
-        cache_NE = cache.flatten(1)
-        return (
-            _select(cache_NE, number_BM, self.key_index_HSD, self.key_strides),
-            _select(cache_NE, number_BM, self.value_index_HSD, self.value_strides),
-        )
+    def read_keys(self, kv_cache: Tensor, blocks_BM: Tensor) -> Tensor:
+        """Keys of whole blocks, in the order of slots: [B, H, M * S, D], a contiguous copy."""
+        return _read(kv_cache, blocks_BM, self.key_index_HSD, self.key_strides)
+
+    def read_values(self, kv_cache: Tensor, blocks_BM: Tensor) -> Tensor:
+        """Values of whole blocks: [B, H, M * S, D], a contiguous copy."""
+        return _read(kv_cache, blocks_BM, self.value_index_HSD, self.value_strides)
+
+    def read_slots(self, kv_cache: Tensor, blocks_BM: Tensor, slots_BHK: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of some slots alone, every head its own: [B, H, K, D] each.
+
+        Args:
+            kv_cache: the layer's cache.
+            blocks_BM: blocks of every row, in the order of slots.
+            slots_BHK: int64, slot s stands in block s // S of its row.
+
+        """
+        H, S, D = self.key_index_HSD.shape
+        block_BHK = blocks_BM.long().gather(1, (slots_BHK // S).flatten(1)).view(slots_BHK.shape)
+        cache = _by_memory(kv_cache)
+        found = []
+        for index_HSD, strides in ((self.key_index_HSD, self.key_strides), (self.value_index_HSD, self.value_strides)):
+            if strides is not None and cache[0].is_contiguous():
+                found.append(strides.gather_slots(cache.flatten(1), block_BHK, slots_BHK % S, (H, S, D)))
+            else:
+                every_BHND = _read(kv_cache, blocks_BM, index_HSD, strides)
+                found.append(every_BHND.take_along_dim(slots_BHK[..., None], 2))
+        return found[0], found[1]
 
 
-def _select(cache_NE: Tensor, blocks_BM: Tensor, index_HSD: Tensor, strides: Strides | None) -> Tensor:
+def _read(kv_cache: Tensor, blocks_BM: Tensor, index_HSD: Tensor, strides: Strides | None) -> Tensor:
+    """Keys or values of whole blocks: [B, H, M * S, D]."""
+    cache, number_BM = _by_memory(kv_cache), blocks_BM.long()
+    if not cache[0].is_contiguous():  # blocks with gaps in memory
+        cache = cache[number_BM.flatten()]
+        number_BM = torch.arange(len(cache), device=cache.device).view(blocks_BM.shape)
+    cache_NE = cache.flatten(1)
     (B, M), (H, S, D) = blocks_BM.shape, index_HSD.shape
     if strides is not None:
-        return strides.gather(cache_NE, blocks_BM, (H, S, D))
-    found = cache_NE[blocks_BM].index_select(2, index_HSD.flatten()).view(B, M, H, S, D)
+        return strides.gather(cache_NE, number_BM, (H, S, D))
+    found = cache_NE[number_BM].index_select(2, index_HSD.flatten()).view(B, M, H, S, D)
     return found.transpose(1, 2).reshape(B, H, M * S, D)
 
 

@@ -13,43 +13,44 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 
 from reasonkv import schedule
-from reasonkv.budget import Budget, ListedWindow, PeriodicWindow, Window
+from reasonkv.budget import ListedWindow, PeriodicWindow, Window
 from reasonkv.runtimes.vllm.config import RequestConfig
 from reasonkv.runtimes.vllm.spec import BoundedSpec
 
 _REMEMBERED = 4096  # prompts of requests that gave their blocks back; enough for all that can be waiting preempted
 
 
-@dataclass
-class Holding:
-    """What one request may hold.
+@dataclass(kw_only=True)
+class Holding(schedule.Course):
+    """What one request may hold: its lengths after the step that was scheduled last, and more.
+
+    Its budget is None for a request that keeps full KV; it has the events so far, where the engine's steps decide them.
 
     Args:
-        budget: None for a request that keeps full KV; with the events so far, where the engine's steps decide them.
-        prompt: tokens of its prompt.
         fill: tokens that are fed in pieces of any length: the prompt, or after a preemption all it had, unless its
             pieces end at events.
         whole: most tokens it will ever have in the cache, known where our scheduler is.
-        state: its lengths after the step that was scheduled last.
         high_water: most slots it held at once so far.
         trimmed: the blocks it cannot need any more were freed.
 
     """
 
-    budget: Budget | None
-    prompt: int
     fill: int
     whole: int
-    state: schedule.State = field(default_factory=schedule.State)
     high_water: int = 0
     trimmed: bool = False
+
+    @property
+    def prompt(self) -> int:
+        """Tokens of its prompt."""
+        return self.state.prompt
 
 
 class BoundedManager(FullAttentionManager):  # type: ignore[misc]
@@ -91,10 +92,11 @@ class BoundedManager(FullAttentionManager):  # type: ignore[misc]
     def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[KVCacheBlock]:
         """Blocks for the step that is being scheduled, and its events taken note of."""
         holding = self.holdings[request_id]
-        blocks = 0 if holding.trimmed else self._blocks(holding, num_tokens)
-        holding.high_water, holding.state = self._after(holding, num_tokens)
-        if holding.trimmed:
+        if holding.trimmed:  # it has all it will ever need
+            holding.state = self._after(holding, num_tokens)[1]
             return []
+        blocks = self._blocks(holding, num_tokens)
+        holding.high_water, holding.state = self._after(holding, num_tokens)
         new: list[KVCacheBlock] = super().allocate_new_blocks(
             request_id, blocks * self.block_size, blocks * self.block_size
         )
@@ -116,7 +118,7 @@ class BoundedManager(FullAttentionManager):  # type: ignore[misc]
         if holding is None:
             return
         if num_prompt_tokens is not None and holding.state.length == 0:
-            holding.prompt = num_prompt_tokens
+            holding.state = schedule.State(prompt=num_prompt_tokens)
         if holding.budget is None or isinstance(holding.budget, Window):
             return
         if holding.trimmed or processed_computed_tokens < holding.fill:
@@ -166,9 +168,8 @@ class BoundedManager(FullAttentionManager):  # type: ignore[misc]
     def tokens_to_event(self, request_id: str) -> int | None:
         """How many more tokens of a request fall into the cache until it has an event; None: it never has one."""
         holding = self.holdings.get(request_id) or self._open(request_id, 0)
-        state = schedule.State(holding.state.length, holding.state.held, holding.prompt)
-        boundary = schedule.next_event(holding.budget, state)
-        return None if boundary is None else boundary - state.length
+        boundary = schedule.next_event(holding.budget, holding.state)
+        return None if boundary is None else boundary - holding.state.length
 
     def _open(self, request_id: str, num_tokens: int) -> Holding:
         longest = self.kv_cache_spec.max_length
@@ -176,12 +177,13 @@ class BoundedManager(FullAttentionManager):  # type: ignore[misc]
         if self.requests is None:
             # The prompt of a request seen for the first time is all of it; `remove_skipped_blocks` confirms it.
             prompt = self.prompts.get(request_id, num_tokens)
-            return Holding(bounded, prompt, num_tokens, longest)
+            state = schedule.State(prompt=prompt)
+            return Holding(budget=bounded, state=state, fill=num_tokens, whole=longest)
         request = self.requests[request_id]
         prompt = request.num_prompt_tokens
         budget = None if RequestConfig.wants_full_kv(request.sampling_params) else bounded
-        # the token sampled last is never fed
-        return Holding(budget, prompt, prompt, min(longest, prompt + request.max_tokens - 1))
+        whole = min(longest, prompt + request.max_tokens - 1)  # the token sampled last is never fed
+        return Holding(budget=budget, state=schedule.State(prompt=prompt), fill=prompt, whole=whole)
 
     def _promised(self, besides: str) -> int:
         """Blocks that requests with full KV will still need, and that nobody else may be admitted to."""
@@ -209,7 +211,5 @@ class BoundedManager(FullAttentionManager):  # type: ignore[misc]
 
     def _after(self, holding: Holding, num_tokens: int) -> tuple[int, schedule.State]:
         """The high water and the state after a step that ends at `num_tokens`."""
-        state = schedule.State(holding.state.length, holding.state.held, holding.prompt)
-        fed = max(0, num_tokens - state.length)
-        after, _ = schedule.step(holding.budget, state, fed)
-        return max(holding.high_water, state.held + fed), after
+        fed = max(0, num_tokens - holding.state.length)
+        return max(holding.high_water, holding.state.held + fed), holding.after(fed)[0]

@@ -40,12 +40,17 @@ class Meter:
     peak: int = 0
     exporter: Exporter | None = field(default=None, repr=False)
 
-    def note_plans(self, step: Step, rows: list[int], plans: list[Plan], layers: int) -> None:
+    def note_plans(self, plans: list[Plan], layers: int) -> None:
         """Count folded slots of one or all layers."""
         for plan in plans:
             if plan.fold is not None:
                 kept = plan.kept_BHK.shape[-1]
                 self.folded += float(((plan.fold.into_BHN >= 0).sum(-1) - kept).float().mean(-1).sum()) / layers
+
+    def note_event(self, dropped: int) -> None:
+        """Count one request's event, carried out in all layers."""
+        self.events += 1
+        self.dropped += dropped
 
     def note_step(self, step: Step, seconds: float) -> None:
         """Count one finished step, before its requests move on."""
@@ -55,12 +60,7 @@ class Meter:
         for name, (state, keep) in step.after.items():
             self.physical += state.held
             self.logical += state.length
-            held = state.held
-            if keep is not None:
-                held = step.held(name)
-                self.events += 1
-                self.dropped += held - keep
-            self.peak = max(self.peak, held)
+            self.peak = max(self.peak, state.held if keep is None else step.held(name))
         if self.exporter is not None:
             self.exporter.update(self)
 

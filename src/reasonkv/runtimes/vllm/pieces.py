@@ -40,8 +40,10 @@ class Pieces:
 
     @classmethod
     def _alike(cls, step: Step, names: Sequence[str], starts: Sequence[int], device: torch.device) -> Pieces:
-        sequences = [step.sequences[name] for name in names]
-        numbers = [[start, one.place, one.state.length] for start, one in zip(starts, sequences, strict=True)]
+        numbers = [
+            [start, step.sequences[name].place, step.before[name].length]
+            for start, name in zip(starts, names, strict=True)
+        ]
         start_b, place_b, length_b = torch.tensor(numbers, device=device).unbind(1)
         rank_n = torch.arange(step.fed[names[0]], device=device)
         token_bn = start_b[:, None] + rank_n

@@ -5,26 +5,61 @@ and answers HTTP 400 if it does not. That is the one public place to look at `ex
 Without the flag, a request with wrong options runs with the defaults and a warning in the log.
 
 The question is asked in a process that does not know how the engine was started, and a class is all that vLLM lets us
-name there; so engines whose requests may opt out of compression name another class.
+name there; so engines whose requests may opt out of compression name another class, and the engine's method is named as
+an attribute of either, `RequestOptions.vase-attnv`: vLLM finds a class by getattr, name after name.
 """
 
 from __future__ import annotations
 
+from abc import ABCMeta
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from vllm.v1.sample.logits_processor import LogitsProcessor
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as LogitsProcessorV2
 
-from reasonkv.runtimes.vllm.config import OPT_OUT, SCHEDULER, RequestConfig, ServingError
+from reasonkv.methods import Method, MethodError, get_method, method_names
+from reasonkv.runtimes.vllm.config import OPT_OUT, SCHEDULER, RequestConfig, ServingError, served_as
+from reasonkv.runtimes.vllm.options import method_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-class RequestOptions(LogitsProcessor, LogitsProcessorV2):  # type: ignore[misc]
+class PerMethod(ABCMeta):
+    """Gives a class an attribute for every method that can be served: itself, bound to that method."""
+
+    method: Method | None
+    _bound: dict[str, PerMethod]
+
+    def __init__(cls, name: str, bases: tuple[type, ...], namespace: dict[str, Any]) -> None:
+        super().__init__(name, bases, namespace)
+        cls._bound = {}  # of this class alone: what a base has bound may do less
+
+    def __getattr__(cls, name: str) -> PerMethod:
+        """The class bound to a method, the same one every time.
+
+        Raises:
+            AttributeError: no method has this name, or none that can be served.
+
+        """
+        if name.startswith("_") or cls.method is not None or name not in method_names():
+            raise AttributeError(f"{cls.__qualname__} has no attribute {name!r}, and no method is called so.")
+        if name not in cls._bound:
+            try:
+                method = served_as(get_method(name))
+            except (MethodError, ServingError) as error:
+                raise AttributeError(str(error)) from None
+            own = {"__module__": cls.__module__, "__qualname__": f"{cls.__qualname__}.{name}", "method": method}
+            cls._bound[name] = PerMethod(f"{cls.__name__}.{name}", (cls,), own)
+        return cls._bound[name]
+
+
+class RequestOptions(LogitsProcessor, LogitsProcessorV2, metaclass=PerMethod):  # type: ignore[misc]
     """Checks `extra_args["reasonkv"]` and does nothing else; for both of vLLM's model runners."""
 
     may_opt_out: ClassVar[bool] = False
+    method: ClassVar[Method | None] = None
+    """Whose options a request may set; None: nobody's."""
 
     @classmethod
     def validate_params(cls, sampling_params: Any) -> None:
@@ -36,10 +71,18 @@ class RequestOptions(LogitsProcessor, LogitsProcessorV2):  # type: ignore[misc]
         """
         asked = RequestConfig.of(sampling_params.extra_args)
         if not asked.enabled and not cls.may_opt_out:
+            processor = OPT_OUT if cls.method is None else f"{OPT_OUT}.{cls.method.name}"
             raise ServingError(
                 "No request of this server can opt out of compression: it was started without "
-                f"--scheduler-cls {SCHEDULER} and --logits-processors {OPT_OUT}."
+                f"--scheduler-cls {SCHEDULER} and --logits-processors {processor}."
             )
+        if asked.options and cls.method is None:
+            raise ServingError(
+                "No request of this server can set options of its method: it was started without the method's name "
+                f"in --logits-processors {cls.__module__}:{cls.__qualname__}.METHOD."
+            )
+        if cls.method is not None:
+            method_of(cls.method, asked.options)
 
     def __init__(self, *args: Any) -> None:
         """Nothing to set up."""

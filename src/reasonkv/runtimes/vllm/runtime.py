@@ -19,12 +19,13 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from reasonkv import schedule
-from reasonkv.budget import ListedWindow, PeriodicWindow
-from reasonkv.methods import Observed
+from reasonkv.budget import Budget, ListedWindow, PeriodicWindow
+from reasonkv.methods import Method, Observed
 from reasonkv.runtimes.vllm.config import SCHEDULER, EngineConfig, RequestConfig, ServingError, has_scheduler
 from reasonkv.runtimes.vllm.events import Layer, Observer, carry_out_events
 from reasonkv.runtimes.vllm.layout import Layout
 from reasonkv.runtimes.vllm.metrics import Exporter, Meter
+from reasonkv.runtimes.vllm.options import method_of
 from reasonkv.runtimes.vllm.pieces import Pieces
 from reasonkv.runtimes.vllm.ranks import other_ranks
 from reasonkv.runtimes.vllm.setup import check_layers, own_heads, rotary_of, statistics_of, with_markers
@@ -62,6 +63,7 @@ class Runtime:
         self.sequences: dict[str, Sequence] = {}
         self.free_places = list(reversed(range(vllm_config.scheduler_config.max_num_seqs)))
         self.step: Step | None = None
+        self.pending: Step | None = None  # the step before, if it has events that are not carried out yet
         self.observer: Observer | None = None
         self.steps = 0  # with at least one token, so far
         # ranks agree on what they drop, so one of them counts
@@ -89,12 +91,13 @@ class Runtime:
         """
         for name in list(self.sequences):
             self._forget(name)
+        self.pending = None
         self.config = replace(config, method=with_markers(config.method, self.vllm_config))
         model, needs = self.vllm_config.model_config, self.config.method.needs
         places = self.vllm_config.scheduler_config.max_num_seqs
         rotates = needs.rotary or needs.observes or needs.calibration
         self.rotary = rotary_of(self.vllm_config, self.device) if rotates else None
-        known = statistics_of(self.vllm_config, config.calibration, self.device) if needs.calibration else None
+        known = statistics_of(self.vllm_config, config.calibration, needs, self.device) if needs.calibration else None
         layouts = [layer.layout for layer in self.layers] or [None] * len(self._modules)
         self.layers = []
         for (name, module), layout in zip(self._modules.items(), layouts, strict=True):
@@ -121,8 +124,14 @@ class Runtime:
 
     # -- one step ---------------------------------------------------------------------------------------------------
 
+    @torch.inference_mode()
     def begin(self, scheduled: Any) -> None:
-        """Take in what the scheduler sends before a step (`SchedulerOutput`)."""
+        """Take in what the scheduler sends before a step (`SchedulerOutput`), and carry out the events of the last one.
+
+        They wait for it so that nobody waits for them: a step's tokens are out before, a first token above all, and
+        requests that ended with the step need none. Until the model runs, nothing is written to any block, not even
+        to those that the scheduler took back for the next request.
+        """
         for name in scheduled.finished_req_ids:
             if self.config.log_requests and self.rank == 0 and name in self.sequences:
                 logger.info("Request %s ended: %s.", name, self.sequences[name])
@@ -132,6 +141,7 @@ class Runtime:
             if name in self.sequences:
                 self._suspended[name] = self.sequences[name]
                 self._forget(name)
+        self._carry_out_events()
         for new in scheduled.scheduled_new_reqs:
             if self._suspended.pop(new.req_id, None) is not None:  # the second model runner is told it is new
                 self._note_resumed(new.req_id)
@@ -140,7 +150,8 @@ class Runtime:
         for name in cached.resumed_req_ids:
             self._admit_again(name)
         if scheduled.num_scheduled_tokens:
-            self.step = Step(dict(scheduled.num_scheduled_tokens), self.sequences)
+            fed = dict(scheduled.num_scheduled_tokens)
+            self.step = Step(fed, {name: self.sequences[name] for name in fed})
             self._check_agreement(cached)
             self._choose_rows(self.step)
 
@@ -152,21 +163,20 @@ class Runtime:
         step.order = self._batch_order(common)
         step.block_table = table
         self._ring_places = self._pieces = None
-        padding = common.num_reqs - len(step.order)
-        dropped = [one.state.length - one.state.held for one in (step.sequences[name] for name in step.order)]
-        dropped_B = torch.tensor(dropped + [0] * padding, dtype=common.seq_lens.dtype)
+        dropped_B = torch.zeros(common.num_reqs, dtype=common.seq_lens.dtype)  # requests beyond ours are padding
+        dropped_B[: len(step.order)] = torch.from_numpy(step.lengths[0] - step.lengths[1])
         upper = common.seq_lens_cpu_upper_bound
         slots = torch.full_like(common.slot_mapping, -1)
         slots[: step.tokens] = step.physical_slots(table, block_size).to(slots.dtype)
         return common.replace(
             seq_lens=common.seq_lens - dropped_B.to(common.seq_lens.device, non_blocking=True),
             seq_lens_cpu_upper_bound=None if upper is None else upper - dropped_B.to(upper.dtype),
-            max_seq_len=max(step.held(name) for name in step.order),
+            max_seq_len=int((step.lengths[1] + step.pieces).max()),
             slot_mapping=slots,
         )
 
     def after_attention(self, number: int, query: Tensor) -> None:
-        """Called by every compressed layer after it attended: remember its queries, carry out its events.
+        """Called by every compressed layer after it attended: remember its queries, for events of this step and later.
 
         Args:
             number: which layer, in the order they run.
@@ -185,28 +195,30 @@ class Runtime:
             layer.slots.remember_queries(query[: step.tokens], self._ring_places)
         if self.config.method.needs.observes:
             self._observe(layer, query)
-        whole_model, is_last = self.config.method.needs.scope == "model", number == len(self.layers) - 1
-        if step.has_events and (is_last or not whole_model):
-            start = time.perf_counter()
-            with torch.autocast(self.device.type, enabled=False):  # scores are float32 whoever calls
-                carry_out_events(self, self.layers if whole_model else [layer], step)
-            self.meter.seconds += time.perf_counter() - start
 
     def end(self, seconds: float) -> None:
-        """Move the requests on after a step that took so long."""
+        """Move the requests on after a step that took so long, the events at its beginning included."""
         step, self.step = self.step, None
         if step is not None:
             self.meter.note_step(step, seconds)
             step.commit()
+            self.pending = step if step.has_events else None
 
-    def token_ids_of(self, names: SequenceOf[str]) -> tuple[Tensor, ...]:
-        """Per request, int64 [length]: every token it has seen, those of this step included."""
-        assert self.token_ids is not None and self.step is not None
-        return tuple(
-            self.token_ids[self.sequences[name].place, : self.step.after[name][0].length].long() for name in names
-        )
+    def token_ids_of(self, step: Step, names: SequenceOf[str]) -> tuple[Tensor, ...]:
+        """Per request, int64 [length]: every token it has seen, those of the step included."""
+        assert self.token_ids is not None
+        return tuple(self.token_ids[step.sequences[name].place, : step.after[name][0].length].long() for name in names)
 
     # -- internals --------------------------------------------------------------------------------------------------
+
+    def _carry_out_events(self) -> None:
+        step, self.pending = self.pending, None
+        if step is None:
+            return
+        start = time.perf_counter()
+        with torch.autocast(self.device.type, enabled=False):  # scores are float32 whoever calls
+            carry_out_events(self, step)
+        self.meter.seconds += time.perf_counter() - start
 
     def _row_states_of(self, module: Any) -> Callable[[int], dict[str, Tensor]] | None:
         if not self.config.method.needs.observes:
@@ -224,12 +236,6 @@ class Runtime:
                 seen = Observed(queries_bHqnD, one.position_bn, one.valid_bn, layer=layer.index, rotary=self.rotary)
                 layer.slots.observe(self.config.method, one.place_b, seen)
 
-    def _take_place(self) -> int:
-        place = self.free_places.pop()
-        for layer in self.layers:
-            layer.slots.start(place)
-        return place
-
     def _admit(self, name: str, prompt: int, sampling_params: Any) -> None:
         try:
             asked = RequestConfig.of(getattr(sampling_params, "extra_args", None))
@@ -239,7 +245,7 @@ class Runtime:
         budget = self.config.budget
         if not asked.enabled:
             if self.has_scheduler:
-                self.sequences[name] = Sequence(self._take_place(), schedule.State(prompt=prompt), None)
+                self._open(name, prompt, None, self.config.method, asked.seed)
                 return
             logger.warning("Request %s is compressed: to keep full KV it needs --scheduler-cls %s.", name, SCHEDULER)
         if budget.prompt == "keep" and prompt + max(budget.recent, self.config.method.needs.recent) >= budget.tokens:
@@ -247,15 +253,30 @@ class Runtime:
                 "Request %s has a prompt of %d tokens, which prompt='keep' cannot hold in a budget of %d; "
                 "its prompt is compressed like the rest.", name, prompt, budget.tokens,
             )  # fmt: skip
-        own = schedule.row_budget(budget)
-        self.sequences[name] = Sequence(self._take_place(), schedule.State(prompt=prompt), own, asked.seed)
+        self._open(name, prompt, schedule.row_budget(budget), self._method_of(name, asked), asked.seed)
 
     def _admit_again(self, name: str) -> None:
         self._note_resumed(name)
         old = self._suspended.pop(name)
-        state = schedule.State(prompt=old.state.prompt)
         own = None if old.budget is None else schedule.row_budget(self.config.budget)
-        self.sequences[name] = Sequence(self._take_place(), state, own, old.seed)
+        self._open(name, old.state.prompt, own, old.method, old.seed)
+
+    def _open(self, name: str, prompt: int, budget: Budget | None, method: Method, seed: int) -> None:
+        """A request begins, from nothing."""
+        place = self.free_places.pop()
+        for layer in self.layers:
+            layer.slots.start(place)
+        state = schedule.State(prompt=prompt)
+        self.sequences[name] = Sequence(place=place, state=state, budget=budget, method=method, seed=seed)
+
+    def _method_of(self, name: str, asked: RequestConfig) -> Method:
+        """The engine's method with a request's options; one and the same for all requests with equal ones."""
+        try:
+            made = method_of(self.config.method, asked.options)
+        except ServingError as error:
+            logger.warning("Request %s runs with the engine's options: %s", name, error)
+            return self.config.method
+        return next((one.method for one in self.sequences.values() if one.method == made), made)
 
     def _note_resumed(self, name: str) -> None:
         if self.has_scheduler:
@@ -304,7 +325,5 @@ class Runtime:
         assert self.token_ids is not None
         buffers = getattr(self.runner, "input_buffers", None)
         ids = (self.runner.input_ids.gpu if buffers is None else buffers.input_ids)[: step.tokens]
-        place = step.per_token([step.sequences[name].place for name in step.order])
-        position = step.rank + step.per_token([step.sequences[name].state.length for name in step.order])
-        where = torch.from_numpy(np.stack([place, position])).to(self.device)
+        where = torch.from_numpy(np.stack([step.place, step.position])).to(self.device)
         self.token_ids[where[0], where[1]] = ids.to(torch.int32)

@@ -10,7 +10,7 @@ import torch
 from reasonkv.calibration import Calibration, CalibrationError, LayerStatistics
 from reasonkv.calibration.files import load_calibration
 from reasonkv.calibration.lookup import FILE
-from reasonkv.methods import Method
+from reasonkv.methods import Method, Needs
 from reasonkv.rotary import Rotary, RotaryError
 from reasonkv.runtimes.transformers.support import check_model
 from reasonkv.runtimes.vllm.backend import CompressedImpl
@@ -71,13 +71,13 @@ def rotary_of(vllm_config: Any, device: torch.device) -> Rotary:
         raise ServingError(str(error)) from None
 
 
-def statistics_of(vllm_config: Any, given: str | None, device: torch.device) -> Calibration:
+def statistics_of(vllm_config: Any, given: str | None, needs: Needs, device: torch.device) -> Calibration:
     """Statistics of the model's queries: the file that is given, or the one in the model's folder.
 
     They are checked against the configuration; the hash of the weights is not, because vLLM's are laid out otherwise.
 
     Raises:
-        ServingError: none, or another model's.
+        ServingError: none, another model's, or without a part that the method reads.
 
     """
     model = vllm_config.model_config
@@ -93,6 +93,13 @@ def statistics_of(vllm_config: Any, given: str | None, device: torch.device) -> 
         found.check(model.hf_config)
     except CalibrationError as error:
         raise ServingError(str(error)) from None
+    there = {"square": found.square_LHqF is not None, "horizon": found.horizon_LHqJ is not None}
+    missing = sorted(part for part in needs.statistics if not there[part])
+    if missing:
+        raise ServingError(
+            f"{path} has no {' and no '.join(missing)} statistics, which the method reads with these options; make "
+            "them with `reasonkv calibrate`, for the horizon with --horizon."
+        )
     return found.to(device)
 
 

@@ -103,8 +103,8 @@ class Worker(PlatformWorker):  # type: ignore[misc]
         """One engine step."""
         if self.runtime is None:
             return super().execute_model(scheduler_output)
-        self.runtime.begin(scheduler_output)
         start = time.perf_counter()
+        self.runtime.begin(scheduler_output)
         output = super().execute_model(scheduler_output)
         self.runtime.end(time.perf_counter() - start)
         return output
