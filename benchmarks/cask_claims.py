@@ -4,7 +4,8 @@
     python benchmarks/cask_claims.py summarize results/cask --to docs/results/cask
 
 `run` leaves one results folder per family, prompt policy and kind. All methods get one and the same budget, so they
-hold equally many slots and protect the same ones. `summarize` needs nothing but the folders.
+hold equally many slots and protect the same ones. `summarize` needs nothing but the folders, or the records kept of
+them (`docs/results/cask/records/*`).
 """
 
 from __future__ import annotations

@@ -18,10 +18,10 @@ from cells import (
     load_cells,
     mean,
     methods,
-    result_folders,
     verdict,
     words,
 )
+from kept_records import result_paths
 from matplotlib.figure import Figure
 
 from reasonkv.evaluate.frontier import regime
@@ -47,7 +47,8 @@ _PARTS = {get_method(spec).spec(): words for spec, words in ABLATIONS.items()}
 
 def summarize(folders: Sequence[Path], to: Path) -> None:
     """Write everything into `to`."""
-    found = load_cells(result_folders(folders), to / "records")
+    to.mkdir(parents=True, exist_ok=True)
+    found = load_cells(result_paths(folders), to / "records")
     replays, answers, diagnosed = (_chosen(one) for one in (found.replays, found.answers, found.diagnosed))
     text = [
         "Made by `python benchmarks/cask_claims.py summarize`; see README.md for what the words mean.",

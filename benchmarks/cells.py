@@ -1,15 +1,16 @@
-"""Results folders as cells that may be compared: by family and prompt policy, then method and budget, then example."""
+"""Results as cells that may be compared: by family and prompt policy, then method and budget, then example."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiment import POLICIES, Line, by_example, keep_records, policy_of
+from experiment import POLICIES, Line, by_example, policy_of
+from kept_records import keep, load
 
-from reasonkv.evaluate.results import load_results
+from reasonkv.evaluate.results import Results
 from reasonkv.evaluate.statistics import Difference, Estimate, estimate, paired_difference
 from reasonkv.methods import method_class
 from reasonkv.methods.base import Method
@@ -46,32 +47,51 @@ class Found:
     diagnosed: Cells
 
 
-def load_cells(folders: Iterable[Path], records_to: Path) -> Found:
-    """Read results folders and keep their records, compressed, in `records_to`, a folder for each folder they lie in.
+def load_cells(paths: Iterable[Path], records_to: Path, *, by_folder: bool = True) -> Found:
+    """Read results in either form, and keep the records of those that are not kept yet.
+
+    A cell that comes a second time replaces the first, and a printed line says so. It does so whole, because a cell of
+    both would be the mean of two versions of a method. Rows of tables come in the order in which cells first came.
+
+    Args:
+        paths: FOLDER/NAME as `result_paths` finds them; later ones replace earlier ones.
+        records_to: where records are kept.
+        by_folder: in a folder there for each FOLDER.
 
     Raises:
-        SystemExit: two folders hold the same method, budget and example.
+        SystemExit: one file holds a method, budget and example twice, or kept records would be lost.
 
     """
-    records_to.mkdir(parents=True, exist_ok=True)
-    found = Found({}, {}, {})
-    for path in sorted(folders):
-        results = load_results(path)
-        keep_records(results, records_to / path.parent.name)
-        replayed = found.diagnosed if path.name.startswith("lost") else found.replays
-        for kind, lines in ((replayed, results.records), (found.answers, results.answers)):
-            for line in lines:
-                cells = kind.setdefault(Group(line.task, policy_of(path)), {})
-                cell = cells.setdefault((spec_of(line), label_of(line)), {})
-                if line.example in cell and line.budget is not None:
-                    raise SystemExit(f"{path} holds {spec_of(line)} at {label_of(line)} slots a second time.")
-                cell[line.example] = line  # full KV runs in several experiments, and is the same in all
+    found, began = Found({}, {}, {}), dict[tuple[str, Group, tuple[str, str]], str]()
+    for path in paths:
+        results = load(path)
+        keep(results, records_to / path.parent.name if by_folder else records_to)
+        for place, lines in _cells_in(path, results).items():
+            kind, group, cell = place
+            there = getattr(found, kind).setdefault(group, {}).setdefault(cell, {})
+            if cell[1] and there.keys() & lines.keys():  # full KV runs in several experiments, and is the same in all
+                print(
+                    f"{path}: {len(lines)} records of {' at '.join(cell)} slots, begun {results.manifest['date']}, "
+                    f"replace {len(there)} begun {began[place]}."
+                )
+                there.clear()
+            there.update(lines)
+            began[place] = results.manifest["date"]
     return found
 
 
-def result_folders(roots: Sequence[Path]) -> list[Path]:
-    """The results folders in some folders."""
-    return [path for root in roots for path in sorted(root.iterdir()) if (path / "manifest.json").exists()]
+def _cells_in(path: Path, results: Results) -> dict[tuple[str, Group, tuple[str, str]], dict[int, Line]]:
+    """Lines by field of `Found`, group and cell, then by example."""
+    cells: dict[tuple[str, Group, tuple[str, str]], dict[int, Line]] = {}
+    replays = "diagnosed" if path.name.startswith("lost") else "replays"
+    for kind, lines in ((replays, results.records), ("answers", results.answers)):
+        for line in lines:
+            cell = (spec_of(line), label_of(line))
+            here = cells.setdefault((kind, Group(line.task, policy_of(path)), cell), {})
+            if line.example in here:
+                raise SystemExit(f"{path} holds {' at '.join(cell)} slots a second time.")
+            here[line.example] = line
+    return cells
 
 
 def spec_of(line: Line) -> str:

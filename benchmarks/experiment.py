@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import gzip
-import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -16,7 +14,6 @@ from reasonkv.budget import Budget
 from reasonkv.evaluate.answers import AnswerRecord
 from reasonkv.evaluate.evaluator import EvaluateJob, run_evaluate
 from reasonkv.evaluate.records import Record
-from reasonkv.evaluate.results import Results
 from reasonkv.evaluate.runner import ReplayJob, run_replay
 from reasonkv.evaluate.traces import TraceSettings
 from reasonkv.methods import get_method
@@ -96,18 +93,6 @@ def run_part(part: Part, specs: Sequence[str], model: LoadedModel, out: Path, li
         run_evaluate(EvaluateJob([part.task], methods, budgets, limit, batch_size=batch_size), model, out / part.folder)
 
 
-def keep_records(results: Results, folder: Path) -> None:
-    """Write the records without their texts, compressed, and the manifest."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lines = []
-    for line in [*results.records, *results.answers]:
-        data = {name: value for name, value in asdict(line).items() if name != "output"}
-        lines.append(json.dumps(data) + "\n")
-    # no time stamp inside, so that equal records give equal files
-    (folder / f"{results.folder.name}.jsonl.gz").write_bytes(gzip.compress("".join(lines).encode(), mtime=0))
-    (folder / f"{results.folder.name}.manifest.json").write_text(json.dumps(results.manifest, indent=1) + "\n")
-
-
 def by_example(lines: dict[int, Line], metric: str) -> dict[int, float]:
     """A metric by example, where it exists."""
     found = {example: getattr(line, metric) for example, line in lines.items()}
@@ -132,7 +117,9 @@ def main(
     run.add_argument("--part", help="only folders whose name starts with this")
     run.add_argument("--methods", help="only these of a folder's methods, separated by spaces")
     show = commands.add_parser("summarize")
-    show.add_argument("folders", type=Path, nargs="+", help="folders that `run --out` wrote")
+    show.add_argument(
+        "folders", type=Path, nargs="+", help="what `run --out` wrote, or kept records; later ones replace earlier"
+    )
     show.add_argument("--to", type=Path, required=True)
     chosen = parser.parse_args()
     if chosen.command == "summarize":

@@ -4,7 +4,8 @@
     python benchmarks/families.py summarize results/families --to docs/results/families
 
 `run` leaves one results folder per family, prompt policy and kind (replay or answers), and those of `recall` against
-distance. `summarize` needs nothing but them; it writes tables, figures and the records without their texts.
+distance. `summarize` needs nothing but them, or `docs/results/families/records`; it writes tables, figures and, of
+results folders, the records without their texts.
 """
 
 from __future__ import annotations

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from cells import result_folders
-from experiment import POLICIES, Line, by_example, keep_records, policy_of
+from cells import Cells, load_cells
+from experiment import POLICIES, Line, by_example
+from kept_records import result_paths
 from matplotlib.figure import Figure
 
-from reasonkv.evaluate.results import load_results
 from reasonkv.evaluate.statistics import Estimate, estimate, rank_correlation
 from reasonkv.report.style import FULL_COLOUR, styles
 
@@ -30,14 +30,8 @@ class Cell:
 def summarize(folders: Sequence[Path], to: Path) -> None:
     """Write everything into `to`."""
     to.mkdir(parents=True, exist_ok=True)
-    replays, answers = {}, {}
-    for path in result_folders(folders):
-        results = load_results(path)
-        keep_records(results, to / "records")
-        policy = policy_of(path)
-        for kind, lines in ((replays, results.records), (answers, results.answers)):
-            for line in lines:
-                kind.setdefault(_cell(line, policy), {})[line.example] = line
+    found = load_cells(result_paths(folders), to / "records", by_folder=False)
+    replays, answers = _flat(found.replays), _flat(found.answers)
     text = [
         "Made by `python benchmarks/families.py summarize`; see README.md for what the words mean.",
         *_separation(replays),
@@ -47,6 +41,12 @@ def summarize(folders: Sequence[Path], to: Path) -> None:
     ]
     _frontier(replays, answers, to / "families.png")
     (to / "tables.md").write_text("\n".join(text) + "\n")
+
+
+def _flat(cells_of: Cells) -> dict[Cell, dict[int, Line]]:
+    """Every cell with its group's name and the words of this page for its method."""
+    cells = [(group, lines) for group, cells in cells_of.items() for lines in cells.values()]
+    return {_cell(next(iter(lines.values())), group.policy): lines for group, lines in cells}
 
 
 def _cell(line: Line, policy: str) -> Cell:

@@ -2,6 +2,7 @@
 
     python benchmarks/league.py run --out results/league              # resumes where it was stopped
     python benchmarks/league.py summarize results/league results/cask --to docs/results/league
+    python benchmarks/league.py summarize docs/results/{league,cask}/records/* --to docs/results/league
 
 Folders are those of `cask_claims.py` (same traces, problems, budgets and seeds), so that the methods which that
 experiment ran are not run again: `summarize` joins both. Two columns: the prompt compressible and inside the budget,

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from cells import Cells, Group, budgets, count_verdicts, gain, load_cells, mean, methods, result_folders, verdict, words
+from cells import Cells, Group, budgets, count_verdicts, gain, load_cells, mean, methods, verdict, words
 from experiment import POLICIES, Line
+from kept_records import result_paths
 from matplotlib.figure import Figure
 
 RIVAL = {"on_top": "random", "count": "random-attention:recent=16"}
@@ -22,7 +23,8 @@ _ALIKE = 0.02  # two cells are alike when their mean physical lengths differ by 
 
 def summarize(folders: Sequence[Path], to: Path) -> None:
     """Write everything into `to`."""
-    found = load_cells(result_folders(folders), to / "records")
+    to.mkdir(parents=True, exist_ok=True)
+    found = load_cells(result_paths(folders), to / "records")
     replays, answers = _entrants(found.replays), _entrants(found.answers)
     text = ["Made by `python benchmarks/league.py summarize`; see README.md for what the words mean.", ""]
     for policy in ("on_top", "count"):

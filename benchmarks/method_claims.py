@@ -4,7 +4,8 @@
     python benchmarks/method_claims.py summarize results/claims --to docs/results/claims
 
 Every claim compares two forms of one method at equal slots. Kara's run under its own schedule, where windows are cut
-once and then frozen; all others as in the league table, with the prompt on top.
+once and then frozen; all others as in the league table, with the prompt on top. `summarize` reads kept records
+(`docs/results/claims/records/*`), too.
 """
 
 from __future__ import annotations

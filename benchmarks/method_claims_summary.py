@@ -6,8 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cells import Cells, Group, budgets, gain, load_cells, mean, methods, result_folders, verdict, words
+from cells import Cells, Group, budgets, gain, load_cells, mean, methods, verdict, words
 from experiment import Line
+from kept_records import result_paths
 
 from reasonkv.evaluate.statistics import Difference
 
@@ -83,7 +84,8 @@ _ENOUGH = 2 / 3  # of the decided cells on one side, and at least a third of all
 
 def summarize(folders: Sequence[Path], to: Path) -> None:
     """Write everything into `to`."""
-    found = load_cells(result_folders(folders), to / "records")
+    to.mkdir(parents=True, exist_ok=True)
+    found = load_cells(result_paths(folders), to / "records")
     out = ["Made by `python benchmarks/method_claims.py summarize`; see README.md for what the words mean.", ""]
     out += ["## Verdicts", "", "| claim | measure | cells better / undecided / worse | mean difference | verdict |"]
     out += ["|---" * 5 + "|"]

@@ -10,8 +10,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from cells import budgets, load_cells, mean, methods, result_folders
+from cells import budgets, load_cells, mean, methods
 from experiment import INTERVAL, RECENT, SINKS, lengths
+from kept_records import result_paths
 
 from reasonkv.budget import Budget
 from reasonkv.evaluate.runner import ReplayJob, run_replay
@@ -38,7 +39,7 @@ def main() -> None:
         every = [get_method(spec) for spec in METHODS]
         job = ReplayJob([task], every, sizes, chosen.limit, seed=1, traces=TraceSettings(max_new_tokens=2048))
         run_replay(job, model, chosen.out / f"replay-{task}-count")
-    found = load_cells(result_folders([chosen.out]), chosen.out / "records")
+    found = load_cells(result_paths([chosen.out]), chosen.out / "records")
     out = ["Made by `python benchmarks/prompt_share.py`: KL in nats with standard errors, prompt compressible, seed 1,"]
     out += [f"n = {chosen.limit}. Columns: budget in slots, at 1/8, 1/4 and 1/2 of the mean length.", ""]
     for group, cells in found.replays.items():
