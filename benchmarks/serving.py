@@ -6,7 +6,8 @@ The cache is given as many blocks as full KV needs for 8 sequences of 2,000 outp
 tokens each: full KV starts more of them while they are short and preempts as they grow, a compressed cache runs as many
 as its blocks allow throughout. Rounds run every arm once, by turns. Then, on engines of the same kind, the time of a
 step by how many requests run and how much each holds, and the time to the first and second token of a lone request.
-Every measurement is a process of its own, with the bundled model.
+Every measurement is a process of its own, with the bundled model, or with `--kv-heavy` a model of random weights whose
+steps consist of reading keys and values, as those of large models with long texts do.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import argparse
 import contextlib
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -24,6 +26,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from common import median_interval, publish
 
 BLOCK, PROMPT, LONG_PROMPT = 128, 40, 1000
@@ -38,7 +41,7 @@ ARMS = [
 ]
 BATCHES = (1, 2, 4, 8, 16, 32, 42)
 HELD = {"stock": (LONG_PROMPT, 220), "random@256": (LONG_PROMPT,)}
-"""Prompts before the steps that are timed by batch: half of a full text, and one that gives 320 to 420 slots, as ours."""
+"""Prompts before the steps that are timed by batch: half of a full text, and one after which 320 slots are held."""
 WORKER = "reasonkv.runtimes.vllm.worker.Worker"
 SCHEDULER = "reasonkv.runtimes.vllm.scheduler.Scheduler"
 
@@ -58,19 +61,35 @@ def configuration(arm: str) -> dict[str, Any] | None:
     return given
 
 
+def make_kv_heavy(folder: Path) -> None:
+    """2 layers of 8 KV heads and 16 query heads of 128, narrow otherwise, with the bundled model's tokenizer."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    from reasonkv.testbed import testbed_path
+
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=186, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=16,
+        num_key_value_heads=8, head_dim=128, max_position_embeddings=4096, tie_word_embeddings=True, eos_token_id=2,
+    )  # fmt: skip
+    Qwen3ForCausalLM(config).save_pretrained(folder)
+    for file in testbed_path().glob("tokenizer*"):
+        shutil.copy(file, folder)
+
+
 @contextlib.contextmanager
 def engine_of(arm: str, blocks: int, longest: int, requests: int) -> Iterator[Any]:
-    """vLLM in this process, with so many blocks."""
+    """vLLM in this process, with so many blocks; the model is the one that `in_own_process` names."""
     from vllm import LLM
 
     from reasonkv.testbed import testbed_path
 
-    given = configuration(arm)
+    given, model = configuration(arm), os.environ.get("SERVING_MODEL") or str(testbed_path())
     options = {} if given is None else {"worker_cls": WORKER, "additional_config": {"reasonkv": given}}
     if given is not None and "window" in given:
         options["scheduler_cls"] = SCHEDULER
     llm = LLM(
-        str(testbed_path()), max_model_len=-(-longest // BLOCK) * BLOCK, max_num_seqs=requests, dtype="float32",
+        model, max_model_len=-(-longest // BLOCK) * BLOCK, max_num_seqs=requests, dtype="float32",
         enforce_eager=True, block_size=BLOCK, num_gpu_blocks_override=blocks + 1, enable_prefix_caching=False,
         disable_log_stats=True, **options,
     )  # fmt: skip
@@ -172,14 +191,14 @@ def first_tokens(arm: str, repeats: int) -> dict[str, Any]:
 
 def in_own_process(part: str, arm: str, given: argparse.Namespace, number: int) -> dict[str, Any]:
     """One measurement, in an engine of its own; one that an earlier run finished is read from `--parts`."""
-    key = [part, arm, number, given.requests, given.tokens, given.at_once, given.repeats]
+    key = [part, arm, number, given.kv_heavy, given.requests, given.tokens, given.at_once, given.repeats]
     for line in given.parts.read_text().splitlines() if given.parts and given.parts.exists() else ():
         if json.loads(line)["key"] == key:
             kept: dict[str, Any] = json.loads(line)["found"]
             return kept
     environment = os.environ | {
         "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR",
-        "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "SERVING_MODEL": given.model,
     }  # fmt: skip
     command = [sys.executable, __file__, "--part", part, "--arms", arm, "--requests", str(given.requests)]
     command += ["--tokens", str(given.tokens), "--at-once", str(given.at_once), "--repeats", str(given.repeats)]
@@ -218,6 +237,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="of the throughput of every arm")
     parser.add_argument("--repeats", type=int, default=30, help="of the time to the first token")
     parser.add_argument("--parts", type=Path, help="file that finished measurements are kept in, and read from")
+    parser.add_argument("--kv-heavy", action="store_true", help="a KV-heavy model with random weights")
     parser.add_argument("--part", choices=("throughput", "steps", "first"), help=argparse.SUPPRESS)
     parser.add_argument("--number", type=int, help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -231,6 +251,15 @@ def main() -> None:
         }[given.part]()
         print("RESULT", json.dumps(result))
         return
+    with tempfile.TemporaryDirectory() as folder:
+        given.model = folder if given.kv_heavy else ""
+        if given.kv_heavy:
+            make_kv_heavy(Path(folder))
+        measure(given)
+
+
+def measure(given: argparse.Namespace) -> None:
+    """Every part, and the table."""
     compressed = [arm for arm in given.arms if arm != "stock"]
     steps = [in_own_process("steps", arm, given, prompt) for arm, every in HELD.items() for prompt in every]
     first = [in_own_process("first", arm, given, 0) for arm in compressed[:2]]
@@ -239,9 +268,11 @@ def main() -> None:
         for arm in given.arms:
             rounds[arm].append(in_own_process("throughput", arm, given, number))
     found = [median_of(rounds[arm], rounds.get("stock", [])) for arm in given.arms]
+    model = "a KV-heavy model" if given.kv_heavy else "the bundled model"
     publish(
-        "serving",
-        f"{given.requests} requests of {given.tokens} output tokens on the blocks of {given.at_once} full sequences",
+        "serving_kv_heavy" if given.kv_heavy else "serving",
+        f"{given.requests} requests of {given.tokens} output tokens on the blocks of {given.at_once} full sequences, "
+        f"{model}, float32",
         ["arm", "running, peak", "running, mean", "tokens/s", "over stock", "95 % low", "95 % high",
          "tokens/s while requests wait", "step p50 ms", "step p99 ms", "longest ms", "events, % of step time"],
         [

@@ -37,6 +37,11 @@ def top_k_slots(scores_BHN: Tensor, keep: int, forced_BHN: Tensor | None = None)
         PlanError: a score is NaN, `keep` is not within 0..N, or a row forces more than `keep` slots.
 
     """
+    return top_k_mask(scores_BHN, keep, forced_BHN).nonzero()[:, 2].view(*scores_BHN.shape[:2], keep)
+
+
+def top_k_mask(scores_BHN: Tensor, keep: int, forced_BHN: Tensor | None = None) -> Tensor:
+    """What `top_k_slots` returns, as a mask of all slots, bool [B, H, N]."""
     N = scores_BHN.shape[-1]
     if not 0 <= keep <= N:
         raise PlanError(f"Cannot keep {keep} of {N} slots.")
@@ -48,14 +53,13 @@ def top_k_slots(scores_BHN: Tensor, keep: int, forced_BHN: Tensor | None = None)
         # Below infinity first, so that no score ties with a forced slot.
         scores_BHN = scores_BHN.clamp(max=torch.finfo(scores_BHN.dtype).max).masked_fill(forced_BHN, float("inf"))
     if keep == 0:
-        return torch.empty(*scores_BHN.shape[:2], 0, dtype=torch.int64, device=scores_BHN.device)
+        return torch.zeros_like(scores_BHN, dtype=torch.bool)
     # The smallest kept score; all above it stay, and as many of its equals as there is room for, newest first.
     cut_BH1 = scores_BHN.topk(keep, dim=-1, sorted=False).values.amin(-1, keepdim=True)
     above_BHN, equal_BHN = scores_BHN > cut_BH1, scores_BHN == cut_BH1
     room_BH1 = keep - above_BHN.sum(-1, keepdim=True)
     rank_BHN = equal_BHN.flip(-1).cumsum(-1).flip(-1)  # 1 for the newest of the equals
-    kept_BHN = above_BHN | (equal_BHN & (rank_BHN <= room_BH1))
-    return kept_BHN.nonzero()[:, 2].view(*scores_BHN.shape[:2], keep)
+    return above_BHN | (equal_BHN & (rank_BHN <= room_BH1))
 
 
 def check_window(window: int, kernel: int) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from reasonkv.budget import Budget, Window
 from reasonkv.methods.base import Method, Needs
 from reasonkv.plan import Plan
-from reasonkv.selection import attention_blocks, group_mean, top_k_slots
+from reasonkv.selection import attention_blocks, group_mean, top_k_mask, top_k_slots
 from reasonkv.view import SlotView
 
 
@@ -69,18 +69,16 @@ class Kara(Method):
         """Score the window, keep its best chunks and tokens; everything outside it is protected and stays."""
         open_BHN = ~view.is_protected_BHN
         B, H, N = open_BHN.shape
-        # The window's slots in front, in order; where one head has fewer than another, protected slots fill up.
-        M = int(open_BHN.sum(-1).max())
-        window_BHM = open_BHN.to(torch.uint8).sort(dim=-1, descending=True, stable=True).indices[..., :M]
+        window_BHM = open_slots(open_BHN)
         filler_BHM = view.is_protected_BHN.gather(2, window_BHM)
         scores_BHM = self.score(view, window_BHM, filler_BHM)
-        room = keep - (N - M)  # the same for all heads: fillers stay, as all protected slots do
+        room = keep - (N - window_BHM.shape[2])  # the same for all heads: fillers stay, as all protected slots do
         if self.token2chunk:
             positions_BHM = view.positions_BHN.gather(2, window_BHM)
             kept_BHr = chunked_top_k(scores_BHM, positions_BHM, room, filler_BHM, gamma=self.gamma, alpha=self.alpha)
         else:
             kept_BHr = top_k_slots(scores_BHM, room, filler_BHM)
-        stays_BHN = view.is_protected_BHN.clone().scatter_(2, window_BHM.gather(2, kept_BHr), True)
+        stays_BHN = view.is_protected_BHN.scatter(2, window_BHM.gather(2, kept_BHr), True)
         return Plan(stays_BHN.nonzero()[:, 2].view(B, H, keep))
 
     def score(self, view: SlotView, window_BHM: Tensor, filler_BHM: Tensor) -> Tensor:
@@ -91,30 +89,44 @@ class Kara(Method):
 
         Args:
             view: one layer's slots, with queries.
-            window_BHM: int64, slots of the window, ascending.
-            filler_BHM: bool, entries of `window_BHM` that are no part of it.
+            window_BHM: int64, slots of the window, ascending, and fillers behind them.
+            filler_BHM: bool, entries of `window_BHM` that are no part of it; every head has others.
 
         Returns:
             float32 [B, H, M], 0 for fillers.
 
         """
-        queries_RgTD = view.queries_BHgTD().flatten(0, 1)
-        M = window_BHM.shape[2]
-        rows_B11, heads_H1 = (torch.arange(n, device=window_BHM.device) for n in window_BHM.shape[:2])
-        keys_RMD = view.keys_BHND[rows_B11[:, None, None], heads_H1[:, None], window_BHM].flatten(0, 1)
+        B, H, M = window_BHM.shape
         position_RM = view.positions_BHN.gather(2, window_BHM).flatten(0, 1)
         filler_RM = filler_BHM.flatten(0, 1)
 
         assert view.query_positions_BT is not None
-        asks_RT = view.query_positions_BT.repeat_interleave(window_BHM.shape[1], dim=0)
-        first_R1 = position_RM.masked_fill(filler_RM, torch.iinfo(torch.int64).max).amin(-1, keepdim=True)
-        last_R1 = position_RM.masked_fill(filler_RM, -1).amax(-1, keepdim=True)
-        votes_RT = asks_RT >= first_R1
+        asks_RT = view.query_positions_BT.repeat_interleave(H, dim=0)
+        votes_RT = asks_RT >= position_RM[:, :1]
         if not self.buffer_votes:
+            last_R1 = position_RM.gather(1, (~filler_RM).sum(-1, keepdim=True) - 1)
             own_RT = votes_RT & (asks_RT <= last_R1)
             votes_RT = torch.where(own_RT.any(-1, keepdim=True), own_RT, votes_RT)
 
-        has_fillers = bool(filler_RM.any())
+        # What costs is attention: queries later than all that vote take no part, and a window that is one run of slots
+        # in every head is read where it lies.
+        T, device = votes_RT.shape[1], window_BHM.device
+        run_M = window_BHM[0, 0, 0] + torch.arange(M, device=device)
+        facts = (
+            (votes_RT * torch.arange(1, T + 1, device=device)).amax(),
+            run_M[0],
+            (window_BHM == run_M).all().long(),
+            filler_RM.any().long(),
+        )
+        asked, first, is_run, has_fillers = torch.stack(facts).tolist()  # one read
+        asked = -(-asked // 16) * 16 if T % 16 == 0 and M >= 32 else T
+        asks_RT, votes_RT = asks_RT[:, :asked], votes_RT[:, :asked]
+        queries_RgTD = view.queries_BHgTD()[:, :, :, :asked].flatten(0, 1)
+        if is_run:
+            keys_BHMD = view.keys_BHND[:, :, first : first + M]
+        else:
+            rows_B11, heads_H1 = (torch.arange(n, device=device) for n in (B, H))
+            keys_BHMD = view.keys_BHND[rows_B11[:, None, None], heads_H1[:, None], window_BHM]
 
         def hide(block: slice, logits_rgTM: Tensor) -> None:
             if has_fillers:
@@ -124,11 +136,23 @@ class Kara(Method):
                 logits_rgTM.masked_fill_((later_rTM & votes_RT[block, :, None])[:, None], float("-inf"))
 
         parts = []
-        for block, attention_rgTM in attention_blocks(queries_RgTD, keys_RMD, view.scaling, adjust=hide):
+        for block, attention_rgTM in attention_blocks(queries_RgTD, keys_BHMD.flatten(0, 1), view.scaling, adjust=hide):
             vote_r11T = votes_RT[block, None, None].to(attention_rgTM.dtype)
             parts.append((vote_r11T @ attention_rgTM)[:, :, 0] / vote_r11T.sum(-1))
-        attention_RgM = torch.cat(parts)
-        return group_mean(attention_RgM.view(*window_BHM.shape[:2], -1, M))
+        return group_mean(torch.cat(parts).view(B, H, -1, M))
+
+
+def open_slots(open_BHN: Tensor) -> Tensor:
+    """Every head's open slots in front, in order; where one head has fewer than another, protected slots fill up.
+
+    Returns:
+        int64 [B, H, M] for M open slots of the head that has most.
+
+    """
+    if bool((open_BHN == open_BHN[:1, :1]).all()):  # as under a schedule that protects equal places in all rows
+        return open_BHN[0, 0].nonzero()[:, 0].expand(*open_BHN.shape[:2], -1)
+    most = int(open_BHN.sum(-1).max())
+    return open_BHN.to(torch.uint8).sort(dim=-1, descending=True, stable=True).indices[..., :most]
 
 
 def chunked_top_k(
@@ -151,8 +175,7 @@ def chunked_top_k(
         PlanError: a score is NaN, or more than `keep` slots are forced.
 
     """
-    best_BHk = top_k_slots(scores_BHM, keep, forced_BHM)
-    candidate_BHM = torch.zeros_like(forced_BHM).scatter_(2, best_BHk, True) & ~forced_BHM
+    candidate_BHM = top_k_mask(scores_BHM, keep, forced_BHM) & ~forced_BHM
     start_BHM, accepted_BHM = accept_chunks(scores_BHM, positions_BHM, candidate_BHM, gamma=gamma, alpha=alpha)
     # Count up where chunks begin and down behind their ends: slots inside one stand above zero.
     edges_BHM = torch.zeros_like(start_BHM).scatter_add_(2, start_BHM, accepted_BHM.long())
