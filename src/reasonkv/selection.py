@@ -6,7 +6,7 @@ Scores are float32 whatever the model's dtype (float64 for float64 models).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -177,6 +177,7 @@ def attention_blocks(
     *,
     merge_logits: bool = False,
     adjust: Callable[[slice, Tensor], None] | None = None,
+    blocks: Sequence[slice] | None = None,
 ) -> Iterator[tuple[slice, Tensor]]:
     """Softmax over slots of every query's products with the keys, a block of KV heads at a time.
 
@@ -187,6 +188,7 @@ def attention_blocks(
         later_RTt: bool, which of the last t slots come after a query, which then does not see them.
         merge_logits: replace the logits of a group's query heads by their maximum.
         adjust: called with a block and its logits [r, g, T, N], to change them in place before the softmax.
+        blocks: which heads to take at once; what `head_blocks` finds best unless given.
 
     Yields:
         The block, and float32 (float64 for float64 keys) [r, g, T, N], or with `merge_logits` [r, 1, T, N]. The next
@@ -195,7 +197,7 @@ def attention_blocks(
     """
     (R, g, T, _), N = queries_RgTD.shape, keys_RND.shape[1]
     dtype, device = upcast(keys_RND[:0]).dtype, keys_RND.device
-    blocks = list(head_blocks(R, g * T * N, device))
+    blocks = list(head_blocks(R, g * T * N, device)) if blocks is None else blocks
     logits_rqN = torch.empty(max((b.stop - b.start for b in blocks), default=0), g * T, N, dtype=dtype, device=device)
     for block in blocks:
         queries_rqD = upcast(queries_RgTD[block]).flatten(1, 2) * scaling

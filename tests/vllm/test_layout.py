@@ -63,7 +63,8 @@ def test_what_is_written_is_read_back_bit_for_bit(place: Place, is_linear: bool,
     check_reading(torch.zeros(BLOCKS, H, S, 2 * D, dtype=dtype), writer(place), is_linear)
 
 
-def check_reading(cache: Tensor, write: Write, is_linear: bool) -> None:
+def check_reading(cache: Tensor, write: Write, is_linear: bool, *, is_packed: bool | None = None) -> None:
+    is_packed = is_linear if is_packed is None else is_packed
     layout = Layout.probe(cache, 1, H, D, write)
     assert not cache.any()
     assert (layout.key_strides is not None) == is_linear
@@ -78,6 +79,21 @@ def check_reading(cache: Tensor, write: Write, is_linear: bool) -> None:
         assert torch.equal(got[0], written.transpose(0, 1))
         assert torch.equal(got[1], torch.cat([written[S:], written[:S]]).transpose(0, 1))
         assert torch.equal(picked, got.take_along_dim(some[..., None], 2))
+    front, before = torch.randn(2, 2, H, S + 1, D).to(cache.dtype), cache.clone()  # a block and a slot of the next
+    asked = torch.tensor([[1, 3], [4, 2]])
+    assert layout.write_front(cache, asked, *front) == is_packed
+    if is_packed:
+        for read, new, old in zip(
+            (layout.read_keys, layout.read_values),
+            front,
+            (layout.read_keys(before, asked), layout.read_values(before, asked)),
+            strict=True,
+        ):
+            assert torch.equal(read(cache, asked), torch.cat([new, old[:, :, S + 1 :]], 2))
+        untouched = [block for block in range(BLOCKS) if block not in asked]
+        assert torch.equal(cache[untouched], before[untouched])
+    else:
+        assert torch.equal(cache, before)
 
 
 @pytest.mark.parametrize("memory", ["slots first", "gaps"])
@@ -90,7 +106,7 @@ def test_blocks_may_lie_in_memory_as_they_like(memory: str) -> None:
     def write(keys_nHD: Tensor, values_nHD: Tensor, kv_cache: Tensor, slots_n: Tensor) -> None:
         kv_cache[slots_n // S, :, slots_n % S] = torch.cat([keys_nHD, values_nHD], -1)
 
-    check_reading(cache, write, is_linear=True)
+    check_reading(cache, write, is_linear=True, is_packed=memory != "gaps")
 
 
 def test_a_cache_operation_that_rounds_is_refused() -> None:

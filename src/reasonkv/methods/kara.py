@@ -11,7 +11,7 @@ from torch import Tensor
 from reasonkv.budget import Budget, Window
 from reasonkv.methods.base import Method, Needs
 from reasonkv.plan import Plan
-from reasonkv.selection import attention_blocks, group_mean, top_k_mask, top_k_slots
+from reasonkv.selection import attention_blocks, group_mean, head_blocks, top_k_mask, top_k_slots
 from reasonkv.view import SlotView
 
 
@@ -99,16 +99,11 @@ class Kara(Method):
         B, H, M = window_BHM.shape
         position_RM = view.positions_BHN.gather(2, window_BHM).flatten(0, 1)
         filler_RM = filler_BHM.flatten(0, 1)
-
         assert view.query_positions_BT is not None
         asks_RT = view.query_positions_BT.repeat_interleave(H, dim=0)
-        votes_RT = asks_RT >= position_RM[:, :1]
-        if not self.buffer_votes:
-            last_R1 = position_RM.gather(1, (~filler_RM).sum(-1, keepdim=True) - 1)
-            own_RT = votes_RT & (asks_RT <= last_R1)
-            votes_RT = torch.where(own_RT.any(-1, keepdim=True), own_RT, votes_RT)
+        votes_RT = self._votes(asks_RT, position_RM, filler_RM)
 
-        # What costs is attention: queries later than all that vote take no part, and a window that is one run of slots
+        # Attention is what costs: queries later than all that vote take no part, and a window that is one run of slots
         # in every head is read where it lies.
         T, device = votes_RT.shape[1], window_BHM.device
         run_M = window_BHM[0, 0, 0] + torch.arange(M, device=device)
@@ -118,10 +113,13 @@ class Kara(Method):
             (window_BHM == run_M).all().long(),
             filler_RM.any().long(),
         )
-        asked, first, is_run, has_fillers = torch.stack(facts).tolist()  # one read
-        asked = -(-asked // 16) * 16 if T % 16 == 0 and M >= 32 else T
-        asks_RT, votes_RT = asks_RT[:, :asked], votes_RT[:, :asked]
-        queries_RgTD = view.queries_BHgTD()[:, :, :, :asked].flatten(0, 1)
+        asking, first, is_run, has_fillers = torch.stack(facts).tolist()  # one read from the device
+        # A CPU's product of a row with a matrix rounds by where matrices begin. With multiples of 16 queries, all begin
+        # on a cache line, and in the blocks of all T scores are to the bit what they are if all take part.
+        asking = -(-asking // 16) * 16 if T % 16 == 0 and M >= 32 else T
+        blocks = list(head_blocks(B * H, view.group_size * T * M, device))
+        queries_RgTD = view.queries_BHgTD()[:, :, :, :asking].flatten(0, 1)
+        asks_RT, votes_RT = asks_RT[:, :asking], votes_RT[:, :asking]
         if is_run:
             keys_BHMD = view.keys_BHND[:, :, first : first + M]
         else:
@@ -136,10 +134,28 @@ class Kara(Method):
                 logits_rgTM.masked_fill_((later_rTM & votes_RT[block, :, None])[:, None], float("-inf"))
 
         parts = []
-        for block, attention_rgTM in attention_blocks(queries_RgTD, keys_BHMD.flatten(0, 1), view.scaling, adjust=hide):
+        for block, attention_rgTM in attention_blocks(
+            queries_RgTD, keys_BHMD.flatten(0, 1), view.scaling, adjust=hide, blocks=blocks
+        ):
             vote_r11T = votes_RT[block, None, None].to(attention_rgTM.dtype)
             parts.append((vote_r11T @ attention_rgTM)[:, :, 0] / vote_r11T.sum(-1))
         return group_mean(torch.cat(parts).view(B, H, -1, M))
+
+    def _votes(self, asks_RT: Tensor, position_RM: Tensor, filler_RM: Tensor) -> Tensor:
+        """Whose attention counts, bool [R, T]: queries inside the window; those after it if there is none, or if asked.
+
+        Args:
+            asks_RT: the queries' tokens.
+            position_RM: the window's tokens, ascending, and those of fillers behind them.
+            filler_RM: bool, no part of the window.
+
+        """
+        votes_RT = asks_RT >= position_RM[:, :1]
+        if self.buffer_votes:
+            return votes_RT
+        last_R1 = position_RM.gather(1, (~filler_RM).sum(-1, keepdim=True) - 1)
+        own_RT = votes_RT & (asks_RT <= last_R1)
+        return torch.where(own_RT.any(-1, keepdim=True), own_RT, votes_RT)
 
 
 def open_slots(open_BHN: Tensor) -> Tensor:

@@ -191,27 +191,28 @@ def _protected(runtime: Runtime, index_BHN: Tensor, is_prompt_BHN: Tensor, step:
 
 def _rewrite(layer: Layer, step: Step, rows: list[int], plan: Plan, view: SlotView) -> None:
     """Write what stays to the front of the requests' blocks, and note what it is."""
-    kept_BHK, cache = plan.kept_BHK, layer.module.kv_cache
+    kept_BHK, cache, layout = plan.kept_BHK, layer.module.kv_cache, layer.layout
+    assert layout is not None
     if plan.fold is None:
-        assert layer.layout is not None
         blocks_BM = _blocks(layer, step, rows, view.positions_BHN.shape[2])
-        keys_BHKD, values_BHKD = layer.layout.read_slots(cache, blocks_BM, kept_BHK)
+        keys_BHKD, values_BHKD = layout.read_slots(cache, blocks_BM, kept_BHK)
     else:
         keys, values = view.keys_BHND.contiguous(), view.values_BHND.contiguous()
         keys_BHKD, values_BHKD = compact_pair(keys, values, list(range(len(rows))), plan, view.positions_BHN)
-    (B, H, K), block_size = kept_BHK.shape, cache.shape[2]
-    slot_K = torch.arange(K, device=kept_BHK.device)
-    blocks_BM = _blocks(layer, step, rows, K).long()
-    slots_n = (blocks_BM[:, slot_K // block_size] * block_size + slot_K % block_size).flatten()
-    layer.module.impl.write(
-        layer.module,
-        keys_BHKD.transpose(1, 2).reshape(B * K, H, -1),
-        values_BHKD.transpose(1, 2).reshape(B * K, H, -1),
-        cache,
-        slots_n,
-    )
+    blocks_BM = _blocks(layer, step, rows, kept_BHK.shape[2])
+    if not layout.write_front(cache, blocks_BM, keys_BHKD, values_BHKD):
+        _write_by_platform(layer, blocks_BM, keys_BHKD, values_BHKD)
     place_b = torch.tensor([step.sequences[step.order[row]].place for row in rows], device=kept_BHK.device)
     layer.slots.settle(place_b, plan, view)
+
+
+def _write_by_platform(layer: Layer, blocks_BM: Tensor, keys_BHKD: Tensor, values_BHKD: Tensor) -> None:
+    """The same by the platform's cache operation, which takes tokens one after the other."""
+    (B, H, K, _), block_size = keys_BHKD.shape, layer.module.kv_cache.shape[2]
+    slot_K = torch.arange(K, device=keys_BHKD.device)
+    slots_n = (blocks_BM.long()[:, slot_K // block_size] * block_size + slot_K % block_size).flatten()
+    keys_nHD, values_nHD = (x.transpose(1, 2).reshape(B * K, H, -1) for x in (keys_BHKD, values_BHKD))
+    layer.module.impl.write(layer.module, keys_nHD, values_nHD, layer.module.kv_cache, slots_n)
 
 
 def _blocks(layer: Layer, step: Step, rows: list[int], slots: int) -> Tensor:

@@ -2,8 +2,8 @@
 
 Attention kernels pack keys and values as they like: CPU kernels interleave them per instruction set, others split them
 by head or by token. Instead of knowing every packing, a numbered ramp is written through the platform's own cache
-operation when the engine starts, and where the numbers end up is the layout. Reading is then one gather; writing goes
-through the platform's operation again.
+operation when the engine starts, and where the numbers end up is the layout. Reading and writing then move elements in
+packed space, in one pass where the layout is linear; where it is not, writing goes through the platform's operation.
 
 Legend: B rows, M blocks per row, H KV heads, S slots per block, D head_dim, E elements of a block.
 """
@@ -47,8 +47,23 @@ class Strides:
         self, cache_NE: Tensor, block_BHK: Tensor, slot_BHK: Tensor, shape_HSD: tuple[int, int, int]
     ) -> Tensor:
         """[B, H, K, D]: slot `slot_BHK` of block `block_BHK`, every head its own, in one pass."""
-        head_H1 = torch.arange(shape_HSD[0], device=cache_NE.device)[:, None]
+        H, _, D = shape_HSD
+        head_H1 = torch.arange(H, device=cache_NE.device)[:, None]
+        steps = (cache_NE.stride(0), self.offset, self.head, self.outer, self.inner_step)
+        if self.dim == 1 and cache_NE.is_contiguous() and all(step % D == 0 for step in steps):
+            # a slot is a row of memory: on CPU whole rows are copied several times faster than one by one indexed
+            block, first, head, outer, inner = (step // D for step in steps)
+            row_BHK = block_BHK * block + first + head_H1 * head
+            row_BHK += slot_BHK // self.inner * outer + slot_BHK % self.inner * inner
+            return cache_NE.view(-1, D).index_select(0, row_BHK.flatten()).view(*slot_BHK.shape, D)
         return self._view(cache_NE, shape_HSD)[block_BHK, head_H1, slot_BHK // self.inner, slot_BHK % self.inner]
+
+    def put_slots(self, cache_NE: Tensor, block_BK: Tensor, slot_K: Tensor, x_BHKD: Tensor, slots: int) -> None:
+        """Write what `gather_slots` reads, in place; all heads of a row to the same slots."""
+        _, H, _, D = x_BHKD.shape
+        head_H1 = torch.arange(H, device=cache_NE.device)[:, None]
+        where = (block_BK[:, None], head_H1, slot_K // self.inner, slot_K % self.inner)
+        self._view(cache_NE, (H, slots, D))[where] = x_BHKD
 
     def _view(self, cache_NE: Tensor, shape_HSD: tuple[int, int, int]) -> Tensor:
         """[N, H, S // inner, inner, D] without a copy."""
@@ -147,6 +162,22 @@ class Layout:
                 every_BHND = _read(kv_cache, blocks_BM, index_HSD, strides)
                 found.append(every_BHND.take_along_dim(slots_BHK[..., None], 2))
         return found[0], found[1]
+
+    def write_front(self, kv_cache: Tensor, blocks_BM: Tensor, keys_BHKD: Tensor, values_BHKD: Tensor) -> bool:
+        """Write keys and values to the first K slots of every row.
+
+        Returns:
+            Whether it was done; False where the layout is not linear, and nothing was written.
+
+        """
+        cache = _by_memory(kv_cache)
+        if self.key_strides is None or self.value_strides is None or not cache[0].is_contiguous():
+            return False
+        S, slot_K = self.key_index_HSD.shape[1], torch.arange(keys_BHKD.shape[2], device=kv_cache.device)
+        block_BK = blocks_BM.long()[:, slot_K // S]
+        for strides, x_BHKD in ((self.key_strides, keys_BHKD), (self.value_strides, values_BHKD)):
+            strides.put_slots(cache.flatten(1), block_BK, slot_K % S, x_BHKD, S)
+        return True
 
 
 def _read(kv_cache: Tensor, blocks_BM: Tensor, index_HSD: Tensor, strides: Strides | None) -> Tensor:
