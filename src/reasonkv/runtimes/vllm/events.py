@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from reasonkv.compaction import compact_pair
+from reasonkv.compaction import compact_pair, gather_slots
 from reasonkv.plan import Plan, PlanError
 from reasonkv.protection import protected_slots
-from reasonkv.runtimes.vllm.layout import Layout
+from reasonkv.runtimes.vllm.layout import Kind, Layout
 from reasonkv.runtimes.vllm.slots import LayerSlots
 from reasonkv.runtimes.vllm.step import Step
 from reasonkv.view import SlotView
@@ -54,31 +54,37 @@ class Layer:
     layout: Layout | None = None
 
 
+_FIELDS: dict[Kind, str] = {"keys": "keys_BHND", "values": "values_BHND"}
+
+
 @dataclass(frozen=True)
 class PagedView(SlotView):
     """A view made without keys and values (None): they are read out of their blocks when first looked at.
 
     Args:
-        read_keys, read_values: read them, [B, H, N, D].
+        read: reads either, [B, H, N, D].
 
     """
 
-    read_keys: Callable[[], Tensor] | None = None
-    read_values: Callable[[], Tensor] | None = None
+    read: Callable[[Kind], Tensor] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("keys_BHND", "values_BHND"):
+        for name in _FIELDS.values():
             if vars(self)[name] is None:
                 del vars(self)[name]  # so that looking it up asks below
 
     def __getattr__(self, name: str) -> Tensor:
         """Only called for what is not there."""
-        read = {"keys_BHND": self.read_keys, "values_BHND": self.read_values}.get(name)
-        if read is None:
+        kind = next((kind for kind, field in _FIELDS.items() if field == name), None)
+        if kind is None or self.read is None:
             raise AttributeError(name)
-        found = read()
+        found = self.read(kind)
         vars(self)[name] = found
         return found
+
+    def was_read(self, kind: Kind) -> bool:
+        """Somebody looked at them."""
+        return _FIELDS[kind] in vars(self)
 
 
 def carry_out_events(runtime: Runtime, step: Step) -> None:
@@ -132,7 +138,7 @@ def _portions(step: Step, layers: list[Layer], groups: list[list[int]]) -> Itera
         yield from (rows[start : start + most] for start in range(0, len(rows), most))
 
 
-def make_view(runtime: Runtime, layer: Layer, step: Step, rows: list[int]) -> SlotView:
+def make_view(runtime: Runtime, layer: Layer, step: Step, rows: list[int]) -> PagedView:
     """What the method may look at for requests that hold equally many slots, after the step's attention."""
     config, slots = runtime.config, layer.slots
     names = [step.order[row] for row in rows]
@@ -156,8 +162,7 @@ def make_view(runtime: Runtime, layer: Layer, step: Step, rows: list[int]) -> Sl
     return PagedView(
         keys_BHND=None,  # type: ignore[arg-type]
         values_BHND=None,  # type: ignore[arg-type]
-        read_keys=lambda: layout.read_keys(cache, blocks_BM)[:, :, :held],
-        read_values=lambda: layout.read_values(cache, blocks_BM)[:, :, :held],
+        read=lambda kind: layout.read(kind, cache, blocks_BM)[:, :, :held],
         positions_BHN=index,
         counts_BHN=slots.source_counts(place_b, held, settled_b),
         is_prompt_BHN=is_prompt,
@@ -189,16 +194,22 @@ def _protected(runtime: Runtime, index_BHN: Tensor, is_prompt_BHN: Tensor, step:
     return protected_slots(index_BHN, is_prompt_BHN, budgets, before, after, runtime.config.method.needs.recent)
 
 
-def _rewrite(layer: Layer, step: Step, rows: list[int], plan: Plan, view: SlotView) -> None:
+def _rewrite(layer: Layer, step: Step, rows: list[int], plan: Plan, view: PagedView) -> None:
     """Write what stays to the front of the requests' blocks, and note what it is."""
     kept_BHK, cache, layout = plan.kept_BHK, layer.module.kv_cache, layer.layout
     assert layout is not None
-    if plan.fold is None:
-        blocks_BM = _blocks(layer, step, rows, view.positions_BHN.shape[2])
-        keys_BHKD, values_BHKD = layout.read_slots(cache, blocks_BM, kept_BHK)
-    else:
+    every_row = list(range(len(rows)))
+    if plan.fold is not None:
         keys, values = view.keys_BHND.contiguous(), view.values_BHND.contiguous()
-        keys_BHKD, values_BHKD = compact_pair(keys, values, list(range(len(rows))), plan, view.positions_BHN)
+        keys_BHKD, values_BHKD = compact_pair(keys, values, every_row, plan, view.positions_BHN)
+    else:
+        held_BM = _blocks(layer, step, rows, view.positions_BHN.shape[2])
+        keys_BHKD, values_BHKD = (
+            gather_slots(getattr(view, field).contiguous(), every_row, kept_BHK)
+            if view.was_read(kind)
+            else layout.read_slots(kind, cache, held_BM, kept_BHK)
+            for kind, field in _FIELDS.items()
+        )
     blocks_BM = _blocks(layer, step, rows, kept_BHK.shape[2])
     if not layout.write_front(cache, blocks_BM, keys_BHKD, values_BHKD):
         _write_by_platform(layer, blocks_BM, keys_BHKD, values_BHKD)

@@ -12,12 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 _BASE = 128  # digits that every floating-point type holds exactly
 
+Kind = Literal["keys", "values"]
 Write = Callable[[Tensor, Tensor, Tensor, Tensor], None]
 """`write(keys_nHD, values_nHD, kv_cache, slots_n)`: the platform's cache operation."""
 
@@ -39,7 +41,10 @@ class Strides:
 
     def gather(self, cache_NE: Tensor, blocks_BM: Tensor, shape_HSD: tuple[int, int, int]) -> Tensor:
         """[B, H, M * S, D] of some of N blocks, in one pass."""
-        H, _, D = shape_HSD
+        H, S, D = shape_HSD
+        if self._has_rows(cache_NE, D):
+            slot_BHn = torch.arange(S, device=cache_NE.device).repeat(len(blocks_BM), H, blocks_BM.shape[1])
+            return self.gather_slots(cache_NE, blocks_BM.repeat_interleave(S, 1)[:, None], slot_BHn, shape_HSD)
         head_H1 = torch.arange(H, device=cache_NE.device)[:, None]
         return self._view(cache_NE, shape_HSD)[blocks_BM[:, None], head_H1].reshape(len(blocks_BM), H, -1, D)
 
@@ -49,14 +54,16 @@ class Strides:
         """[B, H, K, D]: slot `slot_BHK` of block `block_BHK`, every head its own, in one pass."""
         H, _, D = shape_HSD
         head_H1 = torch.arange(H, device=cache_NE.device)[:, None]
-        steps = (cache_NE.stride(0), self.offset, self.head, self.outer, self.inner_step)
-        if self.dim == 1 and cache_NE.is_contiguous() and all(step % D == 0 for step in steps):
-            # a slot is a row of memory: on CPU whole rows are copied several times faster than one by one indexed
-            block, first, head, outer, inner = (step // D for step in steps)
-            row_BHK = block_BHK * block + first + head_H1 * head
-            row_BHK += slot_BHK // self.inner * outer + slot_BHK % self.inner * inner
-            return cache_NE.view(-1, D).index_select(0, row_BHK.flatten()).view(*slot_BHK.shape, D)
-        return self._view(cache_NE, shape_HSD)[block_BHK, head_H1, slot_BHK // self.inner, slot_BHK % self.inner]
+        if not self._has_rows(cache_NE, D):
+            return self._view(cache_NE, shape_HSD)[block_BHK, head_H1, slot_BHK // self.inner, slot_BHK % self.inner]
+        row_BHK = block_BHK * (cache_NE.shape[1] // D) + self.offset // D + head_H1 * (self.head // D)
+        row_BHK = row_BHK + slot_BHK // self.inner * (self.outer // D) + slot_BHK % self.inner * (self.inner_step // D)
+        return cache_NE.view(-1, D).index_select(0, row_BHK.flatten()).view(*slot_BHK.shape, D)
+
+    def _has_rows(self, cache_NE: Tensor, D: int) -> bool:
+        """Every slot is a row of D elements of the whole memory: on CPU rows are copied several times faster."""
+        steps = (cache_NE.shape[1], self.offset, self.head, self.outer, self.inner_step)
+        return self.dim == 1 and cache_NE.is_contiguous() and all(step % D == 0 for step in steps)
 
     def put_slots(self, cache_NE: Tensor, block_BK: Tensor, slot_K: Tensor, x_BHKD: Tensor, slots: int) -> None:
         """Write what `gather_slots` reads, in place; all heads of a row to the same slots."""
@@ -134,34 +141,36 @@ class Layout:
         kv_cache[block].zero_()
         return cls(found[0], found[1], _strides(found[0]), _strides(found[1]))
 
-    def read_keys(self, kv_cache: Tensor, blocks_BM: Tensor) -> Tensor:
-        """Keys of whole blocks, in the order of slots: [B, H, M * S, D], a contiguous copy."""
-        return _read(kv_cache, blocks_BM, self.key_index_HSD, self.key_strides)
+    def read(self, kind: Kind, kv_cache: Tensor, blocks_BM: Tensor) -> Tensor:
+        """Keys or values of whole blocks, in the order of slots: [B, H, M * S, D], a contiguous copy."""
+        index_HSD, strides = self._of(kind)
+        cache, number_BM = _by_memory(kv_cache), blocks_BM.long()
+        if not cache[0].is_contiguous():  # blocks with gaps in memory
+            cache = cache[number_BM.flatten()]
+            number_BM = torch.arange(len(cache), device=cache.device).view(blocks_BM.shape)
+        cache_NE = cache.flatten(1)
+        (B, M), (H, S, D) = blocks_BM.shape, index_HSD.shape
+        if strides is not None:
+            return strides.gather(cache_NE, number_BM, (H, S, D))
+        found = cache_NE[number_BM].index_select(2, index_HSD.flatten()).view(B, M, H, S, D)
+        return found.transpose(1, 2).reshape(B, H, M * S, D)
 
-    def read_values(self, kv_cache: Tensor, blocks_BM: Tensor) -> Tensor:
-        """Values of whole blocks: [B, H, M * S, D], a contiguous copy."""
-        return _read(kv_cache, blocks_BM, self.value_index_HSD, self.value_strides)
-
-    def read_slots(self, kv_cache: Tensor, blocks_BM: Tensor, slots_BHK: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of some slots alone, every head its own: [B, H, K, D] each.
+    def read_slots(self, kind: Kind, kv_cache: Tensor, blocks_BM: Tensor, slots_BHK: Tensor) -> Tensor:
+        """Keys or values of some slots alone, every head its own: [B, H, K, D].
 
         Args:
+            kind: which.
             kv_cache: the layer's cache.
             blocks_BM: blocks of every row, in the order of slots.
             slots_BHK: int64, slot s stands in block s // S of its row.
 
         """
-        H, S, D = self.key_index_HSD.shape
-        block_BHK = blocks_BM.long().gather(1, (slots_BHK // S).flatten(1)).view(slots_BHK.shape)
+        (H, S, D), strides = self.key_index_HSD.shape, self._of(kind)[1]
         cache = _by_memory(kv_cache)
-        found = []
-        for index_HSD, strides in ((self.key_index_HSD, self.key_strides), (self.value_index_HSD, self.value_strides)):
-            if strides is not None and cache[0].is_contiguous():
-                found.append(strides.gather_slots(cache.flatten(1), block_BHK, slots_BHK % S, (H, S, D)))
-            else:
-                every_BHND = _read(kv_cache, blocks_BM, index_HSD, strides)
-                found.append(every_BHND.take_along_dim(slots_BHK[..., None], 2))
-        return found[0], found[1]
+        if strides is None or not cache[0].is_contiguous():
+            return self.read(kind, kv_cache, blocks_BM).take_along_dim(slots_BHK[..., None], 2)
+        block_BHK = blocks_BM.long().gather(1, (slots_BHK // S).flatten(1)).view(slots_BHK.shape)
+        return strides.gather_slots(cache.flatten(1), block_BHK, slots_BHK % S, (H, S, D))
 
     def write_front(self, kv_cache: Tensor, blocks_BM: Tensor, keys_BHKD: Tensor, values_BHKD: Tensor) -> bool:
         """Write keys and values to the first K slots of every row.
@@ -179,19 +188,10 @@ class Layout:
             strides.put_slots(cache.flatten(1), block_BK, slot_K % S, x_BHKD, S)
         return True
 
-
-def _read(kv_cache: Tensor, blocks_BM: Tensor, index_HSD: Tensor, strides: Strides | None) -> Tensor:
-    """Keys or values of whole blocks: [B, H, M * S, D]."""
-    cache, number_BM = _by_memory(kv_cache), blocks_BM.long()
-    if not cache[0].is_contiguous():  # blocks with gaps in memory
-        cache = cache[number_BM.flatten()]
-        number_BM = torch.arange(len(cache), device=cache.device).view(blocks_BM.shape)
-    cache_NE = cache.flatten(1)
-    (B, M), (H, S, D) = blocks_BM.shape, index_HSD.shape
-    if strides is not None:
-        return strides.gather(cache_NE, number_BM, (H, S, D))
-    found = cache_NE[number_BM].index_select(2, index_HSD.flatten()).view(B, M, H, S, D)
-    return found.transpose(1, 2).reshape(B, H, M * S, D)
+    def _of(self, kind: Kind) -> tuple[Tensor, Strides | None]:
+        if kind == "keys":
+            return self.key_index_HSD, self.key_strides
+        return self.value_index_HSD, self.value_strides
 
 
 def _by_memory(kv_cache: Tensor) -> Tensor:
