@@ -16,6 +16,7 @@ from torch import Tensor
 from reasonkv.compaction import fold_counts, fold_state
 from reasonkv.methods import Method, Needs, Observed
 from reasonkv.plan import Plan, PlanError
+from reasonkv.ring import newest_queries
 from reasonkv.view import SlotView
 
 
@@ -81,8 +82,7 @@ class LayerSlots:
     def recent_queries(self, place_b: Tensor, length_b: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """The newest `count` queries, oldest first [b, Hq, count, D], and their token indices [b, count]."""
         assert self.ring is not None
-        token_bn = length_b[:, None] - count + torch.arange(count, device=self.device)
-        return self.ring[place_b[:, None], :, token_bn % self.ring.shape[2]].transpose(1, 2), token_bn
+        return newest_queries(self.ring, place_b, length_b, count)
 
     def token_indices(self, place_b: Tensor, held: int, length_b: Tensor, settled_b: Tensor) -> Tensor:
         """Token index of every slot, int64 [b, H, held]."""
