@@ -1,10 +1,11 @@
 """Output tokens per second through vLLM on CPU, stock against compressed, on the same blocks.
 
-    python benchmarks/serving.py --parts parts.jsonl     # goes on where it was stopped
+    python benchmarks/serving.py --parts benchmarks/results/serving_parts.jsonl    # measures what is not there yet
 
 The cache is given as many blocks as full KV needs for 8 sequences of 2,000 output tokens. 64 requests ask for 2,000
 tokens each: full KV starts more of them while they are short and preempts as they grow, a compressed cache runs as many
-as its blocks allow throughout. Rounds run every arm once, by turns. Then, on engines of the same kind, the time of a
+as its blocks allow throughout. Rounds run stock and the arms at 256 by turns, the first all others, too. Then, on
+engines of the same kind, the time of a
 step by how many requests run and how much each holds, and the time to the first and second token of a lone request.
 Every measurement is a process of its own, with the bundled model, or with `--kv-heavy` a model of random weights whose
 steps consist of reading keys and values, as those of large models with long texts do.
@@ -27,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import median_interval, publish
+from common import environment, median_interval, publish
 
 BLOCK, PROMPT, LONG_PROMPT = 128, 40, 1000
 METHODS = ("random", "vase-dkv", "kara", "cask:mass=none")
@@ -39,6 +40,8 @@ ARMS = [
     *(f"{method}@{tokens}" for tokens in (256, 512) for method in METHODS),
     *(f"kara@{schedule}" for schedule in SCHEDULES),
 ]
+REPEATED = ("stock", *(f"{method}@256" for method in METHODS))
+"""Arms that run in every round; others in the first alone."""
 BATCHES = (1, 2, 4, 8, 16, 32, 42)
 HELD = {"stock": (LONG_PROMPT, 220), "random@256": (LONG_PROMPT,)}
 """Prompts before the steps that are timed by batch: half of a full text, and one after which 320 slots are held."""
@@ -192,11 +195,10 @@ def first_tokens(arm: str, repeats: int) -> dict[str, Any]:
 def in_own_process(part: str, arm: str, given: argparse.Namespace, number: int) -> dict[str, Any]:
     """One measurement, in an engine of its own; one that an earlier run finished is read from `--parts`."""
     key = [part, arm, number, given.kv_heavy, given.requests, given.tokens, given.at_once, given.repeats]
-    for line in given.parts.read_text().splitlines() if given.parts and given.parts.exists() else ():
-        if json.loads(line)["key"] == key:
-            kept: dict[str, Any] = json.loads(line)["found"]
-            return kept
-    environment = os.environ | {
+    kept = kept_part(given.parts, key)
+    if kept is not None:
+        return kept
+    variables = os.environ | {
         "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "SERVING_MODEL": given.model,
     }  # fmt: skip
@@ -204,17 +206,29 @@ def in_own_process(part: str, arm: str, given: argparse.Namespace, number: int) 
     command += ["--tokens", str(given.tokens), "--at-once", str(given.at_once), "--repeats", str(given.repeats)]
     command += ["--number", str(number)]
     with tempfile.TemporaryFile("w+") as log:
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment, check=False)
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=log, text=True, env=variables, check=False)
         line = next((one for one in done.stdout.splitlines() if one.startswith("RESULT ")), "")
         if not line:
             log.seek(0)
             sys.exit(f"{part} of {arm} failed:\n{log.read()[-3000:]}")
     found: dict[str, Any] = json.loads(line.removeprefix("RESULT "))
     print(part, found, flush=True)
-    if given.parts:
-        with given.parts.open("a") as parts:
-            parts.write(json.dumps({"key": key, "found": found}) + "\n")
+    keep_part(given.parts, key, found)
     return found
+
+
+def kept_part(parts: Path | None, key: list[Any]) -> dict[str, Any] | None:
+    """What an earlier run measured."""
+    lines = parts.read_text().splitlines() if parts and parts.exists() else ()
+    found: dict[str, Any] | None = next((one["found"] for one in map(json.loads, lines) if one["key"] == key), None)
+    return found
+
+
+def keep_part(parts: Path | None, key: list[Any], found: dict[str, Any]) -> None:
+    """Remember it for later runs."""
+    if parts:
+        with parts.open("a") as out:
+            out.write(json.dumps({"key": key, "found": found}) + "\n")
 
 
 def median_of(rounds: list[dict[str, Any]], stock: list[dict[str, Any]]) -> dict[str, Any]:
@@ -261,11 +275,15 @@ def main() -> None:
 def measure(given: argparse.Namespace) -> None:
     """Every part, and the table."""
     compressed = [arm for arm in given.arms if arm != "stock"]
+    where = kept_part(given.parts, ["environment"])
+    if where is None:
+        where = environment()
+        keep_part(given.parts, ["environment"], where)
     steps = [in_own_process("steps", arm, given, prompt) for arm, every in HELD.items() for prompt in every]
     first = [in_own_process("first", arm, given, 0) for arm in compressed[:2]]
     rounds: dict[str, list[dict[str, Any]]] = {arm: [] for arm in given.arms}
     for number in range(given.rounds):
-        for arm in given.arms:
+        for arm in (one for one in given.arms if number == 0 or one in REPEATED):
             rounds[arm].append(in_own_process("throughput", arm, given, number))
     found = [median_of(rounds[arm], rounds.get("stock", [])) for arm in given.arms]
     model = "a KV-heavy model" if given.kv_heavy else "the bundled model"
@@ -283,7 +301,10 @@ def measure(given: argparse.Namespace) -> None:
             ]
             for one in found
         ],
-        {"arms": found, "steps_by_batch": steps, "first_token": first, "prompt": PROMPT, "block": BLOCK},
+        {
+            "arms": found, "steps_by_batch": steps, "first_token": first, "prompt": PROMPT, "block": BLOCK,
+            "environment": where,
+        },
     )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import batch, tiny_model
 
-from reasonkv import Budget, BudgetError, CompressedCache, Window
+from reasonkv import Budget, BudgetError, CompressedCache, Window, schedule
 from reasonkv.schedule import Course, State, bound, capacity, next_event, step, target
 
 
@@ -115,6 +115,16 @@ def test_a_course_says_what_step_says(budget: Budget | None, prompt: int, pieces
         course.state = state = expected[0]
     course.budget, course.state = Budget(8, interval=4, sinks=1, recent=1), State(100, 11, 100)  # nothing is carried on
     assert course.after(1) == step(course.budget, course.state, 1) == (State(101, 8, 100), 8)
+
+
+def test_a_course_asks_for_the_next_event_once_an_event(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(schedule, "next_event", lambda *given: asked.append(1) or next_event(*given))
+    course, events = Course(budget=Budget(64, interval=32, recent=16), state=State(prompt=10)), 0
+    for _ in range(1000):
+        course.state, keep = course.after(1)
+        events += keep is not None
+    assert events == 29 and len(asked) <= 2 * events + 1  # `step` asks, too, where there is one
 
 
 @settings(max_examples=400, deadline=None)
