@@ -8,7 +8,8 @@ as its blocks allow throughout. Rounds run stock and the arms at 256 by turns, t
 engines of the same kind, the time of a
 step by how many requests run and how much each holds, and the time to the first and second token of a lone request.
 Every measurement is a process of its own, with the bundled model, or with `--kv-heavy` a model of random weights whose
-steps consist of reading keys and values, as those of large models with long texts do.
+steps consist of reading keys and values, as those of large models with long texts do. The model runs compiled, as vLLM
+runs it unless told otherwise, or with `--eager` operation by operation.
 """
 
 from __future__ import annotations
@@ -93,8 +94,8 @@ def engine_of(arm: str, blocks: int, longest: int, requests: int) -> Iterator[An
         options["scheduler_cls"] = SCHEDULER
     llm = LLM(
         model, max_model_len=-(-longest // BLOCK) * BLOCK, max_num_seqs=requests, dtype="float32",
-        enforce_eager=True, block_size=BLOCK, num_gpu_blocks_override=blocks + 1, enable_prefix_caching=False,
-        disable_log_stats=True, **options,
+        enforce_eager="SERVING_EAGER" in os.environ, block_size=BLOCK, num_gpu_blocks_override=blocks + 1,
+        enable_prefix_caching=False, disable_log_stats=True, **options,
     )  # fmt: skip
     try:
         yield llm
@@ -194,13 +195,14 @@ def first_tokens(arm: str, repeats: int) -> dict[str, Any]:
 
 def in_own_process(part: str, arm: str, given: argparse.Namespace, number: int) -> dict[str, Any]:
     """One measurement, in an engine of its own; one that an earlier run finished is read from `--parts`."""
-    key = [part, arm, number, given.kv_heavy, given.requests, given.tokens, given.at_once, given.repeats]
+    key = [part, arm, number, given.kv_heavy, given.eager, given.requests, given.tokens, given.at_once, given.repeats]
     kept = kept_part(given.parts, key)
     if kept is not None:
         return kept
     variables = os.environ | {
         "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "SERVING_MODEL": given.model,
+        **({"SERVING_EAGER": "1"} if given.eager else {}),
     }  # fmt: skip
     command = [sys.executable, __file__, "--part", part, "--arms", arm, "--requests", str(given.requests)]
     command += ["--tokens", str(given.tokens), "--at-once", str(given.at_once), "--repeats", str(given.repeats)]
@@ -252,6 +254,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=30, help="of the time to the first token")
     parser.add_argument("--parts", type=Path, help="file that finished measurements are kept in, and read from")
     parser.add_argument("--kv-heavy", action="store_true", help="a KV-heavy model with random weights")
+    parser.add_argument("--eager", action="store_true", help="do not compile the model")
     parser.add_argument("--part", choices=("throughput", "steps", "first"), help=argparse.SUPPRESS)
     parser.add_argument("--number", type=int, help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -288,9 +291,9 @@ def measure(given: argparse.Namespace) -> None:
     found = [median_of(rounds[arm], rounds.get("stock", [])) for arm in given.arms]
     model = "a KV-heavy model" if given.kv_heavy else "the bundled model"
     publish(
-        "serving_kv_heavy" if given.kv_heavy else "serving",
+        "serving" + "_kv_heavy" * given.kv_heavy + "_eager" * given.eager,
         f"{given.requests} requests of {given.tokens} output tokens on the blocks of {given.at_once} full sequences, "
-        f"{model}, float32",
+        f"{model}, float32, {'eager' if given.eager else 'compiled'}",
         ["arm", "running, peak", "running, mean", "tokens/s", "over stock", "95 % low", "95 % high",
          "tokens/s while requests wait", "step p50 ms", "step p99 ms", "longest ms", "events, % of step time"],
         [

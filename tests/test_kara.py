@@ -331,4 +331,4 @@ def test_generate_with_a_window() -> None:
     assert out.shape == (2, 80)
     assert [row.events for row in rows] == [3, 3]
     assert [row.physical_terminal for row in rows] == [79 - 30, 72 - 30]
-    assert cache.compressed_layers[0].storage.ring.shape[2] == 21
+    assert cache.compressed_layers[0].storage.ring.shape[1] == 21

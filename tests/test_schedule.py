@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,7 +10,8 @@ from hypothesis import strategies as st
 from models import batch, tiny_model
 
 from reasonkv import Budget, BudgetError, CompressedCache, Window, schedule
-from reasonkv.schedule import Course, State, bound, capacity, next_event, step, target
+from reasonkv.budget import ListedWindow
+from reasonkv.schedule import Courses, Event, State, bound, capacity, next_event, one_by_one, step, target
 
 
 @st.composite
@@ -101,30 +103,70 @@ def test_a_piece_that_crosses_boundaries_has_one_event_at_its_end(
         state = after
 
 
-@settings(max_examples=400, deadline=None)
-@given(
-    st.none() | budgets() | st.builds(Window, st.integers(4, 20), st.integers(0, 8), st.sampled_from([0.25, 0.5])),
-    st.integers(0, 120),
-    st.lists(st.integers(0, 60) | st.just(1), min_size=1, max_size=60),
+def rows_of(any_budget: st.SearchStrategy[Budget | None]) -> st.SearchStrategy[list[tuple[Budget | None, int]]]:
+    return st.lists(st.tuples(any_budget, st.integers(0, 120)), min_size=1, max_size=4)
+
+
+any_budget = (
+    st.none() | budgets() | st.builds(Window, st.integers(4, 20), st.integers(0, 8), st.sampled_from([0.25, 0.5]))
 )
-def test_a_course_says_what_step_says(budget: Budget | None, prompt: int, pieces: list[int]) -> None:
-    course, state = Course(budget=budget, state=State(prompt=prompt)), State(prompt=prompt)
-    for fed in pieces:
-        expected = step(budget, state, fed)
-        assert course.after(fed) == course.after(fed) == expected
-        course.state = state = expected[0]
-    course.budget, course.state = Budget(8, interval=4, sinks=1, recent=1), State(100, 11, 100)  # nothing is carried on
-    assert course.after(1) == step(course.budget, course.state, 1) == (State(101, 8, 100), 8)
 
 
-def test_a_course_asks_for_the_next_event_once_an_event(monkeypatch: pytest.MonkeyPatch) -> None:
+@settings(max_examples=400, deadline=None)
+@given(rows_of(any_budget), st.data())
+def test_courses_say_what_step_says(rows: list[tuple[Budget | None, int]], data: st.DataObject) -> None:
+    courses, states, peaks = Courses(len(rows) + 1), [State(prompt=prompt) for _, prompt in rows], [0] * len(rows)
+    for place, (budget, _) in enumerate(rows):
+        courses.start(place, budget, states[place])
+    for _ in range(data.draw(st.integers(1, 40))):
+        # a forward feeds some of the rows, in any order
+        places = data.draw(st.permutations(range(len(rows))))[: data.draw(st.integers(1, len(rows)))]
+        fed = data.draw(st.lists(st.integers(0, 60) | st.just(1), min_size=len(places), max_size=len(places)))
+        expected = []
+        for row, (place, n) in enumerate(zip(places, fed, strict=True)):
+            before, (after, keep) = states[place], step(rows[place][0], states[place], n)
+            held = before.held + n
+            if keep is not None:
+                expected.append(Event(row, before, held, after))
+            states[place], peaks[place] = after, max(peaks[place], held)
+        assert courses.advance(np.array(places), np.array(fed)) == expected
+        assert [courses.state(place) for place in range(len(rows))] == states
+        assert [courses.peak(place) for place in range(len(rows))] == peaks
+        assert [one.tolist() for one in courses.lengths(np.arange(len(rows)))] == [
+            [state.length for state in states], [state.held for state in states],
+        ]  # fmt: skip
+    courses.start(0, Budget(8, interval=4, sinks=1, recent=1), State(100, 11, 100))  # nothing is carried on
+    assert courses.advance(np.array([0]), np.array([1])) == [Event(0, State(100, 11, 100), 12, State(101, 8, 100))]
+    assert courses.peak(0) == 12
+
+
+def test_courses_ask_for_the_next_event_once_an_event(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     monkeypatch.setattr(schedule, "next_event", lambda *given: asked.append(1) or next_event(*given))
-    course, events = Course(budget=Budget(64, interval=32, recent=16), state=State(prompt=10)), 0
+    courses, events = Courses(1), 0
+    courses.start(0, Budget(64, interval=32, recent=16), State(prompt=10))
     for _ in range(1000):
-        course.state, keep = course.after(1)
-        events += keep is not None
-    assert events == 29 and len(asked) <= 2 * events + 1  # `step` asks, too, where there is one
+        events += len(courses.advance(np.array([0]), np.array([1])))
+    assert events == 29 and len(asked) == 2 * events + 1  # `step` asks, too, where there is one
+
+
+def test_a_forward_that_cannot_be_moves_no_row() -> None:
+    courses, places = Courses(2), np.arange(2)
+    courses.start(0, None, State(prompt=4))
+    courses.start(1, ListedWindow(8, 2, 0.25, events=(20,)), State(prompt=4))
+    with pytest.raises(BudgetError, match="listed at 20"):
+        courses.advance(places, np.array([3, 21]))
+    assert courses.state(0) == courses.state(1) == State(prompt=4)
+
+
+@settings(max_examples=400, deadline=None)
+@given(any_budget, st.integers(0, 60), st.integers(0, 60), st.integers(0, 120))
+def test_one_by_one_is_a_step_a_token(budget: Budget | None, prompt: int, start: int, more: int) -> None:
+    first, _ = step(budget, State(prompt=prompt), start)
+    state = first
+    for _ in range(more):
+        state, _ = step(budget, state, 1)
+    assert one_by_one(budget, first, start + more) == state
 
 
 @settings(max_examples=400, deadline=None)

@@ -1,4 +1,7 @@
-"""Rings of recent queries: [R, Hq, T, D], a row's token t stands at t % T. Both runtimes keep theirs so."""
+"""Rings of recent queries: [R, T, Hq, D], a row's token t stands at t % T. Both runtimes keep theirs so.
+
+Tokens before heads, because every decode step writes one token of every row: one line of memory instead of Hq.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,13 @@ import torch
 from torch import Tensor
 
 
-def newest_queries(ring_RHqTD: Tensor, row_b: Tensor, length_b: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def newest_queries(ring_RTHqD: Tensor, row_b: Tensor, length_b: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The newest queries of some rows, oldest first.
 
-    Whole lines are copied, in the order that attention reads them: on CPU four times as fast as an index per token.
+    Whole heads are copied, in the order that attention reads them: on CPU four times as fast as an index per token.
 
     Args:
-        ring_RHqTD: contiguous.
+        ring_RTHqD: contiguous.
         row_b: int64, rows of the ring.
         length_b: int64, tokens each of them has seen, at least `count`.
         count: queries to return, at most T.
@@ -21,8 +24,8 @@ def newest_queries(ring_RHqTD: Tensor, row_b: Tensor, length_b: Tensor, count: i
         Queries [b, Hq, count, D] and their token indices, int64 [b, count].
 
     """
-    _, Hq, T, D = ring_RHqTD.shape
-    token_bn = length_b[:, None] - count + torch.arange(count, device=ring_RHqTD.device)
-    head_bHq1 = row_b[:, None, None] * Hq + torch.arange(Hq, device=ring_RHqTD.device)[:, None]
-    line_bHqn = head_bHq1 * T + (token_bn % T)[:, None]
-    return ring_RHqTD.view(-1, D).index_select(0, line_bHqn.flatten()).view(*line_bHqn.shape, D), token_bn
+    _, T, Hq, D = ring_RTHqD.shape
+    token_bn = length_b[:, None] - count + torch.arange(count, device=ring_RTHqD.device)
+    line_bn = row_b[:, None] * T + token_bn % T
+    head_bHqn = line_bn[:, None] * Hq + torch.arange(Hq, device=ring_RTHqD.device)[:, None]
+    return ring_RTHqD.view(-1, D).index_select(0, head_bHqn.flatten()).view(*head_bHqn.shape, D), token_bn

@@ -10,14 +10,20 @@ a piece; a piece that crosses boundaries has one event, at its end.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import NamedTuple, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from reasonkv.budget import Budget, BudgetError, ListedWindow, PeriodicWindow, Window
 
+Integers = NDArray[np.int64]
+_NEVER = np.iinfo(np.int64).max
+
 
 class State(NamedTuple):
-    """One row of one layer; a tuple, because an engine makes two per request and step.
+    """One row of one layer.
 
     Args:
         length: logical length L, tokens seen.
@@ -98,30 +104,97 @@ def step(budget: Budget | None, state: State, fed: int) -> tuple[State, int | No
     return grown._replace(held=keep), keep
 
 
-@dataclass(kw_only=True)
-class Course:
-    """One row on its way through a budget: says what `step` says, and asks `next_event` once an event, not every token.
+def one_by_one(budget: Budget | None, state: State, length: int) -> State:
+    """The state once tokens have arrived one by one up to `length`."""
+    while state.length < length:
+        boundary = next_event(budget, state)
+        end = length if boundary is None else min(boundary, length)
+        state, _ = step(budget, state, end - state.length)
+    return state
+
+
+class Event(NamedTuple):
+    """One row's event at the end of a forward.
 
     Args:
-        budget: None for a row without bound.
-        state: the row now.
+        row: which one, counted among the forward's.
+        before: its state before the forward.
+        held: slots it holds until the event, the forward's among them.
+        after: its state after the event, which keeps `after.held`.
 
     """
 
-    budget: Budget | None
-    state: State = field(default_factory=State)
-    _boundary: int | None = field(default=None, init=False, repr=False, compare=False)
-    _known_for: tuple[Budget | None, int, int] | None = field(default=None, init=False, repr=False, compare=False)
+    row: int
+    before: State
+    held: int
+    after: State
 
-    def after(self, fed: int) -> tuple[State, int | None]:
-        """The state after feeding so many tokens in one forward, and the slots its event keeps (None: no event)."""
-        budget, (length, held, prompt) = self.budget, self.state
-        known = self._known_for
-        if known is None or known[0] is not budget or known[1] != length - held or known[2] != prompt:
-            self._known_for, self._boundary = (budget, length - held, prompt), next_event(budget, self.state)
-        if self._boundary is None or length + fed < self._boundary:
-            return State(length + fed, held + fed, prompt), None
-        return step(budget, self.state, fed)
+
+class Courses:
+    """Many rows on their way through their budgets: of each it says what `step` says.
+
+    Between two events of a row nothing but its length grows. So a forward of all rows is a few array operations, and
+    `next_event` is asked once an event instead of once a token.
+
+    Args:
+        places: rows there can be at once; each has a place, from 0 on.
+
+    """
+
+    def __init__(self, places: int) -> None:
+        self.budgets: list[Budget | None] = [None] * places
+        self.prompts = [0] * places
+        self._numbers = np.zeros((3, places), dtype=np.int64)
+        self._lengths, self._held, self._boundaries = self._numbers
+        self._peaks = [0] * places  # before the newest event
+
+    def start(self, place: int, budget: Budget | None, state: State) -> None:
+        """A row begins; None is one without bound."""
+        self._lengths[place], self._held[place], self.prompts[place] = state
+        self._peaks[place] = 0
+        self.set_budget(place, budget)
+
+    def set_budget(self, place: int, budget: Budget | None) -> None:
+        """From now on a row follows this one."""
+        self.budgets[place] = budget
+        boundary = next_event(budget, self.state(place))
+        self._boundaries[place] = _NEVER if boundary is None else boundary
+
+    def state(self, place: int) -> State:
+        """A row now."""
+        return State(int(self._lengths[place]), int(self._held[place]), self.prompts[place])
+
+    def peak(self, place: int) -> int:
+        """Most slots a row held at once so far, until its events among them."""
+        return max(self._peaks[place], int(self._held[place]))
+
+    def lengths(self, places_B: Integers) -> Integers:
+        """Logical and physical lengths of some rows, [2, B]."""
+        return self._numbers[:2, places_B]
+
+    def advance(self, places_B: Integers, fed_B: Integers) -> list[Event]:
+        """Feed so many tokens to each of some rows in one forward.
+
+        Raises:
+            BudgetError: as `step`.
+
+        """
+        now = self._numbers[:, places_B]
+        grown = now[:2] + fed_B
+        due = [(row, int(places_B[row])) for row in np.flatnonzero(grown[0] >= now[2]).tolist()]
+        events = []
+        for row, place in due:
+            before = self.state(place)
+            after, keep = step(self.budgets[place], before, int(fed_B[row]))
+            if keep is not None:
+                events.append(Event(row, before, int(grown[1, row]), after))
+        self._numbers[:2, places_B] = grown
+        for row, _, held, after in events:
+            place = places_B[row]
+            self._held[place], self._peaks[place] = after.held, max(self._peaks[place], held)
+        for _, place in due:
+            self.set_budget(place, self.budgets[place])
+        return events
 
 
 def open_tokens(window: Window, before: State, after: State) -> tuple[int, int]:

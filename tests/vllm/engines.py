@@ -277,7 +277,7 @@ class Watcher:
                 self.pieces[short].append(one.state.length - start)
             blocks = [block.block_id for block in manager.req_to_blocks[name]]
             assert len(set(blocks)) == len(blocks)
-            assert manager.holdings[name].state == one.state  # the scheduler's integers are the worker's
+            assert manager.holdings[name].now == one.state  # the scheduler's integers are the worker's
             assert one.state.held <= len(blocks) * manager.block_size
             if one.budget is None:
                 assert len(blocks) == -(-one.state.length // manager.block_size)

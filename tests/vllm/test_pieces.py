@@ -15,7 +15,7 @@ from reasonkv.rotary import Rotary
 from reasonkv.runtimes.vllm.pieces import Pieces
 from reasonkv.runtimes.vllm.slots import LayerSlots
 from reasonkv.runtimes.vllm.step import Sequence, Step
-from reasonkv.schedule import State
+from reasonkv.schedule import Courses, State
 
 HQ, D, PLACES = 4, 16, 5
 CPU = torch.device("cpu")
@@ -45,13 +45,13 @@ def whole(method: Method, queries_LqD: Tensor) -> dict[str, Tensor]:
 def test_pieces_of_a_batch_give_the_state_of_the_whole_alone(spec: str) -> None:
     method, draw = get_method(spec), torch.Generator().manual_seed(0)
     text = {name: torch.randn(60, HQ, D, generator=draw) for name in "abc"}
-    sequences = {
-        name: Sequence(place=place, state=State(prompt=40), budget=Budget(128), method=method)
-        for name, place in zip("abc", (2, 0, 4), strict=True)
-    }
+    courses, sequences = Courses(PLACES), {}
+    for name, place in zip("abc", (2, 0, 4), strict=True):
+        courses.start(place, Budget(128), State(prompt=40))
+        sequences[name] = Sequence(courses=courses, place=place, method=method)
     slots = slots_of(method)
     for fed in STEPS:
-        step = Step(dict(fed), sequences, order=list(fed))
+        step = Step(fed, sequences, list(fed), torch.empty(0))
         parts = [text[name][sequences[name].state.length :][: fed[name]] for name in step.order]
         padded = torch.cat([*parts, torch.full((3, HQ, D), torch.nan)])  # as a graph's batch would be
         pieces = Pieces.of(step, CPU)
@@ -59,7 +59,7 @@ def test_pieces_of_a_batch_give_the_state_of_the_whole_alone(spec: str) -> None:
         for one in pieces:
             seen = Observed(padded[one.token_bn].transpose(1, 2), one.position_bn, one.valid_bn, 0, ROTARY)
             slots.observe(method, one.place_b, seen)
-        step.commit()
+        step.end()
     for name, sequence in sequences.items():
         for key, expected in whole(method, text[name][: sequence.state.length]).items():
             torch.testing.assert_close(slots.row_state[key][sequence.place], expected[0])

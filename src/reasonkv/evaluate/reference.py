@@ -92,7 +92,9 @@ class ReferenceAttention:
                 storage = layer.storage
                 assert storage is not None and storage.keys is not None and storage.ring is not None
                 assert layer.rule is not None
-                layers[layer.index] = _LayerTrace(storage.ring, storage.keys[:, :, :longest].clone(), layer.rule)
+                layers[layer.index] = _LayerTrace(
+                    storage.ring.transpose(1, 2), storage.keys[:, :, :longest].clone(), layer.rule
+                )
         return ReferenceAttention(layers, lengths)
 
     @property

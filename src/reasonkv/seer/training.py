@@ -259,7 +259,7 @@ def _observe(model: PreTrainedModel, row: TrainingRow, queries: int) -> dict[int
             storage = layer.storage
             assert storage is not None and storage.keys is not None and storage.ring is not None
             assert layer.rule is not None
-            queries_HqTD, keys_HLD = storage.ring[0][:, positions_T], storage.keys[0, :, :L]
+            queries_HqTD, keys_HLD = storage.ring[0, positions_T].transpose(0, 1), storage.keys[0, :, :L]
             queries_HgTD = queries_HqTD.view(keys_HLD.shape[0], -1, *queries_HqTD.shape[1:])
             found[layer.index] = _Seen(upcast(queries_HgTD), positions_T, upcast(keys_HLD), layer.rule)
     return found

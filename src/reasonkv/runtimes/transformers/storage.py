@@ -50,7 +50,7 @@ class LayerStorage:
         self.token_index: Tensor | None = None  # int32 [B, H, K]; meaningful for a row's settled slots
         self.counts: Tensor | None = None  # int32 [B, H, K]
         self.state: dict[str, Tensor] = {}  # [B, H, K] each; beyond a row's settled slots stands `initial`, or nothing
-        self.ring: Tensor | None = None  # [B, Hq, T, D]; token t stands at t % T
+        self.ring: Tensor | None = None  # [B, T, Hq, D]; token t stands at t % T
         self.row_state: dict[str, Tensor] = {}  # what the method observes, [B, ...] each
 
     @property
@@ -83,20 +83,20 @@ class LayerStorage:
             return
         B, Hq, _, D = queries_BHqqD.shape
         if self.ring is None:
-            self.ring = queries_BHqqD.new_zeros(B, Hq, T, D)
+            self.ring = queries_BHqqD.new_zeros(B, T, Hq, D)
         if piece.columns == 1 and piece.same_length:
-            self.ring[:, :, piece.rows[0].state.length % T] = queries_BHqqD[:, :, 0]
+            self.ring[:, piece.rows[0].state.length % T] = queries_BHqqD[:, :, 0]
             return
         if piece.is_one_token:
-            line = piece.destinations(Hq, T, self.ring.device, ring=True)
-            self.ring.view(-1, D).index_copy_(0, line, queries_BHqqD.reshape(-1, D))
+            line = piece.destinations(1, T, self.ring.device, ring=True)
+            self.ring.view(-1, Hq * D).index_copy_(0, line, queries_BHqqD.reshape(-1, Hq * D))
             return
         row, column, _, token = piece.scatter(queries_BHqqD.device)
         if piece.columns > T:  # several tokens of this piece share a place in the ring: only the newest may write
             ends = torch.tensor([state.length for state in piece.after], device=token.device)
             newest = token >= (ends - T)[row]
             row, column, token = row[newest], column[newest], token[newest]
-        self.ring[row, :, token % T] = queries_BHqqD[row, :, column]
+        self.ring[row, token % T] = queries_BHqqD[row, :, column]
 
     def recent_queries(self, rows: list[int], lengths: list[int]) -> tuple[Tensor, Tensor]:
         """The newest queries of rows that have equally many, oldest first.

@@ -42,7 +42,7 @@ class CompressedBuilder:
     ) -> Any:
         """Metadata of one step; of a step that no scheduler asked for (warm-up), the stock one."""
         common, runtime = common_attn_metadata, self._attached()
-        if runtime is not None and runtime.step is not None:
+        if runtime is not None and runtime.fed is not None:
             common = runtime.make_physical(common, self.kv_cache_spec.block_size)  # type: ignore[attr-defined]
         return super().build(common_prefix_len, common, fast_build)  # type: ignore[misc]
 

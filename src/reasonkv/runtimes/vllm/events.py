@@ -19,7 +19,7 @@ from reasonkv.plan import Plan, PlanError
 from reasonkv.protection import protected_slots
 from reasonkv.runtimes.vllm.layout import Kind, Layout
 from reasonkv.runtimes.vllm.slots import LayerSlots
-from reasonkv.runtimes.vllm.step import Step
+from reasonkv.runtimes.vllm.step import RequestEvent, Step
 from reasonkv.view import SlotView
 
 if TYPE_CHECKING:
@@ -100,21 +100,17 @@ def carry_out_events(runtime: Runtime, step: Step) -> None:
     needs = runtime.config.method.needs
     groups = step.groups(needs.queries, runtime.sequences)
     for layers in [runtime.layers] if needs.scope == "model" else [[layer] for layer in runtime.layers]:
-        for rows in _portions(step, layers, groups):
-            _carry_out(runtime, layers, step, rows)
-    for name in (step.order[row] for rows in groups for row in rows):
-        sequence, keep = step.sequences[name], step.after[name][1]
-        assert keep is not None
-        sequence.events, sequence.settled = sequence.events + 1, keep
-        runtime.meter.note_event(step.held(name) - keep)
+        for events in _portions(layers, groups):
+            _carry_out(runtime, layers, step, events)
+    for event in (one for events in groups for one in events):
+        event.sequence.events, event.sequence.settled = event.sequence.events + 1, event.after.held
+        runtime.meter.note_event(event.held - event.after.held)
 
 
-def _carry_out(runtime: Runtime, layers: list[Layer], step: Step, rows: list[int]) -> None:
+def _carry_out(runtime: Runtime, layers: list[Layer], step: Step, events: list[RequestEvent]) -> None:
     """The events of some requests of one group, in one or all layers."""
-    names = [step.order[row] for row in rows]
-    method, keep = step.sequences[names[0]].method, step.after[names[0]][1]
-    assert keep is not None
-    views = [make_view(runtime, layer, step, rows) for layer in layers]
+    method, keep = events[0].sequence.method, events[0].after.held
+    views = [make_view(runtime, layer, step, events) for layer in layers]
     plans = method.plan_layers(views, keep)
     for layer, view, plan in zip(layers, views, plans, strict=True):
         B, H, N = view.positions_BHN.shape
@@ -122,42 +118,39 @@ def _carry_out(runtime: Runtime, layers: list[Layer], step: Step, rows: list[int
         if plan.fold is not None and not method.needs.folds:
             raise PlanError(f"{method.name} folds slots without declaring Needs(folds=True).")
         if runtime.observer is not None:
-            runtime.observer(layer.index, names, view, plan)
+            runtime.observer(layer.index, [event.name for event in events], view, plan)
     runtime.meter.note_plans(plans, len(runtime.layers))
     for layer, view, plan in zip(layers, views, plans, strict=True):
-        _rewrite(layer, step, rows, plan, view)
+        _rewrite(layer, step, events, plan, view)
 
 
-def _portions(step: Step, layers: list[Layer], groups: list[list[int]]) -> Iterator[list[int]]:
+def _portions(layers: list[Layer], groups: list[list[RequestEvent]]) -> Iterator[list[RequestEvent]]:
     """Groups cut so that the copies of their keys and values stay small."""
     cache = layers[0].module.kv_cache
     portion = PORTION_BYTES["cpu" if cache.device.type == "cpu" else "accelerator"]
-    for rows in groups:
-        row_bytes = step.held(step.order[rows[0]]) * cache[0, :, 0].numel() * cache.element_size() * len(layers)
+    for events in groups:
+        row_bytes = events[0].held * cache[0, :, 0].numel() * cache.element_size() * len(layers)
         most = max(1, portion // row_bytes)
-        yield from (rows[start : start + most] for start in range(0, len(rows), most))
+        yield from (events[start : start + most] for start in range(0, len(events), most))
 
 
-def make_view(runtime: Runtime, layer: Layer, step: Step, rows: list[int]) -> PagedView:
+def make_view(runtime: Runtime, layer: Layer, step: Step, events: list[RequestEvent]) -> PagedView:
     """What the method may look at for requests that hold equally many slots, after the step's attention."""
-    config, slots = runtime.config, layer.slots
-    names = [step.order[row] for row in rows]
-    sequences = [step.sequences[name] for name in names]
-    held = step.held(names[0])
+    config, slots, held = runtime.config, layer.slots, events[0].held
     length_b, place_b, settled_b, event_b, seed_b, prompt_b = torch.tensor(
         [
-            [step.after[name][0].length, one.place, one.settled, one.events, one.seed, step.before[name].prompt]
-            for name, one in zip(names, sequences, strict=True)
+            [after.length, one.place, one.settled, one.events, one.seed, before.prompt]
+            for _, one, _, before, _, after, _ in events
         ],
         device=runtime.device,
     ).unbind(1)
-    layout, cache, blocks_BM = layer.layout, layer.module.kv_cache, _blocks(layer, step, rows, held)
+    layout, cache, blocks_BM = layer.layout, layer.module.kv_cache, _blocks(layer, step, events, held)
     assert layout is not None
     index = slots.token_indices(place_b, held, length_b, settled_b)
     is_prompt = index < prompt_b[:, None, None]
     queries = query_index = None
     if slots.ring is not None:
-        count = min(slots.ring.shape[2], step.after[names[0]][0].length)
+        count = min(slots.ring.shape[1], events[0].after.length)
         queries, query_index = slots.recent_queries(place_b, length_b, count)
     return PagedView(
         keys_BHND=None,  # type: ignore[arg-type]
@@ -166,7 +159,14 @@ def make_view(runtime: Runtime, layer: Layer, step: Step, rows: list[int]) -> Pa
         positions_BHN=index,
         counts_BHN=slots.source_counts(place_b, held, settled_b),
         is_prompt_BHN=is_prompt,
-        is_protected_BHN=_protected(runtime, index, is_prompt, step, names),
+        is_protected_BHN=protected_slots(
+            index,
+            is_prompt,
+            [event.budget for event in events],
+            [event.before for event in events],
+            [event.after for event in events],
+            config.method.needs.recent,
+        ),
         queries_BHqTD=queries,
         query_positions_BT=query_index,
         scaling=layer.module.impl.scale,
@@ -177,43 +177,37 @@ def make_view(runtime: Runtime, layer: Layer, step: Step, rows: list[int]) -> Pa
         seed=config.seed,
         layer=layer.index,
         first_head=runtime.first_head,
-        rows=tuple(rows),
+        rows=tuple(event.row for event in events),
         prompt_length_B=prompt_b,
         query_heads=layer.module.num_heads,
         calibration=layer.calibration,
         rotary=runtime.rotary,
-        token_ids=runtime.token_ids_of(step, names) if config.method.needs.token_ids else None,
+        token_ids=runtime.token_ids_of(events) if config.method.needs.token_ids else None,
         row_state={name: stored[place_b] for name, stored in slots.row_state.items()},
         ranks=runtime.ranks,
     )
 
 
-def _protected(runtime: Runtime, index_BHN: Tensor, is_prompt_BHN: Tensor, step: Step, names: list[str]) -> Tensor:
-    budgets = [one for one in (step.sequences[name].budget for name in names) if one is not None]  # an event has one
-    before, after = [step.before[name] for name in names], [step.after[name][0] for name in names]
-    return protected_slots(index_BHN, is_prompt_BHN, budgets, before, after, runtime.config.method.needs.recent)
-
-
-def _rewrite(layer: Layer, step: Step, rows: list[int], plan: Plan, view: PagedView) -> None:
+def _rewrite(layer: Layer, step: Step, events: list[RequestEvent], plan: Plan, view: PagedView) -> None:
     """Write what stays to the front of the requests' blocks, and note what it is."""
     kept_BHK, cache, layout = plan.kept_BHK, layer.module.kv_cache, layer.layout
     assert layout is not None
-    every_row = list(range(len(rows)))
+    every_row = list(range(len(events)))
     if plan.fold is not None:
         keys, values = view.keys_BHND.contiguous(), view.values_BHND.contiguous()
         keys_BHKD, values_BHKD = compact_pair(keys, values, every_row, plan, view.positions_BHN)
     else:
-        held_BM = _blocks(layer, step, rows, view.positions_BHN.shape[2])
+        held_BM = _blocks(layer, step, events, view.positions_BHN.shape[2])
         keys_BHKD, values_BHKD = (
             gather_slots(getattr(view, field).contiguous(), every_row, kept_BHK)
             if view.was_read(kind)
             else layout.read_slots(kind, cache, held_BM, kept_BHK)
             for kind, field in _FIELDS.items()
         )
-    blocks_BM = _blocks(layer, step, rows, kept_BHK.shape[2])
+    blocks_BM = _blocks(layer, step, events, kept_BHK.shape[2])
     if not layout.write_front(cache, blocks_BM, keys_BHKD, values_BHKD):
         _write_by_platform(layer, blocks_BM, keys_BHKD, values_BHKD)
-    place_b = torch.tensor([step.sequences[step.order[row]].place for row in rows], device=kept_BHK.device)
+    place_b = torch.tensor([event.sequence.place for event in events], device=kept_BHK.device)
     layer.slots.settle(place_b, plan, view)
 
 
@@ -226,9 +220,8 @@ def _write_by_platform(layer: Layer, blocks_BM: Tensor, keys_BHKD: Tensor, value
     layer.module.impl.write(layer.module, keys_nHD, values_nHD, layer.module.kv_cache, slots_n)
 
 
-def _blocks(layer: Layer, step: Step, rows: list[int], slots: int) -> Tensor:
+def _blocks(layer: Layer, step: Step, events: list[RequestEvent], slots: int) -> Tensor:
     """Numbers of the kernel's blocks that hold the first `slots` slots of some requests, [b, M]."""
-    assert step.block_table is not None
     block_size = layer.module.kv_cache.shape[2]
-    row_b = torch.tensor(rows, device=step.block_table.device)
+    row_b = torch.tensor([event.row for event in events], device=step.block_table.device)
     return step.block_table[row_b, : -(-slots // block_size)]

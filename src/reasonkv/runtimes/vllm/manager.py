@@ -13,14 +13,14 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 
 from reasonkv import schedule
-from reasonkv.budget import ListedWindow, PeriodicWindow, Window
+from reasonkv.budget import Budget, ListedWindow, PeriodicWindow, Window
 from reasonkv.runtimes.vllm.config import RequestConfig
 from reasonkv.runtimes.vllm.spec import BoundedSpec
 
@@ -28,24 +28,54 @@ _REMEMBERED = 4096  # prompts of requests that gave their blocks back; enough fo
 
 
 @dataclass(kw_only=True)
-class Holding(schedule.Course):
-    """What one request may hold: its lengths after the step that was scheduled last, and more.
-
-    Its budget is None for a request that keeps full KV; it has the events so far, where the engine's steps decide them.
+class Holding:
+    """What one request may hold.
 
     Args:
+        budget: None for a request that keeps full KV; it has the events so far, where the engine's steps decide them.
+        state: after the step that was scheduled last; of a request that was trimmed, as it was then.
         fill: tokens that are fed in pieces of any length: the prompt, or after a preemption all it had, unless its
             pieces end at events.
         whole: most tokens it will ever have in the cache, known where our scheduler is.
         high_water: most slots it held at once so far.
-        trimmed: the blocks it cannot need any more were freed.
+        trimmed: the blocks it cannot need any more were freed; from then on it is fed one token a step.
+        length: tokens after the step that was scheduled last.
 
     """
 
+    budget: Budget | None
+    state: schedule.State
     fill: int
     whole: int
     high_water: int = 0
     trimmed: bool = False
+    length: int = 0
+    _known: tuple[tuple[int, schedule.State], tuple[int, schedule.State]] | None = field(default=None, repr=False)
+
+    @property
+    def now(self) -> schedule.State:
+        """Its state after the step that was scheduled last."""
+        return schedule.one_by_one(self.budget, self.state, self.length)
+
+    def after(self, num_tokens: int) -> tuple[int, schedule.State]:
+        """The high water and the state after a step that ends at so many tokens; asked for several times a step."""
+        asked = (num_tokens, self.state)
+        if self._known is None or self._known[0] != asked:
+            fed = max(0, num_tokens - self.state.length)
+            high_water = max(self.high_water, self.state.held + fed)
+            self._known = asked, (high_water, schedule.step(self.budget, self.state, fed)[0])
+        return self._known[1]
+
+    def move(self, num_tokens: int) -> None:
+        """A step that ends at so many tokens has been scheduled."""
+        self.high_water, self.state = self.after(num_tokens)
+        self.length = self.state.length
+
+    def cut(self, dropped: int) -> None:
+        """The engine's step had an event listed at the end of what it fed."""
+        assert isinstance(self.budget, ListedWindow)
+        self.budget = schedule.listed(self.budget, self.state.length)
+        self.state = self.state._replace(held=self.state.held - dropped)
 
     @property
     def prompt(self) -> int:
@@ -93,10 +123,10 @@ class BoundedManager(FullAttentionManager):  # type: ignore[misc]
         """Blocks for the step that is being scheduled, and its events taken note of."""
         holding = self.holdings[request_id]
         if holding.trimmed:  # it has all it will ever need
-            holding.state = self._after(holding, num_tokens)[1]
+            holding.length = num_tokens
             return []
         blocks = self._blocks(holding, num_tokens)
-        holding.high_water, holding.state = self._after(holding, num_tokens)
+        holding.move(num_tokens)
         new: list[KVCacheBlock] = super().allocate_new_blocks(
             request_id, blocks * self.block_size, blocks * self.block_size
         )
@@ -160,16 +190,14 @@ class BoundedManager(FullAttentionManager):  # type: ignore[misc]
             if isinstance(one.budget, ListedWindow)
         }
         for name in schedule.periodic_round(policy, self.steps - 1, raw):
-            holding = rows[name]
-            assert isinstance(holding.budget, ListedWindow)
-            holding.budget = schedule.listed(holding.budget, holding.state.length)
-            holding.state = holding.state._replace(held=holding.state.held - policy.dropped)
+            rows[name].cut(policy.dropped)
 
     def tokens_to_event(self, request_id: str) -> int | None:
         """How many more tokens of a request fall into the cache until it has an event; None: it never has one."""
         holding = self.holdings.get(request_id) or self._open(request_id, 0)
-        boundary = schedule.next_event(holding.budget, holding.state)
-        return None if boundary is None else boundary - holding.state.length
+        state = holding.now
+        boundary = schedule.next_event(holding.budget, state)
+        return None if boundary is None else boundary - state.length
 
     def _open(self, request_id: str, num_tokens: int) -> Holding:
         longest = self.kv_cache_spec.max_length
@@ -203,13 +231,8 @@ class BoundedManager(FullAttentionManager):  # type: ignore[misc]
     def _blocks(self, holding: Holding, num_tokens: int) -> int:
         spec = self.kv_cache_spec
         if holding.budget is None or isinstance(holding.budget, Window):
-            return spec.blocks(self._after(holding, num_tokens)[0])
+            return spec.blocks(holding.after(num_tokens)[0])
         most = spec.slots_while_decoding(holding.prompt)
         if not holding.trimmed:
             most = max(most, spec.slots_while_filling(holding.prompt, holding.fill))
         return spec.blocks(most)
-
-    def _after(self, holding: Holding, num_tokens: int) -> tuple[int, schedule.State]:
-        """The high water and the state after a step that ends at `num_tokens`."""
-        fed = max(0, num_tokens - holding.state.length)
-        return max(holding.high_water, holding.state.held + fed), holding.after(fed)[0]

@@ -24,8 +24,8 @@ class Meter:
         folded: those that live on in another slot, a mean over layers and heads.
         seconds: host time spent in events (on an accelerator, without waiting for it).
         step_seconds: host time of all steps.
-        physical, logical: slots held and tokens seen by the requests of the newest step.
         peak: most slots a request held at once.
+        newest: the step before.
 
     """
 
@@ -35,10 +35,22 @@ class Meter:
     folded: float = 0.0
     seconds: float = 0.0
     step_seconds: float = 0.0
-    physical: int = 0
-    logical: int = 0
     peak: int = 0
+    newest: Step | None = field(default=None, repr=False)
     exporter: Exporter | None = field(default=None, repr=False)
+
+    @property
+    def physical(self) -> int:
+        """Slots held by the requests of the newest step, after its events."""
+        if self.newest is None:
+            return 0
+        dropped = sum(event.held - event.after.held for event in self.newest.events)
+        return int(self.newest.held.sum()) + self.newest.tokens - dropped
+
+    @property
+    def logical(self) -> int:
+        """Tokens seen by the requests of the newest step."""
+        return 0 if self.newest is None else int(self.newest.lengths.sum()) + self.newest.tokens
 
     def note_plans(self, plans: list[Plan], layers: int) -> None:
         """Count folded slots of one or all layers."""
@@ -53,14 +65,11 @@ class Meter:
         self.dropped += dropped
 
     def note_step(self, step: Step, seconds: float) -> None:
-        """Count one finished step, before its requests move on."""
+        """Count one finished step, its events among them."""
         self.steps += 1
         self.step_seconds += seconds
-        self.physical = self.logical = 0
-        for name, (state, keep) in step.after.items():
-            self.physical += state.held
-            self.logical += state.length
-            self.peak = max(self.peak, state.held if keep is None else step.held(name))
+        self.peak = max(self.peak, step.longest)
+        self.newest = step
         if self.exporter is not None:
             self.exporter.update(self)
 

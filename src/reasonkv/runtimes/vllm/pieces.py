@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,20 +30,15 @@ class Pieces:
 
     @classmethod
     def of(cls, step: Step, device: torch.device) -> list[Pieces]:
-        """All requests of a step whose order is known: those that decode are one batch, whatever their lengths."""
-        starts = dict(zip(step.order, np.cumsum([0, *(step.fed[name] for name in step.order)]), strict=False))
-        alike: dict[int, list[str]] = {}
-        for name in step.order:
-            alike.setdefault(step.fed[name], []).append(name)
-        return [cls._alike(step, names, [int(starts[name]) for name in names], device) for names in alike.values()]
-
-    @classmethod
-    def _alike(cls, step: Step, names: Sequence[str], starts: Sequence[int], device: torch.device) -> Pieces:
-        numbers = [
-            [start, step.sequences[name].place, step.before[name].length]
-            for start, name in zip(starts, names, strict=True)
-        ]
-        start_b, place_b, length_b = torch.tensor(numbers, device=device).unbind(1)
-        rank_n = torch.arange(step.fed[names[0]], device=device)
-        token_bn = start_b[:, None] + rank_n
-        return cls(token_bn, place_b, length_b[:, None] + rank_n, torch.ones_like(token_bn, dtype=torch.bool))
+        """All requests of a step: those that decode are one batch, whatever their lengths."""
+        starts = np.cumsum(step.pieces) - step.pieces
+        found = []
+        for fed in np.unique(step.pieces):
+            rows = np.flatnonzero(step.pieces == fed)
+            numbers = np.stack([starts[rows], step.places[rows], step.lengths[rows]])
+            start_b, place_b, length_b = torch.from_numpy(numbers).to(device)
+            rank_n = torch.arange(int(fed), device=device)
+            token_bn = start_b[:, None] + rank_n
+            valid_bn = torch.ones_like(token_bn, dtype=torch.bool)
+            found.append(cls(token_bn, place_b, length_b[:, None] + rank_n, valid_bn))
+        return found

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from collections.abc import Sequence as SequenceOf
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 from vllm.config import get_layers_from_vllm_config
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
@@ -30,7 +30,8 @@ from reasonkv.runtimes.vllm.pieces import Pieces
 from reasonkv.runtimes.vllm.ranks import other_ranks
 from reasonkv.runtimes.vllm.setup import check_layers, own_heads, rotary_of, statistics_of, with_markers
 from reasonkv.runtimes.vllm.slots import LayerSlots
-from reasonkv.runtimes.vllm.step import Sequence, Step
+from reasonkv.runtimes.vllm.step import RequestEvent, Sequence, Step
+from reasonkv.schedule import Courses
 
 logger = init_logger("vllm.reasonkv")
 
@@ -62,16 +63,19 @@ class Runtime:
         self.has_scheduler = has_scheduler(vllm_config)
         self.sequences: dict[str, Sequence] = {}
         self.free_places = list(reversed(range(vllm_config.scheduler_config.max_num_seqs)))
-        self.step: Step | None = None
+        self.courses = Courses(len(self.free_places))
+        self.fed: Mapping[str, int] | None = None  # tokens of every request of the step that begins, by id
+        self.step: Step | None = None  # the same step, once the batch is known
         self.pending: Step | None = None  # the step before, if it has events that are not carried out yet
         self.observer: Observer | None = None
         self.steps = 0  # with at least one token, so far
         # ranks agree on what they drop, so one of them counts
         self.meter = Meter(exporter=Exporter.where_collected() if rank == 0 else None)
         self.ranks = other_ranks(vllm_config.parallel_config.tensor_parallel_size)
-        self._ring_places: tuple[Tensor, Tensor, Tensor | None] | None = None
+        self._computed: Mapping[str, int] = {}  # tokens that the scheduler counts, of requests that are not new
+        self._ring_lines: tuple[Tensor, Tensor | None] | None = None
         self._pieces: list[Pieces] | None = None
-        self._suspended: dict[str, Sequence] = {}
+        self._suspended: dict[str, Callable[[], None]] = {}  # preempted requests: begin again
         self._modules = get_layers_from_vllm_config(vllm_config, Attention)
         check_layers(self._modules, vllm_config)
         self.first_head = rank * next(iter(self._modules.values())).num_kv_heads
@@ -139,8 +143,7 @@ class Runtime:
             self._suspended.pop(name, None)
         for name in scheduled.preempted_req_ids or ():
             if name in self.sequences:
-                self._suspended[name] = self.sequences[name]
-                self._forget(name)
+                self._suspend(name)
         self._carry_out_events()
         for new in scheduled.scheduled_new_reqs:
             if self._suspended.pop(new.req_id, None) is not None:  # the second model runner is told it is new
@@ -148,31 +151,26 @@ class Runtime:
             self._admit(new.req_id, new.prompt_len, new.sampling_params)
         cached = scheduled.scheduled_cached_reqs
         for name in cached.resumed_req_ids:
-            self._admit_again(name)
+            self._note_resumed(name)
+            self._suspended.pop(name)()
         if scheduled.num_scheduled_tokens:
-            fed = dict(scheduled.num_scheduled_tokens)
-            self.step = Step(fed, {name: self.sequences[name] for name in fed})
-            self._check_agreement(cached)
-            self._choose_rows(self.step)
+            self.fed = scheduled.num_scheduled_tokens
+            self._computed = dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+            self._choose_rows(self.fed)
 
     def make_physical(self, common: CommonAttentionMetadata, block_size: int) -> CommonAttentionMetadata:
         """A step's attention metadata with the lengths and slots that are there, for the kernels."""
-        step = self.step
-        assert step is not None
-        table = common.block_table_tensor
-        step.order = self._batch_order(common)
-        step.block_table = table
-        self._ring_places = self._pieces = None
-        dropped_B = torch.zeros(common.num_reqs, dtype=common.seq_lens.dtype)  # requests beyond ours are padding
-        dropped_B[: len(step.order)] = torch.from_numpy(step.lengths[0] - step.lengths[1])
-        upper = common.seq_lens_cpu_upper_bound
-        slots = torch.full_like(common.slot_mapping, -1)
-        slots[: step.tokens] = step.physical_slots(table, block_size).to(slots.dtype)
+        assert self.fed is not None
+        step = Step(self.fed, self.sequences, self._batch_order(common), common.block_table_tensor)
+        self.step, self._ring_lines, self._pieces = step, None, None
+        self._check_agreement(step)
+        dropped_B = _padded(torch.from_numpy(step.lengths - step.held), common.num_reqs, 0)
+        lengths_B, upper_B = common.seq_lens, common.seq_lens_cpu_upper_bound
         return common.replace(
-            seq_lens=common.seq_lens - dropped_B.to(common.seq_lens.device, non_blocking=True),
-            seq_lens_cpu_upper_bound=None if upper is None else upper - dropped_B.to(upper.dtype),
-            max_seq_len=int((step.lengths[1] + step.pieces).max()),
-            slot_mapping=slots,
+            seq_lens=lengths_B - dropped_B.to(lengths_B.device, lengths_B.dtype, non_blocking=True),
+            seq_lens_cpu_upper_bound=None if upper_B is None else upper_B - dropped_B.to(upper_B.dtype),
+            max_seq_len=step.longest,
+            slot_mapping=_padded(step.physical_slots(block_size), len(common.slot_mapping), -1),
         )
 
     def after_attention(self, number: int, query: Tensor) -> None:
@@ -190,24 +188,24 @@ class Runtime:
         if number == 0 and self.token_ids is not None:
             self._log_tokens(step)
         if layer.slots.ring is not None:
-            if self._ring_places is None:
-                self._ring_places = step.ring_places(layer.slots.ring.shape[2], self.device)
-            layer.slots.remember_queries(query[: step.tokens], self._ring_places)
+            if self._ring_lines is None:
+                self._ring_lines = step.ring_lines(layer.slots.ring.shape[1], self.device)
+            layer.slots.remember_queries(query[: step.tokens], self._ring_lines)
         if self.config.method.needs.observes:
             self._observe(layer, query)
 
     def end(self, seconds: float) -> None:
         """Move the requests on after a step that took so long, the events at its beginning included."""
-        step, self.step = self.step, None
+        step, self.step, self.fed = self.step, None, None
         if step is not None:
+            step.end()
             self.meter.note_step(step, seconds)
-            step.commit()
-            self.pending = step if step.has_events else None
+            self.pending = step if step.events else None
 
-    def token_ids_of(self, step: Step, names: SequenceOf[str]) -> tuple[Tensor, ...]:
-        """Per request, int64 [length]: every token it has seen, those of the step included."""
+    def token_ids_of(self, events: list[RequestEvent]) -> tuple[Tensor, ...]:
+        """Per request with an event, int64 [length]: every token it has seen, those of the step included."""
         assert self.token_ids is not None
-        return tuple(self.token_ids[step.sequences[name].place, : step.after[name][0].length].long() for name in names)
+        return tuple(self.token_ids[event.sequence.place, : event.after.length].long() for event in events)
 
     # -- internals --------------------------------------------------------------------------------------------------
 
@@ -255,19 +253,20 @@ class Runtime:
             )  # fmt: skip
         self._open(name, prompt, schedule.row_budget(budget), self._method_of(name, asked), asked.seed)
 
-    def _admit_again(self, name: str) -> None:
-        self._note_resumed(name)
-        old = self._suspended.pop(name)
-        own = None if old.budget is None else schedule.row_budget(self.config.budget)
-        self._open(name, old.state.prompt, own, old.method, old.seed)
+    def _suspend(self, name: str) -> None:
+        """A request is preempted: it leaves its place, and will begin again as it began."""
+        one = self.sequences[name]
+        own = None if one.budget is None else schedule.row_budget(self.config.budget)
+        self._suspended[name] = partial(self._open, name, one.state.prompt, own, one.method, one.seed)
+        self._forget(name)
 
     def _open(self, name: str, prompt: int, budget: Budget | None, method: Method, seed: int) -> None:
         """A request begins, from nothing."""
         place = self.free_places.pop()
         for layer in self.layers:
             layer.slots.start(place)
-        state = schedule.State(prompt=prompt)
-        self.sequences[name] = Sequence(place=place, state=state, budget=budget, method=method, seed=seed)
+        self.courses.start(place, budget, schedule.State(prompt=prompt))
+        self.sequences[name] = Sequence(courses=self.courses, place=place, method=method, seed=seed)
 
     def _method_of(self, name: str, asked: RequestConfig) -> Method:
         """The engine's method with a request's options; one and the same for all requests with equal ones."""
@@ -290,35 +289,35 @@ class Runtime:
         if sequence is not None:
             self.free_places.append(sequence.place)
 
-    def _check_agreement(self, cached: Any) -> None:
-        for name, length in zip(cached.req_ids, cached.num_computed_tokens, strict=True):
-            if self.sequences[name].state.length != length:
-                raise RuntimeError(
-                    f"The scheduler has {length} tokens of request {name} in the cache, the worker "
-                    f"{self.sequences[name].state.length}."
-                )
+    def _check_agreement(self, step: Step) -> None:
+        theirs = [self._computed.get(name, 0) for name in step.order]
+        ours = step.lengths.tolist()
+        if ours != theirs:
+            name, length, known = next(one for one in zip(step.order, theirs, ours, strict=True) if one[1] != one[2])
+            raise RuntimeError(f"The scheduler has {length} tokens of request {name} in the cache, the worker {known}.")
 
-    def _choose_rows(self, step: Step) -> None:
+    def _choose_rows(self, all_fed: Mapping[str, int]) -> None:
         """The events that the step's number brings; the scheduler's manager of blocks computes the same."""
         policy, self.steps = self.config.budget, self.steps + 1
         if not isinstance(policy, PeriodicWindow):
             return
         ends, windows = {}, {}
-        for name, fed in step.fed.items():
-            one = step.sequences[name]
+        for name, fed in all_fed.items():
+            one = self.sequences[name]
             if isinstance(one.budget, ListedWindow):
                 ends[name] = one.state._replace(length=one.state.length + fed)
                 windows[name] = one.budget
         raw = {name: schedule.raw_tokens(windows[name], state) for name, state in ends.items()}
         for name in schedule.periodic_round(policy, self.steps - 1, raw):
-            step.sequences[name].budget = schedule.listed(windows[name], ends[name].length)
+            place = self.sequences[name].place
+            self.courses.set_budget(place, schedule.listed(windows[name], ends[name].length))
 
     def _batch_order(self, common: CommonAttentionMetadata) -> list[str]:
         states = getattr(self.runner, "req_states", None)  # the second model runner keeps a table of requests
         if states is not None:
             return [states.index_to_req_id[int(number)] for number in common.req_idx]
-        assert self.step is not None
-        order: list[str] = self.runner.input_batch.req_ids[: len(self.step.fed)]
+        assert self.fed is not None
+        order: list[str] = self.runner.input_batch.req_ids[: len(self.fed)]
         return order
 
     def _log_tokens(self, step: Step) -> None:
@@ -327,3 +326,8 @@ class Runtime:
         ids = (self.runner.input_ids.gpu if buffers is None else buffers.input_ids)[: step.tokens]
         where = torch.from_numpy(np.stack([step.place, step.position])).to(self.device)
         self.token_ids[where[0], where[1]] = ids.to(torch.int32)
+
+
+def _padded(numbers_n: Tensor, size: int, value: int) -> Tensor:
+    """With as many of a value behind them: what is beyond a step's requests and tokens is padding."""
+    return functional.pad(numbers_n, (0, size - len(numbers_n)), value=value) if len(numbers_n) < size else numbers_n

@@ -39,9 +39,9 @@ class LayerSlots:
         new_row_state: Callable[[int], dict[str, Tensor]] | None = None,
     ) -> None:  # fmt: skip
         self.places, self.heads, self.device, self.needs = places, heads, device, needs
-        self.ring: Tensor | None = None  # [R, Hq, T, D]; token t stands at t % T
+        self.ring: Tensor | None = None  # [R, T, Hq, D]; token t stands at t % T
         if needs.queries:
-            self.ring = torch.zeros(places, query_heads, needs.queries, head_dim, dtype=dtype, device=device)
+            self.ring = torch.zeros(places, needs.queries, query_heads, head_dim, dtype=dtype, device=device)
         self.token_index: Tensor | None = None  # int32 [R, H, K]
         self.counts: Tensor | None = None  # int32 [R, H, K]
         self.state: dict[str, Tensor] = {}  # [R, H, K] each
@@ -73,11 +73,13 @@ class LayerSlots:
                 raise PlanError(f"{method.name} must not change the shape of its row state {name!r} in this runtime.")
             stored[place_b] = state[name]
 
-    def remember_queries(self, queries_nHqD: Tensor, places: tuple[Tensor, Tensor, Tensor | None]) -> None:
-        """Keep the newest T rotated queries of every request (`Step.ring_places`)."""
+    def remember_queries(self, queries_nHqD: Tensor, lines: tuple[Tensor, Tensor | None]) -> None:
+        """Keep the newest T rotated queries of every request (`Step.ring_lines`)."""
         assert self.ring is not None
-        row, place, newest = places
-        self.ring[row, :, place] = queries_nHqD if newest is None else queries_nHqD[newest]
+        line, newest = lines
+        if newest is not None:
+            queries_nHqD = queries_nHqD.index_select(0, newest)
+        self.ring.flatten(0, 1).index_copy_(0, line, queries_nHqD)
 
     def recent_queries(self, place_b: Tensor, length_b: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """The newest `count` queries, oldest first [b, Hq, count, D], and their token indices [b, count]."""

@@ -5,49 +5,81 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from reasonkv import schedule
+from reasonkv.budget import Budget
 from reasonkv.methods import Method
-
-Integers = NDArray[np.int64]
+from reasonkv.schedule import Courses, Integers
 
 
 @dataclass(kw_only=True)
-class Sequence(schedule.Course):
-    """One request of this worker: its budget (None for one that keeps full KV), its lengths, and more.
+class Sequence:
+    """One request of this worker.
 
     Args:
-        place: row of everything that is kept per request (rings, token indices, state).
+        courses: all requests' lengths and budgets (None for one that keeps full KV).
+        place: its row of everything that is kept per request (lengths, rings, token indices, state).
         method: chooses which of its slots stay: the engine's, or with options of the request's own.
         seed: its row seed.
         settled: slots whose token index is stored (those an event left); later slots are consecutive.
-        events: events so far.
-        peak: most slots held at once so far.
+        events: events so far that were carried out.
 
     """
 
+    courses: Courses
     place: int
     method: Method
     seed: int = 0
     settled: int = 0
     events: int = 0
-    peak: int = 0
+
+    @property
+    def state(self) -> schedule.State:
+        """Its lengths now."""
+        return self.courses.state(self.place)
+
+    @property
+    def budget(self) -> Budget | None:
+        """What it follows."""
+        return self.courses.budgets[self.place]
 
     def __str__(self) -> str:
         return (
             f"{self.state.length} tokens, {self.state.prompt} of them its prompt's; {self.events} events; "
-            f"{self.state.held} slots held, {self.peak} at most"
+            f"{self.state.held} slots held, {self.courses.peak(self.place)} at most"
         )
 
 
-@dataclass
+class RequestEvent(NamedTuple):
+    """One request's event after a step.
+
+    Args:
+        name: the request's id.
+        sequence: the request.
+        row: of the batch.
+        before: its state before the step.
+        held: slots it held during the step's attention.
+        after: its state after the event, which keeps `after.held` slots.
+        budget: what it followed.
+
+    """
+
+    name: str
+    sequence: Sequence
+    row: int
+    before: schedule.State
+    held: int
+    after: schedule.State
+    budget: Budget
+
+
 class Step:
     """One engine step: what every scheduled request feeds, and which of them have an event after it.
 
@@ -56,118 +88,106 @@ class Step:
 
     Args:
         fed: tokens of every request that is scheduled, by request id.
-        sequences: these requests, by id.
+        sequences: the worker's requests, by id.
+        order: request ids as they stand in the batch.
+        block_table: [requests, blocks], of the kernel's blocks, in the batch's order.
 
     """
 
-    fed: dict[str, int]
-    sequences: dict[str, Sequence]
-    order: list[str] = field(default_factory=list)
-    """Request ids as they stand in the batch, set when the batch is known."""
-    block_table: Tensor | None = None
-    """[requests, blocks], of the kernel's blocks, in the batch's order."""
-    before: dict[str, schedule.State] = field(init=False)
-    """Every request's state before the step."""
-
-    def __post_init__(self) -> None:
-        self.before = {name: self.sequences[name].state for name in self.fed}
-
-    @cached_property
-    def after(self) -> dict[str, tuple[schedule.State, int | None]]:
-        """Every request's state after the step, its event included, and the slots that event keeps."""
-        return {name: self.sequences[name].after(n) for name, n in self.fed.items()}
-
-    @cached_property
-    def has_events(self) -> bool:
-        """At least one request has an event."""
-        return any(keep is not None for _, keep in self.after.values())
-
-    @cached_property
-    def tokens(self) -> int:
+    def __init__(
+        self, fed: Mapping[str, int], sequences: Mapping[str, Sequence], order: list[str], block_table: Tensor
+    ) -> None:
+        self.order, self.block_table = order, block_table
+        self.sequences = [sequences[name] for name in order]
+        self.pieces = np.array([fed[name] for name in order], dtype=np.int64)
+        """Tokens of every request, in the batch's order, as everything below."""
+        self.places = np.array([one.place for one in self.sequences], dtype=np.int64)
+        self.courses = self.sequences[0].courses
+        self.lengths, self.held = self.courses.lengths(self.places)
+        """Logical and physical length of every request before the step."""
+        self.tokens = sum(fed.values())
         """Tokens of the step, without padding."""
-        return sum(self.fed.values())
-
-    def held(self, name: str) -> int:
-        """Slots of a request during the step's attention: those held before, and the new ones."""
-        return self.before[name].held + self.fed[name]
-
-    @cached_property
-    def lengths(self) -> Integers:
-        """Logical and physical length of every request before the step, in the batch's order, int64 [2, requests]."""
-        return np.array([self.before[name][:2] for name in self.order], dtype=np.int64).reshape(-1, 2).T
+        self.only_decodes = self.tokens == len(order)
+        """Every request feeds one token, and is a token."""
+        self.events: list[RequestEvent] = []
+        """Set once the step is over."""
 
     @cached_property
-    def pieces(self) -> Integers:
-        """Tokens of every request, in the batch's order."""
-        return np.array([self.fed[name] for name in self.order], dtype=np.int64)
+    def longest(self) -> int:
+        """Most slots a request holds during the step's attention."""
+        return int((self.held + self.pieces).max())
 
-    @cached_property
-    def row(self) -> Integers:
-        """Number of every token's request in the batch's order."""
-        return np.repeat(np.arange(len(self.order)), self.pieces)
+    def per_token(self, numbers_B: Integers) -> Integers:
+        """Every token's, from every request's."""
+        return numbers_B if self.only_decodes else np.repeat(numbers_B, self.pieces)
 
     @cached_property
     def rank(self) -> Integers:
         """Number of every token within its request's piece."""
-        start: Integers = np.repeat(np.cumsum(self.pieces) - self.pieces, self.pieces)
-        return np.arange(self.tokens) - start
+        if self.only_decodes:
+            return np.zeros_like(self.pieces)
+        return np.arange(self.tokens) - self.per_token(np.cumsum(self.pieces) - self.pieces)
 
     @cached_property
     def place(self) -> Integers:
         """Place of every token's request."""
-        of_request = np.array([self.sequences[name].place for name in self.order], dtype=np.int64)
-        return np.repeat(of_request, self.pieces)
+        return self.per_token(self.places)
 
     @cached_property
     def position(self) -> Integers:
         """Token index of every token."""
-        start: Integers = np.repeat(self.lengths[0], self.pieces)
-        return start + self.rank
+        return self.per_token(self.lengths) + self.rank
 
-    def physical_slots(self, block_table: Tensor, block_size: int) -> Tensor:
+    def physical_slots(self, block_size: int) -> Tensor:
         """Where every token is written, int64 [tokens]: block number x block size + slot in the block."""
-        held = np.repeat(self.lengths[1], self.pieces) + self.rank
-        where = torch.from_numpy(np.stack([self.row, held // block_size, held % block_size])).to(block_table.device)
-        return block_table[where[0], where[1]].long() * block_size + where[2]
+        table = self.block_table[: len(self.order)]
+        held_n = self.held if self.only_decodes else self.per_token(self.held) + self.rank
+        slot_n = torch.from_numpy(held_n).to(table.device)
+        block_n = slot_n // block_size
+        if self.only_decodes:
+            number_n = table.gather(1, block_n[:, None])[:, 0]
+        else:
+            row_n = torch.from_numpy(self.per_token(np.arange(len(self.order)))).to(table.device)
+            number_n = table[row_n, block_n]
+        return (number_n - block_n) * block_size + slot_n
 
-    def ring_places(self, length: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Where every token's query goes in rings of `length`: request's place, place in the ring, and which tokens.
+    def ring_lines(self, length: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
+        """Where every token's query goes in the rings of `length` of all places, one after the other; and which tokens.
 
-        Of a piece longer than the ring only the newest tokens are written, and the third tells which; None: all.
+        Of a piece longer than the ring only the newest tokens are written, and the second tells which; None: all.
         """
         token, place, newest = self.position, self.place, None
-        if max(self.fed.values()) > length:
-            ends = np.repeat(self.lengths[0] + self.pieces, self.pieces)
+        if self.pieces.max() > length:
+            ends = self.per_token(self.lengths + self.pieces)
             chosen = np.nonzero(token >= ends - length)[0]
             token, place = token[chosen], place[chosen]
             newest = torch.from_numpy(chosen).to(device)
-        pair = torch.from_numpy(np.stack([place, token % length])).to(device)
-        return pair[0], pair[1], newest
+        return torch.from_numpy(place * length + token % length).to(device), newest
 
-    def groups(self, ring: int, running: Mapping[str, Sequence]) -> list[list[int]]:
-        """Batch rows with an event, gathered by method, slots held, slots kept and queries at hand: one plan each.
+    def end(self) -> None:
+        """Move the requests on, once every layer has attended; what an event leaves is settled when it is carried out.
+
+        From here on lengths are those after the events, as the scheduler has them.
+        """
+        budgets = self.courses.budgets
+        for event in self.courses.advance(self.places, self.pieces):
+            name, sequence = self.order[event.row], self.sequences[event.row]
+            budget = budgets[sequence.place]
+            assert budget is not None  # without a bound there is no event
+            self.events.append(RequestEvent(name, sequence, *event, budget))
+
+    def groups(self, ring: int, running: Mapping[str, Sequence]) -> list[list[RequestEvent]]:
+        """Its events, gathered by method, slots held, slots kept and queries at hand: one plan each.
 
         Args:
             ring: queries that are remembered.
             running: the worker's requests now; an event of one that has ended since changes nothing, and is left out.
 
         """
-        found: dict[tuple[int, int, int, int], list[int]] = {}
-        for row, name in enumerate(self.order):
-            state, keep = self.after[name]
-            sequence = self.sequences[name]
-            if keep is not None and running.get(name) is sequence:
+        found: dict[tuple[int, int, int, int], list[RequestEvent]] = {}
+        for event in self.events:
+            if running.get(event.name) is event.sequence:
                 # the runtime makes one method for all requests with equal options
-                key = (id(sequence.method), self.held(name), keep, min(ring, state.length))
-                found.setdefault(key, []).append(row)
+                alike = (id(event.sequence.method), event.held, event.after.held, min(ring, event.after.length))
+                found.setdefault(alike, []).append(event)
         return list(found.values())
-
-    def commit(self) -> None:
-        """Move the requests on, once every layer has attended; what an event leaves is settled when it is carried out.
-
-        From here on lengths are those after the events, as the scheduler has them.
-        """
-        for name, (state, keep) in self.after.items():
-            sequence = self.sequences[name]
-            held = state.held if keep is None else self.held(name)
-            sequence.state, sequence.peak = state, max(sequence.peak, held)
