@@ -172,7 +172,7 @@ def serve(llm: Any, asked: list[list[int]], sampling: Any) -> Run:
 
 
 def reference(
-    method: str | Method, budget: Budget, asked: list[list[int]], tokens: int, dtype: torch.dtype = torch.float32,
+    method: str | Method, budget: Budget | None, asked: list[list[int]], tokens: int, dtype: torch.dtype = torch.float32,
     text: list[list[int]] | None = None, **options: Any,
 ) -> Run:  # fmt: skip
     """The same requests through the transformers runtime, in one left-padded batch; with a text, it says that."""

@@ -8,14 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from engines import Run, engine, greedy, prompts, reference, runtime_of, serve
+from engines import FULL_KV, Run, engine, greedy, prompts, reference, runtime_of, serve
 from injected import Injected, SaysWhatItIsTold
 from near_ties import check_agreement
+from torch import Tensor
 
 from reasonkv import Budget, Window, testbed
 from reasonkv.methods import Method, get_method
 from reasonkv.runtimes.vllm import events
-from reasonkv.runtimes.vllm.config import EngineConfig
+from reasonkv.runtimes.vllm.config import SCHEDULER, EngineConfig
 from reasonkv.runtimes.vllm.events import make_view
 
 SEED, TOKENS = 7, 160
@@ -110,24 +111,35 @@ def test_requests_agree_under_a_window(window_engine: Any, method: str) -> None:
     check_agreement(*both, prompts(), identical=7 if method == "kara" else 8)
 
 
-def test_in_bfloat16_the_same_slots_give_the_same_probabilities(folder: Path) -> None:
-    """Up to bfloat16: single tokens of even odds differ by more, in either runtime, from float32 as from each other."""
+def test_in_bfloat16_the_runtimes_are_as_close_as_with_full_kv(folder: Path) -> None:
+    """Teacher-forced, and the plans injected. What the kernels of either runtime round differs with full KV already:
+    there 95 of 100 tokens are within 2e-2, and single ones of even odds ten times that apart, as either is from float32.
+    """
     asked, seeds = prompts(), list(range(8))
+
+    def forced(text: list[list[int]], wants: list[dict[str, Any]]) -> Run:
+        both = zip(text, wants, strict=True)
+        return serve(llm, asked, [greedy(TOKENS, logprobs=0, extra_args={"text": one} | own) for one, own in both])
+
+    def apart(one: Run, other: Run) -> Tensor:
+        return (torch.tensor(one.logprobs) - torch.tensor(other.logprobs)).abs()
+
     given = {"method": "random", "seed": SEED, **THRESHOLD}
-    with engine(folder, given, dtype="bfloat16", logits_processors=[SaysWhatItIsTold]) as llm:
+    options = {"dtype": "bfloat16", "logits_processors": [SaysWhatItIsTold], "scheduler_cls": SCHEDULER}
+    with engine(folder, given, **options) as llm:
+        full = reference("full", None, asked, TOKENS, torch.bfloat16)
+        control_Bt = apart(forced(full.tokens, [FULL_KV] * 8), full)
+        assert control_Bt.max() > 2e-2  # or single tokens could be asked for below
         for method in ("snapkv:window=16", "cask:mass=none"):
             theirs = reference(method, BUDGET, asked, TOKENS, torch.bfloat16, seed=SEED, row_seeds=seeds)
             made = Injected(plans=theirs.plans, views=theirs.views, asked=get_method(method).needs)
             runtime_of(llm).use(EngineConfig(made, BUDGET, SEED))
-            sampling = [
-                greedy(TOKENS, logprobs=0, extra_args={"text": text, "reasonkv": {"seed": number}})
-                for number, text in enumerate(theirs.tokens)
-            ]
-            mine = serve(llm, asked, sampling)
+            mine = forced(theirs.tokens, [{"reasonkv": {"seed": seed}} for seed in seeds])
             exact = reference(made, BUDGET, asked, TOKENS, text=theirs.tokens, seed=SEED, row_seeds=seeds)
             assert mine.tokens == theirs.tokens == exact.tokens
             for key, kept in theirs.kept.items():
                 assert torch.equal(mine.kept[key], kept) and torch.equal(exact.kept[key], kept)
-            ours_Bt, theirs_Bt, exact_Bt = (torch.tensor(run.logprobs) for run in (mine, theirs, exact))
-            assert (ours_Bt - theirs_Bt).abs().mean(1).max() < 2e-2
-            assert (ours_Bt - exact_Bt).abs().mean() < 1.5 * (theirs_Bt - exact_Bt).abs().mean()
+            assert apart(mine, theirs).mean(1).max() < 2e-2
+            assert apart(mine, theirs).mean() < 1.5 * control_Bt.mean()
+            assert (apart(mine, theirs) < 2e-2).float().mean() > (control_Bt < 2e-2).float().mean() - 0.03
+            assert apart(mine, exact).mean() < 1.5 * apart(theirs, exact).mean()

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -14,9 +15,12 @@ from vllm.exceptions import VLLMValidationError
 
 from reasonkv import Budget, testbed
 from reasonkv.methods import get_method
-from reasonkv.runtimes.vllm.config import OPT_OUT, OPTIONS, SCHEDULER, ServingError
+from reasonkv.methods.random import RandomAttention
+from reasonkv.plan import Plan
+from reasonkv.runtimes.vllm.config import OPT_OUT, OPTIONS, SCHEDULER, EngineConfig, ServingError
 from reasonkv.runtimes.vllm.options import method_of
 from reasonkv.runtimes.vllm.requests import RequestOptions, RequestOptionsWithOptOut
+from reasonkv.view import SlotView
 
 CALIBRATION = str(testbed.testbed_path() / "reasonkv_calibration.safetensors")
 GIVEN = {"method": "random", "tokens": 64, "interval": 32, "sinks": 4, "recent": 16, "seed": 7}
@@ -68,6 +72,38 @@ def test_requests_of_one_batch_each_keep_what_their_options_keep(folder: Path) -
                 assert torch.equal(mine.kept[row, layer, event], kept), (row, layer, event)
             differs = any(not torch.equal(mine.kept[key], others.kept[key]) for key in mine.kept if key[0] == row)
             assert differs == bool(own)  # the options do something, to their own request
+
+
+@dataclass(frozen=True)
+class Fragile(RandomAttention):
+    """`random`, but for an option that nobody tried out."""
+
+    name: ClassVar[str] = "fragile"
+    divisor: int = 1
+
+    def plan(self, view: SlotView, keep: int) -> Plan:
+        if view.layer == 1:  # by then the first layer is rewritten
+            _ = 1 // self.divisor
+        return super().plan(view, keep)
+
+
+def test_a_method_that_fails_with_a_requests_options_goes_on_with_the_engines(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked = prompts((90, 64, 90))
+    options: list[dict[str, Any]] = [{}, {"divisor": 0}, {"divisor": 0}]
+    with engine(folder, GIVEN) as llm:
+        runtime_of(llm).use(EngineConfig(Fragile(), BUDGET, 7))
+        plain = serve(llm, asked, greedy(80))
+        with caplog.at_level("WARNING", "vllm.reasonkv"):
+            mine = serve(llm, asked, [greedy(80, extra_args={"reasonkv": {"options": one}}) for one in options])
+        assert mine.tokens == plain.tokens and mine.kept.keys() == plain.kept.keys()
+        assert all(torch.equal(mine.kept[key], kept) for key, kept in plain.kept.items())
+        said = [one.getMessage() for one in caplog.records if "goes on with" in one.getMessage()]
+        assert len(said) == 2 and all("fragile:divisor=0 failed with its own: integer division" in one for one in said)
+        runtime_of(llm).use(EngineConfig(Fragile(divisor=0), BUDGET, 7))  # a defect of the engine's is not hidden
+        with pytest.raises(ZeroDivisionError):
+            serve(llm, asked[:1], greedy(80))
 
 
 def test_a_class_checks_the_options_of_the_method_it_is_bound_to() -> None:

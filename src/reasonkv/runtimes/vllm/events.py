@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from vllm.logger import init_logger
 
 from reasonkv.compaction import compact_pair, gather_slots
 from reasonkv.plan import Plan, PlanError
@@ -24,7 +25,10 @@ from reasonkv.view import SlotView
 
 if TYPE_CHECKING:
     from reasonkv.calibration import LayerStatistics
+    from reasonkv.methods import Method
     from reasonkv.runtimes.vllm.runtime import Runtime
+
+logger = init_logger("vllm.reasonkv")
 
 PORTION_BYTES = {"cpu": 1 << 23, "accelerator": 1 << 28}
 """Keys and values that are copied at once. A step in which hundreds of requests have an event would otherwise need
@@ -94,7 +98,7 @@ def carry_out_events(runtime: Runtime, step: Step) -> None:
     sound: those of a layer, or of all layers for methods of model scope.
 
     Raises:
-        PlanError: a plan that cannot be carried out, a defect of the method.
+        PlanError: a plan of the engine's method that cannot be carried out, a defect of the method.
 
     """
     needs = runtime.config.method.needs
@@ -109,19 +113,46 @@ def carry_out_events(runtime: Runtime, step: Step) -> None:
 
 def _carry_out(runtime: Runtime, layers: list[Layer], step: Step, events: list[RequestEvent]) -> None:
     """The events of some requests of one group, in one or all layers."""
-    method, keep = events[0].sequence.method, events[0].after.held
     views = [make_view(runtime, layer, step, events) for layer in layers]
-    plans = method.plan_layers(views, keep)
-    for layer, view, plan in zip(layers, views, plans, strict=True):
-        B, H, N = view.positions_BHN.shape
-        plan.check((B, H, N), keep, view.is_protected_BHN)
-        if plan.fold is not None and not method.needs.folds:
-            raise PlanError(f"{method.name} folds slots without declaring Needs(folds=True).")
-        if runtime.observer is not None:
+    plans = _plans(runtime, events, views)
+    if runtime.observer is not None:
+        for layer, view, plan in zip(layers, views, plans, strict=True):
             runtime.observer(layer.index, [event.name for event in events], view, plan)
     runtime.meter.note_plans(plans, len(runtime.layers))
     for layer, view, plan in zip(layers, views, plans, strict=True):
         _rewrite(layer, step, events, plan, view)
+
+
+def _plans(runtime: Runtime, events: list[RequestEvent], views: list[PagedView]) -> list[Plan]:
+    """One plan per layer, by the requests' method, or where that fails with options of their own, by the engine's.
+
+    A client may send any options that its method accepts. What a method makes of them must not end the engine, which
+    serves others; on several ranks it still does, for there a rank that goes on alone would leave the rest waiting.
+    """
+    method, own = events[0].sequence.method, runtime.config.method
+    try:
+        return _sound_plans(method, views, events[0].after.held)
+    except Exception as error:
+        if method is own or runtime.ranks is not None:
+            raise
+        names = ", ".join(event.name for event in events)
+        logger.warning(
+            "Request %s goes on with the engine's options, because %s failed with its own: %s", names, method.spec(),
+            error or type(error).__name__,
+        )  # fmt: skip
+        for event in events:
+            event.sequence.method = own
+        return _sound_plans(own, views, events[0].after.held)
+
+
+def _sound_plans(method: Method, views: list[PagedView], keep: int) -> list[Plan]:
+    plans = method.plan_layers(views, keep)
+    for view, plan in zip(views, plans, strict=True):
+        B, H, N = view.positions_BHN.shape
+        plan.check((B, H, N), keep, view.is_protected_BHN)
+        if plan.fold is not None and not method.needs.folds:
+            raise PlanError(f"{method.name} folds slots without declaring Needs(folds=True).")
+    return plans
 
 
 def _portions(layers: list[Layer], groups: list[list[RequestEvent]]) -> Iterator[list[RequestEvent]]:
