@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from engines import FULL_KV, Run, engine, greedy, prompts, reference, runtime_of, serve
+from engines import FULL_KV, Run, core_of, engine, greedy, prompts, reference, runtime_of, serve
 from injected import Injected, SaysWhatItIsTold
 from near_ties import check_agreement
 from torch import Tensor
+from vllm.config import CompilationMode
 
 from reasonkv import Budget, Window, testbed
 from reasonkv.methods import Method, get_method
@@ -36,6 +37,13 @@ def threshold_engine(folder: Path) -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def window_engine(folder: Path) -> Iterator[Any]:
     with engine(folder, {"method": "kara", "seed": SEED, **WINDOWED}) as llm:
+        yield llm
+
+
+@pytest.fixture(scope="module")
+def compiled_engine(folder: Path) -> Iterator[Any]:
+    """As vLLM runs a model unless told otherwise: compiled in pieces, between which attention and we stand."""
+    with engine(folder, {"method": "random", "seed": SEED, **THRESHOLD}, enforce_eager=False) as llm:
         yield llm
 
 
@@ -65,6 +73,12 @@ def test_all_tokens_and_kept_slots_equal_the_transformers_runtimes(threshold_eng
 )  # fmt: skip
 def test_requests_agree_until_a_near_tie(threshold_engine: Any, method: str) -> None:
     check_agreement(*run_both(threshold_engine, method, THRESHOLD, BUDGET), prompts(), identical=7)
+
+
+@pytest.mark.parametrize("method", ["random", "vase-dkv:window=16", "cask:mass=none", "kara", "beaconkv:recent=16"])
+def test_a_compiled_model_agrees_too(compiled_engine: Any, method: str) -> None:
+    assert core_of(compiled_engine).vllm_config.compilation_config.mode == CompilationMode.DYNAMO_TRACE_ONCE
+    check_agreement(*run_both(compiled_engine, method, THRESHOLD, BUDGET), prompts(), identical=7)
 
 
 def test_events_of_many_requests_are_carried_out_in_portions(
