@@ -108,7 +108,7 @@ class Step:
         self.tokens = sum(fed.values())
         """Tokens of the step, without padding."""
         self.only_decodes = self.tokens == len(order)
-        """Every request feeds one token, and is a token."""
+        """Every request feeds one token, so that numbers of requests are numbers of tokens."""
         self.events: list[RequestEvent] = []
         """Set once the step is over."""
 
