@@ -4,12 +4,14 @@
 
 The cache is given as many blocks as full KV needs for 8 sequences of 2,000 output tokens. 64 requests ask for 2,000
 tokens each: full KV starts more of them while they are short and preempts as they grow, a compressed cache runs as many
-as its blocks allow throughout. Rounds run stock and the arms at 256 by turns, the first all others, too. Then, on
-engines of the same kind, the time of a
-step by how many requests run and how much each holds, and the time to the first and second token of a lone request.
-Every measurement is a process of its own, with the bundled model, or with `--kv-heavy` a model of random weights whose
-steps consist of reading keys and values, as those of large models with long texts do. The model runs compiled, as vLLM
-runs it unless told otherwise, or with `--eager` operation by operation.
+as its blocks allow throughout. A round has an engine for every arm in one process, and whichever has said least so far
+takes the next steps: all begin and end together, so a machine that is slower for a while is so for all. Rounds compare
+stock with the arms at 256, and one more with all others. Then, on engines of the same kind, the time of a step by how
+many requests run and how much each holds, and the time to the first and second token of a lone request.
+
+The model is the bundled one, or with `--kv-heavy` one of random weights whose steps consist of reading keys and values,
+as those of large models with long texts do. It runs compiled, as vLLM runs it unless told otherwise, or with `--eager`
+operation by operation.
 """
 
 from __future__ import annotations
@@ -41,8 +43,10 @@ ARMS = [
     *(f"{method}@{tokens}" for tokens in (256, 512) for method in METHODS),
     *(f"kara@{schedule}" for schedule in SCHEDULES),
 ]
-REPEATED = ("stock", *(f"{method}@256" for method in METHODS))
-"""Arms that run in every round; others in the first alone."""
+REPEATED = tuple(f"{method}@256" for method in METHODS)
+"""Arms of the rounds; others have one of their own."""
+TURN = 20
+"""Steps that an engine takes at a time."""
 BATCHES = (1, 2, 4, 8, 16, 32, 42)
 HELD = {"stock": (LONG_PROMPT, 220), "random@256": (LONG_PROMPT,)}
 """Prompts before the steps that are timed by batch: half of a full text, and one after which 320 slots are held."""
@@ -115,46 +119,93 @@ def prompts(llm: Any, count: int, length: int) -> list[list[int]]:
     return found
 
 
-def serve(llm: Any, ids: list[list[int]], tokens: int) -> dict[str, Any]:
-    """Serve all prompts at once: every step's running and waiting requests and seconds, and when first tokens came."""
-    from vllm import SamplingParams
+class Serving:
+    """An engine that serves all prompts at once.
 
-    engine, core = llm.llm_engine, llm.llm_engine.engine_core.engine_core
-    sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
-    for number, prompt in enumerate(ids):
-        engine.add_request(str(number), {"prompt_token_ids": prompt}, sampling)
-    steps: list[tuple[int, int, float]] = []  # running, waiting, seconds
-    first: dict[str, float] = {}
-    start = time.perf_counter()
-    while engine.has_unfinished_requests():
+    Args:
+        llm: the engine.
+        ids: the prompts.
+        tokens: that every request says.
+
+    """
+
+    def __init__(self, llm: Any, ids: list[list[int]], tokens: int) -> None:
+        from vllm import SamplingParams
+
+        self.engine, self.core = llm.llm_engine, llm.llm_engine.engine_core.engine_core
+        self.steps: list[tuple[int, int, float]] = []
+        """Running and waiting requests after every step, and its seconds."""
+        self.first: list[float] = []
+        """Seconds until each request's first token."""
+        self.said = 0
+        """Tokens so far."""
+        sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+        for number, prompt in enumerate(ids):
+            self.engine.add_request(str(number), {"prompt_token_ids": prompt}, sampling)
+
+    @property
+    def is_done(self) -> bool:
+        """All requests have ended."""
+        return not self.engine.has_unfinished_requests()
+
+    @property
+    def seconds(self) -> float:
+        """Of all steps so far."""
+        return sum(taken for *_, taken in self.steps)
+
+    def step(self) -> None:
+        """One step of the engine."""
         before = time.perf_counter()
-        for output in engine.step():
-            first.setdefault(output.request_id, time.perf_counter() - start)
-        scheduler = core.scheduler
-        steps.append((len(scheduler.running), len(scheduler.waiting), time.perf_counter() - before))
-    return {"steps": steps, "first": first, "seconds": time.perf_counter() - start}
+        outputs = self.engine.step()
+        taken = time.perf_counter() - before
+        self.steps.append((len(self.core.scheduler.running), len(self.core.scheduler.waiting), taken))
+        self.said += len(outputs)
+        self.first += [self.seconds for output in outputs if len(output.outputs[0].token_ids) == 1]
 
 
-def throughput(arm: str, requests: int, tokens: int, at_once: int) -> dict[str, Any]:
-    """All requests on the blocks of a few full ones."""
+def serve(llm: Any, ids: list[list[int]], tokens: int) -> Serving:
+    """Serve all prompts to the end."""
+    serving = Serving(llm, ids, tokens)
+    while not serving.is_done:
+        serving.step()
+    return serving
+
+
+def throughput(arms: list[str], requests: int, tokens: int, at_once: int) -> list[dict[str, Any]]:
+    """All requests on the blocks of a few full ones, in an engine of each arm, by turns."""
     blocks = at_once * -(-(PROMPT + tokens) // BLOCK)
-    with engine_of(arm, blocks, PROMPT + tokens, requests) as llm:
-        serve(llm, prompts(llm, 4, PROMPT), 8)  # warms up
-        worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
-        meter = worker.runtime.meter if arm != "stock" else None
-        before = (meter.seconds, meter.step_seconds) if meter is not None else (0.0, 0.0)
-        found = serve(llm, prompts(llm, requests, PROMPT), tokens)
-        share = 0.0 if meter is None else (meter.seconds - before[0]) / (meter.step_seconds - before[1])
-    taken = sorted(one for *_, one in found["steps"])
-    busy = [(running, one) for running, waiting, one in found["steps"] if waiting]
+    meters, servings = {}, {}
+    with contextlib.ExitStack() as stack:
+        for arm in arms:
+            llm = stack.enter_context(engine_of(arm, blocks, PROMPT + tokens, requests))
+            serve(llm, prompts(llm, 4, PROMPT), 8)  # warms up
+            runtime = getattr(
+                llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker, "runtime", None
+            )
+            if runtime is not None:
+                runtime.meter.seconds = runtime.meter.step_seconds = 0.0
+                meters[arm] = runtime.meter
+            servings[arm] = Serving(llm, prompts(llm, requests, PROMPT), tokens)
+        while any(not one.is_done for one in servings.values()):
+            behind = min((one for one in servings.values() if not one.is_done), key=lambda one: one.said)
+            for _ in range(TURN):
+                if not behind.is_done:
+                    behind.step()
+    return [summary(arm, one, requests * tokens, blocks, meters.get(arm)) for arm, one in servings.items()]
+
+
+def summary(arm: str, serving: Serving, tokens: int, blocks: int, meter: Any) -> dict[str, Any]:
+    """What a table says of an arm."""
+    taken = sorted(one for *_, one in serving.steps)
+    busy = [(running, one) for running, waiting, one in serving.steps if waiting]
     return {
-        "arm": arm, "blocks": blocks, "running_peak": max(running for running, *_ in found["steps"]),
-        "running_mean": statistics.mean(running for running, *_ in found["steps"]),
-        "tokens_per_second": requests * tokens / found["seconds"],
+        "arm": arm, "blocks": blocks, "running_peak": max(running for running, *_ in serving.steps),
+        "running_mean": statistics.mean(running for running, *_ in serving.steps),
+        "tokens_per_second": tokens / serving.seconds,
         "busy_tokens_per_second": sum(running for running, _ in busy) / sum(one for _, one in busy) if busy else None,
         "step_p50_ms": 1e3 * statistics.median(taken), "step_p99_ms": 1e3 * taken[int(0.99 * len(taken))],
         "step_longest_ms": 1e3 * taken[-1],
-        "event_share": share, "seconds": found["seconds"],
+        "event_share": 0.0 if meter is None else meter.seconds / meter.step_seconds, "seconds": serving.seconds,
     }  # fmt: skip
 
 
@@ -164,7 +215,7 @@ def steps_by_batch(arm: str, prompt: int, tokens: int, most: int) -> dict[str, A
     found: dict[int, float] = {}
     with engine_of(arm, most * -(-longest // BLOCK), longest, most) as llm:
         for batch in (one for one in BATCHES if one <= most):
-            taken = serve(llm, prompts(llm, batch, prompt), tokens)["steps"]
+            taken = serve(llm, prompts(llm, batch, prompt), tokens).steps
             # the first steps fill, the last ones drain
             found[batch] = 1e3 * statistics.median(
                 [one for running, _, one in taken if running == batch][tokens // 2 :]
@@ -184,18 +235,18 @@ def first_tokens(arm: str, repeats: int) -> dict[str, Any]:
         for repeat in range(repeats + 1):
             for name, llm in engines.items():
                 served = serve(llm, prompts(llm, 1, LONG_PROMPT), 2)
-                (first,) = served["first"].values()
+                (first,) = served.first
                 if repeat:
-                    took[name].append((1e3 * first, 1e3 * (served["seconds"] - first)))
+                    took[name].append((1e3 * first, 1e3 * (served.seconds - first)))
     ratio = median_interval([ours[0] / theirs[0] for ours, theirs in zip(took[arm], took["stock"], strict=True)])
     first_ms, second_ms = ({name: statistics.median(one[i] for one in took[name]) for name in took} for i in (0, 1))
     return {"arm": arm, "stock_ms": first_ms["stock"], "ms": first_ms[arm], "ratio": ratio[0], "ratio_low": ratio[1],
             "ratio_high": ratio[2], "stock_second_ms": second_ms["stock"], "second_ms": second_ms[arm]}  # fmt: skip
 
 
-def in_own_process(part: str, arm: str, given: argparse.Namespace, number: int) -> dict[str, Any]:
-    """One measurement, in an engine of its own; one that an earlier run finished is read from `--parts`."""
-    key = [part, arm, number, given.kv_heavy, given.eager, given.requests, given.tokens, given.at_once, given.repeats]
+def in_own_process(part: str, arms: list[str], given: argparse.Namespace, number: int) -> Any:
+    """One measurement, in a process of its own; one that an earlier run finished is read from `--parts`."""
+    key = [part, arms, number, given.kv_heavy, given.eager, given.requests, given.tokens, given.at_once, given.repeats]
     kept = kept_part(given.parts, key)
     if kept is not None:
         return kept
@@ -204,7 +255,7 @@ def in_own_process(part: str, arm: str, given: argparse.Namespace, number: int) 
         "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "SERVING_MODEL": given.model,
         **({"SERVING_EAGER": "1"} if given.eager else {}),
     }  # fmt: skip
-    command = [sys.executable, __file__, "--part", part, "--arms", arm, "--requests", str(given.requests)]
+    command = [sys.executable, __file__, "--part", part, "--arms", *arms, "--requests", str(given.requests)]
     command += ["--tokens", str(given.tokens), "--at-once", str(given.at_once), "--repeats", str(given.repeats)]
     command += ["--number", str(number)]
     with tempfile.TemporaryFile("w+") as log:
@@ -212,36 +263,35 @@ def in_own_process(part: str, arm: str, given: argparse.Namespace, number: int) 
         line = next((one for one in done.stdout.splitlines() if one.startswith("RESULT ")), "")
         if not line:
             log.seek(0)
-            sys.exit(f"{part} of {arm} failed:\n{log.read()[-3000:]}")
-    found: dict[str, Any] = json.loads(line.removeprefix("RESULT "))
+            sys.exit(f"{part} of {', '.join(arms)} failed:\n{log.read()[-3000:]}")
+    found = json.loads(line.removeprefix("RESULT "))
     print(part, found, flush=True)
     keep_part(given.parts, key, found)
     return found
 
 
-def kept_part(parts: Path | None, key: list[Any]) -> dict[str, Any] | None:
+def kept_part(parts: Path | None, key: list[Any]) -> Any:
     """What an earlier run measured."""
     lines = parts.read_text().splitlines() if parts and parts.exists() else ()
-    found: dict[str, Any] | None = next((one["found"] for one in map(json.loads, lines) if one["key"] == key), None)
-    return found
+    return next((one["found"] for one in map(json.loads, lines) if one["key"] == key), None)
 
 
-def keep_part(parts: Path | None, key: list[Any], found: dict[str, Any]) -> None:
+def keep_part(parts: Path | None, key: list[Any], found: Any) -> None:
     """Remember it for later runs."""
     if parts:
         with parts.open("a") as out:
             out.write(json.dumps({"key": key, "found": found}) + "\n")
 
 
-def median_of(rounds: list[dict[str, Any]], stock: list[dict[str, Any]]) -> dict[str, Any]:
+def median_of(arm: str, rounds: list[list[dict[str, Any]]]) -> dict[str, Any]:
     """An arm over its rounds: the median of everything, and its rate over that of stock in the same round."""
-    names = [name for name, value in rounds[0].items() if isinstance(value, int | float)]
-    found = {name: statistics.median(one[name] for one in rounds) for name in names}
-    rates = [(one["tokens_per_second"], two["tokens_per_second"]) for one, two in zip(rounds, stock, strict=False)]
-    found["over_stock"], found["over_stock_low"], found["over_stock_high"] = (
-        median_interval([own / other for own, other in rates]) if rates else (float("nan"),) * 3
+    pairs = [(one, line[0]) for line in rounds for one in line if one["arm"] == arm]  # stock comes first
+    names = [name for name, value in pairs[0][0].items() if isinstance(value, int | float)]
+    found = {name: statistics.median(one[name] for one, _ in pairs) for name in names}
+    found["over_stock"], found["over_stock_low"], found["over_stock_high"] = median_interval(
+        [one["tokens_per_second"] / stock["tokens_per_second"] for one, stock in pairs]
     )
-    return {"arm": rounds[0]["arm"], **found, "rounds": rounds}
+    return {"arm": arm, **found, "rounds": [one for one, _ in pairs]}
 
 
 def main() -> None:
@@ -250,7 +300,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=2000)
     parser.add_argument("--at-once", type=int, default=8, help="sequences of full KV that the blocks hold")
-    parser.add_argument("--rounds", type=int, default=3, help="of the throughput of every arm")
+    parser.add_argument("--rounds", type=int, default=3, help="of stock against the arms at 256")
     parser.add_argument("--repeats", type=int, default=30, help="of the time to the first token")
     parser.add_argument("--parts", type=Path, help="file that finished measurements are kept in, and read from")
     parser.add_argument("--kv-heavy", action="store_true", help="a KV-heavy model with random weights")
@@ -259,10 +309,9 @@ def main() -> None:
     parser.add_argument("--number", type=int, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.part is not None:
-        (arm,) = given.arms
-        most = min(max(BATCHES), given.requests)
+        arm, most = given.arms[0], min(max(BATCHES), given.requests)
         result = {
-            "throughput": lambda: throughput(arm, given.requests, given.tokens, given.at_once),
+            "throughput": lambda: throughput(given.arms, given.requests, given.tokens, given.at_once),
             "steps": lambda: steps_by_batch(arm, given.number, min(200, given.tokens), most),
             "first": lambda: first_tokens(arm, given.repeats),
         }[given.part]()
@@ -282,13 +331,12 @@ def measure(given: argparse.Namespace) -> None:
     if where is None:
         where = environment()
         keep_part(given.parts, ["environment"], where)
-    steps = [in_own_process("steps", arm, given, prompt) for arm, every in HELD.items() for prompt in every]
-    first = [in_own_process("first", arm, given, 0) for arm in compressed[:2]]
-    rounds: dict[str, list[dict[str, Any]]] = {arm: [] for arm in given.arms}
-    for number in range(given.rounds):
-        for arm in (one for one in given.arms if number == 0 or one in REPEATED):
-            rounds[arm].append(in_own_process("throughput", arm, given, number))
-    found = [median_of(rounds[arm], rounds.get("stock", [])) for arm in given.arms]
+    steps = [in_own_process("steps", [arm], given, prompt) for arm, every in HELD.items() for prompt in every]
+    first = [in_own_process("first", [arm], given, 0) for arm in compressed[:2]]
+    repeated = [arm for arm in compressed if arm in REPEATED]
+    lines = [repeated] * given.rounds + [[arm for arm in compressed if arm not in REPEATED]]
+    rounds = [in_own_process("throughput", ["stock", *arms], given, n) for n, arms in enumerate(lines) if arms]
+    found = [median_of(arm, rounds) for arm in given.arms]
     model = "a KV-heavy model" if given.kv_heavy else "the bundled model"
     publish(
         "serving" + "_kv_heavy" * given.kv_heavy + "_eager" * given.eager,
