@@ -20,6 +20,7 @@ from reasonkv.plan import Plan
 from reasonkv.runtimes.vllm.config import OPT_OUT, OPTIONS, SCHEDULER, EngineConfig, ServingError
 from reasonkv.runtimes.vllm.options import method_of
 from reasonkv.runtimes.vllm.requests import RequestOptions, RequestOptionsWithOptOut
+from reasonkv.runtimes.vllm.runtime import _padded
 from reasonkv.view import SlotView
 
 CALIBRATION = str(testbed.testbed_path() / "reasonkv_calibration.safetensors")
@@ -135,6 +136,23 @@ def test_a_prompt_that_cannot_be_kept_is_compressed_and_the_engine_lives_on(fold
         assert [len(tokens) for tokens in mine.tokens] == [80, 80]
         assert (mine.kept[0, 0, 0][:, :40] == torch.arange(40)).all()  # it fits: 40 + 16 < 64
         assert not (mine.kept[1, 0, 0][:, :40] == torch.arange(40)).all()
+
+
+def test_lengths_that_scheduler_and_worker_do_not_agree_on_are_never_served(folder: Path) -> None:
+    with engine(folder, GIVEN) as llm:
+        llm.llm_engine.add_request("one", {"prompt_token_ids": prompts((40,))[0]}, greedy(20))
+        for _ in range(3):
+            llm.llm_engine.step()
+        runtime = runtime_of(llm)
+        (request,) = runtime.sequences.values()
+        runtime.courses.start(request.place, BUDGET, request.state._replace(length=41))
+        with pytest.raises(RuntimeError, match="The scheduler has 42 tokens of request one-.* the worker 41"):
+            llm.llm_engine.step()
+
+
+def test_numbers_of_a_batch_are_padded_to_its_graph() -> None:
+    numbers = torch.arange(3)
+    assert _padded(numbers, 5, -1).tolist() == [0, 1, 2, -1, -1] and _padded(numbers, 3, -1) is numbers
 
 
 def test_the_meter_counts_what_the_schedule_says(folder: Path) -> None:
