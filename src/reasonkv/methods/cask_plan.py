@@ -9,6 +9,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -187,7 +188,7 @@ def merge_neighbours(
             offer(before[left], left)
     firsts = np.flatnonzero(is_first)
     if surplus > 0:
-        firsts = np.sort(firsts[_best_first(groups.score[firsts])[:slots]])
+        firsts = np.sort(firsts[_best_first(np.array(groups.score)[firsts])[:slots]])
     return groups.grouping(firsts), dropped
 
 
@@ -196,17 +197,21 @@ class _Groups:
 
     def __init__(self, candidates: Candidates, rules: Rules) -> None:
         self.rules, self.candidates = rules, candidates
-        # Arrays, although single entries are read: an event merges tens of groups, and has a thousand candidates.
-        self.score, self.support = candidates.scores.astype(np.float64), candidates.supports.astype(np.float64)
+        # Lists, because single entries are read and written: a merge of entries of arrays takes three times as long.
+        self.score: list[float] = candidates.scores.tolist()
+        self.support: list[float] = candidates.supports.tolist()
         self.score_mass = self.score.copy()
-        self.count, self.start, self.end = candidates.counts.copy(), candidates.starts.copy(), candidates.ends.copy()
-        self.anchor, self.last = np.arange(candidates.size), np.arange(candidates.size)
+        self.count: list[int] = candidates.counts.tolist()
+        self.start: list[int] = candidates.starts.tolist()
+        self.end: list[int] = candidates.ends.tolist()
+        self.anchor, self.last = list(range(candidates.size)), list(range(candidates.size))
         self.vector = candidates.vectors.copy()
         self.unit = _unit(self.vector)
-        # of every candidate and the one before it, worked out at once while both are alone
-        self.similarity = np.zeros(candidates.size)
-        (self.unit[:-1] * self.unit[1:]).sum(-1, out=self.similarity[1:])
         self.value = None if candidates.values is None else candidates.values.copy()
+        # of every candidate and the one before it, worked out at once; of other pairs of anchors as they are met
+        self.neighbours = np.zeros(candidates.size)
+        (self.unit[:-1] * self.unit[1:]).sum(-1, out=self.neighbours[1:])
+        self.similarity: dict[tuple[int, int], float] = {}
 
     def first_orders(self, joined: NDArray[np.bool_], least_mass: float) -> list[tuple[int, float, int, int, int]]:
         """What `order` says of every candidate and the one before it where they may join, while all are alone.
@@ -219,7 +224,7 @@ class _Groups:
             orders = [(i - 1, self.order(i - 1, i, least_mass)) for i in right.tolist()]
             return [(-order[0], -order[1], left, 0, 0) for left, order in orders if order is not None]
         left = right - 1
-        similarity = self.similarity[right]
+        similarity = self.neighbours[right]
         is_close = known.starts[right] - known.ends[left] <= rules.local_window
         tier = np.where(is_close, np.where(similarity >= rules.similarity, 2, 1), 0)
         allowed = ~(known.scores[left] + known.scores[right] > least_mass)
@@ -237,13 +242,24 @@ class _Groups:
             difference = self.value[left] - self.value[right]
             if float(np.sqrt(np.dot(difference, difference))) > rules.value_gate:
                 return None
-        if self.last[left] == left == right - 1 and self.last[right] == right:
-            similarity = self.similarity[right]
-        else:
-            similarity = float(np.add.reduce(self.unit[left] * self.unit[right]))
-        gap = max(0, self.start[right] - self.end[left])
-        tier = 0 if gap > rules.local_window else 2 if similarity >= rules.similarity else 1
+        similarity = self._similarity(left, right)
+        is_close = self.start[right] - self.end[left] <= rules.local_window
+        tier = 0 if not is_close else 2 if similarity >= rules.similarity else 1
         return None if rules.fold == "similar" and tier < 2 else (tier, similarity)
+
+    def _similarity(self, left: int, right: int) -> float:
+        """Cosine of two groups' vectors. An anchor's does not change, and half of all pairs are met again."""
+        if self.rules.representative == "weighted_latest":
+            if self.last[left] == left == right - 1 and self.last[right] == right:
+                return float(self.neighbours[right])
+            return float(np.add.reduce(self.unit[left] * self.unit[right]))
+        pair = one, other = self.anchor[left], self.anchor[right]
+        found = self.similarity.get(pair)
+        if found is None:
+            are_neighbours = other - one == 1
+            found = self.neighbours[other] if are_neighbours else np.add.reduce(self.unit[one] * self.unit[other])
+            found = self.similarity[pair] = float(found)
+        return found
 
     def merge(self, left: int, right: int) -> None:
         """Put the group `right` into the group `left` before it."""
@@ -254,13 +270,10 @@ class _Groups:
         if self.value is not None:
             a, b = (mass_left, mass_right) if self.rules.operator == "keepkv" else (count_left, count_right)
             self.value[left] = (a * self.value[left] + b * self.value[right]) / (a + b)
-        right_wins = self.score[right] >= self.score[left]  # a tie goes to the later position
         if self.rules.representative == "weighted_latest":
             self.vector[left] = (mass_left * self.vector[left] + mass_right * self.vector[right]) / mass
             self.unit[left] = _unit(self.vector[left])
-        elif right_wins:
-            self.unit[left] = self.unit[right]
-        if right_wins:
+        if self.score[right] >= self.score[left]:  # a tie goes to the later position
             self.anchor[left], self.score[left] = self.anchor[right], self.score[right]
         self.count[left] = count_left + count_right
         self.support[left] = mass / (count_left + count_right)
@@ -271,8 +284,13 @@ class _Groups:
 
     def grouping(self, firsts: NDArray[np.int64]) -> Grouping:
         """The groups that start with `firsts`."""
-        last, anchor, count = self.last[firsts], self.anchor[firsts], self.count[firsts].astype(np.int64)
-        return Grouping(firsts, last, anchor, count, self.support[firsts], self.score_mass[firsts])
+        index = firsts.tolist()
+
+        def of_firsts(numbers: list[Any], dtype: type) -> NDArray[Any]:
+            return np.array([numbers[i] for i in index], dtype=dtype)
+
+        last, anchor, count = (of_firsts(numbers, np.int64) for numbers in (self.last, self.anchor, self.count))
+        return Grouping(firsts, last, anchor, count, of_firsts(self.support, float), of_firsts(self.score_mass, float))
 
     def group(self, first: int) -> Group:
         """One of them."""

@@ -7,13 +7,13 @@ just those that stay.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from vllm.logger import init_logger
 
 from reasonkv.compaction import compact_pair, gather_slots
 from reasonkv.plan import Plan, PlanError
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from reasonkv.methods import Method
     from reasonkv.runtimes.vllm.runtime import Runtime
 
-logger = init_logger("vllm.reasonkv")
+logger = logging.getLogger("vllm.reasonkv")
 
 PORTION_BYTES = {"cpu": 1 << 23, "accelerator": 1 << 28}
 """Keys and values that are copied at once. A step in which hundreds of requests have an event would otherwise need
