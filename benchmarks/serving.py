@@ -126,20 +126,23 @@ class Serving:
         llm: the engine.
         ids: the prompts.
         tokens: that every request says.
+        whole: a request's tokens are reported when it ends, as `LLM.generate` has it; otherwise at every step.
 
     """
 
-    def __init__(self, llm: Any, ids: list[list[int]], tokens: int) -> None:
+    def __init__(self, llm: Any, ids: list[list[int]], tokens: int, *, whole: bool = False) -> None:
         from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
 
         self.engine, self.core = llm.llm_engine, llm.llm_engine.engine_core.engine_core
         self.steps: list[tuple[int, int, float]] = []
         """Running and waiting requests after every step, and its seconds."""
         self.first: list[float] = []
-        """Seconds until each request's first token."""
+        """Seconds until each request's first token, where it is reported."""
         self.said = 0
-        """Tokens so far."""
+        """Tokens so far, but for those that a request ended with."""
         sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+        sampling.output_kind = RequestOutputKind.FINAL_ONLY if whole else RequestOutputKind.CUMULATIVE
         for number, prompt in enumerate(ids):
             self.engine.add_request(str(number), {"prompt_token_ids": prompt}, sampling)
 
@@ -159,7 +162,7 @@ class Serving:
         outputs = self.engine.step()
         taken = time.perf_counter() - before
         self.steps.append((len(self.core.scheduler.running), len(self.core.scheduler.waiting), taken))
-        self.said += len(outputs)
+        self.said += self.steps[-1][0]
         self.first += [self.seconds for output in outputs if len(output.outputs[0].token_ids) == 1]
 
 
@@ -185,7 +188,7 @@ def throughput(arms: list[str], requests: int, tokens: int, at_once: int) -> lis
             if runtime is not None:
                 runtime.meter.seconds = runtime.meter.step_seconds = 0.0
                 meters[arm] = runtime.meter
-            servings[arm] = Serving(llm, prompts(llm, requests, PROMPT), tokens)
+            servings[arm] = Serving(llm, prompts(llm, requests, PROMPT), tokens, whole=True)
         while any(not one.is_done for one in servings.values()):
             behind = min((one for one in servings.values() if not one.is_done), key=lambda one: one.said)
             for _ in range(TURN):
