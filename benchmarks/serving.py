@@ -45,7 +45,7 @@ ARMS = [
 ]
 REPEATED = tuple(f"{method}@256" for method in METHODS)
 """Arms of the rounds; others have one of their own."""
-TURN = 20
+TURN = 100
 """Steps that an engine takes at a time."""
 BATCHES = (1, 2, 4, 8, 16, 32, 42)
 HELD = {"stock": (LONG_PROMPT, 220), "random@256": (LONG_PROMPT,)}
@@ -308,6 +308,7 @@ def main() -> None:
     parser.add_argument("--parts", type=Path, help="file that finished measurements are kept in, and read from")
     parser.add_argument("--kv-heavy", action="store_true", help="a KV-heavy model with random weights")
     parser.add_argument("--eager", action="store_true", help="do not compile the model")
+    parser.add_argument("--name", help="of the results, without .json")
     parser.add_argument("--part", choices=("throughput", "steps", "first"), help=argparse.SUPPRESS)
     parser.add_argument("--number", type=int, help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -342,7 +343,7 @@ def measure(given: argparse.Namespace) -> None:
     found = [median_of(arm, rounds) for arm in given.arms]
     model = "a KV-heavy model" if given.kv_heavy else "the bundled model"
     publish(
-        "serving" + "_kv_heavy" * given.kv_heavy + "_eager" * given.eager,
+        given.name or "serving" + "_kv_heavy" * given.kv_heavy + "_eager" * given.eager,
         f"{given.requests} requests of {given.tokens} output tokens on the blocks of {given.at_once} full sequences, "
         f"{model}, float32, {'eager' if given.eager else 'compiled'}",
         ["arm", "running, peak", "running, mean", "tokens/s", "over stock", "95 % low", "95 % high",
