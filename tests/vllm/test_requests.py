@@ -165,6 +165,7 @@ def test_the_meter_counts_what_the_schedule_says(folder: Path) -> None:
         assert (meter.steps, meter.physical, meter.logical) == (80, 64 + 79 - 64, 90 + 79)
         assert 0 < meter.seconds < meter.step_seconds
         serve(llm, [ids], greedy(33))  # 96 are held after its last step, and nobody needs that event any more
+        assert (meter.physical, meter.logical) == (64, 90 + 32)  # but lengths are those after it
         serve(llm, [ids], greedy(1))  # nor the prompt's cut here
         serve(llm, [ids[:5]], greedy(1))
         assert (meter.events, meter.dropped) == (3 + 1, 26 + 32 + 32 + 26)

@@ -197,7 +197,7 @@ class _Groups:
 
     def __init__(self, candidates: Candidates, rules: Rules) -> None:
         self.rules, self.candidates = rules, candidates
-        # Lists, because single entries are read and written: a merge of entries of arrays takes three times as long.
+        # Lists, because single entries are read and written, which arrays are slow at.
         self.score: list[float] = candidates.scores.tolist()
         self.support: list[float] = candidates.supports.tolist()
         self.score_mass = self.score.copy()

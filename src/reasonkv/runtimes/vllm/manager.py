@@ -39,7 +39,7 @@ class Holding:
         whole: most tokens it will ever have in the cache, known where our scheduler is.
         high_water: most slots it held at once so far.
         trimmed: the blocks it cannot need any more were freed; from then on it is fed one token a step.
-        length: tokens after the step that was scheduled last.
+        length: tokens after the step that was scheduled last, noted once it is trimmed.
 
     """
 
@@ -69,7 +69,6 @@ class Holding:
     def move(self, num_tokens: int) -> None:
         """A step that ends at so many tokens has been scheduled."""
         self.high_water, self.state = self.after(num_tokens)
-        self.length = self.state.length
 
     def cut(self, dropped: int) -> None:
         """The engine's step had an event listed at the end of what it fed."""
