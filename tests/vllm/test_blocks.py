@@ -98,18 +98,19 @@ def test_all_blocks_come_back_and_every_text_is_its_own_whoever_is_aborted_or_pr
         assert serve(small_engine, [ids], greedy(tokens)).tokens == [watcher.tokens[name]], name
 
 
-@pytest.mark.parametrize("method", ["snapkv:window=16", "tova", "cask:mass=none"])
+@pytest.mark.parametrize("method", ["random", "snapkv:window=16", "tova", "cask:mass=none"])
 def test_what_a_method_has_seen_is_fed_again_too(small_engine: Any, method: str) -> None:
-    """Recent queries, what was observed of every query, and the text, each of a request that is preempted twice."""
+    """Its seed, recent queries, what was observed of every query, and the text, of requests that are preempted twice."""
     runtime, asked = runtime_of(small_engine), prompts((12, 90, 130))
     before = runtime.config
     runtime.use(EngineConfig.parse({"method": method, "calibration": CALIBRATION, **SMALL}))
     try:
-        uninterrupted = serve(small_engine, asked, greedy(90))
+        seeds = [{"reasonkv": {"seed": 5 + number}} for number in range(3)]
+        uninterrupted = serve(small_engine, asked, [greedy(90, extra_args=seed) for seed in seeds])
         assert len(uninterrupted.kept) >= 3 * 3 * 2
         watcher = Watcher(small_engine, repeats=True)
         for number, ids in enumerate(asked):
-            watcher.add(str(number), ids, 90)
+            watcher.add(str(number), ids, 90, extra_args=seeds[number])
         for _ in range(2):
             for _ in range(40):
                 watcher.step()

@@ -20,7 +20,6 @@ from reasonkv.plan import Plan
 from reasonkv.runtimes.vllm.config import OPT_OUT, OPTIONS, SCHEDULER, EngineConfig, ServingError
 from reasonkv.runtimes.vllm.options import method_of
 from reasonkv.runtimes.vllm.requests import RequestOptions, RequestOptionsWithOptOut
-from reasonkv.runtimes.vllm.runtime import _padded
 from reasonkv.view import SlotView
 
 CALIBRATION = str(testbed.testbed_path() / "reasonkv_calibration.safetensors")
@@ -150,9 +149,25 @@ def test_lengths_that_scheduler_and_worker_do_not_agree_on_are_never_served(fold
             llm.llm_engine.step()
 
 
-def test_numbers_of_a_batch_are_padded_to_its_graph() -> None:
-    numbers = torch.arange(3)
-    assert _padded(numbers, 5, -1).tolist() == [0, 1, 2, -1, -1] and _padded(numbers, 3, -1) is numbers
+def test_a_batch_that_is_padded_as_graphs_pad_it_has_the_slots_that_are_there(folder: Path) -> None:
+    """Two of three places and three of four tokens are padding, which is written nowhere and reads nothing."""
+    with engine(folder, GIVEN) as llm:
+        llm.llm_engine.add_request("one", {"prompt_token_ids": prompts((90,))[0]}, greedy(20))
+        for _ in range(3):
+            llm.llm_engine.step()
+        runtime = runtime_of(llm)
+        ((name, request),) = runtime.sequences.items()
+        assert request.state == (92, 66, 90)
+        runtime.fed, runtime._computed = {name: 1}, {name: 92}
+        common = SimpleNamespace(
+            num_reqs=3, seq_lens=torch.tensor([93, 0, 0], dtype=torch.int32), slot_mapping=torch.zeros(4).long(),
+            seq_lens_cpu_upper_bound=torch.tensor([94, 0, 0], dtype=torch.int32), replace=SimpleNamespace,
+            block_table_tensor=torch.tensor([[7, 8], [0, 0], [0, 0]], dtype=torch.int32),
+        )  # fmt: skip
+        made = runtime.make_physical(common, 64)
+        runtime.fed = runtime.step = None
+        assert made.seq_lens.tolist() == [67, 0, 0] and made.seq_lens_cpu_upper_bound.tolist() == [68, 0, 0]
+        assert made.slot_mapping.tolist() == [8 * 64 + 2, -1, -1, -1] and made.max_seq_len == 67
 
 
 def test_the_meter_counts_what_the_schedule_says(folder: Path) -> None:
