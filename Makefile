@@ -17,7 +17,7 @@ help:  ## show the targets
 
 $(BIN)/.demo: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[report]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[eval]'
 	touch $@
 
 $(BIN)/.dev: pyproject.toml constraints.txt

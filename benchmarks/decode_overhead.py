@@ -51,7 +51,7 @@ def prefilled(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, met
     """A cache that has seen all columns but the last; every measurement decodes from a copy of it."""
     cache: Cache = DynamicCache(config=model.config)
     if method is not None:
-        cache = CompressedCache(model, method, Budget(tokens=4096))
+        cache = CompressedCache(model, method, Budget(tokens=4096, prompt="count"))
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     with torch.no_grad():
         model(

@@ -2,8 +2,8 @@
 
 Every method decodes the same number of tokens from the same prompts at the same budget, greedily, end tokens ignored.
 Runs are interleaved: each round runs every method once, and a method's rate is divided by that of `random` in the same
-round. Left out are methods that read the queries of every step (`Needs(observes=True)`), selection methods, which drop
-nothing, full KV, and methods that look into the future.
+round. Left out are methods that read the queries of every step (`Requirements(observes=True)`),
+selection methods, which drop nothing, full KV, and methods that look into the future.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from reasonkv import Budget, CompressedCache, get_method
 from reasonkv.methods import catalogue
-from reasonkv.methods.selecting import SelectionMethod
+from reasonkv.methods.sparse_read import SelectionMethod
 from reasonkv.testbed import load_testbed
 
 BASE, BOUND = "random", 0.9
@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--methods", nargs="*", help="specs beside `random`; all that qualify unless given")
     arguments = parser.parse_args()
-    budget = Budget(arguments.budget, interval=arguments.interval)
+    budget = Budget(arguments.budget, interval=arguments.interval, prompt="count")
     specs = [BASE, *(spec for spec in arguments.methods or methods() if spec != BASE)]
     model, load = load_testbed()[0], os.getloadavg()[0]
     prompt = torch.randint(5, 100, (arguments.batch, arguments.prompt), generator=torch.Generator().manual_seed(0))

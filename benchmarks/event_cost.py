@@ -195,7 +195,7 @@ def events(
     feeder: Feeder | None = None
     for repeat in range(repeats + 1):  # the first is not timed
         if feeder is None or window:  # what stays of windows grows, and they carry nothing along
-            feeder = Feeder(method, model, window or Budget(KEEP, interval=HELD - KEEP), prompt, dtype)
+            feeder = Feeder(method, model, window or Budget(KEEP, interval=HELD - KEEP, prompt="count"), prompt, dtype)
             feeder.feed(prompt)
             feeder.feed(HELD - 2 - prompt)
         else:
@@ -217,7 +217,7 @@ def uneven_events(
 ) -> Iterator[tuple[float, float, float]]:
     """The same of a method whose layers have budgets of their own: one event of every layer, an interval long."""
     interval = HELD - KEEP
-    feeder = Feeder(method, model, Budget(KEEP, interval=interval), 1, dtype)
+    feeder = Feeder(method, model, Budget(KEEP, interval=interval, prompt="count"), 1, dtype)
     for tokens in (1, 2 * HELD):  # until the largest share is full
         feeder.feed(tokens)
     for repeat in range(repeats + 1):

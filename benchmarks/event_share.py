@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
-    budget = Budget(arguments.budget, interval=arguments.interval)
+    budget = Budget(arguments.budget, interval=arguments.interval, prompt="count")
     model, rows = load_testbed()[0], []
     for batch in (1, 8):
         prompt = torch.randint(5, 100, (batch, arguments.budget), generator=torch.Generator().manual_seed(0))

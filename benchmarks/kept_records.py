@@ -13,9 +13,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 from reasonkv.evaluate.answers import AnswerRecord
-from reasonkv.evaluate.manifest import MANIFEST, write_atomically
+from reasonkv.evaluate.manifest import MANIFEST
 from reasonkv.evaluate.records import Record
 from reasonkv.evaluate.results import Results, load_results
+from reasonkv.files import write_atomically
 
 LINES, ABOUT = ".jsonl.gz", ".manifest.json"
 

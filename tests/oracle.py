@@ -18,7 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from reasonkv import CompressedCache, Plan, SlotView
-from reasonkv.runtimes.transformers.attention import reference_attention
+from reasonkv.runtimes.transformers.attention import naive_attention
 from reasonkv.runtimes.transformers.layer import CompressedLayer
 
 MASKS: dict[int, Tensor] = {}  # this test process's masks for the forward under way, by layer
@@ -29,7 +29,7 @@ def _oracle_attention(module, query, key, value, attention_mask, **kwargs):
     if module.layer_idx in FOLDED:
         return FOLDED[module.layer_idx].attend(query, key, value, kwargs.get("scaling")), None
     mask = MASKS.get(module.layer_idx, attention_mask)
-    return reference_attention(module, query, key, value, mask, **kwargs)
+    return naive_attention(module, query, key, value, mask, **kwargs)
 
 
 AttentionInterface.register("oracle", _oracle_attention)

@@ -26,13 +26,13 @@ from reasonkv.evaluate.pieces import Row, feed
 from reasonkv.evaluate.replay import Cell, replay_batch, to_record
 from reasonkv.methods.adakv import AdaKV, shared_top_k
 from reasonkv.plan import PlanError
-from reasonkv.runtimes.transformers.attention import reference_attention
+from reasonkv.runtimes.transformers.attention import naive_attention
 
 DATA = Path(__file__).parent / "data"
 TENSORS = load_file(DATA / "field_uneven.safetensors")
 CASES = json.loads((DATA / "field_uneven.json").read_text())["cases"]["adakv"]
 MODEL = tiny_model("qwen3")
-METHOD, BUDGET = AdaKV("snapkv:window=6;kernel=3"), Budget(16, interval=5, sinks=2, recent=3)
+METHOD, BUDGET = AdaKV("snapkv:window=6;kernel=3"), Budget(16, interval=5, sinks=2, recent=3, prompt="count")
 EVEN = 11  # slots a head attends to on average after an event: 16 / 1.5
 INF = float("inf")
 
@@ -276,7 +276,7 @@ def test_hundreds_of_slots_of_padding_before_the_first_attended_are_finite_in_ev
 ) -> None:
     model, outs = tiny_model("qwen3", dtype), []
     ids, mask, positions = batch(lengths)
-    prompts, budget = [n - 3 for n in lengths], Budget(640, interval=9, sinks=0, recent=6)
+    prompts, budget = [n - 3 for n in lengths], Budget(640, interval=9, sinks=0, recent=6, prompt="count")
     for kernel in (None, "reference"):
         method, logits = Starving("snapkv:window=6"), []
         with CompressedCache(model, method, budget, kernel=kernel, prompt_lengths=prompts) as cache, torch.no_grad():
@@ -302,8 +302,8 @@ def test_softmax_over_padding_equals_softmax_without_it() -> None:
     query, key, value = (torch.randn(1, h, n, 16, generator=draw).double() for h, n in ((4, 1), (2, 50), (2, 50)))
     mask = torch.zeros(1, 4, 1, 50, dtype=torch.float64)
     mask[:, :2, :, :45] = -INF
-    out = reference_attention(torch.nn.Module(), query, key, value, mask)[0]
-    alone = reference_attention(torch.nn.Module(), query[:, :2], key[:, :1, 45:], value[:, :1, 45:], None)[0]
+    out = naive_attention(torch.nn.Module(), query, key, value, mask)[0]
+    alone = naive_attention(torch.nn.Module(), query[:, :2], key[:, :1, 45:], value[:, :1, 45:], None)[0]
     torch.testing.assert_close(out[:, :, :2], alone, rtol=0, atol=1e-15)
 
 
@@ -383,7 +383,7 @@ def test_a_replay_record_holds_both_lengths() -> None:
 
     model = tiny_replay_model(torch.float64)
     (trace,) = random_traces(model, [(45, 40)])
-    cell = Cell(get_method("adakv:base=snapkv:window=8"), Budget(24, interval=6, sinks=2, recent=8))
+    cell = Cell(get_method("adakv:base=snapkv:window=8"), Budget(24, interval=6, sinks=2, recent=8, prompt="count"))
     record = to_record("run", "task", 0, cell, trace, replay_batch(model, [trace], cell)[0])
     assert record.slots_read_mean == pytest.approx(record.physical_mean - (24 - 16))
     assert not record.selects and replace(record, events=0).selects  # what only selects has no events

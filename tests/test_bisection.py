@@ -153,7 +153,7 @@ def test_the_range_holds_what_is_protected_and_drops_nothing_at_its_end() -> Non
     full = [record(0, method="full", budget=None, prompt_tokens=90, output_tokens=50)]
     method = get_method("snapkv:window=16")
     assert budget_range(RULE, method, full) == (2 + 16, 49)  # the method's own window is protected as well
-    assert budget_range(Budget(10, sinks=2, recent=8), get_method("random"), full) == (10, 90 + 49)
+    assert budget_range(Budget(10, sinks=2, recent=8, prompt="count"), get_method("random"), full) == (10, 90 + 49)
     keep = Budget(10, sinks=2, recent=8, prompt="keep")
     assert budget_range(keep, get_method("random"), full) == (90 + 8 + 1, 90 + 49)
 
@@ -206,7 +206,7 @@ def test_a_search_for_accuracy_generates(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("changes", "target", "words"),
-    [({}, Target("accuracy", 0.5), "cannot be measured"), ({"budgets": [RULE, Budget(256)]}, TARGET, "one budget"),
+    [({}, Target("accuracy", 0.5), "cannot be measured"), ({"budgets": [RULE, Budget(256, prompt="count")]}, TARGET, "one budget"),
      ({"methods": [get_method("full")]}, TARGET, "bounded method")],
 )  # fmt: skip
 def test_jobs_that_cannot_be_searched_are_one_sentence(changes: dict[str, object], target: Target, words: str) -> None:

@@ -25,7 +25,7 @@ from reasonkv.calibration import (
     fitting_window,
     working_bytes,
 )
-from reasonkv.models import model_hash
+from reasonkv.identity import model_hash
 from reasonkv.rotary import RotaryError
 from reasonkv.runtimes.transformers import CompressedCache, UnsupportedModelError
 

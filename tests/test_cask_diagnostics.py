@@ -14,7 +14,7 @@ from reasonkv import Budget
 from reasonkv.calibration import import_pt
 from reasonkv.evaluate.cask_diagnostics import MEASURES, CaskDiagnostics, CaskEvent, trace_means
 from reasonkv.evaluate.pieces import Row, feed
-from reasonkv.evaluate.reference import ReferenceAttention
+from reasonkv.evaluate.reference import FullAttention
 from reasonkv.methods.cask import CaskPlan
 from reasonkv.plan import Plan
 from reasonkv.runtimes.transformers import CompressedCache
@@ -31,13 +31,13 @@ def measured(request: pytest.FixtureRequest) -> tuple[str, list[CaskEvent]]:
     model = Qwen3ForCausalLM.from_pretrained(DATA / "tiny_qwen3").eval()
     ids = Recorded().read(IDS).view(-1).long()
     rows = [Row(ids[:40], ids[40:260]), Row(ids[5:30], ids[30:200])]
-    seen = CaskDiagnostics(ReferenceAttention.collect(model, rows))
+    seen = CaskDiagnostics(FullAttention.collect(model, rows))
     with (
         torch.no_grad(),
         CompressedCache(
             model,
             request.param,
-            Budget(64, interval=32, recent=8),
+            Budget(64, interval=32, recent=8, prompt="count"),
             observer=seen,
             calibration=import_pt(DATA / "tiny_stats.pt"),
             prompt_lengths=[len(row.prompt_P) for row in rows],
@@ -78,7 +78,7 @@ def test_masses_are_parts_and_ratios_at_most_one(measured: tuple[str, list[CaskE
 class ByHand:
     """The same measures from lists of tokens per slot, one event of one row and layer at a time."""
 
-    def __init__(self, reference: ReferenceAttention) -> None:
+    def __init__(self, reference: FullAttention) -> None:
         self.reference = reference
         self.held: dict[tuple[int, int], list[list[int]]] = {}
         self.found: dict[tuple[int, int], list[dict[str, Any]]] = {}
@@ -168,7 +168,7 @@ def test_every_measure_equals_its_definition_written_out(spec: str) -> None:
     model = Qwen3ForCausalLM.from_pretrained(DATA / "tiny_qwen3").eval()
     ids = Recorded().read(IDS).view(-1).long()
     rows = [Row(ids[:40], ids[40:200]), Row(ids[5:30], ids[30:180])]
-    reference = ReferenceAttention.collect(model, rows)
+    reference = FullAttention.collect(model, rows)
     ours, by_hand = CaskDiagnostics(reference), ByHand(reference)
 
     def both(layer: int, at: list[int], view: SlotView, plan: Plan) -> None:
@@ -178,7 +178,9 @@ def test_every_measure_equals_its_definition_written_out(spec: str) -> None:
     options: dict[str, Any] = {"calibration": import_pt(DATA / "tiny_stats.pt"), "prompt_lengths": [40, 25]}
     with (
         torch.no_grad(),
-        CompressedCache(model, spec, Budget(64, interval=32, recent=8), observer=both, **options) as cache,
+        CompressedCache(
+            model, spec, Budget(64, interval=32, recent=8, prompt="count"), observer=both, **options
+        ) as cache,
     ):
         for _ in feed(model, cache, rows, distances=cache.tokens_to_next_event, score=False):
             pass

@@ -126,6 +126,8 @@ def test_replays_equal_the_references(case: dict[str, Any], reference_model: Pre
 
 
 def test_the_papers_budgets_are_those_of_its_entry_points() -> None:
-    assert CASK.paper_budget(384) == Budget(384, interval=128, sinks=0, recent=0, cut_prompt="first_event")
+    assert CASK.paper_budget(384) == Budget(
+        384, interval=128, sinks=0, recent=0, cut_prompt="first_event", prompt="count"
+    )
     library = CASK.paper_budget(384, "library")
     assert (library.trigger, library.trigger_counts) == ("grid", "decode")

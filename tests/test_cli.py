@@ -19,7 +19,7 @@ import reasonkv.evaluate.demo
 from reasonkv.cli import app
 from reasonkv.cli.common import UsageError, split_specs, whole_numbers
 from reasonkv.methods import CATALOGUE, get_method
-from reasonkv.methods.selecting import SelectionMethod
+from reasonkv.methods.sparse_read import SelectionMethod
 from reasonkv.runtimes.vllm.config import EngineConfig, ServingError
 
 COMMANDS = (

@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import batch, tiny_model
 
-from reasonkv import Budget, CompressedCache, Fold, Method, Needs, Plan, SlotView, UnsupportedModelError
+from reasonkv import Budget, CompressedCache, Fold, Method, Plan, Requirements, SlotView, UnsupportedModelError
 from reasonkv.compaction import compact_pair, fold_counts, fold_slots, fold_state, gather_slots
+from reasonkv.methods.ops import top_k_slots
 from reasonkv.plan import PlanError
 from reasonkv.rotary import Rotary
-from reasonkv.selection import top_k_slots
 
 
 @settings(max_examples=50, deadline=None)
@@ -119,8 +119,8 @@ class FoldOldest(Method):
     declare: bool = True
 
     @property
-    def needs(self) -> Needs:
-        return Needs(folds=self.declare)
+    def needs(self) -> Requirements:
+        return Requirements(folds=self.declare)
 
     def plan(self, view: SlotView, keep: int) -> Plan:
         kept = top_k_slots(view.positions_BHN.float(), keep, forced_BHN=view.is_protected_BHN)
@@ -134,7 +134,7 @@ def test_folds_travel_through_a_cache_with_their_counts() -> None:
     """With everything folded into slot 0, that slot holds the mean value of all tokens it stands for."""
     model = tiny_model("llama")
     ids, mask, _ = batch([60, 45])
-    budget = Budget(16, interval=8, sinks=0, recent=0)
+    budget = Budget(16, interval=8, sinks=0, recent=0, prompt="count")
     with torch.no_grad(), CompressedCache(model, "full") as full:
         model(ids, attention_mask=mask, past_key_values=full)
     pieces = [40] + [1] * 20
@@ -162,7 +162,10 @@ def test_folds_travel_through_a_cache_with_their_counts() -> None:
 def test_storage_is_allocated_once_and_events_happen_in_place() -> None:
     model = tiny_model("qwen3", torch.float32)
     ids, _, _ = batch([20])
-    with torch.no_grad(), CompressedCache(model, "keydiff", Budget(32, interval=8, sinks=0, recent=4)) as cache:
+    with (
+        torch.no_grad(),
+        CompressedCache(model, "keydiff", Budget(32, interval=8, sinks=0, recent=4, prompt="count")) as cache,
+    ):
         model(ids, past_key_values=cache)
         storage = cache.compressed_layers[0].storage
         address = (storage.keys.data_ptr(), storage.values.data_ptr())

@@ -171,7 +171,7 @@ def test_sliding_layers_of_a_padded_batch_stay_right_when_rows_leave() -> None:
 
 def test_a_prompt_is_fed_in_the_pieces_of_its_budget() -> None:
     model = tiny_model(torch.float64)
-    budget = Budget(24, interval=8, sinks=2, recent=8, prefill_chunk=16)
+    budget = Budget(24, interval=8, sinks=2, recent=8, prefill_chunk=16, prompt="count")
     tokens = prompts([70, 41])
     requests = [Request(one, 12) for one in tokens]
     together = decode(model, "keydiff", requests, budget=budget)

@@ -14,19 +14,19 @@ from reasonkv.cli import app
 from reasonkv.evaluate.diagnostics import LOOKUP, Diagnostics
 from reasonkv.evaluate.pieces import Row, feed
 from reasonkv.evaluate.records import RECORDS, read_records
-from reasonkv.evaluate.reference import ReferenceAttention
+from reasonkv.evaluate.reference import FullAttention
 from reasonkv.plan import Plan
 from reasonkv.report.report import write_report
 from reasonkv.runtimes.transformers import CompressedCache
 from reasonkv.view import SlotView
 
-BUDGET = Budget(24, interval=16, sinks=2, recent=4)
+BUDGET = Budget(24, interval=16, sinks=2, recent=4, prompt="count")
 
 
 class ByHand:
     """Sets of held tokens per (layer, row, head), and the attention of every interval to what is in none of them."""
 
-    def __init__(self, reference: ReferenceAttention) -> None:
+    def __init__(self, reference: FullAttention) -> None:
         self.reference = reference
         self.events: dict[tuple[int, int], list[tuple[int, list[set[int]]]]] = {}
 
@@ -71,7 +71,7 @@ def test_lost_attention_and_look_ups_equal_a_count_by_hand(method: str) -> None:
     sharp(model)
     ids = torch.randint(5, 90, (2, 120), generator=torch.Generator().manual_seed(0))
     rows = [Row(ids[0, :10], ids[0, 10:]), Row(ids[1, :7], ids[1, 7:80])]
-    reference = ReferenceAttention.collect(model, rows)
+    reference = FullAttention.collect(model, rows)
     ours, by_hand = Diagnostics(reference), ByHand(reference)
 
     def both(layer: int, at: list[int], view: SlotView, plan: Plan) -> None:
@@ -94,7 +94,7 @@ def test_lost_attention_and_look_ups_equal_a_count_by_hand(method: str) -> None:
 def test_a_trace_without_an_event_has_no_diagnostics() -> None:
     model = tiny_model("llama")
     rows = [Row(torch.arange(5, 10), torch.arange(10, 20))]
-    seen = Diagnostics(ReferenceAttention.collect(model, rows))
+    seen = Diagnostics(FullAttention.collect(model, rows))
     with torch.no_grad(), CompressedCache(model, "random", BUDGET, prompt_lengths=[5], observer=seen) as cache:
         for _ in feed(model, cache, rows, distances=cache.tokens_to_next_event, score=False):
             pass

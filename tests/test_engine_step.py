@@ -9,17 +9,17 @@ from hypothesis import strategies as st
 from reasonkv import Budget
 from reasonkv.methods import get_method
 from reasonkv.runtimes.vllm.step import Sequence, Step
-from reasonkv.schedule import Courses, State, step
+from reasonkv.schedule import BatchSchedule, State, step
 
 PLACES, BLOCK, CPU = 7, 4, torch.device("cpu")
-BUDGET, METHOD = Budget(8, interval=4, sinks=1, recent=2), get_method("random")
+BUDGET, METHOD = Budget(8, interval=4, sinks=1, recent=2, prompt="count"), get_method("random")
 
 
 @st.composite
 def requests(draw: st.DrawFn) -> tuple[dict[str, Sequence], list[int]]:
     """Some requests, as far as each is, and what a step feeds them."""
     count = draw(st.integers(1, 4))
-    courses, places = Courses(PLACES), draw(st.permutations(range(PLACES)))[:count]
+    courses, places = BatchSchedule(PLACES), draw(st.permutations(range(PLACES)))[:count]
     sequences = {}
     for name, place in zip("dabc", places, strict=False):
         budget, state = draw(st.sampled_from([BUDGET, None])), State(prompt=draw(st.integers(1, 20)))

@@ -92,7 +92,7 @@ def test_divergence_is_the_first_token_that_differs_or_where_one_output_ends() -
 def answer(example: int = 0, **changes: object) -> AnswerRecord:
     values: dict = {
         "run": "0123456789ab", "method": "snapkv", "options": get_method("snapkv").options(),
-        "budget": Budget(128).to_dict(), "task": "program", "example": example, "sample": 0, "seed": 0,
+        "budget": Budget(128, prompt="count").to_dict(), "task": "program", "example": example, "sample": 0, "seed": 0,
         "prompt_tokens": 90, "output_tokens": 800, "correct": True, "truncated": False, "repetition": 0.0,
         "first_divergence": None, "output": "a", "physical_mean": 170.25, "physical_peak": 255.0,
         "physical_terminal": 200.0, "saved_ratio_terminal": 0.8, "bytes_held": 25, "bytes_peak": 30, "bytes_full": 100,
@@ -103,7 +103,7 @@ def answer(example: int = 0, **changes: object) -> AnswerRecord:
 
 def cell(name: str, right: list[list[int]], **changes: object) -> list[AnswerRecord]:
     """Answers of one method; `right[example][sample]`."""
-    budget = None if name == "full" else Budget(128).to_dict()
+    budget = None if name == "full" else Budget(128, prompt="count").to_dict()
     options = get_method(name).options()
     return [
         answer(example, sample=sample, correct=bool(one), method=name, options=options, budget=budget, **changes)

@@ -15,8 +15,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from reasonkv import Budget, CompressedCache, get_method, method_names
 from reasonkv.evaluate.pieces import Row
-from reasonkv.evaluate.reference import ReferenceAttention
-from reasonkv.methods.selecting import SelectionMethod
+from reasonkv.evaluate.reference import FullAttention
+from reasonkv.methods.sparse_read import SelectionMethod
 
 LENGTH, PROMPT = 60, 24
 PIECES = {
@@ -92,7 +92,7 @@ def check(case: Case, family: str | None = None) -> None:
         tokens_of = [row_ids[row_mask.bool()] for row_ids, row_mask in zip(ids, mask, strict=True)]
         unused = torch.zeros(1, dtype=torch.long)  # a trace's last token is predicted, not fed
         known = [Row(row[:p], torch.cat([row[p:], unused])) for row, p in zip(tokens_of, prompts, strict=True)]
-        future = ReferenceAttention.collect(model, known)
+        future = FullAttention.collect(model, known)
     math = sdpa_kernel(SDPBackend.MATH) if case.kernel == "sdpa" else contextlib.nullcontext()
     log = PlanLog() if method.needs.folds or method.needs.log_mass else None
     statistics = calibration(model) if method.needs.calibration else None
@@ -136,7 +136,7 @@ def test_the_oracle_notices_one_wrong_slot() -> None:
     """The yardstick itself can fail: one kept token replaced by a dropped one is far outside the tolerance."""
     model = tiny_model("qwen3")
     ids, mask, positions = batch([LENGTH])
-    budget = Budget(16, interval=5, sinks=2, recent=3)
+    budget = Budget(16, interval=5, sinks=2, recent=3, prompt="count")
     with CompressedCache(model, "random", budget) as cache:
         run = run_compressed(model, cache, ids, mask, positions, PIECES["decode"])
     held = run.kept[-1][1][0][0]
@@ -150,7 +150,7 @@ def test_a_long_prompt_is_staged_cut_and_freed() -> None:
     """A prompt far beyond the budget attends whole, and afterwards only the budget's slots are allocated."""
     model = tiny_model("qwen3")
     ids, mask, positions = batch([300, 211])
-    budget = Budget(32, interval=8, sinks=2, recent=4)
+    budget = Budget(32, interval=8, sinks=2, recent=4, prompt="count")
     pieces = [290, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1]
     with CompressedCache(model, "keydiff", budget) as cache:
         run = run_compressed(model, cache, ids, mask, positions, pieces)
@@ -187,7 +187,9 @@ def test_padding_inside_and_at_the_end_of_a_piece_is_never_stored() -> None:
     mask[0, 44:] = 0
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     pieces = [20, 12, 6, 6, 6]
-    with CompressedCache(model, "random", Budget(16, interval=5, sinks=2, recent=3), prompt_lengths=[20, 20]) as cache:
+    with CompressedCache(
+        model, "random", Budget(16, interval=5, sinks=2, recent=3, prompt="count"), prompt_lengths=[20, 20]
+    ) as cache:
         run = run_compressed(model, cache, ids, mask, positions, pieces)
     assert differences(model, run, ids, mask, positions, pieces)[0] <= 1e-12
     assert [row.state.length for row in cache.rows] == [44, 45]

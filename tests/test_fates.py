@@ -10,7 +10,7 @@ import pytest
 import torch
 from models import batch, tiny_model
 
-from reasonkv import Budget, CompressedCache, Fold, Method, Needs, Plan, SlotView, get_method
+from reasonkv import Budget, CompressedCache, Fold, Method, Plan, Requirements, SlotView, get_method
 from reasonkv.evaluate.fates import NEVER, EventPlan, PlanRecorder, fates, load_plans, save_plans
 from reasonkv.evaluate.manifest import ResultsError
 
@@ -26,8 +26,8 @@ class FoldNeighbours(Method):
     paper: ClassVar[str] = "-"
 
     @property
-    def needs(self) -> Needs:
-        return Needs(folds=True)
+    def needs(self) -> Requirements:
+        return Requirements(folds=True)
 
     def plan(self, view: SlotView, keep: int) -> Plan:
         B, H, N = view.positions_BHN.shape

@@ -20,7 +20,7 @@ from reasonkv.methods.curdkv import CurDKV
 from reasonkv.methods.defensivekv import DefensiveKV, projected_norms
 from reasonkv.methods.h2o import H2O
 from reasonkv.methods.lagkv import LagKV
-from reasonkv.methods.random_attention import RandomWithPrompt
+from reasonkv.methods.random_attention import RandomAttention
 from reasonkv.methods.snapkv import SnapKV
 from reasonkv.methods.tova import TOVA
 from reasonkv.plan import PlanError
@@ -42,8 +42,8 @@ METHODS: list[Method] = [
     DefensiveKV(window=8, form="public"),
     DefensiveKV(window=8, output_norm=False, mass=0.0),
     BeaconKV(beacons=4, window=3, recent=6),
-    RandomWithPrompt(recent=8),
-    RandomWithPrompt(recent=8, prompt="cap", cap=5, pinned=3, block=4, shared=True),
+    RandomAttention(recent=8),
+    RandomAttention(recent=8, prompt="cap", cap=5, pinned=3, block=4, shared=True),
 ]
 ROTARY = Rotary(10000.0 ** (-torch.arange(8) / 8))
 D, WIDTH = 16, 24
@@ -159,7 +159,7 @@ def test_a_row_is_planned_as_it_would_be_alone(method: Method) -> None:
             assert torch.equal(state[0], together.state[name][b])
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if not isinstance(m, RandomWithPrompt)], ids=lambda m: m.spec())
+@pytest.mark.parametrize("method", [m for m in METHODS if not isinstance(m, RandomAttention)], ids=lambda m: m.spec())
 def test_a_broken_key_or_value_is_an_error_and_not_a_winner(method: Method) -> None:
     view = field_view(method)
     view.keys_BHND[0, 0, 30, 0] = view.values_BHND[0, 0, 30, 0] = float("nan")
@@ -185,8 +185,8 @@ def test_a_broken_key_or_value_is_an_error_and_not_a_winner(method: Method) -> N
         (lambda: DefensiveKV(mass=2.0), "mass must be between 0 and 1, not 2.0."),
         (lambda: DefensiveKV(form="paper"), "form must be ours or public, not 'paper'."),  # type: ignore[arg-type]
         (lambda: BeaconKV(beacons=0), "beacons must be at least 1, not 0."),
-        (lambda: RandomWithPrompt(prompt="some"), "prompt must be one of all, cap, none, not 'some'."),  # type: ignore[arg-type]
-        (lambda: RandomWithPrompt(block=0), "block must be at least 1, not 0."),
+        (lambda: RandomAttention(prompt="some"), "prompt must be one of all, cap, none, not 'some'."),  # type: ignore[arg-type]
+        (lambda: RandomAttention(block=0), "block must be at least 1, not 0."),
     ],
 )
 def test_a_bad_option_is_one_sentence(make: Any, message: str) -> None:
@@ -374,15 +374,15 @@ def test_beaconkv_is_the_largest_attention_of_beacons_now_and_of_the_newest_quer
 
 
 def test_random_attention_holds_the_prompt_up_to_one_slot() -> None:
-    method = RandomWithPrompt(recent=8)
+    method = RandomAttention(recent=8)
     view = field_view(method, 90, (90,), (40,), H=3)
     kept = method.plan(view, 60).kept_BHK
     assert torch.equal(kept[..., :40], torch.arange(40).expand(1, 3, 40))
     assert len({tuple(head) for head in kept[0].tolist()}) == 3
     short = method.plan(view, 30).kept_BHK  # 8 newest, 21 of the prompt, 1 at random
     assert torch.equal(short[..., :21], torch.arange(21).expand(1, 3, 21))
-    capped = RandomWithPrompt(recent=8, prompt="cap", cap=10, pinned=5).plan(view, 60).kept_BHK
+    capped = RandomAttention(recent=8, prompt="cap", cap=10, pinned=5).plan(view, 60).kept_BHK
     must = [*range(10), *range(10, 40, 2), *range(40, 45)]
     assert all(set(must) <= set(head) for head in capped[0].tolist())
-    shared = RandomWithPrompt(recent=8, shared=True, block=5).plan(view, 60).kept_BHK
+    shared = RandomAttention(recent=8, shared=True, block=5).plan(view, 60).kept_BHK
     assert torch.equal(shared, shared[:, :1].expand_as(shared))

@@ -20,7 +20,7 @@ from reasonkv.methods.curdkv import CurDKV
 from reasonkv.methods.defensivekv import DefensiveKV
 from reasonkv.methods.h2o import H2O
 from reasonkv.methods.lagkv import LagKV
-from reasonkv.methods.random_attention import RandomWithPrompt
+from reasonkv.methods.random_attention import RandomAttention
 from reasonkv.methods.tova import TOVA
 from reasonkv.rotary import Rotary
 
@@ -33,10 +33,10 @@ METHODS: list[Method] = [
     H2O(window=5),
     DefensiveKV(window=6),
     BeaconKV(beacons=4, window=4, recent=4),
-    RandomWithPrompt(recent=3),
+    RandomAttention(recent=3),
 ]
 LENGTHS, PROMPTS = [60, 53], [24, 17]
-BUDGET = Budget(16, interval=5, sinks=2, recent=3)
+BUDGET = Budget(16, interval=5, sinks=2, recent=3, prompt="count")
 D = 16
 
 

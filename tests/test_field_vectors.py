@@ -18,8 +18,8 @@ from reasonkv.methods.chunkkv import ChunkKV, chunk_means, chunk_order
 from reasonkv.methods.curdkv import CurDKV
 from reasonkv.methods.kara import Kara
 from reasonkv.methods.lagkv import LagKV, lag_relative
+from reasonkv.methods.ops import top_k_slots, window_attention
 from reasonkv.methods.tova import TOVA
-from reasonkv.selection import top_k_slots, window_attention
 from reasonkv.view import SlotView
 
 DATA = Path(__file__).parent / "data"

@@ -191,7 +191,7 @@ def test_every_record_has_one_regime() -> None:
 
 
 def test_points_are_split_by_regime_and_carry_full_kv_of_their_own_examples() -> None:
-    budget = Budget(128).to_dict()
+    budget = Budget(128, prompt="count").to_dict()
     records = [
         *(record(i, method="full", options={}, budget=None, events=0, top1=1.0 - i / 100) for i in range(4)),
         *(record(i, budget=budget, events=0 if i < 1 else 5, top1=i / 10) for i in range(4)),

@@ -14,7 +14,7 @@ from reasonkv import Budget, BudgetError, CompressedCache, UnsupportedModelError
 from reasonkv.runtimes.transformers import check_model
 
 FAMILIES = ["llama", "qwen2", "qwen3", "qwen3_moe", "mistral", "phi3", "gemma3", "gpt_oss"]
-BUDGET = Budget(24, interval=8, sinks=2, recent=6)
+BUDGET = Budget(24, interval=8, sinks=2, recent=6, prompt="count")
 # a method that looks into the future is for replay: what is generated cannot be known beforehand
 BOUNDED = [
     name
@@ -56,7 +56,7 @@ def test_a_budget_no_trace_reaches_changes_no_token(family: str, lengths: list[i
     model = tiny_model(family, torch.float32, kernel)
     ids, mask, _ = batch(lengths)
     plain = generate(model, ids, mask)
-    with CompressedCache(model, "snapkv", Budget(256)) as cache:
+    with CompressedCache(model, "snapkv", Budget(256, prompt="count")) as cache:
         assert torch.equal(generate(model, ids, mask, cache), plain)
     with CompressedCache(model, "full") as cache:
         assert torch.equal(generate(model, ids, mask, cache), plain)
@@ -172,7 +172,7 @@ def test_sampling_beams_and_several_sequences() -> None:
         torch.manual_seed(0)
         plain = generate(model, ids, mask, **options)
         torch.manual_seed(0)
-        with CompressedCache(model, "snapkv:window=6", Budget(256)) as cache:
+        with CompressedCache(model, "snapkv:window=6", Budget(256, prompt="count")) as cache:
             assert torch.equal(generate(model, ids, mask, cache, **options), plain)
         with CompressedCache(model, "snapkv:window=6", BUDGET, prompt_lengths=[20, 13]) as cache:
             out = generate(model, ids, mask, cache, **options)
@@ -208,11 +208,11 @@ def test_beams_carry_their_slots_with_them() -> None:
 def test_chunked_prefill_needs_prompt_lengths_and_then_works() -> None:
     model = tiny_model("qwen3", torch.float32)
     ids, mask, _ = batch([50, 41])
-    with CompressedCache(model, "keydiff", Budget(256), prompt_lengths=[50, 41]) as cache:
+    with CompressedCache(model, "keydiff", Budget(256, prompt="count"), prompt_lengths=[50, 41]) as cache:
         chunked = generate(model, ids, mask, cache, prefill_chunk_size=16)
     assert torch.equal(chunked, generate(model, ids, mask))
     with (
-        CompressedCache(model, "keydiff", Budget(256)) as cache,
+        CompressedCache(model, "keydiff", Budget(256, prompt="count")) as cache,
         pytest.raises(BudgetError, match="prompt_lengths"),
     ):
         generate(model, ids, mask, cache, prefill_chunk_size=16)
@@ -247,7 +247,7 @@ def test_the_pipeline_takes_a_compressed_cache(word_tokenizer: PreTrainedTokeniz
     prompt = " ".join(f"w{i}" for i in range(5, 25))
     options = {"max_new_tokens": 40, "min_new_tokens": 40, "do_sample": False}
     plain = make(prompt, **options)
-    with CompressedCache(model, "rkv:window=6", Budget(256)) as cache:
+    with CompressedCache(model, "rkv:window=6", Budget(256, prompt="count")) as cache:
         assert make(prompt, past_key_values=cache, **options) == plain
     with CompressedCache(model, "rkv:window=6", BUDGET) as cache:
         make(prompt, past_key_values=cache, **options)
@@ -263,7 +263,7 @@ def test_every_dtype_runs_and_stays_close_to_plain_generate(dtype: torch.dtype, 
         mask[:], ids = 1, ids.clamp(min=5)
     with torch.no_grad():
         expected = model(ids, attention_mask=mask).logits
-        with CompressedCache(model, "snapkv:window=6", Budget(256)) as cache:
+        with CompressedCache(model, "snapkv:window=6", Budget(256, prompt="count")) as cache:
             got = [model(ids[:, :20], attention_mask=mask[:, :20], past_key_values=cache).logits]
             for i in range(20, 30):
                 got.append(model(ids[:, i : i + 1], attention_mask=mask[:, : i + 1], past_key_values=cache).logits)
@@ -280,7 +280,7 @@ def test_gemma3_left_padded_beyond_its_window_keeps_its_sliding_layers_stock() -
     model = tiny_model("gemma3", torch.float32)
     ids, mask, _ = batch([40, 25])
     plain = generate(model, ids, mask, new=60)
-    with CompressedCache(model, "keydiff", Budget(512)) as cache:
+    with CompressedCache(model, "keydiff", Budget(512, prompt="count")) as cache:
         assert torch.equal(generate(model, ids, mask, cache, new=60), plain)
         # a stock cache while ours is open: bit-equal logits, before and after
         with torch.no_grad():

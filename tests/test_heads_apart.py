@@ -17,7 +17,7 @@ from reasonkv.calibration import LayerStatistics
 from reasonkv.methods import CATALOGUE, Method, Observed, get_method
 from reasonkv.plan import Plan
 from reasonkv.rotary import Rotary
-from reasonkv.runtimes.vllm.config import ServingError, served_as
+from reasonkv.runtimes.vllm.config import ServingError, vllm_variant
 from reasonkv.view import SlotView
 
 B, H, G, N, D, KEEP, LAYERS = 2, 4, 2, 80, 16, 48, 2
@@ -57,7 +57,7 @@ def served() -> list[str]:
     found = []
     for name in CATALOGUE:
         try:
-            found.append(served_as(get_method(name)).spec())
+            found.append(vllm_variant(get_method(name)).spec())
         except ServingError:
             continue
     return [*found, *VARIANTS]

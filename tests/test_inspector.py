@@ -128,7 +128,7 @@ def big(tokens: int = 2000, layers: int = 3, heads: int = 2) -> dict[str, Any]:
 
     return {
         "format": 1, "kind": "replay", "model": "tiny", "method": "toy", "task": "program", "example": 0, "seed": 0,
-        "budget": Budget(128).to_dict(), "prompt": 300, "layers": list(range(layers)), "heads": heads,
+        "budget": Budget(128, prompt="count").to_dict(), "prompt": 300, "layers": list(range(layers)), "heads": heads,
         "pieces": [(" ;" if i % 9 == 8 else f" n{i % 90:02d}") for i in range(tokens)],
         "events": {"length": events, "before": [256] * len(events), "after": [128] * len(events)},
         "fates": {"dropped": text(dropped), "folded": text(folded), "into": text(np.full(dropped.shape, 9, "<i4"))},

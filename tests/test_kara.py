@@ -19,7 +19,7 @@ from reasonkv import Budget, CompressedCache, Plan, SlotView
 from reasonkv.budget import Window
 from reasonkv.evaluate.pieces import Row, feed
 from reasonkv.methods.kara import Kara, accept_chunks, chunked_top_k
-from reasonkv.selection import top_k_slots
+from reasonkv.methods.ops import top_k_slots
 
 WINDOW = Window(16, 5, 0.4)  # 6 of 16 slots stay
 PROMPT, LENGTH = 11, 11 + 16 * 3 + 5 + 4
@@ -230,7 +230,7 @@ def test_options_that_make_no_sense_are_refused(field: str, value: float) -> Non
 def test_the_ring_is_as_long_as_the_budget_asks() -> None:
     assert Kara().needs.queries == 576
     assert Kara().for_budget(Window(256, 32, 0.3)).needs.queries == 288
-    assert Kara().for_budget(Budget(512, interval=100, recent=20)).needs.queries == 120
+    assert Kara().for_budget(Budget(512, interval=100, recent=20, prompt="count")).needs.queries == 120
     assert Kara(queries=7).for_budget(Window(256, 32, 0.3)).needs.queries == 7
 
 
@@ -280,7 +280,9 @@ def generated(prompts: list[Tensor], outputs: list[Tensor], max_piece: int, meth
     return log
 
 
-@pytest.mark.parametrize("budget", [WINDOW, Budget(30, interval=9, sinks=2, recent=4)], ids=["window", "budget"])
+@pytest.mark.parametrize(
+    "budget", [WINDOW, Budget(30, interval=9, sinks=2, recent=4, prompt="count")], ids=["window", "budget"]
+)
 def test_padded_batches_equal_singles_and_pieces_equal_tokens(budget: Budget) -> None:
     generator = torch.Generator().manual_seed(3)
     prompts = [torch.randint(5, 200, (n,), generator=generator) for n in (9, 26, 14)]

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from reasonkv.methods import CATALOGUE, MethodError, get_method
-from reasonkv.methods.random import RandomAttention
+from reasonkv.methods.random import RandomEviction
 from reasonkv.methods.rkv import RKV, mean_cosine, spared_columns
 from reasonkv.methods.snapkv import SnapKV
 from reasonkv.plan import PlanError
@@ -156,7 +156,7 @@ def test_streaming_keeps_the_sinks_and_the_newest() -> None:
     assert torch.equal(kept, torch.cat([torch.arange(4), torch.arange(34, 50)]).expand(1, 2, 20))
 
 
-def events(method: RandomAttention, length: int, keep: int, interval: int, heads: int = 1) -> Tensor:
+def events(method: RandomEviction, length: int, keep: int, interval: int, heads: int = 1) -> Tensor:
     """Positions held after feeding `length` tokens with an event every `interval`: [1, heads, keep]."""
     held, event = torch.arange(keep).expand(1, heads, keep), 0
     for start in range(keep, length, interval):
@@ -168,7 +168,7 @@ def events(method: RandomAttention, length: int, keep: int, interval: int, heads
 
 
 def test_one_number_per_token_is_a_reservoir_sample() -> None:
-    method = RandomAttention(redraw=False)
+    method = RandomEviction(redraw=False)
     whole = make_view(torch.zeros(1, 4, 1000, 1))
     at_once = method.plan(whole, 64).kept_BHK
     for interval in (7, 64):
@@ -180,21 +180,21 @@ def test_redrawn_numbers_forget_with_age_and_kept_numbers_do_not() -> None:
     events_seen = (length - torch.arange(old).clamp(min=keep).float()).div(interval).ceil()
     forgotten = float(((keep / (keep + interval)) ** events_seen).mean())  # 0.01
     for redraw, expected in ((True, forgotten), (False, keep / length)):
-        held = events(RandomAttention(redraw=redraw), length, keep, interval, heads)
+        held = events(RandomEviction(redraw=redraw), length, keep, interval, heads)
         share = float((held < old).sum()) / (heads * old)
         assert share == pytest.approx(expected, abs=5 * (expected / (heads * old)) ** 0.5)
 
 
 def test_random_keeps_the_prompt_when_the_budget_says_so_and_differs_between_heads() -> None:
     view = random_view(H=4, N=200, queries=0, prompt=40, keep_prompt=True, recent=8)
-    kept = RandomAttention().plan(view, 100).kept_BHK
+    kept = RandomEviction().plan(view, 100).kept_BHK
     assert torch.equal(kept[..., :40], torch.arange(40).expand(1, 4, 40))
     assert len({tuple(head) for head in kept[0].tolist()}) == 4
 
 
 def test_random_is_uniform_over_what_is_not_protected() -> None:
     view = random_view(H=2000, N=24, D=1, queries=0, sinks=2, recent=2, group=1)
-    kept = RandomAttention().plan(view, 14).kept_BHK
+    kept = RandomEviction().plan(view, 14).kept_BHK
     share = torch.bincount(kept.flatten(), minlength=24)[2:22] / 2000
     assert float((share - 0.5).abs().max()) < 4 * 0.5 / 2000**0.5
 

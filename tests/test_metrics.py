@@ -104,7 +104,7 @@ def test_standard_errors_and_paired_intervals() -> None:
 
 
 def test_a_summary_compares_with_full_and_with_random_at_the_same_budget() -> None:
-    small, large = Budget(96).to_dict(), Budget(128).to_dict()
+    small, large = Budget(96, prompt="count").to_dict(), Budget(128, prompt="count").to_dict()
     none = {"options": {}, "budget": None, "method": "full", "top1": 1.0}
     records = [
         *(record(i, **none) for i in range(3)),
@@ -175,7 +175,7 @@ def test_tokens_for_mean_finds_the_nearest_budget(budget: Budget, rows: list[tup
 
 def test_a_mean_that_cannot_be_reached_is_one_sentence() -> None:
     with pytest.raises(BudgetError, match="between"):
-        tokens_for_mean(Budget(96), 1000, [10], [500])
+        tokens_for_mean(Budget(96, prompt="count"), 1000, [10], [500])
     with pytest.raises(BudgetError, match="between"):
-        tokens_for_mean(Budget(96), 3, [10], [500])
-    assert tokens_for_mean(Budget(96), 200.0, [10], [2000]) == pytest.approx(140, abs=8)
+        tokens_for_mean(Budget(96, prompt="count"), 3, [10], [500])
+    assert tokens_for_mean(Budget(96, prompt="count"), 200.0, [10], [2000]) == pytest.approx(140, abs=8)

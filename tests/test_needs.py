@@ -11,12 +11,12 @@ import torch
 from models import batch, tiny_model
 from oracle import PlanLog, differences, run_compressed
 
-from reasonkv import Budget, CompressedCache, Fold, Method, Needs, Plan, SlotView, UnsupportedModelError
+from reasonkv import Budget, CompressedCache, Fold, Method, Plan, Requirements, SlotView, UnsupportedModelError
 from reasonkv.methods import Observed, SlotState
+from reasonkv.methods.ops import top_k_slots
 from reasonkv.plan import PlanError
-from reasonkv.selection import top_k_slots
 
-BUDGET = Budget(16, interval=5, sinks=2, recent=3)
+BUDGET = Budget(16, interval=5, sinks=2, recent=3, prompt="count")
 PIECES = {"decode": [24] + [1] * 26, "forward7": [24, 7, 7, 7, 5]}
 
 
@@ -32,14 +32,14 @@ class FoldIntoOlder(Method):
     tokens: bool = True
 
     @property
-    def needs(self) -> Needs:
+    def needs(self) -> Requirements:
         spans = {
             "span_start": SlotState("position", "min", torch.int32),
             "span_end": SlotState("position", "max", torch.int32),
             "tokens": SlotState(1.0, "sum"),
             "born": SlotState("position", "kept", torch.int32),
         }
-        return Needs(
+        return Requirements(
             scope="model",
             folds=True,
             slot_state=spans,
@@ -195,8 +195,8 @@ class Watcher(Method):
     undeclared: bool = False
 
     @property
-    def needs(self) -> Needs:
-        return Needs(observes=True)
+    def needs(self) -> Requirements:
+        return Requirements(observes=True)
 
     def new_row_state(self, rows: int, query_heads: int, head_dim: int, device: torch.device) -> dict:
         zeros = torch.zeros(rows, query_heads, head_dim, dtype=torch.float64, device=device)

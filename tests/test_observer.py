@@ -14,7 +14,7 @@ from reasonkv.evaluate.pieces import Row, feed
 from reasonkv.plan import Plan
 from reasonkv.view import SlotView
 
-BUDGET = Budget(16, interval=5, sinks=2, recent=3)
+BUDGET = Budget(16, interval=5, sinks=2, recent=3, prompt="count")
 
 
 @dataclass
@@ -133,7 +133,7 @@ def test_nothing_is_observed_without_an_event() -> None:
     model = tiny_model("llama")
     ids, mask, _ = batch([40])
     seen = Recorder()
-    for method, budget in (("full", None), ("knorm", Budget(64, recent=3))):
+    for method, budget in (("full", None), ("knorm", Budget(64, recent=3, prompt="count"))):
         with CompressedCache(model, method, budget, observer=seen) as cache:
             decode(model, cache, ids, mask, 0, 40)
     assert seen.calls == []

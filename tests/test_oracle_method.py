@@ -15,14 +15,14 @@ import reasonkv
 from reasonkv import Budget, CompressedCache, UnsupportedModelError, get_method
 from reasonkv.evaluate.metrics import Reference
 from reasonkv.evaluate.pieces import MAX_PIECE, Row, feed
-from reasonkv.evaluate.reference import ReferenceAttention
+from reasonkv.evaluate.reference import FullAttention
 from reasonkv.evaluate.replay import Cell, replay_batch
 from reasonkv.evaluate.traces import Trace
 from reasonkv.methods import MethodError
 from reasonkv.plan import Plan
 from reasonkv.view import SlotView
 
-BUDGET = Budget(16, interval=5, sinks=2, recent=3)
+BUDGET = Budget(16, interval=5, sinks=2, recent=3, prompt="count")
 REFUSAL = "oracle looks into the future: it works in replay only, where the trace is known."
 
 
@@ -63,7 +63,7 @@ def test_every_kept_set_is_the_top_k_of_eager_attention_over_the_queries_to_come
                 assert positions[plan.kept_BHK[i, head]].tolist() == expected
                 checked += 1
 
-    reference = ReferenceAttention.collect(model, rows)
+    reference = FullAttention.collect(model, rows)
     with CompressedCache(
         model, f"oracle:reduce={reduce}", BUDGET, prompt_lengths=prompts(rows), reference=reference, observer=check
     ) as cache:
@@ -76,7 +76,7 @@ def test_every_kept_set_is_the_top_k_of_eager_attention_over_the_queries_to_come
 def test_pieces_give_the_kept_sets_of_single_tokens() -> None:
     model = tiny_model("qwen3")
     rows = make_rows([(24, 60), (11, 33)])
-    reference = ReferenceAttention.collect(model, rows)
+    reference = FullAttention.collect(model, rows)
     kept = []
     for piece in (MAX_PIECE, 1):
         with CompressedCache(model, "oracle", BUDGET, prompt_lengths=prompts(rows), reference=reference) as cache:
@@ -118,7 +118,7 @@ def test_a_cache_without_a_reference_and_the_decoding_drop_in_refuse_in_one_sent
     with pytest.raises(MethodError) as caught:
         CompressedCache(model, "oracle", BUDGET)
     assert str(caught.value) == REFUSAL
-    reference = ReferenceAttention.collect(model, make_rows([(10, 20)]))
+    reference = FullAttention.collect(model, make_rows([(10, 20)]))
     for options in ({}, {"reference": reference}):
         with pytest.raises(MethodError) as caught:
             reasonkv.generate("oracle:reduce=max", BUDGET, **options)
@@ -129,7 +129,7 @@ def test_a_cache_without_a_reference_and_the_decoding_drop_in_refuse_in_one_sent
 def test_rows_other_than_the_references_are_refused() -> None:
     model = tiny_model("llama")
     rows = make_rows([(10, 20), (10, 20)])
-    reference = ReferenceAttention.collect(model, rows)
+    reference = FullAttention.collect(model, rows)
     ids, mask, _ = batch([10])
     with CompressedCache(model, "oracle", BUDGET, reference=reference) as cache, torch.no_grad():
         with pytest.raises(UnsupportedModelError, match="collected from 2 rows but the forward has 1"):
@@ -150,7 +150,7 @@ def test_rows_other_than_the_references_are_refused() -> None:
 
 
 def test_a_view_without_a_reference_names_the_need() -> None:
-    with pytest.raises(ValueError, match="Needs\\(future=True\\)"):
+    with pytest.raises(ValueError, match="Requirements\\(future=True\\)"):
         get_method("oracle").plan(random_view(), 40)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from reasonkv.budget import Budget, BudgetError, ListedWindow, PeriodicWindow, Window
+from reasonkv.budget import Budget, BudgetError, ExplicitEventsWindow, PeriodicWindow, Window
 from reasonkv.schedule import State, capacity, listed, periodic_round, raw_tokens, row_budget, step
 
 POLICY = PeriodicWindow(8, 3, 0.25, period=12, most=2)
@@ -13,7 +13,7 @@ POLICY = PeriodicWindow(8, 3, 0.25, period=12, most=2)
 def test_records_give_the_budget_back() -> None:
     assert Budget.from_dict(POLICY.to_dict()) == POLICY
     assert Budget.from_dict(Window(8, 3, 0.25).to_dict()) == Window(8, 3, 0.25)
-    assert Budget.from_dict(POLICY.row().to_dict()) == ListedWindow(8, 3, 0.25)
+    assert Budget.from_dict(POLICY.row().to_dict()) == ExplicitEventsWindow(8, 3, 0.25)
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,9 @@ def test_a_round_takes_the_rows_with_most_uncompressed_tokens() -> None:
 
 def test_uncompressed_tokens_count_from_the_prompt_or_the_last_windows_buffer() -> None:
     row = row_budget(POLICY)
-    assert isinstance(row, ListedWindow) and row_budget(Budget(128)) == Budget(128)
+    assert isinstance(row, ExplicitEventsWindow) and row_budget(Budget(128, prompt="count")) == Budget(
+        128, prompt="count"
+    )
     assert raw_tokens(row, State(3, 3, prompt=5)) == 0  # the prompt is not whole yet
     assert raw_tokens(row, State(20, 20, prompt=5)) == 15
     assert raw_tokens(listed(row, 20), State(22, 16, prompt=5)) == 5  # the buffer of 3 and two more
@@ -50,7 +52,7 @@ def test_uncompressed_tokens_count_from_the_prompt_or_the_last_windows_buffer() 
 def test_capacity_holds_a_row_alone_whenever_it_comes(prompt: int, phase: int) -> None:
     longest = prompt + 150
     row, state, peak = row_budget(POLICY), State(prompt, prompt, prompt), prompt
-    assert isinstance(row, ListedWindow)
+    assert isinstance(row, ExplicitEventsWindow)
     for now in range(phase + 1, phase + 151):
         length = state.length + 1
         if periodic_round(POLICY, now, {"": raw_tokens(row, State(length, 0, prompt))}):

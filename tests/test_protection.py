@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from reasonkv import Budget, Window
-from reasonkv.budget import ListedWindow
+from reasonkv.budget import ExplicitEventsWindow
 from reasonkv.protection import protected_slots
 from reasonkv.schedule import State
 
@@ -30,9 +30,13 @@ def decoded(length: int, held: int, prompt: int, keep: int) -> tuple[State, Stat
 @pytest.mark.parametrize(
     ("budget", "recent", "expected"),
     [
-        (Budget(12, interval=8, sinks=2, recent=3), 0, [0, 1, 17, 18, 19]),
-        (Budget(12, interval=8, sinks=2, recent=3), 5, [0, 1, 15, 16, 17, 18, 19]),  # the larger window, once
-        (Budget(12, interval=8, sinks=0, recent=0), 0, []),
+        (Budget(12, interval=8, sinks=2, recent=3, prompt="count"), 0, [0, 1, 17, 18, 19]),
+        (
+            Budget(12, interval=8, sinks=2, recent=3, prompt="count"),
+            5,
+            [0, 1, 15, 16, 17, 18, 19],
+        ),  # the larger window, once
+        (Budget(12, interval=8, sinks=0, recent=0, prompt="count"), 0, []),
         (Budget(12, interval=8, sinks=0, recent=2, prompt="keep"), 0, [0, 1, 2, 3, 18, 19]),
         (Budget(5, interval=15, sinks=0, recent=2, prompt="keep"), 0, [18, 19]),  # 4 + 2 do not fit into 5
         (Budget(5, interval=15, sinks=0, recent=2, prompt="on_top"), 0, [0, 1, 2, 3, 18, 19]),
@@ -59,7 +63,7 @@ def test_of_a_window_only_the_tokens_whose_turn_it_is_are_open() -> None:
 
 
 def test_rows_whose_events_are_listed_have_windows_of_their_own() -> None:
-    budgets = [ListedWindow(8, 3, 0.5, events=(20,)), ListedWindow(8, 3, 0.5, events=(18,))]
+    budgets = [ExplicitEventsWindow(8, 3, 0.5, events=(20,)), ExplicitEventsWindow(8, 3, 0.5, events=(18,))]
     found = protected(budgets, [decoded(20, 20, 4, 16), decoded(18, 18, 4, 14)], 18)
     assert sorted(set(range(2, 20)) - set(found[0])) == list(range(9, 17))
     assert sorted(set(range(18)) - set(found[1])) == list(range(7, 15))

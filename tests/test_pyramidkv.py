@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from models import batch, tiny_model
 from oracle import differences, run_compressed
 
-from reasonkv import Budget, BudgetError, CompressedCache, Needs, Plan, SlotView, get_method, schedule
+from reasonkv import Budget, BudgetError, CompressedCache, Plan, Requirements, SlotView, get_method, schedule
 from reasonkv.budget import Window, layer_budgets
 from reasonkv.evaluate.fates import PlanRecorder, fates
 from reasonkv.evaluate.matching import mean_physical, tokens_for_mean
@@ -27,7 +27,7 @@ from reasonkv.methods.snapkv import SnapKV
 
 CASES = json.loads((Path(__file__).parent / "data" / "field_uneven.json").read_text())["cases"]["pyramidkv_budgets"]
 MODEL = tiny_model("qwen3")
-METHOD, BUDGET = PyramidKV(window=6, kernel=3), Budget(16, interval=5, sinks=2, recent=3)
+METHOD, BUDGET = PyramidKV(window=6, kernel=3), Budget(16, interval=5, sinks=2, recent=3, prompt="count")
 TOKENS = [24, 16, 8]  # sinks and window are 8; of the other 8 per layer, 15.6, 8 and 0.4
 
 
@@ -84,7 +84,7 @@ def test_budgets_of_layers_sum_to_layers_times_tokens_and_hold_what_is_protected
 def test_a_share_that_cannot_hold_what_is_protected_is_one_sentence() -> None:
     model, public = MODEL, PyramidKV(window=6, beta=2, form="public")
     with pytest.raises(BudgetError) as caught:
-        CompressedCache(model, public, Budget(16, sinks=4, recent=6))
+        CompressedCache(model, public, Budget(16, sinks=4, recent=6, prompt="count"))
     assert str(caught.value) == (
         "Of 16 tokens, pyramidkv leaves 8 to layer 3 of 3, which cannot hold 4 sinks and 6 recent tokens; "
         "raise tokens, or divide them more evenly."
@@ -100,13 +100,13 @@ class WholeModel(PyramidKV):
     """For the tests: plans all layers at once."""
 
     @property
-    def needs(self) -> Needs:
-        return Needs(scope="model")
+    def needs(self) -> Requirements:
+        return Requirements(scope="model")
 
 
 def test_a_method_of_model_scope_cannot_have_layers_of_its_own() -> None:
     with pytest.raises(BudgetError, match="plans all layers at once, so they cannot have budgets of their own"):
-        CompressedCache(MODEL, WholeModel(), Budget(128))
+        CompressedCache(MODEL, WholeModel(), Budget(128, prompt="count"))
 
 
 # ------------------------------------------------------------------------------------------------------------- a cache
@@ -306,7 +306,12 @@ def test_the_mean_length_is_known_from_the_schedule(policy: str) -> None:
 @given(target=st.floats(150, 400), layers=st.integers(2, 12), beta=st.integers(1, 20))
 def test_tokens_are_solved_for_the_mean_over_layers(target: float, layers: int, beta: int) -> None:
     """Layers with large shares hold less than their share while a row is short, so more tokens are needed."""
-    method, budget, prompts, lengths = PyramidKV(window=6, beta=beta), Budget(64, recent=8), [90, 40], [900, 700]
+    method, budget, prompts, lengths = (
+        PyramidKV(window=6, beta=beta),
+        Budget(64, recent=8, prompt="count"),
+        [90, 40],
+        [900, 700],
+    )
     tokens = tokens_for_mean(budget, target, prompts, lengths, method, layers)
     found = mean_physical(replace(budget, tokens=tokens), prompts, lengths, method, layers)
     assert abs(found - target) < 0.01 * target
@@ -315,7 +320,9 @@ def test_tokens_are_solved_for_the_mean_over_layers(target: float, layers: int, 
 
 def test_every_method_meets_the_mean_with_tokens_of_its_own() -> None:
     rows = [(26, 600), (13, 500)]
-    cells = plan_cells([get_method("full"), SnapKV(), PyramidKV()], [Budget(100)], [200.0], rows, layers=6)
+    cells = plan_cells(
+        [get_method("full"), SnapKV(), PyramidKV()], [Budget(100, prompt="count")], [200.0], rows, layers=6
+    )
     full, snapkv, pyramidkv = (cell.budget for cell in cells)
     assert full is None and snapkv is not None and pyramidkv is not None
     assert pyramidkv.tokens > snapkv.tokens
@@ -323,4 +330,6 @@ def test_every_method_meets_the_mean_with_tokens_of_its_own() -> None:
         mean = mean_physical(cell.budget, [26, 13], [600, 500], cell.method, 6)
         assert mean == pytest.approx(200, abs=0.6)
     with pytest.raises(BudgetError, match="leaves 58 to layer 4 of 6"):
-        plan_cells([PyramidKV(window=16, beta=2, form="public")], [Budget(64, recent=60)], (), rows, layers=6)
+        plan_cells(
+            [PyramidKV(window=16, beta=2, form="public")], [Budget(64, recent=60, prompt="count")], (), rows, layers=6
+        )

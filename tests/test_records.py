@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from reasonkv.budget import Budget
-from reasonkv.evaluate.manifest import Manifest, ResultsError, open_results, write_atomically
+from reasonkv.evaluate.manifest import Manifest, ResultsError, open_results
 from reasonkv.evaluate.records import Record, RecordError, append_records, read_records, repair
+from reasonkv.files import write_atomically
 
 CONTRACT = [
     "run",
@@ -44,7 +45,7 @@ CONTRACT = [
 
 def record(example: int = 0, **changes: object) -> Record:
     values: dict[str, object] = {
-        "run": "0123456789ab", "method": "snapkv", "options": {"window": 16}, "budget": Budget(128).to_dict(),
+        "run": "0123456789ab", "method": "snapkv", "options": {"window": 16}, "budget": Budget(128, prompt="count").to_dict(),
         "task": "program", "example": example, "seed": 0, "prompt_tokens": 90, "output_tokens": 800, "trace_correct": True, "top1": 0.75,
         "top5": 0.9, "nll": 0.1 + 0.2, "kl": 1e-9, "first_mismatch": None, "physical_mean": 170.25,
         "physical_peak": 255.0, "physical_terminal": 200.0, "saved_ratio_terminal": 0.8, "bytes_held": 10,

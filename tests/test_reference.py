@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from reasonkv.evaluate.pieces import Row
-from reasonkv.evaluate.reference import ReferenceAttention
+from reasonkv.evaluate.reference import FullAttention
 
 SHAPES = [(20, 30), (7, 12), (33, 1), (1, 61)]
 
@@ -47,7 +47,7 @@ def expected(weights_HLL: Tensor, start: int, end: int, reduce: str) -> Tensor:
 def test_it_equals_the_models_own_eager_attention_in_a_ragged_batch(family: str, kernel: str) -> None:
     model = tiny_model(family, torch.float32, kernel)
     rows = make_rows(SHAPES)
-    reference = ReferenceAttention.collect(model, rows)
+    reference = FullAttention.collect(model, rows)
     assert model.config._attn_implementation == kernel
     assert reference.lengths == [row.fed for row in rows]
     assert reference.layers == ([1, 3] if family in {"gemma3", "gpt_oss"} else [0, 1, 2])
@@ -65,9 +65,9 @@ def test_it_equals_the_models_own_eager_attention_in_a_ragged_batch(family: str,
 def test_a_row_of_a_batch_equals_the_row_alone() -> None:
     model = tiny_model("qwen3")
     rows = make_rows(SHAPES)
-    together = ReferenceAttention.collect(model, rows)
+    together = FullAttention.collect(model, rows)
     for number, row in enumerate(rows):
-        alone = ReferenceAttention.collect(model, [row])
+        alone = FullAttention.collect(model, [row])
         for layer in range(3):
             for reduce in ("sum", "max"):
                 left = together.received(layer, number, 2, row.fed, reduce)  # type: ignore[arg-type]
@@ -79,7 +79,7 @@ def test_a_row_of_a_batch_equals_the_row_alone() -> None:
 def test_ranges_that_cross_remembered_blocks_equal_the_whole_matrix(reduce: str) -> None:
     model = tiny_model("llama")
     (row,) = make_rows([(150, 301)])
-    reference = ReferenceAttention.collect(model, [row])
+    reference = FullAttention.collect(model, [row])
     weights = eager_weights(model, row)
     for start, end in ((0, 450), (1, 449), (63, 64), (64, 128), (60, 200), (128, 450), (448, 450), (100, 120)):
         for layer in (0, 2):
@@ -97,7 +97,7 @@ def test_ranges_that_cross_remembered_blocks_equal_the_whole_matrix(reduce: str)
 
 def test_every_query_pays_one_in_all() -> None:
     model = tiny_model("qwen3")
-    reference = ReferenceAttention.collect(model, make_rows([(40, 80)]))
+    reference = FullAttention.collect(model, make_rows([(40, 80)]))
     torch.testing.assert_close(reference.received(0, 0, 50, 119).sum(-1), torch.full((2,), 69.0))
 
 
@@ -105,7 +105,7 @@ def test_a_long_trace_stays_within_bounds() -> None:
     """Nothing of the size of queries x keys is ever made: 2,000 tokens of three layers fit in far less."""
     model = tiny_model("qwen3", torch.float32)
     (row,) = make_rows([(100, 1901)])
-    reference = ReferenceAttention.collect(model, [row])
+    reference = FullAttention.collect(model, [row])
     largest = 0
 
     class Largest(torch.utils._python_dispatch.TorchDispatchMode):
@@ -135,7 +135,7 @@ def test_a_long_trace_stays_within_bounds() -> None:
     ],
 )
 def test_a_question_it_cannot_answer_is_one_sentence(arguments: tuple[int, int, int, int], message: str) -> None:
-    reference = ReferenceAttention.collect(tiny_model("gemma3"), make_rows([(20, 30)]))
+    reference = FullAttention.collect(tiny_model("gemma3"), make_rows([(20, 30)]))
     with pytest.raises(ValueError, match=r"row|Row|Layer") as caught:
         reference.received(*arguments)
     assert str(caught.value) == message

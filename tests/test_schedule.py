@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from models import batch, tiny_model
 
 from reasonkv import Budget, BudgetError, CompressedCache, Window, schedule
-from reasonkv.budget import ListedWindow
-from reasonkv.schedule import Courses, Event, State, bound, capacity, next_event, one_by_one, step, target
+from reasonkv.budget import ExplicitEventsWindow
+from reasonkv.schedule import BatchSchedule, Event, State, bound, capacity, next_event, one_by_one, step, target
 
 
 @st.composite
@@ -115,7 +115,7 @@ any_budget = (
 @settings(max_examples=400, deadline=None)
 @given(rows_of(any_budget), st.data())
 def test_courses_say_what_step_says(rows: list[tuple[Budget | None, int]], data: st.DataObject) -> None:
-    courses, states, peaks = Courses(len(rows) + 1), [State(prompt=prompt) for _, prompt in rows], [0] * len(rows)
+    courses, states, peaks = BatchSchedule(len(rows) + 1), [State(prompt=prompt) for _, prompt in rows], [0] * len(rows)
     for place, (budget, _) in enumerate(rows):
         courses.start(place, budget, states[place])
     for _ in range(data.draw(st.integers(1, 40))):
@@ -135,7 +135,9 @@ def test_courses_say_what_step_says(rows: list[tuple[Budget | None, int]], data:
         assert [one.tolist() for one in courses.lengths(np.arange(len(rows)))] == [
             [state.length for state in states], [state.held for state in states],
         ]  # fmt: skip
-    courses.start(0, Budget(8, interval=4, sinks=1, recent=1), State(100, 11, 100))  # nothing is carried on
+    courses.start(
+        0, Budget(8, interval=4, sinks=1, recent=1, prompt="count"), State(100, 11, 100)
+    )  # nothing is carried on
     assert courses.advance(np.array([0]), np.array([1])) == [Event(0, State(100, 11, 100), 12, State(101, 8, 100))]
     assert courses.peak(0) == 12
 
@@ -143,17 +145,17 @@ def test_courses_say_what_step_says(rows: list[tuple[Budget | None, int]], data:
 def test_courses_ask_for_the_next_event_once_an_event(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     monkeypatch.setattr(schedule, "next_event", lambda *given: asked.append(1) or next_event(*given))
-    courses, events = Courses(1), 0
-    courses.start(0, Budget(64, interval=32, recent=16), State(prompt=10))
+    courses, events = BatchSchedule(1), 0
+    courses.start(0, Budget(64, interval=32, recent=16, prompt="count"), State(prompt=10))
     for _ in range(1000):
         events += len(courses.advance(np.array([0]), np.array([1])))
     assert events == 29 and len(asked) == 2 * events + 1  # `step` asks, too, where there is one
 
 
 def test_a_forward_that_cannot_be_moves_no_row() -> None:
-    courses, places = Courses(2), np.arange(2)
+    courses, places = BatchSchedule(2), np.arange(2)
     courses.start(0, None, State(prompt=4))
-    courses.start(1, ListedWindow(8, 2, 0.25, events=(20,)), State(prompt=4))
+    courses.start(1, ExplicitEventsWindow(8, 2, 0.25, events=(20,)), State(prompt=4))
     with pytest.raises(BudgetError, match="listed at 20"):
         courses.advance(places, np.array([3, 21]))
     assert courses.state(0) == courses.state(1) == State(prompt=4)
@@ -187,7 +189,7 @@ def test_nothing_ever_holds_more_than_the_bound(
 
 
 def test_the_bound_is_tight_in_steady_state() -> None:
-    budget = Budget(32, interval=8, sinks=0, recent=0)
+    budget = Budget(32, interval=8, sinks=0, recent=0, prompt="count")
     most, state = 0, State(prompt=10)
     for _ in range(200):
         most = max(most, state.held + 1)

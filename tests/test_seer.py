@@ -12,11 +12,12 @@ from tiny import TASK
 from reasonkv import Budget, CompressedCache
 from reasonkv.evaluate.replay import Cell, replay_batch, to_record
 from reasonkv.evaluate.traces import TraceSettings, load_or_make_traces
+from reasonkv.identity import model_hash
 from reasonkv.methods.base import MethodError
 from reasonkv.methods.quest import Quest
 from reasonkv.methods.seer import SeerAttention
-from reasonkv.methods.selecting import FullPages, PageView
-from reasonkv.models import load_model, model_hash
+from reasonkv.methods.sparse_read import FullPages, PageView
+from reasonkv.models import load_model
 from reasonkv.runtimes.transformers.setup import rotary_of
 from reasonkv.seer import (
     FILE,
@@ -46,7 +47,7 @@ def test_chunked_replay_equals_one_token_at_a_time(testbed, tmp_path: Path) -> N
         testbed.model, testbed.tokenizer, task, task_spec=TASK, examples=range(2), seed=0,
         settings=TraceSettings(max_new_tokens=60), folder=tmp_path, batch_size=2,
     )  # fmt: skip
-    cell = Cell(Quest(), Budget(64, recent=16))
+    cell = Cell(Quest(), Budget(64, recent=16, prompt="count"))
     many, single = (replay_batch(testbed.model, traces, cell, chunked=chunked) for chunked in (True, False))
     for left, right in zip(many, single, strict=True):
         assert (left.nll_T - right.nll_T).abs().max() <= 1e-4  # float32
@@ -120,7 +121,7 @@ def test_the_shipped_gate_keeps_more_attention_than_a_random_one_on_held_out_tra
 def test_a_missing_or_foreign_gate_is_one_sentence(tmp_path: Path) -> None:
     model = tiny_model("qwen3")
     with pytest.raises(MethodError, match="reasonkv train-gate"):
-        CompressedCache(model, SeerAttention(), Budget(64, recent=8))
+        CompressedCache(model, SeerAttention(), Budget(64, recent=8, prompt="count"))
     save_gate(tmp_path / FILE, random_gate([(2, 2, 16)] * 3, 4, "another"))
     with pytest.raises(GateError, match="another model"):
         find_gate(model, tmp_path / FILE)

@@ -15,13 +15,13 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from reasonkv import Budget, BudgetError, CompressedCache
+from reasonkv.identity import model_hash
 from reasonkv.methods.quest import Quest
 from reasonkv.methods.seer import SeerAttention
-from reasonkv.methods.selecting import FullPages, PageView, SelectionMethod, best_pages
-from reasonkv.models import model_hash
+from reasonkv.methods.sparse_read import FullPages, PageView, SelectionMethod, best_pages
 from reasonkv.plan import PlanError
-from reasonkv.runtimes.transformers.attention import reference_attention
-from reasonkv.runtimes.transformers.selecting import Selection
+from reasonkv.runtimes.transformers.attention import naive_attention
+from reasonkv.runtimes.transformers.sparse_read import Selection
 from reasonkv.seer import (
     FILE,
     random_gate,
@@ -35,7 +35,7 @@ PIECES = {
     "chunked": [8, 8, 8, 12, 12, 12],
 }
 C, PAGES = 4, 3
-BUDGET = Budget(C * PAGES + 1, sinks=0, recent=0)
+BUDGET = Budget(C * PAGES + 1, sinks=0, recent=0, prompt="count")
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def _explicit(module, query, key, value, attention_mask, **kwargs):
             for page in range(own):
                 allowed[row, :, column, slots[page * c : page * c + c]] = chosen[:, page, None]
             allowed[row, :, column, slots[own * c : token + 1]] = True
-    return reference_attention(module, query, key, value, allowed, **kwargs)
+    return naive_attention(module, query, key, value, allowed, **kwargs)
 
 
 AttentionInterface.register("explicit_selection", _explicit)
@@ -152,7 +152,9 @@ def run_explicit(model, method, mask, prompts, ids, positions, pieces) -> Tensor
 def test_quest_with_all_pages_selected_equals_full_attention(pieces: str) -> None:
     model = tiny_model("qwen3")
     full, _, _, real = run(model, "full", None, PIECES[pieces])
-    all_pages, stats, _, _ = run(model, Quest(page_size=C), Budget(64, sinks=0, recent=0), PIECES[pieces])
+    all_pages, stats, _, _ = run(
+        model, Quest(page_size=C), Budget(64, sinks=0, recent=0, prompt="count"), PIECES[pieces]
+    )
     assert (all_pages.logits - full.logits)[real].abs().max() <= 1e-12
     assert stats.rows[0].slots_read_mean == stats.rows[0].physical_mean == sum(range(25, 61)) / 36
 
@@ -186,7 +188,7 @@ def test_gpt_oss_with_learned_sinks_and_sliding_layers_is_exact() -> None:
     model = tiny_model("gpt_oss")
     method = Quest(page_size=C)
     pieces = [20, 10, 1, 1, 8]
-    budget = Budget(64, sinks=0, recent=0)
+    budget = Budget(64, sinks=0, recent=0, prompt="count")
     full, _, _, real = run(model, "full", None, pieces, [40], [20], kernel="reference")
     found, _, _, _ = run(model, method, budget, pieces, [40], [20], kernel="reference")
     assert (found.logits - full.logits)[real].abs().max() <= 1e-12
@@ -209,7 +211,7 @@ def test_any_pieces_give_what_one_token_at_a_time_gives(name: str, tmp_path: Pat
 def test_a_long_piece_is_masked_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("qwen3")
     whole, _, _, real = run(model, Quest(page_size=C), BUDGET, [24, 36])
-    monkeypatch.setattr("reasonkv.runtimes.transformers.selecting.MASK_ELEMENTS", 5000)
+    monkeypatch.setattr("reasonkv.runtimes.transformers.sparse_read.MASK_ELEMENTS", 5000)
     parts, _, _, _ = run(model, Quest(page_size=C), BUDGET, [24, 36])
     assert (whole.logits - parts.logits)[real].abs().max() <= 1e-12
 
@@ -337,7 +339,11 @@ def test_generate_runs_and_greedy_text_with_all_pages_is_full_kvs() -> None:
     model = tiny_model("qwen3")
     ids, mask, _ = batch([30, 21])
     texts = []
-    for method, budget in (("full", None), (Quest(page_size=C), Budget(200)), (Quest(page_size=C), BUDGET)):
+    for method, budget in (
+        ("full", None),
+        (Quest(page_size=C), Budget(200, prompt="count")),
+        (Quest(page_size=C), BUDGET),
+    ):
         with CompressedCache(model, method, budget) as cache:
             texts.append(
                 model.generate(ids, attention_mask=mask, max_new_tokens=30, do_sample=False, past_key_values=cache)
@@ -366,8 +372,8 @@ def test_a_later_turn_is_decode_unless_the_prompt_is_reopened() -> None:
 @pytest.mark.parametrize(
     "method,budget,words",
     [
-        (Quest(), Budget(15, sinks=0, recent=0), "at least 16"),
-        (Quest(first=1), Budget(20, sinks=0, recent=0), "at least 32"),
+        (Quest(), Budget(15, sinks=0, recent=0, prompt="count"), "at least 16"),
+        (Quest(first=1), Budget(20, sinks=0, recent=0, prompt="count"), "at least 32"),
         (Quest(), None, "needs a budget"),
     ],
 )

@@ -86,7 +86,7 @@ def test_the_terminal_table_and_json_say_how_many_slots_were_read(
 
 def test_without_a_selecting_method_nothing_of_it_is_shown() -> None:
     answers = [replace(answer(i, True, budget), method="random" if budget else "full")
-               for i in range(2) for budget in (None, Budget(128).to_dict())]  # fmt: skip
+               for i in range(2) for budget in (None, Budget(128, prompt="count").to_dict())]  # fmt: skip
     assert "Slots are what attention reads, everything held included." in answers_caption(answers)
     alone = [replace(one, method="quest", slots_read_mean=100.0, events=0) for one in answers if one.budget]
     assert "most slots per KV head and layer that a decoded token reads" in answers_caption(alone)
@@ -137,7 +137,7 @@ def test_equal_mean_slots_and_a_search_are_refused_in_one_sentence(tmp_path: Pat
     for name in ("quest", "seer"):
         with pytest.raises(BudgetError, match=f"{name} holds everything and reads whole pages"):
             check_matchable([get_method("random"), get_method(name)])
-        job = ReplayJob([TASK], [get_method("random"), get_method(name)], [Budget(96)], 1)
+        job = ReplayJob([TASK], [get_method("random"), get_method(name)], [Budget(96, prompt="count")], 1)
         with pytest.raises(FrontierError, match=f"{name} drops nothing, so there is no budget to find"):
             check_search(job, Target("top1", 0.9))
     check_matchable([get_method("full"), get_method("snapkv")])

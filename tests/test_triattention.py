@@ -19,10 +19,10 @@ from reasonkv import Budget, CompressedCache, get_method
 from reasonkv.calibration.statistics import Calibration, LayerStatistics
 from reasonkv.methods import MethodError
 from reasonkv.methods.frequency import horizon_weights
+from reasonkv.methods.ops import z_score
 from reasonkv.methods.triattention import FrequencyOptions, TriAttention, frequency_scores, standardize
 from reasonkv.plan import Plan
 from reasonkv.rotary import Rotary
-from reasonkv.selection import z_score
 from reasonkv.view import SlotView
 
 DATA = Path(__file__).parent / "data"

@@ -21,10 +21,10 @@ from transformers import AutoModelForCausalLM
 
 from reasonkv import Budget, noise
 from reasonkv.methods import Method
+from reasonkv.methods.ops import average_pool, group_mean, window_attention
 from reasonkv.methods.vase_attnv import VaseAttnV, sampling_keys, value_range
 from reasonkv.methods.vase_dkv import VaseDKV
 from reasonkv.runtimes.transformers import CompressedCache
-from reasonkv.selection import average_pool, group_mean, window_attention
 from reasonkv.view import SlotView
 
 DATA = Path(__file__).parent / "data"
@@ -357,7 +357,7 @@ def test_capacity_is_allocated_once_in_2000_decoded_tokens(method: Method) -> No
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
     body = model.model
-    tokens, budget = batch([20])[0], Budget(48, interval=16, sinks=4, recent=16)
+    tokens, budget = batch([20])[0], Budget(48, interval=16, sinks=4, recent=16, prompt="count")
     with torch.no_grad(), CountingCache(model, method, budget) as cache:
         body(tokens, past_key_values=cache)
         for step in range(60):  # past the first event, which writes the token indices

@@ -16,10 +16,10 @@ from torch.testing import assert_close
 from reasonkv.methods import ScorerMethod
 from reasonkv.methods.keydiff import KeyDiff
 from reasonkv.methods.knorm import Knorm
+from reasonkv.methods.ops import fill_window, group_mean, top_k_slots, window_attention
 from reasonkv.methods.rkv import RKV, spared_columns
 from reasonkv.methods.snapkv import SnapKV
 from reasonkv.methods.streaming import StreamingLLM
-from reasonkv.selection import fill_window, group_mean, top_k_slots, window_attention
 from reasonkv.view import SlotView
 
 DATA = Path(__file__).parent / "data"

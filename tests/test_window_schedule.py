@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from models import batch, tiny_model
 
 from reasonkv import Budget, BudgetError, CompressedCache
-from reasonkv.budget import ListedWindow, Window
+from reasonkv.budget import ExplicitEventsWindow, Window
 from reasonkv.schedule import State, bound, capacity, next_event, open_tokens, periodic_events, step, target
 
 MODEL = tiny_model("llama", torch.float32)
@@ -150,7 +150,7 @@ def test_a_window_that_makes_no_sense_says_so_in_one_sentence(fields: dict, word
 
 
 def test_a_window_survives_its_record() -> None:
-    for window in (Window(), Window(256, 32, 0.2), ListedWindow(8, 2, 0.5, events=(20, 40))):
+    for window in (Window(), Window(256, 32, 0.2), ExplicitEventsWindow(8, 2, 0.5, events=(20, 40))):
         back = Budget.from_dict(json.loads(json.dumps(window.to_dict())))
         assert back == window
         assert type(back) is type(window)
@@ -234,9 +234,9 @@ def test_what_a_window_cannot_do_is_refused_in_one_sentence() -> None:
     with pytest.raises(BudgetError, match="leave reopen_prompt out"):
         CompressedCache(MODEL, "random", Window(), reopen_prompt=True)
     with pytest.raises(BudgetError, match="window_events are for a Window"):
-        CompressedCache(MODEL, "random", Budget(100), window_events=[(0, 100)])
+        CompressedCache(MODEL, "random", Budget(100, prompt="count"), window_events=[(0, 100)])
     with pytest.raises(BudgetError, match="give it a Window and window_events"):
-        CompressedCache(MODEL, "random", ListedWindow())
+        CompressedCache(MODEL, "random", ExplicitEventsWindow())
     with pytest.raises(BudgetError, match="row 2 of a batch of 1"):
         CompressedCache(MODEL, "random", Window(), window_events=[(2, 700)], prompt_lengths=[9]).tokens_to_next_event()
 
@@ -276,7 +276,7 @@ def test_the_periodic_policy_is_the_plain_one(window: Window, rows: list, more: 
     assert all(steps.count(step) <= most for step in steps)
     for row, prompt in enumerate(prompts):  # what a row gets is a schedule of its own
         own = tuple(length for other, length in events if other == row)
-        listed = ListedWindow(window.size, window.buffer, window.retention, events=own)
+        listed = ExplicitEventsWindow(window.size, window.buffer, window.retention, events=own)
         state, seen, most_held = State(prompt, prompt, prompt), [], prompt
         while state.length < lengths[row]:
             most_held = max(most_held, state.held + 1)
@@ -325,15 +325,15 @@ def test_a_cache_obeys_a_list_of_events() -> None:
 
 
 def test_a_listed_event_must_end_a_forward_and_have_a_window() -> None:
-    listed = ListedWindow(8, 2, 0.5, events=(30,))
+    listed = ExplicitEventsWindow(8, 2, 0.5, events=(30,))
     state, _ = step(listed, State(prompt=10), 10)
     with pytest.raises(BudgetError, match=r"ends at 31 tokens.*listed at 30"):
         step(listed, state, 21)
     assert step(listed, state, 20)[1] == 26
     with pytest.raises(BudgetError, match="finds no window of 8"):
-        step(ListedWindow(8, 2, 0.5, events=(15,)), state, 5)
+        step(ExplicitEventsWindow(8, 2, 0.5, events=(15,)), state, 5)
     with pytest.raises(BudgetError, match="8 tokens apart"):
-        ListedWindow(8, 2, 0.5, events=(30, 37))
+        ExplicitEventsWindow(8, 2, 0.5, events=(30, 37))
     with pytest.raises(BudgetError, match="longer than a window of 8"):
         periodic_events(Window(8, 2, 0.5), [4], [100], 8, 1)
     with pytest.raises(BudgetError, match="at least 1 row"):

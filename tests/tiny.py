@@ -9,7 +9,8 @@ from models import calibration
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Qwen3ForCausalLM
 
 from reasonkv.calibration import save_calibration
-from reasonkv.models import LoadedModel, model_hash
+from reasonkv.identity import model_hash
+from reasonkv.models import LoadedModel
 from reasonkv.testbed.recipe import Recipe
 from reasonkv.testbed.tokenizer import make_tokenizer
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from reasonkv.budget import Budget, BudgetError, Window
 
 if TYPE_CHECKING:
-    from reasonkv.methods import Method, MethodError, Needs, ScorerMethod, get_method, method_names
+    from reasonkv.methods import Method, MethodError, Requirements, ScorerMethod, get_method, method_names
     from reasonkv.plan import Fold, Plan
     from reasonkv.runtimes.transformers import CompressedCache, UnsupportedModelError, generate
     from reasonkv.view import SlotView
@@ -21,8 +21,8 @@ __all__ = [
     "Fold",
     "Method",
     "MethodError",
-    "Needs",
     "Plan",
+    "Requirements",
     "ScorerMethod",
     "SlotView",
     "UnsupportedModelError",
@@ -34,7 +34,7 @@ __all__ = [
 
 # torch and transformers take seconds to import; `import reasonkv` and the command line's --help should not
 _HOMES = {
-    "reasonkv.methods": ("Method", "MethodError", "Needs", "ScorerMethod", "get_method", "method_names"),
+    "reasonkv.methods": ("Method", "MethodError", "Requirements", "ScorerMethod", "get_method", "method_names"),
     "reasonkv.plan": ("Fold", "Plan"),
     "reasonkv.runtimes.transformers": ("CompressedCache", "UnsupportedModelError", "generate"),
     "reasonkv.view": ("SlotView",),

@@ -11,8 +11,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, get_args, runtime_checkable
 
+from reasonkv.errors import ReasonKVError
+
 if TYPE_CHECKING:
-    from reasonkv.methods.base import Needs
+    from reasonkv.methods.base import Requirements
 
 PromptPolicy = Literal["count", "keep", "on_top"]
 Trigger = Literal["occupancy", "grid"]
@@ -20,7 +22,7 @@ TriggerCounts = Literal["all", "decode"]
 CutPrompt = Literal["prefill", "first_event"]
 
 
-class BudgetError(ValueError):
+class BudgetError(ReasonKVError, ValueError):
     """A budget that cannot be carried out; the message says which numbers clash and what to change."""
 
 
@@ -125,7 +127,7 @@ class Budget:
 
         """
         kind: type[Budget] = Budget
-        for field_name, one in (("retention", Window), ("events", ListedWindow), ("period", PeriodicWindow)):
+        for field_name, one in (("retention", Window), ("events", ExplicitEventsWindow), ("period", PeriodicWindow)):
             kind = one if field_name in data else kind
         own = fields(kind)
         unknown = sorted(set(data) - {one.name for one in own})
@@ -225,7 +227,7 @@ class Window(Budget):
 
 
 @dataclass(frozen=True)
-class ListedWindow(Window):
+class ExplicitEventsWindow(Window):
     """A window whose events somebody else decides, such as a scheduler that compresses a few rows every so many steps.
 
     An event at logical length e cuts the `size` tokens before the newest `buffer`; what lies between two such windows
@@ -280,9 +282,9 @@ class PeriodicWindow(Window):
                 f"not {self.period} steps and {self.most} rows."
             )
 
-    def row(self) -> ListedWindow:
+    def row(self) -> ExplicitEventsWindow:
         """One row's budget, before it has had an event."""
-        return ListedWindow(self.size, self.buffer, self.retention)
+        return ExplicitEventsWindow(self.size, self.buffer, self.retention)
 
 
 @runtime_checkable
@@ -292,7 +294,7 @@ class DividesBudget(Protocol):
     name: ClassVar[str]
 
     @property
-    def needs(self) -> Needs:
+    def needs(self) -> Requirements:
         """As of every method."""
 
     def layer_tokens(self, budget: Budget, layers: int, prompt: int) -> Sequence[int]:

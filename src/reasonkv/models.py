@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import platform
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,23 +19,23 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from reasonkv.errors import ReasonKVError
+from reasonkv.identity import TESTBED, device_words, model_hash
+
 if TYPE_CHECKING:
     from reasonkv.calibration import Calibration
     from reasonkv.methods import Method
 
-TESTBED = "testbed"
 DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
     "float64": torch.float64,
 }
-_SAMPLED_VALUES = 64
 _SMALL = 20_000_000  # parameters
-_UNIDENTIFIED = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures"}
 
 
-class ModelError(ValueError):
+class ModelError(ReasonKVError, ValueError):
     """A model that cannot be loaded; the message says what was wrong with it and what to give instead."""
 
 
@@ -167,31 +164,6 @@ def one_thread_if_small(model: PreTrainedModel) -> Iterator[None]:
     finally:
         if small:
             torch.set_num_threads(threads)
-
-
-def model_hash(model: PreTrainedModel) -> str:
-    """Sixteen hex digits of the configuration, tensor names and shapes, and a sample of every query projection.
-
-    The sample is taken in bfloat16, so that one checkpoint loaded in several dtypes has one hash.
-    """
-    config = {k: v for k, v in model.config.to_dict().items() if k not in _UNIDENTIFIED}
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name}{list(tensor.shape)}".encode())
-        if "q_proj" in name or "qkv_proj" in name:
-            flat = tensor.detach().reshape(-1)
-            sample = flat[:: max(1, flat.numel() // _SAMPLED_VALUES)][:_SAMPLED_VALUES]
-            digest.update(sample.to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def device_words(device: torch.device) -> str:
-    """A device in words: the accelerator's name, or the CPU's architecture and threads."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    if device.type == "cpu":
-        return f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
-    return str(device)
 
 
 def _device(name: str) -> torch.device:

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from reasonkv.errors import ReasonKVError
 from reasonkv.rotary import Rotary
 
 
-class PlanError(RuntimeError):
+class PlanError(ReasonKVError, RuntimeError):
     """A method returned a plan that no cache can carry out: a defect of the method, not of the user's input."""
 
 

@@ -24,7 +24,7 @@ def protected_slots(
     Args:
         index_BHN: int64, token index of every slot, ascending in N.
         is_prompt_BHN: bool, the slot holds a token of its row's prompt.
-        budgets: every row's; they differ in nothing but a `ListedWindow`'s events.
+        budgets: every row's; they differ in nothing but a `ExplicitEventsWindow`'s events.
         before: every row's state before the forward whose event this is.
         after: the same after the forward, its event included.
         recent: newest slots the method itself always keeps; the larger of it and the budget's counts, once.

@@ -17,11 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from reasonkv.errors import ReasonKVError
+
 _KNOWN = ("default", "linear", "llama3", "yarn")
 _LENGTH_DEPENDENT = ("dynamic", "longrope")
 
 
-class RotaryError(ValueError):
+class RotaryError(ReasonKVError, ValueError):
     """A rotary embedding that cannot be undone or moved correctly; the message names it."""
 
 

@@ -16,7 +16,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from reasonkv.budget import Budget, BudgetError, ListedWindow, PeriodicWindow, Window
+from reasonkv.budget import Budget, BudgetError, ExplicitEventsWindow, PeriodicWindow, Window
 
 Integers = NDArray[np.int64]
 _NEVER = np.iinfo(np.int64).max
@@ -63,7 +63,7 @@ def next_event(budget: Budget | None, state: State) -> int | None:
     if budget is None:
         return None
     dropped = state.length - state.held  # constant until the next event: at length n, n - dropped slots are held
-    if isinstance(budget, ListedWindow):
+    if isinstance(budget, ExplicitEventsWindow):
         return next(iter(budget.events[dropped // budget.dropped :]), None)
     if isinstance(budget, Window):
         return max(state.length + 1, state.prompt + (dropped // budget.dropped + 1) * budget.size + budget.buffer)
@@ -93,7 +93,7 @@ def step(budget: Budget | None, state: State, fed: int) -> tuple[State, int | No
         The state after the forward, and the number of slots its event keeps (None: no event).
 
     Raises:
-        BudgetError: the forward does not end at the event of a `ListedWindow`, or that one has no window to cut.
+        BudgetError: the forward does not end at the event of an `ExplicitEventsWindow`, or no window is whole.
 
     """
     grown = State(state.length + fed, state.held + fed, state.prompt)
@@ -130,7 +130,7 @@ class Event(NamedTuple):
     after: State
 
 
-class Courses:
+class BatchSchedule:
     """Many rows on their way through their budgets: of each it says what `step` says.
 
     Between two events of a row nothing but its length grows. So a forward of all rows is a few array operations, and
@@ -208,7 +208,7 @@ def open_tokens(window: Window, before: State, after: State) -> tuple[int, int]:
 def _due(window: Window, state: State) -> tuple[int, int]:
     """The tokens that an event at `state.length` cuts, as a half-open range: a whole number of windows."""
     done = (state.length - state.held) // window.dropped
-    if not isinstance(window, ListedWindow):
+    if not isinstance(window, ExplicitEventsWindow):
         start = state.prompt + done * window.size
         return start, start + max(0, state.length - window.buffer - start) // window.size * window.size
     if state.length != window.events[done]:
@@ -286,13 +286,13 @@ def row_budget(budget: Budget) -> Budget:
     return budget.row() if isinstance(budget, PeriodicWindow) else budget
 
 
-def raw_tokens(window: ListedWindow, state: State) -> int:
+def raw_tokens(window: ExplicitEventsWindow, state: State) -> int:
     """Tokens of a row, beyond its prompt, that came since the last window cut from it: 0 at least."""
     start = window.events[-1] - window.buffer if window.events else state.prompt
     return max(0, state.length - start)
 
 
-def listed(window: ListedWindow, length: int) -> ListedWindow:
+def listed(window: ExplicitEventsWindow, length: int) -> ExplicitEventsWindow:
     """A row's window with one more event, at that length."""
     return replace(window, events=(*window.events, length))
 
@@ -336,7 +336,7 @@ def bound(budget: Budget | None, prompt: int, max_length: int, max_piece: int = 
 
 def _window_capacity(window: Window, prompt: int, max_length: int) -> int:
     """Most slots of a row fed one token at a time: at its end, or at an event before, its cut not yet made."""
-    if isinstance(window, ListedWindow):
+    if isinstance(window, ExplicitEventsWindow):
         events = [length for length in window.events if length <= max_length]
         done, peaks = len(events), [length - number * window.dropped for number, length in enumerate(events)]
     elif isinstance(window, PeriodicWindow):  # of a row alone, whose first round just missed it

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -12,8 +12,22 @@ from torch import Tensor
 from reasonkv import noise
 from reasonkv.rotary import Rotary
 
-if TYPE_CHECKING:
-    from reasonkv.calibration import LayerStatistics
+
+@dataclass(frozen=True, eq=False)
+class LayerStatistics:
+    """Statistics of one layer's queries after query normalisation and before RoPE; F = rotary pairs.
+
+    Args:
+        mean_HqF: complex64, mean of q_f.
+        modulus_HqF: float32, mean of |q_f|.
+        square_HqF: float32, mean of |q_f|^2; None in imported older files.
+        horizon_HqJ: float32, weights of the future distances 1, 2, 4, ..., each row summing to 1; None unless fitted.
+    """
+
+    mean_HqF: Tensor
+    modulus_HqF: Tensor
+    square_HqF: Tensor | None = None
+    horizon_HqJ: Tensor | None = None
 
 
 class TraceAttention(Protocol):
@@ -55,7 +69,7 @@ class SlotView:
         queries_BHqTD: the newest T rotated queries, oldest first, or None if the method asked for none.
         query_positions_BT: int64, their token indices.
         scaling: the factor the model applies to query-key products (usually D ** -0.5).
-        state: method state by name, [B, H, N], as declared in `Needs(slot_state=...)`; "log_mass" if it is stored.
+        state: method state by name, [B, H, N] (`Requirements(slot_state=...)`); "log_mass" if it is stored.
         length_B: int64, tokens the row has seen.
         event_B: int64, number of the row's event, from 0.
         row_seed_B: int64, the row's seed.
@@ -71,7 +85,7 @@ class SlotView:
         token_ids: per row, int64 [length]: every token it has seen; None if the method did not ask.
         row_state: what `Method.observe` keeps, by name, [B, ...].
         output_projection_HqDM: float32 slices of the output projection (query head, head_dim, model width), or None.
-        reference: full KV's attention over the whole traces, for methods that declare `Needs(future=True)`; None
+        reference: full KV's attention over the whole traces, for methods that declare `Requirements(future=True)`; None
             wherever the future is not known.
 
     """
@@ -118,7 +132,7 @@ class SlotView:
 
         """
         if self.queries_BHqTD is None:
-            raise ValueError("This method needs recent queries; declare them in Needs(queries=T).")
+            raise ValueError("This method needs recent queries; declare them in Requirements(queries=T).")
         B, _, T, D = self.queries_BHqTD.shape
         return self.queries_BHqTD.view(B, self.positions_BHN.shape[1], self.group_size, T, D)
 
@@ -152,7 +166,7 @@ class SlotView:
 
         """
         if self.reference is None:
-            raise ValueError("This method needs the attention still to come; declare it in Needs(future=True).")
+            raise ValueError("This method needs the attention still to come; declare it in Requirements(future=True).")
         scores = []
         for row, length, positions_HN in zip(self.rows, self.length_B.tolist(), self.positions_BHN, strict=True):
             end = self.reference.lengths[row]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
 
-from reasonkv.methods import Method, Needs
+from reasonkv.methods import Method, Requirements
 from reasonkv.plan import Fold, Plan
 from reasonkv.view import SlotView
 
@@ -50,11 +50,11 @@ class Injected(Method):
 
     plans: dict[tuple[int, int, int], Plan] = field(default_factory=dict)
     views: dict[tuple[int, int, int], SlotView] = field(default_factory=dict)
-    asked: Needs = field(default_factory=Needs)
+    asked: Requirements = field(default_factory=Requirements)
 
     @property
-    def needs(self) -> Needs:
-        return Needs(recent=self.asked.recent, folds=self.asked.folds, slot_state=self.asked.slot_state)
+    def needs(self) -> Requirements:
+        return Requirements(recent=self.asked.recent, folds=self.asked.folds, slot_state=self.asked.slot_state)
 
     def plan(self, view: SlotView, keep: int) -> Plan:
         numbers = zip(view.row_seed_B.tolist(), view.event_B.tolist(), strict=True)

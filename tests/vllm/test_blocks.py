@@ -30,7 +30,7 @@ from reasonkv.testbed import load_testbed
 SEED, BLOCK = 7, 32
 SMALL = {"tokens": 64, "interval": 32, "sinks": 4, "recent": 16}
 CALIBRATION = str(testbed.testbed_path() / "reasonkv_calibration.safetensors")
-BUDGET = Budget(64, interval=32, sinks=4, recent=16)
+BUDGET = Budget(64, interval=32, sinks=4, recent=16, prompt="count")
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +144,7 @@ def test_a_request_that_opts_out_keeps_full_kv_beside_compressed_ones(small_engi
 def test_a_chunked_prompt_stays_within_its_bound_and_equals_a_replay_in_the_same_pieces(folder: Path) -> None:
     given = {"method": "random", "seed": SEED, "prefill_chunk": 32, **SMALL}
     options = {"block_size": BLOCK, "num_gpu_blocks_override": 17, "max_num_batched_tokens": 48}
-    budget = Budget(64, interval=32, sinks=4, recent=16, prefill_chunk=32)
+    budget = Budget(64, interval=32, sinks=4, recent=16, prefill_chunk=32, prompt="count")
     asked = prompts((310, 250))
     with engine(folder, given, max_model_len=768, **options) as llm:
         watcher = Watcher(llm)
@@ -160,7 +160,7 @@ def test_a_chunked_prompt_stays_within_its_bound_and_equals_a_replay_in_the_same
 def test_our_scheduler_cuts_a_prompt_at_its_chunks_whatever_else_is_fed(folder: Path) -> None:
     given = {"method": "random", "seed": SEED, "prefill_chunk": 32, **SMALL}
     options = {"block_size": BLOCK, "num_gpu_blocks_override": 17, "max_num_batched_tokens": 48}
-    budget = Budget(64, interval=32, sinks=4, recent=16, prefill_chunk=32)
+    budget = Budget(64, interval=32, sinks=4, recent=16, prefill_chunk=32, prompt="count")
     asked = prompts((310, 250, 20))
     with engine(folder, given, max_model_len=768, scheduler_cls=SCHEDULER, **options) as llm:
         watcher = Watcher(llm)

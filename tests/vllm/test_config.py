@@ -22,7 +22,7 @@ from reasonkv.runtimes.vllm.config import (
     check_engine,
     check_version,
     has_scheduler,
-    served_as,
+    vllm_variant,
 )
 from reasonkv.runtimes.vllm.options import method_of
 
@@ -243,7 +243,7 @@ def test_a_requests_method_is_the_engines_with_its_options() -> None:
 def test_every_option_of_every_method_can_be_restated_unless_all_queries_are_observed() -> None:
     for cls in catalogue():
         try:
-            method = served_as(get_method(cls.name))
+            method = vllm_variant(get_method(cls.name))
         except ServingError:
             continue
         for key, value in method.options().items():

@@ -21,7 +21,7 @@ from reasonkv.runtimes.vllm.config import SCHEDULER, EngineConfig
 from reasonkv.runtimes.vllm.events import make_view
 
 SEED, TOKENS = 7, 160
-BUDGET = Budget(96, interval=32, sinks=4, recent=16)
+BUDGET = Budget(96, interval=32, sinks=4, recent=16, prompt="count")
 WINDOW = Window(size=48, buffer=16, retention=0.25)
 CALIBRATION = str(testbed.testbed_path() / "reasonkv_calibration.safetensors")
 THRESHOLD = {"tokens": 96, "interval": 32, "sinks": 4, "recent": 16}

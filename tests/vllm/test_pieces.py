@@ -15,7 +15,7 @@ from reasonkv.rotary import Rotary
 from reasonkv.runtimes.vllm.pieces import Pieces
 from reasonkv.runtimes.vllm.slots import LayerSlots
 from reasonkv.runtimes.vllm.step import Sequence, Step
-from reasonkv.schedule import Courses, State
+from reasonkv.schedule import BatchSchedule, State
 
 HQ, D, PLACES = 4, 16, 5
 CPU = torch.device("cpu")
@@ -45,9 +45,9 @@ def whole(method: Method, queries_LqD: Tensor) -> dict[str, Tensor]:
 def test_pieces_of_a_batch_give_the_state_of_the_whole_alone(spec: str) -> None:
     method, draw = get_method(spec), torch.Generator().manual_seed(0)
     text = {name: torch.randn(60, HQ, D, generator=draw) for name in "abc"}
-    courses, sequences = Courses(PLACES), {}
+    courses, sequences = BatchSchedule(PLACES), {}
     for name, place in zip("abc", (2, 0, 4), strict=True):
-        courses.start(place, Budget(128), State(prompt=40))
+        courses.start(place, Budget(128, prompt="count"), State(prompt=40))
         sequences[name] = Sequence(courses=courses, place=place, method=method)
     slots = slots_of(method)
     for fed in STEPS:

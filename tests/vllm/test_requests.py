@@ -15,7 +15,7 @@ from vllm.exceptions import VLLMValidationError
 
 from reasonkv import Budget, testbed
 from reasonkv.methods import get_method
-from reasonkv.methods.random import RandomAttention
+from reasonkv.methods.random import RandomEviction
 from reasonkv.plan import Plan
 from reasonkv.runtimes.vllm.config import OPT_OUT, OPTIONS, SCHEDULER, EngineConfig, ServingError
 from reasonkv.runtimes.vllm.options import method_of
@@ -24,7 +24,7 @@ from reasonkv.view import SlotView
 
 CALIBRATION = str(testbed.testbed_path() / "reasonkv_calibration.safetensors")
 GIVEN = {"method": "random", "tokens": 64, "interval": 32, "sinks": 4, "recent": 16, "seed": 7}
-BUDGET = Budget(64, interval=32, sinks=4, recent=16)
+BUDGET = Budget(64, interval=32, sinks=4, recent=16, prompt="count")
 
 
 def test_a_requests_seed_is_its_row_seed_and_wrong_options_never_reach_the_engine(folder: Path) -> None:
@@ -75,7 +75,7 @@ def test_requests_of_one_batch_each_keep_what_their_options_keep(folder: Path) -
 
 
 @dataclass(frozen=True)
-class Fragile(RandomAttention):
+class Fragile(RandomEviction):
     """`random`, but for an option that nobody tried out."""
 
     name: ClassVar[str] = "fragile"

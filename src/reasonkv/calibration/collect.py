@@ -13,7 +13,7 @@ from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from reasonkv.calibration.horizon import fit_horizon, future_distances
 from reasonkv.calibration.queries import TOKENS_AT_ONCE, QuerySums, summing
 from reasonkv.calibration.statistics import Calibration, CalibrationError, head_dim_of, rope_type_of
-from reasonkv.models import model_hash
+from reasonkv.identity import model_hash
 from reasonkv.rotary import Rotary
 
 LARGEST_WINDOW = 4096

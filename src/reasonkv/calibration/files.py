@@ -217,7 +217,7 @@ def _check_exists(path: Path) -> None:
 
 def _write(path: Path, data: bytes) -> None:
     # imported here because the evaluation imports the runtimes, which import this package
-    from reasonkv.evaluate.manifest import write_atomically
+    from reasonkv.files import write_atomically
 
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, data)

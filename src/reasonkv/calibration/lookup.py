@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from reasonkv.calibration.files import load_calibration
 from reasonkv.calibration.statistics import Calibration, CalibrationError
-from reasonkv.models import TESTBED, model_hash
+from reasonkv.identity import TESTBED_FOLDER, model_hash, shown_name
 
 FILE = "reasonkv_calibration.safetensors"
 """Name of a calibration file inside a model folder."""
@@ -36,12 +36,12 @@ def find_calibration(model: PreTrainedModel, explicit: Path | str | None = None)
     for path in (folder / FILE, cached_calibration(digest)):
         if path.is_file():
             return _checked(path, model, digest)
-    bundled = _testbed_folder() / FILE
+    bundled = TESTBED_FOLDER / FILE
     if bundled.is_file() and load_calibration(bundled).model == digest:
         return _checked(bundled, model, digest)
     raise CalibrationError(
         f"There is no calibration for this model; make one with "
-        f"`reasonkv calibrate --model {_shown(model)} --text FILE`, where FILE is any long plain text."
+        f"`reasonkv calibrate --model {shown_name(model)} --text FILE`, where FILE is any long plain text."
     )
 
 
@@ -67,13 +67,3 @@ def _checked(path: Path, model: PreTrainedModel, digest: str) -> Calibration:
 
 def _lower(sentence: str) -> str:
     return sentence[0].lower() + sentence[1:]
-
-
-def _testbed_folder() -> Path:
-    # written out, because importing the testbed package brings its training code along
-    return Path(__file__).parent.parent / "testbed" / "model"
-
-
-def _shown(model: PreTrainedModel) -> str:
-    name = str(model.name_or_path)
-    return TESTBED if name and Path(name) == _testbed_folder() else name or "MODEL"

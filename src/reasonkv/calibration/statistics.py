@@ -14,28 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from reasonkv.errors import ReasonKVError
 from reasonkv.rotary import Rotary
+from reasonkv.view import LayerStatistics
 
 
-class CalibrationError(ValueError):
+class CalibrationError(ReasonKVError, ValueError):
     """A calibration that is missing, unreadable, or made for another model; the message is one sentence."""
-
-
-@dataclass(frozen=True, eq=False)
-class LayerStatistics:
-    """Statistics of one layer's queries after query normalisation and before RoPE; F = rotary pairs.
-
-    Args:
-        mean_HqF: complex64, mean of q_f.
-        modulus_HqF: float32, mean of |q_f|.
-        square_HqF: float32, mean of |q_f|^2; None in imported older files.
-        horizon_HqJ: float32, weights of the future distances 1, 2, 4, ..., each row summing to 1; None unless fitted.
-    """
-
-    mean_HqF: Tensor
-    modulus_HqF: Tensor
-    square_HqF: Tensor | None = None
-    horizon_HqJ: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +35,7 @@ class Calibration:
             (`reasonkv.calibration.horizon`).
         head_dim: dimensions of a query head, those that RoPE leaves alone included.
         tokens: how many tokens were averaged, where known.
-        model: hash of the model (`reasonkv.models.model_hash`), where known.
+        model: hash of the model (`reasonkv.identity.model_hash`), where known.
         rope_type: the model's RoPE type, where known.
         date: when it was made, ISO 8601 in UTC, where known.
         verified: made by reasonkv on the model with that hash; False for imported files.
@@ -167,7 +152,7 @@ class Calibration:
 
         Args:
             config: the model's transformers configuration; of a multi-modal one the text part is used.
-            model_hash: the model's hash (`reasonkv.models.model_hash`); None leaves the weights unchecked.
+            model_hash: the model's hash (`reasonkv.identity.model_hash`); None leaves the weights unchecked.
 
         Raises:
             CalibrationError: another number of layers, query heads, head dimensions or rotary pairs, another RoPE

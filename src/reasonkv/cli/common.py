@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
 
 import typer
 
+from reasonkv.errors import ReasonKVError
+
 if TYPE_CHECKING:
     from reasonkv.methods import Method
     from reasonkv.models import LoadedModel
@@ -105,7 +107,7 @@ Retention = Annotated[
 ]
 
 
-class UsageError(ValueError):
+class UsageError(ReasonKVError, ValueError):
     """Arguments that no command can carry out; the message is one sentence."""
 
 

@@ -78,7 +78,7 @@ def _describe(name: str) -> dict[str, Any]:
 
 
 def _describe_class(cls: type[Method]) -> dict[str, Any]:
-    from reasonkv.methods.selecting import SelectionMethod
+    from reasonkv.methods.sparse_read import SelectionMethod
 
     method = cls()
     needs = method.needs
@@ -111,10 +111,10 @@ def _describe_class(cls: type[Method]) -> dict[str, Any]:
 
 def _runtimes(method: Method) -> dict[str, Any]:
     """Where the method runs, with the option it needs there, and why not where it does not."""
-    from reasonkv.runtimes.vllm.config import ServingError, served_as
+    from reasonkv.runtimes.vllm.config import ServingError, vllm_variant
 
     try:
-        served = served_as(method)
+        served = vllm_variant(method)
     except ServingError as error:
         return {"runtimes": ["transformers"], "not_on": {"vllm": str(error)}}
     given = served.options()

@@ -226,7 +226,7 @@ def _trace(results: Results, loaded: LoadedModel, record: Any) -> Trace:
 
 def _write(made: Inspection, out: Path, keep: Path | None) -> None:
     from reasonkv.evaluate.fates import save_plans
-    from reasonkv.evaluate.manifest import write_atomically
+    from reasonkv.files import write_atomically
     from reasonkv.report.inspector import inspector_page, save_inspection
 
     write_atomically(out, inspector_page(made.data).encode())

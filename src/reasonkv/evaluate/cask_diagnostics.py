@@ -102,7 +102,7 @@ class CaskDiagnostics:
 
     Args:
         reference: full KV's attention over the very rows that are fed, for instance
-            `reasonkv.evaluate.reference.ReferenceAttention.collect(model, rows)`.
+            `reasonkv.evaluate.reference.FullAttention.collect(model, rows)`.
 
     """
 

@@ -15,11 +15,12 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from reasonkv.errors import ReasonKVError
 from reasonkv.evaluate.generate import Sampling, end_tokens
 from reasonkv.runtimes.transformers import CompressedCache, RowStats
 
 
-class DecodingError(RuntimeError):
+class DecodingError(ReasonKVError, RuntimeError):
     """A generation whose text cannot be trusted."""
 
 

@@ -9,7 +9,7 @@ from itertools import pairwise
 
 from reasonkv.evaluate.cask_diagnostics import CaskDiagnostics, trace_means
 from reasonkv.evaluate.fates import Fates, PlanRecorder, fates
-from reasonkv.evaluate.reference import ReferenceAttention
+from reasonkv.evaluate.reference import FullAttention
 from reasonkv.plan import Plan
 from reasonkv.view import SlotView
 
@@ -27,7 +27,7 @@ class Diagnostics:
 
     """
 
-    def __init__(self, reference: ReferenceAttention) -> None:
+    def __init__(self, reference: FullAttention) -> None:
         self._reference = reference
         self._plans, self._cask = PlanRecorder(), CaskDiagnostics(reference)
 
@@ -49,7 +49,7 @@ class Diagnostics:
         return found
 
 
-def lost_attention(reference: ReferenceAttention, what_became: Fates, row: int) -> dict[str, float]:
+def lost_attention(reference: FullAttention, what_became: Fates, row: int) -> dict[str, float]:
     """How much of full KV's attention went to tokens that had been given up, mean over layers and KV heads.
 
     The intervals are those from one event to the next, the last to the trace's end. A folded token is not given up.

@@ -11,6 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 from reasonkv.budget import Budget
+from reasonkv.errors import ReasonKVError
 from reasonkv.evaluate.answers import AnswerRecord, answer_key, read_answers
 from reasonkv.evaluate.decoding import Generated, Request, decode_batch
 from reasonkv.evaluate.generate import Sampling, context_length, row_seed
@@ -34,7 +35,7 @@ LONGER, MORE = 1.25, 32
 """A method may write this many times full KV's longest output of the task, and this many tokens more."""
 
 
-class EvaluateError(ValueError):
+class EvaluateError(ReasonKVError, ValueError):
     """An evaluation that makes no sense; the message is one sentence."""
 
 

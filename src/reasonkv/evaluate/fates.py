@@ -15,7 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from reasonkv.evaluate.manifest import ResultsError, write_atomically
+from reasonkv.evaluate.manifest import ResultsError
+from reasonkv.files import write_atomically
 from reasonkv.plan import Plan
 from reasonkv.view import SlotView
 

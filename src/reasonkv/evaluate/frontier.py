@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reasonkv.budget import Budget
+from reasonkv.errors import ReasonKVError
 from reasonkv.evaluate.answers import AnswerRecord
 from reasonkv.evaluate.records import Record
 from reasonkv.evaluate.results import Results
@@ -32,7 +33,7 @@ PREFIX_GUARD = "prefix_budget_exhausted"
 _SETTINGS = ("dtype", "seed", "limit", "traces", "samples", "sampling", "max_new_tokens")
 
 
-class FrontierError(ValueError):
+class FrontierError(ReasonKVError, ValueError):
     """A frontier that cannot be computed from what is there; the message is one sentence."""
 
 

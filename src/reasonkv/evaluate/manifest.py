@@ -5,23 +5,22 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import reasonkv
+from reasonkv.errors import ReasonKVError
+from reasonkv.files import write_atomically
+from reasonkv.identity import package_versions
 
 MANIFEST = "manifest.json"
 _LOCK = ".lock"
-_PACKAGES = ("torch", "transformers", "numpy", "safetensors")
 
 
-class ResultsError(ValueError):
+class ResultsError(ReasonKVError, ValueError):
     """A results folder that this command cannot use; the message says why and what to do."""
 
 
@@ -143,24 +142,3 @@ def _text(value: Any) -> str:
     if isinstance(value, dict):
         return ",".join(f"{key}={_text(one)}" for key, one in value.items())
     return str(value)
-
-
-def package_versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide results."""
-    found = {"reasonkv": reasonkv.__version__, "python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file that is either whole or absent, even if the process is killed."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from reasonkv.budget import Budget, BudgetError, DividesBudget, Window, layer_budgets
 from reasonkv.methods import Method
-from reasonkv.methods.selecting import SelectionMethod
+from reasonkv.methods.sparse_read import SelectionMethod
 from reasonkv.schedule import State, next_event, step
 
 

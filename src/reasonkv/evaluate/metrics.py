@@ -10,8 +10,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from reasonkv.errors import ReasonKVError
 
-class NonFiniteError(RuntimeError):
+
+class NonFiniteError(ReasonKVError, RuntimeError):
     """A candidate's log-probabilities contain NaN or infinity where the trace needs a number."""
 
 

@@ -14,12 +14,14 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast
 
+from reasonkv.errors import ReasonKVError
+
 RECORDS = "records.jsonl"
 D = TypeVar("D")
 L = TypeVar("L", bound="Line")
 
 
-class RecordError(ValueError):
+class RecordError(ReasonKVError, ValueError):
     """A line of a record file that cannot be read; the message names the file and the line."""
 
 

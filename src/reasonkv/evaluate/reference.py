@@ -12,11 +12,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from reasonkv.evaluate.pieces import Row, feed
-from reasonkv.methods.base import Needs
+from reasonkv.methods.base import Requirements
 from reasonkv.methods.full import FullKV
+from reasonkv.methods.ops import upcast
 from reasonkv.runtimes.transformers import CompressedCache
 from reasonkv.runtimes.transformers.attention import LogitRule
-from reasonkv.selection import upcast
 
 Reduce = Literal["sum", "max"]
 
@@ -35,9 +35,9 @@ class QueryRecorder(FullKV):
     tokens: int = 1
 
     @property
-    def needs(self) -> Needs:
+    def needs(self) -> Requirements:
         """A ring of so many queries."""
-        return Needs(queries=self.tokens)
+        return Requirements(queries=self.tokens)
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class _LayerTrace:
     rule: LogitRule
 
 
-class ReferenceAttention:
+class FullAttention:
     """Full KV's attention over one batch of known traces.
 
     Holds the rotated queries and keys of every full-attention layer in the model's dtype, and, for rows and layers that
@@ -70,7 +70,7 @@ class ReferenceAttention:
         self._blocks: dict[tuple[int, int, Reduce], Tensor] = {}
 
     @staticmethod
-    def collect(model: PreTrainedModel, rows: Sequence[Row]) -> ReferenceAttention:
+    def collect(model: PreTrainedModel, rows: Sequence[Row]) -> FullAttention:
         """Feed the traces through full KV once and keep the queries and keys.
 
         Args:
@@ -95,7 +95,7 @@ class ReferenceAttention:
                 layers[layer.index] = _LayerTrace(
                     storage.ring.transpose(1, 2), storage.keys[:, :, :longest].clone(), layer.rule
                 )
-        return ReferenceAttention(layers, lengths)
+        return FullAttention(layers, lengths)
 
     @property
     def layers(self) -> list[int]:

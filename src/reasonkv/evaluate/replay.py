@@ -11,17 +11,18 @@ from transformers import PreTrainedModel
 
 from reasonkv.budget import Budget
 from reasonkv.calibration import Calibration
+from reasonkv.errors import ReasonKVError
 from reasonkv.evaluate.diagnostics import Diagnostics
 from reasonkv.evaluate.metrics import NonFiniteError, TraceMetrics, TraceScore
 from reasonkv.evaluate.pieces import MAX_PIECE, Row, feed
 from reasonkv.evaluate.records import Record
-from reasonkv.evaluate.reference import ReferenceAttention
+from reasonkv.evaluate.reference import FullAttention
 from reasonkv.evaluate.traces import Trace
 from reasonkv.methods import Method
 from reasonkv.runtimes.transformers import CompressedCache, RowStats
 
 
-class ReplayError(RuntimeError):
+class ReplayError(ReasonKVError, RuntimeError):
     """A replay whose numbers cannot be trusted."""
 
 
@@ -93,7 +94,7 @@ def replay_batch(
     """
     rows = [Row(trace.prompt_P, trace.output_T) for trace in traces]
     diagnosed = diagnostics and cell.method.bounded
-    future = ReferenceAttention.collect(model, rows) if diagnosed or cell.method.needs.future else None
+    future = FullAttention.collect(model, rows) if diagnosed or cell.method.needs.future else None
     observer = Diagnostics(future) if diagnosed and future is not None else None
     began = time.perf_counter()
     scores = [TraceScore() for _ in traces]

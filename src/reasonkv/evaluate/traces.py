@@ -19,11 +19,13 @@ from safetensors.torch import save
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from reasonkv.errors import ReasonKVError
 from reasonkv.evaluate.decoding import Request, decode_batch
 from reasonkv.evaluate.generate import Sampling, context_length, encode, end_tokens
-from reasonkv.evaluate.manifest import ResultsError, write_atomically
+from reasonkv.evaluate.manifest import ResultsError
 from reasonkv.evaluate.metrics import Reference
 from reasonkv.evaluate.pieces import Row, feed
+from reasonkv.files import write_atomically
 from reasonkv.runtimes.transformers import CompressedCache
 from reasonkv.tasks import Problem, Task
 from reasonkv.tasks.base import END_THINK
@@ -34,7 +36,7 @@ TOP_K = 64
 """Tokens stored per position of larger vocabularies."""
 
 
-class TraceError(ValueError):
+class TraceError(ReasonKVError, ValueError):
     """Traces that cannot be made from this task and model."""
 
 

@@ -13,8 +13,8 @@ from typing import Any, get_type_hints
 from reasonkv.methods.base import (
     Method,
     MethodError,
-    Needs,
     Observed,
+    Requirements,
     ScorerMethod,
     SlotState,
     refuse_future,
@@ -23,8 +23,8 @@ from reasonkv.methods.base import (
 __all__ = [
     "Method",
     "MethodError",
-    "Needs",
     "Observed",
+    "Requirements",
     "ScorerMethod",
     "SlotState",
     "catalogue",
@@ -37,7 +37,7 @@ __all__ = [
 CATALOGUE = {
     "full": "reasonkv.methods.full:FullKV",
     "streaming": "reasonkv.methods.streaming:StreamingLLM",
-    "random": "reasonkv.methods.random:RandomAttention",
+    "random": "reasonkv.methods.random:RandomEviction",
     "knorm": "reasonkv.methods.knorm:Knorm",
     "keydiff": "reasonkv.methods.keydiff:KeyDiff",
     "snapkv": "reasonkv.methods.snapkv:SnapKV",
@@ -57,7 +57,7 @@ CATALOGUE = {
     "lagkv": "reasonkv.methods.lagkv:LagKV",
     "defensivekv": "reasonkv.methods.defensivekv:DefensiveKV",
     "beaconkv": "reasonkv.methods.beaconkv:BeaconKV",
-    "random-attention": "reasonkv.methods.random_attention:RandomWithPrompt",
+    "random-attention": "reasonkv.methods.random_attention:RandomAttention",
     "quest": "reasonkv.methods.quest:Quest",
     "seer": "reasonkv.methods.seer:SeerAttention",
     "oracle": "reasonkv.methods.oracle:Oracle",

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from reasonkv.budget import Budget, BudgetError, Window
-from reasonkv.methods.base import Method, Needs
-from reasonkv.methods.borrowed import BorrowsScores
+from reasonkv.methods.base import Method, Requirements
+from reasonkv.methods.ops import top_k_slots
+from reasonkv.methods.wraps import ScoreWrapper
 from reasonkv.plan import Plan
-from reasonkv.selection import top_k_slots
 from reasonkv.view import SlotView
 
 
 @dataclass(frozen=True)
-class AdaKV(BorrowsScores, Method):
+class AdaKV(ScoreWrapper, Method):
     """One top-k over all heads of a layer instead of one per head (Feng et al., 2024, "Ada-KV: Optimizing KV Cache
     Eviction by Adaptive Budget Allocation for Efficient LLM Inference", arXiv 2407.11550).
 
@@ -54,7 +54,7 @@ class AdaKV(BorrowsScores, Method):
         super().__post_init__()
 
     @property
-    def needs(self) -> Needs:
+    def needs(self) -> Requirements:
         """What the base needs, and log mass for the padding."""
         return replace(self.scorer.needs, log_mass=self.stretch != 1)
 

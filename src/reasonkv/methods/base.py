@@ -14,13 +14,14 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from reasonkv.errors import ReasonKVError
+from reasonkv.methods.ops import top_k_slots
 from reasonkv.plan import Plan
 from reasonkv.rotary import Rotary
-from reasonkv.selection import top_k_slots
 from reasonkv.view import SlotView
 
 
-class MethodError(ValueError):
+class MethodError(ReasonKVError, ValueError):
     """An unknown method or option; the message names the nearest one that exists."""
 
 
@@ -41,11 +42,11 @@ class SlotState:
 
 
 LOG_MASS = SlotState(0.0)
-"""What `Needs(log_mass=True)` stores as `state["log_mass"]`: the log of how much more a slot weighs than one token."""
+"""Stored as `state["log_mass"]` by `Requirements(log_mass=True)`: the log of a slot's weight in tokens."""
 
 
 @dataclass(frozen=True)
-class Needs:
+class Requirements:
     """What a method asks of the runtime.
 
     Args:
@@ -122,9 +123,9 @@ class Method(ABC):
     """False only for full KV, which takes no budget."""
 
     @property
-    def needs(self) -> Needs:
+    def needs(self) -> Requirements:
         """What the runtime must provide, given the options."""
-        return Needs()
+        return Requirements()
 
     @abstractmethod
     def plan(self, view: SlotView, keep: int) -> Plan:
@@ -137,7 +138,7 @@ class Method(ABC):
         """
 
     def plan_layers(self, views: Sequence[SlotView], keep: int) -> list[Plan]:
-        """Plan several layers at once: all that are compressed with `Needs(scope="model")`, else one.
+        """Plan several layers at once: all that are compressed with `Requirements(scope="model")`, else one.
 
         Args:
             views: the layers' slots, in the model's order; all have the same rows, lengths and slot numbers.
@@ -150,7 +151,7 @@ class Method(ABC):
         """Fresh state of one layer for `observe`, by name, each [rows, ...]; its bytes count as held.
 
         Raises:
-            NotImplementedError: the method declares `Needs(observes=True)` without having any.
+            NotImplementedError: the method declares `Requirements(observes=True)` without having any.
 
         """
         raise NotImplementedError(f"{self.name} observes but defines no row state.")
@@ -159,7 +160,7 @@ class Method(ABC):
         """Take in one forward's queries by updating `state` in place, whatever pieces they come in.
 
         Raises:
-            NotImplementedError: the method declares `Needs(observes=True)` without doing so.
+            NotImplementedError: the method declares `Requirements(observes=True)` without doing so.
 
         """
         raise NotImplementedError(f"{self.name} observes but does not say how.")

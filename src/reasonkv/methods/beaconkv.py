@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from reasonkv.methods.base import Needs, Observed, ScorerMethod
-from reasonkv.selection import attention_blocks, upcast
+from reasonkv.methods.base import Observed, Requirements, ScorerMethod
+from reasonkv.methods.ops import attention_blocks, upcast
 from reasonkv.view import SlotView
 
 
@@ -50,9 +50,9 @@ class BeaconKV(ScorerMethod):
                 raise ValueError(f"{key} must be at least {least}, not {getattr(self, key)}.")
 
     @property
-    def needs(self) -> Needs:
+    def needs(self) -> Requirements:
         """The newest queries in a ring, and every query once."""
-        return Needs(queries=self.window, recent=self.recent, rotary=True, observes=True)
+        return Requirements(queries=self.window, recent=self.recent, rotary=True, observes=True)
 
     def new_row_state(self, rows: int, query_heads: int, head_dim: int, device: torch.device) -> dict[str, Tensor]:
         """Beacons and the queries since they were chosen, before RoPE, float32 [rows, Hq, beacons, D] each."""

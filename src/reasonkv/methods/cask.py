@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from reasonkv.budget import Budget
-from reasonkv.methods.base import Method, Needs, SlotState
+from reasonkv.methods.base import Method, Requirements, SlotState
 from reasonkv.methods.cask_phases import PAPER_MARKERS, phase_markers, phases_of_tokens
 from reasonkv.methods.cask_plan import Folding, Operator, Representative, Rules
 from reasonkv.methods.cask_stages import PromptMode, RowPlan, RowSlots, Shares, plan_row
@@ -197,9 +197,9 @@ class CASK(Method):
         )  # fmt: skip
 
     @property
-    def needs(self) -> Needs:
+    def needs(self) -> Requirements:
         """Query statistics and what the options ask for; in the default profile the window is protected."""
-        return Needs(
+        return Requirements(
             recent=0 if self.profile == "paper" else self.window,
             scope="layer" if self.per_layer else "model",
             folds=self._folds,
@@ -221,9 +221,16 @@ class CASK(Method):
 
         """
         if entry == "command_line":
-            return Budget(tokens, interval=128, sinks=0, recent=0, cut_prompt="first_event")
+            return Budget(tokens, interval=128, sinks=0, recent=0, cut_prompt="first_event", prompt="count")
         return Budget(
-            tokens, interval=128, sinks=0, recent=0, trigger="grid", trigger_counts="decode", cut_prompt="first_event"
+            tokens,
+            interval=128,
+            sinks=0,
+            recent=0,
+            trigger="grid",
+            trigger_counts="decode",
+            cut_prompt="first_event",
+            prompt="count",
         )
 
     def for_tokenizer(self, tokenizer: Any) -> CASK:

@@ -9,15 +9,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from reasonkv.methods.base import Needs, ScorerMethod
-from reasonkv.methods.borrowed import BorrowsScores
+from reasonkv.methods.base import Requirements, ScorerMethod
+from reasonkv.methods.ops import upcast
+from reasonkv.methods.wraps import ScoreWrapper
 from reasonkv.plan import Plan
-from reasonkv.selection import upcast
 from reasonkv.view import SlotView
 
 
 @dataclass(frozen=True)
-class ChunkKV(BorrowsScores, ScorerMethod):
+class ChunkKV(ScoreWrapper, ScorerMethod):
     """Keep whole chunks of tokens by the mean score of another method (Liu et al., 2025, "ChunkKV: Semantic-Preserving
     KV Cache Compression for Efficient Long-Context LLM Inference", arXiv 2502.00299).
 
@@ -49,7 +49,7 @@ class ChunkKV(BorrowsScores, ScorerMethod):
         super().__post_init__()
 
     @property
-    def needs(self) -> Needs:
+    def needs(self) -> Requirements:
         """What the base needs; one set per layer, or for several layers at once."""
         return replace(self.scorer.needs, scope="layer" if self.reuse == 1 else "model")
 

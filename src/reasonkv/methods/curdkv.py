@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from reasonkv import noise
 from reasonkv.methods.base import ScorerMethod
-from reasonkv.selection import head_blocks, upcast
+from reasonkv.methods.ops import head_blocks, upcast
 from reasonkv.view import SlotView
 
 Leverage = Literal["kv_product", "kv_avg", "key", "value"]

@@ -8,9 +8,9 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from reasonkv.methods.base import Method, Needs, SlotState
+from reasonkv.methods.base import Method, Requirements, SlotState
+from reasonkv.methods.ops import attention_blocks, check_window, fill_window, later_slots, top_k_slots, upcast
 from reasonkv.plan import Plan
-from reasonkv.selection import attention_blocks, check_window, fill_window, later_slots, top_k_slots, upcast
 from reasonkv.view import SlotView
 
 _UNKNOWN = -1.0  # state of a slot whose norm has not been taken; norms are never negative
@@ -74,9 +74,9 @@ class DefensiveKV(Method):
             raise ValueError(f"form must be ours or public, not {self.form!r}.")
 
     @property
-    def needs(self) -> Needs:
+    def needs(self) -> Requirements:
         """The window's queries, its tokens protected, and each slot's norm, which never changes."""
-        return Needs(
+        return Requirements(
             queries=self.window,
             recent=self.window,
             slot_state={"output_norm": SlotState(_UNKNOWN)} if self.output_norm else {},

@@ -8,9 +8,9 @@ from typing import ClassVar, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from reasonkv.methods.base import Needs, Observed, ScorerMethod
+from reasonkv.methods.base import Observed, Requirements, ScorerMethod
+from reasonkv.methods.ops import group_mean, head_blocks, upcast
 from reasonkv.rotary import Rotary
-from reasonkv.selection import group_mean, head_blocks, upcast
 from reasonkv.view import SlotView
 
 Form = Literal["ours", "kvpress", "cask"]
@@ -97,11 +97,11 @@ class ExpectedAttention(ScorerMethod):
             object.__setattr__(self, "covariance", "bands" if self.form == "ours" else "full")
 
     @property
-    def needs(self) -> Needs:
+    def needs(self) -> Requirements:
         """The newest queries and their tokens for "cask", the sums of all queries for the others."""
         if self.form == "cask":
-            return Needs(queries=self.window, recent=self.window, rotary=True)
-        return Needs(observes=True, rotary=True)
+            return Requirements(queries=self.window, recent=self.window, rotary=True)
+        return Requirements(observes=True, rotary=True)
 
     def spec(self) -> str:
         """As for every method, but against the covariance of the form."""

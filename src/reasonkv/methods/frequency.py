@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 from reasonkv.calibration.horizon import future_distances
-from reasonkv.calibration.statistics import LayerStatistics
 from reasonkv.methods.base import MethodError
+from reasonkv.methods.ops import head_blocks, upcast
 from reasonkv.rotary import Rotary
-from reasonkv.selection import head_blocks, upcast
+from reasonkv.view import LayerStatistics
 
 Aggregation = Literal["mean", "max"]
 Horizon = Literal["fixed", "adaptive", "variational"]

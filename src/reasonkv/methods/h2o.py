@@ -8,9 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from reasonkv.methods.base import Method, Needs, Observed, SlotState
+from reasonkv.methods.base import Method, Observed, Requirements, SlotState
+from reasonkv.methods.ops import attention_blocks, group_mean, top_k_slots, upcast
 from reasonkv.plan import Plan
-from reasonkv.selection import attention_blocks, group_mean, top_k_slots, upcast
 from reasonkv.view import SlotView
 
 _FRESH = -1.0  # state of a slot that no event has seen; attention is never negative
@@ -52,9 +52,11 @@ class H2O(Method):
             raise ValueError(f"recent_share must be between 0 and 1, not {self.recent_share}.")
 
     @property
-    def needs(self) -> Needs:
+    def needs(self) -> Requirements:
         """The queries since the last event, and the sum beside every slot."""
-        return Needs(queries=self.window, observes=True, whole_prompt=True, slot_state={"attention": SlotState(_FRESH)})
+        return Requirements(
+            queries=self.window, observes=True, whole_prompt=True, slot_state={"attention": SlotState(_FRESH)}
+        )
 
     def new_row_state(self, rows: int, query_heads: int, head_dim: int, device: torch.device) -> dict[str, Tensor]:
         """The queries of the newest forward, while it is longer than the ring: none yet."""

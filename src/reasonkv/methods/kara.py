@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from reasonkv.budget import Budget, Window
-from reasonkv.methods.base import Method, Needs
+from reasonkv.methods.base import Method, Requirements
+from reasonkv.methods.ops import attention_blocks, group_mean, head_blocks, top_k_mask, top_k_slots
 from reasonkv.plan import Plan
-from reasonkv.selection import attention_blocks, group_mean, head_blocks, top_k_mask, top_k_slots
 from reasonkv.view import SlotView
 
 
@@ -56,10 +56,10 @@ class Kara(Method):
             raise ValueError(f"queries must be at least 0, not {self.queries}.")
 
     @property
-    def needs(self) -> Needs:
+    def needs(self) -> Requirements:
         """The window's queries."""
         default = Window()
-        return Needs(queries=self.queries or default.size + default.buffer)
+        return Requirements(queries=self.queries or default.size + default.buffer)
 
     def for_budget(self, budget: Budget) -> Kara:
         """With a ring that holds the queries of everything that came since the last event."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from reasonkv.methods.base import ScorerMethod
-from reasonkv.selection import by_head
+from reasonkv.methods.ops import by_head
 from reasonkv.view import SlotView
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from reasonkv.methods.base import ScorerMethod
-from reasonkv.selection import by_head
+from reasonkv.methods.ops import by_head
 from reasonkv.view import SlotView
 
 

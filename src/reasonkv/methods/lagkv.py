@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from reasonkv.methods.base import ScorerMethod
+from reasonkv.methods.ops import head_blocks, top_k_slots, upcast
 from reasonkv.plan import Plan
-from reasonkv.selection import head_blocks, top_k_slots, upcast
 from reasonkv.view import SlotView
 
 _LEAST_LAG = 4

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from reasonkv.methods.base import Needs, ScorerMethod
+from reasonkv.methods.base import Requirements, ScorerMethod
 from reasonkv.view import SlotView
 
 
@@ -37,9 +37,9 @@ class Oracle(ScorerMethod):
             raise ValueError(f"reduce must be sum or max, not {self.reduce!r}.")
 
     @property
-    def needs(self) -> Needs:
+    def needs(self) -> Requirements:
         """The future."""
-        return Needs(future=True)
+        return Requirements(future=True)
 
     def score(self, view: SlotView) -> Tensor:
         """Future attention; all 0 when nothing is to come, and then the newest slots stay."""

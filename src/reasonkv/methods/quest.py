@@ -8,8 +8,8 @@ from typing import ClassVar, Literal
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from reasonkv.methods.selecting import FullPages, PageView, Prepared, SelectionMethod
-from reasonkv.selection import upcast
+from reasonkv.methods.ops import upcast
+from reasonkv.methods.sparse_read import FullPages, PageView, Prepared, SelectionMethod
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from reasonkv.view import SlotView
 
 
 @dataclass(frozen=True)
-class RandomAttention(ScorerMethod):
+class RandomEviction(ScorerMethod):
     """Keep slots at random, each KV head its own (Random Attention, 2026, arXiv 2609.03430).
 
     The paper protects the prompt: say so in the budget (`prompt="keep"`). A generation's noise is a hash of its seeds

@@ -8,16 +8,16 @@ from typing import ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from reasonkv.methods.base import Needs, ScorerMethod
+from reasonkv.methods.base import Requirements, ScorerMethod
+from reasonkv.methods.ops import top_k_slots
 from reasonkv.plan import Plan
-from reasonkv.selection import top_k_slots
 from reasonkv.view import SlotView
 
 Prompt = Literal["all", "cap", "none"]
 
 
 @dataclass(frozen=True)
-class RandomWithPrompt(ScorerMethod):
+class RandomAttention(ScorerMethod):
     """Keep the newest tokens, the prompt, and a random rest (Random Attention, 2026, arXiv 2609.03430, and its code).
 
     The prompt stands inside the budget and the method itself holds it, whatever the budget says of prompts: its first
@@ -56,9 +56,9 @@ class RandomWithPrompt(ScorerMethod):
                 raise ValueError(f"{key} must be at least {least}, not {getattr(self, key)}.")
 
     @property
-    def needs(self) -> Needs:
+    def needs(self) -> Requirements:
         """The newest tokens protected; with `shared`, all heads share their slots."""
-        return Needs(recent=self.recent, scope="layer" if self.shared else "head")
+        return Requirements(recent=self.recent, scope="layer" if self.shared else "head")
 
     def plan(self, view: SlotView, keep: int) -> Plan:
         """Held tokens, oldest first, as many as leave one slot; the rest by their numbers."""

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from reasonkv.methods.base import Needs, ScorerMethod
-from reasonkv.selection import (
+from reasonkv.methods.base import Requirements, ScorerMethod
+from reasonkv.methods.ops import (
     average_pool,
     by_head,
     check_window,
@@ -82,9 +82,9 @@ class RKV(ScorerMethod):
             raise ValueError(f"retain must be last or first, not {self.retain!r}.")
 
     @property
-    def needs(self) -> Needs:
+    def needs(self) -> Requirements:
         """The window's queries, and its tokens protected."""
-        return Needs(queries=self.window, recent=self.window)
+        return Requirements(queries=self.window, recent=self.window)
 
     def spec(self) -> str:
         """As for every method, but against the defaults of the form."""

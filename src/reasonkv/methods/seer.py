@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from reasonkv.methods.base import Needs
-from reasonkv.methods.selecting import FullPages, PageView, Parameters, Prepared, SelectionMethod
+from reasonkv.methods.base import Requirements
+from reasonkv.methods.ops import upcast
+from reasonkv.methods.sparse_read import FullPages, PageView, Parameters, Prepared, SelectionMethod
 from reasonkv.rotary import Rotary
-from reasonkv.selection import upcast
 
 _EPSILON = 1e-6
 
@@ -43,9 +43,9 @@ class SeerAttention(SelectionMethod):
     paper: ClassVar[str] = "SeerAttention-R, arXiv 2506.08889"
 
     @property
-    def needs(self) -> Needs:
+    def needs(self) -> Requirements:
         """Vectors before RoPE, so the rotary embedding."""
-        return Needs(rotary=True)
+        return Requirements(rotary=True)
 
     def prepare(self, model: PreTrainedModel) -> Prepared:
         """The model's gate.

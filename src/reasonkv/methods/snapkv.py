@@ -7,8 +7,8 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from reasonkv.methods.base import Needs, ScorerMethod
-from reasonkv.selection import average_pool, check_window, fill_window, group_mean, max_pool, window_attention
+from reasonkv.methods.base import Requirements, ScorerMethod
+from reasonkv.methods.ops import average_pool, check_window, fill_window, group_mean, max_pool, window_attention
 from reasonkv.view import SlotView
 
 
@@ -46,9 +46,9 @@ class SnapKV(ScorerMethod):
             raise ValueError(f"denominator must be all or old, not {self.denominator!r}.")
 
     @property
-    def needs(self) -> Needs:
+    def needs(self) -> Requirements:
         """The window's queries, and its tokens protected."""
-        return Needs(queries=self.window, recent=self.window)
+        return Requirements(queries=self.window, recent=self.window)
 
     def score(self, view: SlotView) -> Tensor:
         """Attention of the window to the slots before it: mean over queries, pool, mean over the group."""

@@ -7,8 +7,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from reasonkv.methods.base import Needs, ScorerMethod
-from reasonkv.selection import check_window, window_attention
+from reasonkv.methods.base import Requirements, ScorerMethod
+from reasonkv.methods.ops import check_window, window_attention
 from reasonkv.view import SlotView
 
 
@@ -35,9 +35,9 @@ class TOVA(ScorerMethod):
         check_window(self.window, 1)
 
     @property
-    def needs(self) -> Needs:
+    def needs(self) -> Requirements:
         """The newest query and its token; all heads share their slots."""
-        return Needs(queries=self.window, recent=self.window, scope="layer")
+        return Requirements(queries=self.window, recent=self.window, scope="layer")
 
     def score(self, view: SlotView) -> Tensor:
         """Softmax over all slots, mean over the window and over all query heads: the same numbers for every KV head."""

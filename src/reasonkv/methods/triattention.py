@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from reasonkv.budget import Budget
-from reasonkv.methods.base import Method, Needs
+from reasonkv.methods.base import Method, Requirements
 from reasonkv.methods.frequency import (
     Aggregation,
     FrequencyOptions,
@@ -18,8 +18,8 @@ from reasonkv.methods.frequency import (
     Norm,
     frequency_scores,
 )
+from reasonkv.methods.ops import top_k_slots
 from reasonkv.plan import Plan
-from reasonkv.selection import top_k_slots
 from reasonkv.view import SlotView
 
 __all__ = ["FrequencyOptions", "TriAttention", "across", "frequency_scores", "standardize"]
@@ -105,10 +105,10 @@ class TriAttention(Method):
         return FrequencyOptions(self.aggregation, self.mlr, self.trig, self.horizon, self.norm, self.norm_lambda)
 
     @property
-    def needs(self) -> Needs:
+    def needs(self) -> Requirements:
         """Query statistics; all layers at once unless every layer chooses by itself."""
         parts = {"square": self.norm == "rms2", "horizon": self.horizon == "variational"}
-        return Needs(
+        return Requirements(
             scope="head" if self.mode == "per_layer_per_head" else "model",
             calibration=True,
             statistics=frozenset(part for part, is_read in parts.items() if is_read),
@@ -125,9 +125,16 @@ class TriAttention(Method):
 
         """
         if entry == "command_line":
-            return Budget(tokens, interval=128, sinks=0, recent=0, cut_prompt="first_event")
+            return Budget(tokens, interval=128, sinks=0, recent=0, cut_prompt="first_event", prompt="count")
         return Budget(
-            tokens, interval=128, sinks=0, recent=0, trigger="grid", trigger_counts="decode", cut_prompt="first_event"
+            tokens,
+            interval=128,
+            sinks=0,
+            recent=0,
+            trigger="grid",
+            trigger_counts="decode",
+            cut_prompt="first_event",
+            prompt="count",
         )
 
     def spec(self) -> str:

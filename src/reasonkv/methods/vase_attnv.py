@@ -8,10 +8,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from reasonkv.methods.base import Method, Needs, SlotState
-from reasonkv.noise import gumbel
-from reasonkv.plan import Plan, PlanError
-from reasonkv.selection import (
+from reasonkv.methods.base import Method, Requirements, SlotState
+from reasonkv.methods.ops import (
     average_pool,
     by_head,
     check_window,
@@ -20,6 +18,8 @@ from reasonkv.selection import (
     top_k_slots,
     window_attention,
 )
+from reasonkv.noise import gumbel
+from reasonkv.plan import Plan, PlanError
 from reasonkv.view import SlotView
 
 _KERNELS = {"ours": 1, "public": 5}
@@ -90,11 +90,11 @@ class VaseAttnV(Method):
             raise ValueError(f"magnitude must be one of {', '.join(_MAGNITUDES)}, not {self.magnitude!r}.")
 
     @property
-    def needs(self) -> Needs:
+    def needs(self) -> Requirements:
         """The window's queries, its tokens protected, and in the public form the order of the slots."""
         is_ordered = self.form == "public" and not self.evict_large
         order = {"order": SlotState("position", dtype=torch.int32)} if is_ordered else {}
-        return Needs(queries=0 if self.evict_large else self.window, recent=self.window, slot_state=order)
+        return Requirements(queries=0 if self.evict_large else self.window, recent=self.window, slot_state=order)
 
     def spec(self) -> str:
         """As for every method, but against the defaults of the form."""

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from reasonkv import noise
-from reasonkv.methods.base import Needs, ScorerMethod
-from reasonkv.selection import fill_window, head_blocks, upcast
+from reasonkv.methods.base import Requirements, ScorerMethod
+from reasonkv.methods.ops import fill_window, head_blocks, upcast
 from reasonkv.view import SlotView
 
 _NO_HEAD = -1  # the projection is shared by all KV heads, so it is hashed as that of none of them
@@ -51,9 +51,9 @@ class VaseDKV(ScorerMethod):
                 raise ValueError(f"{key} must be at least 0, not {getattr(self, key)}.")
 
     @property
-    def needs(self) -> Needs:
+    def needs(self) -> Requirements:
         """The newest tokens protected."""
-        return Needs(recent=self.window)
+        return Requirements(recent=self.window)
 
     def score(self, view: SlotView) -> Tensor:
         """Share of every slot in the sum over the slots before the window; 1 for sinks: float32 [B, H, N]."""

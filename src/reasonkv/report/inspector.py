@@ -25,13 +25,14 @@ from transformers import PreTrainedTokenizerBase
 from reasonkv.evaluate.decoding import Request, decode_batch
 from reasonkv.evaluate.fates import EventPlan, Fates, PlanRecorder, fates
 from reasonkv.evaluate.generate import Sampling, context_length, row_seed
-from reasonkv.evaluate.manifest import ResultsError, write_atomically
+from reasonkv.evaluate.manifest import ResultsError
 from reasonkv.evaluate.metrics import Reference
 from reasonkv.evaluate.pieces import Row, feed
-from reasonkv.evaluate.reference import ReferenceAttention
+from reasonkv.evaluate.reference import FullAttention
 from reasonkv.evaluate.replay import Cell
 from reasonkv.evaluate.text import first_divergence
 from reasonkv.evaluate.traces import Trace, reference_logprobs
+from reasonkv.files import write_atomically
 from reasonkv.methods import refuse_future
 from reasonkv.models import LoadedModel, one_thread_if_small
 from reasonkv.report.html import INSPECTOR_SCRIPTS, INSPECTOR_STYLES, page
@@ -85,7 +86,7 @@ def inspect_replay(model: LoadedModel, trace: Trace, cell: Cell, *, task: str, s
     """
     recorder = PlanRecorder()
     with one_thread_if_small(model.model):
-        attention = ReferenceAttention.collect(model.model, [Row(trace.prompt_P, trace.output_T)])
+        attention = FullAttention.collect(model.model, [Row(trace.prompt_P, trace.output_T)])
         scores = _score(model, trace, cell, attention, trace.example, seed, recorder)
         data = inspection_data(
             model, trace, cell, scores, recorder.plans, attention, kind="replay", task=task, seed=seed
@@ -135,7 +136,7 @@ def inspect_generation(
         right = bool(get_task(task).check(get_task(task).problem(trace.example, seed=seed), text))
         (reference,) = reference_logprobs(model.model, [trace.prompt_P], [output_T])
         own = Trace(trace.example, trace.prompt_P, output_T, reference, right)
-        attention = ReferenceAttention.collect(model.model, [Row(own.prompt_P, own.output_T)])
+        attention = FullAttention.collect(model.model, [Row(own.prompt_P, own.output_T)])
         scores = _score(model, own, cell, attention, row, seed, None)
         data = inspection_data(
             model, own, cell, scores, recorder.plans, attention,
@@ -150,7 +151,7 @@ def inspection_data(
     cell: Cell,
     scores: _Scores,
     plans: Sequence[EventPlan],
-    attention: ReferenceAttention,
+    attention: FullAttention,
     *,
     kind: str,
     task: str,
@@ -314,7 +315,7 @@ def _score(
     model: LoadedModel,
     trace: Trace,
     cell: Cell,
-    attention: ReferenceAttention,
+    attention: FullAttention,
     row: int,
     seed: int,
     observer: PlanRecorder | None,

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from reasonkv.evaluate.frontier import regime
-from reasonkv.evaluate.manifest import ResultsError, write_atomically
+from reasonkv.evaluate.manifest import ResultsError
 from reasonkv.evaluate.results import Results, load_results
+from reasonkv.files import write_atomically
 from reasonkv.report.cohorts import UNBOUNDED, Cohort, cohorts
 from reasonkv.report.columns import definitions, record_table, summary_table
 from reasonkv.report.environment import environment_section

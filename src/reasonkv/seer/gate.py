@@ -15,8 +15,8 @@ from safetensors.torch import save
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from reasonkv.identity import TESTBED_FOLDER, model_hash, shown_name
 from reasonkv.methods.base import MethodError
-from reasonkv.models import TESTBED, model_hash
 
 FILE = "reasonkv_gate.safetensors"
 """Name of a gate's file inside a model folder."""
@@ -93,7 +93,7 @@ def save_gate(path: Path | str, gate: Gate) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    from reasonkv.evaluate.manifest import write_atomically  # evaluation stands on the methods
+    from reasonkv.files import write_atomically
 
     tensors = {
         f"{number}.{name}": tensor.detach().to("cpu", torch.bfloat16).contiguous()
@@ -162,18 +162,11 @@ def find_gate(model: PreTrainedModel, explicit: Path | str | None = None) -> Gat
         if found.model != digest:
             raise GateError(f"{own} was trained on another model; train one with `{_command(model)}`.")
         return found
-    bundled = _testbed_folder() / FILE
+    bundled = TESTBED_FOLDER / FILE
     if bundled.is_file() and load_gate(bundled).model == digest:
         return load_gate(bundled)
     raise GateError(f"There is no gate for this model; train one with `{_command(model)}`.")
 
 
-def _testbed_folder() -> Path:
-    # written out, because importing the testbed package brings its training code along
-    return Path(__file__).parent.parent / "testbed" / "model"
-
-
 def _command(model: PreTrainedModel) -> str:
-    name = str(model.name_or_path)
-    shown = TESTBED if name and Path(name) == _testbed_folder() else name or "MODEL"
-    return f"reasonkv train-gate --model {shown} --text FILE --out {FILE}"
+    return f"reasonkv train-gate --model {shown_name(model)} --text FILE --out {FILE}"

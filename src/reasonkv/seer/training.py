@@ -20,15 +20,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from reasonkv.calibration.corpus import text_batches
 from reasonkv.evaluate.generate import encode, end_tokens
 from reasonkv.evaluate.reference import QueryRecorder
+from reasonkv.identity import model_hash
+from reasonkv.methods.ops import upcast
 from reasonkv.methods.seer import gate_keys, gate_logits, gate_queries
-from reasonkv.methods.selecting import FullPages, PageView, Parameters, SelectionMethod
-from reasonkv.models import model_hash
+from reasonkv.methods.sparse_read import FullPages, PageView, Parameters, SelectionMethod
 from reasonkv.rotary import Rotary
 from reasonkv.runtimes.transformers import CompressedCache
 from reasonkv.runtimes.transformers.attention import LogitRule
 from reasonkv.runtimes.transformers.setup import rotary_of
 from reasonkv.seer.gate import Gate, GateError, random_gate
-from reasonkv.selection import upcast
 from reasonkv.tasks import Task
 
 

@@ -23,6 +23,8 @@ from dataclasses import dataclass, field, fields
 from enum import IntEnum
 from typing import Any, Protocol, TypeVar
 
+from reasonkv.errors import ReasonKVError
+
 LETTERS = tuple("abcdefghijklmnopqrstuvwxyz")
 LABELS = tuple(f"n{number:02d}" for number in range(96))
 THINK, END_THINK = "<think>", "</think>"
@@ -33,7 +35,7 @@ _TEST_SHARE = 64  # of 256: a prompt whose hash starts below this is a test prob
 _T = TypeVar("_T")
 
 
-class TaskError(ValueError):
+class TaskError(ReasonKVError, ValueError):
     """A task, dial or split that does not exist, or a dial out of range; the text is a sentence."""
 
 

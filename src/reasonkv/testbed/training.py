@@ -26,6 +26,8 @@ from torch import nn
 from transformers import AttentionInterface, Qwen3ForCausalLM
 from transformers.utils import logging as transformers_logging
 
+from reasonkv.errors import ReasonKVError
+
 from ..tasks import Kind
 from .attention import NAME, training_attention
 from .data import Batch, choose_stage, make_batch
@@ -37,7 +39,7 @@ _SMOOTHING = 0.95  # of the running accuracies, per training batch
 _KEPT_CHECKPOINTS = 3
 
 
-class TrainingError(RuntimeError):
+class TrainingError(ReasonKVError, RuntimeError):
     """Training cannot start or continue; the text is one sentence."""
 
 

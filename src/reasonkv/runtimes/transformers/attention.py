@@ -73,7 +73,7 @@ def implementation_name(kernel: str) -> str:
     return f"reasonkv_{kernel}"
 
 
-def reference_attention(
+def naive_attention(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -176,7 +176,7 @@ def _attend(
         out = _model_eager(module)(module, query, key, value, _mask(layer, query), **kwargs)[0]
         return out
     if kernel == "reference" or kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
-        return reference_attention(module, query, key, value, _mask(layer, query), **kwargs)[0]
+        return naive_attention(module, query, key, value, _mask(layer, query), **kwargs)[0]
     return _sdpa(module, query, key, value, layer, kwargs)
 
 
@@ -197,7 +197,7 @@ def _attend_selected(
         if kernel == "eager":
             part = _model_eager(module)(module, asked, key, value, mask, **kwargs)[0]
         elif kernel == "reference" or kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
-            part = reference_attention(module, asked, key, value, mask, **kwargs)[0]
+            part = naive_attention(module, asked, key, value, mask, **kwargs)[0]
         else:  # as in `_sdpa`: a group's query heads stand as rows of one product
             q = asked.shape[2]
             rows, row_mask = asked.reshape(B, H, -1, D), mask.reshape(B, H, -1, mask.shape[3])
@@ -222,7 +222,7 @@ def _stock(kernel: str, module: nn.Module) -> Callable[..., tuple[Tensor, Tensor
     if kernel == "eager":
         return _model_eager(module)
     if kernel == "reference":
-        return reference_attention
+        return naive_attention
     function: Callable[..., tuple[Tensor, Tensor | None]] = ALL_ATTENTION_FUNCTIONS[kernel]
     return function
 

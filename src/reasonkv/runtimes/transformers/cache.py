@@ -31,7 +31,6 @@ from reasonkv.runtimes.transformers.attention import implementation_name
 from reasonkv.runtimes.transformers.events import carry_out_events
 from reasonkv.runtimes.transformers.layer import CompressedLayer, Observer
 from reasonkv.runtimes.transformers.rows import Piece, Row
-from reasonkv.runtimes.transformers.selecting import Selection
 from reasonkv.runtimes.transformers.setup import (
     check_window,
     fitted,
@@ -39,6 +38,7 @@ from reasonkv.runtimes.transformers.setup import (
     rotary_of,
     spread,
 )
+from reasonkv.runtimes.transformers.sparse_read import Selection
 from reasonkv.runtimes.transformers.stats import CacheStats, collect_stats
 from reasonkv.runtimes.transformers.storage import LayerStorage
 from reasonkv.runtimes.transformers.support import UnsupportedModelError, base_kernel, check_model, text_config
@@ -121,7 +121,7 @@ class CompressedCache(Cache):
         current = base_kernel(model.config)
         self._restore = "eager" if current == "reference" else current  # another open cache may drive our own kernel
         self._name = implementation_name(base_kernel(model.config, kernel))
-        self.take_over()
+        self.attach()
         stock = DynamicCache(config=model.config).layers
         super().__init__(
             layers=[CompressedLayer(self, i) if type(x) is DynamicLayer else x for i, x in enumerate(stock)]
@@ -262,7 +262,7 @@ class CompressedCache(Cache):
         if self.selection is not None:
             self.selection.reset()
 
-    def take_over(self) -> None:
+    def attach(self) -> None:
         """Set the model's attention to ours, in case another cache was made or closed since."""
         model = self._model()
         if model is not None and text_config(model.config)._attn_implementation != self._name:
@@ -298,7 +298,7 @@ class CompressedCache(Cache):
             setattr(twin, name, None if name == "_listening" else copy.deepcopy(value, memo))
         for layer in twin.compressed_layers:
             layer.attach(twin)
-        twin.take_over()
+        twin.attach()
         return twin
 
     def reorder_cache(self, beam_idx: Tensor) -> None:

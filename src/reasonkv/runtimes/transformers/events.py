@@ -67,7 +67,9 @@ def _note(piece: Piece, rows: list[int], plans: list[Plan]) -> None:
 def _check_declared(cache: CompressedCache, plan: Plan) -> None:
     name, needs = cache.method.name, cache.method.needs
     if plan.fold is not None and not needs.folds:
-        raise UnsupportedModelError(f"{name} folds slots without declaring Needs(folds=True).")
+        raise UnsupportedModelError(f"{name} folds slots without declaring Requirements(folds=True).")
     unknown = set(plan.new_state) - set(needs.stored_state)
     if unknown:
-        raise UnsupportedModelError(f"{name} rewrites {', '.join(sorted(unknown))} without declaring it in its Needs.")
+        raise UnsupportedModelError(
+            f"{name} rewrites {', '.join(sorted(unknown))} without declaring it in its Requirements."
+        )

@@ -183,7 +183,7 @@ class CompressedLayer(CacheLayerMixin):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Logical sizes; the length says whose it is, so that the mask function can announce the forward."""
-        self.cache.take_over()
+        self.cache.attach()
         return MaskLength(self.cache.columns_seen + query_length, self.cache), 0
 
     def get_max_length(self) -> int:

@@ -8,7 +8,7 @@ from typing import Protocol, runtime_checkable
 
 from transformers import PreTrainedModel
 
-from reasonkv.budget import Budget, BudgetError, ListedWindow, PeriodicWindow, Window
+from reasonkv.budget import Budget, BudgetError, ExplicitEventsWindow, PeriodicWindow, Window
 from reasonkv.calibration import Calibration
 from reasonkv.methods import Method
 from reasonkv.rotary import Rotary
@@ -29,7 +29,7 @@ def fitted(method: Method, budget: Budget | int | None) -> tuple[Method, Budget 
         BudgetError: a budget that is missing, not wanted, or too small for what is protected.
 
     """
-    made = checked_budget(method, budget)
+    made = validate_budget(method, budget)
     if made is not None and isinstance(method, FitsBudget):
         return method.for_budget(made), made
     return method, made
@@ -42,7 +42,7 @@ def check_window(budget: Budget | None, *, reopen_prompt: bool, listed: bool) ->
         BudgetError: listed events for a budget that decides for itself, or a prompt in the middle of the windows.
 
     """
-    if isinstance(budget, (ListedWindow, PeriodicWindow)):
+    if isinstance(budget, (ExplicitEventsWindow, PeriodicWindow)):
         raise BudgetError("A cache lists its rows' events itself; give it a Window and window_events.")
     if listed and not isinstance(budget, Window):
         raise BudgetError("window_events are for a Window; a Budget decides by itself when its events fall.")
@@ -67,10 +67,12 @@ def listed_budgets(
             raise BudgetError(f"window_events names row {row} of a batch of {batch} rows.")
         rows[row].append(length)
     assert isinstance(budget, Window)
-    return [ListedWindow(budget.size, budget.buffer, budget.retention, events=tuple(sorted(own))) for own in rows]
+    return [
+        ExplicitEventsWindow(budget.size, budget.buffer, budget.retention, events=tuple(sorted(own))) for own in rows
+    ]
 
 
-def checked_budget(method: Method, budget: Budget | int | None) -> Budget | None:
+def validate_budget(method: Method, budget: Budget | int | None) -> Budget | None:
     """The budget of a cache; None exactly for methods that keep everything.
 
     Raises:
@@ -83,7 +85,7 @@ def checked_budget(method: Method, budget: Budget | int | None) -> Budget | None
         return None
     if budget is None:
         raise BudgetError(f"{method.name} needs a budget, such as Budget(tokens=512).")
-    made = Budget(tokens=budget) if isinstance(budget, int) else budget
+    made = Budget(tokens=budget, prompt="count") if isinstance(budget, int) else budget
     made.check_protected(recent=method.needs.recent)
     return made
 

@@ -6,6 +6,8 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from reasonkv.errors import ReasonKVError
+
 TESTED = ("llama", "qwen2", "qwen3", "qwen3_moe", "mistral", "phi3", "gemma3", "gemma3_text", "gpt_oss")
 """Model types whose every layer is compared with full attention over the kept slots in the tests."""
 
@@ -13,7 +15,7 @@ KERNELS = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "reference
 """Attention implementations a compressed cache can drive."""
 
 
-class UnsupportedModelError(ValueError):
+class UnsupportedModelError(ReasonKVError, ValueError):
     """A model, setting or use that a compressed cache would get wrong; the message is one sentence."""
 
 

@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 from reasonkv.budget import Budget, BudgetError, PeriodicWindow, Window
+from reasonkv.errors import ReasonKVError
 from reasonkv.methods import Method, MethodError, get_method, refuse_future
 
 KEY = "reasonkv"
@@ -31,7 +32,7 @@ _AVOIDING: dict[str, object] = {"mass": "none", "stretch": 1.0, "output_norm": F
 """Options of methods that turn off what vLLM cannot do: folded mass, padding, and reading the output projection."""
 
 
-class ServingError(ValueError):
+class ServingError(ReasonKVError, ValueError):
     """An engine, a method or a request that cannot be served; the message is one sentence."""
 
 
@@ -139,12 +140,12 @@ def check_method(method: Method) -> None:
     }
     for what, is_asked in refused.items():
         if is_asked:
-            avoiding = _avoiding(method)
+            avoiding = _disabling_option(method)
             hint = "use it with transformers" if avoiding is None else f"give it the option {avoiding}"
             raise ServingError(f"{name} with these options {what}; {hint}.")
 
 
-def served_as(method: Method) -> Method:
+def vllm_variant(method: Method) -> Method:
     """A method as this runtime can carry it: itself, or with the option that avoids what it cannot.
 
     The one answer to which methods run in vLLM; it needs no vLLM.
@@ -156,7 +157,7 @@ def served_as(method: Method) -> Method:
     try:
         check_method(method)
     except ServingError:
-        changed = _avoiding(method)
+        changed = _disabling_option(method)
         if changed is None:
             raise
         key = changed.split("=")[0]
@@ -164,7 +165,7 @@ def served_as(method: Method) -> Method:
     return method
 
 
-def _avoiding(method: Method) -> str | None:
+def _disabling_option(method: Method) -> str | None:
     """The option that lets this runtime carry a method it would refuse, as `key=value`."""
     for key, value in _AVOIDING.items():
         now = getattr(method, key, None)

@@ -24,9 +24,9 @@ from reasonkv.runtimes.vllm.step import RequestEvent, Step
 from reasonkv.view import SlotView
 
 if TYPE_CHECKING:
-    from reasonkv.calibration import LayerStatistics
     from reasonkv.methods import Method
     from reasonkv.runtimes.vllm.runtime import Runtime
+    from reasonkv.view import LayerStatistics
 
 logger = logging.getLogger("vllm.reasonkv")
 
@@ -151,7 +151,7 @@ def _sound_plans(method: Method, views: list[PagedView], keep: int) -> list[Plan
         B, H, N = view.positions_BHN.shape
         plan.check((B, H, N), keep, view.is_protected_BHN)
         if plan.fold is not None and not method.needs.folds:
-            raise PlanError(f"{method.name} folds slots without declaring Needs(folds=True).")
+            raise PlanError(f"{method.name} folds slots without declaring Requirements(folds=True).")
     return plans
 
 

@@ -17,6 +17,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from reasonkv.errors import ReasonKVError
+
 _BASE = 128  # digits that every floating-point type holds exactly
 
 Kind = Literal["keys", "values"]
@@ -24,7 +26,7 @@ Write = Callable[[Tensor, Tensor, Tensor, Tensor], None]
 """`write(keys_nHD, values_nHD, kv_cache, slots_n)`: the platform's cache operation."""
 
 
-class LayoutError(RuntimeError):
+class LayoutError(ReasonKVError, RuntimeError):
     """A cache operation that does more than move elements, so that nothing can be read back."""
 
 

@@ -20,7 +20,7 @@ from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 
 from reasonkv import schedule
-from reasonkv.budget import Budget, ListedWindow, PeriodicWindow, Window
+from reasonkv.budget import Budget, ExplicitEventsWindow, PeriodicWindow, Window
 from reasonkv.runtimes.vllm.config import RequestConfig
 from reasonkv.runtimes.vllm.spec import BoundedSpec
 
@@ -72,7 +72,7 @@ class Holding:
 
     def cut(self, dropped: int) -> None:
         """The engine's step had an event listed at the end of what it fed."""
-        assert isinstance(self.budget, ListedWindow)
+        assert isinstance(self.budget, ExplicitEventsWindow)
         self.budget = schedule.listed(self.budget, self.state.length)
         self.state = self.state._replace(held=self.state.held - dropped)
 
@@ -186,7 +186,7 @@ class BoundedManager(FullAttentionManager):  # type: ignore[misc]
         raw = {
             name: schedule.raw_tokens(one.budget, one.state)
             for name, one in rows.items()
-            if isinstance(one.budget, ListedWindow)
+            if isinstance(one.budget, ExplicitEventsWindow)
         }
         for name in schedule.periodic_round(policy, self.steps - 1, raw):
             rows[name].cut(policy.dropped)

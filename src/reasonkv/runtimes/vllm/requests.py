@@ -18,7 +18,7 @@ from vllm.v1.sample.logits_processor import LogitsProcessor
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as LogitsProcessorV2
 
 from reasonkv.methods import Method, MethodError, get_method, method_names
-from reasonkv.runtimes.vllm.config import OPT_OUT, SCHEDULER, RequestConfig, ServingError, served_as
+from reasonkv.runtimes.vllm.config import OPT_OUT, SCHEDULER, RequestConfig, ServingError, vllm_variant
 from reasonkv.runtimes.vllm.options import method_of
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class PerMethod(ABCMeta):
             raise AttributeError(f"{cls.__qualname__} has no attribute {name!r}, and no method is called so.")
         if name not in cls._bound:
             try:
-                method = served_as(get_method(name))
+                method = vllm_variant(get_method(name))
             except (MethodError, ServingError) as error:
                 raise AttributeError(str(error)) from None
             own = {"__module__": cls.__module__, "__qualname__": f"{cls.__qualname__}.{name}", "method": method}

@@ -19,7 +19,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from reasonkv import schedule
-from reasonkv.budget import Budget, ListedWindow, PeriodicWindow
+from reasonkv.budget import Budget, ExplicitEventsWindow, PeriodicWindow
 from reasonkv.methods import Method, Observed
 from reasonkv.runtimes.vllm.config import SCHEDULER, EngineConfig, RequestConfig, ServingError, has_scheduler
 from reasonkv.runtimes.vllm.events import Layer, Observer, carry_out_events
@@ -31,7 +31,7 @@ from reasonkv.runtimes.vllm.ranks import other_ranks
 from reasonkv.runtimes.vllm.setup import check_layers, own_heads, rotary_of, statistics_of, with_markers
 from reasonkv.runtimes.vllm.slots import LayerSlots
 from reasonkv.runtimes.vllm.step import RequestEvent, Sequence, Step
-from reasonkv.schedule import Courses
+from reasonkv.schedule import BatchSchedule
 
 logger = init_logger("vllm.reasonkv")
 
@@ -63,7 +63,7 @@ class Runtime:
         self.has_scheduler = has_scheduler(vllm_config)
         self.sequences: dict[str, Sequence] = {}
         self.free_places = list(reversed(range(vllm_config.scheduler_config.max_num_seqs)))
-        self.courses = Courses(len(self.free_places))
+        self.courses = BatchSchedule(len(self.free_places))
         self.fed: Mapping[str, int] | None = None  # tokens of every request of the step that begins, by id
         self.step: Step | None = None  # the same step, once the batch is known
         self.pending: Step | None = None  # the step before, if it has events that are not carried out yet
@@ -304,7 +304,7 @@ class Runtime:
         ends, windows = {}, {}
         for name, fed in all_fed.items():
             one = self.sequences[name]
-            if isinstance(one.budget, ListedWindow):
+            if isinstance(one.budget, ExplicitEventsWindow):
                 ends[name] = one.state._replace(length=one.state.length + fed)
                 windows[name] = one.budget
         raw = {name: schedule.raw_tokens(windows[name], state) for name, state in ends.items()}

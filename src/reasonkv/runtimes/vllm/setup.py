@@ -7,14 +7,15 @@ from typing import Any
 
 import torch
 
-from reasonkv.calibration import Calibration, CalibrationError, LayerStatistics
+from reasonkv.calibration import Calibration, CalibrationError
 from reasonkv.calibration.files import load_calibration
 from reasonkv.calibration.lookup import FILE
-from reasonkv.methods import Method, Needs
+from reasonkv.methods import Method, Requirements
 from reasonkv.rotary import Rotary, RotaryError
 from reasonkv.runtimes.transformers.support import check_model
 from reasonkv.runtimes.vllm.backend import CompressedImpl
 from reasonkv.runtimes.vllm.config import ServingError
+from reasonkv.view import LayerStatistics
 
 
 def check_layers(modules: dict[str, Any], vllm_config: Any) -> None:
@@ -71,7 +72,7 @@ def rotary_of(vllm_config: Any, device: torch.device) -> Rotary:
         raise ServingError(str(error)) from None
 
 
-def statistics_of(vllm_config: Any, given: str | None, needs: Needs, device: torch.device) -> Calibration:
+def statistics_of(vllm_config: Any, given: str | None, needs: Requirements, device: torch.device) -> Calibration:
     """Statistics of the model's queries: the file that is given, or the one in the model's folder.
 
     They are checked against the configuration; the hash of the weights is not, because vLLM's are laid out otherwise.

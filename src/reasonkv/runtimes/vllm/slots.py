@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from reasonkv.compaction import fold_counts, fold_state
-from reasonkv.methods import Method, Needs, Observed
+from reasonkv.methods import Method, Observed, Requirements
 from reasonkv.plan import Plan, PlanError
 from reasonkv.ring import newest_queries
 from reasonkv.view import SlotView
@@ -35,7 +35,7 @@ class LayerSlots:
 
     def __init__(
         self, places: int, heads: int, query_heads: int, head_dim: int,
-        dtype: torch.dtype, device: torch.device, needs: Needs,
+        dtype: torch.dtype, device: torch.device, needs: Requirements,
         new_row_state: Callable[[int], dict[str, Tensor]] | None = None,
     ) -> None:  # fmt: skip
         self.places, self.heads, self.device, self.needs = places, heads, device, needs

@@ -16,7 +16,7 @@ from torch import Tensor
 from reasonkv import schedule
 from reasonkv.budget import Budget
 from reasonkv.methods import Method
-from reasonkv.schedule import Courses, Integers
+from reasonkv.schedule import BatchSchedule, Integers
 
 
 @dataclass(kw_only=True)
@@ -33,7 +33,7 @@ class Sequence:
 
     """
 
-    courses: Courses
+    courses: BatchSchedule
     place: int
     method: Method
     seed: int = 0

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from slot_views import random_view
 from torch import Tensor
 
-from reasonkv import selection
+from reasonkv.methods import ops
 from reasonkv.plan import PlanError
 from reasonkv.view import SlotView
 
@@ -27,7 +27,7 @@ def test_top_k_keeps_the_best_slots_with_ties_to_the_newer(data: st.DataObject) 
     flags = data.draw(st.lists(st.booleans(), min_size=B * H * N, max_size=B * H * N))
     forced = torch.tensor(flags).view(B, H, N)
     keep = data.draw(st.integers(int(forced.sum(-1).max()), N))
-    kept = selection.top_k_slots(scores, keep, forced)
+    kept = ops.top_k_slots(scores, keep, forced)
     assert (kept.dtype, kept.shape) == (torch.int64, (B, H, keep))
     for b in range(B):
         for h in range(H):
@@ -38,12 +38,12 @@ def test_top_k_keeps_the_best_slots_with_ties_to_the_newer(data: st.DataObject) 
 
 
 def test_of_equal_scores_the_newest_slots_stay() -> None:
-    assert selection.top_k_slots(torch.zeros(1, 1, 8), 3).tolist() == [[[5, 6, 7]]]
+    assert ops.top_k_slots(torch.zeros(1, 1, 8), 3).tolist() == [[[5, 6, 7]]]
 
 
 def test_an_infinite_score_never_displaces_a_forced_slot() -> None:
     forced = torch.tensor([[[True, False, False, False]]])
-    assert selection.top_k_slots(torch.tensor([[[-INF, INF, INF, INF]]]), 2, forced).tolist() == [[[0, 3]]]
+    assert ops.top_k_slots(torch.tensor([[[-INF, INF, INF, INF]]]), 2, forced).tolist() == [[[0, 3]]]
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_what_has_no_answer_is_one_sentence(
     scores: list[float], keep: int, forced: list[bool] | None, message: str
 ) -> None:
     with pytest.raises(PlanError) as caught:
-        selection.top_k_slots(torch.tensor([[scores]]), keep, None if forced is None else torch.tensor([[forced]]))
+        ops.top_k_slots(torch.tensor([[scores]]), keep, None if forced is None else torch.tensor([[forced]]))
     assert str(caught.value) == message
 
 
@@ -69,18 +69,18 @@ def test_pooling_looks_at_neighbouring_slots_only(kernel: int) -> None:
     windows = [x[..., max(0, n - half) : n + half + 1] for n in range(11)]
     average = torch.stack([window.sum(-1) / kernel for window in windows], dim=-1)
     maximum = torch.stack([window.amax(-1) for window in windows], dim=-1)
-    torch.testing.assert_close(selection.average_pool(x, kernel), average)
-    assert torch.equal(selection.max_pool(x, kernel), maximum)
+    torch.testing.assert_close(ops.average_pool(x, kernel), average)
+    assert torch.equal(ops.max_pool(x, kernel), maximum)
 
 
 def test_group_reductions_and_z_score() -> None:
     x = torch.randn(2, 3, 4, 50, generator=torch.Generator().manual_seed(0)) * 5 + 2
-    torch.testing.assert_close(selection.group_mean(x), sum(x[:, :, i] for i in range(4)) / 4)
-    assert torch.equal(selection.group_max(x), x.amax(2))
-    z = selection.z_score(x)
+    torch.testing.assert_close(ops.group_mean(x), sum(x[:, :, i] for i in range(4)) / 4)
+    assert torch.equal(ops.group_max(x), x.amax(2))
+    z = ops.z_score(x)
     torch.testing.assert_close(z.mean(-1), torch.zeros(2, 3, 4), atol=1e-6, rtol=0)
     torch.testing.assert_close(z.square().mean(-1), torch.ones(2, 3, 4))
-    assert torch.equal(selection.z_score(torch.ones(1, 1, 9)), torch.zeros(1, 1, 9))
+    assert torch.equal(ops.z_score(torch.ones(1, 1, 9)), torch.zeros(1, 1, 9))
 
 
 def attention_by_definition(view: SlotView, over: str, merge: bool) -> torch.Tensor:
@@ -108,7 +108,7 @@ def test_window_attention_is_the_mean_softmax_of_the_recent_queries(
 ) -> None:
     for dtype, tolerance in ((torch.float64, 1e-14), (torch.float32, 1e-6), (torch.bfloat16, 1e-6)):
         view = random_view(*shape, group=group, queries=queries, dtype=dtype)
-        got = selection.window_attention(view, over=over, merge_logits=merge)  # type: ignore[arg-type]
+        got = ops.window_attention(view, over=over, merge_logits=merge)  # type: ignore[arg-type]
         assert got.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
         expected = attention_by_definition(view, over, merge)
         torch.testing.assert_close(got.double(), expected, atol=tolerance, rtol=tolerance)
@@ -124,8 +124,8 @@ def test_window_attention_leaves_out_slots_of_no_mass(merge_logits: bool) -> Non
         for name, value in view.__dict__.items()
         if name.endswith(("_BHN", "_BHND")) and isinstance(value, Tensor)
     }
-    found = selection.window_attention(replace(view, state={"log_mass": mass_BHN}), merge_logits=merge_logits)
+    found = ops.window_attention(replace(view, state={"log_mass": mass_BHN}), merge_logits=merge_logits)
     assert bool((found[..., ~live] == 0).all())
     torch.testing.assert_close(
-        found[..., live], selection.window_attention(replace(view, **of_slots), merge_logits=merge_logits)
+        found[..., live], ops.window_attention(replace(view, **of_slots), merge_logits=merge_logits)
     )

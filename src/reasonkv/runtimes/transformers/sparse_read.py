@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from reasonkv.budget import Budget, BudgetError, Window
 from reasonkv.methods import Method
-from reasonkv.methods.selecting import FullPages, PageView, Prepared, SelectionMethod
+from reasonkv.methods.sparse_read import FullPages, PageView, Prepared, SelectionMethod
 from reasonkv.rotary import Rotary
 from reasonkv.runtimes.transformers.rows import Piece, Row
 

@@ -13,7 +13,7 @@ from reasonkv.methods.base import Method, Observed, ScorerMethod
 
 
 @dataclass(frozen=True)
-class BorrowsScores:
+class ScoreWrapper:
     """Mixed into a method, before its other base: it scores slots as `base` does, and observes what that needs.
 
     Args:
@@ -28,7 +28,7 @@ class BorrowsScores:
 
     def __post_init__(self) -> None:
         found = get_method(self.base.replace(";", ","))
-        if not isinstance(found, ScorerMethod) or isinstance(found, BorrowsScores):
+        if not isinstance(found, ScorerMethod) or isinstance(found, ScoreWrapper):
             raise ValueError(f"base must be a method that scores slots, not {found.name}.")
         if found.needs.scope != "head" or found.needs.stored_state:
             raise ValueError(

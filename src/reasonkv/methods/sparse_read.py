@@ -52,7 +52,7 @@ class FullPages:
         keys_nHcD: their rotated keys.
         first_n: int64, token index of each page's first token.
         parameters: of the layer, or None.
-        rotary: how the keys were rotated; None unless the method's `Needs` ask for it.
+        rotary: how the keys were rotated; None unless the method's `Requirements` ask for it.
 
     """
 
@@ -72,7 +72,7 @@ class PageView:
         positions_Bq: int64, their token indices; of padding, whatever stands there.
         page_size: tokens of a page.
         parameters: of the layer, or None.
-        rotary: how queries and keys were rotated; None unless the method's `Needs` ask for it.
+        rotary: how queries and keys were rotated; None unless the method's `Requirements` ask for it.
 
     """
 
