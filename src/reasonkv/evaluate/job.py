@@ -217,12 +217,7 @@ class TuneJob(Job):
     """Find the smallest budget with which each method keeps a target, by bisection over real runs.
 
     Args:
-        task: Tasks, with dials: program, recall:distance=900.
-        methods: Methods, with options: full, snapkv, rkv:KEY=VALUE.
         budget: The rule of the budgets; without sizes, since those are searched (of a window, its retention).
-        limit: Problems per task: examples 0 to limit - 1.
-        seed: Seed of problems, sampling and methods.
-        batch_size: Sequences at once; changes nothing but rounding.
         metric: top1, nll or kl of a replay, or accuracy of generated answers.
         target: What has to be kept: 0.95 is absolute, 0.95x relative to full KV. Unless given, 0.95x (nll: 1.05x, kl:
             0.05).
