@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -14,10 +15,10 @@ from reasonkv.cli.mistakes import INTERRUPTED, explain
 __all__ = ["main", "make_app", "run"]
 
 COMMANDS = {
-    "Begin": ("info:demo", "info:methods", "info:doctor"),
-    "Use": ("generate:generate", "serve:serve", "calibrate:calibrate", "calibrate:train_gate"),
+    "Start here": ("results:demo", "info:methods", "info:doctor"),
+    "Use a model": ("generate:generate", "serve:serve", "calibrate:calibrate", "calibrate:train_gate"),
     "Measure": ("jobs:replay", "jobs:evaluate", "jobs:tune"),
-    "Read results": ("results:report", "results:frontier", "results:inspect"),
+    "Read results": ("results:report", "results:frontier", "inspect:inspect"),
 }
 
 
@@ -29,13 +30,14 @@ def make_app() -> App:
         version=__version__,
         config=from_file,
         default_parameter=Parameter(negative=(), allow_repeating=True),
+        group_commands=Group("Options", sort_key=len(COMMANDS)),
         suppress_keyboard_interrupt=False,
     )
-    for title, commands in COMMANDS.items():
-        group = Group.create_ordered(title)
-        for command in commands:
-            app.command(f"reasonkv.cli.{command}", group=group)
-    app.register_install_completion_command(group=Group.create_ordered("Options"))
+    for place, (title, commands) in enumerate(COMMANDS.items()):
+        group = Group(title, sort_key=place)
+        for order, command in enumerate(commands):
+            app.command(f"reasonkv.cli.{command}", group=group, sort_key=order)
+    app.register_install_completion_command(help="Install completion for this shell; --shell names another.")
     return app
 
 
@@ -47,11 +49,17 @@ def run(arguments: Sequence[str]) -> int:
     """
     tokens = [STANDARD_INPUT if one == "-" else one for one in arguments]
     try:
-        code = make_app()(tokens, exit_on_error=False, print_error=False, result_action="return_value")
+        app = make_app()
+        if not tokens or tokens[0] in app.help_flags:
+            app.resolved_commands()  # the list shows the first line of each
+        code = app(tokens, exit_on_error=False, print_error=False, result_action="return_value")
         sys.stdout.flush()
     except KeyboardInterrupt:
         print("Stopped; the same command continues where it stopped.", file=sys.stderr)
         return INTERRUPTED
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except Exception as error:
         sentence, code = explain(error, tokens)
         print(f"Error: {sentence}", file=sys.stderr)

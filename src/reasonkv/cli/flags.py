@@ -2,73 +2,170 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, fields, make_dataclass
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, make_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin, get_type_hints
 
-from cyclopts import Group, Parameter, Token, validators
+from cyclopts import Group, Parameter, Token
 
-from reasonkv.budget import Budget, Window
+from reasonkv.cli.console import quiet_libraries
 from reasonkv.cli.mistakes import UsageError
+from reasonkv.evaluate.job import split_specs
 
 if TYPE_CHECKING:
     from reasonkv.models import LoadedModel
 
-FLAT = Parameter(name="*")
-"""Marks a dataclass whose fields are flags of the command itself."""
-WHAT, BUDGET, MODEL, OUTPUT = (Group.create_ordered(name) for name in ("What to run", "Budget", "Model", "Output"))
+GROUPS = {
+    name: Group.create_ordered(title)
+    for name, title in {
+        "": "What to run", "BudgetOptions": "Budget", "TraceSettings": "Traces", "Sampling": "Generation",
+        "GateRecipe": "Training", "ModelFlags": "Model", "output": "Output",
+    }.items()
+}  # fmt: skip
+"""Headings in `--help`, by the class whose fields stand under them."""
+NAMES = {
+    "task": ("--task", "--tasks"),
+    "methods": ("--methods", "--method"),
+    "import_": ("--import",),
+    "BudgetOptions.tokens": ("--budgets", "--budget", "--tokens"),
+    "BudgetOptions.prompt": ("--prompt-policy",),
+    "TraceSettings.source": ("--traces",),
+}
+"""Flags whose names differ from their fields', in all classes or in one."""
+
+Out = Annotated[
+    Path, Parameter(group=GROUPS["output"], help="Results folder; the same command continues where it stopped.")
+]
+Json = Annotated[
+    bool, Parameter(group=GROUPS["output"], help="Print one JSON document on stdout.", show_default=False)
+]
+ConfigFile = Annotated[
+    Path | None,
+    Parameter(
+        group=GROUPS["output"], help="YAML or JSON file of options, - for stdin; those on the command line win."
+    ),
+]
 
 
-def flags(cls: type, group: Group, leave_out: Iterable[str] = (), /, **parameters: Parameter) -> type[Any]:
-    """Return a dataclass with the fields, defaults and help of `cls`, whose annotations make flags of them.
+class Without(tuple[str, ...]):
+    """Names of fields that a command does not offer, in the annotation of its parameter."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFlags:
+    """Which model to load, and how.
 
     Args:
-        cls: a dataclass of the Python API; its docstring's `Args` are the help.
-        group: heading of the flags in `--help`.
-        leave_out: fields that the command fills in itself.
-        parameters: what differs for a field: another name, a converter.
+        model: The bundled testbed, a model folder, or a name on the Hugging Face hub.
+        dtype: auto, float32, bfloat16, float16 or float64; of weights and cache.
+        device: auto, cpu, cuda, cuda:1, ...
+        calibration: Query statistics, made by `reasonkv calibrate`. Unless given, looked up for the model.
     """
+
+    model: str = "testbed"
+    dtype: str = "auto"
+    device: str = "auto"
+    calibration: Path | None = None
+
+    def load(self) -> LoadedModel:
+        """Load the model without the noise that its libraries make.
+
+        Raises:
+            ModelError: there is no such model, or it is damaged.
+        """
+        from reasonkv.models import load_model
+
+        quiet_libraries()
+        return load_model(self.model, self.dtype, self.device, self.calibration)
+
+
+def command(function: Callable[..., int | None]) -> Callable[..., int | None]:
+    """Return a command whose parameters that are dataclasses are flags, one for each field.
+
+    A parameter is annotated with the class, or with `Annotated[cls, Without(("field",))]`; the function is called with
+    an instance.
+    """
+    hints, made = get_type_hints(function, include_extras=True), {}
+    for name, hint in hints.items():
+        cls, *marks = get_args(hint) if get_origin(hint) is Annotated else (hint,)
+        if is_dataclass(cls):
+            made[name] = cls, _flags(cls, next((one for one in marks if isinstance(one, Without)), ()))
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> int | None:
+        for name, (cls, given) in made.items():
+            kwargs[name] = _build(cls, kwargs.get(name) or given())
+        return function(*args, **kwargs)
+
+    signature = inspect.signature(function)
+    optional = {name: given() for name, (_, given) in made.items() if not _requires(given)}
+    parameters = [one.replace(default=optional.get(one.name, one.default)) for one in signature.parameters.values()]
+    run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = hints | {name: Annotated[given, Parameter(name="*")] for name, (_, given) in made.items()}
+    return run
+
+
+def _flags(cls: type, without: Sequence[str]) -> type[Any]:
+    """Return a dataclass with the fields, defaults and help of `cls` that marks each as a flag, and checks nothing."""
     from docstring_parser import parse_from_object
 
-    words = {one.arg_name: one.description for one in parse_from_object(cls).params}
+    docs = [parse_from_object(kind).params for kind in reversed(cls.__mro__[:-1])]
+    words = {one.arg_name: one.description for params in docs for one in params}
     hints, made = get_type_hints(cls), []
     for one in fields(cls):
-        if one.init and one.name not in leave_out:
-            kind = hints[one.name]
-            several = LISTED if get_origin(kind) in {Sequence, list, tuple} else None
-            parameter = Parameter.combine(Parameter(group=group), several, parameters.get(one.name))
-            kept = field(
-                default=one.default, default_factory=one.default_factory, metadata={"help": words.get(one.name)}
-            )
-            made.append((one.name, Annotated[kind, parameter], kept))
-    return make_dataclass(f"{cls.__name__}Flags", made, kw_only=True, frozen=True)
+        if one.name in without:
+            continue
+        kind: Any = hints[one.name]
+        if is_dataclass(kind):
+            nested = _flags(kind, without)  # type: ignore[arg-type]
+            made.append((one.name, Annotated[nested, Parameter(name="*")], field(default_factory=nested)))
+            continue
+        several = get_origin(kind) is Sequence
+        if several and get_args(kind)[0] not in {int, float}:
+            kind = Sequence[str]  # specs; only Python can give objects
+        parameter = Parameter(
+            group=GROUPS.get(cls.__name__, GROUPS[""]),
+            name=NAMES.get(f"{cls.__name__}.{one.name}", NAMES.get(one.name, ())),
+            help=words.get(one.name),
+            show_default=None if kind is not bool else False,
+        )
+        parameter = Parameter.combine(parameter, SEVERAL if several else None)
+        kept = field(default=one.default, default_factory=one.default_factory)  # type: ignore[call-overload]
+        made.append((one.name, Annotated[kind, parameter], kept))
+    return make_dataclass(cls.__name__, made, kw_only=True, namespace={"__module__": __name__})
 
 
-def split_specs(text: str) -> list[str]:
-    """Split `a,b:key=1,other=2,c` into `a`, `b:key=1,other=2` and `c`: `key=value` belongs to the spec before it."""
-    specs: list[str] = []
-    for part in filter(None, (piece.strip() for piece in text.split(","))):
-        key, equals, _ = part.partition("=")
-        if specs and equals and ":" not in key:
-            specs[-1] += "," + part
-        else:
-            specs.append(part)
-    return specs
+def _requires(cls: type) -> bool:
+    return any(one.default is MISSING and one.default_factory is MISSING for one in fields(cls))
 
 
-def _listed(kind: Any, tokens: Sequence[Token]) -> tuple[Any, ...]:
-    """Convert values separated by commas, each kept once."""
-    values = list(dict.fromkeys(one for token in tokens for one in split_specs(token.value)))
-    (of,) = [one for one in kind.__args__ if one is not Ellipsis]
-    words = {int: "whole numbers separated by commas, as in 128,256", float: "numbers separated by commas"}
+def _build(cls: type, given: Any) -> Any:
+    """Return the instance of `cls` that flags stand for; `cls` checks the values."""
+    hints = get_type_hints(cls)
+    values = {one.name: getattr(given, one.name) for one in fields(given)}
+    return cls(**{name: _build(hints[name], one) if is_dataclass(one) else one for name, one in values.items()})
+
+
+def _several(kind: Any, tokens: Sequence[Token]) -> tuple[Any, ...]:
+    """Convert values separated by commas."""
+    of = get_args(kind)[0]
     try:
-        if values:
-            return tuple(of(one.replace("_", "")) if of in words else one for one in values)
+        if of in {int, float}:
+            values = [of(part) for token in tokens for part in token.value.split(",") if part.strip()]
+        else:
+            values = list(split_specs([token.value for token in tokens]))
     except ValueError:
-        pass
-    name, text = tokens[0].keyword, ",".join(token.value for token in tokens)
-    raise UsageError(f"{name} takes {words.get(of, 'names separated by commas')}, not {text!r}.")
+        values = []
+    if not values:
+        what = {int: "whole numbers separated by commas, as in 128,256", float: "numbers separated by commas"}
+        text = ",".join(token.value for token in tokens)
+        raise UsageError(f"{tokens[0].keyword} takes {what.get(of, 'names separated by commas')}, not {text!r}.")
+    return tuple(values)
 
 
-LISTED = Parameter(converter=_listed, n_tokens=1)
+SEVERAL = Parameter(
+    converter=_several, n_tokens=1, show_default=lambda values: ",".join(map(str, values)) if values else "none"
+)

@@ -66,4 +66,4 @@ def _wrong_flag(error: CycloptsError, tokens: Sequence[str]) -> str:
         text = _line(error).partition(" Available commands:")[0].rstrip(".")
         text = re.sub(r"\. (Did|Choose)", lambda found: f"; {found[1].lower()}", text)
         text = re.sub(r'^Command "[^"]*" parameter (\S+) requires an argument', r"Give \1 a value", text)
-    return f"{text}; see `{' '.join(['reasonkv', chain]).strip()} --help`."
+    return f"{text.removesuffix('?')}; see `{' '.join(['reasonkv', chain]).strip()} --help`."
