@@ -15,7 +15,6 @@ from reasonkv.cli.inspect import inspect
 from reasonkv.cli.replay import replay
 from reasonkv.cli.report import report
 from reasonkv.cli.serve import PASSED_ON, serve
-from reasonkv.cli.train import train_testbed
 from reasonkv.cli.train_gate import train_gate
 
 __all__ = ["app", "main"]
@@ -31,7 +30,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 COMMANDS = (
-    demo, methods, doctor, generate, replay, evaluate, frontier, report, inspect, calibrate, train_gate, train_testbed
+    demo, methods, doctor, generate, replay, evaluate, frontier, report, inspect, calibrate, train_gate
 )  # fmt: skip
 for command in COMMANDS:
     app.command(name=command.__name__.replace("_", "-"))(command)

@@ -152,7 +152,6 @@ def _exit_code(error: Exception) -> int | None:
     from reasonkv.models import ModelError
     from reasonkv.runtimes.transformers import UnsupportedModelError
     from reasonkv.tasks import TaskError
-    from reasonkv.testbed import TrainingError
 
     used_wrongly = (
         UsageError, BudgetError, MethodError, TaskError, ModelError, ResultsError, TraceError, UnsupportedModelError,
@@ -160,7 +159,7 @@ def _exit_code(error: Exception) -> int | None:
     )  # fmt: skip
     if isinstance(error, used_wrongly):
         return USAGE
-    if isinstance(error, (RecordError, ReplayError, DecodingError, TrainingError, OSError, torch.OutOfMemoryError)):
+    if isinstance(error, (RecordError, ReplayError, DecodingError, OSError, torch.OutOfMemoryError)):
         return FAILED
     return None
 
