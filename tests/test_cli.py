@@ -23,7 +23,7 @@ from reasonkv.methods.sparse_read import SelectionMethod
 from reasonkv.runtimes.vllm.config import EngineConfig, ServingError
 
 COMMANDS = (
-    "demo", "methods", "doctor", "generate", "replay", "evaluate", "frontier", "report", "inspect", "train-testbed",
+    "demo", "methods", "doctor", "generate", "replay", "evaluate", "frontier", "report", "inspect",
     "calibrate", "train-gate", "serve",
 )  # fmt: skip
 SMALL = ["--interval", "12", "--sinks", "2", "--recent", "8", "--prompt-policy", "on_top", "--max-new-tokens", "40"]
@@ -206,14 +206,6 @@ def test_a_mistyped_command_line_is_one_sentence_too(arguments: list[str], words
     assert code == 2
 
 
-def test_train_testbed_refuses_a_folder_with_other_files(tmp_path: Path) -> None:
-    (tmp_path / "thesis.tex").write_text("x")
-    code, stdout, stderr = run("train-testbed", "--out", tmp_path, "--recipe", "smoke")
-    assert "thesis" not in sentence(code, stdout, stderr)
-    assert code == 1
-    assert "--recipe must be one of" in sentence(*run("train-testbed", "--recipe", "grand"))
-
-
 # -- what works -------------------------------------------------------------------------------------------------------
 
 
@@ -378,12 +370,6 @@ def test_generate_with_a_budget_that_is_never_reached_equals_full_kv(model: str)
         for extra in ([], ["--method", "rkv", "--budget", "400"])
     ]
     assert outputs[0]["rows"][0]["output"] == outputs[1]["rows"][0]["output"]
-
-
-def test_train_testbed_trains(tmp_path: Path) -> None:
-    code, stdout, _ = run("train-testbed", "--recipe", "smoke", "--out", tmp_path / "run", "--json")
-    assert code == 0
-    assert Path(json.loads(stdout)["model"], "config.json").is_file()
 
 
 def test_specs_keep_the_options_of_a_method_together() -> None:
