@@ -16,7 +16,7 @@ __all__ = ["main", "make_app", "run"]
 
 COMMANDS = {
     "Start here": ("results:demo", "info:methods", "info:doctor"),
-    "Use a model": ("generate:generate", "serve:serve", "calibrate:calibrate", "calibrate:train_gate"),
+    "Use a model": ("generate:generate", "serve:serve", "calibrate:calibrate", "train_gate:train_gate"),
     "Measure": ("jobs:replay", "jobs:evaluate", "jobs:tune"),
     "Read results": ("results:report", "results:frontier", "inspect:inspect"),
 }

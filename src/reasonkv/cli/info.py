@@ -56,16 +56,16 @@ def _print_list() -> None:
         table.add_column(heading, overflow="fold")
     for name in method_names():
         if name in CATALOGUE:
-            _, title, paper, vllm = CATALOGUE[name]
-            table.add_row(name, title, paper, vllm)
+            table.add_row(name, *CATALOGUE[name][1:])
             continue
         try:
             row = _describe(name)
-            table.add_row(name, row["title"], row["paper"], row["runtimes"][-1].removeprefix("vllm with ").replace("vllm", "yes").replace("transformers", "no"))
         except MethodError as error:
             note(str(error))
-    console = Console()
-    Console(width=None if console.is_terminal else 100).print(table)
+        else:
+            on_vllm = row["runtimes"][-1].removeprefix("vllm with ").replace("vllm", "yes")
+            table.add_row(name, row["title"], row["paper"], on_vllm.replace("transformers", "no"))
+    Console(width=None if Console().is_terminal else 100).print(table)
     print("All run on transformers; vllm: whether vLLM runs them, too, or with which option.")
     print("reasonkv methods NAME has a method's formula and options; give them as NAME:KEY=VALUE,KEY=VALUE.")
 
