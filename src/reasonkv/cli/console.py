@@ -14,7 +14,9 @@ from typing import Any
 
 def print_json(data: Any) -> None:
     """Print one JSON document; dataclasses become objects."""
-    print(json.dumps(asdict(data) if is_dataclass(data) and not isinstance(data, type) else data, indent=2, default=str))
+    print(
+        json.dumps(asdict(data) if is_dataclass(data) and not isinstance(data, type) else data, indent=2, default=str)
+    )
 
 
 def note(text: str) -> None:

@@ -39,14 +39,10 @@ NAMES = {
 Out = Annotated[
     Path, Parameter(group=GROUPS["output"], help="Results folder; the same command continues where it stopped.")
 ]
-Json = Annotated[
-    bool, Parameter(group=GROUPS["output"], help="Print one JSON document on stdout.", show_default=False)
-]
+Json = Annotated[bool, Parameter(group=GROUPS["output"], help="Print one JSON document on stdout.", show_default=False)]
 ConfigFile = Annotated[
     Path | None,
-    Parameter(
-        group=GROUPS["output"], help="YAML or JSON file of options, - for stdin; those on the command line win."
-    ),
+    Parameter(group=GROUPS["output"], help="YAML or JSON file of options, - for stdin; those on the command line win."),
 ]
 
 

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from reasonkv.cli.console import note, show
 from reasonkv.cli.flags import GROUPS, ConfigFile, ModelFlags, Without, command
-from reasonkv.cli.generate import one_budget
 from reasonkv.cli.mistakes import UsageError
 from reasonkv.evaluate.job import BudgetOptions, TraceSettings
 
 if TYPE_CHECKING:
-    from reasonkv.evaluate.results import Results
-    from reasonkv.evaluate.traces import Trace
-    from reasonkv.models import LoadedModel
-    from reasonkv.report.inspector import Inspection
+    pass
 
 FILES = Parameter(group=GROUPS["output"])
 

@@ -11,7 +11,7 @@ from reasonkv.errors import ReasonKVError
 
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
 REPLACED = {
-    "train-testbed": "The bundled model is trained from a checkout now: python tools/testbed/train.py.",
+    "train-testbed": "The bundled model is trained in a checkout now: python -m tools.testbed.",
     "frontier --task": "`reasonkv tune` searches for budgets now; frontier reads finished results folders.",
 }
 EXTRA = {"pandas", "pyarrow", "scipy", "pydantic", "jinja2", "altair", "vl_convert"}

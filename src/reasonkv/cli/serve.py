@@ -97,7 +97,9 @@ def _fields(options: BudgetOptions) -> dict[str, Any]:
     if options.window is not None:
         return sizes[0]
     rule = ("interval", "sinks", "recent", "prompt", "trigger", "trigger_counts", "cut_prompt", "prefill_chunk")
-    changed = {one.name: getattr(options, one.name) for one in fields(options) if getattr(options, one.name) != one.default}
+    changed = {
+        one.name: getattr(options, one.name) for one in fields(options) if getattr(options, one.name) != one.default
+    }
     return sizes[0] | {name: changed[name] for name in rule if name in changed}
 
 
