@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
@@ -55,7 +55,9 @@ def calibrate(
             note(f"Only {found.tokens:,} tokens were averaged; some thousands give steadier statistics.")
     written = write(job, found)
     if json:
-        print_json(_facts(found) | {"files": {what: str(path) for what, path in written.items()}})
+        names = "name model layers query_heads head_dim pairs rope_type tokens date verified source"
+        facts = {name: getattr(found, name) for name in names.split()}
+        print_json(facts | {"layers_concentration": found.layer_concentrations(), "files": written})
         return
     _print(found)
     for what, where in written.items():
@@ -74,13 +76,6 @@ def _read(job: CalibrateJob, model: str | None) -> Calibration:
         quiet_libraries()
         found.check(load_config(model))
     return found
-
-
-def _facts(found: Calibration) -> dict[str, Any]:
-    names = (
-        "name", "model", "layers", "query_heads", "head_dim", "pairs", "rope_type", "tokens", "date", "verified", "source"
-    )  # fmt: skip
-    return {name: getattr(found, name) for name in names} | {"layers_concentration": found.layer_concentrations()}
 
 
 def _print(found: Calibration) -> None:

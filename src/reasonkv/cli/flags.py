@@ -100,7 +100,9 @@ def command(function: Callable[..., int | None]) -> Callable[..., int | None]:
     optional = {name: given() for name, (_, given) in made.items() if not _requires(given)}
     parameters = [one.replace(default=optional.get(one.name, one.default)) for one in signature.parameters.values()]
     run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-    run.__annotations__ = hints | {name: Annotated[given, Parameter(name="*")] for name, (_, given) in made.items()}
+    plain = {name: Annotated[hint, Parameter(group=GROUPS[""])] for name, hint in hints.items() if name != "return"}
+    plain |= {name: hint for name, hint in hints.items() if get_origin(hint) is Annotated}
+    run.__annotations__ = plain | {name: Annotated[given, Parameter(name="*")] for name, (_, given) in made.items()}
     return run
 
 

@@ -14,11 +14,9 @@ from reasonkv.cli.mistakes import UsageError
 from reasonkv.evaluate.job import BudgetOptions, Sampling
 
 if TYPE_CHECKING:
-    from reasonkv.budget import Budget
-    from reasonkv.methods import Method
+    from reasonkv.evaluate.cells import RunConfig
     from reasonkv.models import LoadedModel
 
-ONE_SIZE = Without(("mean_slots",))
 WRITING = Parameter(group=GROUPS["Sampling"])
 
 
@@ -31,7 +29,7 @@ def generate(
     task: str | None = None,
     limit: int = 1,
     method: str = "full",
-    budget: Annotated[BudgetOptions, ONE_SIZE],
+    budget: Annotated[BudgetOptions, Without(("mean_slots",))],
     sampling: Sampling,
     max_new_tokens: Annotated[int, WRITING] = 2048,
     chat: Annotated[bool, WRITING] = False,
@@ -42,7 +40,7 @@ def generate(
 ) -> None:
     """Generate through a bounded cache, and show what it held.
 
-    Example: `reasonkv generate "How many primes are below 100?" --model Qwen/Qwen3-8B --chat --method rkv --budget 1024`
+    Example: `reasonkv generate "How many primes are below 100?" --model Qwen/Qwen3-8B --chat --method rkv --budget 512`
 
     Args:
         text: The prompt; - reads it from standard input.
@@ -54,7 +52,7 @@ def generate(
         chat: Put the prompt into the model's chat template.
         seed: Seed of problems, sampling and methods.
     """
-    from reasonkv.methods import get_method
+    from reasonkv.evaluate.cells import make_config
     from reasonkv.tasks import get_task
 
     for name, value in (("--limit", limit), ("--max-new-tokens", max_new_tokens)):
@@ -67,8 +65,7 @@ def generate(
         words = read_text(words)
     if words is not None and not words.strip():
         raise UsageError("The prompt is empty; give it at least one word.")
-    chosen = get_method(method)
-    limits = one_budget(chosen, budget)
+    cell = make_config(method, budget)
     family = None if task is None else get_task(task)
     problems: Sequence[Any] = [None] if family is None else [family.problem(i, seed=seed) for i in range(limit)]
     loaded = model.load()
@@ -76,46 +73,22 @@ def generate(
     for problem in problems:
         asked = str(words) if problem is None else problem.prompt
         asked = _templated(loaded.tokenizer, asked) if chat else asked
-        row = _answer(loaded, asked, chosen, limits, sampling, max_new_tokens, seed, getattr(problem, "example", 0))
+        row = _answer(loaded, asked, cell, sampling, max_new_tokens, seed, getattr(problem, "example", 0))
         row["correct"] = None if family is None else family.check(problem, row["output"])
         row["example"] = getattr(problem, "example", None)
         rows.append(row)
         if not json:
             _print(row)
     if json:
-        print_json({"model": loaded.name, "method": chosen.spec(), "rows": rows})
+        print_json({"model": loaded.name, "method": cell.method.spec(), "rows": rows})
     elif family:
         print(f"{sum(bool(row['correct']) for row in rows)} of {len(rows)} right.")
-
-
-def one_budget(method: Method, options: BudgetOptions) -> Budget | None:
-    """Return the one budget that options give, or None for full KV.
-
-    Raises:
-        UsageError: none or several budgets for a bounded method, or one for full KV.
-        BudgetError: the method's own window does not fit.
-    """
-    from reasonkv.evaluate.cells import budgets
-
-    found = budgets(options)
-    if len(found) > 1:
-        raise UsageError("This command runs one budget; give one number to --budget, --keep or --retention.")
-    if method.bounded == (not found):
-        raise UsageError(
-            f"{method.name} needs a budget; give --budget TOKENS, --keep SHARE or --window SIZE."
-            if method.bounded
-            else f"{method.name} takes no budget; leave --budget out, or choose another --method."
-        )
-    for budget in found:
-        budget.check_protected(recent=method.needs.recent)
-    return found[0] if found else None
 
 
 def _answer(
     loaded: LoadedModel,
     prompt: str,
-    method: Method,
-    budget: Budget | None,
+    cell: RunConfig,
     sampling: Sampling,
     max_new_tokens: int,
     seed: int,
@@ -123,28 +96,28 @@ def _answer(
 ) -> dict[str, Any]:
     """Generate one answer; the text and what the cache held."""
     from reasonkv.evaluate.decoding import Request, decode_batch
-    from reasonkv.evaluate.generate import context_length, encode
+    from reasonkv.evaluate.generate import context_length, encode, room
     from reasonkv.models import one_thread_if_small
     from reasonkv.runtimes.transformers import CompressedCache
 
     ids, context = encode(loaded.tokenizer, prompt), context_length(loaded.model)
     if len(ids) == 0 or (context is not None and len(ids) >= context):
         raise UsageError(f"The prompt has {len(ids)} tokens; {loaded.name} takes 1 to {(context or 0) - 1}.")
-    room = max_new_tokens if context is None else min(max_new_tokens, context - len(ids))
+    most = room(loaded.model, len(ids), max_new_tokens)
     with (
         one_thread_if_small(loaded.model),
         CompressedCache(
             loaded.model,
-            loaded.method_for(method),
-            budget,
+            cell.method.for_tokenizer(loaded.tokenizer),
+            cell.budget,
             prompt_lengths=[len(ids)],
             seed=seed,
             row_seeds=[row_seed],
-            max_length=len(ids) + room,
-            calibration=loaded.calibration_for(method),
+            max_length=len(ids) + most,
+            calibration=loaded.calibration_for(cell.method),
         ) as cache,
     ):
-        (answer,) = decode_batch(loaded.model, cache, [Request(ids, room, row_seed)], sampling=sampling, seed=seed)
+        (answer,) = decode_batch(loaded.model, cache, [Request(ids, most, row_seed)], sampling=sampling, seed=seed)
     stats = answer.stats
     return {
         "prompt": prompt,

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
+from reasonkv.cli.console import note, show
 from reasonkv.cli.flags import GROUPS, ConfigFile, ModelFlags, Without, command
 from reasonkv.cli.mistakes import UsageError
-from reasonkv.evaluate.job import BudgetOptions, TraceSettings
+from reasonkv.evaluate.job import BudgetOptions, Sampling, TraceSettings
 
 if TYPE_CHECKING:
-    pass
+    from reasonkv.evaluate.traces import Trace
+    from reasonkv.models import LoadedModel
+    from reasonkv.report.inspector import Inspection
 
 FILES = Parameter(group=GROUPS["output"])
 
@@ -29,7 +35,7 @@ def inspect(
     traces: TraceSettings,
     generate: bool = False,
     seed: int = 0,
-    model: str | None = None,
+    model: Annotated[str | None, Parameter(group=GROUPS["ModelFlags"])] = None,
     loading: Annotated[ModelFlags, Without(("model",))],
     out: Annotated[Path, FILES] = Path("reasonkv-inspect.html"),
     save: Annotated[Path | None, FILES] = None,
@@ -53,4 +59,159 @@ def inspect(
         out: The page to write.
         save: Also keep the data and the plans in this folder.
     """
-    raise UsageError("later")
+    from reasonkv.evaluate.fates import save_plans
+    from reasonkv.evaluate.table import read_manifest
+    from reasonkv.files import write_atomically
+    from reasonkv.report.inspector import inspector_page, save_inspection
+
+    if folder is None:
+        loading = replace(loading, model=model or "testbed")
+        made = _inspect_new(loading, task or "program", example or 0, method or "rkv", budget, traces, generate, seed)
+    else:
+        if budget.window is not None or budget.keep or len(budget.tokens) > 1:
+            raise UsageError("A results folder has its own budgets; choose one of its sizes by --budget TOKENS.")
+        loaded = replace(loading, model=model or read_manifest(folder)["model"]["name"]).load()
+        choices = {"task": task, "example": example, "method": method, "tokens": next(iter(budget.tokens), None)}
+        made = inspect_folder(folder, loaded, choices, generate=generate)
+    write_atomically(out, inspector_page(made.data).encode())
+    if save or folder:
+        data = save_inspection(save or folder, made.data)
+        save_plans(data.with_suffix(".plans.safetensors"), made.plans)
+        note(f"Data and plans: {show(data)}")
+    print(show(out))
+    print(_summary(made.data))
+
+
+def _inspect_new(
+    model: ModelFlags,
+    task: str,
+    example: int,
+    method: str,
+    budget: BudgetOptions,
+    traces: TraceSettings,
+    generate: bool,
+    seed: int,
+) -> Inspection:
+    from reasonkv.evaluate.cells import make_config
+    from reasonkv.evaluate.traces import load_or_make_traces
+    from reasonkv.methods import refuse_future
+    from reasonkv.models import one_thread_if_small
+    from reasonkv.report.inspector import inspect_generation, inspect_replay
+    from reasonkv.tasks import get_task
+
+    cell, family = make_config(method, budget), get_task(task)
+    family.problem(example, seed=seed)  # what is wrong with the choice is reported before the model loads
+    if generate:
+        refuse_future(cell.method)
+    loaded = model.load()
+    with tempfile.TemporaryDirectory() as place, one_thread_if_small(loaded.model):
+        (trace,) = load_or_make_traces(
+            loaded.model, loaded.tokenizer, family, task_spec=task, examples=[example], seed=seed, settings=traces,
+            folder=Path(place), batch_size=1,
+        )  # fmt: skip
+    return (inspect_generation if generate else inspect_replay)(loaded, trace, cell, task=task, seed=seed)
+
+
+def inspect_folder(
+    folder: Path, loaded: LoadedModel, choices: Mapping[str, Any], *, generate: bool = False
+) -> Inspection:
+    """Inspect one run of a results folder: of the first method and budget that fit, the one that went wrong first.
+
+    Args:
+        folder: made by replay or evaluate.
+        loaded: the model that made it.
+        choices: task, example, method and tokens; None is no choice.
+        generate: let the compressed run write its own answer, as it does in a folder of evaluate.
+
+    Raises:
+        UsageError: no run fits, or the folder was made with other weights.
+        ResultsError, RecordError: the folder holds no results, or is damaged.
+    """
+    from reasonkv.budget import Budget
+    from reasonkv.evaluate.cells import RunConfig
+    from reasonkv.evaluate.results import load_results
+    from reasonkv.methods import get_method
+    from reasonkv.report.inspector import inspect_generation, inspect_replay
+
+    results = load_results(folder)
+    manifest, arguments = results.manifest, results.manifest["arguments"]
+    if loaded.hash != manifest["model"]["hash"]:
+        raise UsageError(f"{folder} was made with other weights of {manifest['model']['name']}; give --model.")
+    wanted = {"task": choices.get("task"), "example": choices.get("example")}
+    if choices.get("method"):
+        method = get_method(choices["method"])
+        wanted |= {"method": method.name, "options": method.options()}
+    fitting = [
+        one
+        for one in [*results.records, *results.answers]
+        if one.budget is not None
+        and choices.get("tokens") in (None, one.budget["tokens"])
+        and all(value in (None, getattr(one, name)) for name, value in wanted.items())
+    ]
+    if not fitting:
+        raise UsageError(
+            f"{folder} holds no bounded run with these choices; leave --method, --budget, --task or --example out."
+        )
+    cell = [(one.method, one.options, one.budget, one.task) for one in fitting]
+    record = min((one for one, own in zip(fitting, cell, strict=True) if own == cell[0]), key=_how_soon_wrong)
+    options = ",".join(f"{key}={value}" for key, value in record.options.items())
+    config = RunConfig(get_method(f"{record.method}:{options}"), Budget.from_dict(record.budget))
+    trace = _trace(folder, arguments, loaded, record)
+    if not results.answers and not generate:
+        return inspect_replay(loaded, trace, config, task=record.task, seed=record.seed)
+    sampling = arguments.get("sampling")
+    return inspect_generation(
+        loaded, trace, config, task=record.task, seed=record.seed, sample=getattr(record, "sample", 0),
+        sampling=Sampling(**sampling) if sampling else None, max_new_tokens=arguments.get("max_new_tokens"),
+    )  # fmt: skip
+
+
+def _how_soon_wrong(record: Any) -> tuple[bool, bool, int]:
+    at = record.first_divergence if hasattr(record, "correct") else record.first_mismatch
+    return getattr(record, "correct", False), at is None, at or 0
+
+
+def _trace(folder: Path, arguments: Mapping[str, Any], loaded: LoadedModel, record: Any) -> Trace:
+    """Return full KV's trace of a record, from the folder."""
+    import torch
+
+    from reasonkv.evaluate.records import FullOutput, RecordFile, record_key
+    from reasonkv.evaluate.traces import Trace, encode_prompts, file_name, load_or_make_traces, reference_logprobs
+    from reasonkv.tasks import get_task
+
+    family = get_task(record.task)
+    if not hasattr(record, "correct"):
+        (trace,) = load_or_make_traces(
+            loaded.model, loaded.tokenizer, family, task_spec=record.task, examples=[record.example], seed=record.seed,
+            settings=TraceSettings(**arguments["traces"]), folder=folder, batch_size=1,
+        )  # fmt: skip
+        return trace
+    outputs = RecordFile(folder / f"outputs-{file_name(record.task)}.jsonl", FullOutput).records
+    key = record_key(record.example, record.sample)
+    if key not in outputs:
+        raise UsageError(f"{folder} lacks full KV's output of example {record.example}; run its command again.")
+    problem, output_T = family.problem(record.example, seed=record.seed), torch.tensor(outputs[key].tokens)
+    (prompt_P,) = encode_prompts(loaded.model, loaded.tokenizer, family, [problem])
+    (teacher,) = reference_logprobs(loaded.model, [prompt_P], [output_T])
+    right = family.check(problem, str(loaded.tokenizer.decode(output_T, skip_special_tokens=True)))
+    return Trace(record.example, prompt_P, output_T, teacher, right)
+
+
+def _summary(data: Mapping[str, Any]) -> str:
+    """Return two lines: what was kept, and what it did."""
+    from reasonkv.report.wording import size_words
+
+    what = "full KV" if data["budget"] is None else f"{data['method']} at {size_words(data['budget'])}"
+    kept = f"{what} on {data['task']}, example {data['example']}: {len(data['pieces']):,} tokens, "
+    kept += f"{len(data['events']['length'])} compactions, {data['stats']['mean']:,.0f} slots on average."
+    words = {True: "right", False: "wrong"}
+    if data["kind"] == "generation":
+        at = data["first_divergence"]
+        part = "writes what full KV writes" if at is None else f"parts from full KV at output token {at:,}"
+        answer = f"The compressed run {part}; its answer is {words[data['answer']['shown']['correct']]}"
+    else:
+        at = data["first_mismatch"]
+        part = "everywhere" if at is None else f"in {data['stats']['agreement']:.1%} of places"
+        answer = f"Next tokens agree with full KV's {part}"
+        answer += "" if at is None else f" and first differ at output token {at:,}"
+    return f"{kept}\n{answer}; full KV's answer is {words[data['answer']['full']['correct']]}."
