@@ -12,9 +12,8 @@ from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from reasonkv.budget import Budget, BudgetError, DividesBudget, Window, layer_budgets
-from reasonkv.methods import Method
-from reasonkv.methods.sparse_read import SelectionMethod
+from reasonkv.budget import Budget, BudgetError, Window
+from reasonkv.methods import Method, layer_budgets
 from reasonkv.schedule import State, next_event, step
 
 
@@ -33,7 +32,7 @@ def smallest(rule: Budget, method: Method | None, longest_prompt: int) -> int:
 
 def selecting_method(methods: Iterable[Method]) -> str | None:
     """Return the name of the first method that keeps everything and selects what to read, if any does."""
-    return next((method.name for method in methods if isinstance(method, SelectionMethod)), None)
+    return next((method.name for method in methods if method.needs.selects), None)
 
 
 def check_matchable(methods: Iterable[Method]) -> None:
@@ -82,7 +81,7 @@ def mean_physical(
         budget: None for full KV.
         prompts: tokens of each row's prompt.
         lengths: tokens fed of each row, prompt included; more than its prompt.
-        method: matters where it divides the budget among layers.
+        method: one whose layers have budgets of their own; None for all others.
         layers: compressed layers.
 
     Raises:
@@ -94,7 +93,7 @@ def mean_physical(
         raise ValueError("A mean physical length needs rows with tokens after their prompt.")
     total = 0.0
     for prompt, length in rows:
-        shares = layer_budgets(method, budget, layers, prompt) if isinstance(method, DividesBudget) else [budget]
+        shares = [budget] if method is None else layer_budgets(method, budget, layers, prompt)
         slots = sum(attended_slots(own, prompt, length) for own in shares)
         total += slots / len(shares) / (length - prompt)
     return total / len(rows)
@@ -122,15 +121,13 @@ def budget_for_mean(
     Raises:
         BudgetError: the target lies outside what this budget can reach on these rows.
     """
-    divides = isinstance(method, DividesBudget)
-
     @functools.cache
     def mean(size: int) -> float:
         return mean_physical(sized(budget, size), prompts, lengths, method, layers)
 
-    low = smallest(budget, method if divides else None, max(prompts))
+    low = smallest(budget, method, max(prompts))
     high = budget.size - 1 if isinstance(budget, Window) else max(low, *lengths)
-    while divides and mean(high) < mean_physical(None, prompts, lengths):  # until the smallest share holds everything
+    while method is not None and mean(high) < mean_physical(None, prompts, lengths):  # until the smallest share holds everything
         high *= 2
     if not mean(low) <= target <= mean(high):
         raise BudgetError(
