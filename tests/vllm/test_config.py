@@ -17,14 +17,13 @@ from reasonkv.runtimes.vllm.config import (
     OPTIONS,
     SCHEDULER,
     EngineConfig,
-    RequestConfig,
     ServingError,
     check_engine,
-    check_version,
     has_scheduler,
+    installed_package,
     vllm_variant,
 )
-from reasonkv.runtimes.vllm.options import method_of
+from reasonkv.runtimes.vllm.options import RequestConfig, method_of
 
 
 def test_an_engine_is_configured_by_a_method_and_the_fields_of_a_budget() -> None:
@@ -84,7 +83,7 @@ def stock(**changes: Any) -> SimpleNamespace:
             pipeline_parallel_size=1, tensor_parallel_size=1, decode_context_parallel_size=1,
             prefill_context_parallel_size=1, use_ubatching=False,
         ),
-        "scheduler_config": SimpleNamespace(scheduler_reserve_full_isl=True),
+        "scheduler_config": SimpleNamespace(scheduler_reserve_full_isl=True, scheduler_cls=None),
         "cache_config": SimpleNamespace(cache_dtype="auto"),
         "model_config": SimpleNamespace(
             is_multimodal_model=False, is_encoder_decoder=False, get_total_num_kv_heads=lambda: 8
@@ -128,10 +127,10 @@ def test_other_versions_of_vllm_are_refused(monkeypatch: pytest.MonkeyPatch) -> 
     for found, is_fine in (("0.32.0", True), ("0.32.4+cpu", True), ("0.31.2", False), ("0.320.0", False)):
         monkeypatch.setattr(config, "version", lambda name, found=found: found)
         if is_fine:
-            assert check_version() == found
+            assert installed_package() == ("vllm", found)
         else:
             with pytest.raises(ServingError, match=f"vLLM {found} is installed"):
-                check_version()
+                installed_package()
 
 
 def test_our_scheduler_is_known_by_its_name_and_by_its_class() -> None:

@@ -1,8 +1,8 @@
 """Where the platform's kernels put a key or value in a block, found out by asking them.
 
 Attention kernels pack keys and values as they like: CPU kernels interleave them per instruction set, others split them
-by head or by token. Instead of knowing every packing, a numbered ramp is written through the platform's own cache
-operation when the engine starts, and where the numbers end up is the layout. Reading and writing then move elements in
+by head or by token. Instead of knowing every packing, the engine writes a numbered ramp through the platform's own
+cache operation when it starts, and where the numbers end up is the layout. Reading and writing then move elements in
 packed space, in one pass where the layout is linear; where it is not, writing goes through the platform's operation.
 
 Legend: B rows, M blocks per row, H KV heads, S slots per block, D head_dim, E elements of a block.
@@ -86,22 +86,22 @@ class Strides:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where every element of a block is.
+    """Where every element of a block is, of both kinds.
 
     Args:
-        key_index_HSD, value_index_HSD: int64, element of the block, counted as they lie in memory.
-        key_strides, value_strides: the same as strides, where they are regular.
+        index_HSD: int64, element of the block, counted as they lie in memory.
+        strides: the same as strides, or None where it is not linear.
+        write: the platform's cache operation.
 
     """
 
-    key_index_HSD: Tensor
-    value_index_HSD: Tensor
-    key_strides: Strides | None
-    value_strides: Strides | None
+    index_HSD: dict[Kind, Tensor]
+    strides: dict[Kind, Strides | None]
+    write: Write
 
     @classmethod
     def probe(cls, kv_cache: Tensor, block: int, heads: int, head_dim: int, write: Write) -> Layout:
-        """Find out by writing to a block that nobody uses yet; it is zero afterwards.
+        """Find the layout by writing to a block that nobody uses yet; it is zero afterwards.
 
         Args:
             kv_cache: the layer's cache, blocks first, [blocks, heads, slots, elements of a slot].
@@ -118,14 +118,15 @@ class Layout:
         numbers = torch.arange(heads * S * head_dim, device=device)
         slots_S = torch.arange(S, device=device) + block * S
         elements = kv_cache[block].numel()
-        found: list[Tensor] = []
-        for is_key in (True, False):
+        found: dict[Kind, Tensor] = {}
+        kinds: tuple[Kind, Kind] = ("keys", "values")
+        for kind in kinds:
             number_E = torch.zeros(elements, dtype=torch.int64, device=device)
             weight = 1
             while weight <= len(numbers):
                 digits = (numbers // weight % _BASE).to(kv_cache.dtype).view(heads, S, head_dim).transpose(0, 1)
                 other = torch.full_like(digits, -1.0)
-                pair = (digits, other) if is_key else (other, digits)
+                pair = (digits, other) if kind == "keys" else (other, digits)
                 write(pair[0].contiguous(), pair[1].contiguous(), kv_cache, slots_S)
                 number_E += _by_memory(kv_cache)[block].reshape(-1).float().round().long() * weight
                 weight *= _BASE
@@ -139,13 +140,13 @@ class Layout:
                     "The attention backend's cache operation changes what it stores, so reasonkv cannot read keys "
                     "and values back; choose another --attention-backend or a cache without quantisation."
                 )
-            found.append(index.view(heads, S, head_dim))
+            found[kind] = index.view(heads, S, head_dim)
         kv_cache[block].zero_()
-        return cls(found[0], found[1], _strides(found[0]), _strides(found[1]))
+        return cls(found, {kind: _strides(index_HSD) for kind, index_HSD in found.items()}, write)
 
     def read(self, kind: Kind, kv_cache: Tensor, blocks_BM: Tensor) -> Tensor:
-        """Keys or values of whole blocks, in the order of slots: [B, H, M * S, D], a contiguous copy."""
-        index_HSD, strides = self._of(kind)
+        """Return keys or values of whole blocks, in the order of slots: [B, H, M * S, D], a contiguous copy."""
+        index_HSD, strides = self.index_HSD[kind], self.strides[kind]
         cache, number_BM = _by_memory(kv_cache), blocks_BM.long()
         if not cache[0].is_contiguous():  # blocks with gaps in memory
             cache = cache[number_BM.flatten()]
@@ -158,52 +159,44 @@ class Layout:
         return found.transpose(1, 2).reshape(B, H, M * S, D)
 
     def read_slots(self, kind: Kind, kv_cache: Tensor, blocks_BM: Tensor, slots_BHK: Tensor) -> Tensor:
-        """Keys or values of some slots alone, every head its own: [B, H, K, D].
+        """Return keys or values of some slots, every head its own: [B, H, K, D].
 
         Args:
             kind: which.
             kv_cache: the layer's cache.
             blocks_BM: blocks of every row, in the order of slots.
-            slots_BHK: int64, slot s stands in block s // S of its row.
+            slots_BHK: int64; slot s is in block s // S of its row.
 
         """
-        (H, S, D), strides = self.key_index_HSD.shape, self._of(kind)[1]
+        (H, S, D), strides = self.index_HSD[kind].shape, self.strides[kind]
         cache = _by_memory(kv_cache)
         if strides is None or not cache[0].is_contiguous():
             return self.read(kind, kv_cache, blocks_BM).take_along_dim(slots_BHK[..., None], 2)
         block_BHK = blocks_BM.long().gather(1, (slots_BHK // S).flatten(1)).view(slots_BHK.shape)
         return strides.gather_slots(cache.flatten(1), block_BHK, slots_BHK % S, (H, S, D))
 
-    def write_front(self, kv_cache: Tensor, blocks_BM: Tensor, keys_BHKD: Tensor, values_BHKD: Tensor) -> bool:
-        """Write keys and values to the first K slots of every row.
-
-        Returns:
-            Whether it was done; False where the layout is not linear, and nothing was written.
-
-        """
-        cache = _by_memory(kv_cache)
-        if self.key_strides is None or self.value_strides is None or not cache[0].is_contiguous():
-            return False
-        S, slot_K = self.key_index_HSD.shape[1], torch.arange(keys_BHKD.shape[2], device=kv_cache.device)
+    def write_front(self, kv_cache: Tensor, blocks_BM: Tensor, keys_BHKD: Tensor, values_BHKD: Tensor) -> None:
+        """Write keys and values to the first K slots of every row."""
+        cache, (B, H, K, D), S = _by_memory(kv_cache), keys_BHKD.shape, kv_cache.shape[2]
+        slot_K = torch.arange(K, device=kv_cache.device)
         block_BK = blocks_BM.long()[:, slot_K // S]
-        for strides, x_BHKD in ((self.key_strides, keys_BHKD), (self.value_strides, values_BHKD)):
-            strides.put_slots(cache.flatten(1), block_BK, slot_K % S, x_BHKD, S)
-        return True
-
-    def _of(self, kind: Kind) -> tuple[Tensor, Strides | None]:
-        if kind == "keys":
-            return self.key_index_HSD, self.key_strides
-        return self.value_index_HSD, self.value_strides
+        of_keys, of_values = self.strides["keys"], self.strides["values"]
+        if of_keys is not None and of_values is not None and cache[0].is_contiguous():
+            of_keys.put_slots(cache.flatten(1), block_BK, slot_K % S, keys_BHKD, S)
+            of_values.put_slots(cache.flatten(1), block_BK, slot_K % S, values_BHKD, S)
+            return
+        keys_nHD, values_nHD = (x.transpose(1, 2).reshape(B * K, H, D) for x in (keys_BHKD, values_BHKD))
+        self.write(keys_nHD, values_nHD, kv_cache, (block_BK * S + slot_K % S).flatten())
 
 
 def _by_memory(kv_cache: Tensor) -> Tensor:
-    """The cache with the dimensions of a block in the order they have in memory; a view."""
+    """Return the cache with the dimensions of a block in the order they have in memory; a view."""
     within = kv_cache.stride()[1:]
     return kv_cache.permute(0, *sorted(range(1, kv_cache.dim()), key=lambda dim: -within[dim - 1]))
 
 
 def _strides(index_HSD: Tensor) -> Strides | None:
-    """The index as strides, or None where it is not linear."""
+    """Return the index as strides, or None where it is not linear."""
     H, S, D = index_HSD.shape
     first = index_HSD[0, 0, 0]
 
