@@ -186,6 +186,7 @@ class Compactor:
         ).unbind(1)  # fmt: skip
         layout, cache, blocks_BM = layer.layout, layer.module.kv_cache, layer.blocks(step, due, held)
         assert layout is not None
+        every_slot = torch.arange(held, device=cache.device).expand(len(due), slots.heads, held)
         index = slots.token_indices(row_b, held, length_b, settled_b)
         is_prompt = index < prompt_b[:, None, None]
         queries = query_index = None
@@ -198,7 +199,7 @@ class Compactor:
         return PagedView(
             keys_BHND=None,  # type: ignore[arg-type]
             values_BHND=None,  # type: ignore[arg-type]
-            read=lambda kind: layout.read(kind, cache, blocks_BM)[:, :, :held],
+            read=lambda kind: layout.read(kind, cache, blocks_BM, every_slot),
             positions_BHN=index,
             counts_BHN=slots.source_counts(row_b, held, settled_b),
             is_prompt_BHN=is_prompt,
@@ -257,15 +258,16 @@ def _rewrite(layer: Layer, step: StepLayout, due: list[DueCompaction], plan: Pla
     assert layout is not None
     if plan.fold is not None:
         keys, values = view.keys_BHND.contiguous(), view.values_BHND.contiguous()
-        keys_BHKD, values_BHKD = compact_pair(keys, values, every_row, plan, view.positions_BHN)
+        new = dict(zip(_FIELDS, compact_pair(keys, values, every_row, plan, view.positions_BHN), strict=True))
     else:
         blocks_BM = layer.blocks(step, due, view.positions_BHN.shape[2])
-        keys_BHKD, values_BHKD = (
-            gather_slots(getattr(view, field).contiguous(), every_row, kept_BHK)
+        new = {
+            kind: gather_slots(getattr(view, field).contiguous(), every_row, kept_BHK)
             if view.was_read(kind)
-            else layout.read_slots(kind, cache, blocks_BM, kept_BHK)
+            else layout.read(kind, cache, blocks_BM, kept_BHK)
             for kind, field in _FIELDS.items()
-        )
-    layout.write_front(cache, layer.blocks(step, due, kept_BHK.shape[2]), keys_BHKD, values_BHKD)
+        }
+    for kind, x_BHKD in new.items():
+        layout.write_front(kind, cache, layer.blocks(step, due, kept_BHK.shape[2]), x_BHKD)
     row_b = torch.tensor([one.request.row for one in due], device=kept_BHK.device)
     layer.slots.settle(row_b, plan, view)
