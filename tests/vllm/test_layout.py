@@ -76,14 +76,14 @@ def check_reading(cache: Tensor, write: Write) -> Layout:
         assert torch.equal(got[0], written.transpose(0, 1))
         assert torch.equal(got[1], torch.cat([written[S:], written[:S]]).transpose(0, 1))
         assert torch.equal(picked, got.take_along_dim(some[..., None], 2))
-    front, before = torch.randn(2, 2, H, S + 1, D).to(cache.dtype), cache.clone()  # a block and a slot of the next
+    front, untouched = torch.randn(2, 2, H, S + 1, D).to(cache.dtype), cache[0].clone()  # a block and a slot more
     asked = torch.tensor([[1, 3], [4, 2]])
+    old = {kind: layout.read(kind, cache, asked, every)[:, :, S + 1 :] for kind in layout.is_rows}
     for kind, new in (("keys", front[0]), ("values", front[1])):
         layout.write_front(kind, cache, asked, new)
     for kind, new in (("keys", front[0]), ("values", front[1])):
-        old = layout.read(kind, before, asked, every)
-        assert torch.equal(layout.read(kind, cache, asked, every), torch.cat([new, old[:, :, S + 1 :]], 2))
-    assert torch.equal(cache[0], before[0])
+        assert torch.equal(layout.read(kind, cache, asked, every), torch.cat([new, old[kind]], 2))
+    assert torch.equal(cache[0], untouched)
     return layout
 
 

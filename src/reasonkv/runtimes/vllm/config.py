@@ -148,10 +148,10 @@ def check_method(method: Method) -> None:
         (not method.bounded, "keeps everything: leave reasonkv out of --additional-config"),
         (needs.future, "looks into the future: it works in replay only, where the trace is known"),
         (
-            hasattr(method, "select"),
+            needs.selects,
             f"keeps everything and selects what each query reads, which vLLM's kernels do not do; {elsewhere}",
         ),
-        (hasattr(method, "layer_tokens"), "gives layers different budgets, but vLLM's layers share their blocks"),
+        (needs.layer_budgets, "gives layers different budgets, but vLLM's layers share their blocks"),
         (
             needs.whole_prompt,
             "counts a prompt's queries only if they all come in one forward, but vLLM feeds prompts in chunks that "
