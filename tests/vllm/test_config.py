@@ -259,17 +259,17 @@ def test_every_option_of_every_method_can_be_restated_unless_all_queries_are_obs
         ("vase-attnv", {"tempreture": 0.5}, "Unknown option of vase-attnv 'tempreture'; did you mean 'temperature'"),
         ("vase-attnv", {"tokens": 5}, "Unknown option of vase-attnv 'tokens'"),
         ("streaming", {"window": 5}, "It takes none"),
-        ("vase-attnv", {"temperature": "0.5"}, "temperature takes a number, not '0.5'"),
-        ("vase-attnv", {"temperature": True}, "temperature takes a number, not True"),
-        ("vase-attnv", {"temperature": None}, "temperature takes a number, not None"),
-        ("vase-attnv", {"temperature": float("nan")}, "temperature takes a number, not nan"),
-        ("vase-attnv", {"temperature": float("inf")}, "temperature takes a number, not inf"),
-        ("vase-attnv", {"temperature": 10**400}, "temperature takes a number"),
-        ("vase-attnv", {"sample": 0}, "sample takes true or false, not 0"),
-        ("vase-attnv", {"kernel": 3.0}, "kernel takes a whole number, not 3.0"),
-        ("vase-attnv", {"kernel": False}, "kernel takes a whole number, not False"),
-        ("vase-attnv", {"magnitude": ["norm"]}, "magnitude takes a text"),
-        ("vase-attnv", {"magnitude": "size"}, "magnitude must be one of range"),
+        ("vase-attnv", {"temperature": "0.5"}, "temperature must be a finite number, not '0.5'"),
+        ("vase-attnv", {"temperature": True}, "temperature must be a finite number, not True"),
+        ("vase-attnv", {"temperature": None}, "temperature must be a finite number, not None"),
+        ("vase-attnv", {"temperature": float("nan")}, "temperature must be a finite number, not nan"),
+        ("vase-attnv", {"temperature": float("inf")}, "temperature must be a finite number, not inf"),
+        ("vase-attnv", {"temperature": 10**400}, "temperature must be a finite number, not 1000"),
+        ("vase-attnv", {"sample": 0}, "sample must be true or false, not 0"),
+        ("vase-attnv", {"kernel": 3.0}, "kernel must be a whole number, not 3.0"),
+        ("vase-attnv", {"kernel": False}, "kernel must be a whole number, not False"),
+        ("vase-attnv", {"magnitude": ["norm"]}, "magnitude must be range, variance, norm or random, not"),
+        ("vase-attnv", {"magnitude": "size"}, "magnitude must be range"),
         ("vase-attnv", {"temperature": 0}, "temperature must be above 0"),
         ("vase-attnv", {"kernel": 2}, "kernel must be an odd number"),
         ("chunkkv", {"base": "nothing"}, "Unknown method 'nothing'"),
@@ -294,7 +294,7 @@ def test_options_that_make_no_sense_are_refused_in_one_sentence(
         ("snapkv", {"window": 32}, "window"),  # the length of the ring
         ("snapkv", {"kernel": 3, "window": 32}, "window"),
         ("vase-dkv", {"window": 32}, "window"),  # what is protected
-        ("vase-attnv", {"form": "public"}, "form"),  # state beside slots
+        ("vase-attnv", {"variant": "paper"}, "variant"),  # state beside slots
         ("vase-attnv", {"evict_large": True}, "evict_large"),
         ("random-attention", {"shared": True}, "shared"),  # which heads decide together
         ("triattention", {"mode": "per_layer_per_head", "group": "mean"}, "mode"),

@@ -139,7 +139,7 @@ def test_a_processor_is_found_by_getattr_name_after_name() -> None:
     assert cached_load_custom_logitsprocs(bound) == list(bound)
     validate = build_custom_logits_processors_params_validator(given)
     validate(SamplingParams(extra_args={"reasonkv": {"options": {"temperature": 0.5}}}))
-    with pytest.raises(VLLMValidationError, match="temperature takes a number"):
+    with pytest.raises(VLLMValidationError, match="temperature must be a finite number"):
         validate(SamplingParams(extra_args={"reasonkv": {"options": {"temperature": "x"}}}))
 
 

@@ -44,8 +44,8 @@ def test_a_requests_seed_is_its_row_seed_and_wrong_options_never_reach_the_engin
             ({"unknown": 1}, "Unknown reasonkv options"),
             ({"enabled": False}, f"without --scheduler-cls {SCHEDULER}"),
             ({"options": {"redarw": True}}, "did you mean 'redraw'"),
-            ({"options": {"redraw": "no"}}, "redraw takes true or false"),
-            ('{"options": {"redraw": 1}}', "redraw takes true or false"),
+            ({"options": {"redraw": "no"}}, "redraw must be true or false"),
+            ('{"options": {"redraw": 1}}', "redraw must be true or false"),
         ):
             with pytest.raises(VLLMValidationError, match=sentence):
                 serve(llm, [ids], greedy(4, extra_args={"reasonkv": wrong}))

@@ -112,7 +112,7 @@ def test_a_wrong_request_is_answered_400_with_a_sentence_and_the_server_lives_on
         ('{"tokens": 5}', "cannot be set by a request"),
         ('{"seed": "x"}', "whole number"),
         ('{"options": {"redarw": false}}', "did you mean 'redraw'"),
-        ('{"options": {"redraw": "no"}}', "redraw takes true or false"),
+        ('{"options": {"redraw": "no"}}', "redraw must be true or false"),
     ):
         with pytest.raises(openai.BadRequestError, match=sentence) as error:
             client.completions.create(

@@ -1,4 +1,4 @@
-"""One engine's compressed requests in one worker: which run, what every layer keeps of them, when they are compacted."""
+"""One engine's compressed requests in one worker: which run, what layers store of them, when they are compacted."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ class Runtime:
 
     @torch.inference_mode()
     def begin(self, scheduled: Any) -> None:
-        """Take in what the scheduler sends before a step (`SchedulerOutput`), and carry out the last step's compactions.
+        """Take in what the scheduler sends before a step (`SchedulerOutput`), and carry out the compactions of the last.
 
         They wait for it so that nobody waits for them: the last step's tokens are out, and requests that ended with it
         need no compaction. Until the model runs, nothing is written to any block, not even to those that the scheduler
@@ -311,7 +311,7 @@ class Runtime:
         self.requests[name] = RunningRequest(lengths=self.lengths, row=row, method=method, seed=seed)
 
     def _suspend(self, name: str) -> None:
-        """Free a preempted request's row; on resume it restarts with the same prompt length, budget, method and seed."""
+        """Free a preempted request's row; it restarts with the same prompt length, budget, method and seed."""
         one = self.requests[name]
         budget = None if one.budget is None else schedule.row_budget(self.config.budget)
         self._suspended[name] = partial(self._start, name, one.state.prompt, budget, one.method, one.seed)
