@@ -19,7 +19,7 @@ from reasonkv.identity import device_words, package_versions
 
 QUESTIONS = (
     "Write a Python class for an LRU cache with get and put in O(1), then explain each method and test it.",
-    "A train leaves at 9:40 and travels 312 km at 78 km/h with two stops of 12 minutes. When does it arrive? Think aloud.",
+    "A train leaves at 9:40 and travels 312 km at 78 km/h with two stops of 12 minutes. When does it arrive?",
     "Implement binary search over a rotated sorted list in Python. Walk through three examples step by step.",
     "Explain how a hash map handles collisions, then implement one with open addressing in Python.",
     "Write a SQL schema for a small library (books, members, loans) and five queries, and explain each query.",
