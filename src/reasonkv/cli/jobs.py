@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from reasonkv.cli.console import note, print_json, print_tables, progress_bars, show
 from reasonkv.cli.flags import ConfigFile, Json, ModelFlags, Out, Without, command
-from reasonkv.evaluate.job import GenerateJob, Job, ReplayJob, TuneJob
+from reasonkv.evaluate.job import GenerateJob, ReplayJob, TuneJob
 
 if TYPE_CHECKING:
     from reasonkv.models import LoadedModel
@@ -38,17 +38,17 @@ def evaluate(*, job: GenerateJob, out: Out, model: ModelFlags, json: Json = Fals
 
 
 def _run(job: ReplayJob | GenerateJob, out: Path, model: ModelFlags, json: bool) -> None:
-    loaded = load_for(job, out, model)
+    from reasonkv.evaluate.cells import check_job
+
+    check_job(job)  # what is wrong with it is reported before the model takes its time to load
+    loaded = load(model, out)
     result = run_and_show(job, loaded, out, quiet=json)
     if json:
         print_json(result)
 
 
-def load_for(job: Job, out: Path, model: ModelFlags) -> LoadedModel:
-    """Check everything that can be checked without a model, then load it."""
-    from reasonkv.evaluate.cells import check_job
-
-    check_job(job)
+def load(model: ModelFlags, out: Path) -> LoadedModel:
+    """Load a model, and note what runs where."""
     loaded = model.load()
     note(f"{loaded.name}: {loaded.dtype} on {loaded.device_name}; results in {show(out)}")
     return loaded
@@ -101,3 +101,26 @@ def tune(
 
     Another --target, --resolution or replay --metric reuses what --out holds; `reasonkv frontier` reads it, too.
     """
+    from reasonkv.evaluate.matching import sized
+    from reasonkv.evaluate.tune import check_search, tune
+    from reasonkv.report.frontier import SEARCH_SENTENCE, search_tables
+
+    target, rule, methods = check_search(job)
+    loaded = load(model, out)
+
+    def tell(point: Any, probe: Any) -> None:
+        size = sized(rule, probe.tokens).label
+        if point is None:
+            note(f"  @ {size}: nothing was compressed")
+        else:
+            words = "kept" if probe.keeps else "missed"
+            note(f"  {point.task}: {point.method} @ {size}: {job.metric} {point.mean:.4g}, {words}")
+
+    with progress_bars(len(job.task) * (1 + 6 * len(methods))) as progress:
+        found = tune(job, loaded, out, progress, on_probe=tell)
+    if json:
+        print_json({"out": out, "target": str(target), "resolution": job.resolution, "metric": job.metric,
+                    "searches": [one.to_dict() for one in found]})  # fmt: skip
+        return
+    print_tables(search_tables(found, job.budget.window), SEARCH_SENTENCE)
+    print(f"Records: {show(out)}")

@@ -128,14 +128,14 @@ def demo(
     """
     from reasonkv.cli.flags import ModelFlags
     from reasonkv.cli.inspect import inspect_folder
-    from reasonkv.cli.jobs import load_for, run_and_show
+    from reasonkv.cli.jobs import load, run_and_show
     from reasonkv.evaluate import demo
     from reasonkv.report.inspector import save_inspection
     from reasonkv.report.report import write_report
 
     options = {"limit": limit, "seed": seed, "batch_size": batch_size}
     jobs = {"replay": demo.replay_job(**options), "answers": demo.answers_job(**options)}
-    loaded = load_for(jobs["replay"], out, ModelFlags(device=device))
+    loaded = load(ModelFlags(device=device), out)
     found = {name: run_and_show(job, loaded, out / name, quiet=json, name="demo") for name, job in jobs.items()}
     for name in jobs:  # of each a run that went wrong, if there is one
         made = inspect_folder(
