@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from reasonkv.budget import Budget, BudgetError, DividesBudget, Window, layer_budgets
-from reasonkv.methods import Method
+from reasonkv.budget import Budget, BudgetError, Window
+from reasonkv.methods import Method, layer_budgets
 from reasonkv.methods.sparse_read import SelectionMethod
 from reasonkv.schedule import State, next_event, step
 
@@ -84,7 +84,8 @@ def mean_physical(
         raise ValueError("A mean physical length needs rows with tokens after their prompt.")
     total = 0.0
     for prompt, length in rows:
-        shares = layer_budgets(method, budget, layers, prompt) if isinstance(method, DividesBudget) else [budget]
+        divides = method is not None and method.needs.layer_budgets
+        shares = layer_budgets(method, budget, layers, prompt) if method and divides else [budget]
         slots = sum(attended_slots(own, prompt, length) for own in shares)
         total += slots / len(shares) / (length - prompt)
     return total / len(rows)
@@ -151,7 +152,7 @@ def tokens_for_mean(
     Raises:
         BudgetError: the target lies outside what this budget can reach on these rows.
     """
-    divides = isinstance(method, DividesBudget)
+    divides = method is not None and method.needs.layer_budgets
     recent = max(budget.recent, method.needs.recent) if method is not None and divides else budget.recent
     low = max(1, budget.sinks + recent)
     if budget.prompt == "keep":

@@ -6,13 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from reasonkv.budget import Budget, BudgetError, DividesBudget, layer_budgets
+from reasonkv.budget import Budget, BudgetError
 from reasonkv.evaluate.manifest import Manifest, open_results
 from reasonkv.evaluate.matching import budget_for_mean, check_matchable
 from reasonkv.evaluate.records import RECORDS, Record, append_records, read_records, record_key, repair
 from reasonkv.evaluate.replay import Cell, replay_batch, to_record
 from reasonkv.evaluate.traces import Trace, TraceSettings, load_or_make_traces
-from reasonkv.methods import Method
+from reasonkv.methods import Method, layer_budgets
 from reasonkv.models import LoadedModel, one_thread_if_small
 from reasonkv.runtimes.transformers.support import compressed_layers
 from reasonkv.tasks import get_task
@@ -126,13 +126,13 @@ def plan_cells(
             )
         prompts, fed = zip(*decoding, strict=True)
         for method in methods:
-            own = method if isinstance(method, DividesBudget) else None
+            own = method if method.needs.layer_budgets else None
             if own not in solved:
                 solved[own] = [budget_for_mean(budgets[0], mean, prompts, fed, own, layers) for mean in mean_slots]
     longest = None if rows is None else max(prompt for prompt, _ in rows)
     cells = []
     for method in methods:
-        met = solved.get(method if isinstance(method, DividesBudget) else None, budgets)
+        met = solved.get(method if method.needs.layer_budgets else None, budgets)
         cells += [Cell(method, budget) for budget in (met if method.bounded else [None])]
     for cell in cells:
         if cell.budget is not None and (rows is not None or not mean_slots):
