@@ -90,7 +90,7 @@ def test_all_blocks_come_back_and_every_text_is_its_own_whoever_is_aborted_or_pr
             del doomed[name]
     assert free_blocks(small_engine) == before
     manager = manager_of(small_engine)
-    assert not manager.holdings and not any(manager.req_to_blocks.values())
+    assert not manager.allocations and not any(manager.req_to_blocks.values())
     assert len(watcher.preempted) >= 8 and watcher.repeated
     for name in sorted(set(asked) - aborted):
         ids, tokens = asked[name]

@@ -12,9 +12,8 @@ from reasonkv import Budget
 from reasonkv.methods import Method, Observed, get_method
 from reasonkv.plan import PlanError
 from reasonkv.rotary import Rotary
-from reasonkv.runtimes.vllm.pieces import Pieces
 from reasonkv.runtimes.vllm.slots import LayerSlots
-from reasonkv.runtimes.vllm.step import Sequence, Step
+from reasonkv.runtimes.vllm.step import RunningRequest, StepLayout
 from reasonkv.schedule import BatchSchedule, State
 
 HQ, D, PLACES = 4, 16, 5
@@ -48,21 +47,21 @@ def test_pieces_of_a_batch_give_the_state_of_the_whole_alone(spec: str) -> None:
     courses, sequences = BatchSchedule(PLACES), {}
     for name, place in zip("abc", (2, 0, 4), strict=True):
         courses.start(place, Budget(128, prompt="count"), State(prompt=40))
-        sequences[name] = Sequence(courses=courses, place=place, method=method)
+        sequences[name] = RunningRequest(lengths=courses, row=place, method=method)
     slots = slots_of(method)
     for fed in STEPS:
-        step = Step(fed, sequences, list(fed), torch.empty(0))
+        step = StepLayout(fed, sequences, list(fed), torch.empty(0))
         parts = [text[name][sequences[name].state.length :][: fed[name]] for name in step.order]
         padded = torch.cat([*parts, torch.full((3, HQ, D), torch.nan)])  # as a graph's batch would be
-        pieces = Pieces.of(step, CPU)
+        pieces = step.query_groups(CPU)
         assert len(pieces) == len(set(fed.values()))  # requests that feed equally many share one call
         for one in pieces:
             seen = Observed(padded[one.token_bn].transpose(1, 2), one.position_bn, one.valid_bn, 0, ROTARY)
-            slots.observe(method, one.place_b, seen)
+            slots.observe(method, one.row_b, seen)
         step.end()
     for name, sequence in sequences.items():
         for key, expected in whole(method, text[name][: sequence.state.length]).items():
-            torch.testing.assert_close(slots.row_state[key][sequence.place], expected[0])
+            torch.testing.assert_close(slots.row_state[key][sequence.row], expected[0])
     slots.start(2)
     for key, fresh in method.new_row_state(1, HQ, D, CPU).items():
         assert torch.equal(slots.row_state[key][2], fresh[0])
