@@ -9,7 +9,12 @@ import pytest
 from command_line import run, sentence
 from tiny import TASK, save_tiny
 
+from reasonkv.budget import BudgetError, Window
+from reasonkv.evaluate.job import BudgetOptions, TuneJob
+from reasonkv.evaluate.matching import budget_for_mean, sized
 from reasonkv.evaluate.records import RECORDS
+from reasonkv.evaluate.tune import budget_range, check_search
+from reasonkv.methods import get_method
 from reasonkv.report.command import command
 
 
@@ -41,6 +46,24 @@ def test_a_search_over_windows_runs_reports_resumes_and_can_be_run_again(model: 
     again = run(*rebuilt[1:])
     assert again.exit_code == 0, again.stderr  # the same manifest, or the folder would refuse it
     assert (out / RECORDS).read_bytes().startswith(before)  # its target is the default one
+
+
+def test_the_range_of_a_window_is_its_size_and_its_buffer_must_hold_what_methods_keep() -> None:
+    window = Window(size=64, buffer=16, retention=0.5)
+    assert budget_range(window, get_method("random"), []) == (1, 64)
+    for kept in range(1, 64):
+        assert sized(window, kept) == Window(size=64, buffer=16, retention=kept / 64)
+        assert sized(window, kept).tokens == kept
+    options = BudgetOptions(window=64, window_buffer=16)
+    job = TuneJob(task=[TASK], methods=["random", "snapkv:window=32"], budget=options, target="0.9")
+    with pytest.raises(BudgetError, match="its newest 32 slots, but the window's buffer holds 16"):
+        check_search(job)
+
+
+def test_a_window_is_still_solved_for_a_mean() -> None:
+    found = budget_for_mean(Window(size=64, buffer=16, retention=0.5), 180, [100], [500])
+    assert isinstance(found, Window)
+    assert 1 <= found.tokens < 64
 
 
 def test_inspect_takes_a_window(model: str, tmp_path: Path) -> None:
