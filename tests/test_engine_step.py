@@ -43,7 +43,7 @@ def test_a_step_is_what_loops_say(given_: tuple[dict[str, RunningRequest], list[
     one = StepLayout(fed, sequences, order, table)
 
     tokens = [(row, rank) for row, n in enumerate(pieces) for rank in range(n)]
-    assert one.tokens == len(tokens) and one.only_decodes == (set(pieces) == {1})
+    assert one.tokens == len(tokens)
     assert one.position.tolist() == [before[row].length + rank for row, rank in tokens]
     assert one.row.tolist() == [sequences[order[row]].row for row, _ in tokens]
     assert one.longest == max(state.held + n for state, n in zip(before, pieces, strict=True))

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -17,29 +16,19 @@ from torch import Tensor
 from reasonkv import schedule
 from reasonkv.budget import Budget
 from reasonkv.methods import Method
-from reasonkv.schedule import BatchSchedule, Integers
+from reasonkv.schedule import BatchSchedule
 
 
 @dataclass(kw_only=True)
 class RunningRequest:
-    """One request of this worker.
+    """One request of this worker."""
 
-    Args:
-        lengths: lengths and budgets of all requests (budget None: full KV).
-        row: its row of everything that is kept per request (lengths, query rings, positions, state).
-        method: chooses the slots that stay: the engine's, or with options of the request's own.
-        seed: its row seed.
-        compacted_slots: slots that the newest compaction left; later ones hold consecutive tokens.
-        compactions: carried out so far.
-
-    """
-
-    lengths: BatchSchedule
-    row: int
-    method: Method
-    seed: int = 0
-    compacted_slots: int = 0
-    compactions: int = 0
+    lengths: BatchSchedule  # of all requests
+    row: int  # of everything that is kept per request: lengths, query rings, positions, state
+    method: Method  # the engine's, or with options of the request's own
+    seed: int = 0  # its row seed
+    compacted_slots: int = 0  # slots that the newest compaction left; later ones hold consecutive tokens
+    compactions: int = 0  # carried out so far
 
     @property
     def state(self) -> schedule.State:
@@ -59,44 +48,25 @@ class RunningRequest:
 
 
 class DueCompaction(NamedTuple):
-    """One request's compaction after a step.
+    """One request's compaction after a step."""
 
-    Args:
-        name: the request's id.
-        request: the request.
-        index: of the request in the batch.
-        before: lengths before the step.
-        held: slots held during the step's attention.
-        after: lengths after the compaction, which keeps `after.held` slots.
-        budget: what the request followed.
-
-    """
-
-    name: str
+    name: str  # the request's id
     request: RunningRequest
-    index: int
-    before: schedule.State
-    held: int
-    after: schedule.State
+    index: int  # of the request in the batch
+    before: schedule.State  # lengths before the step
+    held: int  # slots during the step's attention
+    after: schedule.State  # lengths after the compaction, which keeps `after.held` slots
     budget: Budget
 
 
 @dataclass(frozen=True)
 class QueryGroup:
-    """Requests that feed equally many tokens in a step: one call of `Method.observe`, without padding.
+    """Requests that feed equally many tokens in a step: one call of `Method.observe`, without padding."""
 
-    Args:
-        token_bn: int64, index of their tokens in the step's batch.
-        row_b: int64, the requests' rows.
-        position_bn: int64, token indices.
-        valid_bn: bool, True throughout.
-
-    """
-
-    token_bn: Tensor
-    row_b: Tensor
-    position_bn: Tensor
-    valid_bn: Tensor
+    token_bn: Tensor  # int64, index of their tokens in the step's batch
+    row_b: Tensor  # int64, the requests' rows
+    position_bn: Tensor  # int64, token indices
+    valid_bn: Tensor  # bool, True throughout
 
 
 class StepLayout:
@@ -117,70 +87,43 @@ class StepLayout:
     ) -> None:
         self.order, self.block_table = order, block_table
         self.requests = [requests[name] for name in order]
-        self.fed = np.array([fed[name] for name in order], dtype=np.int64)
-        """Tokens of every request, in the batch's order, as everything below."""
-        self.rows = np.array([one.row for one in self.requests], dtype=np.int64)
         self.schedule = self.requests[0].lengths
+        # per request, in the batch's order: tokens, row, and logical and physical length before the step
+        self.fed = np.array([fed[name] for name in order], dtype=np.int64)
+        self.rows = np.array([one.row for one in self.requests], dtype=np.int64)
         self.lengths, self.held = self.schedule.lengths(self.rows)
-        """Logical and physical length of every request before the step."""
-        self.tokens = sum(fed.values())
-        """Tokens of the step, without padding."""
-        self.only_decodes = self.tokens == len(order)
-        """Every request feeds one token, so what is counted per request is counted per token."""
-        self.due: list[DueCompaction] = []
-        """Set by `end`."""
+        # per token, without padding: index of its request in the batch, that request's row, token index and slot
+        self.index = np.repeat(np.arange(len(order)), self.fed)
+        self.tokens = len(self.index)
+        rank = np.arange(self.tokens) - (np.cumsum(self.fed) - self.fed)[self.index]
+        self.row, self.position, self.slot = (
+            self.rows[self.index],
+            self.lengths[self.index] + rank,
+            self.held[self.index] + rank,
+        )
+        self.due: list[DueCompaction] = []  # set by `end`
 
-    @cached_property
+    @property
     def longest(self) -> int:
         """Most slots a request holds during the step's attention."""
         return int((self.held + self.fed).max())
 
-    def per_token(self, numbers_B: Integers) -> Integers:
-        """Repeat every request's number for each of its tokens."""
-        return numbers_B if self.only_decodes else np.repeat(numbers_B, self.fed)
-
-    @cached_property
-    def rank(self) -> Integers:
-        """Number of every token within its request's chunk."""
-        if self.only_decodes:
-            return np.zeros_like(self.fed)
-        return np.arange(self.tokens) - self.per_token(np.cumsum(self.fed) - self.fed)
-
-    @cached_property
-    def row(self) -> Integers:
-        """Row of every token's request."""
-        return self.per_token(self.rows)
-
-    @cached_property
-    def position(self) -> Integers:
-        """Token index of every token."""
-        return self.per_token(self.lengths) + self.rank
-
     def physical_slots(self, block_size: int) -> Tensor:
         """Return where every token is written, int64 [tokens]: block number x block size + slot in the block."""
-        table = self.block_table[: len(self.order)]
-        held_n = self.held if self.only_decodes else self.per_token(self.held) + self.rank
-        slot_n = torch.from_numpy(held_n).to(table.device)
-        block_n = slot_n // block_size
-        if self.only_decodes:
-            number_n = table.gather(1, block_n[:, None])[:, 0]
-        else:
-            index_n = torch.from_numpy(self.per_token(np.arange(len(self.order)))).to(table.device)
-            number_n = table[index_n, block_n]
-        return (number_n - block_n) * block_size + slot_n
+        block, slot = np.divmod(self.slot, block_size)
+        index_n, block_n, slot_n = torch.from_numpy(np.stack([self.index, block, slot])).to(self.block_table.device)
+        return self.block_table[index_n, block_n] * block_size + slot_n
 
     def ring_lines(self, length: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
         """Return where every token's query goes in the rings of `length` of all rows, seen as one; and which tokens go.
 
         Of a chunk longer than the ring only the newest tokens are written. The second is None where all are.
         """
-        token, row, newest = self.position, self.row, None
-        if self.fed.max() > length:
-            ends = self.per_token(self.lengths + self.fed)
-            chosen = np.nonzero(token >= ends - length)[0]
-            token, row = token[chosen], row[chosen]
-            newest = torch.from_numpy(chosen).to(device)
-        return torch.from_numpy(row * length + token % length).to(device), newest
+        lines = self.row * length + self.position % length
+        if self.fed.max() <= length:
+            return torch.from_numpy(lines).to(device), None
+        newest = np.flatnonzero(self.position >= (self.lengths + self.fed)[self.index] - length)
+        return torch.from_numpy(lines[newest]).to(device), torch.from_numpy(newest).to(device)
 
     def query_groups(self, device: torch.device) -> list[QueryGroup]:
         """Group requests by how many tokens they feed; all that decode are one group, whatever their lengths."""
