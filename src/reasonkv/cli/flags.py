@@ -84,10 +84,11 @@ def command(function: Callable[..., int | None]) -> Callable[..., int | None]:
     A parameter is annotated with the class, or with `Annotated[cls, Without(("field",))]`; the function is called with
     an instance.
     """
-    hints, made = get_type_hints(function, include_extras=True), {}
+    hints = get_type_hints(function, include_extras=True)
+    made: dict[str, tuple[type[Any], type[Any]]] = {}
     for name, hint in hints.items():
         cls, *marks = get_args(hint) if get_origin(hint) is Annotated else (hint,)
-        if is_dataclass(cls):
+        if isinstance(cls, type) and is_dataclass(cls):
             made[name] = cls, _flags(cls, next((one for one in marks if isinstance(one, Without)), ()))
 
     @functools.wraps(function)
@@ -117,8 +118,8 @@ def _flags(cls: type, without: Sequence[str]) -> type[Any]:
         if one.name in without:
             continue
         kind: Any = hints[one.name]
-        if is_dataclass(kind):
-            nested = _flags(kind, without)  # type: ignore[arg-type]
+        if isinstance(kind, type) and is_dataclass(kind):
+            nested = _flags(kind, without)
             made.append((one.name, Annotated[nested, Parameter(name="*")], field(default_factory=nested)))
             continue
         several = get_origin(kind) is Sequence

@@ -74,8 +74,8 @@ def inspect(
         choices = {"task": task, "example": example, "method": method, "tokens": next(iter(budget.tokens), None)}
         made = inspect_folder(folder, loaded, choices, generate=generate)
     write_atomically(out, inspector_page(made.data).encode())
-    if save or folder:
-        data = save_inspection(save or folder, made.data)
+    if (place := save or folder) is not None:
+        data = save_inspection(place, made.data)
         save_plans(data.with_suffix(".plans.safetensors"), made.plans)
         note(f"Data and plans: {show(data)}")
     print(show(out))

@@ -88,7 +88,8 @@ def _method(name: str) -> Any:
 
 def _fields(options: BudgetOptions) -> dict[str, Any]:
     """Return the budget as the engine's configuration has it; what is a field's default is left out."""
-    sizes = [{"tokens": one} for one in options.tokens] + [{"keep": one} for one in options.keep]
+    sizes: list[dict[str, Any]] = [{"tokens": one} for one in options.tokens]
+    sizes += [{"keep": one} for one in options.keep]
     if options.window is not None:
         window = {"size": options.window, "buffer": options.window_buffer}
         sizes = [{"window": window | {"retention": one}} for one in options.retention]

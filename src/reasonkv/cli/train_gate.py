@@ -55,8 +55,8 @@ def train_gate(
 
     Example: `reasonkv train-gate --model Qwen/Qwen3-8B --text book.txt --out reasonkv_gate.safetensors`
 
-    The gate learns to expect the model's own attention. Afterwards it is compared with an untrained gate and with Quest,
-    on texts it was not trained on, by the share of attention that falls on equally many pages.
+    The gate learns to expect the model's own attention. Afterwards it is compared with an untrained gate and with
+    Quest, on texts it was not trained on, by the share of attention that falls on equally many pages.
     """
     from reasonkv.models import one_thread_if_small
     from reasonkv.seer import GateRecipe, save_gate
@@ -117,7 +117,7 @@ def _shares(loaded: LoadedModel, job: TrainGateJob, gate: Gate, rows: list[Train
     from reasonkv.methods.seer import SeerAttention
     from reasonkv.seer import GateError, kept_attention, random_gate, save_gate
 
-    shapes = [layer["query"].shape[:3] if layer else None for layer in gate.layers]
+    shapes = [(*layer["query"].shape[:2], layer["query"].shape[2]) if layer else None for layer in gate.layers]
     found: dict[int, dict[str, float]] = {}
     with TemporaryDirectory() as folder:
         untrained = Path(folder) / "untrained.safetensors"
