@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from reasonkv import Budget, CompressedCache, get_method
-from reasonkv.budget import DividesBudget, Window
+from reasonkv.budget import Window
 from reasonkv.calibration import Calibration
 from reasonkv.methods import Method, method_names
 from reasonkv.rotary import Rotary
@@ -189,7 +189,7 @@ def events(
     """Milliseconds of an event in the middle of a generation, of a token without one, and of reading K and V once."""
     window = Window() if method.name == "kara" else None
     prompt = HELD - window.size - window.buffer if window else 1
-    if isinstance(method, DividesBudget):
+    if method.needs.layer_budgets:
         yield from uneven_events(method, model, repeats, dtype)
         return
     feeder: Feeder | None = None

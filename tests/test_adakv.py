@@ -154,7 +154,7 @@ def test_nan_is_an_error_and_not_a_winner() -> None:
     ("spec", "message"),
     [
         ("adakv:alpha=1.5", "adakv: alpha must be between 0 and 1, not 1.5."),
-        ("adakv:stretch=0.5", "adakv: stretch must be a number of at least 1, not 0.5."),
+        ("adakv:stretch=0.5", "adakv: stretch must be at least 1, not 0.5."),
         ("adakv:base=cask", "adakv: base must be a method that scores slots, not cask."),
         (
             "adakv:base=tova",

@@ -387,7 +387,7 @@ def test_train_testbed_trains(tmp_path: Path) -> None:
 
 
 def test_specs_keep_the_options_of_a_method_together() -> None:
-    assert split_specs("full, rkv:form=port,window=8,snapkv") == ["full", "rkv:form=port,window=8", "snapkv"]
+    assert split_specs("full, rkv:variant=vase,window=8,snapkv") == ["full", "rkv:variant=vase,window=8", "snapkv"]
     assert split_specs("a,a,b:x=1:2,y=3") == ["a", "b:x=1:2,y=3"]
     assert whole_numbers("1_024, 2048,2048", "--budgets") == [1024, 2048]
     with pytest.raises(UsageError):

@@ -240,11 +240,11 @@ def test_every_catalogue_method_has_one_style_whatever_stands_beside_it() -> Non
 
 
 def test_forty_names_and_variants_are_all_different() -> None:
-    names = [*FIXED, *(f"new{i}" for i in range(25)), "rkv:form=port", "rkv:window=4", "new3:a=1"]
+    names = [*FIXED, *(f"new{i}" for i in range(25)), "rkv:variant=vase", "rkv:window=4", "new3:a=1"]
     found = styles(names)
     assert list(found) == names
     assert len(set(found.values())) == len(names)
-    assert found["rkv:form=port"].colour == found["rkv"].colour
+    assert found["rkv:variant=vase"].colour == found["rkv"].colour
     assert styles(names) == found
 
 

@@ -17,11 +17,12 @@ from models import batch, tiny_model
 from oracle import differences, run_compressed
 
 from reasonkv import Budget, BudgetError, CompressedCache, Plan, Requirements, SlotView, get_method, schedule
-from reasonkv.budget import Window, layer_budgets
+from reasonkv.budget import Window
 from reasonkv.evaluate.fates import PlanRecorder, fates
 from reasonkv.evaluate.matching import mean_physical, tokens_for_mean
 from reasonkv.evaluate.pieces import Row, feed
 from reasonkv.evaluate.runner import plan_cells
+from reasonkv.methods import layer_budgets
 from reasonkv.methods.pyramidkv import PyramidKV, public_pyramid, pyramid
 from reasonkv.methods.snapkv import SnapKV
 
@@ -82,7 +83,7 @@ def test_budgets_of_layers_sum_to_layers_times_tokens_and_hold_what_is_protected
 
 
 def test_a_share_that_cannot_hold_what_is_protected_is_one_sentence() -> None:
-    model, public = MODEL, PyramidKV(window=6, beta=2, form="public")
+    model, public = MODEL, PyramidKV(window=6, beta=2, variant="kvpress")
     with pytest.raises(BudgetError) as caught:
         CompressedCache(model, public, Budget(16, sinks=4, recent=6, prompt="count"))
     assert str(caught.value) == (
@@ -101,7 +102,7 @@ class WholeModel(PyramidKV):
 
     @property
     def needs(self) -> Requirements:
-        return Requirements(scope="model")
+        return Requirements(scope="model", layer_budgets=True)
 
 
 def test_a_method_of_model_scope_cannot_have_layers_of_its_own() -> None:
@@ -331,5 +332,9 @@ def test_every_method_meets_the_mean_with_tokens_of_its_own() -> None:
         assert mean == pytest.approx(200, abs=0.6)
     with pytest.raises(BudgetError, match="leaves 58 to layer 4 of 6"):
         plan_cells(
-            [PyramidKV(window=16, beta=2, form="public")], [Budget(64, recent=60, prompt="count")], (), rows, layers=6
+            [PyramidKV(window=16, beta=2, variant="kvpress")],
+            [Budget(64, recent=60, prompt="count")],
+            (),
+            rows,
+            layers=6,
         )

@@ -110,7 +110,9 @@ def test_logits_processors_of_the_user_stand_beside_ours() -> None:
         assert command[at : at + 3] == ["--logits-processors", f"{OPT_OUT}.snapkv", "a:B"]
         assert command.count("--logits-processors") == 1
     assert dry(*BASIC, "--no-opt-out")[-1] == f"{OPTIONS}.snapkv"
-    assert dry("serve", "m", "--method", "rkv:form=port", "--budget", "512")[-1] == f"{OPT_OUT}.rkv"  # its name alone
+    assert (
+        dry("serve", "m", "--method", "rkv:variant=vase", "--budget", "512")[-1] == f"{OPT_OUT}.rkv"
+    )  # its name alone
 
 
 @pytest.mark.parametrize(

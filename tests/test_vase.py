@@ -41,7 +41,7 @@ SPECS: list[Method] = [
     VaseAttnV(**SHORT, n_large=1000, magnitude="norm"),
     VaseAttnV(**SHORT, magnitude="random"),
     VaseAttnV(**SHORT, evict_large=True),
-    VaseAttnV(**SHORT, form="public"),
+    VaseAttnV(**SHORT, variant="paper"),
     VaseDKV(**SHORT),
     VaseDKV(**SHORT, redraw=False),
     VaseDKV(**SHORT, projection=0, n_sink=0),
@@ -179,7 +179,7 @@ def test_a_plan_includes_slots_as_often_as_the_authors_sampler() -> None:
 
 @pytest.mark.parametrize("case", [c for c in cases("range_sink_sample_attn") if c.values[0]["options"]["smooth"]])
 def test_the_public_form_pools_and_orders_slots_as_the_authors_code(case: dict[str, Any]) -> None:
-    method = attnv(case, form="public", kernel=0)
+    method = attnv(case, variant="paper")
     assert method.kernel == 5
     for event in (0, 1):
         held, record = public_view(case, event)

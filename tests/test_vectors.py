@@ -130,7 +130,7 @@ def check_harness_kept(method: ScorerMethod, view: SlotView, record: dict[str, A
 def test_rkv_port_equals_the_published_port(case: dict[str, Any], event: int) -> None:
     file, options = FILES["field_vase"], case["options"]
     window, kernel = options["residual_length"], options["kernel_size"] if options["smooth"] else 1
-    method = RKV(form="port", window=window, kernel=kernel, weight=options["rkv_lambda"])
+    method = RKV(variant="vase", window=window, kernel=kernel, weight=options["rkv_lambda"])
     view, record = harness_view(case, event)
     assert_close(method.importance(view), file.read(record["attention_a"]), **CLOSE)
     assert_close(method.redundancy(view), file.read(record["redundancy"]), **CLOSE)

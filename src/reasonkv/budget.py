@@ -7,14 +7,10 @@ physical length. `Window` is the budget of sliding-window compression, which bou
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, get_args, runtime_checkable
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal, get_args
 
 from reasonkv.errors import ReasonKVError
-
-if TYPE_CHECKING:
-    from reasonkv.methods.base import Requirements
 
 PromptPolicy = Literal["count", "keep", "on_top"]
 Trigger = Literal["occupancy", "grid"]
@@ -285,64 +281,6 @@ class PeriodicWindow(Window):
     def row(self) -> ExplicitEventsWindow:
         """One row's budget, before it has had an event."""
         return ExplicitEventsWindow(self.size, self.buffer, self.retention)
-
-
-@runtime_checkable
-class DividesBudget(Protocol):
-    """A method whose layers have budgets of their own."""
-
-    name: ClassVar[str]
-
-    @property
-    def needs(self) -> Requirements:
-        """As of every method."""
-
-    def layer_tokens(self, budget: Budget, layers: int, prompt: int) -> Sequence[int]:
-        """The `tokens` of every layer.
-
-        Args:
-            budget: what the layers have on average.
-            layers: compressed layers, in the model's order.
-            prompt: tokens of the row's prompt, 0 while it is not known.
-
-        """
-
-
-def layer_budgets(
-    method: object, budget: Budget | None, layers: int, prompt: int | None = None
-) -> Sequence[Budget | None]:
-    """The budget of every compressed layer for one row: all the same, unless the method divides it.
-
-    Args:
-        method: a method.
-        budget: what is to be divided; None for full KV.
-        layers: compressed layers.
-        prompt: tokens of the row's prompt, None while it is not known.
-
-    Raises:
-        BudgetError: a share that cannot hold what is protected, or a budget or method whose layers must be alike.
-
-    """
-    if budget is None or not isinstance(method, DividesBudget):
-        return [budget] * layers
-    recent = max(budget.recent, method.needs.recent)
-    if isinstance(budget, Window):
-        raise BudgetError(f"{method.name} divides tokens among layers, which a Window has none of; give it a Budget.")
-    if method.needs.scope == "model":
-        raise BudgetError(f"{method.name} plans all layers at once, so they cannot have budgets of their own.")
-    shares = list(method.layer_tokens(budget, layers, prompt or 0))
-    least = budget.sinks + recent
-    protected = f"{budget.sinks} sinks and {recent} recent tokens"
-    if budget.prompt == "keep" and prompt is not None:
-        least = max(least, prompt + recent + 1)
-        protected = f"a prompt of {prompt} tokens, {recent} recent ones and one more"
-    for layer, tokens in enumerate(shares):
-        if tokens < max(1, least):
-            raise BudgetError(
-                f"Of {budget.tokens} tokens, {method.name} leaves {tokens} to layer {layer + 1} of {layers}, which "
-                f"cannot hold {protected}; raise tokens, or divide them more evenly."
-            )
-    return [replace(budget, tokens=tokens) for tokens in shares]
 
 
 def slot_bytes(key_dim: int, value_dim: int, element_size: int, state_bytes: int = 0) -> int:

@@ -10,7 +10,7 @@ import pytest
 
 from reasonkv import Budget, Window
 from reasonkv.budget import PeriodicWindow
-from reasonkv.methods import catalogue, get_method
+from reasonkv.methods import get_method, method_classes
 from reasonkv.runtimes.vllm import config
 from reasonkv.runtimes.vllm.config import (
     OPT_OUT,
@@ -241,7 +241,7 @@ def test_a_requests_method_is_the_engines_with_its_options() -> None:
 
 
 def test_every_option_of_every_method_can_be_restated_unless_all_queries_are_observed() -> None:
-    for cls in catalogue():
+    for cls in method_classes():
         try:
             method = vllm_variant(get_method(cls.name))
         except ServingError:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from reasonkv.calibration import Calibration
 
 _FILES = "Files"
-_FEW = 2048
-"""Below so many tokens the averages are rough, and we say so."""
 
 
 @expected_errors
@@ -63,39 +61,49 @@ def calibrate(
 
     Example: [b]reasonkv calibrate --model Qwen/Qwen3-8B --text book.txt --out stats.safetensors[/b]
     """
-    from reasonkv.calibration import CalibrationError
+    from reasonkv.calibration.job import FEW_TOKENS, CalibrateJob, run, write
+    from reasonkv.errors import ReasonKVError
 
-    common.check_limit(limit)
-    if import_ is None and (text is None) == (task is None):
-        raise UsageError("Give either --text FILE or --task NAME, or --import FILE.")
-    if import_ is not None and (text is not None or task is not None):
-        raise UsageError("--import reads a file instead of calibrating; leave --text and --task out.")
-    for path, option, ending in (
-        (out, "--out", ".safetensors"),
-        (export, "--export", ".pt"),
-        (figure, "--figure", ".png"),
-    ):
-        if path is not None and path.suffix != ending:
-            raise UsageError(f"{option} writes a {ending} file, not {path.name}.")
+    tasks = () if task is None else tuple(common.split_tasks(task))
     try:
-        if import_ is not None:
-            found = _read(import_, model)
+        job = CalibrateJob(
+            text=text, task=tasks, limit=limit, seed=seed, tokens=tokens, window=window, batch_size=batch_size,
+            horizon=horizon, out=out, import_=import_, export=export, figure=figure,
+        )  # fmt: skip
+        if job.import_ is not None:
+            found = _read(job.import_, model)
         else:
-            wanted = {"text": text, "task": task, "limit": limit, "seed": seed, "tokens": tokens, "window": window}
-            wanted["horizon"] = horizon
-            found, out = _collect(model or "testbed", dtype, device, wanted, batch_size, out)
-        written = _write(found, out, export, figure)
-    except CalibrationError as error:
+            from reasonkv.models import one_thread_if_small
+            from reasonkv.tasks import get_task
+
+            families = [get_task(spec) for spec in tasks]
+            loaded = common.open_model(model or "testbed", dtype, device)
+            note(f"{loaded.name}: {loaded.dtype} on {loaded.device_name}")
+            with one_thread_if_small(loaded.model), common.progress_bars(1) as bar:
+                found = run(
+                    job, loaded.model, loaded.tokenizer, tasks=families, name=loaded.name,
+                    progress=lambda done: bar("tokens", min(done, tokens), tokens),
+                )  # fmt: skip
+            if (found.tokens or 0) < FEW_TOKENS:
+                note(f"Only {found.tokens:,} tokens were averaged; some thousands give steadier statistics.")
+        written = write(job, found)
+    except ReasonKVError as error:
         raise UsageError(str(error)) from None
     except KeyboardInterrupt:
         note("Stopped; nothing was written.")
         raise typer.Exit(130) from None
     if json:
-        common.print_json({**_facts(found), "layers_concentration": _rows(found), "files": written})
+        names = (
+            "name", "model", "layers", "query_heads", "head_dim", "pairs", "rope_type", "tokens", "date", "verified",
+            "source",
+        )  # fmt: skip
+        facts = {name: getattr(found, name) for name in names}
+        files = {what: str(path) for what, path in written.items()}
+        common.print_json({**facts, "layers_concentration": found.layer_concentrations(), "files": files})
         return
     _print(found)
     for what, where in written.items():
-        typer.echo(f"{what:<12}{common.show(Path(where))}")
+        typer.echo(f"{what:<12}{common.show(where)}")
 
 
 def _read(path: Path, model: str | None) -> Calibration:
@@ -111,87 +119,6 @@ def _read(path: Path, model: str | None) -> Calibration:
     return found
 
 
-def _collect(
-    model: str, dtype: str, device: str, wanted: dict[str, Any], batch_size: int, out: Path | None
-) -> tuple[Calibration, Path]:
-    """Load the model and calibrate; also where to write, `out` or the user's cache."""
-    from reasonkv.calibration import cached_calibration, collect, fitting_window
-    from reasonkv.calibration.corpus import text_batches, trace_batches
-    from reasonkv.evaluate.generate import context_length
-    from reasonkv.models import one_thread_if_small
-    from reasonkv.tasks import get_task
-
-    tasks = None if wanted["task"] is None else common.split_tasks(wanted["task"])
-    if wanted["text"] is not None and not wanted["text"].is_file():
-        raise UsageError(f"There is no text file {wanted['text']}.")
-    loaded = common.open_model(model, dtype, device)
-    window, tokens = wanted["window"] or fitting_window(loaded.model, batch_size), wanted["tokens"]
-    if tasks is None:
-        path = wanted["text"]
-        batches = text_batches(loaded.tokenizer, path, tokens=tokens, window=window, batch_size=batch_size)
-        source = f"text {path.name} in windows of {window} tokens"
-    else:
-        # a trace has its own length: only the model's context cuts it, unless --window does
-        longest = wanted["window"] or context_length(loaded.model) or window
-        families, limit, seed = [get_task(spec) for spec in tasks], wanted["limit"], wanted["seed"]
-        batches = trace_batches(
-            loaded.model, loaded.tokenizer, families, limit=limit, seed=seed, tokens=tokens, window=longest
-        )
-        source = f"reference traces of {limit} training problems each (seed {seed}): {', '.join(tasks)}"
-    note(f"{loaded.name}: {loaded.dtype} on {loaded.device_name}; {source}")
-    done = 0
-    with one_thread_if_small(loaded.model), common.progress_bars(1) as progress:
-
-        def advance(new: int) -> None:
-            nonlocal done
-            done += new
-            progress("tokens", min(done, tokens - 1), tokens)
-
-        found = collect(
-            loaded.model, batches, horizon=wanted["horizon"], on_done=advance, name=loaded.name, source=source
-        )
-        progress("tokens", done, done)
-    if done < _FEW:
-        note(f"Only {done:,} tokens were averaged; some thousands give steadier statistics.")
-    return found, out or cached_calibration(loaded.hash)
-
-
-def _write(found: Calibration, out: Path | None, export: Path | None, figure: Path | None) -> dict[str, str]:
-    """Write what was asked for; what and where."""
-    from reasonkv.calibration import export_pt, save_calibration
-
-    written = {}
-    if out is not None:
-        save_calibration(out, found)
-        written["calibration"] = str(out)
-    if export is not None:
-        export_pt(found, export)
-        written["export"] = str(export)
-    if figure is not None:
-        try:
-            from reasonkv.calibration.figure import concentration_figure
-        except ImportError:
-            note("No figure without matplotlib; install it with: pip install 'reasonkv[report]'")
-        else:
-            figure.parent.mkdir(parents=True, exist_ok=True)
-            written["figure"] = str(concentration_figure(found, figure))
-    return written
-
-
-def _facts(found: Calibration) -> dict[str, Any]:
-    names = ("name", "model", "layers", "query_heads", "head_dim", "pairs", "rope_type", "tokens", "date", "verified")
-    return {**{name: getattr(found, name) for name in names}, "source": found.source}
-
-
-def _rows(found: Calibration) -> list[dict[str, float]]:
-    """Concentration per layer: heads and pairs weighted by |mean of q_f|, and the least and most concentrated head."""
-    weight_LHqF, heads_LHq = found.mean_LHqF.abs(), found.head_concentration_LHq()
-    total_L = weight_LHqF.sum((1, 2)).clamp(min=1e-30)
-    mean_L = (weight_LHqF * found.concentration_LHqF()).sum((1, 2)) / total_L
-    columns = (mean_L.tolist(), heads_LHq.amin(1).tolist(), heads_LHq.amax(1).tolist())
-    return [{"mean": mean, "min": low, "max": high} for mean, low, high in zip(*columns, strict=True)]
-
-
 def _print(found: Calibration) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -199,7 +126,7 @@ def _print(found: Calibration) -> None:
     table = Table(header_style="bold", title="Concentration R of queries before RoPE")
     for heading in ("layer", "mean", "least concentrated head", "most concentrated head"):
         table.add_column(heading, justify="right")
-    for layer, row in enumerate(_rows(found)):
+    for layer, row in enumerate(found.layer_concentrations()):
         table.add_row(str(layer), f"{row['mean']:.3f}", f"{row['min']:.3f}", f"{row['max']:.3f}")
     console = Console(width=common.width() or None)
     console.print(table)

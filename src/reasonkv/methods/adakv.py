@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
+from annotated_types import Ge
 from torch import Tensor
 
 from reasonkv.budget import Budget, BudgetError, Window
-from reasonkv.methods.base import Method, Requirements
+from reasonkv.methods.base import Requirements
 from reasonkv.methods.ops import top_k_slots
+from reasonkv.methods.options import Share
 from reasonkv.methods.wraps import ScoreWrapper
 from reasonkv.plan import Plan
 from reasonkv.view import SlotView
 
 
 @dataclass(frozen=True)
-class AdaKV(ScoreWrapper, Method):
+class AdaKV(ScoreWrapper):
     """One top-k over all heads of a layer instead of one per head (Feng et al., 2024, "Ada-KV: Optimizing KV Cache
     Eviction by Adaptive Budget Allocation for Efficient LLM Inference", arXiv 2407.11550).
 
@@ -43,15 +45,8 @@ class AdaKV(ScoreWrapper, Method):
     title: ClassVar[str] = "One budget for all heads of a layer, shared by another method's scores"
     paper: ClassVar[str] = "Ada-KV, arXiv 2407.11550"
 
-    alpha: float = 0.2
-    stretch: float = 1.5
-
-    def __post_init__(self) -> None:
-        if not 0.0 <= self.alpha <= 1.0:
-            raise ValueError(f"alpha must be between 0 and 1, not {self.alpha}.")
-        if not 1.0 <= self.stretch < float("inf"):
-            raise ValueError(f"stretch must be a number of at least 1, not {self.stretch}.")
-        super().__post_init__()
+    alpha: Share = 0.2
+    stretch: Annotated[float, Ge(1)] = 1.5
 
     @property
     def needs(self) -> Requirements:

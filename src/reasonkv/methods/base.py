@@ -1,28 +1,28 @@
-"""The interface every method implements, and the registry that finds it.
+"""The interface every method implements.
 
 A method is a frozen dataclass: its fields are its options, its docstring cites the paper. It holds no state; what a
-generation accumulates lives in that generation's cache.
+generation accumulates is stored in that generation's cache.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from reasonkv.errors import ReasonKVError
+from reasonkv.budget import Budget, BudgetError, Window
 from reasonkv.methods.ops import top_k_slots
+from reasonkv.methods.options import MethodError, options_of
 from reasonkv.plan import Plan
 from reasonkv.rotary import Rotary
 from reasonkv.view import SlotView
 
-
-class MethodError(ReasonKVError, ValueError):
-    """An unknown method or option; the message names the nearest one that exists."""
+OF_VARIANT: Any = None
+"""Default of an option whose value depends on the variant; see `Method.variants`."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,8 @@ class Requirements:
         observes: `Method.observe` is called with the queries of every forward; what it keeps is `view.row_state`.
         output_projection: the view shows the layer's output projection.
         whole_prompt: what the method observes of a prompt is right only if the prompt comes in one forward.
+        selects: the method keeps every slot and chooses what each query reads (`SelectionMethod`).
+        layer_budgets: layers have budgets of their own (`Method.layer_tokens`).
 
     """
 
@@ -83,6 +85,8 @@ class Requirements:
     observes: bool = False
     output_projection: bool = False
     whole_prompt: bool = False
+    selects: bool = False
+    layer_budgets: bool = False
 
     @property
     def stored_state(self) -> dict[str, SlotState]:
@@ -112,7 +116,16 @@ class Observed:
 
 @dataclass(frozen=True)
 class Method(ABC):
-    """Chooses which slots stay at an event. Subclasses set the class variables and implement `plan`."""
+    """Chooses which slots are kept at a compaction. Subclasses set the class variables and implement `plan`.
+
+    Fields are options, checked against their annotations: `window: Annotated[int, Ge(1)] = 64`, `Literal["a", "b"]`
+    (`reasonkv.methods.options` has names for common ones). Deliberate differences from the paper are values of one
+    option `variant`, the first field.
+
+    Raises:
+        MethodError: an option of the wrong type or out of range.
+
+    """
 
     name: ClassVar[str]
     title: ClassVar[str]
@@ -121,6 +134,25 @@ class Method(ABC):
     """Citation with its arXiv number, or "-" for a baseline without one."""
     bounded: ClassVar[bool] = True
     """False only for full KV, which takes no budget."""
+    variants: ClassVar[Mapping[str, Mapping[str, object]]] = {}
+    """By variant, the values of options whose default is `OF_VARIANT`."""
+
+    def __post_init__(self) -> None:
+        of_variant = self._of_variant()
+        for option in options_of(type(self)).values():
+            value = getattr(self, option.name)
+            if value is None:
+                value = of_variant.get(option.name)
+            object.__setattr__(self, option.name, option.check(self.name, value))  # the dataclass is frozen
+        self.check_options()
+
+    def check_options(self) -> None:  # noqa: B027 - most methods have nothing to check
+        """Check options that depend on each other; called with all of them resolved.
+
+        Raises:
+            MethodError: options that contradict each other.
+
+        """
 
     @property
     def needs(self) -> Requirements:
@@ -166,38 +198,99 @@ class Method(ABC):
         raise NotImplementedError(f"{self.name} observes but does not say how.")
 
     def for_tokenizer(self, tokenizer: Any) -> Method:
-        """The method with what an option leaves to the model's tokenizer filled in; records keep the option."""
+        """Return the method with what an option leaves to the tokenizer filled in; records keep the option."""
         return self
 
+    def for_budget(self, budget: Budget) -> Method:
+        """Return the method with what an option leaves to the budget filled in; records keep the option.
+
+        Raises:
+            BudgetError: a budget the method cannot work with.
+
+        """
+        return self
+
+    def layer_tokens(self, budget: Budget, layers: int, prompt: int) -> Sequence[int]:
+        """Return the `tokens` of every layer; read only with `Requirements(layer_budgets=True)`.
+
+        Args:
+            budget: what the layers have on average.
+            layers: compressed layers, in the model's order.
+            prompt: tokens of the prompt, 0 while it is not known.
+
+        """
+        return [budget.tokens] * layers
+
     def options(self) -> dict[str, object]:
-        """The options as recorded in results."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        """Return the options as recorded in results, resolved."""
+        return {one.name: getattr(self, one.name) for one in fields(self)}
 
     def spec(self) -> str:
-        """The shortest text that gives this method back: `name` or `name:key=value,...`."""
-        changed = [f"{f.name}={getattr(self, f.name)}" for f in fields(self) if getattr(self, f.name) != f.default]
+        """Return the shortest text that `get_method` gives this method back for: `name` or `name:key=value,...`."""
+        usual = {one.name: one.default for one in fields(self)} | dict(self._of_variant())
+        changed = [f"{key}={value}" for key, value in self.options().items() if value != usual[key]]
         return self.name + (":" + ",".join(changed) if changed else "")
+
+    def _of_variant(self) -> Mapping[str, object]:
+        return self.variants.get(getattr(self, "variant", ""), {})
 
 
 @dataclass(frozen=True)
 class ScorerMethod(Method):
-    """A method that ranks slots: the highest scores stay. Subclasses implement `score` alone."""
+    """A method that ranks slots: those with the highest scores are kept. Subclasses implement `score` alone."""
 
     @abstractmethod
     def score(self, view: SlotView) -> Tensor:
-        """float32 scores [B, H, N], higher = kept. Protected slots are forced by the caller, whatever their score."""
+        """Return float32 scores [B, H, N], higher = kept; protected slots are kept whatever their score."""
 
     def plan(self, view: SlotView, keep: int) -> Plan:
-        """Top-k over the scores with protected slots forced; ties go to the newer position."""
+        """Keep the top-k scores and the protected slots; of equal scores the newer slot."""
         return Plan(top_k_slots(self.score(view), keep, forced_BHN=view.is_protected_BHN))
 
 
 def refuse_future(method: Method) -> None:
-    """Called by every runtime that does not know a trace beforehand.
+    """Check that a method needs no future attention, for runtimes that do not know the whole trace.
 
     Raises:
-        MethodError: the method needs the future.
+        MethodError: it does.
 
     """
     if method.needs.future:
         raise MethodError(f"{method.name} looks into the future: it works in replay only, where the trace is known.")
+
+
+def layer_budgets(
+    method: Method, budget: Budget | None, layers: int, prompt: int | None = None
+) -> Sequence[Budget | None]:
+    """Return the budget of every compressed layer of one sequence; all the same unless the method divides it.
+
+    Args:
+        method: a method.
+        budget: what is divided; None for full KV.
+        layers: compressed layers.
+        prompt: tokens of the prompt, None while it is not known.
+
+    Raises:
+        BudgetError: a share that cannot hold what is protected, or a budget or method whose layers must be alike.
+
+    """
+    if budget is None or not method.needs.layer_budgets:
+        return [budget] * layers
+    recent = max(budget.recent, method.needs.recent)
+    if isinstance(budget, Window):
+        raise BudgetError(f"{method.name} divides tokens among layers, which a Window has none of; give it a Budget.")
+    if method.needs.scope == "model":
+        raise BudgetError(f"{method.name} plans all layers at once, so they cannot have budgets of their own.")
+    shares = list(method.layer_tokens(budget, layers, prompt or 0))
+    least = budget.sinks + recent
+    protected = f"{budget.sinks} sinks and {recent} recent tokens"
+    if budget.prompt == "keep" and prompt is not None:
+        least = max(least, prompt + recent + 1)
+        protected = f"a prompt of {prompt} tokens, {recent} recent ones and one more"
+    for layer, tokens in enumerate(shares):
+        if tokens < max(1, least):
+            raise BudgetError(
+                f"Of {budget.tokens} tokens, {method.name} leaves {tokens} to layer {layer + 1} of {layers}, which "
+                f"cannot hold {protected}; raise tokens, or divide them more evenly."
+            )
+    return [replace(budget, tokens=tokens) for tokens in shares]

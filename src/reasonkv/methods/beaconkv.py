@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from reasonkv.methods.base import Observed, Requirements, ScorerMethod
 from reasonkv.methods.ops import attention_blocks, upcast
+from reasonkv.methods.options import Count, Size
 from reasonkv.view import SlotView
 
 
@@ -40,14 +41,9 @@ class BeaconKV(ScorerMethod):
     title: ClassVar[str] = "Largest attention of diverse past queries and the newest"
     paper: ClassVar[str] = "BeaconKV, arXiv 2609.04971"
 
-    beacons: int = 16
-    window: int = 16
-    recent: int = 32
-
-    def __post_init__(self) -> None:
-        for key, least in (("beacons", 1), ("window", 1), ("recent", 0)):
-            if getattr(self, key) < least:
-                raise ValueError(f"{key} must be at least {least}, not {getattr(self, key)}.")
+    beacons: Size = 16
+    window: Size = 16
+    recent: Count = 32
 
     @property
     def needs(self) -> Requirements:

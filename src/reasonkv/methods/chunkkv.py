@@ -11,6 +11,7 @@ from torch import Tensor
 
 from reasonkv.methods.base import Requirements, ScorerMethod
 from reasonkv.methods.ops import upcast
+from reasonkv.methods.options import Size
 from reasonkv.methods.wraps import ScoreWrapper
 from reasonkv.plan import Plan
 from reasonkv.view import SlotView
@@ -39,14 +40,8 @@ class ChunkKV(ScoreWrapper, ScorerMethod):
     title: ClassVar[str] = "Chunks of consecutive tokens, by the mean of another score"
     paper: ClassVar[str] = "ChunkKV, arXiv 2502.00299"
 
-    chunk: int = 10
-    reuse: int = 1
-
-    def __post_init__(self) -> None:
-        for key in ("chunk", "reuse"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"{key} must be at least 1, not {getattr(self, key)}.")
-        super().__post_init__()
+    chunk: Size = 10
+    reuse: Size = 1
 
     @property
     def needs(self) -> Requirements:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch.nn import functional
 from reasonkv import noise
 from reasonkv.methods.base import ScorerMethod
 from reasonkv.methods.ops import head_blocks, upcast
+from reasonkv.methods.options import Count
 from reasonkv.view import SlotView
 
 Leverage = Literal["kv_product", "kv_avg", "key", "value"]
@@ -43,18 +44,10 @@ class CurDKV(ScorerMethod):
     paper: ClassVar[str] = "CurDKV, arXiv 2509.15038"
 
     leverage: Leverage = "kv_product"
-    window: int = 16
+    window: Count = 16
     tail: Tail = "scaled"
-    rank: int = 0
-    sinks: int = 4
-
-    def __post_init__(self) -> None:
-        for key, allowed in (("leverage", Leverage), ("tail", Tail)):
-            if getattr(self, key) not in get_args(allowed):
-                raise ValueError(f"{key} must be one of {', '.join(get_args(allowed))}, not {getattr(self, key)!r}.")
-        for key in ("window", "rank", "sinks"):
-            if getattr(self, key) < 0:
-                raise ValueError(f"{key} must be at least 0, not {getattr(self, key)}.")
+    rank: Count = 0
+    sinks: Count = 4
 
     def score(self, view: SlotView) -> Tensor:
         """Shares of keys and values, combined, normalised to sum 1 over all slots; 1 for sinks."""

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from reasonkv.methods.base import Method, Requirements, SlotState
-from reasonkv.methods.ops import attention_blocks, check_window, fill_window, later_slots, top_k_slots, upcast
+from reasonkv.methods.ops import attention_blocks, fill_window, later_slots, top_k_slots, upcast
+from reasonkv.methods.options import Kernel, Share, Size
 from reasonkv.plan import Plan
 from reasonkv.view import SlotView
 
@@ -46,13 +47,13 @@ class DefensiveKV(Method):
     among heads.
 
     Args:
+        variant: "corrected" - as above; "paper" - the authors' code where it differs: it normalises r over KV heads
+            instead of slots, takes the attention to the newest slots BEFORE the window for that to the window, compares
+            the sums of step 4 with that on the scale of old slots alone, and leaves out the token that reaches it.
         window: newest queries that vote; their tokens always stay.
         kernel: slots pooled together, odd; 1 turns pooling off.
         mass: share of attention that step 4 covers; 0 turns it off.
         output_norm: step 3. It reads the layer's output projection, once for every token.
-        form: "ours" - as above; "public" - the authors' code where it differs: it normalises r over KV heads instead
-            of slots, takes the attention to the newest slots BEFORE the window for that to the window, compares the
-            sums of step 4 with that on the scale of old slots alone, and leaves out the token that reaches it.
 
     """
 
@@ -60,18 +61,11 @@ class DefensiveKV(Method):
     title: ClassVar[str] = "Largest attention of any recent query, times the value's output norm"
     paper: ClassVar[str] = "DefensiveKV, arXiv 2510.13334"
 
-    window: int = 32
-    kernel: int = 5
-    mass: float = 0.9
+    variant: Literal["corrected", "paper"] = "corrected"
+    window: Size = 32
+    kernel: Kernel = 5
+    mass: Share = 0.9
     output_norm: bool = True
-    form: Literal["ours", "public"] = "ours"
-
-    def __post_init__(self) -> None:
-        check_window(self.window, self.kernel)
-        if not 0.0 <= self.mass <= 1.0:
-            raise ValueError(f"mass must be between 0 and 1, not {self.mass}.")
-        if self.form not in ("ours", "public"):
-            raise ValueError(f"form must be ours or public, not {self.form!r}.")
 
     @property
     def needs(self) -> Requirements:
@@ -96,7 +90,7 @@ class DefensiveKV(Method):
         score_BHn = worst_BHn.maximum(worst_BHn.mean(-1, keepdim=True))
         if norms_BHN is not None:
             r_BHn = norms_BHN[..., : score_BHn.shape[-1]]
-            total = r_BHn.sum(-1 if self.form == "ours" else 1, keepdim=True)
+            total = r_BHn.sum(-1 if self.variant == "corrected" else 1, keepdim=True)
             score_BHn = score_BHn * (r_BHn / total.clamp(min=torch.finfo(total.dtype).tiny))
         if self.mass:
             covering_BHn, rank_BHn = self.covering(votes)
@@ -108,14 +102,14 @@ class DefensiveKV(Method):
         """Step 4: which slots cover the mass, bool [B, H, n], and their rank by mean attention, n - 1 the highest."""
         mean_BHn = votes.mean_BHn
         old_BH1 = mean_BHn.sum(-1, keepdim=True)
-        if self.form == "ours":
+        if self.variant == "corrected":
             target_BH1 = self.mass - (1.0 - old_BH1)
         else:
             mean_BHn = mean_BHn / old_BH1
             target_BH1 = self.mass - votes.edge_BH.mean(1)[:, None, None].expand_as(old_BH1)
         sorted_BHn, order_BHn = mean_BHn.sort(dim=-1, descending=True, stable=True)
         sums_BHn = sorted_BHn.cumsum(-1)
-        covers_BHn = (sums_BHn - sorted_BHn if self.form == "ours" else sums_BHn) < target_BH1
+        covers_BHn = (sums_BHn - sorted_BHn if self.variant == "corrected" else sums_BHn) < target_BH1
         n = mean_BHn.shape[-1]
         rank_n = torch.arange(n - 1, -1, -1, device=mean_BHn.device, dtype=mean_BHn.dtype)
         rank_BHn = torch.empty_like(mean_BHn).scatter_(-1, order_BHn, rank_n.expand_as(mean_BHn))

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import ClassVar, Literal, NamedTuple, get_args
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import torch
+from annotated_types import Ge
 from torch import Tensor
 
-from reasonkv.methods.base import Observed, Requirements, ScorerMethod
+from reasonkv.methods.base import OF_VARIANT, Observed, Requirements, ScorerMethod
 from reasonkv.methods.ops import group_mean, head_blocks, upcast
+from reasonkv.methods.options import Count, Size
 from reasonkv.rotary import Rotary
 from reasonkv.view import SlotView
 
-Form = Literal["ours", "kvpress", "cask"]
-Covariance = Literal["auto", "bands", "full", "none"]
+Variant = Literal["corrected", "kvpress", "cask"]
+Covariance = Literal["bands", "full", "none"]
 
 _TOKENS_AT_ONCE = 256  # of one forward's queries in float64
 
@@ -46,8 +48,8 @@ class ExpectedAttention(ScorerMethod):
     3. Expected attention of a slot: softmax over slots of log E exp(q.k / sqrt D) = A mu.k / sqrt D + k.A S A'k / 2D.
     4. Times the norm of the value; mean over the query heads of a KV head.
 
-    `form="ours"` takes the statistics of every query since the row's start, kept as sums beside the cache, and the
-    true next positions. The public forms differ, and are here for comparison:
+    `variant="corrected"` takes the statistics of every query since the row's start, kept as sums beside the cache, and
+    the true next positions. The others are here for comparison:
 
     * "kvpress" (the authors' code): the same with the whole covariance; the keys of the first `sinks` tokens are kept
       and stay outside the softmax. It compresses a prompt once; at later events the statistics here include what was
@@ -61,9 +63,9 @@ class ExpectedAttention(ScorerMethod):
     layers, beside 151 MB of bf16 keys and values at 1,024 slots.
 
     Args:
-        form: "ours", "kvpress" or "cask".
+        variant: "corrected", "kvpress" or "cask".
         covariance: "bands" - within each rotary pair (dimensions without RoPE: their variances); "full" - all pairs
-            of dimensions; "none" - the mean alone. "auto" stands for the form's own: bands, in public forms full.
+            of dimensions; "none" - the mean alone. Unless given: "bands" of "corrected", "full" of the others.
         future: positions averaged over.
         value_norm: multiply by the norm of the value.
         epsilon: added to the expected attention before the norm multiplies it, so that large values stay.
@@ -76,38 +78,26 @@ class ExpectedAttention(ScorerMethod):
     title: ClassVar[str] = "Expected attention of future queries, times the value's norm"
     paper: ClassVar[str] = "Expected Attention, arXiv 2510.00636"
 
-    form: Form = "ours"
-    covariance: Covariance = "auto"
-    future: int = 512
-    value_norm: bool = True
-    epsilon: float = 0.0
-    sinks: int = 4
-    window: int = 8
+    variants: ClassVar[dict[str, dict[str, object]]] = {
+        "corrected": {"covariance": "bands"},
+        "kvpress": {"covariance": "full"},
+        "cask": {"covariance": "full"},
+    }
 
-    def __post_init__(self) -> None:
-        for key, allowed in (("form", Form), ("covariance", Covariance)):
-            if getattr(self, key) not in get_args(allowed):
-                raise ValueError(f"{key} must be one of {', '.join(get_args(allowed))}, not {getattr(self, key)!r}.")
-        for key, least in (("future", 1), ("sinks", 0), ("window", 1)):
-            if getattr(self, key) < least:
-                raise ValueError(f"{key} must be at least {least}, not {getattr(self, key)}.")
-        if not 0.0 <= self.epsilon < float("inf"):
-            raise ValueError(f"epsilon must be a number of at least 0, not {self.epsilon}.")
-        if self.covariance == "auto":
-            object.__setattr__(self, "covariance", "bands" if self.form == "ours" else "full")
+    variant: Variant = "corrected"
+    covariance: Covariance = OF_VARIANT
+    future: Size = 512
+    value_norm: bool = True
+    epsilon: Annotated[float, Ge(0)] = 0.0
+    sinks: Count = 4
+    window: Size = 8
 
     @property
     def needs(self) -> Requirements:
         """The newest queries and their tokens for "cask", the sums of all queries for the others."""
-        if self.form == "cask":
+        if self.variant == "cask":
             return Requirements(queries=self.window, recent=self.window, rotary=True)
         return Requirements(observes=True, rotary=True)
-
-    def spec(self) -> str:
-        """As for every method, but against the covariance of the form."""
-        base = type(self)(form=self.form).options() | {"form": "ours"}
-        changed = [f"{f.name}={getattr(self, f.name)}" for f in fields(self) if getattr(self, f.name) != base[f.name]]
-        return self.name + (":" + ",".join(changed) if changed else "")
 
     def new_row_state(self, rows: int, query_heads: int, head_dim: int, device: torch.device) -> dict[str, Tensor]:
         """Sums over the queries seen, float64 (see the class)."""
@@ -146,12 +136,12 @@ class ExpectedAttention(ScorerMethod):
         """Steps 2 to 4."""
         assert view.rotary is not None
         B, H, N = view.positions_BHN.shape
-        moments = self._window_moments(view, view.rotary) if self.form == "cask" else self._running_moments(view)
-        start_B = torch.full_like(view.length_B, N) if self.form == "cask" else view.length_B
+        moments = self._window_moments(view, view.rotary) if self.variant == "cask" else self._running_moments(view)
+        start_B = torch.full_like(view.length_B, N) if self.variant == "cask" else view.length_B
         logits_BHgN = expected_logits(
             view.keys_BHND, rotated(moments, mean_rotation(view.rotary, start_B, self.future)), view.scaling
         ).view(B, H, -1, N)
-        is_sink_BHN = view.positions_BHN < (0 if self.form == "ours" else self.sinks)
+        is_sink_BHN = view.positions_BHN < (0 if self.variant == "corrected" else self.sinks)
         attention_BHN = group_mean(logits_BHgN.masked_fill(is_sink_BHN[:, :, None], float("-inf")).softmax(-1))
         scores_BHN = attention_BHN
         if self.value_norm:

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from reasonkv.calibration.horizon import future_distances
-from reasonkv.methods.base import MethodError
 from reasonkv.methods.ops import head_blocks, upcast
+from reasonkv.methods.options import MethodError
 from reasonkv.rotary import Rotary
 from reasonkv.view import LayerStatistics
 

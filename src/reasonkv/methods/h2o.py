@@ -10,6 +10,7 @@ from torch import Tensor
 
 from reasonkv.methods.base import Method, Observed, Requirements, SlotState
 from reasonkv.methods.ops import attention_blocks, group_mean, top_k_slots, upcast
+from reasonkv.methods.options import Share, Size
 from reasonkv.plan import Plan
 from reasonkv.view import SlotView
 
@@ -42,14 +43,8 @@ class H2O(Method):
     title: ClassVar[str] = "Attention accumulated since a slot was written, and the newest"
     paper: ClassVar[str] = "H2O, arXiv 2306.14048"
 
-    window: int = 128
-    recent_share: float = 0.5
-
-    def __post_init__(self) -> None:
-        if self.window < 1:
-            raise ValueError(f"window must be at least 1, not {self.window}.")
-        if not 0.0 <= self.recent_share <= 1.0:
-            raise ValueError(f"recent_share must be between 0 and 1, not {self.recent_share}.")
+    window: Size = 128
+    recent_share: Share = 0.5
 
     @property
     def needs(self) -> Requirements:

@@ -11,6 +11,7 @@ from torch import Tensor
 from reasonkv.budget import Budget, Window
 from reasonkv.methods.base import Method, Requirements
 from reasonkv.methods.ops import attention_blocks, group_mean, head_blocks, top_k_mask, top_k_slots
+from reasonkv.methods.options import Count, Share, Size
 from reasonkv.plan import Plan
 from reasonkv.view import SlotView
 
@@ -40,20 +41,12 @@ class Kara(Method):
     title: ClassVar[str] = "Chunks that a window attends to, in both directions"
     paper: ClassVar[str] = "Kara, arXiv 2607.01237"
 
-    gamma: int = 8
-    alpha: float = 0.5
+    gamma: Size = 8
+    alpha: Share = 0.5
     token2chunk: bool = True
     causal: bool = False
     buffer_votes: bool = False
-    queries: int = 0
-
-    def __post_init__(self) -> None:
-        if self.gamma < 1:
-            raise ValueError(f"gamma must be at least 1, not {self.gamma}.")
-        if not 0.0 <= self.alpha <= 1.0:
-            raise ValueError(f"alpha must be between 0 and 1, not {self.alpha}.")
-        if self.queries < 0:
-            raise ValueError(f"queries must be at least 0, not {self.queries}.")
+    queries: Count = 0
 
     @property
     def needs(self) -> Requirements:

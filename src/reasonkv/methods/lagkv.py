@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
+from annotated_types import Ge
 from torch import Tensor
 
 from reasonkv.methods.base import ScorerMethod
 from reasonkv.methods.ops import head_blocks, top_k_slots, upcast
+from reasonkv.methods.options import Count
 from reasonkv.plan import Plan
 from reasonkv.view import SlotView
 
@@ -45,19 +47,11 @@ class LagKV(ScorerMethod):
     title: ClassVar[str] = "Spread over channels, relative to the tokens that follow"
     paper: ClassVar[str] = "LagKV, arXiv 2504.04704"
 
-    lag: int = 128
-    sinks: int = 4
-    value_ratio: float = 1.0
+    lag: Annotated[int, Ge(2)] = 128
+    sinks: Count = 4
+    value_ratio: Annotated[float, Ge(0)] = 1.0
     cross: bool = False
     fit: bool = True
-
-    def __post_init__(self) -> None:
-        if self.lag < 2:
-            raise ValueError(f"lag must be at least 2, not {self.lag}.")
-        if self.sinks < 0:
-            raise ValueError(f"sinks must be at least 0, not {self.sinks}.")
-        if not 0.0 <= self.value_ratio < float("inf"):
-            raise ValueError(f"value_ratio must be a number of at least 0, not {self.value_ratio}.")
 
     def plan(self, view: SlotView, keep: int) -> Plan:
         """As for every scorer, with a lag that suits what is kept."""

@@ -62,18 +62,6 @@ def top_k_mask(scores_BHN: Tensor, keep: int, forced_BHN: Tensor | None = None) 
     return above_BHN | (equal_BHN & (rank_BHN <= room_BH1))
 
 
-def check_window(window: int, kernel: int) -> None:
-    """Check a method's window of recent queries and the kernel its scores are pooled with.
-
-    Raises:
-        ValueError: an empty window, or a kernel that is not an odd number of slots.
-    """
-    if window < 1:
-        raise ValueError(f"window must be at least 1, not {window}.")
-    if kernel < 1 or kernel % 2 == 0:
-        raise ValueError(f"kernel must be an odd number of slots, not {kernel}.")
-
-
 def average_pool(x: Tensor, kernel: int) -> Tensor:
     """Mean over `kernel` neighbouring slots, same length; beyond the ends lie zeros that count in the mean (SnapKV).
 

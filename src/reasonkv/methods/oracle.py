@@ -32,10 +32,6 @@ class Oracle(ScorerMethod):
 
     reduce: Literal["sum", "max"] = "sum"
 
-    def __post_init__(self) -> None:
-        if self.reduce not in ("sum", "max"):
-            raise ValueError(f"reduce must be sum or max, not {self.reduce!r}.")
-
     @property
     def needs(self) -> Requirements:
         """The future."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 from reasonkv.budget import Budget
+from reasonkv.methods.base import Requirements
+from reasonkv.methods.options import Size
 from reasonkv.methods.snapkv import SnapKV
 
 
@@ -21,8 +23,9 @@ class PyramidKV(SnapKV):
     Args:
         window, kernel, pooling, denominator: SnapKV's.
         beta: how steep the pyramid is; 1 gives every layer the same, which is SnapKV.
-        form: "ours" - as above; "public" - kvpress: all of `tokens` is divided, shares are rounded one by one, so that
-            their sum may miss, and where the last layer would get less than the window all layers get the same.
+        variant: "corrected" - as above; "kvpress" - as there: all of `tokens` is divided, shares are rounded one
+            by one, so that their sum may miss, and where the last layer would get less than the window all
+            layers get the same.
 
     """
 
@@ -30,15 +33,13 @@ class PyramidKV(SnapKV):
     title: ClassVar[str] = "SnapKV with more slots in lower layers than in higher ones"
     paper: ClassVar[str] = "PyramidKV, arXiv 2406.02069"
 
-    beta: int = 20
-    form: Literal["ours", "public"] = "ours"
+    beta: Size = 20
+    variant: Literal["corrected", "kvpress"] = "corrected"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.beta < 1:
-            raise ValueError(f"beta must be at least 1, not {self.beta}.")
-        if self.form not in ("ours", "public"):
-            raise ValueError(f"form must be ours or public, not {self.form!r}.")
+    @property
+    def needs(self) -> Requirements:
+        """SnapKV's, and a budget for each layer."""
+        return replace(super().needs, layer_budgets=True)
 
     def layer_tokens(self, budget: Budget, layers: int, prompt: int) -> list[int]:
         """The `tokens` of every layer, first to last.
@@ -49,7 +50,7 @@ class PyramidKV(SnapKV):
             prompt: tokens of the row's prompt, which every layer holds inside its budget if it is to be kept.
 
         """
-        if self.form == "public":
+        if self.variant == "kvpress":
             return public_pyramid(budget.tokens, layers, window=self.window, beta=self.beta)
         recent = max(budget.recent, self.window)
         common = budget.sinks + recent

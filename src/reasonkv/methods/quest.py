@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from reasonkv.methods.ops import upcast
+from reasonkv.methods.options import Size
 from reasonkv.methods.sparse_read import FullPages, PageView, Prepared, SelectionMethod
 
 
@@ -31,19 +32,12 @@ class Quest(SelectionMethod):
 
     """
 
-    page_size: int = 16
+    page_size: Size = 16
     share: Literal["max", "sum", "none"] = "max"
 
     name: ClassVar[str] = "quest"
     title: ClassVar[str] = "Keeps all, reads the pages with the highest bound of q.k"
     paper: ClassVar[str] = "Quest, arXiv 2406.10774"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.page_size < 1:
-            raise ValueError(f"page_size must be at least 1, not {self.page_size}.")
-        if self.share not in {"max", "sum", "none"}:
-            raise ValueError(f"share must be max, sum or none, not {self.share!r}.")
 
     def prepare(self, model: PreTrainedModel) -> Prepared:
         """Nothing but the size of pages."""

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from reasonkv.methods.base import Requirements, ScorerMethod
 from reasonkv.methods.ops import top_k_slots
+from reasonkv.methods.options import Count, Size
 from reasonkv.plan import Plan
 from reasonkv.view import SlotView
-
-Prompt = Literal["all", "cap", "none"]
 
 
 @dataclass(frozen=True)
@@ -40,20 +39,13 @@ class RandomAttention(ScorerMethod):
     title: ClassVar[str] = "The prompt, and a uniformly random set per KV head"
     paper: ClassVar[str] = "Random Attention, arXiv 2609.03430"
 
-    recent: int = 64
-    prompt: Prompt = "all"
-    cap: int = 512
-    pinned: int = 0
-    block: int = 1
+    recent: Count = 64
+    prompt: Literal["all", "cap", "none"] = "all"
+    cap: Count = 512
+    pinned: Count = 0
+    block: Size = 1
     redraw: bool = True
     shared: bool = False
-
-    def __post_init__(self) -> None:
-        if self.prompt not in get_args(Prompt):
-            raise ValueError(f"prompt must be one of {', '.join(get_args(Prompt))}, not {self.prompt!r}.")
-        for key, least in (("recent", 0), ("cap", 0), ("pinned", 0), ("block", 1)):
-            if getattr(self, key) < least:
-                raise ValueError(f"{key} must be at least {least}, not {getattr(self, key)}.")
 
     @property
     def needs(self) -> Requirements:

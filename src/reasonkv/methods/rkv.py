@@ -3,34 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from reasonkv.methods.base import Requirements, ScorerMethod
+from reasonkv.methods.base import OF_VARIANT, Requirements, ScorerMethod
 from reasonkv.methods.ops import (
     average_pool,
     by_head,
-    check_window,
     fill_window,
     group_mean,
     max_pool,
     window_attention,
 )
+from reasonkv.methods.options import Kernel, Share, Size
 from reasonkv.view import SlotView
-
-
-class _Defaults(NamedTuple):
-    window: int
-    kernel: int
-    weight: float
-
 
 Spare = Literal["last", "first", "none"]
 _FIRST_WIDTH, _LAST_WIDTH = 32, 256  # columns compared at once; constant, so that no row depends on its batch
-_FORMS = {"official": _Defaults(8, 7, 0.1), "port": _Defaults(64, 5, 0.5)}
 
 
 @dataclass(frozen=True)
@@ -40,18 +32,18 @@ class RKV(ScorerMethod):
 
     score = weight * importance - (1 - weight) * redundancy, both softmaxes over slots.
 
-    `form="official"` is the authors' code; `form="port"` is the one in VaSE's harness, which most published
+    `variant="paper"` is the authors' code; `variant="vase"` is the one in VaSE's harness, which most published
     comparisons ran. They differ in more than numbers: see the two methods below. The authors' code computes the
     redundancy of batch row 0 and uses it for every row; here every row has its own.
 
     Args:
-        form: "official" or "port".
-        window: newest queries that vote; their tokens always stay. 0 stands for the form's own: 8, port 64.
-        kernel: slots pooled together, odd; 0 stands for the form's own: 7 (maximum), port 5 (mean).
-        weight: the paper's lambda, 0 to 1; -1 stands for the form's own: 0.1 (comparisons by others run the official
-            form with 0.1; the default of the authors' class is 0.07), port 0.5.
-        threshold: official form; cosine above which two keys count as duplicates.
-        retain: official form; "last" - the newest duplicate of each key is spared; "first" - slot 0 is spared
+        variant: "paper" or "vase".
+        window: newest queries that vote; their tokens always stay. Unless given: 8, vase 64.
+        kernel: slots pooled together, odd. Unless given: 7 (maximum), vase 5 (mean).
+        weight: the paper's lambda. Unless given: 0.1 (comparisons by others run the authors' code with 0.1; the default
+            of their class is 0.07), vase 0.5.
+        threshold: paper; cosine above which two keys count as duplicates.
+        retain: paper; "last" - the newest duplicate of each key is spared; "first" - slot 0 is spared
             instead, whatever the threshold (a slip of the authors' code, for comparison only).
 
     """
@@ -60,37 +52,22 @@ class RKV(ScorerMethod):
     title: ClassVar[str] = "Attention of the newest queries minus redundancy of keys"
     paper: ClassVar[str] = "R-KV, arXiv 2505.24133"
 
-    form: Literal["official", "port"] = "official"
-    window: int = 0
-    kernel: int = 0
-    weight: float = -1.0
-    threshold: float = 0.5
-    retain: Literal["last", "first"] = "last"
+    variants: ClassVar[dict[str, dict[str, object]]] = {
+        "paper": {"window": 8, "kernel": 7, "weight": 0.1},
+        "vase": {"window": 64, "kernel": 5, "weight": 0.5},
+    }
 
-    def __post_init__(self) -> None:
-        if self.form not in _FORMS:
-            raise ValueError(f"form must be official or port, not {self.form!r}.")
-        for key, unset in (("window", 0), ("kernel", 0), ("weight", -1.0)):
-            if getattr(self, key) == unset:
-                object.__setattr__(self, key, getattr(_FORMS[self.form], key))
-        check_window(self.window, self.kernel)
-        if not 0.0 <= self.weight <= 1.0:
-            raise ValueError(f"weight must be between 0 and 1, not {self.weight}.")
-        if not 0.0 <= self.threshold <= 1.0:
-            raise ValueError(f"threshold must be between 0 and 1, not {self.threshold}.")
-        if self.retain not in ("last", "first"):
-            raise ValueError(f"retain must be last or first, not {self.retain!r}.")
+    variant: Literal["paper", "vase"] = "paper"
+    window: Size = OF_VARIANT
+    kernel: Kernel = OF_VARIANT
+    weight: Share = OF_VARIANT
+    threshold: Share = 0.5
+    retain: Literal["last", "first"] = "last"
 
     @property
     def needs(self) -> Requirements:
         """The window's queries, and its tokens protected."""
         return Requirements(queries=self.window, recent=self.window)
-
-    def spec(self) -> str:
-        """As for every method, but against the defaults of the form."""
-        base = RKV(form=self.form).options() | {"form": "official"}
-        changed = [f"{key}={value}" for key, value in self.options().items() if value != base[key]]
-        return self.name + (":" + ",".join(changed) if changed else "")
 
     def score(self, view: SlotView) -> Tensor:
         """Combine: weight * importance - (1 - weight) * redundancy of the slots before the window."""
@@ -102,22 +79,22 @@ class RKV(ScorerMethod):
     def importance(self, view: SlotView) -> Tensor:
         """Attention of the window to the slots before it, with those alone in the softmax: [B, H, n].
 
-        Official: maximum of the LOGITS over the group, softmax, mean over queries, maximum over neighbours.
-        Port: softmax, mean over queries, mean over neighbours, mean over the group.
+        Paper: maximum of the LOGITS over the group, softmax, mean over queries, maximum over neighbours.
+        VaSE: softmax, mean over queries, mean over neighbours, mean over the group.
         """
-        if self.form == "official":
+        if self.variant == "paper":
             return max_pool(group_mean(window_attention(view, over="old", merge_logits=True)), self.kernel)
         return average_pool(group_mean(window_attention(view, over="old")), self.kernel)
 
     def redundancy(self, view: SlotView) -> Tensor:
         """Softmax over slots of the mean cosine with the other keys.
 
-        Official: over all N slots, where each key's newest duplicate is spared the cosine: [B, H, N].
-        Port: over the n slots before the window, nothing spared: [B, H, n].
+        Paper: over all N slots, where each key's newest duplicate is spared the cosine: [B, H, N].
+        VaSE: over the n slots before the window, nothing spared: [B, H, n].
         """
         keys_BHND = view.keys_BHND
         spare: Spare = self.retain
-        if self.form == "port":
+        if self.variant == "vase":
             keys_BHND, spare = keys_BHND[:, :, : keys_BHND.shape[2] - view.queries_BHgTD().shape[3]], "none"
         return mean_cosine(keys_BHND, spare, self.threshold).softmax(-1)
 

@@ -45,7 +45,7 @@ class SeerAttention(SelectionMethod):
     @property
     def needs(self) -> Requirements:
         """Vectors before RoPE, so the rotary embedding."""
-        return Requirements(rotary=True)
+        return Requirements(rotary=True, selects=True)
 
     def prepare(self, model: PreTrainedModel) -> Prepared:
         """The model's gate.

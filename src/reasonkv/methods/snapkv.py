@@ -8,7 +8,8 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from reasonkv.methods.base import Requirements, ScorerMethod
-from reasonkv.methods.ops import average_pool, check_window, fill_window, group_mean, max_pool, window_attention
+from reasonkv.methods.ops import average_pool, fill_window, group_mean, max_pool, window_attention
+from reasonkv.methods.options import Kernel, Size
 from reasonkv.view import SlotView
 
 
@@ -33,17 +34,10 @@ class SnapKV(ScorerMethod):
     title: ClassVar[str] = "Pooled attention of the newest queries"
     paper: ClassVar[str] = "SnapKV, arXiv 2404.14469"
 
-    window: int = 64
-    kernel: int = 5
+    window: Size = 64
+    kernel: Kernel = 5
     pooling: Literal["avg", "max"] = "avg"
     denominator: Literal["all", "old"] = "all"
-
-    def __post_init__(self) -> None:
-        check_window(self.window, self.kernel)
-        if self.pooling not in ("avg", "max"):
-            raise ValueError(f"pooling must be avg or max, not {self.pooling!r}.")
-        if self.denominator not in ("all", "old"):
-            raise ValueError(f"denominator must be all or old, not {self.denominator!r}.")
 
     @property
     def needs(self) -> Requirements:

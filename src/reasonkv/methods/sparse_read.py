@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from reasonkv.methods.base import Method
+from reasonkv.methods.base import Method, Requirements
+from reasonkv.methods.options import Count, Size
 from reasonkv.plan import Plan, PlanError
 from reasonkv.rotary import Rotary
 from reasonkv.view import SlotView
@@ -109,19 +110,16 @@ class SelectionMethod(Method):
         last: newest pages that are always read; 1 is the page of the query's own token.
         dense: first layers that read everything.
 
-    Raises:
-        ValueError: an option out of range.
-
     """
 
-    first: int = 0
-    last: int = 1
-    dense: int = 0
+    first: Count = 0
+    last: Size = 1
+    dense: Count = 0
 
-    def __post_init__(self) -> None:
-        for name, least in (("first", 0), ("last", 1), ("dense", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}.")
+    @property
+    def needs(self) -> Requirements:
+        """That queries read a part of the slots."""
+        return Requirements(selects=True)
 
     @abstractmethod
     def prepare(self, model: PreTrainedModel) -> Prepared:

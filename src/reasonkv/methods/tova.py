@@ -8,7 +8,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from reasonkv.methods.base import Requirements, ScorerMethod
-from reasonkv.methods.ops import check_window, window_attention
+from reasonkv.methods.ops import window_attention
+from reasonkv.methods.options import Size
 from reasonkv.view import SlotView
 
 
@@ -29,10 +30,7 @@ class TOVA(ScorerMethod):
     title: ClassVar[str] = "Attention of the newest query, one set per layer"
     paper: ClassVar[str] = "TOVA, arXiv 2401.06104"
 
-    window: int = 1
-
-    def __post_init__(self) -> None:
-        check_window(self.window, 1)
+    window: Size = 1
 
     @property
     def needs(self) -> Requirements:

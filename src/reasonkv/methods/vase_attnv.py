@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
+from annotated_types import Ge, Gt
 from torch import Tensor
 
-from reasonkv.methods.base import Method, Requirements, SlotState
+from reasonkv.methods.base import OF_VARIANT, Method, Requirements, SlotState
 from reasonkv.methods.ops import (
     average_pool,
     by_head,
-    check_window,
     fill_window,
     group_mean,
     top_k_slots,
     window_attention,
 )
+from reasonkv.methods.options import Count, Kernel, Size
 from reasonkv.noise import gumbel
 from reasonkv.plan import Plan, PlanError
 from reasonkv.view import SlotView
 
-_KERNELS = {"ours": 1, "public": 5}
-_MAGNITUDES = ("range", "variance", "norm", "random")
 _LEAST_WEIGHT = 1e-20  # of a slot without attention: it is drawn after all others, but it can be drawn
 _DRAW, _DRAW_RESERVE = 0, 1  # numbers of the two draws an event can make
 
@@ -42,15 +41,15 @@ class VaseAttnV(Method):
     equal ones the newer slot is reserved.
 
     Args:
-        form: "ours" - slots in the order of their tokens, no pooling, near-equal magnitudes equal; "public" - attention
-            is pooled in the order the public code holds its slots in: reserved ones by value range, then drawn ones as
-            drawn, then new ones.
+        variant: "corrected" - slots in the order of their tokens, no pooling, near-equal magnitudes equal; "paper" -
+            attention is pooled in the order the authors' code holds its slots in: reserved ones by value range, then
+            drawn ones as drawn, then new ones.
         window: newest queries that vote; their tokens always stay (the public code's residual length).
         n_large: reserved slots, the sinks among them; -1 stands for a quarter of the budget, the paper's choice, where
             protected slots before the window are not counted (but for `n_sink` of them).
         n_sink: first slots, reserved whatever their values.
         temperature: divides the logits of the attention.
-        kernel: slots whose attention is averaged, odd; 0 stands for the form's own: 1 (no pooling), public 5.
+        kernel: slots whose attention is averaged, odd. Unless given: 1 (no pooling), paper 5.
         sample: True - the rest is drawn without replacement, with chances by attention; False - the most attended
             slots stay.
         magnitude: what is reserved by: the value's "range" (largest minus smallest entry), "variance" or "norm", or a
@@ -64,43 +63,24 @@ class VaseAttnV(Method):
     title: ClassVar[str] = "The largest value ranges, and a sample by attention"
     paper: ClassVar[str] = "VaSE, arXiv 2606.03928"
 
-    form: Literal["ours", "public"] = "ours"
-    window: int = 64
-    n_large: int = -1
-    n_sink: int = 4
-    temperature: float = 1.0
-    kernel: int = 0
+    variants: ClassVar[dict[str, dict[str, object]]] = {"corrected": {"kernel": 1}, "paper": {"kernel": 5}}
+
+    variant: Literal["corrected", "paper"] = "corrected"
+    window: Size = 64
+    n_large: Annotated[int, Ge(-1)] = -1
+    n_sink: Count = 4
+    temperature: Annotated[float, Gt(0)] = 1.0
+    kernel: Kernel = OF_VARIANT
     sample: bool = True
     magnitude: Literal["range", "variance", "norm", "random"] = "range"
     evict_large: bool = False
 
-    def __post_init__(self) -> None:
-        if self.form not in _KERNELS:
-            raise ValueError(f"form must be ours or public, not {self.form!r}.")
-        if self.kernel == 0:
-            object.__setattr__(self, "kernel", _KERNELS[self.form])
-        check_window(self.window, self.kernel)
-        if self.n_large < -1:
-            raise ValueError(f"n_large must be at least 0, or -1 for a quarter of the budget, not {self.n_large}.")
-        if self.n_sink < 0:
-            raise ValueError(f"n_sink must be at least 0, not {self.n_sink}.")
-        if not self.temperature > 0.0:
-            raise ValueError(f"temperature must be above 0, not {self.temperature}; sample=false takes the best.")
-        if self.magnitude not in _MAGNITUDES:
-            raise ValueError(f"magnitude must be one of {', '.join(_MAGNITUDES)}, not {self.magnitude!r}.")
-
     @property
     def needs(self) -> Requirements:
-        """The window's queries, its tokens protected, and in the public form the order of the slots."""
-        is_ordered = self.form == "public" and not self.evict_large
+        """The window's queries, its tokens protected, and in the variant "paper" the order of the slots."""
+        is_ordered = self.variant == "paper" and not self.evict_large
         order = {"order": SlotState("position", dtype=torch.int32)} if is_ordered else {}
         return Requirements(queries=0 if self.evict_large else self.window, recent=self.window, slot_state=order)
-
-    def spec(self) -> str:
-        """As for every method, but against the defaults of the form."""
-        base = VaseAttnV(form=self.form).options() | {"form": "ours"}
-        changed = [f"{key}={value}" for key, value in self.options().items() if value != base[key]]
-        return self.name + (":" + ",".join(changed) if changed else "")
 
     def plan(self, view: SlotView, keep: int) -> Plan:
         """Reserve the largest magnitudes; fill up by attention.
@@ -121,7 +101,7 @@ class VaseAttnV(Method):
         forced_BHN = view.is_protected_BHN.clone()
         forced_BHN[..., : reserved_BHn.shape[-1]] |= reserved_BHn
         kept_BHK = top_k_slots(fill_window(rank_BHn, N), keep, forced_BHN)
-        if self.form == "ours":
+        if self.variant == "corrected":
             return Plan(kept_BHK)
         ordered_BHK = public_order(kept_BHK, forced_BHN, magnitude_BHn, rank_BHn)
         return Plan(kept_BHK, state={"order": ordered_BHK})
@@ -134,7 +114,7 @@ class VaseAttnV(Method):
         else:
             measure = {"range": value_range, "variance": value_variance, "norm": value_norm}[self.magnitude]
             magnitude_BHn = measure(view.values_BHND[:, :, :n])
-            if self.form == "ours":
+            if self.variant == "corrected":
                 magnitude_BHn = evened(magnitude_BHn)
         return magnitude_BHn.masked_fill(self._is_sink(view)[..., :n], -torch.inf if self.evict_large else torch.inf)
 
@@ -159,7 +139,7 @@ class VaseAttnV(Method):
         """
         softer = replace(view, scaling=view.scaling / self.temperature)
         attention_BHn = group_mean(window_attention(softer, over="old"))  # pooling is linear: the order is free
-        if self.kernel == 1 or self.form == "ours":
+        if self.kernel == 1 or self.variant == "corrected":
             return average_pool(attention_BHn, self.kernel)
         place_BHn = view.state["order"][..., : attention_BHn.shape[-1]].argsort(-1)
         pooled_BHn = average_pool(attention_BHn.gather(-1, place_BHn), self.kernel)

@@ -12,6 +12,7 @@ from torch import Tensor
 from reasonkv import noise
 from reasonkv.methods.base import Requirements, ScorerMethod
 from reasonkv.methods.ops import fill_window, head_blocks, upcast
+from reasonkv.methods.options import Count
 from reasonkv.view import SlotView
 
 _NO_HEAD = -1  # the projection is shared by all KV heads, so it is hashed as that of none of them
@@ -40,15 +41,10 @@ class VaseDKV(ScorerMethod):
     title: ClassVar[str] = "Product of key and value norms under a random projection"
     paper: ClassVar[str] = "VaSE, arXiv 2606.03928"
 
-    window: int = 64
-    n_sink: int = 4
-    projection: int = 20
+    window: Count = 64
+    n_sink: Count = 4
+    projection: Count = 20
     redraw: bool = True
-
-    def __post_init__(self) -> None:
-        for key in ("window", "n_sink", "projection"):
-            if getattr(self, key) < 0:
-                raise ValueError(f"{key} must be at least 0, not {getattr(self, key)}.")
 
     @property
     def needs(self) -> Requirements:

@@ -8,12 +8,13 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from reasonkv.methods import get_method
 from reasonkv.methods.base import Method, Observed, ScorerMethod
+from reasonkv.methods.options import MethodError
+from reasonkv.methods.registry import get_method
 
 
 @dataclass(frozen=True)
-class ScoreWrapper:
+class ScoreWrapper(Method):
     """Mixed into a method, before its other base: it scores slots as `base` does, and observes what that needs.
 
     Args:
@@ -26,13 +27,15 @@ class ScoreWrapper:
 
     base: str = "snapkv"
 
-    def __post_init__(self) -> None:
+    def check_options(self) -> None:
+        """Check that the base scores slots, each head by itself, and stores nothing beside them."""
         found = get_method(self.base.replace(";", ","))
         if not isinstance(found, ScorerMethod) or isinstance(found, ScoreWrapper):
-            raise ValueError(f"base must be a method that scores slots, not {found.name}.")
+            raise MethodError(f"{self.name}: base must be a method that scores slots, not {found.name}.")
         if found.needs.scope != "head" or found.needs.stored_state:
-            raise ValueError(
-                f"base must score every head by itself and store nothing beside slots, unlike {found.name}."
+            raise MethodError(
+                f"{self.name}: base must score every head by itself and store nothing beside slots, unlike "
+                f"{found.name}."
             )
 
     @cached_property

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from reasonkv.identity import TESTBED_FOLDER, model_hash, shown_name
-from reasonkv.methods.base import MethodError
+from reasonkv.methods import MethodError
 
 FILE = "reasonkv_gate.safetensors"
 """Name of a gate's file inside a model folder."""

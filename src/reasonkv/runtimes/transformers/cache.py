@@ -24,9 +24,9 @@ from torch.utils.hooks import RemovableHandle
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
-from reasonkv.budget import Budget, BudgetError, Window, layer_budgets
+from reasonkv.budget import Budget, BudgetError, Window
 from reasonkv.calibration import Calibration
-from reasonkv.methods import Method, get_method, refuse_future
+from reasonkv.methods import Method, get_method, layer_budgets, refuse_future
 from reasonkv.runtimes.transformers.attention import implementation_name
 from reasonkv.runtimes.transformers.events import carry_out_events
 from reasonkv.runtimes.transformers.layer import CompressedLayer, Observer

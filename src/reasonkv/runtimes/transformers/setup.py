@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol, runtime_checkable
 
 from transformers import PreTrainedModel
 
@@ -12,14 +11,6 @@ from reasonkv.budget import Budget, BudgetError, ExplicitEventsWindow, PeriodicW
 from reasonkv.calibration import Calibration
 from reasonkv.methods import Method
 from reasonkv.rotary import Rotary
-
-
-@runtime_checkable
-class FitsBudget(Protocol):
-    """A method whose defaults depend on the budget it runs under."""
-
-    def for_budget(self, budget: Budget) -> Method:
-        """The method with what an option leaves to the budget filled in; records keep the option."""
 
 
 def fitted(method: Method, budget: Budget | int | None) -> tuple[Method, Budget | None]:
@@ -30,9 +21,7 @@ def fitted(method: Method, budget: Budget | int | None) -> tuple[Method, Budget 
 
     """
     made = validate_budget(method, budget)
-    if made is not None and isinstance(method, FitsBudget):
-        return method.for_budget(made), made
-    return method, made
+    return (method if made is None else method.for_budget(made)), made
 
 
 def check_window(budget: Budget | None, *, reopen_prompt: bool, listed: bool) -> None:

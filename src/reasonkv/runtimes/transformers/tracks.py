@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from reasonkv import schedule
-from reasonkv.budget import Budget, layer_budgets
-from reasonkv.methods import Method
+from reasonkv.budget import Budget
+from reasonkv.methods import Method, layer_budgets
 from reasonkv.runtimes.transformers.rows import Piece, Row
 from reasonkv.runtimes.transformers.setup import listed_budgets
 

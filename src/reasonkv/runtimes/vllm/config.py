@@ -122,12 +122,12 @@ def check_method(method: Method) -> None:
         refuse_future(method)
     except MethodError as error:
         raise ServingError(str(error)) from None
-    if hasattr(method, "select"):
+    if needs.selects:
         raise ServingError(
             f"{name} keeps everything and selects what each query reads, which vLLM's kernels do not do; "
             "use it with transformers."
         )
-    if hasattr(method, "layer_tokens"):
+    if needs.layer_budgets:
         raise ServingError(f"{name} gives layers different budgets, but vLLM's layers share their blocks.")
     if needs.whole_prompt:
         raise ServingError(
