@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from ..tasks import Problem, Task
+from reasonkv.tasks import Problem, Task
 
 _CONTEXT = 4096
 

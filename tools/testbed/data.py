@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import torch
 
-from ..tasks import Draft, Draw, Kind, get_task, split_of
-from .recipe import Recipe, Stage
-from .tokenizer import EOS, PAD, VOCABULARY
+from reasonkv.tasks import Draft, Draw, Kind, get_task, split_of
+from tools.testbed.recipe import Recipe, Stage
+from tools.testbed.tokenizer import EOS, PAD, VOCABULARY
 
 _IDS = {word: index for index, word in enumerate(VOCABULARY)}
 _MAX_LENGTH = 4096

@@ -1,7 +1,6 @@
 """The testbed's word-level tokenizer: fewer than 200 words, separated by spaces.
 
-All five families share it, including two (`search`, `arithmetic`) that come later, and a few words
-are reserved, so that a later testbed model can keep the same ids.
+All five families share it. A few words are reserved, so that a later testbed model can keep the same ids.
 """
 
 from __future__ import annotations
@@ -9,16 +8,17 @@ from __future__ import annotations
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from ..tasks.base import END_THINK, LABELS, LETTERS, SPECIAL_TOKENS, THINK
+from reasonkv.tasks.base import END_THINK, LABELS, LETTERS
 
 _FAMILY_MARKS = ("<program>", "<recall>", "<longdoc>", "<search>", "<arithmetic>")
-_SECTIONS = (THINK, END_THINK, "<answer>", "</answer>")
+_SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<unk>")
+_SECTIONS = ("<think>", END_THINK, "<answer>", "</answer>")
 _MARKS = (*"+-*/%=;:,.?!()[]|#", "<", ">", "->")
 _WORDS = ("left", "all", "from", "to", "go", "back", "path", "dead", "end", "carry", "sum", "none")
 _RESERVED = tuple(f"<reserved{number}>" for number in range(8))
 
 VOCABULARY: tuple[str, ...] = (
-    SPECIAL_TOKENS + _FAMILY_MARKS + _SECTIONS + tuple("0123456789") + LETTERS + LABELS + _MARKS + _WORDS + _RESERVED
+    _SPECIAL_TOKENS + _FAMILY_MARKS + _SECTIONS + tuple("0123456789") + LETTERS + LABELS + _MARKS + _WORDS + _RESERVED
 )
 PAD, BOS, EOS, UNK = range(4)
 

@@ -27,13 +27,13 @@ from transformers import AttentionInterface, Qwen3ForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from reasonkv.errors import ReasonKVError
-
-from ..tasks import Kind
-from .attention import NAME, training_attention
-from .data import Batch, choose_stage, make_batch
-from .initial import initialise
-from .recipe import Recipe
-from .tokenizer import make_tokenizer
+from reasonkv.files import write_atomically
+from reasonkv.tasks import Kind
+from tools.testbed.attention import NAME, training_attention
+from tools.testbed.data import Batch, choose_stage, make_batch
+from tools.testbed.initial import initialise
+from tools.testbed.recipe import Recipe
+from tools.testbed.tokenizer import make_tokenizer
 
 _SMOOTHING = 0.95  # of the running accuracies, per training batch
 _KEPT_CHECKPOINTS = 3
@@ -97,7 +97,7 @@ def train(
         progress.level.setdefault(family, 0)
         progress.seen.setdefault(family, 0)
         progress.accuracy.setdefault(family, {})
-    _write_text(out / "recipe.json", json.dumps(asdict(recipe), indent=1) + "\n")
+    write_atomically(out / "recipe.json", (json.dumps(asdict(recipe), indent=1) + "\n").encode())
     _trim_log(out, progress.step)
     model.train()
     live = Live(console=console, refresh_per_second=1) if console else nullcontext()
@@ -123,9 +123,9 @@ def train(
 def _curve_drawer() -> Callable[[Path, Path], Path]:
     """`draw_curve`, or an error at the start of a run rather than at its end."""
     try:
-        from .curve import draw_curve
+        from tools.testbed.curve import draw_curve
     except ImportError as error:
-        raise TrainingError("Training draws its curve with matplotlib: pip install 'reasonkv[report]'.") from error
+        raise TrainingError("Training draws its curve with matplotlib: pip install 'reasonkv[eval]'.") from error
     return draw_curve
 
 
@@ -249,11 +249,11 @@ def _checkpoint(out: Path, model: Qwen3ForCausalLM, optimizer: torch.optim.Optim
         model.save_pretrained(work)
     make_tokenizer().save_pretrained(work)
     torch.save(optimizer.state_dict(), work / "optimizer.pt")
-    _write_text(work / "progress.json", json.dumps(asdict(progress)))
+    write_atomically(work / "progress.json", json.dumps(asdict(progress)).encode())
     if (out / name).exists():
         shutil.rmtree(out / name)
     os.replace(work, out / name)
-    _write_text(out / "latest", name)
+    write_atomically(out / "latest", name.encode())
     for old in sorted(out.glob("step-*"))[:-_KEPT_CHECKPOINTS]:
         shutil.rmtree(old, ignore_errors=True)
 
@@ -298,12 +298,6 @@ def _no_bars() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
-
-
 def _log(out: Path, progress: Progress, rate: float) -> None:
     """Append one line to the log: counters, rate, and each family's loss and accuracies."""
     line: dict[str, Any] = {
@@ -332,7 +326,7 @@ def _trim_log(out: Path, step: int) -> None:
                 kept.append(line + "\n")
         except ValueError:  # the line that a kill cut short
             break
-    _write_text(path, "".join(kept))
+    write_atomically(path, "".join(kept).encode())
 
 
 def _table(progress: Progress, done: float, rate: float) -> Table:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from transformers import Qwen3Config
 
-from .tokenizer import EOS, PAD, VOCABULARY
+from tools.testbed.tokenizer import EOS, PAD, VOCABULARY
 
 Range = tuple[int, int]
 
