@@ -14,7 +14,6 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,7 @@ from reasonkv.evaluate.traces import Trace, reference_logprobs
 from reasonkv.files import write_atomically
 from reasonkv.methods import refuse_future
 from reasonkv.models import LoadedModel, one_thread_if_small
-from reasonkv.report.html import INSPECTOR_SCRIPTS, INSPECTOR_STYLES, page
+from reasonkv.report.html import INSPECTOR_SCRIPTS, INSPECTOR_STYLES, render
 from reasonkv.report.wording import size_words
 from reasonkv.runtimes.transformers import CompressedCache, RowStats
 from reasonkv.tasks import get_task
@@ -240,21 +239,21 @@ def save_inspection(folder: Path, data: dict[str, Any]) -> Path:
     return path
 
 
-def load_inspections(folder: Path) -> list[dict[str, Any]]:
-    """The inspections a results folder holds, by file name.
+def load_inspections(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return the inspections a results folder holds, by file name.
 
     Raises:
         ResultsError: one of them is damaged.
     """
-    found = []
+    found = {}
     for path in sorted((folder / FOLDER).glob("*.json")):
         try:
-            data = json.loads(path.read_text())
+            data = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             data = None
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise ResultsError(f"{path} is not an inspection this version can read; delete it and make it again.")
-        found.append(data)
+        found[path.stem] = data
     return found
 
 
@@ -262,14 +261,9 @@ def inspector_page(data: dict[str, Any]) -> str:
     """The inspector alone, as one self-contained HTML page."""
     slots = "" if data["budget"] is None else f" at {size_words(data['budget'])}"
     title = f"{data['method']}{slots} on {data['task']}, example {data['example']}"
-    body = (
-        '<main class="page"><header class="topbar"><span class="muted">reasonkv inspect</span>'
-        '<button type="button" data-theme-toggle></button></header>'
-        f'<h1>{escape(title)}</h1><div data-inspection="inspection"></div></main>'
-    )
-    return page(
-        f"{title} - reasonkv", body,
-        styles=INSPECTOR_STYLES, scripts=INSPECTOR_SCRIPTS, data={"inspection": data},
+    return render(
+        "inspector.html.j2", styles=INSPECTOR_STYLES, scripts=INSPECTOR_SCRIPTS, data={"inspection": data},
+        title=f"{title} - reasonkv", heading=title,
     )  # fmt: skip
 
 
