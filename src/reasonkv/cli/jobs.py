@@ -12,6 +12,8 @@ from reasonkv.evaluate.job import GenerateJob, ReplayJob, TuneJob
 if TYPE_CHECKING:
     from reasonkv.models import LoadedModel
 
+FIGURE = "frontier.png"
+
 
 @command
 def replay(*, job: ReplayJob, out: Out, model: ModelFlags, json: Json = False, config: ConfigFile = None) -> None:
@@ -69,20 +71,31 @@ def run_and_show(
     from reasonkv.evaluate.run import run
     from reasonkv.evaluate.table import summarize, summary_dicts, to_frame
     from reasonkv.report import terminal
+    from reasonkv.report.charts import replay_figure
+    from reasonkv.report.wording import selecting
 
     with progress_bars(count_steps(job)) as progress:
         frame = to_frame(run(job, loaded, out, progress, command=name))
     summary = summarize(frame)
     found = {"out": str(out), "records": str(out / RECORDS), "rows": summary_dicts(summary)}
+    shown = [f"Records: {show(out / RECORDS)}"]
     if isinstance(job, GenerateJob):
         tables = terminal.answers_tables(summary)
         caption = terminal.answers_caption(frame, job.sampling if job.sampling.temperature else None)
     else:
         tables = [*terminal.replay_tables(summary), *terminal.diagnostic_tables(summary)]
         caption = terminal.replay_caption(frame)
+        # what is read in all is no match for what is held beside the prompt
+        read = selecting(frame) if job.budget.prompt == "on_top" else []
+        drawn = summary[~summary["method"].isin(read)]
+        found["figure"] = None
+        if (drawn["tokens"] > 0).any():
+            by_mean, note_under = bool(job.budget.mean_slots), terminal.figure_note(frame)
+            found["figure"] = str(replay_figure(drawn, out / FIGURE, by_mean=by_mean, note=note_under))
+            shown.append(f"Figure:  {show(out / FIGURE)}")
     if not quiet:
         print_tables(tables, caption)
-        print(f"Records: {show(out / RECORDS)}")
+        print("\n".join(shown))
     return found
 
 
