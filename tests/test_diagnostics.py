@@ -6,11 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from command_line import run
 from models import tiny_model
-from typer.testing import CliRunner
 
 from reasonkv import Budget
-from reasonkv.cli import app
 from reasonkv.evaluate.diagnostics import LOOKUP, Diagnostics
 from reasonkv.evaluate.pieces import Row, feed
 from reasonkv.evaluate.records import RECORDS, read_records
@@ -107,7 +106,7 @@ def test_diagnostics_reach_records_table_and_report(tmp_path: Path) -> None:
         "replay --task program:lines=12 --methods full,random,cask:fold=neighbours --budgets 64 --interval 16 "
         f"--recent 8 --limit 2 --diagnostics --out {out}"
     )
-    result = CliRunner().invoke(app, arguments.split(), env={"COLUMNS": "200"})
+    result = run(*arguments.split(), env={"COLUMNS": "200"})
     assert result.exit_code == 0, result.output
     assert "what was lost" in result.output
     assert "rho core" in result.output

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
+from command_line import run
 
 from reasonkv import testbed
-from reasonkv.cli import app
 from reasonkv.cli.serve import METRICS_FOLDER
 from reasonkv.runtimes.vllm import config
 from reasonkv.runtimes.vllm.config import OPT_OUT, OPTIONS, SCHEDULER, WORKER
@@ -40,13 +39,6 @@ def pretend(monkeypatch: pytest.MonkeyPatch, package: str, version: str) -> str:
 
     monkeypatch.setattr(config, "version", look_up)
     return package
-
-
-def run(*arguments: str) -> tuple[int, str, str]:
-    result = CliRunner().invoke(app, list(arguments))
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result.exit_code, result.stdout, result.stderr
 
 
 def dry(*arguments: str) -> list[str]:
@@ -118,13 +110,16 @@ def test_logits_processors_of_the_user_stand_beside_ours() -> None:
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ((), "Give --method NAME"),
+        ((), "Give --method a value"),
         (("--method", "snapvk", "--budget", "512"), "did you mean 'snapkv'"),
-        (("--method", "snapkv"), "Give either --budget TOKENS or --window SIZE"),
-        (("--method", "snapkv", "--budget", "512", "--window", "96"), "Give either --budget TOKENS or --window SIZE"),
+        (("--method", "snapkv"), "Give one budget: --budget TOKENS, --keep SHARE, or --window SIZE"),
+        (("--method", "snapkv", "--budget", "512", "--window", "96"), "Give one of tokens and window"),
         (("--method", "snapkv", "--budget", "32"), "cannot hold 4 sinks and 64 recent"),
-        (("--method", "snapkv", "--budget", "512", "--trigger", "never"), "trigger must be one of"),
-        (("--method", "snapkv", "--budget", "many"), "valid integer"),
+        (
+            ("--method", "snapkv", "--budget", "512", "--trigger", "never"),
+            '"never" for --trigger; choose from: "occupancy", "grid"',
+        ),
+        (("--method", "snapkv", "--budget", "many"), "--budget takes whole numbers"),
         (("--method", "kara", "--window", "96", "--retention", "0.2,0.3"), "one --retention"),
         (("--method", "kara", "--window", "96", "--retention", "2"), "retention must lie between"),
         (("--method", "full", "--budget", "512"), "keeps every slot"),
