@@ -75,7 +75,7 @@ def test_every_option_of_a_budget_reaches_the_engine() -> None:
     )  # fmt: skip
     assert given_to(command) == {
         "method": "rkv", "tokens": 256, "interval": 64, "sinks": 2, "recent": 32, "trigger": "grid",
-        "trigger_counts": "decode", "prefill_chunk": 128, "seed": 5,
+        "trigger_counts": "decode", "prefill_chunk": 128, "seed": 5, "prompt": "count",
     }  # fmt: skip
     assert command[command.index("--seed") + 1] == "5"  # vLLM's own, too
     window = dry("serve", "m", "--method", "kara", "--window", "96", "--window-buffer", "32", "--retention", "0.25")
@@ -146,7 +146,7 @@ def test_the_model_comes_first_and_a_folder_must_be_there() -> None:
     for arguments, sentence in (
         (["serve", "--port", "80", "some/model", *BASIC[2:]], "Give the model first"),
         (["serve", "./nowhere", *BASIC[2:]], "no model folder ./nowhere"),
-        (["serve", *BASIC[2:]], "Missing argument"),
+        (["serve", *BASIC[2:]], "Give MODEL a value"),
     ):
         code, _, stderr = run(*arguments)
         assert code == 2 and sentence in stderr
