@@ -7,7 +7,6 @@ that ran on it are not. Standard errors are clustered by example, differences ar
 from __future__ import annotations
 
 import functools
-import gzip
 import json
 import math
 from collections.abc import Hashable, Iterator, Mapping, Sequence
@@ -21,9 +20,8 @@ from numpy.typing import NDArray
 from scipy.special import stdtr
 
 from reasonkv.budget import Budget
-from reasonkv.evaluate.answers import AnswerRecord, read_answers
 from reasonkv.evaluate.manifest import MANIFEST, ResultsError
-from reasonkv.evaluate.records import RECORDS, Record, read_records
+from reasonkv.evaluate.records import RECORDS, AnswerRecord, Record, read_lines
 from reasonkv.methods import MethodError, method_class
 from reasonkv.schedule import State, next_event, step
 
@@ -107,13 +105,12 @@ def _read_folder(folder: Path) -> pd.DataFrame:
     path = folder / RECORDS
     packed = path.with_name(path.name + ".gz")
     if not path.is_file() and packed.is_file():
-        lines = gzip.decompress(packed.read_bytes()).decode().splitlines()
         kind = Record if manifest["command"] == "replay" else AnswerRecord
-        records: Sequence[Record | AnswerRecord] = [kind.from_json(line) for line in lines]
+        records: Sequence[Record | AnswerRecord] = read_lines(packed, kind)
     elif _holds_answers(path, str(manifest["command"])):
-        records = read_answers(path)
+        records = read_lines(path, AnswerRecord)
     else:
-        records = read_records(path)
+        records = read_lines(path, Record)
     if not records:
         raise ResultsError(f"{folder} holds no results yet; run the command that made it again.")
     return to_frame(records, str(folder))
