@@ -139,7 +139,7 @@ def generate(
 
 def stops(model: torch.nn.Module, tokens: list[torch.Tensor], share: float = 0.15) -> None:
     """Name so many tokens ends of sequence that rows end at different places."""
-    common = torch.tensor([generate(model, Request(one, 60)) for one in tokens]).unique()
+    common = torch.tensor([token for one in tokens for token in generate(model, Request(one, 60))]).unique()
     model.generation_config.eos_token_id = common[: max(1, int(len(common) * share))].tolist()
 
 

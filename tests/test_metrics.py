@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from reasonkv.budget import Budget, BudgetError
 from reasonkv.evaluate.matching import attended_slots, budget_for_mean, mean_physical
 from reasonkv.evaluate.metrics import NonFiniteError, TeacherLogprobs, TraceScore, kl_divergence
-from reasonkv.schedule import State, next_event, step
+from reasonkv.schedule import Lengths, next_event, step
 
 
 def logits(*probabilities: float) -> list[float]:
@@ -89,12 +89,12 @@ def test_scores_that_are_not_numbers_are_refused() -> None:
 
 def slowly(budget: Budget | None, prompt: int, length: int) -> int:
     """Slots attended, one token at a time."""
-    state, total = State(prompt=prompt), 0
-    while state.length < prompt:
+    state, total = Lengths(prompt=prompt), 0
+    while state.logical < prompt:
         event = next_event(budget, state)
-        state, _ = step(budget, state, min(prompt, event or prompt) - state.length)
-    while state.length < length:
-        total += state.held + 1
+        state, _ = step(budget, state, min(prompt, event or prompt) - state.logical)
+    while state.logical < length:
+        total += state.physical + 1
         state, _ = step(budget, state, 1)
     return total
 

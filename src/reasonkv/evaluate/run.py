@@ -33,8 +33,8 @@ from reasonkv.evaluate.text import first_divergence, repetition
 from reasonkv.evaluate.traces import Trace, encode_prompts, file_name, load_or_make_traces
 from reasonkv.methods import Method, get_method
 from reasonkv.models import LoadedModel, one_thread_if_small
+from reasonkv.resolve import compressed_layers
 from reasonkv.runtimes.transformers import CompressedCache, RowStats
-from reasonkv.runtimes.transformers.support import compressed_layers
 from reasonkv.tasks import Problem, get_task
 
 Progress = Callable[[str, int, int], None]
@@ -207,8 +207,9 @@ class TaskRun(ABC):
 
     def record(self, config: RunConfig, stats: RowStats, seconds: float, **own: Any) -> Any:
         """Return a record of what a cache held, and of fields of its own."""
-        measured = vars(stats) | {"saved_ratio_terminal": 1 - stats.physical_terminal / stats.length}
-        return self.kind(**self.identity(config), **measured, **own, seconds=round(seconds, 4))
+        measured = vars(stats) | {"guards": stats.fallbacks, "seconds": round(seconds, 4)}
+        saved = 1 - stats.physical_terminal / stats.length
+        return self.kind(**self.identity(config), **measured, saved_ratio_terminal=saved, **own)
 
     def runnable(self, config: RunConfig) -> tuple[Method, Calibration | None]:
         """Return the method as the model runs it, and the statistics that it needs."""

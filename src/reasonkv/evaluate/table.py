@@ -23,7 +23,7 @@ from reasonkv.budget import Budget
 from reasonkv.evaluate.manifest import MANIFEST, ResultsError
 from reasonkv.evaluate.records import RECORDS, AnswerRecord, Record, read_lines
 from reasonkv.methods import MethodError, method_class
-from reasonkv.schedule import State, next_event, step
+from reasonkv.schedule import Lengths, next_event, step
 
 Regime = Literal["compressed", "prompt_fills_budget", "uncompressed", "selecting"]
 KEPT = "records.parquet"
@@ -221,10 +221,10 @@ def _regime(budget: Budget | None, prompt: int, events: int, exhausted: bool, se
 @functools.lru_cache(maxsize=4096)
 def _prompt_events(budget: Budget, prompt: int) -> int:
     """Compactions while the prompt is fed; the schedule alone decides."""
-    state, events = State(prompt=prompt), 0
-    while state.length < prompt:
+    state, events = Lengths(prompt=prompt), 0
+    while state.logical < prompt:
         boundary = next_event(budget, state)
-        state, keep = step(budget, state, min(prompt, boundary or prompt) - state.length)
+        state, keep = step(budget, state, min(prompt, boundary or prompt) - state.logical)
         events += keep is not None
     return events
 

@@ -97,9 +97,9 @@ class EngineConfig:
         rest = {key: value for key, value in given.items() if key not in (*_NOT_BUDGET, "window")}
         try:
             # imported here: it brings the transformers runtime along, which a process without reasonkv never needs
-            from reasonkv.runtimes.transformers.setup import fitted
+            from reasonkv.resolve import resolve_budget
 
-            method, budget = fitted(get_method(given["method"]), _budget(rest, given.get("window")))
+            method, budget = resolve_budget(get_method(given["method"]), _budget(rest, given.get("window")))
         except (MethodError, BudgetError) as error:
             raise ServingError(str(error)) from None
         check_method(method)
