@@ -23,7 +23,7 @@ from reasonkv.runtimes.vllm.requests import RequestOptions, RequestOptionsWithOp
 from reasonkv.view import SlotView
 
 CALIBRATION = str(testbed.testbed_path() / "reasonkv_calibration.safetensors")
-GIVEN = {"method": "random", "tokens": 64, "interval": 32, "sinks": 4, "recent": 16, "seed": 7}
+GIVEN = {"method": "random", "tokens": 64, "interval": 32, "sinks": 4, "recent": 16, "prompt": "count", "seed": 7}
 BUDGET = Budget(64, interval=32, sinks=4, recent=16, prompt="count")
 
 
@@ -144,7 +144,7 @@ def test_lengths_that_scheduler_and_worker_do_not_agree_on_are_never_served(fold
             llm.llm_engine.step()
         runtime = runtime_of(llm)
         (request,) = runtime.requests.values()
-        runtime.lengths.start(request.row, BUDGET, request.state._replace(length=41))
+        runtime.lengths.start(request.row, BUDGET, request.state._replace(logical=41))
         with pytest.raises(RuntimeError, match=r"The scheduler has 42 tokens of request one-.* the worker 41"):
             llm.llm_engine.step()
 

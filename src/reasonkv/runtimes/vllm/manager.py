@@ -2,7 +2,7 @@
 
 A request's whole bound is reserved when it is admitted, so it is never preempted for want of blocks. Once its prompt is
 in and compacted, the blocks that it can never need again are freed, once: the worker's block table only appends, so no
-block may be added after one was freed. Under a `Window`, whose length grows, blocks are added as they are needed, and
+block may be added after one was freed. Under a `Window` or a share of the text, which grow, blocks are added as they are needed, and
 none is freed before the end.
 
 A request that opts out holds a block for every so many tokens, as in a stock engine. The blocks that it will still need
@@ -20,7 +20,7 @@ from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 
 from reasonkv import schedule
-from reasonkv.budget import Budget, ExplicitEventsWindow, PeriodicWindow, Window
+from reasonkv.budget import Budget, ExplicitEventsWindow, PeriodicWindow
 from reasonkv.runtimes.vllm.options import RequestConfig
 from reasonkv.runtimes.vllm.spec import BoundedSpec
 
@@ -44,38 +44,38 @@ class RequestAllocation:
     """
 
     budget: Budget | None
-    state: schedule.State
+    state: schedule.Lengths
     fill: int
     whole: int
     high_water: int = 0
     is_trimmed: bool = False
     length: int = 0
-    _newest: tuple[tuple[int, schedule.State], tuple[int, schedule.State]] | None = field(default=None, repr=False)
+    _newest: tuple[tuple[int, schedule.Lengths], tuple[int, schedule.Lengths]] | None = field(default=None, repr=False)
 
     @property
     def grows(self) -> bool:
         """Its number of blocks has no bound but its length."""
-        return self.budget is None or isinstance(self.budget, Window)
+        return self.budget is None or not self.budget.is_bounded
 
     @property
-    def now(self) -> schedule.State:
+    def now(self) -> schedule.Lengths:
         """Lengths after the step that was scheduled last."""
         return schedule.one_by_one(self.budget, self.state, self.length)
 
-    def after(self, num_tokens: int) -> tuple[int, schedule.State]:
+    def after(self, num_tokens: int) -> tuple[int, schedule.Lengths]:
         """Return high water and lengths after a step that ends at so many tokens; asked twice a step, so remembered."""
         asked = (num_tokens, self.state)
         if self._newest is None or self._newest[0] != asked:
-            fed = max(0, num_tokens - self.state.length)
-            high_water = max(self.high_water, self.state.held + fed)
+            fed = max(0, num_tokens - self.state.logical)
+            high_water = max(self.high_water, self.state.physical + fed)
             self._newest = asked, (high_water, schedule.step(self.budget, self.state, fed)[0])
         return self._newest[1]
 
     def compact(self, dropped: int) -> None:
         """Note a compaction that the engine's step brought, at the end of what the step fed."""
         assert isinstance(self.budget, ExplicitEventsWindow)
-        self.budget = schedule.listed(self.budget, self.state.length)
-        self.state = self.state._replace(held=self.state.held - dropped)
+        self.budget = schedule.listed(self.budget, self.state.logical)
+        self.state = self.state._replace(physical=self.state.physical - dropped)
 
 
 class BoundedManager(FullAttentionManager):  # type: ignore[misc]
@@ -132,8 +132,8 @@ class BoundedManager(FullAttentionManager):  # type: ignore[misc]
         one = self.allocations.get(request_id)
         if one is None:
             return
-        if num_prompt_tokens is not None and one.state.length == 0:
-            one.state = schedule.State(prompt=num_prompt_tokens)
+        if num_prompt_tokens is not None and one.state.logical == 0:
+            one.state = schedule.Lengths(prompt=num_prompt_tokens)
         if one.grows or one.is_trimmed or processed_computed_tokens < one.fill:
             return
         one.is_trimmed = True
@@ -148,7 +148,7 @@ class BoundedManager(FullAttentionManager):  # type: ignore[misc]
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """Return all blocks of a request that ends or is preempted."""
         one = self.allocations.pop(request_id, None)
-        if one is not None and one.state.length and self.requests is None:
+        if one is not None and one.state.logical and self.requests is None:
             self.prompts[request_id] = one.state.prompt
             if len(self.prompts) > _REMEMBERED:
                 self.prompts.popitem(last=False)
@@ -178,19 +178,19 @@ class BoundedManager(FullAttentionManager):  # type: ignore[misc]
         one = self.allocations.get(request_id) or self._new_allocation(request_id, 0)
         state = one.now
         boundary = schedule.next_event(one.budget, state)
-        return None if boundary is None else boundary - state.length
+        return None if boundary is None else boundary - state.logical
 
     def _new_allocation(self, request_id: str, num_tokens: int) -> RequestAllocation:
         longest, budget = self.kv_cache_spec.max_length, schedule.row_budget(self.kv_cache_spec.budget)
         if self.requests is None:
             # The prompt of a request seen for the first time is all of it; `remove_skipped_blocks` confirms it.
-            state = schedule.State(prompt=self.prompts.get(request_id, num_tokens))
+            state = schedule.Lengths(prompt=self.prompts.get(request_id, num_tokens))
             return RequestAllocation(budget=budget, state=state, fill=num_tokens, whole=longest)
         request = self.requests[request_id]
         prompt = request.num_prompt_tokens
         return RequestAllocation(
             budget=None if RequestConfig.wants_full_kv(request.sampling_params) else budget,
-            state=schedule.State(prompt=prompt),
+            state=schedule.Lengths(prompt=prompt),
             fill=prompt,
             whole=min(longest, prompt + request.max_tokens - 1),  # the token sampled last is never fed
         )

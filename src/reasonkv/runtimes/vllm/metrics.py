@@ -59,7 +59,7 @@ class Meter:
         """Slots held by the requests of the newest step, after its compactions."""
         if self.newest is None:
             return 0
-        dropped = sum(one.held - one.after.held for one in self.newest.due)
+        dropped = sum(one.held - one.after.physical for one in self.newest.due)
         return int(self.newest.held.sum()) + self.newest.tokens - dropped
 
     @property

@@ -34,9 +34,9 @@ from reasonkv.runtimes.vllm.setup import (
     statistics_of,
     with_markers,
 )
-from reasonkv.runtimes.vllm.slots import LayerSlots
 from reasonkv.runtimes.vllm.step import QueryGroup, RunningRequest, StepLayout
 from reasonkv.schedule import BatchSchedule
+from reasonkv.slots import SlotStore
 
 logger = init_logger("vllm.reasonkv")
 
@@ -109,11 +109,11 @@ class Runtime:
         layouts = [layer.layout for layer in self.layers] or [None] * len(self._modules)
         self.layers = []
         for (name, module), layout in zip(self._modules.items(), layouts, strict=True):
-            shape = (rows, module.num_kv_heads, module.num_heads, module.head_size)
             index, heads = extract_layer_index(name), module.num_heads
             of_rank = slice(self.rank * heads, (self.rank + 1) * heads)
             statistics = None if known is None else own_heads(known.layer(index), of_rank)
-            slots = LayerSlots(*shape, model.dtype, self.device, needs, self._row_states_of(module))
+            slots = SlotStore(rows, module.num_kv_heads, model.dtype, self.device, needs)
+            slots.prepare(method, heads, module.head_size)
             self.layers.append(Layer(index, module, slots, statistics, layout))
         shape_of_ids = (rows, model.max_model_len)
         self.compactor = Compactor(
@@ -141,7 +141,7 @@ class Runtime:
 
     @torch.inference_mode()
     def begin(self, scheduled: Any) -> None:
-        """Take in what the scheduler sends before a step (`SchedulerOutput`), and carry out the compactions of the last.
+        """Take in what the scheduler sends before a step (`SchedulerOutput`), and compact what the last one left.
 
         They wait for it so that nobody waits for them: the last step's tokens are out, and requests that ended with it
         need no compaction. Until the model runs, nothing is written to any block, not even to those that the scheduler
@@ -208,7 +208,9 @@ class Runtime:
         if layer.slots.ring is not None:
             if self._ring_lines is None:
                 self._ring_lines = step.ring_lines(layer.slots.ring.shape[1], self.device)
-            layer.slots.remember_queries(query[: step.tokens], self._ring_lines)
+            lines, newest = self._ring_lines
+            queries = query[: step.tokens] if newest is None else query.index_select(0, newest)
+            layer.slots.remember_queries(queries, lines)
         if self.config.method.needs.observes:
             self._observe(step, layer, query)
 
@@ -228,12 +230,6 @@ class Runtime:
         with torch.autocast(self.device.type, enabled=False):  # scores are float32 whoever calls
             self.compactor.run(step, self.requests)
         self.meter.seconds += time.perf_counter() - start
-
-    def _row_states_of(self, module: Any) -> Callable[[int], dict[str, Tensor]] | None:
-        if not self.config.method.needs.observes:
-            return None
-        geometry = {"query_heads": module.num_heads, "head_dim": module.head_size, "device": self.device}
-        return partial(self.config.method.new_row_state, **geometry)
 
     def _observe(self, step: StepLayout, layer: Layer, query: Tensor) -> None:
         assert self.compactor.rotary is not None
@@ -268,11 +264,11 @@ class Runtime:
         for name, fed in all_fed.items():
             one = self.requests[name]
             if isinstance(one.budget, ExplicitEventsWindow):
-                ends[name] = one.state._replace(length=one.state.length + fed)
+                ends[name] = one.state._replace(logical=one.state.logical + fed)
                 windows[name] = one.budget
         raw = {name: schedule.raw_tokens(windows[name], state) for name, state in ends.items()}
         for name in schedule.periodic_round(policy, self.steps - 1, raw):
-            self.lengths.set_budget(self.requests[name].row, schedule.listed(windows[name], ends[name].length))
+            self.lengths.set_budget(self.requests[name].row, schedule.listed(windows[name], ends[name].logical))
 
     # -- requests that come and go ----------------------------------------------------------------------------------
 
@@ -288,7 +284,11 @@ class Runtime:
                 self._start(name, prompt, None, engine_method, asked.seed)
                 return
             logger.warning("Request %s is compressed: to keep full KV it needs --scheduler-cls %s.", name, SCHEDULER)
-        if budget.prompt == "keep" and prompt + max(budget.recent, engine_method.needs.recent) >= budget.tokens:
+        if (
+            budget.prompt == "keep"
+            and budget.keep is None
+            and prompt + max(budget.recent, engine_method.needs.recent) >= budget.tokens
+        ):
             logger.warning(
                 "Request %s has a prompt of %d tokens, which prompt='keep' cannot hold in a budget of %d; "
                 "its prompt is compressed like the rest.", name, prompt, budget.tokens,
@@ -307,7 +307,7 @@ class Runtime:
         row = self.free_rows.pop()
         for layer in self.layers:
             layer.slots.start(row)
-        self.lengths.start(row, budget, schedule.State(prompt=prompt))
+        self.lengths.start(row, budget, schedule.Lengths(prompt=prompt))
         self.requests[name] = RunningRequest(lengths=self.lengths, row=row, method=method, seed=seed)
 
     def _suspend(self, name: str) -> None:

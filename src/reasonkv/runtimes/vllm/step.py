@@ -31,7 +31,7 @@ class RunningRequest:
     compactions: int = 0  # carried out so far
 
     @property
-    def state(self) -> schedule.State:
+    def state(self) -> schedule.Lengths:
         """Current logical and physical length, and the prompt's."""
         return self.lengths.state(self.row)
 
@@ -42,8 +42,8 @@ class RunningRequest:
 
     def __str__(self) -> str:
         return (
-            f"{self.state.length} tokens, {self.state.prompt} of them its prompt's; {self.compactions} compactions; "
-            f"{self.state.held} slots held, {self.lengths.peak(self.row)} at most"
+            f"{self.state.logical} tokens, {self.state.prompt} of them its prompt's; {self.compactions} compactions; "
+            f"{self.state.physical} slots held, {self.lengths.peak(self.row)} at most"
         )
 
 
@@ -53,9 +53,9 @@ class DueCompaction(NamedTuple):
     name: str  # the request's id
     request: RunningRequest
     index: int  # of the request in the batch
-    before: schedule.State  # lengths before the step
+    before: schedule.Lengths  # lengths before the step
     held: int  # slots during the step's attention
-    after: schedule.State  # lengths after the compaction, which keeps `after.held` slots
+    after: schedule.Lengths  # lengths after the compaction, which keeps `after.physical` slots
     budget: Budget
 
 
@@ -163,6 +163,6 @@ class StepLayout:
         for one in self.due:
             if running.get(one.name) is one.request:
                 # the runtime makes one method for all requests with equal options
-                alike = (id(one.request.method), one.held, one.after.held, min(ring, one.after.length))
+                alike = (id(one.request.method), one.held, one.after.physical, min(ring, one.after.logical))
                 found.setdefault(alike, []).append(one)
         return list(found.values())
