@@ -28,7 +28,7 @@ from reasonkv.runtimes.vllm.config import SCHEDULER, EngineConfig
 from reasonkv.testbed import load_testbed
 
 SEED, BLOCK = 7, 32
-SMALL = {"tokens": 64, "interval": 32, "sinks": 4, "recent": 16}
+SMALL = {"tokens": 64, "interval": 32, "sinks": 4, "recent": 16, "prompt": "count"}
 CALIBRATION = str(testbed.testbed_path() / "reasonkv_calibration.safetensors")
 BUDGET = Budget(64, interval=32, sinks=4, recent=16, prompt="count")
 

@@ -24,7 +24,7 @@ SEED, TOKENS = 7, 160
 BUDGET = Budget(96, interval=32, sinks=4, recent=16, prompt="count")
 WINDOW = Window(size=48, buffer=16, retention=0.25)
 CALIBRATION = str(testbed.testbed_path() / "reasonkv_calibration.safetensors")
-THRESHOLD = {"tokens": 96, "interval": 32, "sinks": 4, "recent": 16}
+THRESHOLD = {"tokens": 96, "interval": 32, "sinks": 4, "recent": 16, "prompt": "count"}
 WINDOWED = {"window": {"size": 48, "buffer": 16, "retention": 0.25}}
 
 
@@ -91,9 +91,9 @@ def test_events_of_many_requests_are_carried_out_in_portions(
         runtime.use(EngineConfig.parse({"method": method, "seed": SEED, "calibration": CALIBRATION, **THRESHOLD}))
         whole, rows = serve(threshold_engine, asked, greedy(70)), []
 
-        def spy(self: Compactor, layer: Any, step: Any, due: list[Any], rows: list[int] = rows) -> Any:
+        def spy(self: Compactor, layer: Any, due: list[Any], *others: Any, rows: list[int] = rows) -> Any:
             rows.append(len(due))
-            return view(self, layer, step, due)
+            return view(self, layer, due, *others)
 
         with monkeypatch.context() as patch:
             patch.setattr(Compactor, "view", spy)

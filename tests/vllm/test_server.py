@@ -17,8 +17,8 @@ import openai
 import pytest
 from engines import full_kv, prompts
 
-GIVEN = ["--method", "random", "--budget", "64", "--interval", "32", "--sinks", "4", "--recent", "16", "--seed", "7",
-         "--log-requests"]  # fmt: skip
+GIVEN = ["--method", "random", "--budget", "64", "--interval", "32", "--sinks", "4", "--recent", "16", "--prompt-policy", "count",
+         "--seed", "7", "--log-requests"]  # fmt: skip
 CHAT = "{% for message in messages %}{{ message.content }} {% endfor %}<think>"
 
 

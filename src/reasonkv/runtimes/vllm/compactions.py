@@ -8,7 +8,7 @@ otherwise only the kept ones.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,12 +18,11 @@ from torch import Tensor
 from reasonkv.compaction import compact_pair, gather_slots
 from reasonkv.methods import Method
 from reasonkv.plan import Plan, PlanError
-from reasonkv.protection import protected_slots
 from reasonkv.rotary import Rotary
 from reasonkv.runtimes.vllm.layout import Kind, Layout
 from reasonkv.runtimes.vllm.metrics import Meter
-from reasonkv.runtimes.vllm.slots import LayerSlots
 from reasonkv.runtimes.vllm.step import DueCompaction, RunningRequest, StepLayout
+from reasonkv.slots import CompactionGroup, SlotStore, make_view
 from reasonkv.view import LayerStatistics, Ranks, SlotView
 
 logger = logging.getLogger("vllm.reasonkv")
@@ -35,43 +34,39 @@ nobody set aside; a CPU's copies stay in its cache, and in pages that the alloca
 Observer = Callable[[int, list[str], SlotView, Plan], None]
 """Called as `observer(layer, requests, view, plan)`: row i of the view and of the plan is request `requests[i]`."""
 
+_FIELDS: dict[Kind, str] = {"keys": "keys_BHND", "values": "values_BHND"}
+
 
 @dataclass
 class Layer:
-    """One compressed layer of the engine.
+    """One compressed layer of the engine."""
 
-    Args:
-        index: its number in the model.
-        module: vLLM's attention layer, which owns the blocks (`kv_cache`) and the implementation (`impl`).
-        slots: what is kept beside keys and values.
-        calibration: statistics of its queries, this rank's heads.
-        layout: where the platform puts keys and values, once blocks exist.
+    index: int  # its number in the model
+    module: Any  # vLLM's attention layer, which owns the blocks (`kv_cache`) and the implementation (`impl`)
+    slots: SlotStore  # what is stored beside keys and values
+    calibration: LayerStatistics | None = None  # of its queries, this rank's heads
+    layout: Layout | None = None  # where the platform puts keys and values, once blocks exist
 
-    """
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of one slot's keys and values."""
+        cache = self.module.kv_cache
+        return int(cache[0, :, 0].numel()) * int(cache.element_size())
 
-    index: int
-    module: Any
-    slots: LayerSlots
-    calibration: LayerStatistics | None = None
-    layout: Layout | None = None
+    def read(self, kind: Kind, blocks_BM: Tensor, slots_BHK: Tensor) -> Tensor:
+        """Return keys or values of some slots, every head its own: [B, H, K, D]."""
+        assert self.layout is not None
+        return self.layout.read(kind, self.module.kv_cache, blocks_BM, slots_BHK)
 
-    def blocks(self, step: StepLayout, due: list[DueCompaction], slots: int) -> Tensor:
-        """Return the numbers of the kernel's blocks that hold the first `slots` slots of some requests, [b, M]."""
-        index_b = torch.tensor([one.index for one in due], device=step.block_table.device)
-        return step.block_table[index_b, : -(-slots // self.module.kv_cache.shape[2])]
-
-
-_FIELDS: dict[Kind, str] = {"keys": "keys_BHND", "values": "values_BHND"}
+    def write_front(self, kind: Kind, blocks_BM: Tensor, x_BHKD: Tensor) -> None:
+        """Write keys or values to the first K slots of every row."""
+        assert self.layout is not None
+        self.layout.write_front(kind, self.module.kv_cache, blocks_BM, x_BHKD)
 
 
 @dataclass(frozen=True)
 class PagedView(SlotView):
-    """A view made without keys and values (None): they are read out of their blocks when first looked at.
-
-    Args:
-        read: reads either, [B, H, N, D].
-
-    """
+    """A view made without keys and values (None): `read` reads them out of their blocks when first looked at."""
 
     read: Callable[[Kind], Tensor] | None = None
 
@@ -85,8 +80,7 @@ class PagedView(SlotView):
         kind = next((kind for kind, field in _FIELDS.items() if field == name), None)
         if kind is None or self.read is None:
             raise AttributeError(name)
-        found = self.read(kind)
-        vars(self)[name] = found
+        vars(self)[name] = found = self.read(kind)
         return found
 
     def was_read(self, kind: Kind) -> bool:
@@ -96,30 +90,17 @@ class PagedView(SlotView):
 
 @dataclass
 class Compactor:
-    """Plans and carries out the compactions of an engine's steps.
+    """Plans and carries out the compactions of an engine's steps."""
 
-    Args:
-        method: the engine's.
-        seed: the run's.
-        layers: all compressed layers.
-        meter: counts.
-        first_head: global index of this rank's first KV head.
-        rotary: the model's rotary embedding, if the method needs it.
-        ranks: the tensor-parallel ranks with the layers' other heads, or None.
-        token_ids: int32 [rows, length], tokens of every request, if the method needs them.
-        observer: sees every plan.
-
-    """
-
-    method: Method
+    method: Method  # the engine's
     seed: int
     layers: list[Layer]
     meter: Meter
-    first_head: int = 0
-    rotary: Rotary | None = None
-    ranks: Ranks | None = None
-    token_ids: Tensor | None = None
-    observer: Observer | None = None
+    first_head: int = 0  # global index of this rank's first KV head
+    rotary: Rotary | None = None  # if the method needs it
+    ranks: Ranks | None = None  # those with the layers' other heads
+    token_ids: Tensor | None = None  # int32 [rows, length], tokens of every request, if the method needs them
+    observer: Observer | None = None  # sees every plan
 
     def run(self, step: StepLayout, running: Mapping[str, RunningRequest]) -> None:
         """Plan and carry out the compactions of a step whose attention is over, in all layers.
@@ -131,26 +112,40 @@ class Compactor:
             PlanError: a plan of the engine's method that cannot be carried out, a defect of the method.
 
         """
-        groups = step.compaction_groups(self.method.needs.queries, running)
-        for layers in [self.layers] if self.method.needs.scope == "model" else [[layer] for layer in self.layers]:
-            for due in _portions(layers, groups):
-                self._compact(layers, step, due)
-        for one in (one for due in groups for one in due):
+        needs = self.method.needs
+        together = [self.layers] if needs.scope == "model" else [[layer] for layer in self.layers]
+        device = self.layers[0].module.kv_cache.device
+        portion = PORTION_BYTES["cpu" if device.type == "cpu" else "accelerator"] // len(together[0])
+        parts = []
+        for due in step.compaction_groups(needs.queries, running):
+            most = max(1, portion // (due[0].held * self.layers[0].slot_bytes))
+            parts += [due[start : start + most] for start in range(0, len(due), most)]
+        groups = [_group(part) for part in parts]
+        for layers in together:
+            for due, group in zip(parts, groups, strict=True):
+                self._compact(layers, step, due, group)
+        for one in (one for due in parts for one in due):
             one.request.compactions += 1
-            one.request.compacted_slots = one.after.held
+            one.request.compacted_slots = one.after.physical
             self.meter.compactions += 1
-            self.meter.dropped += one.held - one.after.held
+            self.meter.dropped += one.held - one.after.physical
 
-    def _compact(self, layers: list[Layer], step: StepLayout, due: list[DueCompaction]) -> None:
-        """Compact some requests of one group, in one or all layers."""
-        views = [self.view(layer, step, due) for layer in layers]
+    def _compact(
+        self, layers: Sequence[Layer], step: StepLayout, due: list[DueCompaction], group: CompactionGroup
+    ) -> None:
+        """Compact one group of requests, in one or all layers."""
+        index_b = torch.tensor(group.batch_rows, device=step.block_table.device)
+        block_size = layers[0].module.kv_cache.shape[2]
+        blocks_BM = step.block_table[index_b, : -(-group.held // block_size)]
+        views = [self.view(layer, due, group, blocks_BM) for layer in layers]
         plans = self._plans(due, views)
         if self.observer is not None:
             for layer, view, plan in zip(layers, views, plans, strict=True):
                 self.observer(layer.index, [one.name for one in due], view, plan)
         self.meter.note_plans(plans, len(self.layers))
         for layer, view, plan in zip(layers, views, plans, strict=True):
-            _rewrite(layer, step, due, plan, view)
+            _rewrite(layer, blocks_BM, plan, view)
+            layer.slots.write_compacted(group.numbers(layer.slots.device)[0], plan, view)
 
     def _plans(self, due: list[DueCompaction], views: list[PagedView]) -> list[Plan]:
         """Return one plan per layer, by the requests' method, or where its own options make it fail, by the engine's.
@@ -158,7 +153,7 @@ class Compactor:
         A client may send any options that its method accepts. A failure by them must not end the engine, which serves
         others. With several ranks it still does: a rank that goes on alone would leave the rest waiting.
         """
-        method, keep = due[0].request.method, due[0].after.held
+        method, keep = due[0].request.method, due[0].after.physical
         try:
             return _checked_plans(method, views, keep)
         except Exception as error:
@@ -173,63 +168,30 @@ class Compactor:
                 one.request.method = self.method
             return _checked_plans(self.method, views, keep)
 
-    def view(self, layer: Layer, step: StepLayout, due: list[DueCompaction]) -> PagedView:
-        """Return what a method may look at for requests that hold equally many slots, after the step's attention."""
-        slots, held, method = layer.slots, due[0].held, self.method
-        length_b, row_b, settled_b, event_b, seed_b, prompt_b = torch.tensor(
-            [
-                [one.after.length, one.request.row, one.request.compacted_slots, one.request.compactions,
-                 one.request.seed, one.before.prompt]
-                for one in due
-            ],
-            device=layer.module.kv_cache.device,
-        ).unbind(1)  # fmt: skip
-        layout, cache, blocks_BM = layer.layout, layer.module.kv_cache, layer.blocks(step, due, held)
-        assert layout is not None
-        every_slot = torch.arange(held, device=cache.device).expand(len(due), slots.heads, held)
-        index = slots.token_indices(row_b, held, length_b, settled_b)
-        is_prompt = index < prompt_b[:, None, None]
-        queries = query_index = None
-        if slots.ring is not None:
-            count = min(slots.ring.shape[1], due[0].after.length)
-            queries, query_index = slots.recent_queries(row_b, length_b, count)
+    def view(self, layer: Layer, due: list[DueCompaction], group: CompactionGroup, blocks_BM: Tensor) -> PagedView:
+        """Return what a method may look at in one layer, after the step's attention."""
         tokens = None
         if self.token_ids is not None:
-            tokens = tuple(self.token_ids[one.request.row, : one.after.length].long() for one in due)
-        return PagedView(
-            keys_BHND=None,  # type: ignore[arg-type]
-            values_BHND=None,  # type: ignore[arg-type]
-            read=lambda kind: layout.read(kind, cache, blocks_BM, every_slot),
-            positions_BHN=index,
-            counts_BHN=slots.source_counts(row_b, held, settled_b),
-            is_prompt_BHN=is_prompt,
-            is_protected_BHN=protected_slots(
-                index,
-                is_prompt,
-                [one.budget for one in due],
-                [one.before for one in due],
-                [one.after for one in due],
-                method.needs.recent,
-            ),
-            queries_BHqTD=queries,
-            query_positions_BT=query_index,
-            scaling=layer.module.impl.scale,
-            state=slots.slot_state(row_b, index, settled_b),
-            length_B=length_b,
-            event_B=event_b,
-            row_seed_B=seed_b,
-            seed=self.seed,
-            layer=layer.index,
-            first_head=self.first_head,
-            rows=tuple(one.index for one in due),
-            prompt_length_B=prompt_b,
-            query_heads=layer.module.num_heads,
-            calibration=layer.calibration,
-            rotary=self.rotary,
-            token_ids=tokens,
-            row_state={name: stored[row_b] for name, stored in slots.row_state.items()},
+            tokens = tuple(self.token_ids[one.request.row, : one.after.logical].long() for one in due)
+        every_slot = torch.arange(group.held, device=blocks_BM.device).expand(len(due), layer.slots.heads, -1)
+        return make_view(
+            PagedView, layer.slots, group, keys_BHND=None, values_BHND=None,
+            read=lambda kind: layer.read(kind, blocks_BM, every_slot),
+            scaling=layer.module.impl.scale, seed=self.seed, layer=layer.index, first_head=self.first_head,
+            query_heads=layer.module.num_heads, calibration=layer.calibration, rotary=self.rotary, token_ids=tokens,
             ranks=self.ranks,
-        )
+        )  # fmt: skip
+
+
+def _group(due: list[DueCompaction]) -> CompactionGroup:
+    requests = [one.request for one in due]
+    return CompactionGroup(
+        rows=[one.row for one in requests], batch_rows=[one.index for one in due], held=due[0].held,
+        keep=due[0].after.physical, budgets=[one.budget for one in due], before=[one.before for one in due],
+        after=[one.after for one in due], compacted_slots=[one.compacted_slots for one in requests],
+        events=[one.compactions for one in requests], seeds=[one.seed for one in requests],
+        prompt_spans=[[(0, one.before.prompt)] for one in due],
+    )  # fmt: skip
 
 
 def _checked_plans(method: Method, views: list[PagedView], keep: int) -> list[Plan]:
@@ -242,32 +204,18 @@ def _checked_plans(method: Method, views: list[PagedView], keep: int) -> list[Pl
     return plans
 
 
-def _portions(layers: list[Layer], groups: list[list[DueCompaction]]) -> Iterator[list[DueCompaction]]:
-    """Cut groups so that the copies of their keys and values stay small."""
-    cache = layers[0].module.kv_cache
-    portion = PORTION_BYTES["cpu" if cache.device.type == "cpu" else "accelerator"]
-    for due in groups:
-        row_bytes = due[0].held * cache[0, :, 0].numel() * cache.element_size() * len(layers)
-        most = max(1, portion // row_bytes)
-        yield from (due[start : start + most] for start in range(0, len(due), most))
-
-
-def _rewrite(layer: Layer, step: StepLayout, due: list[DueCompaction], plan: Plan, view: PagedView) -> None:
-    """Write what stays to the front of the requests' blocks, and note what it is."""
-    kept_BHK, cache, layout, every_row = plan.kept_BHK, layer.module.kv_cache, layer.layout, list(range(len(due)))
-    assert layout is not None
+def _rewrite(layer: Layer, blocks_BM: Tensor, plan: Plan, view: PagedView) -> None:
+    """Write what stays to the front of the requests' blocks."""
+    every_row = list(range(len(blocks_BM)))
     if plan.fold is not None:
         keys, values = view.keys_BHND.contiguous(), view.values_BHND.contiguous()
         new = dict(zip(_FIELDS, compact_pair(keys, values, every_row, plan, view.positions_BHN), strict=True))
     else:
-        blocks_BM = layer.blocks(step, due, view.positions_BHN.shape[2])
         new = {
-            kind: gather_slots(getattr(view, field).contiguous(), every_row, kept_BHK)
+            kind: gather_slots(getattr(view, field).contiguous(), every_row, plan.kept_BHK)
             if view.was_read(kind)
-            else layout.read(kind, cache, blocks_BM, kept_BHK)
+            else layer.read(kind, blocks_BM, plan.kept_BHK)
             for kind, field in _FIELDS.items()
         }
     for kind, x_BHKD in new.items():
-        layout.write_front(kind, cache, layer.blocks(step, due, kept_BHK.shape[2]), x_BHKD)
-    row_b = torch.tensor([one.request.row for one in due], device=kept_BHK.device)
-    layer.slots.settle(row_b, plan, view)
+        layer.write_front(kind, blocks_BM, x_BHKD)

@@ -109,9 +109,7 @@ class EngineConfig:
     def describe(self) -> str:
         """Return one line for the log: method, budget and seed."""
         kept = self.budget
-        what = f"{kept.tokens} slots per KV head, a compaction every {kept.interval} tokens"
-        if isinstance(kept, Window):
-            what = f"{kept.tokens} of every {kept.size} decoded tokens"
+        what = kept.describe() if isinstance(kept, Window) else f"{kept.describe()}, every {kept.interval} tokens"
         if isinstance(kept, PeriodicWindow):
             what = f"{kept.tokens} of {kept.size} tokens of {kept.most} requests every {kept.period} steps"
         return f"{self.method.spec()}, {what}, seed {self.seed}"
@@ -129,8 +127,8 @@ def _budget(rest: Mapping[str, Any], window: Any) -> Budget | None:
     if unknown:
         known_words = ", ".join((*_NOT_BUDGET, "window", *sorted(known)))
         raise ServingError(f"Unknown reasonkv fields: {', '.join(unknown)}; known: {known_words}.")
-    if rest and "tokens" not in rest:
-        raise ServingError("reasonkv needs tokens, the slots that stay per KV head.")
+    if rest and not rest.keys() & {"tokens", "keep"}:
+        raise ServingError("reasonkv needs tokens, the slots kept per KV head, or keep, the share of the text.")
     return Budget(**rest) if rest else None
 
 

@@ -55,7 +55,7 @@ class RequestConfig:
                 asked = None
         if not isinstance(asked, Mapping):
             raise ServingError(f'A request\'s reasonkv must be an object such as {{"seed": 1}}, not {given!r}.')
-        fixed = sorted(set(asked) & {"method", "tokens", "interval", "window"})
+        fixed = sorted(set(asked) & {"method", "tokens", "keep", "interval", "window"})
         if fixed:
             raise ServingError(
                 f"{', '.join(fixed)} cannot be set by a request, because blocks are reserved by the engine's; "

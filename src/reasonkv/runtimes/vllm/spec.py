@@ -41,7 +41,8 @@ class BoundedSpec(FullAttentionSpec):  # type: ignore[misc]
         """
         most = schedule.bound(self.budget, prompt, self.max_length, 1 if fill <= prompt else self.max_chunk)
         if self.budget.prefill_chunk and self.budget.prompt == "count":
-            most = max(most, min(prompt, self.budget.tokens + self.budget.prefill_chunk - 1 + self.max_chunk))
+            kept = schedule.kept_share(self.budget, prompt, prompt)
+            most = max(most, min(prompt, kept + self.budget.prefill_chunk - 1 + self.max_chunk))
         return most
 
     def slots_in_decode(self, prompt: int) -> int:
