@@ -117,7 +117,7 @@ def test_replays_equal_the_references(case: dict[str, Any], reference_model: Pre
             logits.append(reference_model(ids[:, start:end], past_key_values=cache).logits[0, -1])
             held.append(cache.stats().rows[0].physical_terminal)
         assert cache.slot_positions(0)[0][0].tolist() == case["positions"]
-        assert cache.stats().rows[0].guards == case["summary"]["guard_reason_counts"]
+        assert cache.stats().rows[0].fallbacks == case["summary"]["guard_reason_counts"]
         assert cache.stats().rows[0].events == case["summary"]["compression_events"]
     assert held == case["cache_len"]
     nll = torch.nn.functional.cross_entropy(torch.stack(logits), ids[0, prompt : prompt + len(logits)])

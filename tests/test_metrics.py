@@ -17,7 +17,7 @@ from reasonkv.evaluate.matching import attended_slots, mean_physical, tokens_for
 from reasonkv.evaluate.metrics import NonFiniteError, Reference, TraceScore, kl_divergence
 from reasonkv.evaluate.summary import estimate, paired_difference, summarize
 from reasonkv.report.tables import caption, replay_tables
-from reasonkv.schedule import State, next_event, step
+from reasonkv.schedule import Lengths, next_event, step
 
 
 def logits(*probabilities: float) -> list[float]:
@@ -134,12 +134,12 @@ def test_a_summary_compares_with_full_and_with_random_at_the_same_budget() -> No
 
 def slowly(budget: Budget | None, prompt: int, length: int) -> int:
     """Slots attended, one token at a time."""
-    state, total = State(prompt=prompt), 0
-    while state.length < prompt:
+    state, total = Lengths(prompt=prompt), 0
+    while state.logical < prompt:
         event = next_event(budget, state)
-        state, _ = step(budget, state, min(prompt, event or prompt) - state.length)
-    while state.length < length:
-        total += state.held + 1
+        state, _ = step(budget, state, min(prompt, event or prompt) - state.logical)
+    while state.logical < length:
+        total += state.physical + 1
         state, _ = step(budget, state, 1)
     return total
 

@@ -294,7 +294,7 @@ class _TaskRun:
             bytes_full=int(stats.bytes_full),
             events=stats.events,
             tokens_dropped=stats.tokens_dropped,
-            guards=dict(stats.guards),
+            guards=dict(stats.fallbacks),
             seconds=round(seconds, 4),
             slots_read_mean=stats.slots_read_mean,
             bytes_read_mean=stats.bytes_read_mean,

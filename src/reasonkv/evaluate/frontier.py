@@ -24,7 +24,7 @@ from reasonkv.evaluate.records import Record
 from reasonkv.evaluate.results import Results
 from reasonkv.evaluate.statistics import bootstrap_means
 from reasonkv.evaluate.summary import method_labels
-from reasonkv.schedule import State, next_event, step
+from reasonkv.schedule import Lengths, next_event, step
 
 Regime = Literal["decode-active", "prefix-exhausted", "uncompressed", "selecting"]
 Axis = Literal["tokens", "physical_mean", "bytes_held"]
@@ -64,10 +64,10 @@ def regime(record: Record | AnswerRecord) -> Regime:
 
 
 def _prompt_events(budget: Budget, prompt: int) -> int:
-    state, events = State(prompt=prompt), 0
-    while state.length < prompt:
+    state, events = Lengths(prompt=prompt), 0
+    while state.logical < prompt:
         boundary = next_event(budget, state)
-        state, keep = step(budget, state, min(prompt, boundary or prompt) - state.length)
+        state, keep = step(budget, state, min(prompt, boundary or prompt) - state.logical)
         events += keep is not None
     return events
 

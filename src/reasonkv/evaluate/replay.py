@@ -160,7 +160,7 @@ def to_record(run: str, task: str, seed: int, cell: Cell, trace: Trace, outcome:
         bytes_full=int(stats.bytes_full),
         events=stats.events,
         tokens_dropped=stats.tokens_dropped,
-        guards=dict(stats.guards),
+        guards=dict(stats.fallbacks),
         seconds=round(outcome.seconds, 4),
         diagnostics={name: round(measure, 6) for name, measure in outcome.diagnostics.items()},
         slots_read_mean=stats.slots_read_mean,
