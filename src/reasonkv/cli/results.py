@@ -128,9 +128,9 @@ def demo(
         open_report: Open the report in a browser. Unless given, when this is a terminal.
     """
     from reasonkv.cli.flags import ModelFlags
-    from reasonkv.cli.inspect import inspect_folder
     from reasonkv.cli.jobs import load, run_and_show
     from reasonkv.evaluate import demo
+    from reasonkv.report.folder import inspect_folder
     from reasonkv.report.inspector import save_inspection
     from reasonkv.report.report import write_report
 
