@@ -13,7 +13,7 @@ from test_vase import SHORT, SPECS, ids, mask_of
 from torch import Tensor
 
 from reasonkv.methods import Method
-from reasonkv.methods.vase_attnv import VaseAttnV, evened, largest, value_range
+from reasonkv.methods.vase_attnv import VaseAttnV, evened, value_range
 from reasonkv.methods.vase_dkv import VaseDKV
 from reasonkv.plan import PlanError
 from reasonkv.view import SlotView
@@ -164,12 +164,6 @@ def test_a_kept_prompt_is_never_drawn_and_takes_its_part_of_the_quarter() -> Non
 def test_sinks_stay_when_the_budget_protects_none(method: Method) -> None:
     kept = method.plan(with_state(random_view(2, 2, 96, recent=16)), 24).kept_BHK
     assert torch.equal(kept[..., :4], torch.arange(4).expand(2, 2, 4))
-
-
-def test_largest_gives_ties_to_the_newer_slot_and_counts_per_row() -> None:
-    scores = torch.tensor([[1.0, 2, 2, 2, 0], [5, 5, 5, 5, 5], [1, 2, 3, 4, 5]])[:, None]
-    chosen = largest(scores, torch.tensor([2, 3, 0])[:, None, None], 3)
-    assert chosen[:, 0].int().tolist() == [[0, 0, 1, 1, 0], [0, 0, 1, 1, 1], [0, 0, 0, 0, 0]]
 
 
 @pytest.mark.parametrize(("variant", "is_settled"), [("corrected", True), ("paper", False)])
