@@ -129,12 +129,12 @@ def inspect_folder(
     """
     from reasonkv.budget import Budget
     from reasonkv.evaluate.cells import RunConfig
-    from reasonkv.evaluate.results import load_results
+    from reasonkv.evaluate.table import read_folder_records, read_manifest
     from reasonkv.methods import get_method
     from reasonkv.report.inspector import inspect_generation, inspect_replay
 
-    results = load_results(folder)
-    manifest, arguments = results.manifest, results.manifest["arguments"]
+    manifest, records = read_manifest(folder), read_folder_records(folder)
+    arguments = manifest["arguments"]
     if loaded.hash != manifest["model"]["hash"]:
         raise UsageError(f"{folder} was made with other weights of {manifest['model']['name']}; give --model.")
     wanted = {"task": choices.get("task"), "example": choices.get("example")}
@@ -143,7 +143,7 @@ def inspect_folder(
         wanted |= {"method": method.name, "options": method.options()}
     fitting = [
         one
-        for one in [*results.records, *results.answers]
+        for one in records
         if one.budget is not None
         and choices.get("tokens") in (None, one.budget["tokens"])
         and all(value in (None, getattr(one, name)) for name, value in wanted.items())
@@ -157,7 +157,7 @@ def inspect_folder(
     options = ",".join(f"{key}={value}" for key, value in record.options.items())
     config = RunConfig(get_method(f"{record.method}:{options}"), Budget.from_dict(record.budget))
     trace = _trace(folder, arguments, loaded, record)
-    if not results.answers and not generate:
+    if not hasattr(record, "correct") and not generate:
         return inspect_replay(loaded, trace, config, task=record.task, seed=record.seed)
     sampling = arguments.get("sampling")
     return inspect_generation(
