@@ -66,7 +66,7 @@ def lines(data: pd.DataFrame, x: alt.X, y: alt.Y, look: Mapping[str, Any], band:
     ]
     if band:
         shade = base.mark_area(opacity=0.13).encode(
-            y=alt.Y("low:Q", title=y.title), y2="high:Q", color=look["color"], detail="method:N"
+            y=alt.Y("low:Q", title=y["title"]), y2="high:Q", color=look["color"], detail="method:N"
         )
         layers.insert(0, shade)
     return alt.layer(*layers)
