@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from reasonkv.calibration import Calibration
-from reasonkv.methods import Method
+from reasonkv.methods import Method, Requirements
 from reasonkv.plan import Plan
 from reasonkv.rotary import Rotary
 from reasonkv.runtimes.transformers.sparse_read import SparseReader
@@ -29,6 +29,7 @@ class Session:
 
     Args:
         method, seed, observer, reference, calibration: as in `CompressedCache`.
+        needs: the method's.
         rotary: of the full-attention layers, if the method asks for it.
         reader: chooses what decoded tokens read, for methods that evict nothing.
         model_name: for messages.
@@ -43,6 +44,7 @@ class Session:
     """
 
     method: Method
+    needs: Requirements
     seed: int
     observer: Observer | None
     reference: TraceAttention | None
