@@ -180,7 +180,7 @@ def test_any_method_that_scores_heads_can_be_the_base(base: str) -> None:
 
 
 def test_a_window_is_refused() -> None:
-    with pytest.raises(BudgetError, match="divides all slots of a layer anew at every event; give it a Budget"):
+    with pytest.raises(BudgetError, match="divides all slots of a layer at every compaction; give it a Budget"):
         CompressedCache(MODEL, METHOD, Window(16, 8, 0.5))
 
 

@@ -23,7 +23,7 @@ from reasonkv.evaluate.fates import PlanRecorder, fates
 from reasonkv.evaluate.matching import budget_for_mean, mean_physical
 from reasonkv.evaluate.pieces import Row, feed
 from reasonkv.methods import layer_budgets
-from reasonkv.methods.pyramidkv import PyramidKV, public_pyramid, pyramid
+from reasonkv.methods.pyramidkv import PyramidKV, kvpress_pyramid, pyramid
 from reasonkv.methods.snapkv import SnapKV
 
 CASES = json.loads((Path(__file__).parent / "data" / "field_uneven.json").read_text())["cases"]["pyramidkv_budgets"]
@@ -37,7 +37,7 @@ TOKENS = [24, 16, 8]  # sinks and window are 8; of the other 8 per layer, 15.6, 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: str(case["index"]))
 def test_the_public_form_equals_kvpress(case: dict[str, Any]) -> None:
-    found = public_pyramid(
+    found = kvpress_pyramid(
         case["q_len"] * (1 - case["compression_ratio"]),
         case["num_layers"],
         window=case["window_size"],
