@@ -28,15 +28,18 @@ WHAT_TO_LOOK_AT = (
 )
 
 
-def replay_job(**shared: int) -> ReplayJob:
-    """Return the fidelity half of `reasonkv demo`, with `limit`, `seed` and `batch_size` as given."""
-    traces = TraceSettings(max_new_tokens=LONGEST_TRACE)
-    return ReplayJob(task=TASKS, methods=METHODS, budget=_budget(TOKENS), traces=traces, **({"limit": 8} | shared))
+def replay_job(limit: int = 8, seed: int = 0, batch_size: int = 8) -> ReplayJob:
+    """Return the fidelity half of `reasonkv demo`."""
+    return ReplayJob(
+        task=TASKS, methods=METHODS, budget=_budget(TOKENS), traces=TraceSettings(max_new_tokens=LONGEST_TRACE),
+        limit=limit, seed=seed, batch_size=batch_size,
+    )  # fmt: skip
 
 
-def answers_job(**shared: int) -> GenerateJob:
+def answers_job(limit: int = 8, seed: int = 0, batch_size: int = 8) -> GenerateJob:
     """Return the accuracy half: the same methods and problems, each method writing its own trace and answer."""
-    return GenerateJob(task=TASKS, methods=METHODS, budget=_budget(ANSWER_TOKENS), **({"limit": 8} | shared))
+    budget = _budget(ANSWER_TOKENS)
+    return GenerateJob(task=TASKS, methods=METHODS, budget=budget, limit=limit, seed=seed, batch_size=batch_size)
 
 
 def _budget(tokens: tuple[int, ...]) -> BudgetOptions:
