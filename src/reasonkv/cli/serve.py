@@ -26,7 +26,7 @@ METRICS_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
 
 @command
 def serve(
-    model: str,
+    model: Annotated[str, Parameter(allow_leading_hyphen=True)],
     /,
     *others: Annotated[str, Parameter(allow_leading_hyphen=True, show=False)],
     method: str,
