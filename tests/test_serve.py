@@ -121,7 +121,7 @@ def test_logits_processors_of_the_user_stand_beside_ours() -> None:
         ),
         (("--method", "snapkv", "--budget", "many"), "--budget takes whole numbers"),
         (("--method", "kara", "--window", "96", "--retention", "0.2,0.3"), "one --retention"),
-        (("--method", "kara", "--window", "96", "--retention", "2"), "retention must lie between"),
+        (("--method", "kara", "--window", "96", "--retention", "2"), "retention must be a number between 0 and 1"),
         (("--method", "full", "--budget", "512"), "keeps every slot"),
         (("--method", "cask", "--budget", "512"), "mass=none"),
         (("--method", "quest", "--budget", "512"), "selects what each query reads"),
