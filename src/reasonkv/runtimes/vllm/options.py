@@ -41,9 +41,7 @@ class RequestConfig:
     def of(cls, extra_args: Mapping[str, Any] | None) -> RequestConfig:
         """Read a request's `extra_args`; the value may be JSON text, because `vllm_xargs` takes no objects.
 
-        Raises:
-            ServingError: an unknown field or a wrong value.
-
+        Raises a ServingError for an unknown field or a wrong value.
         """
         asked = given = (extra_args or {}).get(KEY)
         if asked is None:
