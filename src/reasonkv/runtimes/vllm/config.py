@@ -48,22 +48,13 @@ def typed(given: Mapping[str, Any], key: str, default: Any, whose: str, kind: ty
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """What all requests of an engine share.
-
-    Args:
-        method: chooses the slots that stay.
-        budget: how many stay.
-        seed: of stochastic methods.
-        calibration: file of query statistics; None looks beside the model.
-        log_requests: log lengths and compactions of every request when it ends.
-
-    """
+    """What all requests of an engine share."""
 
     method: Method
     budget: Budget
-    seed: int = 0
-    calibration: str | None = None
-    log_requests: bool = False
+    seed: int = 0  # of stochastic methods
+    calibration: str | None = None  # file of query statistics; None looks beside the model
+    log_requests: bool = False  # log lengths and compactions of every request when it ends
 
     @classmethod
     def of(cls, vllm_config: Any) -> EngineConfig | None:
@@ -76,9 +67,7 @@ class EngineConfig:
     def parse(cls, given: Any) -> EngineConfig:
         """Read {"method": ..., "tokens": ..., further fields of `Budget`} or {"method": ..., "window": {...}}.
 
-        Raises:
-            ServingError: an unknown key, a wrong value, or a method that vLLM cannot serve.
-
+        Raises a ServingError for an unknown key, a wrong value, or a method that vLLM cannot serve.
         """
         if not isinstance(given, Mapping) or not isinstance(given.get("method"), str):
             raise ServingError('reasonkv is configured as {"method": NAME, "tokens": N}, further fields as in Budget.')
@@ -145,13 +134,9 @@ def check_method(method: Method) -> None:
 
 
 def vllm_variant(method: Method) -> Method:
-    """Return the method as this runtime can carry it: itself, or with the option that avoids what vLLM cannot do.
+    """Return the method as vLLM can carry it: itself, or with the option that avoids what vLLM cannot do.
 
-    This decides which methods run in vLLM; it needs no vLLM.
-
-    Raises:
-        ServingError: no option helps.
-
+    This decides which methods run in vLLM. Raises a ServingError where no option helps.
     """
     option = _disabling_option(method)
     try:

@@ -46,15 +46,8 @@ _RESUMED_PERIODIC = (
 class Runtime:
     """Made by the worker once the model is loaded; every compressed layer refers to it (`backend.StepRuntime`).
 
-    Args:
-        vllm_config: vLLM's whole configuration.
-        config: ours.
-        runner: the worker's model runner, which orders the batch.
-        rank: of this worker among tensor-parallel ones.
-
-    Raises:
-        ServingError: the model's attention cannot be served; one sentence says why.
-
+    The worker's model `runner` orders the batch; `rank` is that of the worker among tensor-parallel ones. Raises a
+    ServingError where the model's attention cannot be served.
     """
 
     def __init__(self, vllm_config: Any, config: EngineConfig, runner: Any, rank: int = 0) -> None:
