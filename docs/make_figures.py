@@ -27,15 +27,15 @@ def walk(budget: Budget | None, label: str) -> pd.DataFrame:
 
     A compaction adds a second point at its length (`kept`), so that the drop is drawn vertically.
     """
-    state = START
+    state = schedule.Lengths(prompt=PROMPT)
     rows = []
     for fed in [PROMPT] + [1] * (LENGTH - PROMPT):
-        before = state.held + fed
+        before = state.physical + fed
         state, keep = schedule.step(budget, state, fed)
-        if keep is not None or state.length in (PROMPT, LENGTH):  # between these points the line is straight
-            rows.append((label, state.length, before, False))
+        if keep is not None or state.logical in (PROMPT, LENGTH):  # between these points the line is straight
+            rows.append((label, state.logical, before, False))
         if keep is not None:
-            rows.append((label, state.length, keep, True))
+            rows.append((label, state.logical, keep, True))
     frame = pd.DataFrame(rows, columns=["line", "length", "slots", "kept"])
     return frame.assign(order=range(len(frame)))
 
@@ -77,8 +77,6 @@ def main(target: Path) -> None:
     chart = (above & below).resolve_scale(color="independent", strokeDash="independent")
     chart.configure(background="white", padding=12).save(target)
 
-
-START = schedule.RowLengths(prompt=PROMPT) if hasattr(schedule, "RowLengths") else schedule.State(prompt=PROMPT)
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent / "img" / "budget.svg")

@@ -15,7 +15,9 @@ NOTEBOOK = Path(__file__).parent.parent / "examples" / "quickstart.ipynb"
 
 def test_the_notebook_runs_and_solves_its_problem(tmp_path: Path) -> None:
     notebook = nbformat.read(NOTEBOOK, as_version=4)
-    client = nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": tmp_path}})
+    client = nbclient.NotebookClient(
+        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": tmp_path}}
+    )
     client.execute()
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     texts = [output.get("text", "") + str(output.get("data", {}).get("text/plain", "")) for output in outputs]

@@ -17,9 +17,8 @@ from reasonkv.evaluate.job import (
 )
 
 if TYPE_CHECKING:
-    from reasonkv.evaluate.answers import AnswerRecord, read_answers
-    from reasonkv.evaluate.records import Record, RecordError, read_records
-    from reasonkv.evaluate.results import Results, load_results
+    from reasonkv.evaluate.records import AnswerRecord, RecordError, ReplayRecord, read_answers, read_records
+    from reasonkv.evaluate.table import read_results, summarize
 
 __all__ = [
     "AnswerRecord",
@@ -27,22 +26,21 @@ __all__ = [
     "GenerateJob",
     "Job",
     "JobError",
-    "Record",
     "RecordError",
     "ReplayJob",
-    "Results",
+    "ReplayRecord",
     "Sampling",
     "TraceSettings",
     "TuneJob",
-    "load_results",
     "read_answers",
     "read_records",
+    "read_results",
+    "summarize",
 ]
 
 _HOMES = {
-    "reasonkv.evaluate.answers": ("AnswerRecord", "read_answers"),
-    "reasonkv.evaluate.records": ("Record", "RecordError", "read_records"),
-    "reasonkv.evaluate.results": ("Results", "load_results"),
+    "reasonkv.evaluate.records": ("AnswerRecord", "RecordError", "ReplayRecord", "read_answers", "read_records"),
+    "reasonkv.evaluate.table": ("read_results", "summarize"),
 }
 
 

@@ -21,7 +21,7 @@ from scipy.special import stdtr
 
 from reasonkv.budget import Budget
 from reasonkv.evaluate.manifest import MANIFEST, ResultsError
-from reasonkv.evaluate.records import RECORDS, AnswerRecord, Record, read_lines
+from reasonkv.evaluate.records import RECORDS, AnswerRecord, ReplayRecord, read_lines
 from reasonkv.methods import MethodError, method_class
 from reasonkv.schedule import Lengths, next_event, step
 
@@ -94,26 +94,29 @@ def read_results(folders: Sequence[Path]) -> pd.DataFrame:
         ResultsError: a folder holds no results, or its manifest is damaged.
         RecordError: a record is damaged.
     """
-    parts = [_read_folder(Path(folder)) for folder in folders]
+    parts = [
+        _prepared(pd.read_parquet(folder / KEPT))
+        if (folder / KEPT).is_file()
+        else to_frame(read_folder_records(folder), str(folder))
+        for folder in map(Path, folders)
+    ]
     return parts[0] if len(parts) == 1 else pd.concat(parts, ignore_index=True)
 
 
-def _read_folder(folder: Path) -> pd.DataFrame:
-    if (folder / KEPT).is_file():
-        return _prepared(pd.read_parquet(folder / KEPT))
-    manifest = read_manifest(folder)
-    path = folder / RECORDS
+def read_folder_records(folder: Path) -> Sequence[ReplayRecord] | Sequence[AnswerRecord]:
+    """Return the records of one results folder, from `records.jsonl` or `records.jsonl.gz`; errors as above."""
+    manifest, path = read_manifest(folder), folder / RECORDS
     packed = path.with_name(path.name + ".gz")
+    records: Sequence[ReplayRecord] | Sequence[AnswerRecord]
     if not path.is_file() and packed.is_file():
-        kind = Record if manifest["command"] == "replay" else AnswerRecord
-        records: Sequence[Record | AnswerRecord] = read_lines(packed, kind)
+        records = read_lines(packed, ReplayRecord if manifest["command"] == "replay" else AnswerRecord)
     elif _holds_answers(path, str(manifest["command"])):
         records = read_lines(path, AnswerRecord)
     else:
-        records = read_lines(path, Record)
+        records = read_lines(path, ReplayRecord)
     if not records:
         raise ResultsError(f"{folder} holds no results yet; run the command that made it again.")
-    return to_frame(records, str(folder))
+    return records
 
 
 def _holds_answers(path: Path, command: str) -> bool:
@@ -126,7 +129,7 @@ def _holds_answers(path: Path, command: str) -> bool:
     return isinstance(data, dict) and "correct" in data and "top1" not in data
 
 
-def to_frame(records: Sequence[Record | AnswerRecord], folder: str = "") -> pd.DataFrame:
+def to_frame(records: Sequence[ReplayRecord | AnswerRecord], folder: str = "") -> pd.DataFrame:
     """Return one row per record, its fields as columns, and the columns that are derived from them.
 
     Options, budget and guards are canonical JSON; every diagnostic is a column of its own. Derived: `kind` ("replay" or
@@ -190,7 +193,7 @@ def method_label(method: str, options: Mapping[str, Any]) -> str:
         return method + (":" + ",".join(f"{name}={one}" for name, one in options.items()) if options else "")
 
 
-def regime(record: Record | AnswerRecord) -> Regime:
+def regime(record: ReplayRecord | AnswerRecord) -> Regime:
     """Return what a record says anything about.
 
     - "uncompressed": no compaction ran; the numbers are full KV's, whatever the method.

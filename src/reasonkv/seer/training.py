@@ -25,7 +25,7 @@ from reasonkv.methods.seer import gate_keys, gate_logits, gate_queries
 from reasonkv.methods.sparse_read import FullPages, PageView, Parameters, Prepared, SelectionMethod
 from reasonkv.rotary import Rotary
 from reasonkv.seer.gate import Gate, GateError, random_gate
-from reasonkv.seer.job import GateRecipe
+from reasonkv.seer.recipe import GateRecipe
 
 
 def train_gate(
@@ -118,7 +118,7 @@ def kept_attention(
     for row in rows:
         for number, seen in _observe(model, row, queries).items():
             parameters = None if prepared.layers is None else prepared.layers[number]
-            (H, g, D), full = seen.shape, seen.keys_HLD.shape[1] // c
+            (H, _, D), full = seen.shape, seen.keys_HLD.shape[1] // c
             seen = seen.only(seen.positions_T // c >= pages)
             if not len(seen.positions_T):
                 continue
@@ -128,7 +128,7 @@ def kept_attention(
             state = {name: summary.transpose(0, 1)[None] for name, summary in summaries.items()}
             queries_1HqTD = seen.queries_HgTD.flatten(0, 1)[None]
             view = PageView(state, queries_1HqTD, seen.positions_T[None], c, parameters, seen.rotary)
-            chosen_HgTP = method.select(view, [pages])[0].unflatten(0, (H, g))
+            chosen_HgTP = method.select(view, [pages])[0].unflatten(0, (H, -1))
             weights_HgTL = _attention(seen)
             page_L = torch.arange(seen.keys_HLD.shape[1], device=weights_HgTL.device) // c
             own_T1 = view.own_Bq[0, :, None]
