@@ -127,8 +127,8 @@ class Runtime:
     def begin(self, scheduled: Any) -> None:
         """Take in what the scheduler sends before a step (`SchedulerOutput`), and compact what the last one left.
 
-        Compactions wait for it so that nobody waits for them: the last step's tokens are out, and requests that ended with it
-        need no compaction. Until the model runs, nothing is written to any block, not even to those that the scheduler
+        Compactions wait for it so that nobody waits for them: the last step's tokens are out, and requests that ended
+        with it need none. Until the model runs, nothing is written to any block, not even to those that the scheduler
         took back for the next request.
         """
         for name in scheduled.finished_req_ids:
