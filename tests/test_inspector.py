@@ -320,8 +320,8 @@ def test_a_results_folder_gives_the_example_that_went_wrong_first(tmp_path: Path
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--method", "rkv"], "rkv needs a budget"),
-        (["--method", "full", "--budget", "64"], "full takes no budget"),
+        (["--method", "rkv"], "rkv needs one budget"),
+        (["--method", "full", "--budget", "64"], "takes no budget"),
         (["--method", "oracle", "--budget", "128", "--generate"], "oracle"),
         (["--budget", "9"], "cannot hold"),
         (["--budget", "128", "--task", "programme"], "There is no task"),

@@ -121,13 +121,16 @@ def budget_for_mean(
     Raises:
         BudgetError: the target lies outside what this budget can reach on these rows.
     """
+
     @functools.cache
     def mean(size: int) -> float:
         return mean_physical(sized(budget, size), prompts, lengths, method, layers)
 
     low = smallest(budget, method, max(prompts))
     high = budget.size - 1 if isinstance(budget, Window) else max(low, *lengths)
-    while method is not None and mean(high) < mean_physical(None, prompts, lengths):  # until the smallest share holds everything
+    while method is not None and mean(high) < mean_physical(
+        None, prompts, lengths
+    ):  # until the smallest share holds everything
         high *= 2
     if not mean(low) <= target <= mean(high):
         raise BudgetError(

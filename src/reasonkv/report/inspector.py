@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from reasonkv.evaluate.cells import RunConfig
-from reasonkv.evaluate.chunks import TraceRow, feed
+from reasonkv.evaluate.chunks import feed
 from reasonkv.evaluate.decoding import Request, decode_batch
 from reasonkv.evaluate.fates import EventPlan, Fates, PlanRecorder, fates
 from reasonkv.evaluate.generate import room, row_seed
@@ -317,7 +317,9 @@ def _score(
     rows = [trace.row]
     future = attention if config.method.needs.future else None
     nll, top = [], []
-    with _cache(model, config, len(trace.prompt_P), rows[0].fed, row, seed, observer=observer, reference=future) as cache:
+    with _cache(
+        model, config, len(trace.prompt_P), rows[0].fed, row, seed, observer=observer, reference=future
+    ) as cache:
         for scored in feed(model.model, cache, rows, distances=cache.tokens_to_next_event):
             logprobs_NV = scored.logits_NV.float().log_softmax(-1)
             tokens_N = trace.output_T[scored.start : scored.start + len(logprobs_NV)].to(logprobs_NV.device)
