@@ -104,7 +104,7 @@ def check(case: Case, family: str | None = None) -> None:
     attention, logits = differences(model, compressed, ids, mask, positions, pieces, log)
     assert attention <= (1e-6 if case.kernel == "eager" else 1e-12)
     assert logits <= 1e-6
-    assert cache.rows[0].state.length == LENGTH
+    assert cache.rows[0].state.logical == LENGTH
     if method.bounded:
         assert cache.rows[0].events > 0
 
@@ -192,4 +192,4 @@ def test_padding_inside_and_at_the_end_of_a_piece_is_never_stored() -> None:
     ) as cache:
         run = run_compressed(model, cache, ids, mask, positions, pieces)
     assert differences(model, run, ids, mask, positions, pieces)[0] <= 1e-12
-    assert [row.state.length for row in cache.rows] == [44, 45]
+    assert [row.state.logical for row in cache.rows] == [44, 45]

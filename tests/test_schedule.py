@@ -11,7 +11,7 @@ from models import batch, tiny_model
 
 from reasonkv import Budget, BudgetError, CompressedCache, Window, schedule
 from reasonkv.budget import ExplicitEventsWindow
-from reasonkv.schedule import BatchSchedule, Event, State, bound, capacity, next_event, one_by_one, step, target
+from reasonkv.schedule import BatchSchedule, Event, Lengths, bound, capacity, next_event, one_by_one, step, target
 
 
 @st.composite
@@ -34,9 +34,9 @@ def budgets(draw: st.DrawFn) -> Budget:
     )
 
 
-def naive_event(budget: Budget, state: State) -> bool:
+def naive_event(budget: Budget, state: Lengths) -> bool:
     """Whether an event falls at `state`, right after its newest token, by the rules of the budget's docstring."""
-    L, P, prompt = state.length, state.held, state.prompt
+    L, P, prompt = state.logical, state.physical, state.prompt
     on_top = min(L, prompt) if budget.prompt == "on_top" else 0
     over = min(L, on_top + budget.tokens) < P
     if prompt > L:
@@ -49,12 +49,12 @@ def naive_event(budget: Budget, state: State) -> bool:
     return L % budget.interval == 0 and counted >= budget.tokens and over
 
 
-def naive_walk(budget: Budget, prompt: int, length: int) -> list[State]:
-    states, state = [], State(prompt=prompt)
+def naive_walk(budget: Budget, prompt: int, length: int) -> list[Lengths]:
+    states, state = [], Lengths(prompt=prompt)
     for _ in range(length):
-        state = state._replace(length=state.length + 1, held=state.held + 1)
+        state = state._replace(logical=state.logical + 1, physical=state.physical + 1)
         if naive_event(budget, state):
-            state = state._replace(held=target(budget, state))
+            state = state._replace(physical=target(budget, state))
         states.append(state)
     return states
 
@@ -62,12 +62,12 @@ def naive_walk(budget: Budget, prompt: int, length: int) -> list[State]:
 @settings(max_examples=400, deadline=None)
 @given(budgets(), st.integers(1, 120), st.integers(1, 250))
 def test_one_token_at_a_time_follows_the_rule(budget: Budget, prompt: int, length: int) -> None:
-    state = State(prompt=prompt)
+    state = Lengths(prompt=prompt)
     for expected in naive_walk(budget, prompt, length):
         boundary = next_event(budget, state)
         state, keep = step(budget, state, 1)
         assert state == expected
-        assert (keep is not None) == (boundary == state.length)
+        assert (keep is not None) == (boundary == state.logical)
 
 
 @settings(max_examples=400, deadline=None)
@@ -76,12 +76,12 @@ def test_pieces_that_end_at_every_boundary_give_the_same_states(
     budget: Budget, prompt: int, length: int, data: st.DataObject
 ) -> None:
     walk = naive_walk(budget, prompt, length)
-    state = State(prompt=prompt)
-    while state.length < length:
+    state = Lengths(prompt=prompt)
+    while state.logical < length:
         boundary = next_event(budget, state)
-        room = min(length, boundary or length) - state.length
+        room = min(length, boundary or length) - state.logical
         state, _ = step(budget, state, data.draw(st.integers(1, room)))
-        assert state == walk[state.length - 1]
+        assert state == walk[state.logical - 1]
 
 
 @settings(max_examples=400, deadline=None)
@@ -89,17 +89,17 @@ def test_pieces_that_end_at_every_boundary_give_the_same_states(
 def test_a_piece_that_crosses_boundaries_has_one_event_at_its_end(
     budget: Budget, prompt: int, pieces: list[int]
 ) -> None:
-    state = State(prompt=prompt)
+    state = Lengths(prompt=prompt)
     for fed in pieces:
         boundary = next_event(budget, state)
         after, keep = step(budget, state, fed)
-        assert after.length == state.length + fed
-        if fed and boundary is not None and after.length >= boundary:
-            on_top = min(after.length, prompt) if budget.prompt == "on_top" else 0
-            assert keep == after.held == min(after.length, on_top + budget.tokens) < state.held + fed
+        assert after.logical == state.logical + fed
+        if fed and boundary is not None and after.logical >= boundary:
+            on_top = min(after.logical, prompt) if budget.prompt == "on_top" else 0
+            assert keep == after.physical == min(after.logical, on_top + budget.tokens) < state.physical + fed
         else:
             assert keep is None
-            assert after.held == state.held + fed
+            assert after.physical == state.physical + fed
         state = after
 
 
@@ -115,7 +115,11 @@ any_budget = (
 @settings(max_examples=400, deadline=None)
 @given(rows_of(any_budget), st.data())
 def test_courses_say_what_step_says(rows: list[tuple[Budget | None, int]], data: st.DataObject) -> None:
-    courses, states, peaks = BatchSchedule(len(rows) + 1), [State(prompt=prompt) for _, prompt in rows], [0] * len(rows)
+    courses, states, peaks = (
+        BatchSchedule(len(rows) + 1),
+        [Lengths(prompt=prompt) for _, prompt in rows],
+        [0] * len(rows),
+    )
     for place, (budget, _) in enumerate(rows):
         courses.start(place, budget, states[place])
     for _ in range(data.draw(st.integers(1, 40))):
@@ -125,7 +129,7 @@ def test_courses_say_what_step_says(rows: list[tuple[Budget | None, int]], data:
         expected = []
         for row, (place, n) in enumerate(zip(places, fed, strict=True)):
             before, (after, keep) = states[place], step(rows[place][0], states[place], n)
-            held = before.held + n
+            held = before.physical + n
             if keep is not None:
                 expected.append(Event(row, before, held, after))
             states[place], peaks[place] = after, max(peaks[place], held)
@@ -133,12 +137,12 @@ def test_courses_say_what_step_says(rows: list[tuple[Budget | None, int]], data:
         assert [courses.state(place) for place in range(len(rows))] == states
         assert [courses.peak(place) for place in range(len(rows))] == peaks
         assert [one.tolist() for one in courses.lengths(np.arange(len(rows)))] == [
-            [state.length for state in states], [state.held for state in states],
+            [state.logical for state in states], [state.physical for state in states],
         ]  # fmt: skip
     courses.start(
-        0, Budget(8, interval=4, sinks=1, recent=1, prompt="count"), State(100, 11, 100)
+        0, Budget(8, interval=4, sinks=1, recent=1, prompt="count"), Lengths(100, 11, 100)
     )  # nothing is carried on
-    assert courses.advance(np.array([0]), np.array([1])) == [Event(0, State(100, 11, 100), 12, State(101, 8, 100))]
+    assert courses.advance(np.array([0]), np.array([1])) == [Event(0, Lengths(100, 11, 100), 12, Lengths(101, 8, 100))]
     assert courses.peak(0) == 12
 
 
@@ -146,7 +150,7 @@ def test_courses_ask_for_the_next_event_once_an_event(monkeypatch: pytest.Monkey
     asked = []
     monkeypatch.setattr(schedule, "next_event", lambda *given: asked.append(1) or next_event(*given))
     courses, events = BatchSchedule(1), 0
-    courses.start(0, Budget(64, interval=32, recent=16, prompt="count"), State(prompt=10))
+    courses.start(0, Budget(64, interval=32, recent=16, prompt="count"), Lengths(prompt=10))
     for _ in range(1000):
         events += len(courses.advance(np.array([0]), np.array([1])))
     assert events == 29 and len(asked) == 2 * events + 1  # `step` asks, too, where there is one
@@ -154,17 +158,17 @@ def test_courses_ask_for_the_next_event_once_an_event(monkeypatch: pytest.Monkey
 
 def test_a_forward_that_cannot_be_moves_no_row() -> None:
     courses, places = BatchSchedule(2), np.arange(2)
-    courses.start(0, None, State(prompt=4))
-    courses.start(1, ExplicitEventsWindow(8, 2, 0.25, events=(20,)), State(prompt=4))
+    courses.start(0, None, Lengths(prompt=4))
+    courses.start(1, ExplicitEventsWindow(8, 2, 0.25, events=(20,)), Lengths(prompt=4))
     with pytest.raises(BudgetError, match="listed at 20"):
         courses.advance(places, np.array([3, 21]))
-    assert courses.state(0) == courses.state(1) == State(prompt=4)
+    assert courses.state(0) == courses.state(1) == Lengths(prompt=4)
 
 
 @settings(max_examples=400, deadline=None)
 @given(any_budget, st.integers(0, 60), st.integers(0, 60), st.integers(0, 120))
 def test_one_by_one_is_a_step_a_token(budget: Budget | None, prompt: int, start: int, more: int) -> None:
-    first, _ = step(budget, State(prompt=prompt), start)
+    first, _ = step(budget, Lengths(prompt=prompt), start)
     state = first
     for _ in range(more):
         state, _ = step(budget, state, 1)
@@ -176,30 +180,30 @@ def test_one_by_one_is_a_step_a_token(budget: Budget | None, prompt: int, start:
 def test_nothing_ever_holds_more_than_the_bound(
     budget: Budget, prompt: int, length: int, max_piece: int, data: st.DataObject
 ) -> None:
-    state = State(prompt=prompt)
+    state = Lengths(prompt=prompt)
     limit = bound(budget, prompt, max(length, prompt), max_piece)
-    while state.length < length:
-        if state.length < prompt:
-            size = min(next_event(budget, state) or prompt, prompt) - state.length
+    while state.logical < length:
+        if state.logical < prompt:
+            size = min(next_event(budget, state) or prompt, prompt) - state.logical
         else:
-            size = data.draw(st.integers(1, min(max_piece, length - state.length)))
-        assert state.held + size <= limit
+            size = data.draw(st.integers(1, min(max_piece, length - state.logical)))
+        assert state.physical + size <= limit
         state, _ = step(budget, state, size)
     assert capacity(budget, prompt, length) <= bound(budget, prompt, length)
 
 
 def test_the_bound_is_tight_in_steady_state() -> None:
     budget = Budget(32, interval=8, sinks=0, recent=0, prompt="count")
-    most, state = 0, State(prompt=10)
+    most, state = 0, Lengths(prompt=10)
     for _ in range(200):
-        most = max(most, state.held + 1)
+        most = max(most, state.physical + 1)
         state, _ = step(budget, state, 1)
     assert most == bound(budget, 10, 200) == capacity(budget, 10, 200) == 40
 
 
 def test_no_budget_never_has_an_event() -> None:
-    assert next_event(None, State(100, 100, 10)) is None
-    assert step(None, State(100, 100, 10), 50) == (State(150, 150, 10), None)
+    assert next_event(None, Lengths(100, 100, 10)) is None
+    assert step(None, Lengths(100, 100, 10), 50) == (Lengths(150, 150, 10), None)
     assert bound(None, 10, 200) == 200
 
 
@@ -207,7 +211,7 @@ def test_no_budget_never_has_an_event() -> None:
     ("fields", "words"),
     [
         ({"tokens": 0}, "tokens must be"),
-        ({"tokens": 10}, "10 tokens cannot hold 4 sinks and 64 recent"),
+        ({"tokens": 10, "recent": 30}, "10 tokens cannot hold 1 sinks and 30 recent"),
         ({"tokens": 100, "interval": 0}, "interval must be"),
         ({"tokens": 100, "prompt": "drop"}, "count, keep, on_top"),
         ({"tokens": 100, "trigger_counts": "decode"}, "trigger='grid'"),
@@ -245,7 +249,7 @@ def test_a_real_cache_holds_what_the_schedule_says(
     """Occupancy, sinks, recent tokens and a protected prompt, for ragged batches cut in arbitrary pieces."""
     width = max(prompts)
     ids, mask, positions = batch([p + sum(pieces) for p in prompts])
-    states = [State(prompt=prompt) for prompt in prompts]
+    states = [Lengths(prompt=prompt) for prompt in prompts]
     with CompressedCache(MODEL, method, budget, prompt_lengths=prompts) as cache, torch.no_grad():
         end = 0
         for size in [width, *pieces]:
@@ -264,14 +268,14 @@ def test_a_real_cache_holds_what_the_schedule_says(
             recent = max(budget.recent, cache.method.needs.recent)
             for index, state in enumerate(states):
                 slots = kept[index]
-                assert slots.shape[1] == state.held
+                assert slots.shape[1] == state.physical
                 assert bool((slots[:, 1:] > slots[:, :-1]).all())
-                assert int(slots.max()) < state.length  # padding is never stored
-                must = set(range(min(budget.sinks, state.length)))
+                assert int(slots.max()) < state.logical  # padding is never stored
+                must = set(range(min(budget.sinks, state.logical)))
                 if budget.prompt == "on_top":
-                    must |= set(range(min(state.prompt, state.length)))
+                    must |= set(range(min(state.prompt, state.logical)))
                 had_event = stepped[index][1] is not None
-                newest = min(recent, state.held) if had_event else fed[index]
-                must |= set(range(max(state.length - newest, 0), state.length))
+                newest = min(recent, state.physical) if had_event else fed[index]
+                must |= set(range(max(state.logical - newest, 0), state.logical))
                 for head in slots.tolist():
                     assert must <= set(head)

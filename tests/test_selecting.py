@@ -1,4 +1,4 @@
-"""Selection methods: all slots stay, and every decoded token reads exactly the pages its method chooses for it."""
+"""SparseReader methods: all slots stay, and every decoded token reads exactly the pages its method chooses for it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from reasonkv.methods.seer import SeerAttention
 from reasonkv.methods.sparse_read import FullPages, PageView, SelectionMethod, best_pages
 from reasonkv.plan import PlanError
 from reasonkv.runtimes.transformers.attention import naive_attention
-from reasonkv.runtimes.transformers.sparse_read import Selection
+from reasonkv.runtimes.transformers.sparse_read import SparseReader
 from reasonkv.seer import (
     FILE,
     random_gate,
@@ -246,7 +246,7 @@ def test_with_the_prompt_on_top_a_row_reads_as_many_more_slots_as_its_prompt_has
 def test_minimum_and_maximum_of_pages_are_exact_however_they_fill(pieces: str) -> None:
     model = tiny_model("qwen3")
     _, _, cache, _ = run(model, Quest(page_size=C), BUDGET, PIECES[pieces])
-    assert isinstance(cache.selection, Selection)
+    assert isinstance(cache.selection, SparseReader)
     for layer in cache.compressed_layers:
         assert layer.storage is not None and layer.storage.keys is not None
         state = cache.selection.tables[layer.index].state

@@ -19,7 +19,6 @@ from reasonkv import Budget, CompressedCache, get_method
 from reasonkv.calibration.statistics import Calibration, LayerStatistics
 from reasonkv.methods import MethodError
 from reasonkv.methods.frequency import horizon_weights
-from reasonkv.methods.ops import z_score
 from reasonkv.methods.triattention import FrequencyOptions, TriAttention, frequency_scores, standardize
 from reasonkv.plan import Plan
 from reasonkv.rotary import Rotary
@@ -278,6 +277,11 @@ def test_global_choice_is_the_union_of_every_heads_best_ranked_by_the_best_head(
         kept = kept_of(TriAttention(mode="global", normalize=False).plan_layers(views, 20))
         assert kept.shape == (2, 1, 2, 20)
         assert torch.equal(kept, torch.tensor(union_rule(torch.cat(scores), 20)).expand_as(kept))
+
+
+def z_score(x: torch.Tensor) -> torch.Tensor:
+    """Centred and divided by the population standard deviation."""
+    return (x - x.mean(-1, keepdim=True)) / x.std(-1, keepdim=True, correction=0)
 
 
 def test_candidates_alone_are_standardized() -> None:

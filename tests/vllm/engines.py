@@ -16,7 +16,7 @@ from torch import Tensor
 from reasonkv import Budget, CompressedCache
 from reasonkv.methods import Method, get_method
 from reasonkv.plan import Fold, Plan
-from reasonkv.runtimes.transformers.setup import fitted
+from reasonkv.resolve import resolve_budget
 from reasonkv.runtimes.vllm.config import WORKER
 from reasonkv.tasks import get_task
 from reasonkv.testbed import load_testbed, testbed_path
@@ -180,7 +180,7 @@ def reference(
     longest = max(map(len, asked))
     ids = torch.tensor([[0] * (longest - len(row)) + row for row in asked])
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in asked])
-    made, _ = fitted(get_method(method).for_tokenizer(tokenizer), budget)
+    made, _ = resolve_budget(get_method(method).for_tokenizer(tokenizer), budget)
     recorder = Recorder()
 
     def say(said: Tensor, scores: Tensor) -> Tensor:
@@ -259,7 +259,7 @@ class Watcher:
     def step(self) -> None:
         """One step, after which scheduler and worker must agree in every number and block."""
         runtime, manager = runtime_of(self.llm), manager_of(self.llm)
-        before = {name: (one, one.state.length) for name, one in runtime.sequences.items()}
+        before = {name: (one, one.state.logical) for name, one in runtime.sequences.items()}
         for output in self.engine.step():
             self.tokens[output.request_id] = list(output.outputs[0].token_ids)
             self.ends[output.request_id] = output.outputs[0].finish_reason
@@ -273,14 +273,14 @@ class Watcher:
                 start = 0
                 if self.pieces[short]:
                     self.preempted.add(short)
-            if one.state.length > start:
-                self.pieces[short].append(one.state.length - start)
+            if one.state.logical > start:
+                self.pieces[short].append(one.state.logical - start)
             blocks = [block.block_id for block in manager.req_to_blocks[name]]
             assert len(set(blocks)) == len(blocks)
             assert manager.holdings[name].now == one.state  # the scheduler's integers are the worker's
-            assert one.state.held <= len(blocks) * manager.block_size
+            assert one.state.physical <= len(blocks) * manager.block_size
             if one.budget is None:
-                assert len(blocks) == -(-one.state.length // manager.block_size)
+                assert len(blocks) == -(-one.state.logical // manager.block_size)
             if name in batch.req_id_to_index:
                 row = batch.block_table[0].block_table.np[batch.req_id_to_index[name]]
                 assert row[: len(blocks)].tolist() == blocks

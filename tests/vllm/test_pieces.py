@@ -15,7 +15,7 @@ from reasonkv.rotary import Rotary
 from reasonkv.runtimes.vllm.pieces import Pieces
 from reasonkv.runtimes.vllm.slots import LayerSlots
 from reasonkv.runtimes.vllm.step import Sequence, Step
-from reasonkv.schedule import BatchSchedule, State
+from reasonkv.schedule import BatchSchedule, Lengths
 
 HQ, D, PLACES = 4, 16, 5
 CPU = torch.device("cpu")
@@ -47,12 +47,12 @@ def test_pieces_of_a_batch_give_the_state_of_the_whole_alone(spec: str) -> None:
     text = {name: torch.randn(60, HQ, D, generator=draw) for name in "abc"}
     courses, sequences = BatchSchedule(PLACES), {}
     for name, place in zip("abc", (2, 0, 4), strict=True):
-        courses.start(place, Budget(128, prompt="count"), State(prompt=40))
+        courses.start(place, Budget(128, prompt="count"), Lengths(prompt=40))
         sequences[name] = Sequence(courses=courses, place=place, method=method)
     slots = slots_of(method)
     for fed in STEPS:
         step = Step(fed, sequences, list(fed), torch.empty(0))
-        parts = [text[name][sequences[name].state.length :][: fed[name]] for name in step.order]
+        parts = [text[name][sequences[name].state.logical :][: fed[name]] for name in step.order]
         padded = torch.cat([*parts, torch.full((3, HQ, D), torch.nan)])  # as a graph's batch would be
         pieces = Pieces.of(step, CPU)
         assert len(pieces) == len(set(fed.values()))  # requests that feed equally many share one call
@@ -61,7 +61,7 @@ def test_pieces_of_a_batch_give_the_state_of_the_whole_alone(spec: str) -> None:
             slots.observe(method, one.place_b, seen)
         step.end()
     for name, sequence in sequences.items():
-        for key, expected in whole(method, text[name][: sequence.state.length]).items():
+        for key, expected in whole(method, text[name][: sequence.state.logical]).items():
             torch.testing.assert_close(slots.row_state[key][sequence.place], expected[0])
     slots.start(2)
     for key, fresh in method.new_row_state(1, HQ, D, CPU).items():

@@ -144,7 +144,7 @@ def test_lengths_that_scheduler_and_worker_do_not_agree_on_are_never_served(fold
             llm.llm_engine.step()
         runtime = runtime_of(llm)
         (request,) = runtime.sequences.values()
-        runtime.courses.start(request.place, BUDGET, request.state._replace(length=41))
+        runtime.courses.start(request.place, BUDGET, request.state._replace(logical=41))
         with pytest.raises(RuntimeError, match=r"The scheduler has 42 tokens of request one-.* the worker 41"):
             llm.llm_engine.step()
 

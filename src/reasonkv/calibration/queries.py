@@ -51,7 +51,7 @@ def rotaries(model: PreTrainedModel) -> list[tuple[str, Rotary]]:
         UnsupportedModelError: a model that no compressed cache can serve.
         RotaryError: RoPE that cannot be undone.
     """
-    from reasonkv.runtimes.transformers.support import UnsupportedModelError, check_model, layer_types
+    from reasonkv.resolve import UnsupportedModelError, check_model, layer_types
 
     problems = check_model(model)
     if problems:

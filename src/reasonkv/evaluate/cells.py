@@ -13,7 +13,6 @@ from reasonkv.methods import Method, get_method, layer_budgets, refuse_future
 from reasonkv.tasks import get_task
 
 _RULE = ("interval", "sinks", "recent", "prompt", "trigger", "trigger_counts", "cut_prompt", "prefill_chunk")
-_SINKS, _RECENT = 4, 64  # of a rule whose size is still to be found
 
 
 @dataclass(frozen=True)
@@ -40,9 +39,9 @@ def make_budgets(options: BudgetOptions) -> list[Budget]:
             Window(size=options.window, buffer=options.window_buffer, retention=share) for share in options.retention
         ]
         return windows[: 1 if options.mean_slots else None]
-    rule: dict[str, Any] = {name: getattr(options, name) for name in _RULE if getattr(options, name) is not None}
+    rule = {name: getattr(options, name) for name in _RULE}
     if options.keep:
-        return [Budget(keep=share, **rule) for share in options.keep]  # type: ignore[call-arg]
+        return [Budget(keep=share, **rule) for share in options.keep]
     return [make_rule(options)] if options.mean_slots else [Budget(tokens=size, **rule) for size in options.tokens]
 
 
@@ -54,10 +53,7 @@ def make_rule(options: BudgetOptions) -> Budget:
     """
     if options.window is not None:
         return Window(size=options.window, buffer=options.window_buffer, retention=0.5)
-    rule: dict[str, Any] = {name: getattr(options, name) for name in _RULE}
-    rule |= {"sinks": _SINKS if options.sinks is None else options.sinks}
-    rule |= {"recent": _RECENT if options.recent is None else options.recent}
-    return Budget(tokens=max(1, rule["sinks"] + rule["recent"]), **rule)
+    return Budget(tokens=max(1, options.sinks + options.recent), **{name: getattr(options, name) for name in _RULE})
 
 
 def make_config(method: str, options: BudgetOptions) -> RunConfig:
@@ -118,10 +114,9 @@ def plan_cells(
     """Return every bounded method at every budget, and full KV without one, each once, in the methods' order.
 
     Args:
-        methods: the methods.
-        budgets: the budgets; with `mean_slots`, one whose size is solved for each mean (and for each method that
-            divides its budget among layers).
-        mean_slots: mean physical lengths to reach instead of `budgets`.
+        methods, budgets: what meets; with `mean_slots` one budget, whose size is solved for each mean (and for each
+            method that divides its budget among layers).
+        mean_slots: mean physical lengths to reach instead.
         rows: (tokens of the prompt, tokens fed in all) of one task's sequences, for what only they can tell: whether
             prompts fit, and the sizes for `mean_slots`. None checks what can be checked without.
         layers: compressed layers of the model.

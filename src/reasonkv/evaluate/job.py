@@ -48,8 +48,8 @@ class BudgetOptions:
         window_buffer: Newest tokens that a window never compresses.
         retention: Shares of a window's slots that stay, one budget for each.
         interval: Tokens between two compactions.
-        sinks: First tokens that are never evicted. Unless given, 4, and fewer where the budget is small.
-        recent: Newest tokens that are never evicted. Unless given, 64, and fewer where the budget is small.
+        sinks: First tokens that are never evicted; the default shrinks where the budget is small.
+        recent: Newest tokens that are never evicted; the default shrinks where the budget is small.
         prompt: count - the prompt is inside the budget and may be evicted; keep - inside and never evicted; on_top -
             never evicted and not counted.
         trigger: occupancy - compact at budget + interval slots; grid - compact at multiples of the interval.
@@ -65,8 +65,8 @@ class BudgetOptions:
     window_buffer: int = 64
     retention: Sequence[float] = (0.3,)
     interval: int = 128
-    sinks: int | None = None
-    recent: int | None = None
+    sinks: int = 4
+    recent: int = 64
     prompt: PromptPolicy = "on_top"
     trigger: Trigger = "occupancy"
     trigger_counts: TriggerCounts = "all"

@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from reasonkv.budget import Budget, BudgetError, Window
 from reasonkv.methods import Method, layer_budgets
-from reasonkv.schedule import State, next_event, step
+from reasonkv.schedule import Lengths, next_event, step
 
 
 def sized(rule: Budget, tokens: int) -> Budget:
@@ -56,14 +56,14 @@ def attended_slots(budget: Budget | None, prompt: int, length: int) -> int:
         prompt: tokens of the prompt, fed in chunks that end at its boundaries.
         length: tokens fed in all, prompt included.
     """
-    state, total = State(prompt=prompt), 0
-    while state.length < length:
-        end = prompt if state.length < prompt else length
+    state, total = Lengths(prompt=prompt), 0
+    while state.logical < length:
+        end = prompt if state.logical < prompt else length
         event = next_event(budget, state)
-        fed = min(end, event if event is not None else end) - state.length
-        if state.length >= prompt:
+        fed = min(end, event if event is not None else end) - state.logical
+        if state.logical >= prompt:
             # token i of the chunk (from 1) attends to what was held and to the i newest
-            total += fed * state.held + fed * (fed + 1) // 2
+            total += fed * state.physical + fed * (fed + 1) // 2
         state, _ = step(budget, state, fed)
     return total
 

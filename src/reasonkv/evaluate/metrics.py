@@ -5,7 +5,7 @@ Legend: N output tokens of one row in one chunk, V vocabulary, k tokens stored p
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -61,7 +61,7 @@ class TraceMetrics:
     kl: float
     first_mismatch: int | None
     answer_top1: float | None
-    nll_T: Tensor
+    nll_T: Tensor = field(compare=False)
 
 
 class TraceScore:

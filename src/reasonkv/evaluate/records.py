@@ -7,6 +7,7 @@ line that does not parse is damage, and is reported with its number rather than 
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 from collections.abc import Iterable
@@ -222,8 +223,9 @@ def repair(path: Path) -> bool:
 
 
 def whole_lines(path: Path) -> list[bytes]:
-    """Return the lines of a record file that end with a newline, without it; none where there is no file."""
+    """Return the lines of a record file (or of a `.gz` of one) that end with a newline; none where there is no file."""
     data = path.read_bytes() if path.exists() else b""
+    data = gzip.decompress(data) if path.suffix == ".gz" else data
     return data[: data.rfind(b"\n") + 1].split(b"\n")[:-1]
 
 
@@ -266,3 +268,6 @@ def _reason(error: ValidationError) -> str:
     first = error.errors()[0]
     words = first["msg"][0].lower() + first["msg"][1:]
     return f"field {'.'.join(map(str, first['loc']))!r} is wrong ({words})" if first["loc"] else f"of {words}"
+
+
+Record = ReplayRecord  # old name

@@ -24,7 +24,7 @@ from reasonkv.budget import Budget
 from reasonkv.evaluate.manifest import MANIFEST, ResultsError
 from reasonkv.evaluate.records import RECORDS, AnswerRecord, ReplayRecord, read_answers, read_records
 from reasonkv.methods import MethodError, method_class
-from reasonkv.schedule import State, next_event, step
+from reasonkv.schedule import Lengths, next_event, step
 
 Regime = Literal["compressed", "prompt_fills_budget", "uncompressed", "selecting"]
 KEPT = "records.parquet"
@@ -225,7 +225,7 @@ def _regime(budget: Budget | None, prompt: int, events: int, exhausted: bool, se
 @functools.lru_cache(maxsize=4096)
 def _prompt_events(budget: Budget, prompt: int) -> int:
     """Compactions while the prompt is fed; the schedule alone decides."""
-    state, events = State(prompt=prompt), 0
+    state, events = Lengths(prompt=prompt), 0
     while state.length < prompt:
         boundary = next_event(budget, state)
         state, keep = step(budget, state, min(prompt, boundary or prompt) - state.length)

@@ -47,7 +47,6 @@ class Option:
         choices: the values allowed, or () for every value of the kind within the bounds.
         bounds: `Ge`, `Gt`, `Le` and `Odd`, all of which hold.
         optional: None is allowed.
-
     """
 
     name: str
@@ -76,7 +75,6 @@ class Option:
 
         Raises:
             MethodError: wrong type, or not allowed.
-
         """
         if self.kind is object or (value is None and self.optional):
             return value
@@ -101,7 +99,6 @@ class Option:
 
         Raises:
             MethodError: the text is no value of this type.
-
         """
         try:
             if self.kind is bool:

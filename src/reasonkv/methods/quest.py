@@ -29,30 +29,26 @@ class Quest(SelectionMethod):
             "none" lets each choose its own, as published for models without groups, so that a KV head is read wherever
             one of them wants.
         first, last, dense: see `SelectionMethod`; published: 0, 1, 2.
-
     """
+
+    name: ClassVar[str] = "quest"
 
     page_size: Size = 16
     share: Literal["max", "sum", "none"] = "max"
 
-    name: ClassVar[str] = "quest"
-    title: ClassVar[str] = "Keeps all, reads the pages with the highest bound of q.k"
-    paper: ClassVar[str] = "Quest, arXiv 2406.10774"
-
     def prepare(self, model: PreTrainedModel) -> Prepared:
-        """Nothing but the size of pages."""
         return Prepared(self.page_size)
 
     def summarise(self, pages: FullPages) -> dict[str, Tensor]:
-        """The corners of the box that a page's keys lie in, [n, H, D] each, in the keys' dtype."""
+        """Return the corners of the box that a page's keys lie in, [n, H, D] each, in the keys' dtype."""
         low_nHD, high_nHD = pages.keys_nHcD.aminmax(dim=2)
         return {"low": low_nHD, "high": high_nHD}
 
     def score(self, view: PageView) -> Tensor:
-        """Upper bounds of q.k, [B, H, q, P], or [B, Hq, q, P] with `share="none"`."""
+        """Return upper bounds of q.k, [B, H, q, P], or [B, Hq, q, P] with `share="none"`."""
         queries_BHgqD = upcast(view.queries_BHgqD())
         low_BH1DP, high_BH1DP = (upcast(view.state[name])[:, :, None].mT for name in ("low", "high"))
-        # a positive q_i is bounded by the largest value of its channel, a negative one by the smallest
+        # A positive q_i is bounded by the largest value of its channel, a negative one by the smallest.
         bound_BHgqP = queries_BHgqD.clamp(min=0) @ high_BH1DP + queries_BHgqD.clamp(max=0) @ low_BH1DP
         if self.share == "none":
             return bound_BHgqP.flatten(1, 2)

@@ -11,12 +11,8 @@ from reasonkv.methods.base import Method
 from reasonkv.methods.catalogue import CATALOGUE, installed, known_name, method_names, unknown
 from reasonkv.methods.options import MethodError, options_of
 
-_RENAMED = {
-    "form": {"ours": "corrected", "official": "paper", "port": "vase", "public": "paper"},
-    "profile": {"default": "corrected"},
-}
-"""Options that became `variant`, and those of their values that changed."""
-_RENAMED_PYRAMID = {"public": "kvpress"}
+_RENAMED = {"ours": "corrected", "default": "corrected", "official": "paper", "port": "vase", "public": "paper"}
+"""Values of the former options `form` and `profile` that have other names as values of `variant`."""
 
 
 def method_class(name: str) -> type[Method]:
@@ -24,7 +20,6 @@ def method_class(name: str) -> type[Method]:
 
     Raises:
         MethodError: no such method (the message names the nearest), or an entry point that is not a Method.
-
     """
     name = known_name(name)
     if name in CATALOGUE:
@@ -53,7 +48,6 @@ def get_method(spec: str | Method) -> Method:
 
     Raises:
         MethodError: unknown name, unknown option, or a value that is not allowed.
-
     """
     if isinstance(spec, Method):
         return spec
@@ -74,7 +68,6 @@ def with_options(method: Method, options: Mapping[str, Any]) -> Method:
 
     Raises:
         MethodError: as `get_method`.
-
     """
     known = _known(type(method), options)
     return _made(
@@ -86,14 +79,11 @@ def with_options(method: Method, options: Mapping[str, Any]) -> Method:
 def _known(cls: type[Method], given: Mapping[str, object]) -> dict[str, Any]:
     known = options_of(cls)
     for key, value in given.items():
-        if key in known:
-            continue
-        if key in _RENAMED and "variant" in known:
-            renamed = _RENAMED[key] | (_RENAMED_PYRAMID if cls.name == "pyramidkv" else {})
-            raise MethodError(
-                f"{cls.name}: {key} is now called variant; write variant={renamed.get(str(value), value)}."
-            )
-        raise MethodError(unknown(f"option of {cls.name}", str(key), list(known)))
+        if key in ("form", "profile") and "variant" in known:
+            now = "kvpress" if cls.name == "pyramidkv" else _RENAMED.get(str(value), value)
+            raise MethodError(f"{cls.name}: {key} is now called variant; write variant={now}.")
+        if key not in known:
+            raise MethodError(unknown(f"option of {cls.name}", str(key), list(known)))
     return known
 
 

@@ -88,9 +88,9 @@ class EngineConfig:
             raise ServingError(f"reasonkv's log_requests must be true or false, not {log_requests!r}.")
         try:
             # imported here: it brings the transformers runtime along, which a process without reasonkv never needs
-            from reasonkv.runtimes.transformers.setup import fitted
+            from reasonkv.resolve import resolve_budget
 
-            method, budget = fitted(get_method(given["method"]), _budget(rest, given.get("window")))
+            method, budget = resolve_budget(get_method(given["method"]), _budget(rest, given.get("window")))
         except (MethodError, BudgetError) as error:
             raise ServingError(str(error)) from None
         check_method(method)

@@ -107,8 +107,8 @@ def carry_out_events(runtime: Runtime, step: Step) -> None:
         for events in _portions(layers, groups):
             _carry_out(runtime, layers, step, events)
     for event in (one for events in groups for one in events):
-        event.sequence.events, event.sequence.settled = event.sequence.events + 1, event.after.held
-        runtime.meter.note_event(event.held - event.after.held)
+        event.sequence.events, event.sequence.settled = event.sequence.events + 1, event.after.physical
+        runtime.meter.note_event(event.held - event.after.physical)
 
 
 def _carry_out(runtime: Runtime, layers: list[Layer], step: Step, events: list[RequestEvent]) -> None:
@@ -131,7 +131,7 @@ def _plans(runtime: Runtime, events: list[RequestEvent], views: list[PagedView])
     """
     method, own = events[0].sequence.method, runtime.config.method
     try:
-        return _sound_plans(method, views, events[0].after.held)
+        return _sound_plans(method, views, events[0].after.physical)
     except Exception as error:
         if method is own or runtime.ranks is not None:
             raise
@@ -142,7 +142,7 @@ def _plans(runtime: Runtime, events: list[RequestEvent], views: list[PagedView])
         )  # fmt: skip
         for event in events:
             event.sequence.method = own
-        return _sound_plans(own, views, events[0].after.held)
+        return _sound_plans(own, views, events[0].after.physical)
 
 
 def _sound_plans(method: Method, views: list[PagedView], keep: int) -> list[Plan]:
@@ -170,7 +170,7 @@ def make_view(runtime: Runtime, layer: Layer, step: Step, events: list[RequestEv
     config, slots, held = runtime.config, layer.slots, events[0].held
     length_b, place_b, settled_b, event_b, seed_b, prompt_b = torch.tensor(
         [
-            [after.length, one.place, one.settled, one.events, one.seed, before.prompt]
+            [after.logical, one.place, one.settled, one.events, one.seed, before.prompt]
             for _, one, _, before, _, after, _ in events
         ],
         device=runtime.device,
@@ -181,7 +181,7 @@ def make_view(runtime: Runtime, layer: Layer, step: Step, events: list[RequestEv
     is_prompt = index < prompt_b[:, None, None]
     queries = query_index = None
     if slots.ring is not None:
-        count = min(slots.ring.shape[1], events[0].after.length)
+        count = min(slots.ring.shape[1], events[0].after.logical)
         queries, query_index = slots.recent_queries(place_b, length_b, count)
     return PagedView(
         keys_BHND=None,  # type: ignore[arg-type]

@@ -44,25 +44,25 @@ class Holding:
     """
 
     budget: Budget | None
-    state: schedule.State
+    state: schedule.Lengths
     fill: int
     whole: int
     high_water: int = 0
     trimmed: bool = False
     length: int = 0
-    _known: tuple[tuple[int, schedule.State], tuple[int, schedule.State]] | None = field(default=None, repr=False)
+    _known: tuple[tuple[int, schedule.Lengths], tuple[int, schedule.Lengths]] | None = field(default=None, repr=False)
 
     @property
-    def now(self) -> schedule.State:
+    def now(self) -> schedule.Lengths:
         """Its state after the step that was scheduled last."""
         return schedule.one_by_one(self.budget, self.state, self.length)
 
-    def after(self, num_tokens: int) -> tuple[int, schedule.State]:
+    def after(self, num_tokens: int) -> tuple[int, schedule.Lengths]:
         """The high water and the state after a step that ends at so many tokens; asked for several times a step."""
         asked = (num_tokens, self.state)
         if self._known is None or self._known[0] != asked:
-            fed = max(0, num_tokens - self.state.length)
-            high_water = max(self.high_water, self.state.held + fed)
+            fed = max(0, num_tokens - self.state.logical)
+            high_water = max(self.high_water, self.state.physical + fed)
             self._known = asked, (high_water, schedule.step(self.budget, self.state, fed)[0])
         return self._known[1]
 
@@ -73,8 +73,8 @@ class Holding:
     def cut(self, dropped: int) -> None:
         """The engine's step had an event listed at the end of what it fed."""
         assert isinstance(self.budget, ExplicitEventsWindow)
-        self.budget = schedule.listed(self.budget, self.state.length)
-        self.state = self.state._replace(held=self.state.held - dropped)
+        self.budget = schedule.listed(self.budget, self.state.logical)
+        self.state = self.state._replace(physical=self.state.physical - dropped)
 
     @property
     def prompt(self) -> int:
@@ -146,8 +146,8 @@ class BoundedManager(FullAttentionManager):  # type: ignore[misc]
         holding = self.holdings.get(request_id)
         if holding is None:
             return
-        if num_prompt_tokens is not None and holding.state.length == 0:
-            holding.state = schedule.State(prompt=num_prompt_tokens)
+        if num_prompt_tokens is not None and holding.state.logical == 0:
+            holding.state = schedule.Lengths(prompt=num_prompt_tokens)
         if holding.budget is None or isinstance(holding.budget, Window):
             return
         if holding.trimmed or processed_computed_tokens < holding.fill:
@@ -165,7 +165,7 @@ class BoundedManager(FullAttentionManager):  # type: ignore[misc]
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """All blocks of a request that ends or is preempted."""
         holding = self.holdings.pop(request_id, None)
-        if holding is not None and holding.state.length and self.requests is None:
+        if holding is not None and holding.state.logical and self.requests is None:
             self.prompts[request_id] = holding.prompt
             if len(self.prompts) > _REMEMBERED:
                 self.prompts.popitem(last=False)
@@ -196,7 +196,7 @@ class BoundedManager(FullAttentionManager):  # type: ignore[misc]
         holding = self.holdings.get(request_id) or self._open(request_id, 0)
         state = holding.now
         boundary = schedule.next_event(holding.budget, state)
-        return None if boundary is None else boundary - state.length
+        return None if boundary is None else boundary - state.logical
 
     def _open(self, request_id: str, num_tokens: int) -> Holding:
         longest = self.kv_cache_spec.max_length
@@ -204,13 +204,13 @@ class BoundedManager(FullAttentionManager):  # type: ignore[misc]
         if self.requests is None:
             # The prompt of a request seen for the first time is all of it; `remove_skipped_blocks` confirms it.
             prompt = self.prompts.get(request_id, num_tokens)
-            state = schedule.State(prompt=prompt)
+            state = schedule.Lengths(prompt=prompt)
             return Holding(budget=bounded, state=state, fill=num_tokens, whole=longest)
         request = self.requests[request_id]
         prompt = request.num_prompt_tokens
         budget = None if RequestConfig.wants_full_kv(request.sampling_params) else bounded
         whole = min(longest, prompt + request.max_tokens - 1)  # the token sampled last is never fed
-        return Holding(budget=budget, state=schedule.State(prompt=prompt), fill=prompt, whole=whole)
+        return Holding(budget=budget, state=schedule.Lengths(prompt=prompt), fill=prompt, whole=whole)
 
     def _promised(self, besides: str) -> int:
         """Blocks that requests with full KV will still need, and that nobody else may be admitted to."""

@@ -44,7 +44,7 @@ class Meter:
         """Slots held by the requests of the newest step, after its events."""
         if self.newest is None:
             return 0
-        dropped = sum(event.held - event.after.held for event in self.newest.events)
+        dropped = sum(event.held - event.after.physical for event in self.newest.events)
         return int(self.newest.held.sum()) + self.newest.tokens - dropped
 
     @property

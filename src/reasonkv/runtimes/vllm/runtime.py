@@ -205,7 +205,7 @@ class Runtime:
     def token_ids_of(self, events: list[RequestEvent]) -> tuple[Tensor, ...]:
         """Per request with an event, int64 [length]: every token it has seen, those of the step included."""
         assert self.token_ids is not None
-        return tuple(self.token_ids[event.sequence.place, : event.after.length].long() for event in events)
+        return tuple(self.token_ids[event.sequence.place, : event.after.logical].long() for event in events)
 
     # -- internals --------------------------------------------------------------------------------------------------
 
@@ -265,7 +265,7 @@ class Runtime:
         place = self.free_places.pop()
         for layer in self.layers:
             layer.slots.start(place)
-        self.courses.start(place, budget, schedule.State(prompt=prompt))
+        self.courses.start(place, budget, schedule.Lengths(prompt=prompt))
         self.sequences[name] = Sequence(courses=self.courses, place=place, method=method, seed=seed)
 
     def _method_of(self, name: str, asked: RequestConfig) -> Method:
@@ -305,12 +305,12 @@ class Runtime:
         for name, fed in all_fed.items():
             one = self.sequences[name]
             if isinstance(one.budget, ExplicitEventsWindow):
-                ends[name] = one.state._replace(length=one.state.length + fed)
+                ends[name] = one.state._replace(logical=one.state.logical + fed)
                 windows[name] = one.budget
         raw = {name: schedule.raw_tokens(windows[name], state) for name, state in ends.items()}
         for name in schedule.periodic_round(policy, self.steps - 1, raw):
             place = self.sequences[name].place
-            self.courses.set_budget(place, schedule.listed(windows[name], ends[name].length))
+            self.courses.set_budget(place, schedule.listed(windows[name], ends[name].logical))
 
     def _batch_order(self, common: CommonAttentionMetadata) -> list[str]:
         states = getattr(self.runner, "req_states", None)  # the second model runner keeps a table of requests

@@ -11,8 +11,8 @@ from reasonkv.calibration import Calibration, CalibrationError
 from reasonkv.calibration.files import load_calibration
 from reasonkv.calibration.lookup import FILE
 from reasonkv.methods import Method, Requirements
+from reasonkv.resolve import check_model
 from reasonkv.rotary import Rotary, RotaryError
-from reasonkv.runtimes.transformers.support import check_model
 from reasonkv.runtimes.vllm.backend import CompressedImpl
 from reasonkv.runtimes.vllm.config import ServingError
 from reasonkv.view import LayerStatistics

@@ -41,7 +41,7 @@ class Sequence:
     events: int = 0
 
     @property
-    def state(self) -> schedule.State:
+    def state(self) -> schedule.Lengths:
         """Its lengths now."""
         return self.courses.state(self.place)
 
@@ -52,8 +52,8 @@ class Sequence:
 
     def __str__(self) -> str:
         return (
-            f"{self.state.length} tokens, {self.state.prompt} of them its prompt's; {self.events} events; "
-            f"{self.state.held} slots held, {self.courses.peak(self.place)} at most"
+            f"{self.state.logical} tokens, {self.state.prompt} of them its prompt's; {self.events} events; "
+            f"{self.state.physical} slots held, {self.courses.peak(self.place)} at most"
         )
 
 
@@ -66,7 +66,7 @@ class RequestEvent(NamedTuple):
         row: of the batch.
         before: its state before the step.
         held: slots it held during the step's attention.
-        after: its state after the event, which keeps `after.held` slots.
+        after: its state after the event, which keeps `after.physical` slots.
         budget: what it followed.
 
     """
@@ -74,9 +74,9 @@ class RequestEvent(NamedTuple):
     name: str
     sequence: Sequence
     row: int
-    before: schedule.State
+    before: schedule.Lengths
     held: int
-    after: schedule.State
+    after: schedule.Lengths
     budget: Budget
 
 
@@ -188,6 +188,6 @@ class Step:
         for event in self.events:
             if running.get(event.name) is event.sequence:
                 # the runtime makes one method for all requests with equal options
-                alike = (id(event.sequence.method), event.held, event.after.held, min(ring, event.after.length))
+                alike = (id(event.sequence.method), event.held, event.after.physical, min(ring, event.after.logical))
                 found.setdefault(alike, []).append(event)
         return list(found.values())

@@ -12,13 +12,10 @@ from test_records import record
 from tiny import TASK, tiny_loaded
 
 from reasonkv.budget import Budget
-from reasonkv.evaluate.bisection import Search, budget_range, check_search, find_usable_budget, search_budgets
-from reasonkv.evaluate.evaluator import EvaluateJob
 from reasonkv.evaluate.frontier import FrontierError, Target
-from reasonkv.evaluate.records import Record, read_records
-from reasonkv.evaluate.results import load_results
-from reasonkv.evaluate.runner import ReplayJob
-from reasonkv.evaluate.traces import TraceSettings
+from reasonkv.evaluate.job import BudgetOptions, TuneJob
+from reasonkv.evaluate.records import ReplayRecord, read_answers, read_records
+from reasonkv.evaluate.tune import Search, budget_range, check_search, find_usable_budget, tune
 from reasonkv.methods import get_method
 
 TARGET = Target("top1", 0.9, relative=True)
@@ -32,7 +29,7 @@ class Cell:
         self.curve, self.longest, self.spread = curve, longest, spread
         self.ran: list[int] = []
 
-    def __call__(self, tokens: int) -> list[Record]:
+    def __call__(self, tokens: int) -> list[ReplayRecord]:
         self.ran.append(tokens)
         noise = np.random.default_rng(tokens).normal(0, self.spread, len(FULL))
         events = 5 if tokens < self.longest else 0
@@ -71,7 +68,7 @@ def test_every_budget_is_run_once_at_midpoints_in_log_budget() -> None:
     assert len(cell.ran) == len(set(cell.ran)) < 10
     assert [probe.tokens for probe in found.probes] == cell.ran
     assert [probe.keeps for probe in found.probes[:3]] == [False, True, False]
-    assert found.probes[0].regimes == {"decode-active": 32}
+    assert found.probes[0].regimes == {"compressed": 32}
 
 
 def test_the_smallest_budget_may_do() -> None:
@@ -116,7 +113,7 @@ def test_a_sure_fall_below_the_target_is_a_violation_and_noise_is_not() -> None:
 
 
 def test_a_loss_is_searched_from_the_other_side() -> None:
-    def cell(tokens: int) -> list[Record]:
+    def cell(tokens: int) -> list[ReplayRecord]:
         budget = Budget(tokens, recent=8, prompt="on_top").to_dict()
         return [record(i, budget=budget, nll=32 / tokens) for i in range(4)]  # 0.25 at 128
 
@@ -126,7 +123,7 @@ def test_a_loss_is_searched_from_the_other_side() -> None:
 
 @pytest.mark.parametrize(
     ("change", "words"),
-    [({"resolution": 1.0}, "above 1"), ({"low": 90, "high": 80}, "no budget between 90 and 80"),
+    [({"low": 90, "high": 80}, "no budget between 90 and 80"),
      ({"run_cell": lambda tokens: FULL}, "one method on one task at 16 tokens"),
      ({"run_cell": lambda tokens: Cell(linear_in_log)(tokens)[32:]}, "needs full KV")],
 )  # fmt: skip
@@ -141,12 +138,12 @@ def test_searches_that_make_no_sense_are_one_sentence(change: dict[str, object],
 RULE = Budget(10, interval=4, sinks=2, recent=8, prompt="on_top")
 
 
-def replay_job(**changes: object) -> ReplayJob:
+def job(**changes: object) -> TuneJob:
     values: dict[str, object] = {
-        "tasks": [TASK], "methods": [get_method("full"), get_method("streaming")], "budgets": [RULE], "limit": 2,
-        "batch_size": 2, "traces": TraceSettings(max_new_tokens=40),
+        "task": TASK, "methods": "full,streaming", "limit": 2, "batch_size": 2, "max_new_tokens": 40,
+        "budget": BudgetOptions(interval=4, sinks=2, recent=8, prompt="on_top"),
     }  # fmt: skip
-    return ReplayJob(**(values | changes))  # type: ignore[arg-type]
+    return TuneJob(**(values | changes))  # type: ignore[arg-type]
 
 
 def test_the_range_holds_what_is_protected_and_drops_nothing_at_its_end() -> None:
@@ -161,15 +158,12 @@ def test_the_range_holds_what_is_protected_and_drops_nothing_at_its_end() -> Non
 def test_a_real_search_leaves_one_folder_and_resumes_without_recomputing(tmp_path: Path) -> None:
     model, out = tiny_loaded(), tmp_path / "search"
 
-    def search(target: Target) -> tuple[Search, list[str]]:
+    def search(**wanted: object) -> tuple[Search, list[str]]:
         said: list[str] = []
-        (found,) = search_budgets(
-            replay_job(), model, out, target, resolution=1.5, progress=lambda what, *_: said.append(what)
-        )
+        (found,) = tune(job(resolution=1.5, **wanted), model, out, lambda what, *_: said.append(what))
         return found, said
 
-    target = Target("top1", 0.9, relative=True)
-    first, said = search(target)
+    first, said = search(target="0.9x")
     assert any("streaming @ 10" in one for one in said)
     lines = (out / "records.jsonl").read_bytes()
     records = read_records(out / "records.jsonl")
@@ -181,43 +175,43 @@ def test_a_real_search_leaves_one_folder_and_resumes_without_recomputing(tmp_pat
     assert manifest["arguments"]["rule"] == {k: v for k, v in RULE.to_dict().items() if k != "tokens"}
     assert "budgets" not in manifest["arguments"]
     assert {one.run for one in records} == {manifest["run"]}
-    assert load_results(out).records == records
 
-    assert search(target)[0] == first
+    assert search(target="0.9x")[0] == first
     assert (out / "records.jsonl").read_bytes() == lines  # nothing was run again
 
-    other, _ = search(Target("nll", 1.2, relative=True))  # another target shares what it meets again
+    other, _ = search(metric="nll", target="1.2x")  # another target shares what it meets again
     grown = read_records(out / "records.jsonl")
     assert grown[: len(records)] == records
     assert {one.budget["tokens"] for one in grown if one.budget} == probed | {probe.tokens for probe in other.probes}
+    json.dumps([first.to_dict(), other.to_dict()])
 
 
 def test_a_search_for_accuracy_generates(tmp_path: Path) -> None:
-    job = EvaluateJob(
-        [TASK], [get_method("streaming")], [RULE], limit=2, batch_size=2, max_new_tokens=20,
-    )  # fmt: skip
-    target = Target("accuracy", 0.5)
-    (found,) = search_budgets(job, tiny_loaded(), tmp_path, target, resolution=2)
+    accuracy = job(methods="streaming", metric="accuracy", target="0.5", max_new_tokens=20, resolution=2.0)
+    (found,) = tune(accuracy, tiny_loaded(), tmp_path)
     assert found.status == "not reached"  # random weights answer nothing
-    assert len(load_results(tmp_path).answers) == 2 + 2 * len(found.probes)
-    (again,) = search_budgets(job, tiny_loaded(), tmp_path, target, resolution=2)
+    assert len(read_answers(tmp_path / "records.jsonl")) == 2 + 2 * len(found.probes)
+    (again,) = tune(accuracy, tiny_loaded(), tmp_path)
     assert again == found
 
 
 @pytest.mark.parametrize(
-    ("changes", "target", "words"),
-    [({}, Target("accuracy", 0.5), "cannot be measured"), ({"budgets": [RULE, Budget(256, prompt="count")]}, TARGET, "one budget"),
-     ({"methods": [get_method("full")]}, TARGET, "bounded method")],
-)  # fmt: skip
-def test_jobs_that_cannot_be_searched_are_one_sentence(changes: dict[str, object], target: Target, words: str) -> None:
+    ("changes", "words"),
+    [
+        ({"methods": "full"}, "bounded method"),
+        ({"methods": "quest"}, "drops nothing"),
+        ({"target": "2x"}, "at most 1x"),
+    ],
+)
+def test_jobs_that_cannot_be_searched_are_one_sentence(changes: dict[str, object], words: str) -> None:
     with pytest.raises(FrontierError, match=words):
-        check_search(replay_job(**changes), target)
+        check_search(job(**changes))
 
 
 def test_full_kv_at_zero_is_no_yardstick() -> None:
     """A target of 0.9 x 0 would be kept by anything."""
 
-    def cell(tokens: int) -> list[Record]:
+    def cell(tokens: int) -> list[ReplayRecord]:
         budget = Budget(tokens, recent=8, prompt="on_top").to_dict()
         hard = [record(i, method="full", options={}, budget=None, events=0, top1=float(i > 0)) for i in range(4)]
         # beyond 100 tokens only example 0 is long enough to be compressed, and full KV fails there too
