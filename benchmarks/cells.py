@@ -35,17 +35,10 @@ METRICS = {
 """Words for a metric, and the factor that makes more of it better."""
 _MANIFESTS = b"reasonkv.manifests"
 _LEFT_OUT = (
-    "run",
-    "output",
-    "saved_ratio_terminal",
-    "rule",
-    "tokens",
-    "prompt",
-    "selects",
-    "saved_bytes",
-    "diverged",
-    "regime",
-)
+    "run", "output", "saved_ratio_terminal",  # texts, and what follows from the rest
+    "rule", "tokens", "prompt", "selects", "saved_bytes", "diverged", "regime",  # derived again when read
+)  # fmt: skip
+_PRECISE = ("top1", "answer_top1")  # shares whose differences may be exactly 0
 
 
 @dataclass(frozen=True)

@@ -171,9 +171,10 @@ def _frontier(replays: Flat, answers: Flat, path: Path) -> None:
         for group, cells in _default(source).items():
             for (name, size), cell in cells.items():
                 one = mean(cell, key)
+                y, low, high = (scale * value for value in (one.mean, one.mean - one.se, one.mean + one.se))
                 if size or source is answers:
-                    points.append({"row": metric, "panel": str(group), "method": name, "x": size, "y": scale * one.mean,
-                                   "low": scale * (one.mean - one.se), "high": scale * (one.mean + one.se)})  # fmt: skip
+                    point = {"row": metric, "panel": str(group), "method": name, "x": size}
+                    points.append(point | {"y": y, "low": low, "high": high})
     data = pd.DataFrame(points)
     rows = [
         facets(part, log_x("x:Q", "budget, slots per KV head"), alt.Y("y:Q", title=str(name)), None, column="panel",

@@ -69,11 +69,10 @@ def parts(experiment: dict[str, Any], limit: int | None = None, batch_size: int 
                     continue
                 name, _, dials = task.partition(":")
                 words = (part.get("name", ""), part["kind"], name, dials.replace("=", "").replace(",", "-"), policy)
-                extra = [
-                    one for each in part.get("methods", ()) for one in (each if isinstance(each, list) else [each])
-                ]
+                own = (each if isinstance(each, list) else [each] for each in part.get("methods", ()))
+                every = tuple(dict.fromkeys([*experiment["methods"], *(one for each in own for one in each)]))
                 shared: dict[str, Any] = {
-                    "task": (task,), "methods": tuple(dict.fromkeys([*experiment["methods"], *extra])), "budget": budget,
+                    "task": (task,), "methods": every, "budget": budget,
                     "limit": limit or experiment.get("limit", 64), "seed": experiment.get("seed", 0),
                     "batch_size": batch_size,
                 }  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Mapping
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from typing import NamedTuple
 from unittest.mock import patch
 
@@ -25,9 +25,9 @@ class Result(NamedTuple):
 def run(*arguments: object, env: Mapping[str, str] | None = None, stdin: str = "") -> Result:
     """Run one command line; a defect raises its own exception."""
     out, err = io.StringIO(), io.StringIO()
-    with patch.dict(os.environ, env or {}), patch("sys.stdin", io.StringIO(stdin)):
-        with redirect_stdout(out), redirect_stderr(err):
-            code = cli.run([str(one) for one in arguments])
+    given = patch.dict(os.environ, env) if env else nullcontext()
+    with given, patch("sys.stdin", io.StringIO(stdin)), redirect_stdout(out), redirect_stderr(err):
+        code = cli.run([str(one) for one in arguments])
     return Result(code, out.getvalue(), err.getvalue())
 
 

@@ -19,7 +19,6 @@ from cyclopts import App
 from tiny import TASK, save_tiny
 
 import reasonkv
-import reasonkv.evaluate.demo
 from reasonkv import cli
 from reasonkv.calibration.job import CalibrateJob
 from reasonkv.evaluate.job import GenerateJob, ReplayJob, TuneJob
@@ -38,7 +37,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(save_tiny(tmp_path_factory.mktemp("models") / "tiny"))
 
 
-def replay(model: str, out: Path, **changes: object) -> Result:
+def replay(model: str, out: Path, /, **changes: object) -> Result:
     options = {"model": model, "task": TASK, "methods": "full,random,rkv", "budgets": 24, "limit": 2, "batch-size": 2}
     options |= {name.replace("_", "-"): value for name, value in changes.items()}
     given = [word for name, value in options.items() for word in ([f"--{name}"] + [value] * (value is not True))]
@@ -157,7 +156,7 @@ def test_a_folder_of_another_command_is_one_sentence_and_a_corrupt_record_names_
         (["-"], "The prompt is empty"),
         (["a", "--method", "rkv"], "rkv needs one budget"),
         (["a", "--method", "rkv", "--budgets", "128,256"], "rkv needs one budget"),
-        (["a", "--budget", "64"], "full takes no budget"),
+        (["a", "--budget", "128"], "full takes no budget"),
         (["a", "--method", "snapkv", "--budget", "20", "--recent", "64"], "20 tokens cannot hold"),
         (["a", "--chat"], "no chat template"),
         (["--task", "maths"], "There is no task 'maths'"),
@@ -174,7 +173,7 @@ def test_generate_says_what_is_wrong_in_one_sentence(model: str, arguments: list
     [
         (["replya"], 'Unknown command "replya"; did you mean "replay"; see `reasonkv --help`.'),
         (["replay", "--task", "program"], "Give --out a value; see `reasonkv replay --help`."),
-        (["replay", "--tsk", "program"], "Unknown option: --tsk; did you mean --task; see `reasonkv replay --help`."),
+        (["replay", "--tsk", "program"], "did you mean --task instead of --tsk; see `reasonkv replay --help`."),
         (["replay", "--task"], "Give --task a value"),
         (["demo", "--limit", "many"], 'Invalid value for --limit: unable to convert "many" into int'),
         (["methods", "rkv", "snapkv"], "Unexpected argument 'snapkv'"),
@@ -314,15 +313,17 @@ def test_replay_leaves_table_figure_and_records(model: str, tmp_path: Path) -> N
 def test_the_demo_shows_every_method_at_every_budget_and_where_results_are(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from reasonkv.evaluate import demo
+
     monkeypatch.setattr("reasonkv.testbed.testbed_path", lambda: Path(model))
     monkeypatch.setattr("reasonkv.evaluate.demo.TASKS", (TASK,))
     monkeypatch.setattr("reasonkv.evaluate.demo.INSPECTED_TASK", TASK)
     monkeypatch.setattr("reasonkv.evaluate.demo.LONGEST_TRACE", 120)
-    monkeypatch.setattr("reasonkv.evaluate.evaluator.FULL_LIMIT", 60)  # random weights never come to an end
+    monkeypatch.setattr("reasonkv.evaluate.run.FULL_LIMIT", 60)  # random weights never come to an end
     monkeypatch.chdir(tmp_path)
     code, stdout, stderr = run("demo", "--limit", "2", "--no-open")
     assert code == 0, stderr
-    for word in (*reasonkv.evaluate.demo.METHODS, "slots read", "What to look at:"):
+    for word in (*demo.METHODS, "slots read", "What to look at:"):
         assert word in stdout
     assert "Report:  reasonkv-demo/report.html" in stdout
     folder = tmp_path / "reasonkv-demo"
@@ -330,7 +331,7 @@ def test_the_demo_shows_every_method_at_every_budget_and_where_results_are(
     assert (folder / "replay" / "frontier.png").read_bytes().startswith(b"\x89PNG")
     for kind, budgets in (("replay", 3), ("answers", 2)):
         records = [json.loads(line) for line in (folder / kind / "records.jsonl").read_text().splitlines()]
-        methods = len(reasonkv.evaluate.demo.METHODS) - 1
+        methods = len(demo.METHODS) - 1
         assert len(records) == 2 * (1 + methods * budgets)
         policies = {json.dumps({**record["budget"], "tokens": 0}) for record in records if record["budget"]}
         assert len(policies) == 1  # equal protection: nothing but the method and the budget's size differs

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import torch
@@ -15,18 +17,20 @@ from reasonkv.schedule import BatchSchedule, Event, Lengths, bound, capacity, ne
 
 
 @st.composite
-def budgets(draw: st.DrawFn) -> Budget:
+def budgets(draw: st.DrawFn, shares: bool = True) -> Budget:
     tokens = draw(st.integers(4, 40))
     sinks = draw(st.integers(0, 2))
+    is_share = shares and draw(st.booleans())
+    size = {"keep": draw(st.sampled_from([0.05, 0.1, 0.25, 1 / 3, 0.5, 0.7, 0.99]))} if is_share else {"tokens": tokens}
     recent = draw(st.integers(0, tokens - sinks))
     trigger = draw(st.sampled_from(["occupancy", "grid"]))
     cut = draw(st.sampled_from(["prefill", "first_event"]))
     return Budget(
-        tokens,
+        **size,
         interval=draw(st.integers(1, 16)),
         sinks=sinks,
         recent=recent,
-        prompt=draw(st.sampled_from(["count", "on_top"])),
+        prompt=draw(st.sampled_from(["count", "on_top", *(["keep"] if is_share else [])])),
         trigger=trigger,
         trigger_counts=draw(st.sampled_from(["all", "decode"])) if trigger == "grid" else "all",
         cut_prompt=cut,
@@ -34,19 +38,30 @@ def budgets(draw: st.DrawFn) -> Budget:
     )
 
 
+def naive_kept(budget: Budget, L: int, prompt: int) -> int:
+    """Slots that a compaction keeps beside a prompt on top, by the docstring of `Budget`."""
+    if budget.keep is None:
+        return budget.tokens
+    counted = L - min(L, prompt) if budget.prompt == "on_top" else L
+    least = max(1, budget.sinks + budget.recent)
+    least = max(least, prompt + budget.recent + 1) if budget.prompt == "keep" else least
+    return max(least, int(counted * Fraction(str(budget.keep))))
+
+
 def naive_event(budget: Budget, state: Lengths) -> bool:
-    """Whether an event falls at `state`, right after its newest token, by the rules of the budget's docstring."""
+    """Whether a compaction runs at `state`, right after its newest token, by the rules of the budget's docstring."""
     L, P, prompt = state.logical, state.physical, state.prompt
     on_top = min(L, prompt) if budget.prompt == "on_top" else 0
-    over = min(L, on_top + budget.tokens) < P
+    tokens = naive_kept(budget, L, prompt)
+    over = min(L, on_top + tokens) < P
     if prompt > L:
         return bool(budget.prefill_chunk) and L % budget.prefill_chunk == 0 and over
     if prompt == L:
         return budget.cut_prompt == "prefill" and over
     if budget.trigger == "occupancy":
-        return on_top + budget.tokens + budget.interval <= P
+        return on_top + tokens + budget.interval <= P
     counted = P - prompt if budget.trigger_counts == "decode" else P
-    return L % budget.interval == 0 and counted >= budget.tokens and over
+    return L % budget.interval == 0 and counted >= tokens and over
 
 
 def naive_walk(budget: Budget, prompt: int, length: int) -> list[Lengths]:
@@ -96,7 +111,8 @@ def test_a_piece_that_crosses_boundaries_has_one_event_at_its_end(
         assert after.logical == state.logical + fed
         if fed and boundary is not None and after.logical >= boundary:
             on_top = min(after.logical, prompt) if budget.prompt == "on_top" else 0
-            assert keep == after.physical == min(after.logical, on_top + budget.tokens) < state.physical + fed
+            kept = min(after.logical, on_top + naive_kept(budget, after.logical, prompt))
+            assert keep == after.physical == kept < state.physical + fed
         else:
             assert keep is None
             assert after.physical == state.physical + fed
@@ -201,6 +217,30 @@ def test_the_bound_is_tight_in_steady_state() -> None:
     assert most == bound(budget, 10, 200) == capacity(budget, 10, 200) == 40
 
 
+@pytest.mark.parametrize("prompt", ["count", "on_top"])
+def test_a_share_of_the_length_is_kept_at_every_compaction(prompt: str) -> None:
+    """0.1 is a tenth, whatever a float says, and 30 slots (4 sinks, 26 recent tokens) are kept at least."""
+    budget = Budget(keep=0.1, interval=10, sinks=4, recent=26, prompt=prompt)
+    state, kept = Lengths(prompt=50), []
+    for _ in range(3000):
+        state, keep = step(budget, state, 1)
+        if keep is not None:
+            kept.append((state.logical, keep))
+    on_top = 50 if prompt == "on_top" else 0
+    assert len(kept) > 200 and all(keep == on_top + max(30, (L - on_top) // 10) for L, keep in kept)
+    assert kept[-1][1] > on_top + 280
+
+
+def test_default_sinks_and_recent_tokens_shrink_with_a_small_budget_and_set_ones_do_not() -> None:
+    assert [Budget(n).protected() for n in (512, 68, 67, 64, 16, 1)] == [
+        (4, 64), (4, 64), (4, 33), (4, 32), (2, 8), (0, 0)
+    ]  # fmt: skip
+    assert Budget(64, recent=16).protected(recent=20) == (4, 20)
+    assert Budget(64) == Budget(64, recent=64), "fields stay as they are, so that a sweep can replace tokens"
+    with pytest.raises(BudgetError, match="8 tokens cannot hold 6 sinks"):
+        Budget(8, sinks=6)
+
+
 def test_no_budget_never_has_an_event() -> None:
     assert next_event(None, Lengths(100, 100, 10)) is None
     assert step(None, Lengths(100, 100, 10), 50) == (Lengths(150, 150, 10), None)
@@ -211,6 +251,14 @@ def test_no_budget_never_has_an_event() -> None:
     ("fields", "words"),
     [
         ({"tokens": 0}, "tokens must be"),
+        ({"tokens": 0.5}, "whole number of at least 1, not 0.5 .for a share of the length give keep=0.5"),
+        ({"tokens": "512"}, "tokens must be a whole number of at least 1, not '512'"),
+        ({"tokens": None}, "either tokens, such as tokens=512, or a share"),
+        ({"tokens": np.float32(64)}, "whole number"),
+        ({"tokens": 64, "keep": 0.5}, "either tokens"),
+        ({"keep": 1}, "keep must be a number between 0 and 1, not 1"),
+        ({"keep": "0.2"}, "between 0 and 1, not '0.2'"),
+        ({"keep": 0.5, "interval": None}, "interval must be a whole number of at least 1, not None"),
         ({"tokens": 10, "recent": 30}, "10 tokens cannot hold 1 sinks and 30 recent"),
         ({"tokens": 100, "interval": 0}, "interval must be"),
         ({"tokens": 100, "prompt": "drop"}, "count, keep, on_top"),
@@ -226,9 +274,19 @@ def test_a_budget_that_makes_no_sense_says_so_in_one_sentence(fields: dict, word
     assert "\n" not in str(error.value)
 
 
+def test_numbers_of_numpy_become_plain_ones() -> None:
+    made = Budget(np.int64(512), interval=np.int32(8), prefill_chunk=np.int16(32))
+    assert made == Budget(512, interval=8, prefill_chunk=32)
+    assert all(type(value) in (int, str) for value in made.to_dict().values())
+    assert type(Budget(keep=np.float64(0.25)).keep) is float
+
+
 def test_a_budget_survives_its_record() -> None:
     budget = Budget(100, interval=7, prompt="on_top", trigger="grid", trigger_counts="decode")
     assert Budget.from_dict(budget.to_dict()) == budget
+    assert "keep" not in budget.to_dict(), "records of budgets in tokens are what they were"
+    share = Budget(keep=0.25, prompt="count")
+    assert Budget.from_dict(share.to_dict()) == share
     with pytest.raises(BudgetError, match="colour"):
         Budget.from_dict({"tokens": 100, "colour": 1})
 
@@ -239,7 +297,7 @@ MODEL = tiny_model("llama", torch.float32)
 @settings(max_examples=60, deadline=None)
 @given(
     st.sampled_from(["random", "keydiff", "streaming", "snapkv:window=3,kernel=3"]),
-    budgets().filter(lambda b: b.tokens >= b.sinks + max(b.recent, 3)),
+    budgets(shares=False).filter(lambda b: b.tokens >= b.sinks + max(b.recent, 3)),
     st.lists(st.integers(1, 30), min_size=1, max_size=3),
     st.lists(st.integers(1, 12), min_size=1, max_size=10),
 )

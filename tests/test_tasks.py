@@ -10,10 +10,10 @@ from statistics import mean
 
 import pytest
 from task_verifiers import VERIFIERS, near_misses
-from tools.testbed.tokenizer import VOCABULARY
 
 from reasonkv.tasks import Draw, Kind, TaskError, get_task, split_of, task_names
 from reasonkv.tasks.base import final_answer
+from tools.testbed.tokenizer import VOCABULARY
 
 FAMILIES = ["program", "search", "arithmetic", "recall", "longdoc"]
 

@@ -10,6 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3ForCausalLM
+
+from reasonkv import testbed
+from reasonkv.tasks import get_task, task_names
+from reasonkv.testbed import load_testbed
 from tools.testbed import training as training_module
 from tools.testbed.__main__ import app
 from tools.testbed.attention import training_attention
@@ -19,11 +24,6 @@ from tools.testbed.initial import initialise
 from tools.testbed.recipe import Recipe
 from tools.testbed.tokenizer import EOS, UNK, VOCABULARY, make_tokenizer
 from tools.testbed.training import Progress, TrainingError, train
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3ForCausalLM
-
-from reasonkv import testbed
-from reasonkv.tasks import get_task, task_names
-from reasonkv.testbed import load_testbed
 
 FAMILIES = task_names()
 COURSES = list(Recipe.bundled().courses)

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import torch
 from models import calibration
-from tools.testbed.recipe import Recipe
-from tools.testbed.tokenizer import make_tokenizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Qwen3ForCausalLM
 
 from reasonkv.calibration import save_calibration
 from reasonkv.identity import model_hash
 from reasonkv.models import LoadedModel
+from tools.testbed.recipe import Recipe
+from tools.testbed.tokenizer import make_tokenizer
 
 TASK = "program:lines=12,constants=2"  # prompts of about a hundred tokens
 

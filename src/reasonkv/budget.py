@@ -175,7 +175,7 @@ class Budget:
         """
         known = BudgetFields.__annotations__
         for name in given.keys() - known.keys():
-            raise TypeError(f"unexpected argument {name!r}; a budget takes {', '.join(known)}")
+            raise TypeError(f"unexpected keyword {name!r}; a budget takes {', '.join(known)}")
         if isinstance(budget, Budget) and not given:
             return budget
         if isinstance(budget, Budget) or (budget is not None and "tokens" in given):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields, replace
 from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from reasonkv.budget import Budget, BudgetError, ExplicitEventsWindow, PeriodicWindow, Window
 from reasonkv.errors import ReasonKVError
-from reasonkv.methods.base import Method
+from reasonkv.methods import Method, get_method
 
 TESTED = ("llama", "qwen2", "qwen3", "qwen3_moe", "mistral", "phi3", "gemma3", "gemma3_text", "gpt_oss")
 """Model types whose every layer is compared with full attention over the kept slots in the tests."""
@@ -22,14 +23,16 @@ class UnsupportedModelError(ReasonKVError, ValueError):
 def resolve_budget(method: Method, budget: Budget | int | None) -> tuple[Method, Budget | None]:
     """Return a method as it runs under a budget, and the budget; None exactly for methods that keep everything.
 
+    A default window of newest tokens shrinks with a small budget; one that was set stays and must fit.
+
     Raises:
         BudgetError: a budget that is missing, not wanted, or too small for what is protected.
 
     """
+    if budget is not None and method.bounded:
+        method = _shrink_window(method, budget if isinstance(budget, Budget) else Budget(tokens=budget))
     made = validate_budget(method, budget)
-    if made is None:
-        return method, None
-    return method.for_budget(made), made
+    return (method if made is None else method.for_budget(made)), made
 
 
 def validate_budget(method: Method, budget: Budget | int | None) -> Budget | None:
@@ -39,15 +42,35 @@ def validate_budget(method: Method, budget: Budget | int | None) -> Budget | Non
         BudgetError: a budget that is missing, not wanted, or too small for what is protected.
 
     """
+    needs, name = method.needs, method.name
     if not method.bounded:
         if budget is not None:
-            raise BudgetError(f"{method.name} keeps everything and takes no budget; leave it out or choose a method.")
+            raise BudgetError(f"{name} keeps everything and takes no budget; leave it out or choose a method.")
         return None
     if budget is None:
-        raise BudgetError(f"{method.name} needs a budget, such as tokens=512 or keep=0.25.")
+        raise BudgetError(f"{name} needs a budget, such as tokens=512 or keep=0.25.")
     made = budget if isinstance(budget, Budget) else Budget(tokens=budget)
-    made.check_protected(recent=method.needs.recent)
+    if made.keep is not None:
+        if needs.selects or needs.layer_budgets:
+            what = "reads a fixed number of slots" if needs.selects else "divides tokens among layers"
+            raise BudgetError(f"{name} {what}, so it cannot keep a share of the length; give it tokens.")
+        return replace(made, recent=max(made.recent, needs.recent))  # a share keeps at least what is protected
+    made.check_protected(recent=needs.recent)
     return made
+
+
+def _shrink_window(method: Method, budget: Budget) -> Method:
+    own = method.needs.recent
+    if isinstance(budget, Window) or budget.keep is not None or sum(budget.protected(own)) <= budget.tokens:
+        return method
+    room = max(1, budget.protected()[1])
+    for one in fields(method):
+        if one.name in ("window", "recent") and getattr(method, one.name) == one.default == own:
+            return replace(method, **{one.name: room})
+        if one.name == "base" and method.base == one.default:  # type: ignore[attr-defined]
+            base = _shrink_window(get_method(one.default), budget)
+            return replace(method, base=base.spec().replace(",", ";"))  # type: ignore[call-arg]
+    return method
 
 
 def check_window(budget: Budget | None, *, reopen_prompt: bool, listed: bool) -> None:

@@ -38,6 +38,7 @@ def draw_curve(log: Path, path: Path) -> Path:
         loss = alt.Y("loss", title="loss").scale(type="log")
         above = alt.Chart(errors, title=str(family)).mark_line().encode(x=x, y=wrong, color="kind")
         below = alt.Chart(frame).mark_line(color="black").encode(x=x, y=loss)
-        columns.append((above + rule) & (below + rule))
+        size = {"width": 170, "height": 130}
+        columns.append((above + rule).properties(**size) & (below + rule).properties(**size))
     alt.hconcat(*columns).save(path, scale_factor=1)
     return path

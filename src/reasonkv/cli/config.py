@@ -33,12 +33,12 @@ def from_file(app: App, commands: tuple[str, ...], arguments: ArgumentCollection
 
 
 def _read_options(name: str) -> dict[str, Any]:
-    import yaml
+    import yaml  # type: ignore[import-untyped]
 
     try:
         options = yaml.safe_load(read_text(name))
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UsageError(f"--config cannot read {name}: {error}") from None
+        raise UsageError(f"--config cannot read {name}: {getattr(error, 'strerror', None) or error}.") from None
     if not isinstance(options, dict):
         raise UsageError(f"--config takes a YAML or JSON file of options, as in `task: program`, but {name} has none.")
     return options

@@ -56,30 +56,22 @@ def progress_bars(total: int) -> Iterator[Callable[[str, int, int], None]]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        began = time.perf_counter()
-
-        def line(what: str, done: int, of: int) -> None:
-            nonlocal began
-            if done >= of:
-                now = time.perf_counter()
-                note(f"{what}: {of} in {now - began:.1f} s")
-                began = now
-
-        yield line
-        return
+    console, began = Console(stderr=True), time.perf_counter()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as bars:
-        overall = bars.add_task("all steps", total=total)
-        current = bars.add_task("", total=None)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+        overall, current = bars.add_task("all steps", total=total), bars.add_task("", total=None)
 
-        def bar(what: str, done: int, of: int) -> None:
+        def advance(what: str, done: int, of: int) -> None:
+            nonlocal began
             bars.update(current, description=what, completed=done, total=of)
-            if done >= of:
-                bars.advance(overall)
+            if done < of:
+                return
+            bars.advance(overall)
+            if not console.is_terminal:
+                note(f"{what}: {of} in {time.perf_counter() - began:.1f} s")
+                began = time.perf_counter()
 
-        yield bar
+        yield advance
 
 
 def quiet_libraries() -> None:

@@ -84,10 +84,11 @@ def command(function: Callable[..., int | None]) -> Callable[..., int | None]:
     A parameter is annotated with the class, or with `Annotated[cls, Without(("field",))]`; the function is called with
     an instance.
     """
-    hints, made = get_type_hints(function, include_extras=True), {}
+    hints = get_type_hints(function, include_extras=True)
+    made: dict[str, tuple[type[Any], type[Any]]] = {}
     for name, hint in hints.items():
         cls, *marks = get_args(hint) if get_origin(hint) is Annotated else (hint,)
-        if is_dataclass(cls):
+        if isinstance(cls, type) and is_dataclass(cls):
             made[name] = cls, _flags(cls, next((one for one in marks if isinstance(one, Without)), ()))
 
     @functools.wraps(function)
@@ -108,17 +109,13 @@ def command(function: Callable[..., int | None]) -> Callable[..., int | None]:
 
 def _flags(cls: type, without: Sequence[str]) -> type[Any]:
     """Return a dataclass with the fields, defaults and help of `cls` that marks each as a flag, and checks nothing."""
-    from docstring_parser import parse_from_object
-
-    docs = [parse_from_object(kind).params for kind in reversed(cls.__mro__[:-1])]
-    words = {one.arg_name: one.description for params in docs for one in params}
     hints, made = get_type_hints(cls), []
     for one in fields(cls):
         if one.name in without:
             continue
         kind: Any = hints[one.name]
-        if is_dataclass(kind):
-            nested = _flags(kind, without)  # type: ignore[arg-type]
+        if isinstance(kind, type) and is_dataclass(kind):
+            nested = _flags(kind, without)
             made.append((one.name, Annotated[nested, Parameter(name="*")], field(default_factory=nested)))
             continue
         several = get_origin(kind) is Sequence
@@ -127,13 +124,15 @@ def _flags(cls: type, without: Sequence[str]) -> type[Any]:
         parameter = Parameter(
             group=GROUPS.get(cls.__name__, GROUPS[""]),
             name=NAMES.get(f"{cls.__name__}.{one.name}", NAMES.get(one.name, ())),
-            help=words.get(one.name),
             show_default=None if kind is not bool else False,
         )
         parameter = Parameter.combine(parameter, SEVERAL if several else None)
         kept = field(default=one.default, default_factory=one.default_factory)  # type: ignore[call-overload]
         made.append((one.name, Annotated[kind, parameter], kept))
-    return make_dataclass(cls.__name__, made, kw_only=True, namespace={"__module__": __name__})
+    # cyclopts reads the help of each flag from the docstrings of the class and its bases, once help is asked for
+    words = [{"__doc__": kind.__doc__, "__module__": __name__} for kind in cls.__mro__[:-1]]
+    bases = tuple(type(cls.__name__, (), own) for own in words[1:])
+    return make_dataclass(cls.__name__, made, bases=bases, kw_only=True, namespace=words[0])
 
 
 def _requires(cls: type) -> bool:

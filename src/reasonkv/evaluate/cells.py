@@ -10,6 +10,7 @@ from reasonkv.budget import Budget, BudgetError, Window
 from reasonkv.evaluate.job import BudgetOptions, GenerateJob, Job, JobError
 from reasonkv.evaluate.matching import budget_for_mean, check_matchable
 from reasonkv.methods import Method, get_method, layer_budgets, refuse_future
+from reasonkv.resolve import resolve_budget
 from reasonkv.tasks import get_task
 
 _RULE = ("interval", "sinks", "recent", "prompt", "trigger", "trigger_counts", "cut_prompt", "prefill_chunk")
@@ -149,6 +150,7 @@ def plan_cells(
         return cells
     for cell in cells:
         if cell.budget is not None:
-            cell.budget.check_protected(recent=cell.method.needs.recent, prompt_length=longest)
-            layer_budgets(cell.method, cell.budget, layers, longest)
+            fitted, _ = resolve_budget(cell.method, cell.budget)  # as the cache runs it: a default window may shrink
+            cell.budget.check_protected(recent=fitted.needs.recent, prompt_length=longest)
+            layer_budgets(fitted, cell.budget, layers, longest)
     return list(dict.fromkeys(cells))

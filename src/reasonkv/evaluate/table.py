@@ -226,9 +226,9 @@ def _regime(budget: Budget | None, prompt: int, events: int, exhausted: bool, se
 def _prompt_events(budget: Budget, prompt: int) -> int:
     """Compactions while the prompt is fed; the schedule alone decides."""
     state, events = Lengths(prompt=prompt), 0
-    while state.length < prompt:
+    while state.logical < prompt:
         boundary = next_event(budget, state)
-        state, keep = step(budget, state, min(prompt, boundary or prompt) - state.length)
+        state, keep = step(budget, state, min(prompt, boundary or prompt) - state.logical)
         events += keep is not None
     return events
 

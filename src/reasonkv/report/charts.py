@@ -93,7 +93,7 @@ def save_png(chart: alt.TopLevelMixin, path: Path, note: str = "", scale: float 
             [part for line in note.split("\n") for part in _wrapped(line)], orient="bottom", anchor="start",
             fontSize=10, fontWeight="normal", color="#555555", offset=14,
         ))  # fmt: skip
-    spec = chart.configure(font="DejaVu Sans, Arial, sans-serif").configure_view(stroke=None, clip=True).to_dict()
+    spec = chart.configure(font="DejaVu Sans, Arial, sans-serif").configure_view(stroke=None).to_dict()
     write_atomically(path, vl_convert.vegalite_to_png(spec, vl_version=_version(), scale=scale))
     return path
 

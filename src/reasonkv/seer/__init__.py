@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from reasonkv.calibration.corpus import Passage
     from reasonkv.seer.gate import FILE, Gate, GateError, find_gate, load_gate, random_gate, save_gate
-    from reasonkv.seer.job import GateRecipe, TrainGateJob
+    from reasonkv.seer.job import TrainGateJob
+    from reasonkv.seer.recipe import GateRecipe
     from reasonkv.seer.training import kept_attention, train_gate
 
 __all__ = [
@@ -26,7 +27,7 @@ __all__ = [
     "train_gate",
 ]
 _HOME = {
-    "GateRecipe": "reasonkv.seer.job",
+    "GateRecipe": "reasonkv.seer.recipe",
     "TrainGateJob": "reasonkv.seer.job",
     "Passage": "reasonkv.calibration.corpus",
     "kept_attention": "reasonkv.seer.training",

@@ -123,6 +123,7 @@ class CompressedCache(Cache):
         self._name = implementation_name(base_kernel(model.config, kernel))
         self.session = Session(
             method=self.method,
+            needs=needs,
             seed=seed,
             observer=observer,
             reference=reference,
@@ -138,12 +139,8 @@ class CompressedCache(Cache):
         super().__init__(
             layers=[CompressedLayer(self.session, i) if type(x) is DynamicLayer else x for i, x in enumerate(stock)]
         )
+        self.compressed_layers = [layer for layer in self.layers if isinstance(layer, CompressedLayer)]
         layer_budgets(self.method, self.budget, len(self.compressed_layers))  # so that a share too small is said now
-
-    @property
-    def compressed_layers(self) -> list[CompressedLayer]:
-        """The layers that the method compresses."""
-        return [layer for layer in self.layers if isinstance(layer, CompressedLayer)]
 
     @property
     def rows(self) -> list[SequenceState]:
@@ -204,7 +201,7 @@ class CompressedCache(Cache):
             self._check_later_prompt(columns, fed)
         for group in self.layer_groups:
             group.forward = ForwardPlan.of(group.rows, columns, valid, fed, group.layers)
-        if self.method.needs.token_ids and self.forward is not None:
+        if self.session.needs.token_ids and self.forward is not None:
             self.token_ids.append(self.forward)
 
     def layer_done(self, layer: CompressedLayer) -> None:
@@ -216,8 +213,8 @@ class CompressedCache(Cache):
         """
         forward = layer.forward
         self.layers_done += 1
-        is_last = self.layers_done == sum(group.layers for group in self.layer_groups)
-        whole_model = self.method.needs.scope == "model"
+        is_last = self.layers_done == len(self.compressed_layers)
+        whole_model = self.session.needs.scope == "model"
         if any(keep is not None for keep in forward.keep) and (is_last or not whole_model):
             start = time.perf_counter()
             layers = self.compressed_layers if whole_model else [layer]

@@ -57,7 +57,8 @@ class CompressedLayer(CacheLayerMixin):
     @property
     def reader(self) -> SparseReader | None:
         """Chooses what this forward reads; None where it reads every slot."""
-        return None if self.forward.is_prompt else self.session.reader
+        reader = self.session.reader
+        return None if reader is None or self.forward.is_prompt else reader
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Part of the layer contract; storage is made by the first forward, which knows the prompt."""
@@ -70,7 +71,7 @@ class CompressedLayer(CacheLayerMixin):
         assert self.group is not None
         if self.storage is None:
             capacity = self.group.capacity(session.max_length)
-            self.storage = LayerStorage(key_states, value_states, session.method.needs, capacity)
+            self.storage = LayerStorage(key_states, value_states, session.needs, capacity)
         allocated = self.storage.allocated
         keys, values = self.storage.append(key_states, value_states, forward)
         if self.storage.allocated != allocated:
@@ -93,15 +94,15 @@ class CompressedLayer(CacheLayerMixin):
         storage, session, forward = self.storage, self.session, self.forward
         assert storage is not None
         self.rule, self.query_heads = rule, query.shape[1]
-        method = session.method
+        method, needs = session.method, session.needs
         storage.prepare(method, query.shape[1], query.shape[3])
         storage.remember(query, forward)
-        if method.needs.observes:
+        if needs.observes:
             assert session.rotary is not None
             positions_Bq, valid_Bq = forward.token_indices(query.device)
             seen = Observed(query, positions_Bq, valid_Bq, layer=self.index, rotary=session.rotary)
             storage.observe(method, None, seen)
-        if method.needs.output_projection and self.output_projection is None:
+        if needs.output_projection and self.output_projection is None:
             self.output_projection = _output_projection(module, query.shape[1], query.shape[3])
         self.waiting = False
         session.layer_done(self)
@@ -130,7 +131,7 @@ class CompressedLayer(CacheLayerMixin):
             query_heads=self.query_heads,
             calibration=None if session.calibration is None else session.calibration.layer(self.index),
             rotary=session.rotary,
-            token_ids=session.token_ids.of(rows, lengths) if session.method.needs.token_ids else None,
+            token_ids=session.token_ids.of(rows, lengths) if session.needs.token_ids else None,
             output_projection_HqDM=None if self.output_projection is None else self.output_projection.float(),
             reference=session.reference,
         )

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from reasonkv.calibration import Calibration
-from reasonkv.methods import Method
+from reasonkv.methods import Method, Requirements
 from reasonkv.plan import Plan
 from reasonkv.rotary import Rotary
 from reasonkv.runtimes.transformers.sparse_read import SparseReader
 from reasonkv.runtimes.transformers.tokens import TokenLog
 from reasonkv.view import SlotView, TraceAttention
-
-if TYPE_CHECKING:
-    from reasonkv.runtimes.transformers.layer import CompressedLayer
 
 Observer = Callable[[int, list[int], SlotView, Plan], None]
 """Called as `observer(layer, rows, view, plan)`: row i of the view and of the plan is batch row `rows[i]`."""
@@ -29,6 +25,7 @@ class Session:
 
     Args:
         method, seed, observer, reference, calibration: as in `CompressedCache`.
+        needs: the method's.
         rotary: of the full-attention layers, if the method asks for it.
         reader: chooses what decoded tokens read, for methods that evict nothing.
         model_name: for messages.
@@ -37,12 +34,13 @@ class Session:
         columns_seen: columns fed so far, padding included.
         attach: sets the model's attention to ours.
         begin_forward: announces batch, columns and the 2-D mask of a forward.
-        layer_done: called by every layer after it attended.
+        layer_done: called by every layer (`CompressedLayer`) with itself, after it attended.
         note_allocation: called by a layer that allocated.
 
     """
 
     method: Method
+    needs: Requirements
     seed: int
     observer: Observer | None
     reference: TraceAttention | None
@@ -55,5 +53,5 @@ class Session:
     columns_seen: int = 0
     attach: Callable[[], None]
     begin_forward: Callable[[int, int, Tensor | None], None]
-    layer_done: Callable[[CompressedLayer], None]
+    layer_done: Callable[..., None]  # naming the layer's class here would be a circle of imports
     note_allocation: Callable[[], None]

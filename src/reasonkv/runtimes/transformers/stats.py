@@ -145,7 +145,7 @@ def _row_stats(
 
     held = [row.state.physical for row in own]
     allocated = [row.capacity(session.max_length) for row in own] if is_bounded else held
-    fixed += 4 * first.state.logical if session.method.needs.token_ids else 0
+    fixed += 4 * first.state.logical if session.needs.token_ids else 0
     fixed += 0 if reader is None else reader.bytes_held(held[0])
     slots_read, summaries_read = (None, 0.0) if reader is None else reader.read(number)
     attended, decoded = mean([row.attended for row in own]), first.decoded
