@@ -22,7 +22,7 @@ from scipy.special import stdtr
 
 from reasonkv.budget import Budget
 from reasonkv.evaluate.manifest import MANIFEST, ResultsError
-from reasonkv.evaluate.records import RECORDS, AnswerRecord, ReplayRecord, read_answers, read_records
+from reasonkv.evaluate.records import RECORDS, AnswerRecord, ReplayRecord, read_lines
 from reasonkv.methods import MethodError, method_class
 from reasonkv.schedule import Lengths, next_event, step
 
@@ -104,17 +104,17 @@ def read_results(folders: Sequence[Path]) -> pd.DataFrame:
     return parts[0] if len(parts) == 1 else pd.concat(parts, ignore_index=True)
 
 
-def read_folder_records(folder: Path) -> Sequence[ReplayRecord] | Sequence[AnswerRecord]:
+def read_folder_records(folder: Path) -> Sequence[ReplayRecord | AnswerRecord]:
     """Return the records of one results folder, from `records.jsonl` or `records.jsonl.gz`; errors as above."""
     manifest, path = read_manifest(folder), folder / RECORDS
     packed = path.with_name(path.name + ".gz")
-    records: Sequence[ReplayRecord] | Sequence[AnswerRecord]
+    kind: type[ReplayRecord | AnswerRecord]
     if not path.is_file() and packed.is_file():
-        lines = gzip.decompress(packed.read_bytes()).splitlines()
         kind = ReplayRecord if manifest["command"] == "replay" else AnswerRecord
-        records = [kind.model_validate_json(line) for line in lines]  # type: ignore[assignment]
+        records = [kind.model_validate_json(line) for line in gzip.decompress(packed.read_bytes()).splitlines()]
     else:
-        records = (read_answers if _holds_answers(path, str(manifest["command"])) else read_records)(path)
+        kind = AnswerRecord if _holds_answers(path, str(manifest["command"])) else ReplayRecord
+        records = read_lines(path, kind)
     if not records:
         raise ResultsError(f"{folder} holds no results yet; run the command that made it again.")
     return records
