@@ -207,9 +207,9 @@ def events(
         if repeat:
             yield took * 1e3, plain * 1e3, read * 1e3
         if window:
-            feeder.cache.close()
+            feeder.cache.detach()
     if feeder is not None:
-        feeder.cache.close()
+        feeder.cache.detach()
 
 
 def uneven_events(
@@ -226,7 +226,7 @@ def uneven_events(
         took = in_event + feeder.feed(interval - 1)[0]
         if repeat:
             yield took * 1e3, (plain - in_event) * 1e3, read * 1e3
-    feeder.cache.close()
+    feeder.cache.detach()
 
 
 def rates() -> tuple[float, float]:

@@ -194,7 +194,7 @@ def attended(cache: CompressedCache, layer: int, row: int) -> list[list[int]]:
     held = cache.slot_positions(layer)[row]
     if mass is None:
         return held.tolist()
-    alive = ~mass[row, :, : state.held].isneginf()
+    alive = ~mass[row, :, : state.physical].isneginf()
     return [held[h][alive[h]].tolist() for h in range(held.shape[0])]
 
 
@@ -255,7 +255,7 @@ def test_attention_leaves_padding_out_exactly(kernel: str, lengths: list[int]) -
     assert logits <= 1e-6
     counts = [[len(head) for head in attended(cache, layer, 0)] for layer in range(3)]
     assert any(own[0] != own[1] for own in counts)  # heads do differ
-    new = cache.rows[0].state.held - 16
+    new = cache.rows[0].state.physical - 16
     assert all(sum(own) == 2 * (EVEN + new) for own in counts)
 
 
@@ -363,7 +363,7 @@ def test_rows_move_and_copies_go_on_alone_with_their_padding() -> None:
         for start in range(50, 70):
             moved, stayed = step(cache, order, start, start + 1), step(twin, [0, 1, 2], start, start + 1)
             torch.testing.assert_close(moved, stayed[order], rtol=0, atol=1e-10)
-        twin.close()
+        twin.detach()
 
 
 def test_fates_tell_padding_from_what_is_attended() -> None:

@@ -255,7 +255,7 @@ def test_compressed_attention_equals_full_attention_over_the_kept_slots(
         for row in cache.rows:
             assert row.dropped == 30
             assert row.events == {"whole": 1, "chunked": 2}.get(pieces, 3)
-            assert row.state.held == LENGTH - PROMPT + row.state.prompt - 30
+            assert row.state.physical == LENGTH - PROMPT + row.state.prompt - 30
 
 
 class Kept:

@@ -115,7 +115,7 @@ def test_a_deep_copy_shares_the_observer_and_reset_starts_the_events_anew() -> N
     with CompressedCache(model, "knorm", BUDGET, observer=seen, prompt_lengths=20) as cache:
         decode(model, cache, ids, mask, 0, 22)
         twin = copy.deepcopy(cache)
-        assert twin.observer is seen
+        assert twin.session.observer is seen
         seen.calls.clear()
         decode(model, cache, ids, mask, 22, 40)
         first = list(seen.calls)

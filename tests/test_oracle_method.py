@@ -121,7 +121,7 @@ def test_a_cache_without_a_reference_and_the_decoding_drop_in_refuse_in_one_sent
     reference = FullAttention.collect(model, make_rows([(10, 20)]))
     for options in ({}, {"reference": reference}):
         with pytest.raises(MethodError) as caught:
-            reasonkv.generate("oracle:reduce=max", BUDGET, **options)
+            reasonkv.generate_with("oracle:reduce=max", BUDGET, **options)
         assert str(caught.value) == REFUSAL
     assert model.config._attn_implementation == "sdpa", "a refused cache must leave the model as it was"
 

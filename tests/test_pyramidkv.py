@@ -127,7 +127,7 @@ def decode(cache: CompressedCache, tensors: tuple[torch.Tensor, ...], start: int
 
 def test_every_layer_follows_the_schedule_of_its_own_budget() -> None:
     tensors, prompts = batch([70, 57]), [26, 13]
-    states = [[schedule.State(prompt=p) for p in prompts] for _ in TOKENS]
+    states = [[schedule.Lengths(prompt=p) for p in prompts] for _ in TOKENS]
     with CompressedCache(MODEL, METHOD, BUDGET, prompt_lengths=prompts) as cache:
         for start, end in [(0, 26), *((n, n + 1) for n in range(26, 70))]:
             decode(cache, tensors, start, end)
@@ -139,7 +139,7 @@ def test_every_layer_follows_the_schedule_of_its_own_budget() -> None:
                 assert [p.shape[1] for p in cache.slot_positions(layer)] == [s.held for s in states[layer]]
                 far.append([schedule.next_event(one, s) - s.length for s in states[layer]])
             assert cache.tokens_to_next_event() == [min(row) for row in zip(*far, strict=True)]
-        assert [track.layers for track in cache.tracks] == [1, 1, 1]
+        assert [track.layers for track in cache.layer_groups] == [1, 1, 1]
 
 
 @pytest.mark.parametrize("prompt", ["count", "keep", "on_top"])
@@ -205,7 +205,7 @@ def test_one_layer_gets_everything_and_a_flat_pyramid_is_snapkv() -> None:
         with CompressedCache(MODEL, method, BUDGET, prompt_lengths=[26, 13]) as cache:
             logits = [decode(cache, tensors, 0, 26)]
             logits += [decode(cache, tensors, start, start + 1) for start in range(26, 70)]
-            assert len(cache.tracks) == 1
+            assert len(cache.layer_groups) == 1
             outcomes.append((torch.stack(logits), cache.stats().rows, cache.slot_positions(2)))
     assert torch.equal(outcomes[0][0], outcomes[1][0])
     assert outcomes[0][1] == outcomes[1][1]
@@ -220,11 +220,11 @@ def test_bytes_and_lengths_are_those_of_the_layers_together() -> None:
         for start in range(26, 70):
             decode(cache, tensors, start, start + 1)
         stats = cache.stats()
-        states = [[schedule.State(prompt=p)] for p in (26,) for _ in TOKENS]
+        states = [[schedule.Lengths(prompt=p)] for p in (26,) for _ in TOKENS]
         for layer, tokens in enumerate(TOKENS):
             state = schedule.step(replace(BUDGET, tokens=tokens), states[layer][0], 26)[0]
             for _ in range(44):
-                attended += state.held + 1
+                attended += state.physical + 1
                 state = schedule.step(replace(BUDGET, tokens=tokens), state, 1)[0]
             states[layer] = [state]
     row = stats.rows[0]
@@ -239,7 +239,7 @@ def test_bytes_and_lengths_are_those_of_the_layers_together() -> None:
     assert row.physical_terminal == pytest.approx(sum(own[0].held for own in states) / 3)
     assert row.physical_peak == pytest.approx((29 + 26 + 26) / 3)  # the first layer's 24 slots and 5 more
     assert stats.bytes_allocated == 2 * sum(tokens + 5 for tokens in TOKENS) * 2 * 32 * 8
-    assert row.events == max(track.rows[0].events for track in cache.tracks)
+    assert row.events == max(track.rows[0].events for track in cache.layer_groups)
     dropped = sum(70 - own[0].held for own in states) / 3
     assert row.tokens_dropped == round(dropped)
 
@@ -255,7 +255,7 @@ def test_rows_move_and_copies_go_on_alone_with_every_layers_account() -> None:
         order = [2, 0, 0]
         cache.reorder_cache(torch.tensor(order))
         for new, old in enumerate(order):
-            for one, other in zip(cache.tracks, twin.tracks, strict=True):
+            for one, other in zip(cache.layer_groups, twin.layer_groups, strict=True):
                 assert one.rows[new] == other.rows[old]
         moved = tuple(tensor[order] for tensor in tensors)
         for start in range(50, 70):
@@ -264,12 +264,12 @@ def test_rows_move_and_copies_go_on_alone_with_every_layers_account() -> None:
                 rtol=0, atol=1e-10,
             )  # fmt: skip
         cache.batch_select_indices(torch.tensor([True, False, True]))
-        assert [len(track.rows) for track in cache.tracks] == [2, 2, 2]
+        assert [len(track.rows) for track in cache.layer_groups] == [2, 2, 2]
         cache.reset()
-        assert cache.rows == [] and cache.piece is None
+        assert cache.rows == [] and cache.forward is None
         decode(cache, tensors, 0, 26)
-        assert [row.state.length for row in cache.rows] == [26, 13, 5]
-        twin.close()
+        assert [row.state.logical for row in cache.rows] == [26, 13, 5]
+        twin.detach()
 
 
 def test_fates_count_events_over_all_layers() -> None:

@@ -10,6 +10,7 @@ from models import batch, tiny_model
 from tiny import TASK
 
 from reasonkv import Budget, CompressedCache
+from reasonkv.calibration.corpus import task_passages
 from reasonkv.evaluate.replay import Cell, replay_batch, to_record
 from reasonkv.evaluate.traces import TraceSettings, load_or_make_traces
 from reasonkv.identity import model_hash
@@ -23,13 +24,12 @@ from reasonkv.seer import (
     FILE,
     GateError,
     GateRecipe,
-    TrainingRow,
+    Passage,
     find_gate,
     kept_attention,
     load_gate,
     random_gate,
     save_gate,
-    task_rows,
     train_gate,
 )
 from reasonkv.tasks import get_task
@@ -87,7 +87,7 @@ def test_a_gate_scores_pages_by_its_three_steps() -> None:
 
 def test_training_a_gate_lowers_its_loss_and_leaves_the_model_alone(tmp_path: Path) -> None:
     model = tiny_model("llama", torch.float32)
-    rows = [TrainingRow(batch([48], seed)[0][0], 16) for seed in range(3)]
+    rows = [Passage(batch([48], seed)[0][0], 16) for seed in range(3)]
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     losses: list[float] = []
     recipe = GateRecipe(page_size=4, steps=12, rows=3, warmup=2, rate=1e-2)
@@ -99,12 +99,12 @@ def test_training_a_gate_lowers_its_loss_and_leaves_the_model_alone(tmp_path: Pa
     assert (back.page_size, back.model, back.source) == (4, model_hash(model), "noise")
     assert back.parameters == gate.parameters == 3 * (2 * 2 * 16 * 16 + 2 * 48 * 16 + 32)
     with pytest.raises(GateError, match="nothing to train on"):
-        train_gate(model, [TrainingRow(rows[0].ids_L[:6], 5)], recipe)
+        train_gate(model, [Passage(rows[0].ids_L[:6], 5)], recipe)
 
 
 def test_the_shipped_gate_keeps_more_attention_than_a_random_one_on_held_out_traces(testbed, tmp_path: Path) -> None:
     tasks = [get_task(name) for name in ("program", "search", "recall")]
-    held_out = list(task_rows(testbed.model, testbed.tokenizer, tasks, limit=1, split="test"))
+    held_out = list(task_passages(testbed.model, testbed.tokenizer, tasks, limit=1, split="test"))
     shipped = find_gate(testbed.model)
     assert shipped.model == testbed.hash
     config = testbed.model.config

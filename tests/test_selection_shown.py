@@ -10,13 +10,12 @@ from statistics import mean
 from typing import Any
 
 import pytest
+from command_line import run
 from test_frontier_cli import answer, cell, folder
 from test_records import record
 from tiny import TASK, save_tiny
-from typer.testing import CliRunner
 
 from reasonkv.budget import Budget, BudgetError
-from reasonkv.cli import app
 from reasonkv.evaluate.bisection import check_search
 from reasonkv.evaluate.frontier import FrontierError, Target, regime
 from reasonkv.evaluate.matching import check_matchable
@@ -40,13 +39,6 @@ BASIS = [
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(save_tiny(tmp_path_factory.mktemp("models") / "tiny"))
-
-
-def run(*arguments: object) -> tuple[int, str, str]:
-    result = CliRunner().invoke(app, [str(one) for one in arguments])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result.exit_code, result.stdout, result.stderr
 
 
 @pytest.fixture(scope="module")

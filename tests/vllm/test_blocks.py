@@ -28,7 +28,7 @@ from reasonkv.runtimes.vllm.config import SCHEDULER, EngineConfig
 from reasonkv.testbed import load_testbed
 
 SEED, BLOCK = 7, 32
-SMALL = {"tokens": 64, "interval": 32, "sinks": 4, "recent": 16}
+SMALL = {"tokens": 64, "interval": 32, "sinks": 4, "recent": 16, "prompt": "count"}
 CALIBRATION = str(testbed.testbed_path() / "reasonkv_calibration.safetensors")
 BUDGET = Budget(64, interval=32, sinks=4, recent=16, prompt="count")
 
@@ -90,7 +90,7 @@ def test_all_blocks_come_back_and_every_text_is_its_own_whoever_is_aborted_or_pr
             del doomed[name]
     assert free_blocks(small_engine) == before
     manager = manager_of(small_engine)
-    assert not manager.holdings and not any(manager.req_to_blocks.values())
+    assert not manager.allocations and not any(manager.req_to_blocks.values())
     assert len(watcher.preempted) >= 8 and watcher.repeated
     for name in sorted(set(asked) - aborted):
         ids, tokens = asked[name]

@@ -7,68 +7,56 @@ import os
 import shlex
 import sys
 import tempfile
-from dataclasses import fields as dataclass_fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
+from cyclopts import Parameter
 
-from reasonkv.cli import common
-from reasonkv.cli.budgets import make_budget, make_window
-from reasonkv.cli.common import UsageError, expected_errors
+from reasonkv.cli.console import show
+from reasonkv.cli.flags import Without, command
+from reasonkv.cli.mistakes import UsageError
+from reasonkv.evaluate.job import BudgetOptions
 
-PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": ["--help"]}
-"""How the command is registered. `-h` would be looked for inside vLLM's short options, such as `-dph`."""
 OURS = ("--worker-cls", "--additional-config", "--scheduler-cls")
 LOGITS_PROCESSORS = "--logits-processors"
 METRICS_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
 
 
-@expected_errors
+@command
 def serve(
-    context: typer.Context,
-    model: Annotated[str, typer.Argument(help="The bundled [b]testbed[/b], a model folder, or a hub name.")],
-    method: Annotated[str | None, typer.Option(help="Method, with options: rkv:KEY=VALUE.")] = None,
-    budget: Annotated[int | None, typer.Option(help="Slots per KV head and layer after a compaction.")] = None,
-    window: common.WindowSize = None,
-    window_buffer: common.WindowBuffer = 64,
-    retention: common.Retention = "0.3",
-    interval: common.Interval = 128,
-    sinks: common.Sinks = 4,
-    recent: common.Recent = 64,
-    prompt_policy: common.PromptPolicy = "count",
-    trigger: common.Trigger = "occupancy",
-    trigger_counts: common.TriggerCounts = "all",
-    cut_prompt: common.CutPrompt = "prefill",
-    prefill_chunk: common.PrefillChunk = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of methods, and of vLLM.")] = None,
-    calibration: Annotated[
-        Path | None,
-        typer.Option(help="Query statistics, made by [b]reasonkv calibrate[/b]; looked for in the model's folder."),
-    ] = None,
-    log_requests: Annotated[
-        bool, typer.Option("--log-requests", help="Log what each request held, when it ends.")
-    ] = False,
-    opt_out: Annotated[bool, typer.Option(help="Let a request keep full KV.")] = True,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the command instead of running it.")] = False,
+    model: Annotated[str, Parameter(allow_leading_hyphen=True)],
+    /,
+    *others: Annotated[str, Parameter(allow_leading_hyphen=True, show=False)],
+    method: str,
+    budget: Annotated[BudgetOptions, Without(("mean_slots",))],
+    seed: int | None = None,
+    calibration: Path | None = None,
+    log_requests: bool = False,
+    opt_out: Annotated[bool, Parameter(negative="--no-opt-out")] = True,
+    dry_run: bool = False,
 ) -> None:
-    """Serve a model with vLLM through a bounded cache. Every other option goes to vLLM as it is.
+    """Serve a model with vLLM through a bounded cache.
 
-    Example: [b]reasonkv serve Qwen/Qwen3-8B --method vase-dkv --budget 1024 --max-model-len 32768 --port 8000[/b]
+    Example: `reasonkv serve Qwen/Qwen3-8B --method vase-dkv --budget 1024 --max-model-len 32768 --port 8000`
+
+    Every other option goes to vLLM as it is.
+
+    Args:
+        model: The bundled testbed, a model folder, or a name on the Hugging Face hub.
+        others: Options of vLLM.
+        method: Method, with options: rkv:KEY=VALUE.
+        budget: Its budget.
+        seed: Seed of methods, and of vLLM.
+        calibration: Query statistics, made by `reasonkv calibrate`. Unless given, looked up in the model's folder.
+        log_requests: Log what each request held, when it ends.
+        opt_out: Let a request keep full KV.
+        dry_run: Print the command instead of running it.
     """
-    if "-h" in (model, *context.args):
-        typer.echo(context.get_help())
-        return
     if model.startswith("-"):
         raise UsageError("Give the model first: reasonkv serve MODEL --method NAME --budget TOKENS.")
-    if method is None:
-        raise UsageError("Give --method NAME; `reasonkv methods` lists them.")
     chosen = _method(method)
-    fields = _fields(budget, window, window_buffer, retention, {
-        "interval": interval, "sinks": sinks, "recent": recent, "prompt": prompt_policy, "trigger": trigger,
-        "trigger_counts": trigger_counts, "cut_prompt": cut_prompt, "prefill_chunk": prefill_chunk,
-    })  # fmt: skip
-    given: dict[str, Any] = {"method": chosen.spec(), **fields}
+    given: dict[str, Any] = {"method": chosen.spec(), **_fields(budget)}
     if seed is not None:
         given["seed"] = seed
     if log_requests:
@@ -78,15 +66,15 @@ def serve(
     statistics = _statistics(calibration, folder, chosen)
     if statistics is not None:
         given["calibration"] = str(statistics.resolve())
-    command = _command(folder, given, _passed_on(context.args, model, folder, seed, _processor(chosen, opt_out)))
+    line = _command(folder, given, _passed_on(list(others), model, folder, seed, _processor(chosen, opt_out)))
     if dry_run:
-        typer.echo(shlex.join(command))
+        print(shlex.join(line))
         return
     sys.stdout.flush()
     # Counts reach the process that answers /metrics through files; vLLM wants the folder named before it is imported.
     if METRICS_FOLDER not in os.environ:
         os.environ[METRICS_FOLDER] = tempfile.mkdtemp(prefix="reasonkv-metrics-")
-    os.execv(command[0], command)
+    os.execv(line[0], line)
 
 
 def _method(name: str) -> Any:
@@ -98,18 +86,22 @@ def _method(name: str) -> Any:
     return chosen
 
 
-def _fields(
-    budget: int | None, window: int | None, buffer: int, retention: str, options: dict[str, Any]
-) -> dict[str, Any]:
-    """The budget as the engine's configuration has it; what is a field's default is left out."""
-    if (budget is None) == (window is None):
-        raise UsageError("Give either --budget TOKENS or --window SIZE.")
-    if window is not None:
-        made = make_window(window, buffer, retention)
-        return {"window": {name: getattr(made, name) for name in ("size", "buffer", "retention")}}
-    assert budget is not None
-    default = {one.name: one.default for one in dataclass_fields(make_budget(budget, **options))}
-    return {"tokens": budget} | {name: value for name, value in options.items() if value != default[name]}
+def _fields(options: BudgetOptions) -> dict[str, Any]:
+    """Return the budget as the engine's configuration has it; what is a field's default is left out."""
+    sizes: list[dict[str, Any]] = [{"tokens": one} for one in options.tokens]
+    sizes += [{"keep": one} for one in options.keep]
+    if options.window is not None:
+        window = {"size": options.window, "buffer": options.window_buffer}
+        sizes = [{"window": window | {"retention": one}} for one in options.retention]
+    if len(sizes) != 1:
+        raise UsageError("Give one budget: --budget TOKENS, --keep SHARE, or --window SIZE with one --retention.")
+    if options.window is not None:
+        return sizes[0]
+    rule = ("interval", "sinks", "recent", "prompt", "trigger", "trigger_counts", "cut_prompt", "prefill_chunk")
+    changed = {
+        one.name: getattr(options, one.name) for one in fields(options) if getattr(options, one.name) != one.default
+    }
+    return sizes[0] | {name: changed[name] for name in rule if name in changed}
 
 
 def _folder(model: str) -> str:
@@ -133,7 +125,7 @@ def _statistics(given: Path | None, folder: str, method: Any) -> Path | None:
     from reasonkv.calibration.lookup import FILE
 
     if given is not None and not given.is_file():
-        raise UsageError(f"There is no file {common.show(given)} for --calibration.")
+        raise UsageError(f"There is no file {show(given)} for --calibration.")
     if given is not None or not method.needs.calibration:
         return given
     found = Path(folder) / FILE

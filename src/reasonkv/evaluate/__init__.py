@@ -1,36 +1,51 @@
-"""Evaluation: replay of full KV's traces, answers by real generation, and what their records add up to."""
+"""Evaluation: replay of full KV's traces, answers by real generation, the search for a budget, and their records."""
 
-from reasonkv.evaluate.accuracy import summarize_answers
-from reasonkv.evaluate.answers import AnswerRecord, read_answers
-from reasonkv.evaluate.evaluator import EvaluateJob, run_evaluate
-from reasonkv.evaluate.matching import mean_physical, tokens_for_mean
-from reasonkv.evaluate.records import Record, RecordError, read_records
-from reasonkv.evaluate.replay import Cell, ReplayError, replay_batch
-from reasonkv.evaluate.results import Results, load_results
-from reasonkv.evaluate.runner import ReplayJob, run_replay
-from reasonkv.evaluate.summary import summarize
-from reasonkv.evaluate.traces import Trace, TraceError, TraceSettings
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from reasonkv.evaluate.job import (
+    BudgetOptions,
+    GenerateJob,
+    Job,
+    JobError,
+    ReplayJob,
+    Sampling,
+    TraceSettings,
+    TuneJob,
+)
+
+if TYPE_CHECKING:
+    from reasonkv.evaluate.records import AnswerRecord, RecordError, ReplayRecord, read_answers, read_records
+    from reasonkv.evaluate.table import read_results, summarize
 
 __all__ = [
     "AnswerRecord",
-    "Cell",
-    "EvaluateJob",
-    "Record",
+    "BudgetOptions",
+    "GenerateJob",
+    "Job",
+    "JobError",
     "RecordError",
-    "ReplayError",
     "ReplayJob",
-    "Results",
-    "Trace",
-    "TraceError",
+    "ReplayRecord",
+    "Sampling",
     "TraceSettings",
-    "load_results",
-    "mean_physical",
+    "TuneJob",
     "read_answers",
     "read_records",
-    "replay_batch",
-    "run_evaluate",
-    "run_replay",
+    "read_results",
     "summarize",
-    "summarize_answers",
-    "tokens_for_mean",
 ]
+
+_HOMES = {
+    "reasonkv.evaluate.records": ("AnswerRecord", "RecordError", "ReplayRecord", "read_answers", "read_records"),
+    "reasonkv.evaluate.table": ("read_results", "summarize"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(home), name)
+    raise AttributeError(f"module 'reasonkv.evaluate' has no attribute {name!r}")

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from reasonkv.budget import Budget
-from reasonkv.evaluate.evaluator import EvaluateJob
-from reasonkv.evaluate.runner import ReplayJob
-from reasonkv.evaluate.traces import TraceSettings
-from reasonkv.methods import get_method
+from reasonkv.evaluate.job import BudgetOptions, GenerateJob, ReplayJob, TraceSettings
 
 TASKS = ("program", "recall")  # at the defaults, which the bundled model solves, so that the traces are right
 METHODS = (
@@ -33,46 +29,32 @@ WHAT_TO_LOOK_AT = (
 
 
 def replay_job(*, limit: int = 8, seed: int = 0, batch_size: int = 8) -> ReplayJob:
-    """The fidelity half of `reasonkv demo`.
+    """Return the fidelity half of `reasonkv demo`.
 
-    Every method that drops slots protects the prompt and holds it on top of the budget, so the budget is what each may
-    keep of a trace.
-
-    Args:
-        limit: problems per family.
-        seed: of problems and methods.
-        batch_size: rows at once.
-    """
-    return ReplayJob(
-        command="demo",
-        tasks=TASKS,
-        methods=[get_method(name) for name in METHODS],
-        budgets=[_budget(tokens) for tokens in TOKENS],
-        limit=limit,
-        seed=seed,
-        traces=TraceSettings(max_new_tokens=LONGEST_TRACE),
-        batch_size=batch_size,
-    )
-
-
-def answers_job(*, limit: int = 8, seed: int = 0, batch_size: int = 8) -> EvaluateJob:
-    """The accuracy half: the same methods and problems, each method writing its own trace and answer (greedy).
+    Every method that evicts protects the prompt and holds it on top of the budget, so the budget is what each may keep
+    of a trace.
 
     Args:
-        limit: problems per family.
+        limit: problems per task.
         seed: of problems and methods.
-        batch_size: rows at once.
+        batch_size: sequences at once.
     """
-    return EvaluateJob(
-        command="demo",
-        tasks=TASKS,
-        methods=[get_method(name) for name in METHODS],
-        budgets=[_budget(tokens) for tokens in ANSWER_TOKENS],
-        limit=limit,
-        seed=seed,
-        batch_size=batch_size,
-    )
+    traces = TraceSettings(max_new_tokens=LONGEST_TRACE)
+    shared = {"limit": limit, "seed": seed, "batch_size": batch_size}
+    return ReplayJob(task=TASKS, methods=METHODS, budget=_budget(TOKENS), traces=traces, **shared)
 
 
-def _budget(tokens: int) -> Budget:
-    return Budget(tokens, interval=32, sinks=4, recent=16, prompt="on_top")
+def answers_job(*, limit: int = 8, seed: int = 0, batch_size: int = 8) -> GenerateJob:
+    """Return the accuracy half: the same methods and problems, each method writing its own trace and answer (greedy).
+
+    Args:
+        limit: problems per task.
+        seed: of problems and methods.
+        batch_size: sequences at once.
+    """
+    shared = {"limit": limit, "seed": seed, "batch_size": batch_size}
+    return GenerateJob(task=TASKS, methods=METHODS, budget=_budget(ANSWER_TOKENS), **shared)
+
+
+def _budget(tokens: tuple[int, ...]) -> BudgetOptions:
+    return BudgetOptions(tokens=tokens, interval=32, sinks=4, recent=16)

@@ -256,13 +256,13 @@ def layer_budgets(
     """
     if budget is None or not method.needs.layer_budgets:
         return [budget] * layers
-    recent = max(budget.recent, method.needs.recent)
+    sinks, recent = budget.protected(method.needs.recent)
     if isinstance(budget, Window):
         raise BudgetError(f"{method.name} divides tokens among layers, which a Window has none of; give it a Budget.")
     if method.needs.scope == "model":
         raise BudgetError(f"{method.name} plans all layers at once, so they cannot have budgets of their own.")
-    least = budget.sinks + recent
-    protected = f"{budget.sinks} sinks and {recent} recent tokens"
+    least = sinks + recent
+    protected = f"{sinks} sinks and {recent} recent tokens"
     if budget.prompt == "keep" and prompt is not None:
         least = max(least, prompt + recent + 1)
         protected = f"a prompt of {prompt} tokens, {recent} recent ones and one more"

@@ -6,7 +6,7 @@ An option is a dataclass field with an annotated type: `window: Annotated[int, G
 
 from __future__ import annotations
 
-import math
+import sys
 import types
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -86,7 +86,7 @@ class Option:
         fits = {bool: is_bool, str: isinstance(value, str)}.get(self.kind)
         if fits is None:
             number = Integral if self.kind is int else Real
-            fits = isinstance(value, number) and not is_bool and math.isfinite(value)
+            fits = isinstance(value, number) and not is_bool and abs(value) <= sys.float_info.max
         if not fits:
             raise MethodError(f"{method}: {self.name} must be {_KINDS[self.kind]}, not {value!r}.")
         value = self.kind(value)

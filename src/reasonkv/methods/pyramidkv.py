@@ -40,8 +40,8 @@ class PyramidKV(SnapKV):
     def layer_tokens(self, budget: Budget, layers: int, prompt: int) -> list[int]:
         if self.variant == "kvpress":
             return kvpress_pyramid(budget.tokens, layers, window=self.window, beta=self.beta)
-        recent = max(budget.recent, self.window)
-        common = budget.sinks + recent
+        sinks, recent = budget.protected(self.window)
+        common = sinks + recent
         if budget.prompt == "keep":
             common = max(common, prompt + recent + 1)  # the budget asks for one slot more
         return [common + share for share in pyramid(budget.tokens - common, layers, self.beta)]

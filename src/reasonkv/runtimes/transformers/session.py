@@ -1,0 +1,57 @@
+"""What the layers of one cache share; they know it instead of the cache, which owns them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from reasonkv.calibration import Calibration
+from reasonkv.methods import Method, Requirements
+from reasonkv.plan import Plan
+from reasonkv.rotary import Rotary
+from reasonkv.runtimes.transformers.sparse_read import SparseReader
+from reasonkv.runtimes.transformers.tokens import TokenLog
+from reasonkv.view import SlotView, TraceAttention
+
+Observer = Callable[[int, list[int], SlotView, Plan], None]
+"""Called as `observer(layer, rows, view, plan)`: row i of the view and of the plan is batch row `rows[i]`."""
+
+
+@dataclass(eq=False, kw_only=True)
+class Session:
+    """Everything that is the same for all layers of a cache.
+
+    Args:
+        method, seed, observer, reference, calibration: as in `CompressedCache`.
+        needs: the method's.
+        rotary: of the full-attention layers, if the method asks for it.
+        reader: chooses what decoded tokens read, for methods that evict nothing.
+        model_name: for messages.
+        max_length: as in `CompressedCache`.
+        token_ids: every token, for methods that read the text.
+        columns_seen: columns fed so far, padding included.
+        attach: sets the model's attention to ours.
+        begin_forward: announces batch, columns and the 2-D mask of a forward.
+        layer_done: called by every layer (`CompressedLayer`) with itself, after it attended.
+        note_allocation: called by a layer that allocated.
+
+    """
+
+    method: Method
+    needs: Requirements
+    seed: int
+    observer: Observer | None
+    reference: TraceAttention | None
+    calibration: Calibration | None
+    rotary: Rotary | None
+    reader: SparseReader | None
+    model_name: str
+    max_length: int | None
+    token_ids: TokenLog = field(default_factory=TokenLog)
+    columns_seen: int = 0
+    attach: Callable[[], None]
+    begin_forward: Callable[[int, int, Tensor | None], None]
+    layer_done: Callable[..., None]  # naming the layer's class here would be a circle of imports
+    note_allocation: Callable[[], None]
