@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -59,3 +60,22 @@ class Session:
     begin_forward: Callable[[int, int, Tensor | None], None]
     layer_done: Callable[[CompressedLayer], None]
     note_allocation: Callable[[], None]
+
+
+def callbacks_of(cache: object) -> dict[str, Any]:
+    """Return a session's callbacks as methods of a cache."""
+    names = ("attach", "begin_forward", "layer_done", "note_allocation")
+    return {name: weakly(getattr(cache, name)) for name in names}
+
+
+def weakly(method: Callable[..., None]) -> Callable[..., None]:
+    """Return a function that calls a method without keeping its object alive: a cache owns its layers."""
+    found = weakref.WeakMethod(method)
+
+    def call(*args: Any) -> None:
+        bound = found()
+        if bound is None:
+            raise RuntimeError("The cache these layers belong to is gone; keep it while the model uses it.")
+        bound(*args)
+
+    return call
