@@ -70,7 +70,7 @@ class CompressedCache(Cache):
         reference: full KV's attention over the very rows that will be fed, in this order, for methods that look into
             the future; see `reasonkv.evaluate.reference`.
         window_events: (row, logical length) of every event, for a `Window` whose events a scheduler decides
-            (`reasonkv.schedule.periodic_events`) instead of the rows' own lengths.
+            (`reasonkv.periodic.periodic_events`) instead of the rows' own lengths.
         calibration: statistics of the model's queries, or the file they are in, for methods that need them; looked up
             beside the model and in the user's cache unless given (`reasonkv.calibration.find_calibration`).
         fields: `tokens`, `keep`, `interval` and the other fields of `Budget`, instead of `budget`.
@@ -236,7 +236,6 @@ class CompressedCache(Cache):
         return f"CompressedCache({self.method.spec()}, {budget}: {self.stats()})"
 
     def _repr_html_(self) -> str:
-        """Return a table for notebooks."""
         return self.stats()._repr_html_()
 
     def slot_positions(self, layer: int) -> list[Tensor]:
