@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
@@ -16,9 +16,6 @@ from reasonkv.rotary import Rotary
 from reasonkv.runtimes.transformers.sparse_read import SparseReader
 from reasonkv.runtimes.transformers.tokens import TokenLog
 from reasonkv.view import SlotView, TraceAttention
-
-if TYPE_CHECKING:
-    from reasonkv.runtimes.transformers.layer import CompressedLayer
 
 Observer = Callable[[int, list[int], SlotView, Plan], None]
 """Called as `observer(layer, rows, view, plan)`: row i of the view and of the plan is batch row `rows[i]`."""
@@ -39,7 +36,7 @@ class Session:
         columns_seen: columns fed so far, padding included.
         attach: sets the model's attention to ours.
         begin_forward: announces batch, columns and the 2-D mask of a forward.
-        layer_done: called by every layer after it attended.
+        layer_done: called by every layer, with itself, after it attended.
         note_allocation: called by a layer that allocated.
 
     """
@@ -58,7 +55,7 @@ class Session:
     columns_seen: int = 0
     attach: Callable[[], None]
     begin_forward: Callable[[int, int, Tensor | None], None]
-    layer_done: Callable[[CompressedLayer], None]
+    layer_done: Callable[[Any], None]
     note_allocation: Callable[[], None]
 
 
