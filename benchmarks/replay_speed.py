@@ -12,7 +12,8 @@ import torch
 from common import publish
 
 from reasonkv import Budget, get_method
-from reasonkv.evaluate.replay import Cell, Replayed, replay_batch
+from reasonkv.evaluate.cells import RunConfig
+from reasonkv.evaluate.replay import Replayed, replay_batch
 from reasonkv.evaluate.traces import Trace, reference_logprobs
 from reasonkv.tasks import get_task
 from reasonkv.testbed import load_testbed
@@ -35,7 +36,7 @@ def main() -> None:
             problems, prompts, outputs, reference_logprobs(model, prompts, outputs), strict=True
         )
     ]
-    cell = Cell(get_method(arguments.method), Budget(arguments.tokens, interval=128, prompt="on_top"))
+    cell = RunConfig(get_method(arguments.method), Budget(arguments.tokens, interval=128, prompt="on_top"))
     replay_batch(model, traces[:2], cell)  # warm up
 
     start = time.perf_counter()
