@@ -22,8 +22,9 @@ from torch import Tensor
 from reasonkv import Budget, BudgetError, CompressedCache, MethodError, Plan, SlotView, get_method
 from reasonkv.budget import Window
 from reasonkv.evaluate.fates import PlanRecorder, fates
+from reasonkv.evaluate.job import BudgetOptions, ReplayJob, TraceSettings
 from reasonkv.evaluate.pieces import Row, feed
-from reasonkv.evaluate.replay import Cell, replay_batch, to_record
+from reasonkv.evaluate.run import run
 from reasonkv.methods.adakv import AdaKV, shared_top_k
 from reasonkv.plan import PlanError
 from reasonkv.runtimes.transformers.attention import naive_attention
@@ -377,15 +378,17 @@ def test_fates_tell_padding_from_what_is_attended() -> None:
             assert alive == attended(cache, layer, 0)[head]
 
 
-def test_a_replay_record_holds_both_lengths() -> None:
-    from test_replay import random_traces
-    from tiny import tiny_model as tiny_replay_model
+def test_a_replay_record_holds_both_lengths(tmp_path: Path) -> None:
+    from tiny import TASK, tiny_loaded
 
-    model = tiny_replay_model(torch.float64)
-    (trace,) = random_traces(model, [(45, 40)])
-    cell = Cell(get_method("adakv:base=snapkv:window=8"), Budget(24, interval=6, sinks=2, recent=8, prompt="count"))
-    record = to_record("run", "task", 0, cell, trace, replay_batch(model, [trace], cell)[0])
+    budget = BudgetOptions(tokens=(24,), interval=6, sinks=2, recent=8, prompt="count")
+    traces = TraceSettings(max_new_tokens=40)
+    job = ReplayJob(task=TASK, methods="adakv:base=snapkv:window=8", budget=budget, limit=1, traces=traces)
+    (record,) = run(job, tiny_loaded(torch.float64), tmp_path)
     assert record.slots_read_mean == pytest.approx(record.physical_mean - (24 - 16))
-    assert not record.selects and replace(record, events=0).selects  # what only selects has no events
+    assert not record.selects and record.model_copy(update={"events": 0}).selects  # what only selects has no events
     assert record.bytes_read_mean is not None and record.bytes_read_mean < record.bytes_held
-    assert math.isclose(record.bytes_read_mean / record.slots_read_mean, record.bytes_full / (45 + 40 - 1))
+    assert math.isclose(
+        record.bytes_read_mean / record.slots_read_mean,
+        record.bytes_full / (record.prompt_tokens + record.output_tokens - 1),
+    )

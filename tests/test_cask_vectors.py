@@ -10,7 +10,6 @@ import pytest
 import torch
 from cask_views import DATA, Recorded
 from numpy.typing import NDArray
-from torch import Tensor
 from torch.testing import assert_close
 from transformers import PreTrainedModel, Qwen3ForCausalLM
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from same_choice import check_same_choice
 from slot_views import make_view
 from torch import Tensor
 from torch.testing import assert_close
@@ -17,6 +18,7 @@ from torch.testing import assert_close
 from reasonkv.methods import get_method
 from reasonkv.methods.base import Observed
 from reasonkv.methods.expected import ExpectedAttention, Moments, expected_logits, mean_rotation, rotated
+from reasonkv.plan import Plan
 from reasonkv.rotary import Rotary
 from reasonkv.view import SlotView
 
@@ -140,4 +142,4 @@ def test_rows_of_a_batch_score_as_they_would_alone(spec: str) -> None:
         query_positions_BT=None if view.query_positions_BT is None else view.query_positions_BT[1:],
         row_state={name: tensor[1:] for name, tensor in view.row_state.items()},
     )
-    assert torch.equal(plan.kept_BHK[1:], method.plan(row, 20).kept_BHK)
+    check_same_choice(method, [row], [Plan(plan.kept_BHK[1:])], [method.plan(row, 20)])

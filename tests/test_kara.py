@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import batch, tiny_model
 from oracle import differences, run_compressed
+from same_choice import check_same_choice
 from slot_views import make_view, random_view
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -207,7 +208,7 @@ def test_rows_with_windows_of_different_sizes_are_planned_as_each_alone() -> Non
                 queries_BHqTD=view.queries_BHqTD[one],
                 query_positions_BT=view.query_positions_BT[one],
             )
-            assert torch.equal(method.plan(alone, 40).kept_BHK, together.kept_BHK[one])
+            check_same_choice(method, [alone], [Plan(together.kept_BHK[one])], [method.plan(alone, 40)])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

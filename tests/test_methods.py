@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from same_choice import check_same_choice
 from slot_views import make_view, random_view
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,7 +19,7 @@ from reasonkv.methods import CATALOGUE, MethodError, get_method, method_class
 from reasonkv.methods.random import RandomEviction
 from reasonkv.methods.rkv import RKV, mean_cosine, spared_columns
 from reasonkv.methods.snapkv import SnapKV
-from reasonkv.plan import PlanError
+from reasonkv.plan import Plan, PlanError
 from reasonkv.runtimes.vllm.config import ServingError, vllm_variant
 from reasonkv.view import SlotView
 
@@ -72,11 +73,12 @@ def test_a_plan_keeps_exactly_the_budget_with_every_protected_slot(spec: str, dt
 def test_a_batch_row_is_planned_as_the_same_row_alone(spec: str) -> None:
     needs = get_method(spec).needs
     view = random_view(3, 2, 200, 32, queries=needs.queries, sinks=4, recent=max(8, needs.recent), row_seeds=(5, 0, 9))
-    together = get_method(spec).plan(view, 80).kept_BHK
+    method = get_method(spec)
+    together = method.plan(view, 80).kept_BHK
     for b, row_seed in enumerate((5, 0, 9)):
         alone = row(view, b, row_seed)
-        assert torch.equal(get_method(spec).plan(alone, 80).kept_BHK[0], together[b])
-        assert torch.equal(get_method(spec).score(alone)[0], get_method(spec).score(view)[b])  # type: ignore[attr-defined]
+        check_same_choice(method, [alone], [Plan(together[b : b + 1])], [method.plan(alone, 80)])
+        torch.testing.assert_close(method.score(alone)[0], method.score(view)[b])  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("spec", [spec for spec in SPECS if not spec.startswith("random")])

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import reasonkv
 from reasonkv import Budget, CompressedCache, UnsupportedModelError, get_method
-from reasonkv.evaluate.metrics import Reference
+from reasonkv.evaluate.metrics import TeacherLogprobs
 from reasonkv.evaluate.pieces import MAX_PIECE, Row, feed
 from reasonkv.evaluate.reference import FullAttention
 from reasonkv.evaluate.replay import Cell, replay_batch
@@ -162,7 +162,7 @@ def test_replay_collects_what_the_oracle_needs() -> None:
     for number, row in enumerate(rows):
         with torch.no_grad():
             logits = model(torch.cat([row.prompt_P, row.output_T])[None]).logits[0, len(row.prompt_P) - 1 : -1]
-        reference = Reference.from_logits(logits, 10**6)
+        reference = TeacherLogprobs.from_logits(logits, 10**6)
         traces.append(Trace(number, row.prompt_P, row.output_T, reference, False))
 
     def kl(method: str) -> float:

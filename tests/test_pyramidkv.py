@@ -18,10 +18,10 @@ from oracle import differences, run_compressed
 
 from reasonkv import Budget, BudgetError, CompressedCache, Plan, Requirements, SlotView, get_method, schedule
 from reasonkv.budget import Window
+from reasonkv.evaluate.cells import plan_cells
 from reasonkv.evaluate.fates import PlanRecorder, fates
-from reasonkv.evaluate.matching import mean_physical, tokens_for_mean
+from reasonkv.evaluate.matching import budget_for_mean, mean_physical
 from reasonkv.evaluate.pieces import Row, feed
-from reasonkv.evaluate.runner import plan_cells
 from reasonkv.methods import layer_budgets
 from reasonkv.methods.pyramidkv import PyramidKV, kvpress_pyramid, pyramid
 from reasonkv.methods.snapkv import SnapKV
@@ -313,10 +313,10 @@ def test_tokens_are_solved_for_the_mean_over_layers(target: float, layers: int, 
         [90, 40],
         [900, 700],
     )
-    tokens = tokens_for_mean(budget, target, prompts, lengths, method, layers)
+    tokens = budget_for_mean(budget, target, prompts, lengths, method, layers).tokens
     found = mean_physical(replace(budget, tokens=tokens), prompts, lengths, method, layers)
     assert abs(found - target) < 0.01 * target
-    assert tokens >= tokens_for_mean(budget, target, prompts, lengths) - 1
+    assert tokens >= budget_for_mean(budget, target, prompts, lengths).tokens - 1
 
 
 def test_every_method_meets_the_mean_with_tokens_of_its_own() -> None:

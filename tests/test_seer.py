@@ -11,8 +11,11 @@ from tiny import TASK
 
 from reasonkv import Budget, CompressedCache
 from reasonkv.calibration.corpus import task_passages
-from reasonkv.evaluate.replay import Cell, replay_batch, to_record
-from reasonkv.evaluate.traces import TraceSettings, load_or_make_traces
+from reasonkv.evaluate.cells import RunConfig
+from reasonkv.evaluate.job import BudgetOptions, ReplayJob, TraceSettings
+from reasonkv.evaluate.replay import replay_batch
+from reasonkv.evaluate.run import run
+from reasonkv.evaluate.traces import load_or_make_traces
 from reasonkv.identity import model_hash
 from reasonkv.methods.base import MethodError
 from reasonkv.methods.quest import Quest
@@ -47,14 +50,16 @@ def test_chunked_replay_equals_one_token_at_a_time(testbed, tmp_path: Path) -> N
         testbed.model, testbed.tokenizer, task, task_spec=TASK, examples=range(2), seed=0,
         settings=TraceSettings(max_new_tokens=60), folder=tmp_path, batch_size=2,
     )  # fmt: skip
-    cell = Cell(Quest(), Budget(64, recent=16, prompt="count"))
+    cell = RunConfig(Quest(), Budget(64, recent=16, prompt="count"))
     many, single = (replay_batch(testbed.model, traces, cell, chunked=chunked) for chunked in (True, False))
     for left, right in zip(many, single, strict=True):
-        assert (left.nll_T - right.nll_T).abs().max() <= 1e-4  # float32
+        assert (left.metrics.nll_T - right.metrics.nll_T).abs().max() <= 1e-4  # float32
         assert left.stats == right.stats
-    record = to_record("run", TASK, 0, cell, traces[0], many[0])
+    budget = BudgetOptions(tokens=(64,), recent=16, prompt="count")
+    job = ReplayJob(task=TASK, methods="quest", budget=budget, limit=1, traces=TraceSettings(max_new_tokens=60))
+    (record,) = run(job, testbed, tmp_path / "run")
     assert record.slots_read_mean is not None and record.slots_read_mean <= 64 < record.physical_mean
-    assert record.saved_ratio_terminal == 0 and type(record).from_json(record.to_json()) == record
+    assert record.saved_ratio_terminal == 0 and record.selects
 
 
 def test_a_gate_scores_pages_by_its_three_steps() -> None:

@@ -95,18 +95,20 @@ _HOMES = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    for home, names in _HOMES.items():
-        if name in names:
-            return getattr(import_module(home), name)
-    if name in __all__:  # a method's class
-        from reasonkv.methods.catalogue import CATALOGUE
+if not TYPE_CHECKING:  # a type checker then finds misspelt names
 
-        for entry in CATALOGUE.values():
-            home, _, found = entry.path.partition(":")
-            if found == name:
+    def __getattr__(name: str) -> Any:
+        for home, names in _HOMES.items():
+            if name in names:
                 return getattr(import_module(home), name)
-    raise AttributeError(f"module 'reasonkv' has no attribute {name!r}")
+        if name in __all__:  # a method's class
+            from reasonkv.methods.catalogue import CATALOGUE
+
+            for entry in CATALOGUE.values():
+                home, _, found = entry.path.partition(":")
+                if found == name:
+                    return getattr(import_module(home), name)
+        raise AttributeError(f"module 'reasonkv' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -115,10 +115,9 @@ def plan_cells(
     """Return every bounded method at every budget, and full KV without one, each once, in the methods' order.
 
     Args:
-        methods: the methods.
-        budgets: the budgets; with `mean_slots`, one whose size is solved for each mean (and for each method that
-            divides its budget among layers).
-        mean_slots: mean physical lengths to reach instead of `budgets`.
+        methods, budgets: what meets; with `mean_slots` one budget, whose size is solved for each mean (and for each
+            method that divides its budget among layers).
+        mean_slots: mean physical lengths to reach instead.
         rows: (tokens of the prompt, tokens fed in all) of one task's sequences, for what only they can tell: whether
             prompts fit, and the sizes for `mean_slots`. None checks what can be checked without.
         layers: compressed layers of the model.

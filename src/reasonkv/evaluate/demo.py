@@ -11,8 +11,8 @@ METHODS = (
     "snapkv:window=16", "rkv",  # by attention
     "triattention", "expected",  # by the queries expected to come
     "vase-dkv:window=16",  # by values as well
-    "cask",  # by folding
-    "quest",  # holds everything, and chooses what to read
+    "cask",  # by merging
+    "quest",  # keeps everything, and chooses what to read
 )  # fmt: skip
 """The best known of each family; windows are cut to the recent tokens that every budget here protects."""
 TOKENS = (80, 160, 320)
@@ -28,33 +28,20 @@ WHAT_TO_LOOK_AT = (
 )
 
 
-def replay_job(*, limit: int = 8, seed: int = 0, batch_size: int = 8) -> ReplayJob:
-    """Return the fidelity half of `reasonkv demo`.
-
-    Every method that evicts protects the prompt and holds it on top of the budget, so the budget is what each may keep
-    of a trace.
-
-    Args:
-        limit: problems per task.
-        seed: of problems and methods.
-        batch_size: sequences at once.
-    """
-    traces = TraceSettings(max_new_tokens=LONGEST_TRACE)
-    shared = {"limit": limit, "seed": seed, "batch_size": batch_size}
-    return ReplayJob(task=TASKS, methods=METHODS, budget=_budget(TOKENS), traces=traces, **shared)
+def replay_job(limit: int = 8, seed: int = 0, batch_size: int = 8) -> ReplayJob:
+    """Return the fidelity half of `reasonkv demo`."""
+    return ReplayJob(
+        task=TASKS, methods=METHODS, budget=_budget(TOKENS), traces=TraceSettings(max_new_tokens=LONGEST_TRACE),
+        limit=limit, seed=seed, batch_size=batch_size,
+    )  # fmt: skip
 
 
-def answers_job(*, limit: int = 8, seed: int = 0, batch_size: int = 8) -> GenerateJob:
-    """Return the accuracy half: the same methods and problems, each method writing its own trace and answer (greedy).
-
-    Args:
-        limit: problems per task.
-        seed: of problems and methods.
-        batch_size: sequences at once.
-    """
-    shared = {"limit": limit, "seed": seed, "batch_size": batch_size}
-    return GenerateJob(task=TASKS, methods=METHODS, budget=_budget(ANSWER_TOKENS), **shared)
+def answers_job(limit: int = 8, seed: int = 0, batch_size: int = 8) -> GenerateJob:
+    """Return the accuracy half: the same methods and problems, each method writing its own trace and answer."""
+    budget = _budget(ANSWER_TOKENS)
+    return GenerateJob(task=TASKS, methods=METHODS, budget=budget, limit=limit, seed=seed, batch_size=batch_size)
 
 
 def _budget(tokens: tuple[int, ...]) -> BudgetOptions:
-    return BudgetOptions(tokens=tokens, interval=32, sinks=4, recent=16)
+    # the prompt is protected and on top, so the budget is what each method may keep of a trace
+    return BudgetOptions(tokens=tokens, interval=32, sinks=4, recent=16, prompt="on_top")

@@ -19,15 +19,7 @@ from reasonkv.evaluate.decoding import Request, decode_batch
 from reasonkv.evaluate.generate import room, row_seed
 from reasonkv.evaluate.job import GenerateJob, Job, ReplayJob
 from reasonkv.evaluate.manifest import Manifest, open_results
-from reasonkv.evaluate.records import (
-    RECORDS,
-    AnswerRecord,
-    FullOutput,
-    Measured,
-    RecordFile,
-    ReplayRecord,
-    record_key,
-)
+from reasonkv.evaluate.records import RECORDS, AnswerRecord, FullOutput, Measured, RecordFile, ReplayRecord, record_key
 from reasonkv.evaluate.replay import replay_batch
 from reasonkv.evaluate.text import first_divergence, repetition
 from reasonkv.evaluate.traces import Trace, encode_prompts, file_name, load_or_make_traces
@@ -73,6 +65,7 @@ def run(
     Raises:
         JobError, BudgetError, MethodError, TaskError, TraceError: arguments that cannot be carried out.
         ResultsError, RecordError: the folder belongs to something else, or is damaged.
+        CalibrationError: a method needs statistics of the model's queries, and there are none.
         ReplayError, DecodingError: numbers that cannot be trusted.
     """
     check_job(job)  # what is wrong with the arguments alone is reported before any work
@@ -102,7 +95,7 @@ class Session:
 
     def task(self, spec: str) -> TaskRun:
         """Return one task of the job, with full KV's traces or outputs made."""
-        return (GenerateTask if isinstance(self.job, GenerateJob) else ReplayTask)(self, spec)
+        return _task_of(self.job)(self, spec)
 
 
 @contextmanager
@@ -115,16 +108,11 @@ def open_session(
     command: str,
     sizes: dict[str, Any],
 ) -> Iterator[Session]:
-    """Hold a results folder for one job and process.
+    """Hold a results folder for one job and process; arguments and errors as in `run`.
 
     Args:
-        job, model, folder, progress, command: as in `run`.
         methods: those of the job, as they run.
         sizes: what the manifest says about budgets.
-
-    Raises:
-        ResultsError, RecordError: the folder belongs to something else, or is damaged.
-        CalibrationError: a method needs statistics of the model's queries, and there are none.
     """
     needed = any(method.needs.calibration for method in methods)
     calibration = find_calibration(model.model, model.calibration_file) if needed else None
@@ -132,16 +120,16 @@ def open_session(
     arguments |= {**sizes, "limit": job.limit, "seed": job.seed}
     if calibration is not None:
         arguments["calibration"] = calibration.digest
-    kind: type[Measured] = ReplayRecord
     if isinstance(job, GenerateJob):
-        kind, drawn = AnswerRecord, asdict(job.sampling) if job.sampling.temperature > 0 else None
+        drawn = asdict(job.sampling) if job.sampling.temperature > 0 else None
         arguments |= {"samples": job.samples, "sampling": drawn, "max_new_tokens": job.max_new_tokens}
     elif isinstance(job, ReplayJob):
         arguments |= {"traces": asdict(job.traces)} | ({"diagnostics": True} if job.diagnostics else {})
     named = {"name": model.name, "hash": model.hash}
     manifest = Manifest(command=command, arguments=arguments, model=named, device=model.device_name)
     with open_results(folder, manifest), one_thread_if_small(model.model):
-        yield Session(job, model, folder, progress, manifest.run, RecordFile(folder / RECORDS, kind), calibration)
+        file = RecordFile(folder / RECORDS, _task_of(job).kind)
+        yield Session(job, model, folder, progress, manifest.run, file, calibration)
 
 
 class TaskRun(ABC):
@@ -160,6 +148,11 @@ class TaskRun(ABC):
     def __init__(self, session: Session, spec: str) -> None:
         self.session, self.spec, self.task = session, spec, get_task(spec)
         self._finished: dict[RunConfig, list[Any]] = {}
+
+    def in_batches(self, items: Sequence[Any]) -> None:
+        """Cut the items into batches, the same every time."""
+        size = self.session.job.batch_size
+        self.batches = [list(items[at : at + size]) for at in range(0, len(items), size)]
 
     def run(self, config: RunConfig) -> list[Any]:
         """Run what is missing of one configuration; return its records.
@@ -226,19 +219,12 @@ class ReplayTask(TaskRun):
         super().__init__(session, spec)
         self.job, model = cast(ReplayJob, session.job), session.model
         traces = load_or_make_traces(
-            model.model,
-            model.tokenizer,
-            self.task,
-            task_spec=spec,
-            examples=range(self.job.limit),
-            seed=self.job.seed,
-            settings=self.job.traces,
-            folder=session.folder,
-            batch_size=self.job.batch_size,
+            model.model, model.tokenizer, self.task, task_spec=spec, examples=range(self.job.limit),
+            seed=self.job.seed, settings=self.job.traces, folder=session.folder, batch_size=self.job.batch_size,
             on_done=lambda done: session.progress(f"{spec}: full-KV traces", done, self.job.limit),
-        )
+        )  # fmt: skip
         traces.sort(key=lambda trace: (len(trace.output_T), len(trace.prompt_P), trace.example))
-        self.batches = _batches(traces, self.job.batch_size)
+        self.in_batches(traces)
         self.rows = [(len(trace.prompt_P), trace.row.fed) for trace in traces]
 
     def execute(self, config: RunConfig, batch: Sequence[Trace]) -> list[ReplayRecord]:
@@ -286,7 +272,7 @@ class GenerateTask(TaskRun):
         items = [_Item(*pair, sample) for pair in pairs for sample in range(self.job.samples)]
         items.sort(key=lambda item: (len(item.prompt_P), item.example, item.sample))
         self.longest = max(len(prompt_P) for prompt_P in prompts)
-        self.batches = _batches(items, self.job.batch_size)
+        self.in_batches(items)
         self.limit = self.job.max_new_tokens or FULL_LIMIT
         self.run(RunConfig(get_method("full"), None))
         outputs = [self.outputs.records[item.output_key] for item in items]
@@ -343,6 +329,10 @@ class GenerateTask(TaskRun):
         return records
 
 
+def _task_of(job: Job) -> type[TaskRun]:
+    return GenerateTask if isinstance(job, GenerateJob) else ReplayTask
+
+
 @dataclass(frozen=True)
 class _Item:
     """One answer to write: the problem, its prompt's ids, and the sample's number."""
@@ -358,8 +348,3 @@ class _Item:
     @property
     def output_key(self) -> str:
         return record_key(self.example, self.sample)
-
-
-def _batches(items: Sequence[Any], size: int) -> list[list[Any]]:
-    """Cut into batches; the same every time."""
-    return [list(items[at : at + size]) for at in range(0, len(items), size)]

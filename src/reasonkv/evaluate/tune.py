@@ -37,10 +37,7 @@ from reasonkv.methods import Method, get_method
 from reasonkv.models import LoadedModel
 from reasonkv.tasks import get_task
 
-COMMAND = "frontier"
-"""What the manifest of a search is recorded under."""
-COMPRESSED = "compressed"
-"""The regime of records that count."""
+COMMAND = "frontier"  # what the manifest of a search is recorded under
 DEFAULT_TARGETS = {"top1": "0.95x", "accuracy": "0.95x", "nll": "1.05x", "kl": "0.05"}
 
 Records = Sequence[ReplayRecord] | Sequence[AnswerRecord]
@@ -144,18 +141,14 @@ def tune(
 ) -> list[Search]:
     """Find the usable budget of every bounded method of a job on every task of it.
 
-    Full KV runs in any case: it gives the lengths and what a relative target refers to.
+    Full KV runs in any case: it gives the lengths and what a relative target refers to. A search that was stopped, or
+    one for another target, continues in its folder. Arguments and errors are those of `reasonkv.evaluate.run.run`.
 
     Args:
-        job: what to search.
-        model: the model.
-        folder: results folder; a search that was stopped, or one for another target, continues in it.
-        progress: called after every batch.
         on_probe: called with every probe.
 
     Raises:
         FrontierError: a job that cannot be searched.
-        And everything `reasonkv.evaluate.run.run` raises.
     """
     target, rule, methods = check_search(job)
     inner = _inner_job(job)
@@ -245,7 +238,7 @@ def find_usable_budget(
     all probes.
 
     Args:
-        run_cell: runs the cell at a budget; called once per budget.
+        run_cell: called once per budget.
         low: the smallest budget allowed.
         high: a budget that evicts nothing, which is not run.
         target: what has to be kept.
@@ -254,8 +247,7 @@ def find_usable_budget(
         on_probe: called with every probe.
 
     Raises:
-        FrontierError: the range is empty, full KV is missing for a relative target, or the cell gives no bounded
-            records.
+        FrontierError: the range is empty, full KV is missing for a relative target, or a cell has no bounded records.
     """
     if not 1 <= low <= high:
         raise FrontierError(f"There is no budget between {low} and {high}.")
@@ -301,7 +293,7 @@ def _probe(frame: pd.DataFrame, tokens: int, target: Target) -> tuple[Point | No
         raise FrontierError(f"A search needs the records of one method on one task at {tokens} tokens.")
     regimes = frame.loc[frame["tokens"] > 0, "regime"].value_counts().to_dict()
     name = (points[0].task, points[0].method)
-    point = next((one for one in points if one.regime == COMPRESSED), None)
+    point = next((one for one in points if one.regime == "compressed"), None)
     if point is None:
         return None, Probe(tokens, None, None, None, 0, regimes), name
     if target.relative and len(point.full) < len(point.values):

@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from reasonkv.evaluate.cells import RunConfig
-from reasonkv.evaluate.chunks import TraceRow, feed
+from reasonkv.evaluate.chunks import feed
 from reasonkv.evaluate.decoding import Request, decode_batch
 from reasonkv.evaluate.fates import EventPlan, Fates, PlanRecorder, fates
 from reasonkv.evaluate.generate import room, row_seed

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Literal
+from itertools import pairwise
+from typing import Annotated, Any, Literal
 
 import numpy as np
+import torch
 from annotated_types import Ge
+from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional
 
 from reasonkv.methods.cask import (
     CASK,
+    COVERAGE,
     LEAST_SUPPORT,
+    LOCAL_WINDOW,
     Bools,
     Floats,
-    Groups,
     Ints,
-    Pair,
     Row,
     RowPlan,
     best_first,
@@ -28,7 +31,18 @@ from reasonkv.methods.options import Share
 from reasonkv.plan import Plan
 from reasonkv.view import SlotView
 
-__all__ = ["CaskReference"]
+
+@dataclass
+class _Group:
+    """Neighbouring candidates first..last; `vector` is what it is compared by."""
+
+    first: int
+    last: int
+    anchor: int
+    count: int
+    support: float
+    score_mass: float
+    vector: Floats
 
 
 @dataclass(frozen=True)
@@ -46,14 +60,14 @@ class CaskReference(CASK):
         representative: "score_max_source" - a group's key is its best source's; "weighted_latest" - the weighted mean
             of all, moved to the latest position (`representative_mode`).
         promotion: scratch with this part of the core's lowest score joins the core; 0 is off (`promotion_score_ratio`).
-        mass_gate: largest sum of scores of a pair, in mean scores of the best; 0 is off
-            (`merge_score_mass_ratio_threshold`).
+        mass_gate: largest sum of scores of a pair, in mean scores of the best; 0 is off. It is dropped once phases were
+            and no pair is left (`merge_score_mass_ratio_threshold`).
 
     """
 
     variant: Literal["corrected", "paper"] = "paper"
     pin_prompt: bool = False
-    coverage: Share = 0.0625
+    coverage: Share = COVERAGE
     normalize: bool = False
     representative: Literal["score_max_source", "weighted_latest"] = "score_max_source"
     promotion: Annotated[float, Ge(0)] = 0.0
@@ -61,28 +75,25 @@ class CaskReference(CASK):
 
     def plan_row(self, row: Row, keep: int) -> RowPlan:
         """Plan one row; the whole prompt counts as pinned even once some of it was evicted."""
-        P = row.prompt_length if row.prompt_length >= keep else row.prompt
+        N, P = len(row.protected_N), row.prompt_length if row.prompt_length >= keep else row.prompt
         if not self.pin_prompt or P + int(row.protected_N[P:].sum()) < keep:
             return super().plan_row(row, keep)
-        stays, N = row.protected_N.copy(), len(row.protected_N)
+        stays, nothing = row.protected_N.copy(), np.zeros(N, dtype=bool)
         older = np.flatnonzero(~stays)
         stays[older[len(older) - (keep - int(stays.sum())) :]] = True
-        nothing = np.zeros(N, dtype=bool)
         return RowPlan(np.where(stays, np.arange(N), -1), np.ones(N), nothing, nothing, ("prefix_budget_exhausted",))
 
-    def prompt_stage(self, row: Row, keep: int, recent: int) -> Bools:
+    def prompt_stage(self, row: Row, keep: int, recent: int, coverage: float = COVERAGE) -> Bools:
         """Return the prompt slots that are kept, all if the prompt is pinned."""
-        return np.ones(row.prompt, dtype=bool) if self.pin_prompt else super().prompt_stage(row, keep, recent)
-
-    def spread_and_best(self, row: Row, target: int, coverage: float = 0.0) -> Bools:
-        """Return `target` prompt slots, with the option's coverage."""
-        return super().spread_and_best(row, target, self.coverage)
+        if self.pin_prompt:
+            return np.ones(row.prompt, dtype=bool)
+        return super().prompt_stage(row, keep, recent, self.coverage)
 
     def best_head(self, scores_Mn: Tensor) -> Tensor:
         """Return the maximum over query heads."""
         return CASK().best_head(scores_Mn) if self.normalize else super().best_head(scores_Mn)
 
-    def core(self, scores_Mn: Tensor, scores_n: Floats, size: int, slots: int) -> Bools:
+    def core(self, scores_Mn: NDArray[Any], scores_n: Floats, size: int, slots: int) -> Bools:
         """Return the core with the scratch that was promoted to it."""
         is_core_n = super().core(scores_Mn, scores_n, size, slots)
         if self.promotion > 0 and size > 0:
@@ -91,102 +102,60 @@ class CaskReference(CASK):
             is_core_n[worthy[: max(0, slots - size - 1)]] = True
         return is_core_n
 
-    def groups(self, row: Row, index: Ints, scores_n: Floats, supports_n: Floats, slots: int) -> Groups:
-        """Return the candidates as groups of one, with the reference's options."""
-        limit = self.mass_gate * float(np.mean(np.sort(scores_n)[-slots:])) if self.mass_gate > 0 else float("inf")
-        return ReferenceGroups(
-            row, index, scores_n, self.similarity, evicts=self.fold == "similar", supports_n=supports_n, limit=limit,
-            means=self.representative == "weighted_latest",
-        )  # fmt: skip
+    def merge_runs(
+        self, own: Row, scores_n: Floats, linked_n: Bools, is_core_n: Bools, phases_n: Ints, slots: int
+    ) -> Ints | None:
+        """Merge as CASK does, with the mass gate and means; all pairs are looked at again after every merge."""
+        means, joined_n = self.representative == "weighted_latest", linked_n.copy()
+        joined_n[1:] &= phases_n[1:] == phases_n[:-1]
+        limit, supports = float("inf"), functional.softplus(torch.as_tensor(scores_n, dtype=own.scores_MN.dtype))
+        if self.mass_gate > 0:
+            total_slots = slots + int(is_core_n.sum())
+            limit = self.mass_gate * float(np.mean(np.sort(scores_n)[-total_slots:]))
+        values = zip(
+            own.counts_N.tolist(), (supports + LEAST_SUPPORT).tolist(), scores_n.tolist(), own.vectors_ND, strict=True
+        )
+        groups = [_Group(i, i, i, *of_slot) for i, of_slot in enumerate(values) if not is_core_n[i]]
+        while len(groups) > slots:
+            pairs = []
+            for place, (left, right) in enumerate(pairwise(groups)):
+                allowed = right.first == left.last + 1 and left.score_mass + right.score_mass <= limit
+                if allowed and joined_n[right.first]:
+                    cosine = float(np.add.reduce(unit_vectors(left.vector) * unit_vectors(right.vector)))
+                    is_close = own.starts_N[right.first] - own.ends_N[left.last] <= LOCAL_WINDOW
+                    tier = (2 if cosine >= self.similarity else 1) if is_close else 0
+                    pairs.append((tier, cosine, -place))
+            if pairs:
+                place = -max(pairs)[2]
+                self._merge(groups[place], groups.pop(place + 1), scores_n, means)
+            elif limit == float("inf") or phases_n is own.phases_N:
+                return None
+            else:
+                limit = float("inf")
+        target_n = np.where(is_core_n, np.arange(len(scores_n)), -1)
+        for group in groups:
+            target_n[group.first : group.last + 1] = group.last if means else group.anchor
+        return target_n
+
+    @staticmethod
+    def _merge(left: _Group, right: _Group, scores_n: Floats, means: bool) -> None:
+        """Put the group `right` into the group `left` before it."""
+        masses = [group.count * max(group.support, LEAST_SUPPORT) for group in (left, right)]
+        if means:
+            left.vector = (masses[0] * left.vector + masses[1] * right.vector) / sum(masses)
+        if scores_n[right.anchor] >= scores_n[left.anchor]:
+            left.anchor = right.anchor
+            left.vector = left.vector if means else right.vector
+        left.last, left.count = right.last, left.count + right.count
+        left.support, left.score_mass = sum(masses) / left.count, left.score_mass + right.score_mass
 
     def plan_layers(self, views: Sequence[SlotView], keep: int) -> list[Plan]:
-        """Plan all layers; means of keys are taken at the position of the slot that goes on."""
+        """Plan all layers; a mean of keys is taken at the position of the slot that goes on."""
         plans = super().plan_layers(views, keep)
         if self.representative == "score_max_source":
             return plans
-        return [
-            plan if plan.fold is None else replace(plan, fold=replace(
-                plan.fold, key_weights_BHN=plan.fold.value_weights_BHN, rotary=view.rotary
-            ))
-            for plan, view in zip(plans, views, strict=True)
-        ]  # fmt: skip
-
-
-class ReferenceGroups(Groups):
-    """Groups with the reference's options.
-
-    Args:
-        supports_n: of the candidates; a group's is the mean over its tokens.
-        limit: pairs whose scores add up to more may not merge. Once phases were given up and nothing else is left, the
-            limit is dropped, and merging goes on from there.
-        means: groups are compared by the weighted mean of their vectors, and the last slot goes on.
-    """
-
-    def __init__(
-        self, row: Row, index: Ints, scores_n: Floats, similarity: float, *, evicts: bool, supports_n: Floats,
-        limit: float, means: bool,
-    ) -> None:  # fmt: skip
-        super().__init__(row, index, scores_n, similarity, evicts=evicts)
-        self.counts_n, self.supports_n, self.vectors_nD = row.counts_N[index], supports_n, row.vectors_ND[index]
-        self.singles_nD, self.gate, self.means = self.unit_nD, limit, means
-
-    def merge_down(self, slots: int, is_core_n: Bools, phases_n: Ints) -> Ints | None:
-        """Merge as `Groups` does; the gate may be dropped where phases have been."""
-        self.limit, self.may_relax = self.gate, phases_n is not self.phases_n
-        return super().merge_down(slots, is_core_n, phases_n)
-
-    def restart(self) -> None:
-        """Make every candidate a group of its own."""
-        super().restart()
-        self.count, self.support = self.counts_n.tolist(), self.supports_n.tolist()
-        self.score_mass = self.score.copy()
-        if self.means:
-            self.vector_nD, self.unit_nD = self.vectors_nD.copy(), self.singles_nD.copy()
-
-    def relax(self, heap: list[Pair], before: list[int], joined: list[bool], version: list[int]) -> bool:
-        """Drop the limit and offer all pairs again, once."""
-        if not self.may_relax or self.limit == float("inf"):
-            return False
-        self.limit = float("inf")
-        for right in range(1, len(version)):
-            if joined[right] and version[right] >= 0:
-                left = before[right]
-                order = self.order(left, right)
-                if order is not None:
-                    heapq.heappush(heap, (-order[0], -order[1], left, version[left], version[right]))
-        return bool(heap)
-
-    def goes_on(self, first: int) -> int:
-        """Return the candidate that a group becomes."""
-        return self.last[first] if self.means else super().goes_on(first)
-
-    def first_pairs(self, right: Ints) -> list[Pair]:
-        """Return heap entries of single candidates `right` and those before them, within the limit."""
-        pairs = super().first_pairs(right)
-        return [pair for pair in pairs if self.score[pair[2]] + self.score[pair[2] + 1] <= self.limit]
-
-    def order(self, left: int, right: int) -> tuple[int, float] | None:
-        """Return (tier, cosine) of two groups, None where they may not merge."""
-        over = self.score_mass[left] + self.score_mass[right] > self.limit
-        return None if over else super().order(left, right)
-
-    def cosine(self, left: int, right: int) -> float:
-        """Return the cosine of two groups."""
-        if not self.means:
-            return super().cosine(left, right)
-        if self.last[left] == left == right - 1 and self.last[right] == right:
-            return float(self.neighbours_n[right])
-        return float(np.add.reduce(self.unit_nD[left] * self.unit_nD[right]))
-
-    def merge(self, left: int, right: int) -> None:
-        """Put the group `right` into the group `left` before it."""
-        counts = self.count[left], self.count[right]
-        masses = [self.count[i] * max(self.support[i], LEAST_SUPPORT) for i in (left, right)]
-        if self.means:
-            total = masses[0] * self.vector_nD[left] + masses[1] * self.vector_nD[right]
-            self.vector_nD[left] = total / sum(masses)
-            self.unit_nD[left] = unit_vectors(self.vector_nD[left])
-        super().merge(left, right)
-        self.count[left] = sum(counts)
-        self.support[left] = sum(masses) / sum(counts)
-        self.score_mass[left] += self.score_mass[right]
+        folds = (
+            fold and replace(fold, key_weights_BHN=fold.value_weights_BHN, rotary=view.rotary)
+            for view, fold in zip(views, (plan.fold for plan in plans), strict=True)
+        )
+        return [replace(plan, fold=fold) for plan, fold in zip(plans, folds, strict=True)]
