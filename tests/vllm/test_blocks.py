@@ -183,6 +183,24 @@ def test_our_scheduler_cuts_a_prompt_at_its_chunks_whatever_else_is_fed(folder: 
         assert free_blocks(llm) == 16
 
 
+def test_a_share_of_the_text_takes_blocks_as_it_grows_and_equals_the_transformers_runtime(folder: Path) -> None:
+    share = {"keep": 0.5, "interval": 32, "sinks": 4, "recent": 16, "prompt": "count"}
+    options = {"block_size": BLOCK, "num_gpu_blocks_override": 65, "scheduler_cls": SCHEDULER}
+    asked = prompts((40, 90, 200))
+    with engine(folder, {"method": "random", "seed": SEED, **share}, max_model_len=768, **options) as llm:
+        watcher = Watcher(llm)
+        for number, ids in enumerate(asked):
+            watcher.add(str(number), ids, 240)
+        watcher.run()
+        assert free_blocks(llm) == 64 and not watcher.preempted
+    for number, ids in enumerate(asked):
+        length = len(ids) + 240 - 1
+        most = max(len(ids), schedule.capacity(Budget(**share), len(ids), length))
+        assert watcher.last[str(number)] <= watcher.most[str(number)] <= -(-most // BLOCK) < -(-length // BLOCK)
+    theirs = reference("random", Budget(**share), asked, 240, seed=SEED)
+    assert [watcher.tokens[str(number)] for number in range(3)] == theirs.tokens
+
+
 @pytest.mark.parametrize("is_async", [False, True])
 def test_our_scheduler_feeds_a_preempted_request_as_if_it_had_never_been(folder: Path, is_async: bool) -> None:
     from reasonkv.runtimes.vllm.scheduler import AsyncScheduler

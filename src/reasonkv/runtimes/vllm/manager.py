@@ -2,8 +2,8 @@
 
 A request's whole bound is reserved when it is admitted, so it is never preempted for want of blocks. Once its prompt is
 in and compacted, the blocks that it can never need again are freed, once: the worker's block table only appends, so no
-block may be added after one was freed. Under a `Window` or a share of the text, which grow, blocks are added as they are needed, and
-none is freed before the end.
+block may be added after one was freed. A `Window` or a share of the text grows: blocks are added as they are needed,
+and none is freed before the end.
 
 A request that opts out holds a block for every so many tokens, as in a stock engine. The blocks that it will still need
 are promised to it: nobody else is admitted to them.
@@ -29,27 +29,15 @@ _REMEMBERED = 4096  # prompt lengths of requests that gave their blocks back: mo
 
 @dataclass(kw_only=True)
 class RequestAllocation:
-    """What one request may hold.
+    """What one request may hold."""
 
-    Args:
-        budget: None for full KV; a window cut by the engine's steps lists the compactions so far.
-        state: lengths after the step that was scheduled last; once trimmed, those at the time.
-        fill: tokens that are fed in chunks: the prompt, or after a preemption all the request had, unless its chunks
-            end at compactions.
-        whole: most tokens the request will ever have in the cache; known where our scheduler is.
-        high_water: most slots so far.
-        is_trimmed: the blocks it can never need again were freed; from then on it is fed one token a step.
-        length: tokens after the step that was scheduled last, noted once it is trimmed.
-
-    """
-
-    budget: Budget | None
-    state: schedule.Lengths
-    fill: int
-    whole: int
-    high_water: int = 0
-    is_trimmed: bool = False
-    length: int = 0
+    budget: Budget | None  # None for full KV; a window cut by the engine's steps lists the compactions so far
+    state: schedule.Lengths  # after the step that was scheduled last; once trimmed, those at the time
+    fill: int  # tokens fed in chunks: the prompt, or after a preemption all it had, unless chunks end at compactions
+    whole: int  # most tokens it will ever have in the cache; known where our scheduler is
+    high_water: int = 0  # most slots so far
+    is_trimmed: bool = False  # the blocks it never needs again were freed; it is fed one token a step from then on
+    length: int = 0  # tokens after the step that was scheduled last, noted once it is trimmed
     _newest: tuple[tuple[int, schedule.Lengths], tuple[int, schedule.Lengths]] | None = field(default=None, repr=False)
 
     @property
@@ -123,11 +111,7 @@ class BoundedManager(FullAttentionManager):  # type: ignore[misc]
     ) -> None:
         """Free, once, what a request whose prompt is in and compacted can never need again.
 
-        Args:
-            request_id: the request.
-            processed_computed_tokens: tokens whose steps are over, so that nothing in flight reads what is freed.
-            num_prompt_tokens: tokens of its prompt.
-
+        The steps of `processed_computed_tokens` are over, so nothing in flight reads what is freed.
         """
         one = self.allocations.get(request_id)
         if one is None:
@@ -156,12 +140,7 @@ class BoundedManager(FullAttentionManager):  # type: ignore[misc]
         return blocks
 
     def end_step(self, fed: Mapping[str, int]) -> None:
-        """Note the compactions that a step's number brings (`PeriodicWindow`), once the step has been scheduled.
-
-        Args:
-            fed: tokens of every request of the step.
-
-        """
+        """Note the compactions that a scheduled step's number brings (`PeriodicWindow`); `fed` are its tokens."""
         policy, self.steps = self.kv_cache_spec.budget, self.steps + bool(fed)
         if not isinstance(policy, PeriodicWindow) or not fed:
             return

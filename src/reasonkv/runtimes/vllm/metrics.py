@@ -7,7 +7,7 @@ environment names a folder (PROMETHEUS_MULTIPROC_DIR) when the server starts; ot
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from reasonkv.plan import Plan
@@ -29,30 +29,17 @@ GAUGES = {
 
 @dataclass
 class Meter:
-    """Counts since the engine started.
+    """Counts since the engine started."""
 
-    Args:
-        exporter: shows them to Prometheus, or None.
-        steps: engine steps with at least one token.
-        compactions: one per request and compaction.
-        dropped: slots evicted or merged, per KV head.
-        folded: those that were merged, a mean over layers and heads.
-        seconds: host time spent compacting (on an accelerator, without waiting for it).
-        step_seconds: host time of all steps.
-        peak: most slots a request held at once.
-        newest: the newest step.
-
-    """
-
-    exporter: Exporter | None = field(default=None, repr=False)
-    steps: int = 0
-    compactions: int = 0
-    dropped: int = 0
-    folded: float = 0.0
-    seconds: float = 0.0
-    step_seconds: float = 0.0
-    peak: int = 0
-    newest: StepLayout | None = field(default=None, repr=False)
+    exporter: Exporter | None = None  # shows them to Prometheus
+    steps: int = 0  # with at least one token
+    compactions: int = 0  # one per request and compaction
+    dropped: int = 0  # slots evicted or merged, per KV head
+    folded: float = 0.0  # slots merged, a mean over layers and heads
+    seconds: float = 0.0  # host time spent compacting (on an accelerator, without waiting for it)
+    step_seconds: float = 0.0  # host time of all steps
+    peak: int = 0  # most slots a request held at once
+    newest: StepLayout | None = None
 
     @property
     def physical(self) -> int:

@@ -21,18 +21,11 @@ that takes minutes, or scores that overflow, would be felt by every request of t
 
 @dataclass(frozen=True)
 class RequestConfig:
-    """What one request sets.
+    """What one request sets."""
 
-    Args:
-        seed: row seed of stochastic methods: several samples of one prompt evict different slots.
-        enabled: False keeps the request's full KV; for engines that schedule by `SCHEDULER`.
-        options: of the engine's method, not yet checked; see `method_of`.
-
-    """
-
-    seed: int = 0
-    enabled: bool = True
-    options: Mapping[str, Any] = field(default_factory=dict, hash=False)  # they count where requests are compared
+    seed: int = 0  # row seed of stochastic methods: several samples of one prompt evict different slots
+    enabled: bool = True  # False keeps the request's full KV; for engines that schedule by `SCHEDULER`
+    options: Mapping[str, Any] = field(default_factory=dict, hash=False)  # of the engine's method; see `method_of`
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "options", MappingProxyType(dict(self.options)))
@@ -41,9 +34,7 @@ class RequestConfig:
     def of(cls, extra_args: Mapping[str, Any] | None) -> RequestConfig:
         """Read a request's `extra_args`; the value may be JSON text, because `vllm_xargs` takes no objects.
 
-        Raises:
-            ServingError: an unknown field or a wrong value.
-
+        Raises a ServingError for an unknown field or a wrong value.
         """
         asked = given = (extra_args or {}).get(KEY)
         if asked is None:
@@ -87,11 +78,8 @@ class RequestConfig:
 def method_of(engine_method: Method, options: Mapping[str, Any]) -> Method:
     """Return the engine's method with a request's options in place of its own; without options, the very same object.
 
-    Equal options give equal methods, so requests can be grouped by method.
-
-    Raises:
-        ServingError: a wrong option or value, or one that decides what the engine collects for all requests.
-
+    Equal options give equal methods, so requests can be grouped by method. Raises a ServingError for a wrong option or
+    value, or for an option that decides what the engine collects for all requests.
     """
     if not options:
         return engine_method

@@ -36,12 +36,7 @@ class PerMethod(ABCMeta):
         cls._bound = {}  # of this class alone: what a base has bound may do less
 
     def __getattr__(cls, name: str) -> PerMethod:
-        """Return the class bound to a method, the same one every time.
-
-        Raises:
-            AttributeError: no method has this name, or none that can be served.
-
-        """
+        """Return the class bound to a method, the same one every time; AttributeError for one that cannot be served."""
         if name.startswith("_") or cls.method is not None or name not in method_names():
             raise AttributeError(f"{cls.__qualname__} has no attribute {name!r}, and no method is called so.")
         if name not in cls._bound:
@@ -63,12 +58,7 @@ class RequestOptions(LogitsProcessor, LogitsProcessorV2, metaclass=PerMethod):  
 
     @classmethod
     def validate_params(cls, sampling_params: Any) -> None:
-        """Check a request, in the process that took it.
-
-        Raises:
-            ServingError: a ValueError, which vLLM turns into HTTP 400.
-
-        """
+        """Check a request, in the process that took it; vLLM turns a ServingError, a ValueError, into HTTP 400."""
         asked = RequestConfig.of(sampling_params.extra_args)
         if not asked.enabled and not cls.may_opt_out:
             processor = OPT_OUT if cls.method is None else f"{OPT_OUT}.{cls.method.name}"

@@ -21,19 +21,12 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from reasonkv import schedule
 from reasonkv.budget import Budget, ExplicitEventsWindow, PeriodicWindow
 from reasonkv.methods import Method, Observed
+from reasonkv.runtimes.vllm import setup
 from reasonkv.runtimes.vllm.compactions import Compactor, Layer
 from reasonkv.runtimes.vllm.config import SCHEDULER, EngineConfig, ServingError, has_scheduler
 from reasonkv.runtimes.vllm.layout import Layout
 from reasonkv.runtimes.vllm.metrics import Exporter, Meter
 from reasonkv.runtimes.vllm.options import RequestConfig, method_of
-from reasonkv.runtimes.vllm.setup import (
-    TensorParallelRanks,
-    check_layers,
-    own_heads,
-    rotary_of,
-    statistics_of,
-    with_markers,
-)
 from reasonkv.runtimes.vllm.step import QueryGroup, RunningRequest, StepLayout
 from reasonkv.schedule import BatchSchedule
 from reasonkv.slots import SlotStore
@@ -53,15 +46,8 @@ _RESUMED_PERIODIC = (
 class Runtime:
     """Made by the worker once the model is loaded; every compressed layer refers to it (`backend.StepRuntime`).
 
-    Args:
-        vllm_config: vLLM's whole configuration.
-        config: ours.
-        runner: the worker's model runner, which orders the batch.
-        rank: of this worker among tensor-parallel ones.
-
-    Raises:
-        ServingError: the model's attention cannot be served; one sentence says why.
-
+    The worker's model `runner` orders the batch; `rank` is that of the worker among tensor-parallel ones. Raises a
+    ServingError where the model's attention cannot be served.
     """
 
     def __init__(self, vllm_config: Any, config: EngineConfig, runner: Any, rank: int = 0) -> None:
@@ -82,36 +68,34 @@ class Runtime:
         self._query_groups: list[QueryGroup] | None = None
         self._suspended: dict[str, Callable[[], None]] = {}  # preempted requests: what starts them again
         self._modules = get_layers_from_vllm_config(vllm_config, Attention)
-        check_layers(self._modules, vllm_config)
+        setup.check_layers(self._modules, vllm_config)
         self.layers: list[Layer] = []
         self.use(config)
         for number, layer in enumerate(self.layers):
             layer.module.impl.runtime, layer.module.impl.layer_number = self, number
 
     def use(self, config: EngineConfig) -> None:
-        """Serve by another method from now on, under the same budget.
+        """Serve by another method from now on, under the same budget, while no request is running.
 
-        No request may be running: those that finished are forgotten here, before the scheduler says so.
-
-        Raises:
-            ServingError: the statistics or the rotary embedding that the method needs are missing.
-
+        Raises a ServingError where the statistics or the rotary embedding that the method needs are missing.
         """
         for name in list(self.requests):
             self._free(name)
         self._pending = None
-        method = with_markers(config.method, self.vllm_config)
+        method = setup.with_markers(config.method, self.vllm_config)
         self.config = replace(config, method=method)
         model, needs = self.vllm_config.model_config, method.needs
         rows = self.vllm_config.scheduler_config.max_num_seqs
         rotates = needs.rotary or needs.observes or needs.calibration
-        known = statistics_of(self.vllm_config, config.calibration, needs, self.device) if needs.calibration else None
+        known = None
+        if needs.calibration:
+            known = setup.statistics_of(self.vllm_config, config.calibration, needs, self.device)
         layouts = [layer.layout for layer in self.layers] or [None] * len(self._modules)
         self.layers = []
         for (name, module), layout in zip(self._modules.items(), layouts, strict=True):
             index, heads = extract_layer_index(name), module.num_heads
             of_rank = slice(self.rank * heads, (self.rank + 1) * heads)
-            statistics = None if known is None else own_heads(known.layer(index), of_rank)
+            statistics = None if known is None else setup.own_heads(known.layer(index), of_rank)
             slots = SlotStore(rows, module.num_kv_heads, model.dtype, self.device, needs)
             slots.prepare(method, heads, module.head_size)
             self.layers.append(Layer(index, module, slots, statistics, layout))
@@ -119,8 +103,8 @@ class Runtime:
         self.compactor = Compactor(
             method, config.seed, self.layers, self.meter,
             first_head=self.rank * next(iter(self._modules.values())).num_kv_heads,
-            rotary=rotary_of(self.vllm_config, self.device) if rotates else None,
-            ranks=TensorParallelRanks() if self.vllm_config.parallel_config.tensor_parallel_size > 1 else None,
+            rotary=setup.rotary_of(self.vllm_config, self.device) if rotates else None,
+            ranks=setup.TensorParallelRanks() if self.vllm_config.parallel_config.tensor_parallel_size > 1 else None,
             token_ids=torch.zeros(shape_of_ids, dtype=torch.int32, device=self.device) if needs.token_ids else None,
         )  # fmt: skip
 
@@ -143,8 +127,8 @@ class Runtime:
     def begin(self, scheduled: Any) -> None:
         """Take in what the scheduler sends before a step (`SchedulerOutput`), and compact what the last one left.
 
-        They wait for it so that nobody waits for them: the last step's tokens are out, and requests that ended with it
-        need no compaction. Until the model runs, nothing is written to any block, not even to those that the scheduler
+        Compactions wait for it so that nobody waits for them: the last step's tokens are out, and requests that ended
+        with it need none. Until the model runs, nothing is written to any block, not even to those that the scheduler
         took back for the next request.
         """
         for name in scheduled.finished_req_ids:
@@ -172,9 +156,7 @@ class Runtime:
     def physical_metadata(self, common: CommonAttentionMetadata, block_size: int) -> CommonAttentionMetadata:
         """Return a step's attention metadata with physical lengths and slots, for the kernels.
 
-        Raises:
-            RuntimeError: the scheduler counts other tokens than the worker.
-
+        Raises a RuntimeError where the scheduler counts other tokens than the worker.
         """
         assert self.fed is not None
         step = StepLayout(self.fed, self.requests, self._batch_order(common), common.block_table_tensor)
@@ -193,13 +175,7 @@ class Runtime:
         )
 
     def after_attention(self, number: int, query: Tensor) -> None:
-        """Remember the queries of a layer that has attended, for compactions of this step and later.
-
-        Args:
-            number: which layer, in the order they run.
-            query: rotated queries [tokens, Hq, D], padding behind them.
-
-        """
+        """Remember a layer's rotated queries [tokens, Hq, D], padding behind them, for compactions of this step on."""
         step, layer = self.step, self.layers[number]
         if step is None:  # a warm-up that no scheduler asked for
             return

@@ -21,16 +21,7 @@ from reasonkv.view import LayerStatistics
 
 
 def check_layers(modules: dict[str, Any], vllm_config: Any) -> None:
-    """Refuse models whose attention is not plain full attention through our backend.
-
-    Args:
-        modules: vLLM's attention layers by name.
-        vllm_config: vLLM's whole configuration.
-
-    Raises:
-        ServingError: one sentence.
-
-    """
+    """Raise a ServingError for attention layers, by name, that are not plain full attention through our backend."""
     problems = check_model(vllm_config.model_config.hf_config)
     if problems:
         raise ServingError(problems[0])
@@ -62,12 +53,7 @@ def with_markers(method: Method, vllm_config: Any) -> Method:
 
 
 def rotary_of(vllm_config: Any, device: torch.device) -> Rotary:
-    """Return the rotary embedding of the model's full-attention layers.
-
-    Raises:
-        ServingError: one that cannot be undone.
-
-    """
+    """Return the rotary embedding of the full-attention layers; raise a ServingError if it cannot be undone."""
     try:
         return Rotary.from_config(vllm_config.model_config.hf_config, "full_attention").to(device)
     except RotaryError as error:
@@ -77,11 +63,8 @@ def rotary_of(vllm_config: Any, device: torch.device) -> Rotary:
 def statistics_of(vllm_config: Any, given: str | None, needs: Requirements, device: torch.device) -> Calibration:
     """Return statistics of the model's queries: from the file that is given, or from the model's folder.
 
-    They are checked against the configuration, but not against the weights: vLLM lays those out otherwise.
-
-    Raises:
-        ServingError: none, another model's, or without a part that the method reads.
-
+    They are checked against the configuration, but not against the weights: vLLM lays those out otherwise. Raises a
+    ServingError for none, another model's, or a missing part.
     """
     model = vllm_config.model_config
     path = Path(given).expanduser() if given is not None else Path(model.model) / FILE

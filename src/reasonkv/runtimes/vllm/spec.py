@@ -13,19 +13,11 @@ from reasonkv.budget import Budget
 
 @dataclass(frozen=True, kw_only=True)
 class BoundedSpec(FullAttentionSpec):  # type: ignore[misc]
-    """One full-attention layer whose physical length follows `reasonkv.schedule`.
+    """One full-attention layer whose physical length follows `reasonkv.schedule`."""
 
-    Args:
-        budget: of every request.
-        max_length: most tokens of a request (the engine's `max_model_len`).
-        max_chunk: most tokens of a chunk that crosses a compaction: 1 where the scheduler ends chunks there (ours
-            does), otherwise the engine's `max_num_batched_tokens`.
-
-    """
-
-    budget: Budget
-    max_length: int
-    max_chunk: int
+    budget: Budget  # of every request
+    max_length: int  # most tokens of a request (the engine's `max_model_len`)
+    max_chunk: int  # of a chunk that crosses a compaction: 1 where chunks end there, else `max_num_batched_tokens`
 
     @classmethod
     def of(cls, spec: FullAttentionSpec, budget: Budget, max_length: int, max_chunk: int) -> BoundedSpec:

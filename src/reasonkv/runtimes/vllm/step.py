@@ -140,10 +140,7 @@ class StepLayout:
         return found
 
     def end(self) -> None:
-        """Move the requests on, once every layer has attended.
-
-        From here on lengths are those after the compactions, as the scheduler has them.
-        """
+        """Move the requests on, once all layers have attended: to lengths after compactions, as the scheduler has."""
         budgets = self.schedule.budgets
         for index, before, held, after in self.schedule.advance(self.rows, self.fed):
             request = self.requests[index]
@@ -152,12 +149,9 @@ class StepLayout:
             self.due.append(DueCompaction(self.order[index], request, index, before, held, after, budget))
 
     def compaction_groups(self, ring: int, running: Mapping[str, RunningRequest]) -> list[list[DueCompaction]]:
-        """Group the step's compactions by method, slots held, slots kept and queries at hand: one plan each.
+        """Group the compactions by method, slots held, slots kept and queries at hand, at most `ring`: one plan each.
 
-        Args:
-            ring: queries that are remembered.
-            running: the worker's requests now; the compaction of one that has ended since is left out.
-
+        The compaction of a request that is not `running` any more is left out.
         """
         found: dict[tuple[int, int, int, int], list[DueCompaction]] = {}
         for one in self.due:

@@ -29,12 +29,7 @@ logger = init_logger("vllm.reasonkv")
 
 
 class Worker(PlatformWorker):  # type: ignore[misc]
-    """A worker whose requests stay within a budget.
-
-    Raises:
-        ServingError: the engine cannot be served as configured; one sentence says why.
-
-    """
+    """A worker whose requests stay within a budget; raises a ServingError for what it cannot serve."""
 
     def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
         self.compression = EngineConfig.of(vllm_config)
