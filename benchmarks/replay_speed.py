@@ -52,7 +52,7 @@ def main() -> None:
     fed = sum(len(trace.prompt_P) + len(trace.output_T) - 1 for trace in traces)
     rows = [
         ["token by token, batch 1", token_by_token, fed / token_by_token, 1.0],
-        [f"pieces, batch {len(traces)}", chunked, fed / chunked, token_by_token / chunked],
+        [f"chunks, batch {len(traces)}", chunked, fed / chunked, token_by_token / chunked],
     ]
     publish(
         "replay_speed",
