@@ -255,14 +255,17 @@ def _figure(cells_of: Cells, metric: str, path: Path) -> None:
            names=_FIGURE, note="Dashed: full KV. Band: one standard error.")  # fmt: skip
 
 
-def _prompt_share(source: Path) -> list[str]:
-    """KL by the share of the budget that CASK's first stage leaves to the prompt."""
-    out = ["Made by `python benchmarks/results.py cask`: KL in nats with standard errors, prompt compressible, seed 1,"]
-    out += ["n = 32. Columns: budget in slots, at 1/8, 1/4 and 1/2 of the mean length.", ""]
+def build_prompt_share(source: Path, to: Path) -> None:
+    """Write KL by the share of the budget that CASK's first stage leaves to the prompt."""
+    out = [
+        "Made by `python benchmarks/results.py prompt_share`: KL in nats with standard errors, prompt compressible,",
+        "seed 1, n = 32. Columns: budget in slots, at 1/8, 1/4 and 1/2 of the mean length.",
+        "",
+    ]
     for group, cells in load_cells(source).replays.items():
         rows = []
         for method in methods(cells):
             means = [mean(cells[method, n], "kl") for n in budgets(cells)]
             rows.append([method, *(f"{one.mean:.3f} +- {one.se:.3f}" for one in means)])
         out += [f"**{group.task}**", "", *table(["method", *budgets(cells)], rows), ""]
-    return out
+    (to / "tables.md").write_text("\n".join(out))

@@ -16,11 +16,14 @@ import families_tables
 import league_tables
 from cells import RESULTS, keep
 
+from reasonkv.evaluate.table import KEPT
+
 BUILDERS = {
     "families": families_tables.build,
     "claims": claims_tables.build,
     "cask": cask_tables.build,
     "league": league_tables.build,
+    "prompt_share": cask_tables.build_prompt_share,
 }
 
 
@@ -44,7 +47,7 @@ def main() -> None:
     unknown = [name for name in chosen.names if name not in BUILDERS]
     if unknown:
         parser.error(f"there is no experiment {unknown[0]}; there are {', '.join(BUILDERS)}")
-    build(chosen.names or list(BUILDERS), chosen.to)
+    build(chosen.names or [name for name in BUILDERS if (RESULTS / name / KEPT).exists()], chosen.to)
 
 
 if __name__ == "__main__":
