@@ -178,7 +178,7 @@ def _frontier(replays: Flat, answers: Flat, path: Path) -> None:
     data = pd.DataFrame(points)
     rows = [
         facets(part, log_x("x:Q", "budget, slots per KV head"), alt.Y("y:Q", title=str(name)), None, column="panel",
-               width=150, height=150, names=_names(replays, bounded=True))
+               columns=5, width=150, height=150, names=_names(replays, bounded=True))
         for name, part in data.groupby("row", sort=False)
     ]  # fmt: skip
     save_png(alt.vconcat(*rows).resolve_scale(color="shared", shape="shared", strokeDash="shared"), path, scale=1.1)

@@ -13,7 +13,7 @@ import math
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -23,16 +23,14 @@ from scipy.special import stdtr
 from reasonkv.budget import Budget
 from reasonkv.evaluate.manifest import MANIFEST, ResultsError
 from reasonkv.evaluate.records import RECORDS, AnswerRecord, ReplayRecord, read_lines
+from reasonkv.evaluate.regime import PREFIX_GUARD, regime_of
 from reasonkv.methods import MethodError, method_class
-from reasonkv.schedule import Lengths, next_event, step
 
-Regime = Literal["compressed", "prompt_fills_budget", "uncompressed", "selecting"]
 KEPT = "records.parquet"
 """The compressed form of one or more results folders, as committed under docs/results."""
 FULL_KV = "full KV"
 """The regime column of full KV's own rows."""
 RESAMPLES = 5000
-PREFIX_GUARD = "prefix_budget_exhausted"
 _DERIVED = ("saved_bytes", "slots_read_mean", "bytes_read_mean", "bytes_held", "seconds")
 METRICS = {
     "replay": ("top1", "top5", "nll", "kl", "answer_top1", "physical_mean", "physical_peak", *_DERIVED),
@@ -59,9 +57,6 @@ class Difference:
     low: float
     high: float
     pairs: int
-
-
-# -- reading ----------------------------------------------------------------------------------------------------------
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -176,7 +171,7 @@ def _prepared(frame: pd.DataFrame) -> pd.DataFrame:
     known = {text: Budget.from_dict(budget) for text, budget in budgets.items()}
     columns = (frame[name] for name in ("budget", "prompt_tokens", "events", "guards", "selects"))
     frame["regime"] = [
-        FULL_KV if text not in known else _regime(known[text], prompt, events, PREFIX_GUARD in guards, selects)
+        FULL_KV if text not in known else regime_of(known[text], prompt, events, PREFIX_GUARD in guards, selects)
         for text, prompt, events, guards, selects in zip(*columns, strict=True)
     ]
     return frame
@@ -192,48 +187,6 @@ def method_label(method: str, options: Mapping[str, Any]) -> str:
         return method_class(method)(**options).spec()
     except (MethodError, TypeError, ValueError):  # a method or option that is not installed here
         return method + (":" + ",".join(f"{name}={one}" for name, one in options.items()) if options else "")
-
-
-def regime(record: ReplayRecord | AnswerRecord) -> Regime:
-    """Return what a record says anything about.
-
-    - "uncompressed": no compaction ran; the numbers are full KV's, whatever the method.
-    - "prompt_fills_budget": compactions ran, but the method had no decode tokens to choose from. Either it says so
-      itself (the fallback `prefix_budget_exhausted`), or the prompt is kept inside the budget and fills it together
-      with the sinks and the recent window, or every compaction cut the prompt and decoding never met another one.
-    - "compressed": decoding went on compressing, with tokens of its own to choose from.
-    - "selecting": the method kept everything, and every decoded token read a part of it.
-
-    With `prompt="count"` a prompt larger than the budget does not by itself fill it: its tokens may be dropped, so from
-    the first compaction of decoding on the method chooses among both.
-    """
-    budget = None if record.budget is None else Budget.from_dict(record.budget)
-    exhausted = record.guards.get(PREFIX_GUARD, 0) > 0
-    return _regime(budget, record.prompt_tokens, record.events, exhausted, record.selects)
-
-
-def _regime(budget: Budget | None, prompt: int, events: int, exhausted: bool, selects: bool) -> Regime:
-    if selects:
-        return "selecting"
-    if events == 0 or budget is None:
-        return "uncompressed"
-    if exhausted or (budget.prompt == "keep" and max(prompt, budget.sinks) + budget.recent >= budget.tokens):
-        return "prompt_fills_budget"
-    return "compressed" if events > _prompt_events(budget, prompt) else "prompt_fills_budget"
-
-
-@functools.lru_cache(maxsize=4096)
-def _prompt_events(budget: Budget, prompt: int) -> int:
-    """Compactions while the prompt is fed; the schedule alone decides."""
-    state, events = Lengths(prompt=prompt), 0
-    while state.logical < prompt:
-        boundary = next_event(budget, state)
-        state, keep = step(budget, state, min(prompt, boundary or prompt) - state.logical)
-        events += keep is not None
-    return events
-
-
-# -- means and differences --------------------------------------------------------------------------------------------
 
 
 def clustered_mean(values: Sequence[float], clusters: Sequence[Hashable]) -> Estimate:
@@ -322,9 +275,6 @@ def holm(p_values: Sequence[float]) -> list[float]:
     adjusted = np.empty(len(order))
     adjusted[order] = np.minimum(np.maximum.accumulate(raised), 1.0)
     return [float(one) for one in adjusted]
-
-
-# -- summaries --------------------------------------------------------------------------------------------------------
 
 
 def summarize(frame: pd.DataFrame, *, regimes: bool = False, seed: int = 0) -> pd.DataFrame:

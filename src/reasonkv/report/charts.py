@@ -47,7 +47,7 @@ def looks(names: Sequence[str], known: Mapping[str, Style] | None = None) -> dic
         "shape": [SHAPES[one.marker] for one in found.values()],
         "strokeDash": dashes,
     }
-    legend = alt.Legend(title=None, symbolSize=_SIZE, symbolStrokeWidth=1.6, labelLimit=260)
+    legend = alt.Legend(title=None, symbolSize=_SIZE, symbolStrokeWidth=1.6, symbolOpacity=1, labelLimit=260)
     return {
         "color": alt.Color("method:N", title=title, legend=legend, sort=domain,
                            scale=alt.Scale(domain=domain, range=scales["color"])),
@@ -118,7 +118,10 @@ def facets(
     """
     look, panels = looks(names or list(data["method"].unique())), []
     for name, part in data.groupby(column, sort=False):
-        chart = lines(part[part["x"] > 0], x, y if not panels else _untitled(y), look, band)
+        ticks = sorted(part.loc[part["x"] > 0, "x"].unique())
+        own = x.copy()
+        own["axis"] = alt.Axis(values=ticks, format=",.0f", grid=False, labelOverlap="greedy")
+        chart = lines(part[part["x"] > 0], own, y if not panels else _untitled(y), look, band)
         full = part[part["x"] == 0]
         if len(full):
             chart = alt.layer(rule(float(full["y"].iloc[0])), chart)
