@@ -53,7 +53,9 @@ class QuerySums:
             sums = self.sums[layer] = torch.zeros(4, Hq, F, dtype=wide, device=device)
         position_T = self.start + torch.arange(T, device=device)
         step = max(1, TOKENS_AT_ONCE // B)
-        for part_BHqtD, position_t in zip(query_BHqTD.split(step, 2), position_T.split(step), strict=True):
+        for part_BHqtD, position_t in zip(
+            torch.split(query_BHqTD, step, 2), torch.split(position_T, step), strict=True
+        ):
             plain_BHqtD = rotary.unrotate(part_BHqtD.float(), position_t)
             real, imaginary = plain_BHqtD[..., :F], plain_BHqtD[..., F : 2 * F]
             square = real.square() + imaginary.square()
@@ -114,7 +116,7 @@ def collect(
             if piece is not None and piece < T:
                 options = {"use_cache": True, "past_key_values": DynamicCache(config=model.config)}
             sums.start = 0
-            for part_Bt in ids_BT.split(piece or T, 1):
+            for part_Bt in torch.split(ids_BT, piece or T, 1):
                 decoder(input_ids=part_Bt.to(model.device), **options, **arguments)
                 sums.start += part_Bt.shape[1]
             done += ids_BT.numel()

@@ -127,7 +127,7 @@ def _flags(cls: type, without: Sequence[str]) -> type[Any]:
             show_default=None if kind is not bool else False,
         )
         parameter = Parameter.combine(parameter, SEVERAL if several else None)
-        kept = field(default=one.default, default_factory=one.default_factory)  # type: ignore[call-overload]
+        kept = field(default=one.default, default_factory=one.default_factory)
         made.append((one.name, Annotated[kind, parameter], kept))
     # cyclopts reads the help of each flag from the docstrings of the class and its bases, once help is asked for
     words = [{"__doc__": kind.__doc__, "__module__": __name__} for kind in cls.__mro__[:-1]]

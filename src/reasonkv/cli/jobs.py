@@ -77,7 +77,7 @@ def run_and_show(
     with progress_bars(count_steps(job)) as progress:
         frame = to_frame(run(job, loaded, out, progress, command=name))
     summary = summarize(frame)
-    found = {"out": str(out), "records": str(out / RECORDS), "rows": summary_dicts(summary)}
+    found: dict[str, Any] = {"out": str(out), "records": str(out / RECORDS), "rows": summary_dicts(summary)}
     shown = [f"Records: {show(out / RECORDS)}"]
     if isinstance(job, GenerateJob):
         tables = terminal.answers_tables(summary)

@@ -82,11 +82,11 @@ def frontier(
     pair = [part.strip() for part in between.split(">")] if between else []
     if between is not None and (len(pair) != 2 or not all(pair)):
         raise UsageError(f"--between takes two methods, as in 'cask > triattention', not {between!r}.")
-    labels = tuple(get_method(one).spec() for one in pair)
+    ours_and_theirs = (get_method(pair[0]).spec(), get_method(pair[1]).spec()) if pair else None
     frame = read_comparable(folders)
     metric = metric or ("accuracy" if frame["kind"].iloc[0] == "evaluate" else "top1")
     usual = {"nll": "1.05x", "kl": "0.05"}.get(metric, "0.95x")
-    found = summarize_frontier(frame, Target.parse(target or usual, metric), axis, pair=labels or None)
+    found = summarize_frontier(frame, Target.parse(target or usual, metric), axis, pair=ours_and_theirs)
     drawn = None
     if figure is not None:
         from reasonkv.report.charts import frontier_figure

@@ -149,9 +149,10 @@ class CaskDiagnostics:
             _mean(
                 [_ratio(slots_N, part.candidates_N, chosen(part)) for slots_N, part in zip(slots, parts, strict=False)]
             )
-            for chosen in (lambda part: part.core_N, lambda part: part.candidates_N & part.kept_N)
+            for chosen in (_core, _kept_candidates)
         )
-        distance, norm = (_mean([part.dispersion and part.dispersion[i] for part in parts]) for i in range(2))
+        groups = [part.dispersion for part in parts if part.dispersion is not None]
+        distance, norm = (_mean([one[i] for one in groups]) for i in range(2))
         return CaskEvent(
             row, event, length, until,
             fmean(int(part.candidates_N.sum()) for part in parts),
@@ -226,6 +227,14 @@ def _per_slot(mass_HL: Tensor, slot_L: Tensor, slots: int) -> Tensor:
     has_slot = slot_L >= 0
     out = torch.zeros(len(mass_HL), slots, dtype=mass_HL.dtype)
     return out.index_add_(1, slot_L[has_slot], mass_HL[:, has_slot])
+
+
+def _core(part: _LayerEvent) -> Tensor:
+    return part.core_N
+
+
+def _kept_candidates(part: _LayerEvent) -> Tensor:
+    return part.candidates_N & part.kept_N
 
 
 def _ratio(mass_N: Tensor, candidates_N: Tensor, chosen_N: Tensor) -> float | None:

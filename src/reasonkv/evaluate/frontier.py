@@ -106,8 +106,9 @@ def measured_points(frame: pd.DataFrame, metric: str) -> list[Point]:
     for key in sorted(cells, key=lambda key: (order[key[:4]], key[4])):
         part, values = cells[key], examples(cells[key])
         reference = {one: full[key[0]][one] for one in values if one in full.get(key[0], {})}
-        held = (float(part[one].mean()) for one in ("physical_mean", "bytes_held"))
-        points.append(Point(*key[:4], int(key[4]), values, reference, *held))
+        slots, held = (float(part[one].mean()) for one in ("physical_mean", "bytes_held"))
+        task, method, rule, regime, tokens = key
+        points.append(Point(task, method, rule, regime, int(tokens), values, reference, slots, held))
     return points
 
 

@@ -116,7 +116,11 @@ def open_session(
     """
     needed = any(method.needs.calibration for method in methods)
     calibration = find_calibration(model.model, model.calibration_file) if needed else None
-    arguments = {"dtype": model.dtype, "task": list(job.task), "methods": [method.spec() for method in methods]}
+    arguments: dict[str, Any] = {
+        "dtype": model.dtype,
+        "task": list(job.task),
+        "methods": [method.spec() for method in methods],
+    }
     arguments |= {**sizes, "limit": job.limit, "seed": job.seed}
     if calibration is not None:
         arguments["calibration"] = calibration.digest

@@ -243,7 +243,7 @@ def paired_difference(
         return None
     difference_N = np.array([ours[key] - theirs[key] for key in shared], dtype=np.float64)
     codes, names = pd.factorize(np.array([key[0] if isinstance(key, tuple) else key for key in shared]))
-    sums_G, counts_G = np.bincount(codes, weights=difference_N), np.bincount(codes)
+    sums_G, counts_G = (np.bincount(codes, x).astype(np.float64) for x in (difference_N, None))
     if len(names) == len(shared):
         means_R = bootstrap_means(sums_G, seed=seed, resamples=resamples)
     else:

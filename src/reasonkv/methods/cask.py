@@ -1,7 +1,6 @@
 """CASK: protect the core of a reasoning trace, and merge the rest into its neighbours.
 
-In the order of the paper: the prompt, votes for a core, runs and merging, the plan. Rows are planned on the host in
-float64, so that a plan is the same on every device once the scores are.
+In the paper's order: the prompt, votes for a core, runs and merging, the plan. Rows are planned on the host in float64.
 
 Legend: B rows, H KV heads, N slots of a row, the first P of them prompt, n candidates of stage 2, K slots kept, M query
 heads of all layers that a plan covers, D head_dim.
@@ -11,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -28,7 +27,9 @@ from reasonkv.methods.triattention import paper_budget
 from reasonkv.plan import Fold, Plan, PlanError
 from reasonkv.view import SlotView
 
-Ints, Floats, Bools = NDArray[np.int64], NDArray[np.float64], NDArray[np.bool_]
+Ints: TypeAlias = NDArray[np.int64]
+Floats: TypeAlias = NDArray[np.float64]
+Bools: TypeAlias = NDArray[np.bool_]
 COVERAGE = 0.0625  # part of the kept prompt that is spread evenly
 LOCAL_WINDOW = 32  # positions between two slots up to which they are close
 LEAST_SUPPORT = 1e-4
@@ -255,9 +256,9 @@ class CASK(Method):
                 target[best] = best
                 return target, is_core_n
             for phases_n in (own.phases_N, anything_n):
-                target = self.merge_runs(own, scores_n, linked_n, is_core_n, phases_n, slots - int(is_core_n.sum()))
-                if target is not None:
-                    return target, is_core_n
+                merged = self.merge_runs(own, scores_n, linked_n, is_core_n, phases_n, slots - int(is_core_n.sum()))
+                if merged is not None:
+                    return merged, is_core_n
         return None
 
     def plan_row(self, row: Row, keep: int) -> RowPlan:
@@ -280,7 +281,7 @@ class CASK(Method):
             best_n = self.best_head(scores_Mn)
             made.supports_N[index] = (functional.softplus(best_n) + LEAST_SUPPORT).cpu().numpy()
             scores_n = best_n.cpu().numpy().astype(np.float64)
-            own, linked_n = Row(scores_Mn, *(x[index] for x in row[1:7])), np.diff(index, prepend=-2) == 1
+            own, linked_n = Row(scores_Mn, *(cast(Any, x)[index] for x in row[1:7])), np.diff(index, prepend=-2) == 1
             found, newest = self.decode_stage(own, scores_n, linked_n, slots), index[best_first(scores_n)[:slots]]
         if found is None:  # nothing merges
             made.target_N[newest] = newest

@@ -116,7 +116,8 @@ def facets(
 
     Rows whose x is 0 are full KV's, and drawn as a dashed line across the panel.
     """
-    look, panels = looks(names or list(data["method"].unique())), []
+    look = looks(names or list(data["method"].unique()))
+    panels: list[alt.Chart | alt.LayerChart] = []
     for name, part in data.groupby(column, sort=False):
         ticks = sorted(part.loc[part["x"] > 0, "x"].unique())
         own = x.copy()
@@ -252,7 +253,7 @@ def replay_figure(
     look, titles = looks(list(bounded["method"].unique())), {one.key: one for one in METRICS["replay"]}
     grid = []
     for metric in (titles[name] for name in metrics):
-        panels = []
+        panels: list[alt.Chart | alt.LayerChart] = []
         for task in summary["task"].unique():
             own = bounded[bounded["task"] == task]
             full = summary[(summary["task"] == task) & (summary["tokens"] == 0)]
@@ -308,7 +309,7 @@ def frontier_figure(
         ])  # fmt: skip
         data = data.assign(low=data["y"] - data["se"].fillna(0), high=data["y"] + data["se"].fillna(0))
         full = pd.Series({key: value for one in own for key, value in one.full.items()})
-        panels = []
+        panels: list[alt.Chart | alt.LayerChart] = []
         for axis in ("tokens", "bytes_held"):
             unit, name = byte_unit(data["bytes_held"].max()) if axis == "bytes_held" else (1, "")
             x = log_x(

@@ -58,7 +58,7 @@ class Cohort:
     @property
     def prompt(self) -> str:
         """The budget's prompt policy; "" where only full KV ran."""
-        return max(self.frame["prompt"])
+        return str(max(self.frame["prompt"]))
 
 
 def read_folders(folders: Sequence[Path]) -> list[Folder]:

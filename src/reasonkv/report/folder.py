@@ -58,6 +58,7 @@ def inspect_folder(
     cell = [(one.method, one.options, one.budget, one.task) for one in fitting]
     record = min((one for one, own in zip(fitting, cell, strict=True) if own == cell[0]), key=_how_soon_wrong)
     options = ",".join(f"{key}={value}" for key, value in record.options.items())
+    assert record.budget is not None  # only bounded runs fit
     config = RunConfig(get_method(f"{record.method}:{options}"), Budget.from_dict(record.budget))
     trace = _trace(folder, arguments, loaded, record)
     if not hasattr(record, "correct") and not generate:

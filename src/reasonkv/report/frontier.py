@@ -84,7 +84,7 @@ class Frontier:
         for (own, method, rule), found in self.usable.items():
             if own != task:
                 continue
-            cells = ["-", "-", "-", "-", found]
+            cells = ["-", "-", "-", "-", str(found)]
             if isinstance(found, UsableBudget):
                 counts = [
                     len(one.values)

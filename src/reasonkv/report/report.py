@@ -203,7 +203,8 @@ def glance(cohort: Cohort) -> list[dict[str, Any]]:
 
 
 def _glance_row(label: str, rows: Sequence[Any], full: Mapping[str, Any], kind: str) -> dict[str, Any]:
-    main, cells = MAIN[kind], []
+    main = MAIN[kind]
+    cells: list[dict[str, str] | None] = []
     for row in rows:
         if row is None:
             cells.append(None)

@@ -9,7 +9,7 @@ import pandas as pd
 from rich import box
 from rich.table import Table
 
-from reasonkv.evaluate.generate import Sampling
+from reasonkv.evaluate.job import Sampling
 from reasonkv.report.metrics import DIAGNOSTICS
 from reasonkv.report.wording import (
     PROMPT_WORDS,

@@ -128,7 +128,7 @@ def kept_attention(
             state = {name: summary.transpose(0, 1)[None] for name, summary in summaries.items()}
             queries_1HqTD = seen.queries_HgTD.flatten(0, 1)[None]
             view = PageView(state, queries_1HqTD, seen.positions_T[None], c, parameters, seen.rotary)
-            chosen_HgTP = method.select(view, [pages])[0].unflatten(0, (H, -1))
+            chosen_HgTP = torch.unflatten(method.select(view, [pages])[0], 0, (H, -1))
             weights_HgTL = _attention(seen)
             page_L = torch.arange(seen.keys_HLD.shape[1], device=weights_HgTL.device) // c
             own_T1 = view.own_Bq[0, :, None]
@@ -173,7 +173,7 @@ def _observe(model: PreTrainedModel, row: Passage, queries: int) -> dict[int, _S
 
     def watch(layer: int, query_1HqLD: Tensor, key_1HLD: Tensor, options: dict[str, Any]) -> None:
         if kinds[layer][0] == "full_attention":
-            queries_HgTD = query_1HqLD[0][:, positions_T].unflatten(0, (key_1HLD.shape[1], -1))
+            queries_HgTD = torch.unflatten(query_1HqLD[0][:, positions_T], 0, (key_1HLD.shape[1], -1))
             found[layer] = _Seen(upcast(queries_HgTD), positions_T, upcast(key_1HLD[0]), kinds[layer][1], options)
 
     with watched(model, watch) as arguments:
@@ -184,7 +184,7 @@ def _observe(model: PreTrainedModel, row: Passage, queries: int) -> dict[int, _S
 def _attention(seen: _Seen) -> Tensor:
     """The model's attention weights [H, g, T, L]."""
     scaling, softcap, sinks = (seen.options.get(name) for name in ("scaling", "softcap", "s_aux"))
-    logits = (seen.queries_HgTD * (scaling or seen.shape[2] ** -0.5)) @ seen.keys_HLD[:, None].mT
+    logits: Tensor = (seen.queries_HgTD * (scaling or seen.shape[2] ** -0.5)) @ seen.keys_HLD[:, None].mT
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     later_TL = torch.arange(seen.keys_HLD.shape[1], device=logits.device) > seen.positions_T[:, None]
