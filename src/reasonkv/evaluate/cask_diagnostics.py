@@ -141,7 +141,8 @@ class CaskDiagnostics:
         length, following = parts[0].length, self._events.get((row, event + 1))
         until = self.reference.lengths[row] if following is None else next(iter(following.values())).length
         masses = [self._masses(layer, row, part, until) for layer, part in layers.items()] if until > length else []
-        evicted, lost, absolute = ([one[i] for one in masses] for i in range(3))
+        evicted: list[float | None] = [one[0] for one in masses]
+        lost, absolute = [one[1] for one in masses], [one[2] for one in masses]
         slots = [one[3] for one in masses]
         if slots and all(part.plan.rows is parts[0].plan.rows for part in parts):  # one plan for all layers
             slots = [torch.stack(slots).sum(0)]
