@@ -130,8 +130,7 @@ def to_frame(records: Sequence[ReplayRecord | AnswerRecord], folder: str = "") -
 
     Options, budget and guards are canonical JSON; every diagnostic is a column of its own. Derived: `kind` ("replay" or
     "evaluate"), `label` (the method with the options that are not its defaults), `tokens` (0 for full KV; a ratio in
-    percent), `rule` (the
-    budget without its size; "" for full KV), `prompt` (its policy), `selects`, `regime`, `saved_bytes`, `diverged`.
+    percent), `rule` (the budget without its size), `prompt`, `selects`, `regime`, `saved_bytes`, `diverged`.
 
     Args:
         records: of one kind.
