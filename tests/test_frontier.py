@@ -168,7 +168,7 @@ def test_cells_at_equal_memory_are_no_pair() -> None:
 
 
 def in_budget(events: int, prompt_tokens: int = 90, guards: dict[str, int] | None = None, **fields: object) -> str:
-    budget = Budget(**({"tokens": 128} | fields)).to_dict()  # type: ignore[arg-type]
+    budget = Budget(**({"tokens": 128, "prompt": "count"} | fields)).to_dict()  # type: ignore[arg-type]
     return regime(record(0, budget=budget, events=events, prompt_tokens=prompt_tokens, guards=guards or {}))
 
 

@@ -37,7 +37,9 @@ def regime_of(budget: Budget | None, prompt: int, events: int, exhausted: bool, 
         return "selecting"
     if events == 0 or budget is None:
         return "uncompressed"
-    if exhausted or (budget.prompt == "keep" and max(prompt, budget.sinks) + budget.recent >= budget.tokens):
+    if exhausted or (
+        budget.tokens and budget.prompt == "keep" and max(prompt, budget.sinks) + budget.recent >= budget.tokens
+    ):
         return "prompt_fills_budget"
     return "compressed" if events > _prompt_events(budget, prompt) else "prompt_fills_budget"
 

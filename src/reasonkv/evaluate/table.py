@@ -129,8 +129,8 @@ def to_frame(records: Sequence[ReplayRecord | AnswerRecord], folder: str = "") -
     """Return one row per record, its fields as columns, and the columns that are derived from them.
 
     Options, budget and guards are canonical JSON; every diagnostic is a column of its own. Derived: `kind` ("replay" or
-    "evaluate"), `label` (the method with the options that are not its defaults), `tokens` (0 for full KV), `rule` (the
-    budget without its size; "" for full KV), `prompt` (its policy), `selects`, `regime`, `saved_bytes`, `diverged`.
+    "evaluate"), `label` (the method with the options that are not its defaults), `tokens` (0 for full KV; a ratio in
+    percent), `rule` (the budget without its size), `prompt`, `selects`, `regime`, `saved_bytes`, `diverged`.
 
     Args:
         records: of one kind.
@@ -159,7 +159,7 @@ def _prepared(frame: pd.DataFrame) -> pd.DataFrame:
         labels = {key: method_label(key[0], json.loads(key[1])) for key in dict.fromkeys(keys)}
         frame["label"] = [labels[key] for key in keys]
     budgets = {text: json.loads(text) for text in frame["budget"].dropna().unique()}
-    sizes = {text: budget["tokens"] for text, budget in budgets.items()}
+    sizes = {text: budget["tokens"] or round(100 * budget["keep"]) for text, budget in budgets.items()}
     rules = {text: _rule(budget) for text, budget in budgets.items()}
     frame["tokens"] = frame["budget"].map(sizes).fillna(0).astype(int)
     frame["rule"] = frame["budget"].map(rules).fillna("")
@@ -178,7 +178,8 @@ def _prepared(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def _rule(budget: Mapping[str, Any]) -> str:
-    return json.dumps({k: v for k, v in budget.items() if k not in ("tokens", "retention")}, sort_keys=True)
+    fields = {name: one for name, one in budget.items() if name not in ("tokens", "retention", "keep")}
+    return json.dumps(fields | ({"unit": "percent"} if budget.get("keep") else {}), sort_keys=True)
 
 
 def method_label(method: str, options: Mapping[str, Any]) -> str:
@@ -193,7 +194,7 @@ def clustered_mean(values: Sequence[float], clusters: Sequence[Hashable]) -> Est
     """Return the mean of all values, and a standard error that lets values of one cluster depend on each other.
 
     sqrt(G / (G - 1) * sum over clusters of (sum of (x - mean) of its members)^2) / n, for G clusters and n values.
-    Values that are NaN are left out; the mean of none is NaN.
+    NaN is left out; the mean of nothing is NaN.
     """
     array = np.asarray(values, dtype=np.float64)
     there = ~np.isnan(array)

@@ -65,7 +65,8 @@ def _by_task(summary: pd.DataFrame, columns: Mapping[str, Callable[[Row], str]],
         rows, previous = [], None
         for row in part.sort_values("tokens", key=lambda tokens: tokens > 0, kind="stable").to_dict("records"):
             name = row["method"] if row["method"] != previous else ""
-            budget = f"{row['tokens']:,}" if row["tokens"] else "-"
+            unit = " %" if '"unit": "percent"' in row["rule"] else ""
+            budget = f"{row['tokens']:,}{unit}" if row["tokens"] else "-"
             rows.append([name, budget, *(cell(row) for cell in columns.values())])
             previous = row["method"]
         tables.append(make_table(title.format(task), ["method"], ["budget", *columns], rows, grouped=True))
