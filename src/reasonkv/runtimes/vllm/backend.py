@@ -117,7 +117,7 @@ def _compressed(path: str) -> type[Any]:
     class Impl(CompressedImpl, stock.get_impl_cls()):  # type: ignore[misc]
         """Attention over physical slots."""
 
-    class Backend(stock):  # type: ignore[misc]
+    class Backend(stock):  # type: ignore[misc, valid-type]
         """The stock backend with both."""
 
         forward_includes_kv_cache_update = True
