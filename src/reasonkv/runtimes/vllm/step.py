@@ -112,8 +112,8 @@ class StepLayout:
         """Return where every token is written, int64 [tokens]: block number x block size + slot in the block."""
         block, slot = np.divmod(self.slot, block_size)
         index_n, block_n, slot_n = torch.from_numpy(np.stack([self.index, block, slot])).to(self.block_table.device)
-        numbers_n: Tensor = self.block_table[index_n, block_n]
-        return numbers_n * block_size + slot_n
+        slots_n: Tensor = self.block_table[index_n, block_n] * block_size + slot_n
+        return slots_n
 
     def ring_lines(self, length: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
         """Return where every token's query goes in the rings of `length` of all rows, seen as one; and which tokens go.
