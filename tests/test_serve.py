@@ -26,6 +26,16 @@ def package(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     return pretend(monkeypatch, request.param, "0.32.0")
 
 
+@pytest.fixture(autouse=True)
+def never_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command that should have been refused must fail its test, not take the tests' place."""
+
+    def refuse(path: str, command: list[str]) -> None:
+        raise AssertionError(f"started {command}")
+
+    monkeypatch.setattr(os, "execv", refuse)
+
+
 @pytest.fixture
 def installed(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, "vllm", "0.32.0")
@@ -114,7 +124,7 @@ def test_logits_processors_of_the_user_stand_beside_ours() -> None:
         (("--method", "snapvk", "--budget", "512"), "did you mean 'snapkv'"),
         (("--method", "snapkv"), "Give one budget: --budget TOKENS, --keep SHARE, or --window SIZE"),
         (("--method", "snapkv", "--budget", "512", "--window", "96"), "Give one of tokens and window"),
-        (("--method", "snapkv", "--budget", "32"), "cannot hold 4 sinks and 64 recent"),
+        (("--method", "snapkv:window=40", "--budget", "32"), "cannot hold 4 sinks and 40 recent"),
         (
             ("--method", "snapkv", "--budget", "512", "--trigger", "never"),
             '"never" for --trigger; choose from: "occupancy", "grid"',
