@@ -60,6 +60,8 @@ def commands(page: str) -> list[str]:
     return [line.split(" #")[0].strip() for line in blocks.splitlines() if line.startswith("reasonkv ")]
 
 
-def parses(command: str) -> None:
-    """Raise if the command line does not accept a command, without running it."""
+def parses(command: str, page: str = "") -> None:
+    """Raise if the command line does not accept a command, without running it; `run.yaml` is the page's own."""
+    if "run.yaml" in command:
+        Path("run.yaml").write_text("".join(re.findall(r"```yaml\n(.*?)```", page, re.S)))
     make_app().parse_args(shlex.split(command)[1:], exit_on_error=False, print_error=False)

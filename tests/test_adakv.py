@@ -21,9 +21,9 @@ from torch import Tensor
 
 from reasonkv import Budget, BudgetError, CompressedCache, MethodError, Plan, SlotView, get_method
 from reasonkv.budget import Window
+from reasonkv.evaluate.chunks import TraceRow, feed
 from reasonkv.evaluate.fates import PlanRecorder, fates
 from reasonkv.evaluate.job import BudgetOptions, ReplayJob, TraceSettings
-from reasonkv.evaluate.pieces import Row, feed
 from reasonkv.evaluate.run import run
 from reasonkv.methods.adakv import AdaKV, shared_top_k
 from reasonkv.plan import PlanError
@@ -204,7 +204,7 @@ def feed_rows(chosen: list[int], max_piece: int, method: AdaKV = METHOD) -> tupl
     lengths, prompts = [52, 43, 40], [24, 15, 24]
     draw = torch.Generator().manual_seed(1)
     rows = [
-        Row(*torch.randint(5, 90, (n,), generator=draw).split([p, n - p]))
+        TraceRow(*torch.randint(5, 90, (n,), generator=draw).split([p, n - p]))
         for n, p in zip(lengths, prompts, strict=True)
     ]
     found: dict[Any, Any] = {}

@@ -13,7 +13,7 @@ from transformers import Qwen3ForCausalLM
 from reasonkv import Budget
 from reasonkv.calibration import import_pt
 from reasonkv.evaluate.cask_diagnostics import MEASURES, CaskDiagnostics, CaskEvent, trace_means
-from reasonkv.evaluate.pieces import Row, feed
+from reasonkv.evaluate.chunks import TraceRow, feed
 from reasonkv.evaluate.reference import FullAttention
 from reasonkv.methods.cask import CaskPlan
 from reasonkv.plan import Plan
@@ -30,7 +30,7 @@ IDS = next(case for case in Recorded().json["replay"] if case["kind"] == "cask")
 def measured(request: pytest.FixtureRequest) -> tuple[str, list[CaskEvent]]:
     model = Qwen3ForCausalLM.from_pretrained(DATA / "tiny_qwen3").eval()
     ids = Recorded().read(IDS).view(-1).long()
-    rows = [Row(ids[:40], ids[40:260]), Row(ids[5:30], ids[30:200])]
+    rows = [TraceRow(ids[:40], ids[40:260]), TraceRow(ids[5:30], ids[30:200])]
     seen = CaskDiagnostics(FullAttention.collect(model, rows))
     with (
         torch.no_grad(),
@@ -169,7 +169,7 @@ class ByHand:
 def test_every_measure_equals_its_definition_written_out(spec: str) -> None:
     model = Qwen3ForCausalLM.from_pretrained(DATA / "tiny_qwen3").eval()
     ids = Recorded().read(IDS).view(-1).long()
-    rows = [Row(ids[:40], ids[40:200]), Row(ids[5:30], ids[30:180])]
+    rows = [TraceRow(ids[:40], ids[40:200]), TraceRow(ids[5:30], ids[30:180])]
     reference = FullAttention.collect(model, rows)
     ours, by_hand = CaskDiagnostics(reference), ByHand(reference)
 

@@ -157,7 +157,7 @@ def test_a_folder_of_another_command_is_one_sentence_and_a_corrupt_record_names_
         (["a", "--method", "rkv"], "rkv needs one budget"),
         (["a", "--method", "rkv", "--budgets", "128,256"], "rkv needs one budget"),
         (["a", "--budget", "128"], "full takes no budget"),
-        (["a", "--method", "snapkv", "--budget", "20", "--recent", "64"], "20 tokens cannot hold"),
+        (["a", "--method", "snapkv", "--budget", "20", "--recent", "40"], "20 tokens cannot hold"),
         (["a", "--chat"], "no chat template"),
         (["--task", "maths"], "There is no task 'maths'"),
         (["a", "--max-new-tokens", "0"], "--max-new-tokens must be at least 1, not 0"),
@@ -301,7 +301,7 @@ def test_replay_leaves_table_figure_and_records(model: str, tmp_path: Path) -> N
     assert "rkv @ 24" in stderr
     assert (out / "frontier.png").read_bytes().startswith(b"\x89PNG")
     assert {"manifest.json", "records.jsonl", "frontier.png"} < {path.name for path in out.iterdir()}
-    code, stdout, _ = replay(model, out, "--json")
+    code, stdout, _ = replay(model, out, json=True)
     data = json.loads(stdout)
     assert code == 0
     assert [(row["method"], row["tokens"], row["n"]) for row in data["rows"]] == [

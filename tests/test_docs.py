@@ -89,8 +89,9 @@ def test_python_of_a_page_runs(page: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("page", "command"), COMMANDS)
-def test_commands_of_a_page_parse(page: str, command: str) -> None:
-    parses(command)
+def test_commands_of_a_page_parse(page: str, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    parses(command, (DOCS / page).read_text())
 
 
 def test_task_examples_are_what_get_task_gives() -> None:

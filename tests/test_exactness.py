@@ -14,7 +14,7 @@ from oracle import PlanLog, differences, run_compressed
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from reasonkv import Budget, CompressedCache, get_method, method_names
-from reasonkv.evaluate.pieces import Row
+from reasonkv.evaluate.chunks import TraceRow
 from reasonkv.evaluate.reference import FullAttention
 from reasonkv.methods.sparse_read import SelectionMethod
 
@@ -91,7 +91,7 @@ def check(case: Case, family: str | None = None, limits: Budget | None = None) -
     if method.needs.future:  # as in replay: the tokens that will be fed are known
         tokens_of = [row_ids[row_mask.bool()] for row_ids, row_mask in zip(ids, mask, strict=True)]
         unused = torch.zeros(1, dtype=torch.long)  # a trace's last token is predicted, not fed
-        known = [Row(row[:p], torch.cat([row[p:], unused])) for row, p in zip(tokens_of, prompts, strict=True)]
+        known = [TraceRow(row[:p], torch.cat([row[p:], unused])) for row, p in zip(tokens_of, prompts, strict=True)]
         future = FullAttention.collect(model, known)
     math = sdpa_kernel(SDPBackend.MATH) if case.kernel == "sdpa" else contextlib.nullcontext()
     log = PlanLog() if method.needs.folds or method.needs.log_mass else None

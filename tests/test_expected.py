@@ -17,7 +17,8 @@ from torch.testing import assert_close
 
 from reasonkv.methods import get_method
 from reasonkv.methods.base import Observed
-from reasonkv.methods.expected import ExpectedAttention, Moments, expected_logits, mean_rotation, rotated
+from reasonkv.methods.expected import ExpectedAttention
+from reasonkv.methods.moments import Moments, expected_logits, mean_rotation, rotated
 from reasonkv.plan import Plan
 from reasonkv.rotary import Rotary
 from reasonkv.view import SlotView

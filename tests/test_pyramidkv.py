@@ -19,9 +19,9 @@ from oracle import differences, run_compressed
 from reasonkv import Budget, BudgetError, CompressedCache, Plan, Requirements, SlotView, get_method, schedule
 from reasonkv.budget import Window
 from reasonkv.evaluate.cells import plan_cells
+from reasonkv.evaluate.chunks import TraceRow, feed
 from reasonkv.evaluate.fates import PlanRecorder, fates
 from reasonkv.evaluate.matching import budget_for_mean, mean_physical
-from reasonkv.evaluate.pieces import Row, feed
 from reasonkv.methods import layer_budgets
 from reasonkv.methods.pyramidkv import PyramidKV, kvpress_pyramid, pyramid
 from reasonkv.methods.snapkv import SnapKV
@@ -149,7 +149,7 @@ def test_a_padded_batch_and_pieces_that_end_at_events_keep_what_single_tokens_al
     lengths, prompts = [66, 57, 45], [24, 15, 24]
     draw = torch.Generator().manual_seed(1)
     rows = [
-        Row(*torch.randint(5, 90, (n,), generator=draw).split([p, n - p]))
+        TraceRow(*torch.randint(5, 90, (n,), generator=draw).split([p, n - p]))
         for n, p in zip(lengths, prompts, strict=True)
     ]
 

@@ -14,7 +14,8 @@ from models import batch, tiny_model
 
 from reasonkv import Budget, BudgetError, CompressedCache
 from reasonkv.budget import ExplicitEventsWindow, Window
-from reasonkv.schedule import Lengths, bound, capacity, next_event, open_tokens, periodic_events, step, target
+from reasonkv.periodic import periodic_events
+from reasonkv.schedule import Lengths, bound, capacity, next_event, open_tokens, step, target
 
 MODEL = tiny_model("llama", torch.float32)
 

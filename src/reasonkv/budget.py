@@ -11,11 +11,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from fractions import Fraction
 from functools import cached_property
-from numbers import Real
-from operator import index
 from typing import Any, Literal, TypedDict, get_args
 
-from reasonkv.errors import ReasonKVError
+from reasonkv.errors import BudgetError as BudgetError
+from reasonkv.numbers import share_of_one, whole_number
 
 PromptPolicy = Literal["count", "keep", "on_top"]
 Trigger = Literal["occupancy", "grid"]
@@ -23,10 +22,6 @@ TriggerCounts = Literal["all", "decode"]
 CutPrompt = Literal["prefill", "first_event"]
 _CHOICES = {"prompt": PromptPolicy, "trigger": Trigger, "trigger_counts": TriggerCounts, "cut_prompt": CutPrompt}
 _SINKS, _RECENT = 4, 64  # defaults, which shrink where they do not fit
-
-
-class BudgetError(ReasonKVError, ValueError):
-    """A budget that cannot be carried out; the message says which numbers clash and what to change."""
 
 
 class BudgetFields(TypedDict, total=False):
@@ -88,10 +83,10 @@ class Budget:
         if (self.tokens is None) == (self.keep is None):
             raise BudgetError("A budget needs either tokens, such as tokens=512, or a share, such as keep=0.25.")
         if self.keep is not None:
-            object.__setattr__(self, "keep", _share(self.keep, "keep"))
+            object.__setattr__(self, "keep", share_of_one(self.keep, "keep"))
         for name, least in (("tokens", 1), ("interval", 1), ("sinks", 0), ("recent", 0), ("prefill_chunk", 1)):
             if getattr(self, name) is not None or name not in ("tokens", "prefill_chunk"):
-                object.__setattr__(self, name, _whole(getattr(self, name), name, least))
+                object.__setattr__(self, name, whole_number(getattr(self, name), name, least))
         for name, allowed in _CHOICES.items():
             value = getattr(self, name)
             if value not in get_args(allowed):
@@ -248,8 +243,8 @@ class Window(Budget):
 
     def __post_init__(self) -> None:
         for name, least in (("size", 2), ("buffer", 0)):
-            object.__setattr__(self, name, _whole(getattr(self, name), f"A window's {name}", least))
-        object.__setattr__(self, "retention", _share(self.retention, "A window's retention"))
+            object.__setattr__(self, name, whole_number(getattr(self, name), f"A window's {name}", least))
+        object.__setattr__(self, "retention", share_of_one(self.retention, "A window's retention"))
         kept = round(self.retention * self.size)
         if not 1 <= kept < self.size:
             raise BudgetError(
@@ -261,10 +256,6 @@ class Window(Budget):
 
     def check_protected(self, *, recent: int = 0, prompt_length: int | None = None) -> None:
         """Check that the newest slots a method always keeps lie in the buffer; the prompt is protected in any case.
-
-        Args:
-            recent: newest slots the method itself always keeps.
-            prompt_length: not used.
 
         Raises:
             BudgetError: the buffer is too small.
@@ -298,10 +289,10 @@ class Window(Budget):
 
 @dataclass(frozen=True)
 class ExplicitEventsWindow(Window):
-    """A window whose events somebody else decides, such as a scheduler that compresses a few rows every so many steps.
+    """A window whose compactions somebody else decides, such as a scheduler that compacts a few rows at a time.
 
-    An event at logical length e cuts the `size` tokens before the newest `buffer`; what lies between two such windows
-    stays raw for ever. The forward that reaches e must end there.
+    One at logical length e compacts the `size` tokens before the newest `buffer`; the rest stays raw for ever. The
+    forward that reaches e must end there.
 
     Args:
         events: logical lengths of one row's events, ascending and at least `size` apart.
@@ -322,11 +313,10 @@ class ExplicitEventsWindow(Window):
 
 @dataclass(frozen=True)
 class PeriodicWindow(Window):
-    """A window whose events an engine decides by its steps: the periodic policy of KvLLM (arXiv 2607.01237).
+    """A window compacted by an engine's steps: the periodic policy of KvLLM (arXiv 2607.01237).
 
-    Every `period` steps, up to `most` of the rows that hold a window beyond their buffer are compressed, those with
-    most uncompressed tokens first (`reasonkv.schedule.periodic_round`). No step then has more events than that, but
-    when a row's fall depends on the other rows.
+    Every `period` steps, up to `most` of the rows that hold a window beyond their buffer are compacted, those with most
+    uncompressed tokens first (`reasonkv.schedule.periodic_round`). When a row's turn comes depends on the others.
 
     Args:
         period: steps between two rounds, more than `size`, so that nothing is compressed twice.
@@ -343,7 +333,7 @@ class PeriodicWindow(Window):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("period", "most"):
-            object.__setattr__(self, name, _whole(getattr(self, name), f"A periodic window's {name}"))
+            object.__setattr__(self, name, whole_number(getattr(self, name), f"A periodic window's {name}"))
         if self.period <= self.size or self.most < 1:
             raise BudgetError(
                 f"A period must be longer than a window of {self.size} and compress at least 1 row, "
@@ -356,33 +346,5 @@ class PeriodicWindow(Window):
 
 
 def slot_bytes(key_dim: int, value_dim: int, element_size: int, state_bytes: int = 0) -> int:
-    """Bytes of one slot of one KV head: key, value, and the state a method keeps beside them.
-
-    Args:
-        key_dim: width of a key.
-        value_dim: width of a value.
-        element_size: bytes per element of keys and values.
-        state_bytes: bytes of bookkeeping per slot (positions, counts, method state).
-
-    """
+    """Return the bytes of one slot of one KV head: key, value, and `state_bytes` of what is stored beside them."""
     return (key_dim + value_dim) * element_size + state_bytes
-
-
-def _whole(value: Any, name: str, least: int | None = None) -> int:
-    """Return a whole number as an int (NumPy's integers are taken, too), or raise."""
-    bound = "" if least is None else f" of at least {least}"
-    hint = f" (for a share of the length give keep={value!r})" if name == "tokens" and isinstance(value, float) else ""
-    try:
-        found = index(value)
-    except TypeError:
-        found = None
-    if found is None or isinstance(value, bool) or (least is not None and found < least):
-        raise BudgetError(f"{name} must be a whole number{bound}, not {value!r}{hint}.")
-    return found
-
-
-def _share(value: Any, name: str) -> float:
-    """Return a number strictly between 0 and 1 as a float, or raise."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) < 1:
-        raise BudgetError(f"{name} must be a number between 0 and 1, not {value!r}.")
-    return float(value)

@@ -67,8 +67,8 @@ def _shrink_window(method: Method, budget: Budget) -> Method:
     for one in fields(method):
         if one.name in ("window", "recent") and getattr(method, one.name) == one.default == own:
             return replace(method, **{one.name: room})
-        if one.name == "base" and method.base == one.default:  # type: ignore[attr-defined]
-            base = _shrink_window(get_method(one.default), budget)
+        if one.name == "base" and getattr(method, "base") == one.default:  # noqa: B009 - only wrappers have one
+            base = _shrink_window(get_method(str(one.default)), budget)
             return replace(method, base=base.spec().replace(",", ";"))  # type: ignore[call-arg]
     return method
 

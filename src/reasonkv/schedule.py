@@ -3,13 +3,13 @@
 The transformers cache, the replay harness and a serving engine each compute these functions and agree without a
 message, because nothing here looks at a tensor. A method decides *which* slots stay, never how many or when.
 
-Feeding the same tokens in other pieces gives the same states if and only if every boundary `next_event` names ends
-a piece; a piece that crosses boundaries has one event, at its end.
+Feeding the same tokens in other chunks gives the same lengths if and only if every boundary `next_event` names ends a
+chunk; a chunk that crosses boundaries has one compaction, at its end.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import NamedTuple, TypeVar
 
@@ -59,14 +59,11 @@ def target(budget: Budget, state: Lengths) -> int:
 
 
 def next_event(budget: Budget | None, state: Lengths) -> int | None:
-    """Return the logical length (> `state.logical`) of the next compaction when tokens arrive one by one.
+    """Return the logical length (> `state.logical`) of the next compaction, tokens fed one by one; None: there is none.
 
     Args:
         budget: None for a cache without bound.
         state: the sequence now.
-
-    Returns:
-        None when there will be none.
 
     """
     if budget is None:
@@ -232,43 +229,6 @@ def _due(window: Window, state: Lengths) -> tuple[int, int]:
             f"{window.buffer}: the prompt alone is {state.prompt} tokens."
         )
     return start, start + window.size
-
-
-def periodic_events(
-    window: Window, prompts: Sequence[int], lengths: Sequence[int], period: int, most: int
-) -> list[tuple[int, int]]:
-    """Which rows a global step counter would compress, and when: the periodic policy of KvLLM (arXiv 2607.01237).
-
-    All rows decode one token a step. Every `period` steps, up to `most` of the rows that hold at least a window beyond
-    their buffer are compressed, those with most uncompressed tokens first (of equals the first row).
-
-    Args:
-        window: what a compression cuts.
-        prompts: tokens of each row's prompt.
-        lengths: tokens each row sees in all; it leaves the batch then.
-        period: steps between two rounds, more than `window.size`, so that nothing is compressed twice.
-        most: rows of a round.
-
-    Returns:
-        (row, logical length) of every compression, in the order they fall; `CompressedCache(window_events=)` obeys it.
-
-    Raises:
-        BudgetError: a period that is too short, or no rows to a round.
-
-    """
-    policy = PeriodicWindow(window.size, window.buffer, window.retention, period=period, most=most)
-    rows = [policy.row()] * len(prompts)
-    events = []
-    for now in range(period, max(lengths, default=0) + 1, period):
-        states = {
-            row: Lengths(prompt + now, prompt=prompt)
-            for row, prompt in enumerate(prompts)
-            if prompt + now < lengths[row]
-        }
-        for row in periodic_round(policy, now, {row: raw_tokens(rows[row], state) for row, state in states.items()}):
-            rows[row] = listed(rows[row], states[row].logical)
-            events.append((row, states[row].logical))
-    return events
 
 
 Row = TypeVar("Row", int, str)

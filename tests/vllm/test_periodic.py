@@ -10,8 +10,9 @@ import pytest
 from engines import Watcher, engine, greedy, prompts, reference, runtime_of, serve
 from near_ties import check_agreement
 
-from reasonkv import Window, schedule
+from reasonkv import Window
 from reasonkv.methods import get_method
+from reasonkv.periodic import periodic_events
 from reasonkv.runtimes.vllm.config import SCHEDULER, EngineConfig
 
 PERIOD, MOST, TOKENS, SEED = 64, 2, 280, 7
@@ -36,7 +37,7 @@ def to_the_next_period(llm: Any) -> None:
 
 def listed(asked: list[list[int]], tokens: int) -> list[tuple[int, int]]:
     lengths = [len(ids) for ids in asked]
-    return schedule.periodic_events(WINDOW, lengths, [length + tokens for length in lengths], PERIOD, MOST)
+    return periodic_events(WINDOW, lengths, [length + tokens for length in lengths], PERIOD, MOST)
 
 
 @pytest.mark.parametrize("method", ["random", "kara"])

@@ -125,7 +125,7 @@ def _curve_drawer() -> Callable[[Path, Path], Path]:
     try:
         from tools.testbed.curve import draw_curve
     except ImportError as error:
-        raise TrainingError("Training draws its curve with matplotlib: pip install 'reasonkv[eval]'.") from error
+        raise TrainingError("Training draws its curve with altair: pip install 'reasonkv[eval]'.") from error
     return draw_curve
 
 

@@ -268,6 +268,3 @@ def _reason(error: ValidationError) -> str:
     first = error.errors()[0]
     words = first["msg"][0].lower() + first["msg"][1:]
     return f"field {'.'.join(map(str, first['loc']))!r} is wrong ({words})" if first["loc"] else f"of {words}"
-
-
-Record = ReplayRecord  # old name

@@ -111,6 +111,3 @@ def replay_batch(
                 f"try --dtype float32, or look for a defect of the method."
             ) from None
     return outcomes
-
-
-Cell = RunConfig  # old name

@@ -7,6 +7,7 @@ that ran on it are not. Standard errors are clustered by example, differences ar
 from __future__ import annotations
 
 import functools
+import gzip
 import json
 import math
 from collections.abc import Hashable, Iterator, Mapping, Sequence
@@ -103,17 +104,17 @@ def read_results(folders: Sequence[Path]) -> pd.DataFrame:
     return parts[0] if len(parts) == 1 else pd.concat(parts, ignore_index=True)
 
 
-def read_folder_records(folder: Path) -> Sequence[ReplayRecord] | Sequence[AnswerRecord]:
+def read_folder_records(folder: Path) -> Sequence[ReplayRecord | AnswerRecord]:
     """Return the records of one results folder, from `records.jsonl` or `records.jsonl.gz`; errors as above."""
     manifest, path = read_manifest(folder), folder / RECORDS
     packed = path.with_name(path.name + ".gz")
-    records: Sequence[ReplayRecord] | Sequence[AnswerRecord]
+    kind: type[ReplayRecord | AnswerRecord]
     if not path.is_file() and packed.is_file():
-        records = read_lines(packed, ReplayRecord if manifest["command"] == "replay" else AnswerRecord)
-    elif _holds_answers(path, str(manifest["command"])):
-        records = read_lines(path, AnswerRecord)
+        kind = ReplayRecord if manifest["command"] == "replay" else AnswerRecord
+        records = [kind.model_validate_json(line) for line in gzip.decompress(packed.read_bytes()).splitlines()]
     else:
-        records = read_lines(path, ReplayRecord)
+        kind = AnswerRecord if _holds_answers(path, str(manifest["command"])) else ReplayRecord
+        records = read_lines(path, kind)
     if not records:
         raise ResultsError(f"{folder} holds no results yet; run the command that made it again.")
     return records

@@ -1,8 +1,7 @@
 """CASK: protect the core of a reasoning trace, and merge the rest into its neighbours.
 
-The file follows the paper: stage 1 evicts prompt slots, the heads' votes choose a core, runs of the other slots merge,
-and the outcome becomes a plan. Rows are planned on the host in float64, so that a plan is the same on every device once
-the scores are.
+In the order of the paper: the prompt, votes for a core, runs and merging, the plan. Rows are planned on the host in
+float64, so that a plan is the same on every device once the scores are.
 
 Legend: B rows, H KV heads, N slots of a row, the first P of them prompt, n candidates of stage 2, K slots kept, M query
 heads of all layers that a plan covers, D head_dim.
@@ -21,9 +20,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from reasonkv.methods.base import OF_VARIANT, Method, Requirements, SlotState
-from reasonkv.methods.frequency import layer_scores, paper_budget
+from reasonkv.methods.frequency import layer_scores
+from reasonkv.methods.keys import comparison_vectors, unit_vectors
 from reasonkv.methods.options import Count, Share
 from reasonkv.methods.phases import parse_markers, phase_markers, phases_of_tokens
+from reasonkv.methods.triattention import paper_budget
 from reasonkv.plan import Fold, Plan, PlanError
 from reasonkv.view import SlotView
 
@@ -35,11 +36,10 @@ _SPAN = {"span_start": SlotState("position", "min", torch.int32), "span_end": Sl
 
 
 class Row(NamedTuple):
-    """The slots of one row, or its candidates: what planning reads of them.
+    """What planning reads of a row's slots, or of its candidates; `scores_MN` are on the device.
 
-    `scores_MN` are float32, on the device; `counts_N` the tokens that a slot stands for, `starts_N` and `ends_N` their
-    first and last position, ascending from slot to slot; `phases_N` the phase of the first of them, -1 in the prompt.
-    Slots are compared by `vectors_ND`, which is empty where nothing merges.
+    A slot stands for `counts_N` tokens, from position `starts_N` to `ends_N` (ascending from slot to slot); `phases_N`
+    is the phase of the first, -1 in the prompt. Slots are compared by `vectors_ND` (empty where nothing merges).
     """
 
     scores_MN: Tensor
@@ -54,11 +54,7 @@ class Row(NamedTuple):
 
 
 class RowPlan(NamedTuple):
-    """What becomes of one row.
-
-    `target_N` is the slot that continues each slot, -1 where it is evicted; `supports_N` are softplus(score) + 1e-4 of
-    candidates, 1 elsewhere; `candidates_N` and `core_N` mark the slots that stage 2 chose from, and its core.
-    """
+    """What becomes of one row: the slot that continues each slot (-1: evicted); supports are 1 beside candidates."""
 
     target_N: Ints
     supports_N: Floats
@@ -88,13 +84,11 @@ class CASK(Method):
     4. A group becomes one slot: the key of its best-scored source, the mean of its values over source tokens, and the
        log of their number on its logits.
 
-    `variant="paper"` merges until everything fits, weighs values by tokens times support (softplus(score) + 1e-4, the
-    sum at least 1), adds nothing to logits, compares raw scores of all heads, and leaves decode tokens the window and
-    two slots beside a long prompt. Both variants keep what the budget protects, exactly the budget's slots, and of
-    equal scores the older slot. `reasonkv.methods.reference.cask` has what else the public code does.
+    `variant="paper"` merges until everything fits, weighs values by tokens times support, adds nothing to logits and
+    compares raw scores of all heads (docs/methods/cask.md; `reasonkv.methods.reference.cask` is the public code).
 
     Args:
-        variant: "corrected" or "paper"; docs/methods/cask.md says why it was corrected.
+        variant: "corrected" or "paper".
         per_layer: every layer has a plan of its own, from its own scores.
         window: newest decode tokens that are always kept.
         prompt_share: largest part of the slots, neither recent nor protected, that the prompt may take from decode
@@ -150,13 +144,7 @@ class CASK(Method):
 
     def plan(self, view: SlotView, keep: int) -> Plan:
         """Plan one layer alone."""
-        return self._plan_together([view], keep)[0]
-
-    def plan_layers(self, views: Sequence[SlotView], keep: int) -> list[Plan]:
-        """Plan all layers: one set of slots and groups for all, or with `per_layer` one for each."""
-        return [self.plan(view, keep) for view in views] if self.per_layer else self._plan_together(views, keep)
-
-    # -- stage 1: the prompt -------------------------------------------------------------------------------------------
+        return self.plan_layers([view], keep)[0]
 
     def prompt_stage(self, row: Row, keep: int, recent: int, coverage: float = COVERAGE) -> Bools:
         """Return the prompt slots that are kept, bool [P]: protected ones, some evenly spread, the best of the rest.
@@ -186,13 +174,8 @@ class CASK(Method):
             scores_Mn = scores_Mn / scores_Mn.square().mean(-1, keepdim=True).sqrt_().clamp_(min=1e-6)
         return scores_Mn.amax(0)
 
-    # -- stage 2: core, runs, merging ----------------------------------------------------------------------------------
-
     def core(self, scores_Mn: NDArray[Any], scores_n: Floats, size: int, slots: int) -> Bools:
-        """Return the core, bool [n]: the most votes first, then the highest score, then the oldest.
-
-        Every query head votes for its `size` best candidates, of equals for the older.
-        """
+        """Return the core, bool [n], by votes, score and age; a head votes for its `size` best, of equals the older."""
         n, is_core_n = len(scores_n), np.zeros(len(scores_n), dtype=bool)
         if size > 0:
             least_M1 = np.partition(scores_Mn, n - size, axis=-1)[:, n - size, None]
@@ -207,21 +190,12 @@ class CASK(Method):
     def merge_runs(
         self, own: Row, scores_n: Floats, linked_n: Bools, is_core_n: Bools, phases_n: Ints, slots: int
     ) -> Ints | None:
-        """Merge neighbouring scratch until `slots` groups are left, the best pair first; of equal pairs the older.
+        """Merge neighbouring scratch until `slots` groups are left; return which candidate continues each candidate.
 
-        Close and similar pairs (tier 2) go before close ones (1) and these before others (0), then the cosine of their
-        best-scored sources decides. Those do not change inside a group, so a merge changes the cosine of one boundary.
-
-        Args:
-            own: the candidates.
-            scores_n: of the best head.
-            linked_n: bool, a candidate directly follows the one before it.
-            is_core_n: bool, candidates that stay alone and end a run.
-            phases_n: runs end where they change.
-            slots: groups allowed for all scratch together.
-
-        Returns:
-            The candidate that continues each candidate, -1 where it is evicted; None if so few cannot be reached.
+        A run ends where a candidate does not directly follow the one before it (`linked_n`), at the core, and where the
+        phase changes. Close and similar pairs (tier 2) merge before close ones (1) and these before others (0), then by
+        the cosine of their best-scored sources, then the oldest. A merge changes the cosine of one boundary alone.
+        -1: evicted. None: so few cannot be reached.
         """
         n, is_first, evicts = len(scores_n), ~is_core_n, self.fold == "similar"
         joined_n = is_first & linked_n
@@ -269,31 +243,28 @@ class CASK(Method):
     def decode_stage(self, own: Row, scores_n: Floats, linked_n: Bools, slots: int) -> tuple[Ints, Bools] | None:
         """Return which candidate continues each candidate (-1: evicted) and which are the core; None if nothing fits.
 
-        `slots`, at least 2 and fewer than n, go on. Where all scratch has to merge and does not fit, phase boundaries
-        give way, and then the core.
+        Where all scratch has to merge and does not fit, phase boundaries give way, and then the core.
         """
         largest = min(max(round(self.core_ratio * slots), 1 if self.core_ratio > 0 else 0), slots - 1)
         scores_Mn, anything_n = own.scores_MN.cpu().numpy(), np.zeros(len(scores_n), dtype=np.int64)
         for size in range(largest, -1, -1):
             is_core_n = self.core(scores_Mn, scores_n, size, slots)
             if self.fold == "none":
-                target_n, best = np.full(len(scores_n), -1), best_first(np.where(is_core_n, np.inf, scores_n))[:slots]
-                target_n[best] = best
-                return target_n, is_core_n
+                target = np.full(len(scores_n), -1)
+                best = best_first(np.where(is_core_n, np.inf, scores_n))[:slots]
+                target[best] = best
+                return target, is_core_n
             for phases_n in (own.phases_N, anything_n):
                 target = self.merge_runs(own, scores_n, linked_n, is_core_n, phases_n, slots - int(is_core_n.sum()))
                 if target is not None:
                     return target, is_core_n
         return None
 
-    # -- from rows to plans --------------------------------------------------------------------------------------------
-
     def plan_row(self, row: Row, keep: int) -> RowPlan:
         """Plan one row, of whose slots exactly `keep` go on."""
         P, N, protected = row.prompt, len(row.protected_N), row.protected_N
-        unprotected = np.flatnonzero(~protected[P:])
-        tail = N - P - 1 - int(unprotected[-1]) if len(unprotected) else N - P
-        recent = min(max(self.window, tail), N - P)
+        protected_tail = int(np.append(protected[P:][::-1], False).argmin())
+        recent = min(max(self.window, protected_tail), N - P)
         stays = np.concatenate([self.prompt_stage(row, keep, recent), protected[P:]])
         # The window gives way where it would leave no two slots for the other decode tokens.
         room = keep - int(stays[:P].sum())
@@ -319,11 +290,7 @@ class CASK(Method):
         return made
 
     def rows(self, views: Sequence[SlotView]) -> list[Row]:
-        """Return what planning reads of every row, from layers whose slots hold the same tokens.
-
-        Raises:
-            PlanError: a score is NaN.
-        """
+        """Return what planning reads of every row, from layers whose slots hold the same tokens."""
         first, state = views[0], views[0].state
         scores_BLqN = first.all_heads(torch.stack([layer_scores(view) for view in views], dim=1), dim=2)
         if bool(scores_BLqN.isnan().any()):
@@ -342,7 +309,10 @@ class CASK(Method):
         arrays = (counts_BN, starts_BN, ends_BN, phases_BN, protected_BN, vectors_BND, prompts_B, lengths_B)
         return [Row(*of_row) for of_row in zip(scores_BLqN.flatten(1, 2), *arrays, strict=True)]
 
-    def _plan_together(self, views: Sequence[SlotView], keep: int) -> list[Plan]:
+    def plan_layers(self, views: Sequence[SlotView], keep: int) -> list[Plan]:
+        """Plan all layers: one set of slots and groups for all, or with `per_layer` one for each."""
+        if self.per_layer and len(views) > 1:
+            return [self.plan(view, keep) for view in views]
         first, rows = views[0], tuple(self.plan_row(row, keep) for row in self.rows(views))
         (B, H, N), device = first.positions_BHN.shape, first.positions_BHN.device
         guards = tuple(sorted({guard for row in rows for guard in row.guards}))
@@ -374,31 +344,6 @@ class CASK(Method):
         return [CaskPlan(kept_BHK, fold, log_mass_BHK=log_mass_BHK, guards=guards, rows=rows) for _ in views]
 
 
-def comparison_vectors(views: Sequence[SlotView]) -> Tensor:
-    """Return what slots are compared by, [B, N, D]: unit keys before RoPE, averaged over layers and KV heads.
-
-    The rotation is linear, keeps norms, and is the same for all heads of a slot, so rotated unit keys are averaged and
-    un-rotated once.
-    """
-    first = views[0]
-    dtype = torch.promote_types(first.keys_BHND.dtype, torch.float32)
-    total_BND = torch.zeros(first.keys_BHND[:, 0].shape, dtype=dtype, device=first.keys_BHND.device)
-    for view in views:
-        for keys_BND in view.keys_BHND.to(dtype).unbind(1):  # one head at a time stays in a core's cache
-            norm_BN1 = torch.linalg.vector_norm(keys_BND, dim=-1, keepdim=True)
-            total_BND.addcdiv_(keys_BND, norm_BN1.clamp_(min=1e-12))
-    assert first.rotary is not None
-    total_BND /= len(views) * first.keys_BHND.shape[1]
-    return first.rotary.unrotate(first.reduce(total_BND, "mean"), first.positions_BHN[:, 0])
-
-
-def unit_vectors(vectors: Floats) -> Floats:
-    """Return vectors [..., D] divided by their norms."""
-    unit: Floats = vectors / np.maximum(np.sqrt(np.square(vectors).sum(-1, keepdims=True)), 1e-12)
-    return unit
-
-
 def best_first(scores: NDArray[Any]) -> Ints:
     """Return indices by falling score; of equals the earlier first."""
-    best: Ints = np.argsort(-scores, kind="stable")
-    return best
+    return np.argsort(-scores, kind="stable")

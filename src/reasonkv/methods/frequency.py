@@ -15,13 +15,12 @@ Legend: B rows, H KV heads, Hq query heads, g = Hq / H, N slots, D head_dim, J d
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from reasonkv.budget import Budget
 from reasonkv.calibration.horizon import future_distances
 from reasonkv.methods.ops import head_blocks, upcast
 from reasonkv.methods.options import MethodError
@@ -147,17 +146,9 @@ def future_queries(
 ) -> Tensor:
     """Return the mean query, rotated to the future as the model will rotate it, times the rotary scaling.
 
-    Args:
-        statistics, rotary, length_B, options: as in `frequency_scores`.
-        dtype: float32 or float64: in which the angles are computed. The model's own are float32, and at position
-            65,536 their rounding turns the fastest pair by up to 0.004 rad.
-
-    Returns:
-        [B, Hq, J', 2F] in the half-split layout: J' = 1, the mean over the distances, or J for `aggregation="max"`.
-
-    Raises:
-        MethodError: as `horizon_weights`.
-
+    [B, Hq, J', 2F] in the half-split layout: J' = 1, the mean over the distances, or J for `aggregation="max"`. Angles
+    are computed in `dtype`, float32 as in the model (at position 65,536 their rounding turns the fastest pair by up to
+    0.004 rad) or float64.
     """
     inv_freq_F = rotary.inv_freq.to(length_B.device, dtype)
     offsets_J, length_B = future_distances().to(length_B.device, dtype), length_B.to(dtype)
@@ -201,19 +192,6 @@ def horizon_weights(statistics: LayerStatistics, inv_freq_F: Tensor, options: Fr
     centre_Hq1 = (share_HqF * (2 * math.pi / inv_freq_F).log2()).sum(-1, keepdim=True)
     deviation_Hq1 = (2.0 - concentration_Hq1).clamp(min=_TINY)
     return (-((offsets_J.log2() - centre_Hq1) ** 2) / (2 * deviation_Hq1.square())).softmax(-1)
-
-
-def paper_budget(tokens: int, entry: Literal["command_line", "library"] = "command_line") -> Budget:
-    """Return the budget that the public TriAttention and CASK code run with.
-
-    Args:
-        tokens: slots that are kept, prompt included.
-        entry: "command_line" - their `run-one` and workers, behind the published results; "library" - their functions
-            called directly, and CASK's replay harness.
-
-    """
-    budget = Budget(tokens, interval=128, sinks=0, recent=0, cut_prompt="first_event", prompt="count")
-    return budget if entry == "command_line" else replace(budget, trigger="grid", trigger_counts="decode")
 
 
 def _unit(phases: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from annotated_types import Ge
 from torch import Tensor
 
+from reasonkv.budget import Budget
 from reasonkv.methods.base import OF_VARIANT, Method, Requirements
 from reasonkv.methods.frequency import (
     Aggregation,
@@ -17,7 +18,6 @@ from reasonkv.methods.frequency import (
     Horizon,
     Norm,
     layer_scores,
-    paper_budget,
 )
 from reasonkv.methods.ops import top_k_slots
 from reasonkv.methods.options import MethodError
@@ -25,6 +25,19 @@ from reasonkv.plan import Plan
 from reasonkv.view import SlotView
 
 _NOISE = 1e-6
+
+
+def paper_budget(tokens: int, entry: Literal["command_line", "library"] = "command_line") -> Budget:
+    """Return the budget that the public TriAttention and CASK code run with.
+
+    Args:
+        tokens: slots that are kept, prompt included.
+        entry: "command_line" - their `run-one` and workers, behind the published results; "library" - their functions
+            called directly, and CASK's replay harness.
+
+    """
+    budget = Budget(tokens, interval=128, sinks=0, recent=0, cut_prompt="first_event", prompt="count")
+    return budget if entry == "command_line" else replace(budget, trigger="grid", trigger_counts="decode")
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ SHAPES = {
 }  # fmt: skip
 """Vega's names, or paths, of the markers of `reasonkv.report.style`."""
 _SIZE = 52
+_FULL = Style(FULL_COLOUR, "o", FULL_DASH)
 _BASELINE = Style("#000000", "o", (1.2, 1.6))
 
 
@@ -38,7 +39,7 @@ def looks(names: Sequence[str], known: Mapping[str, Style] | None = None) -> dic
         names: the methods of a chart.
         known: their styles, where they are not those of `styles`.
     """
-    found = known or styles(names)
+    found = known or (styles([one for one in names if one != "full"]) | ({"full": _FULL} if "full" in names else {}))
     domain, dashes = list(found), [[1.6 * part for part in one.dash] or [1, 0] for one in found.values()]
     title = alt.Undefined
     scales = {
@@ -52,7 +53,7 @@ def looks(names: Sequence[str], known: Mapping[str, Style] | None = None) -> dic
                            scale=alt.Scale(domain=domain, range=scales["color"])),
         "shape": alt.Shape("method:N", legend=legend, sort=domain,
                            scale=alt.Scale(domain=domain, range=scales["shape"])),
-        "strokeDash": alt.StrokeDash("method:N", legend=legend, sort=domain,
+        "strokeDash": alt.StrokeDash("method:N", legend=None, sort=domain,
                                      scale=alt.Scale(domain=domain, range=scales["strokeDash"])),
     }  # fmt: skip
 
@@ -95,6 +96,44 @@ def save_png(chart: alt.TopLevelMixin, path: Path, note: str = "", scale: float 
     spec = chart.configure(font="DejaVu Sans, Arial, sans-serif").configure_view(stroke=None).to_dict()
     write_atomically(path, vl_convert.vegalite_to_png(spec, vl_version=_version(), scale=scale))
     return path
+
+
+def facets(
+    data: pd.DataFrame,
+    x: alt.X,
+    y: alt.Y,
+    path: Path | None = None,
+    *,
+    column: str,
+    columns: int | None = None,
+    width: int = 200,
+    height: int = 180,
+    band: bool = True,
+    names: Sequence[str] | None = None,
+    note: str = "",
+) -> alt.TopLevelMixin:
+    """Return panels of `lines` side by side, one for each value of a column, and draw them if a path is given.
+
+    Rows whose x is 0 are full KV's, and drawn as a dashed line across the panel.
+    """
+    look, panels = looks(names or list(data["method"].unique())), []
+    for name, part in data.groupby(column, sort=False):
+        chart = lines(part[part["x"] > 0], x, y if not panels else _untitled(y), look, band)
+        full = part[part["x"] == 0]
+        if len(full):
+            chart = alt.layer(rule(float(full["y"].iloc[0])), chart)
+        panels.append(chart.properties(title=str(name), width=width, height=height))
+    grid = alt.concat(*panels, columns=columns or len(panels))
+    grid = grid.resolve_scale(color="shared", shape="shared", strokeDash="shared")
+    if path is not None:
+        save_png(grid, path, note, scale=1.5)
+    return grid
+
+
+def _untitled(y: alt.Y) -> alt.Y:
+    copy = y.copy()
+    copy["title"] = ""
+    return copy
 
 
 def _wrapped(text: str, width: int = 130) -> list[str]:

@@ -28,7 +28,7 @@ from reasonkv.report.terminal import make_table
 from reasonkv.report.wording import amount, number, rule_words, selecting
 
 if TYPE_CHECKING:
-    from reasonkv.evaluate.bisection import Search
+    from reasonkv.evaluate.tune import Search
 
 SHOWN = 12
 """Crossings shown to people; JSON has all."""

@@ -317,7 +317,9 @@ def _score(
     rows = [trace.row]
     future = attention if config.method.needs.future else None
     nll, top = [], []
-    with _cache(model, config, len(trace.prompt_P), rows[0].fed, row, seed, observer=observer, reference=future) as cache:
+    with _cache(
+        model, config, len(trace.prompt_P), rows[0].fed, row, seed, observer=observer, reference=future
+    ) as cache:
         for scored in feed(model.model, cache, rows, distances=cache.tokens_to_next_event):
             logprobs_NV = scored.logits_NV.float().log_softmax(-1)
             tokens_N = trace.output_T[scored.start : scored.start + len(logprobs_NV)].to(logprobs_NV.device)

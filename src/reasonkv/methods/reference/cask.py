@@ -25,8 +25,8 @@ from reasonkv.methods.cask import (
     Row,
     RowPlan,
     best_first,
-    unit_vectors,
 )
+from reasonkv.methods.keys import unit_vectors
 from reasonkv.methods.options import Share
 from reasonkv.plan import Plan
 from reasonkv.view import SlotView

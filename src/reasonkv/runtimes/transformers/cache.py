@@ -3,16 +3,14 @@
     cache = CompressedCache(model, SnapKV(), tokens=512)
     model.generate(**inputs, past_key_values=cache)
 
-One forward goes: the mask function announces its tokens (`begin_forward`); every compressed layer appends them, attends
-to all tokens fed so far that it still holds, and only then compacts; after the last layer the sequences move on. How
-many slots are kept, and when, is integer arithmetic (`reasonkv.schedule`).
+The mask function announces a forward (`begin_forward`). Every compressed layer appends its tokens, attends to all it
+holds, and only then compacts. After the last layer the sequences move on.
 """
 
 from __future__ import annotations
 
 import copy
 import time
-import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -20,33 +18,35 @@ from typing import Any, Unpack
 
 import torch
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
 from reasonkv.budget import Budget, BudgetError, BudgetFields
 from reasonkv.calibration import Calibration
-from reasonkv.methods import Method, get_method, layer_budgets, refuse_future
+from reasonkv.methods import Method, Requirements, get_method, layer_budgets, refuse_future
 from reasonkv.resolve import (
     UnsupportedModelError,
     broadcast_per_prompt,
     check_model,
     check_window,
     resolve_budget,
-    text_config,
 )
-from reasonkv.runtimes.transformers.attention import implementation_name
+from reasonkv.runtimes.transformers.attachment import Attachment
 from reasonkv.runtimes.transformers.events import compact_layers
-from reasonkv.runtimes.transformers.forward import ForwardPlan, SequenceState
+from reasonkv.runtimes.transformers.forward import ForwardPlan, SequenceState, fed_tokens
 from reasonkv.runtimes.transformers.layer import CompressedLayer
-from reasonkv.runtimes.transformers.sequences import LayerGroup, make_groups, tokens_to_next_event
-from reasonkv.runtimes.transformers.session import Observer, Session
+from reasonkv.runtimes.transformers.sequences import (
+    LayerGroup,
+    check_first_forward,
+    make_groups,
+    tokens_to_next_event,
+)
+from reasonkv.runtimes.transformers.session import Observer, Session, callbacks_of, weakly
 from reasonkv.runtimes.transformers.setup import load_statistics, rotary_of
 from reasonkv.runtimes.transformers.sparse_read import SparseReader
 from reasonkv.runtimes.transformers.stats import CacheStats, collect_stats
 from reasonkv.runtimes.transformers.storage import LayerStorage
-from reasonkv.runtimes.transformers.support import base_kernel
-from reasonkv.runtimes.transformers.tokens import TokenLog, listen
+from reasonkv.runtimes.transformers.tokens import TokenLog
 from reasonkv.view import TraceAttention
 
 
@@ -65,13 +65,12 @@ class CompressedCache(Cache):
         max_length: most tokens a row will ever see, if known; storage is never larger.
         reopen_prompt: count what later turns feed in chunks of several tokens as prompt, too.
         kernel: attention kernel to drive ("sdpa", "eager", "flash_attention_2", "reference"); the model's by default.
-        observer: called as `observer(layer, rows, view, plan)` for every plan that is carried out, before storage is
-            rewritten; it must not change what it is shown. The view's keys and values are the cache's own, so it
-            copies what it wants to keep of them. A deep copy of the cache calls the same observer.
+        observer: called as `observer(layer, rows, view, plan)` for every plan, before storage is rewritten. It must not
+            change what it is shown, and copies what it keeps. A deep copy of the cache calls the same observer.
         reference: full KV's attention over the very rows that will be fed, in this order, for methods that look into
             the future; see `reasonkv.evaluate.reference`.
         window_events: (row, logical length) of every event, for a `Window` whose events a scheduler decides
-            (`reasonkv.schedule.periodic_events`) instead of the rows' own lengths.
+            (`reasonkv.periodic.periodic_events`) instead of the rows' own lengths.
         calibration: statistics of the model's queries, or the file they are in, for methods that need them; looked up
             beside the model and in the user's cache unless given (`reasonkv.calibration.find_calibration`).
         fields: `tokens`, `keep`, `interval` and the other fields of `Budget`, instead of `budget`.
@@ -116,11 +115,7 @@ class CompressedCache(Cache):
         self.layer_groups: list[LayerGroup] = []  # one, unless the method gives layers budgets of their own
         self.layers_done = self.bytes_peak = 0
         self.compaction_seconds = 0.0
-        self._handle: RemovableHandle | None = None
-        self._model = weakref.ref(model)
-        current = base_kernel(model.config)
-        self._restore = "eager" if current == "reference" else current  # another open cache may drive our own kernel
-        self._name = implementation_name(base_kernel(model.config, kernel))
+        self._attachment = Attachment(model, kernel, self._receiver(needs))
         self.session = Session(
             method=self.method,
             needs=needs,
@@ -132,7 +127,7 @@ class CompressedCache(Cache):
             reader=reader,
             model_name=type(model).__name__,
             max_length=max_length,
-            **self._callbacks(),
+            **callbacks_of(self),
         )
         self.attach()
         stock = DynamicCache(config=model.config).layers
@@ -162,8 +157,6 @@ class CompressedCache(Cache):
         """Every token each sequence has seen, if the method reads them."""
         return self.session.token_ids
 
-    # -- one forward ----------------------------------------------------------------------------------------------
-
     def begin_forward(self, batch: int, columns: int, attention_mask: Tensor | None) -> None:
         """Announce a forward; called by the registered mask function before the first layer.
 
@@ -186,15 +179,7 @@ class CompressedCache(Cache):
                 f"This cache holds {len(self.rows)} rows but the forward has {batch}; "
                 "call cache.reset() or make a new cache for a new batch."
             )
-        valid = None
-        if attention_mask is not None:
-            if attention_mask.shape[-1] < columns:
-                raise UnsupportedModelError(
-                    f"The attention mask covers {attention_mask.shape[-1]} columns but the forward feeds {columns}; "
-                    "it must cover every column fed so far."
-                )
-            valid = attention_mask[:, -columns:].bool()
-        fed = [columns] * batch if valid is None else [int(n) for n in valid.sum(-1).tolist()]
+        valid, fed = fed_tokens(batch, columns, attention_mask)
         if not self.layer_groups:
             self._first_rows(batch, fed)
         else:
@@ -230,52 +215,35 @@ class CompressedCache(Cache):
 
     def tokens_to_next_event(self) -> list[int | None]:
         """Return per row how many more tokens until its next compaction: the longest chunk that crosses none."""
-        groups = self.layer_groups
+        groups, layers = self.layer_groups, len(self.compressed_layers)
         if not groups and self.prompt_lengths:
-            groups, _ = self._make_groups(self.prompt_lengths)
+            groups, _ = make_groups(self.method, self.budget, layers, self.prompt_lengths, None, self.window_events)
         return tokens_to_next_event(groups)
 
     def note_allocation(self) -> None:
         """Remember the most bytes of keys and values that were allocated at once."""
         self.bytes_peak = max(self.bytes_peak, sum(one.bytes_allocated() for _, one in self._storages()))
 
-    # -- what it holds ---------------------------------------------------------------------------------------------
-
     def stats(self) -> CacheStats:
         """Return what every sequence holds and evicted so far, and the bytes of it."""
-        storages, layers = self._storages(), len(self.compressed_layers)
-        live = sum(one.bytes_allocated() for _, one in storages)
-        return CacheStats(
-            rows=collect_stats(self.session, self.layer_groups, storages, self.budget is not None),
-            compressed_layers=layers,
-            other_layers=len(self.layers) - layers,
-            compaction_seconds=self.compaction_seconds,
-            bytes_allocated=live,
-            bytes_allocated_peak=max(self.bytes_peak, live),
-            bytes_beside=sum(one.bytes for _, one in storages),
-        )
+        layers, storages = len(self.compressed_layers), self._storages()
+        rows = collect_stats(self.session, self.layer_groups, storages, self.budget is not None)
+        stored, others = [one for _, one in storages], len(self.layers) - layers
+        return CacheStats.of(rows, stored, layers, others, self.compaction_seconds, self.bytes_peak)
 
     def __repr__(self) -> str:
         budget = "full KV" if self.budget is None else self.budget.describe()
         return f"CompressedCache({self.method.spec()}, {budget}: {self.stats()})"
 
     def _repr_html_(self) -> str:
-        """Return a table for notebooks."""
         return self.stats()._repr_html_()
 
     def slot_positions(self, layer: int) -> list[Tensor]:
         """Return the token index of every slot a layer holds now, int64 [H, P] per row."""
         found = self.layers[layer]
-        if not isinstance(found, CompressedLayer) or found.storage is None or found.group is None:
-            raise ValueError(f"Layer {layer} is not a compressed layer that has seen a token.")
-        slots = []
-        for number, row in enumerate(found.group.rows):
-            numbers = [[number], [row.state.logical], [row.compacted_slots]]
-            row_b, length_b, compacted_b = torch.tensor(numbers, device=found.storage.device)
-            slots.append(found.storage.token_indices(row_b, row.state.physical, length_b, compacted_b)[0])
-        return slots
-
-    # -- life cycle -------------------------------------------------------------------------------------------------
+        if not isinstance(found, CompressedLayer):
+            raise ValueError(f"Layer {layer} is not a compressed layer.")
+        return found.slot_positions()
 
     def reset(self) -> None:
         """Forget everything fed; the cache can then be used for another batch."""
@@ -288,22 +256,11 @@ class CompressedCache(Cache):
 
     def attach(self) -> None:
         """Set the model's attention to ours, in case another cache was attached or detached since."""
-        model = self._model()
-        if model is None:
-            return
-        if text_config(model.config)._attn_implementation != self._name:
-            model.set_attn_implementation(self._name)
-        if self._handle is None and self.method.needs.token_ids:
-            self._handle = listen(model, _weakly(self._receive_ids))
+        self._attachment.attach()
 
     def detach(self) -> None:
         """Give the model its attention back; detaching twice is fine, and a later forward attaches again."""
-        model = self._model()
-        if self._handle is not None:
-            self._handle.remove()
-            self._handle = None
-        if model is not None and text_config(model.config)._attn_implementation == self._name:
-            model.set_attn_implementation(self._restore)
+        self._attachment.detach()
 
     def __enter__(self) -> CompressedCache:
         return self
@@ -318,38 +275,33 @@ class CompressedCache(Cache):
         twin = object.__new__(type(self))
         memo[id(self)] = twin
         own = self.session
-        for shared in (own.observer, own.reference, own.calibration, own.rotary):  # not part of the contents
+        for shared in (own.observer, own.reference, own.calibration, own.rotary, self._attachment):  # not the contents
             memo[id(shared)] = shared
         for name, value in self.__dict__.items():
-            setattr(twin, name, None if name == "_handle" else copy.deepcopy(value, memo))
-        for name, callback in twin._callbacks().items():
+            setattr(twin, name, copy.deepcopy(value, memo))
+        twin._attachment = self._attachment.twin(twin._receiver(own.needs))
+        for name, callback in callbacks_of(twin).items():
             setattr(twin.session, name, callback)
         twin.attach()
         return twin
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Move rows with their beams."""
-        self._refuse_moving_rows()
-        super().reorder_cache(beam_idx)
         self._move_rows(beam_idx.tolist())
+        super().reorder_cache(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row `repeats` times."""
-        self._refuse_moving_rows()
-        super().batch_repeat_interleave(repeats)
         self._move_rows([row for row in range(len(self.rows)) for _ in range(repeats)])
+        super().batch_repeat_interleave(repeats)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep some rows, by index or by boolean mask."""
-        self._refuse_moving_rows()
-        super().batch_select_indices(indices)
         self._move_rows(torch.arange(len(self.rows))[indices.cpu()].tolist())
+        super().batch_select_indices(indices)
 
-    # -- internals ----------------------------------------------------------------------------------------------------
-
-    def _callbacks(self) -> dict[str, Any]:
-        names = ("attach", "begin_forward", "layer_done", "note_allocation")
-        return {name: _weakly(getattr(self, name)) for name in names}
+    def _receiver(self, needs: Requirements) -> Callable[..., None] | None:
+        return weakly(self._receive_ids) if needs.token_ids else None
 
     def _receive_ids(self, used: object, ids: Tensor | None) -> None:
         if used is self:
@@ -360,43 +312,26 @@ class CompressedCache(Cache):
         numbers = {id(group): number for number, group in enumerate(self.layer_groups)}
         return [(numbers[id(x.group)], x.storage) for x in self.compressed_layers if x.storage is not None]
 
-    def _refuse_moving_rows(self) -> None:
+    def _move_rows(self, index: list[int]) -> None:
+        """Move the bookkeeping of rows; their storage is the layers'."""
         if self.session.reference is not None:
             raise UnsupportedModelError(
                 "The rows of a cache with a reference are the reference's and cannot be reordered, repeated or dropped."
             )
-
-    def _move_rows(self, index: list[int]) -> None:
         for group in self.layer_groups:
             group.rows = [group.rows[row].copy() for row in index]
         self.token_ids.select_rows(torch.tensor(index))
         if self.session.reader is not None:
             self.session.reader.select_rows(torch.tensor(index))
 
-    def _make_groups(
-        self, prompts: Sequence[int], seeds: Sequence[int] | None = None
-    ) -> tuple[list[LayerGroup], list[int]]:
-        layers = len(self.compressed_layers)
-        return make_groups(self.method, self.budget, layers, prompts, seeds=seeds, window_events=self.window_events)
-
     def _first_rows(self, batch: int, fed: list[int]) -> None:
         prompts = broadcast_per_prompt(self.prompt_lengths, batch, "prompt_lengths") or fed
-        reference = self.session.reference
-        if reference is not None and len(reference.lengths) != batch:
-            raise UnsupportedModelError(
-                f"The reference was collected from {len(reference.lengths)} rows but the forward has {batch}; "
-                "collect it from the rows that are fed."
-            )
-        for prompt, first in zip(prompts, fed, strict=True):
-            if self.prompt_lengths is not None and prompt < first and first > 1:
-                raise BudgetError(
-                    f"prompt_lengths says {prompt} tokens, but the first forward feeds {first}; "
-                    "feed the prompt in chunks that end with it, or correct prompt_lengths."
-                )
+        check_first_forward(prompts, fed, self.prompt_lengths is not None, self.session.reference)
         if self.budget is not None:
-            self.budget.check_protected(recent=self.method.needs.recent, prompt_length=max(prompts))
+            self.budget.check_protected(recent=self.session.needs.recent, prompt_length=max(prompts))
         seeds = broadcast_per_prompt(self.row_seeds, batch, "row_seeds")
-        self.layer_groups, numbers = self._make_groups(prompts, seeds)
+        layers, events = len(self.compressed_layers), self.window_events
+        self.layer_groups, numbers = make_groups(self.method, self.budget, layers, prompts, seeds, events)
         for layer, number in zip(self.compressed_layers, numbers, strict=True):
             layer.group = self.layer_groups[number]
 
@@ -410,22 +345,6 @@ class CompressedCache(Cache):
                 "This prompt is fed in several pieces, so the cache cannot tell where it ends; "
                 "pass prompt_lengths=[tokens of each row's prompt] to CompressedCache."
             )
-        if not self.reopen_prompt or still_prompt:
-            return
-        for group in self.layer_groups:
-            for row, count in zip(group.rows, fed, strict=True):
-                row.reopen(count)
-                if row.budget is not None:
-                    row.budget.check_protected(recent=self.method.needs.recent, prompt_length=row.state.prompt)
-
-
-def _weakly(method: Callable[..., None]) -> Callable[..., None]:
-    """Call a method of the cache without keeping the cache alive, which owns whoever calls."""
-    found = weakref.WeakMethod(method)
-
-    def call(*args: Any) -> None:
-        bound = found()
-        assert bound is not None, "layers do not outlive their cache"
-        bound(*args)
-
-    return call
+        if self.reopen_prompt and not still_prompt:
+            for group in self.layer_groups:
+                group.reopen(fed, self.session.needs.recent)

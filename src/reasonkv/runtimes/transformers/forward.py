@@ -12,6 +12,7 @@ from torch import Tensor
 
 from reasonkv import schedule
 from reasonkv.budget import Budget
+from reasonkv.resolve import UnsupportedModelError
 from reasonkv.slots import CompactionGroup
 
 T = TypeVar("T")
@@ -289,3 +290,21 @@ class ForwardPlan:
         if self.valid_Bq is None:
             return torch.ones(len(self.rows), self.columns, dtype=torch.bool, device=device)
         return self.valid_Bq.to(device)
+
+
+def fed_tokens(batch: int, columns: int, attention_mask: Tensor | None) -> tuple[Tensor | None, list[int]]:
+    """Return which columns of a forward hold tokens (bool [B, q], None: all), and how many tokens each row feeds.
+
+    Raises:
+        UnsupportedModelError: the mask does not cover the forward.
+
+    """
+    if attention_mask is None:
+        return None, [columns] * batch
+    if attention_mask.shape[-1] < columns:
+        raise UnsupportedModelError(
+            f"The attention mask covers {attention_mask.shape[-1]} columns but the forward feeds {columns}; "
+            "it must cover every column fed so far."
+        )
+    valid = attention_mask[:, -columns:].bool()
+    return valid, [int(n) for n in valid.sum(-1).tolist()]

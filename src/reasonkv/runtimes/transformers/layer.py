@@ -136,6 +136,22 @@ class CompressedLayer(CacheLayerMixin):
             reference=session.reference,
         )
 
+    def slot_positions(self) -> list[Tensor]:
+        """Return the token index of every slot held now, int64 [H, P] per sequence.
+
+        Raises:
+            ValueError: the layer has not seen a token.
+
+        """
+        if self.storage is None or self.group is None:
+            raise ValueError(f"Layer {self.index} has not seen a token.")
+        found = []
+        for number, row in enumerate(self.group.rows):
+            numbers = [[number], [row.state.logical], [row.compacted_slots]]
+            row_b, length_b, compacted_b = torch.tensor(numbers, device=self.storage.device)
+            found.append(self.storage.token_indices(row_b, row.state.physical, length_b, compacted_b)[0])
+        return found
+
     # -- the layer contract of transformers ---------------------------------------------------------------------
 
     def get_seq_length(self) -> int:

@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from reasonkv import schedule
-from reasonkv.budget import Budget
+from reasonkv.budget import Budget, BudgetError
 from reasonkv.methods import Method, layer_budgets
-from reasonkv.resolve import row_budgets
+from reasonkv.resolve import UnsupportedModelError, row_budgets
 from reasonkv.runtimes.transformers.forward import ForwardPlan, SequenceState
+from reasonkv.view import TraceAttention
 
 
 @dataclass
@@ -37,13 +38,24 @@ class LayerGroup:
             return None
         return max(row.capacity(max_length) for row in self.rows)
 
+    def reopen(self, fed: Sequence[int], recent: int) -> None:
+        """Count a later turn's tokens as prompt, too.
+
+        Raises:
+            BudgetError: the prompt no longer fits.
+
+        """
+        for row, count in zip(self.rows, fed, strict=True):
+            row.reopen(count)
+            if row.budget is not None:
+                row.budget.check_protected(recent=recent, prompt_length=row.state.prompt)
+
 
 def make_groups(
     method: Method,
     budget: Budget | None,
     layers: int,
     prompts: Sequence[int],
-    *,
     seeds: Sequence[int] | None = None,
     window_events: Sequence[tuple[int, int]] | None = None,
 ) -> tuple[list[LayerGroup], list[int]]:
@@ -71,6 +83,29 @@ def make_groups(
         groups[column].layers += 1
     numbers = {column: number for number, column in enumerate(groups)}
     return list(groups.values()), [numbers[column] for column in zip(*own, strict=True)]
+
+
+def check_first_forward(
+    prompts: Sequence[int], fed: Sequence[int], is_declared: bool, reference: TraceAttention | None
+) -> None:
+    """Check the first forward against what is known of its rows: their prompts, and their future.
+
+    Raises:
+        UnsupportedModelError: the reference is of other rows.
+        BudgetError: more is fed than the prompt that was declared.
+
+    """
+    if reference is not None and len(reference.lengths) != len(fed):
+        raise UnsupportedModelError(
+            f"The reference was collected from {len(reference.lengths)} rows but the forward has {len(fed)}; "
+            "collect it from the rows that are fed."
+        )
+    for prompt, first in zip(prompts, fed, strict=True):
+        if is_declared and prompt < first and first > 1:
+            raise BudgetError(
+                f"prompt_lengths says {prompt} tokens, but the first forward feeds {first}; "
+                "feed the prompt in chunks that end with it, or correct prompt_lengths."
+            )
 
 
 def tokens_to_next_event(groups: Sequence[LayerGroup]) -> list[int | None]:

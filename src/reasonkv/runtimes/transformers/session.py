@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -34,7 +36,7 @@ class Session:
         columns_seen: columns fed so far, padding included.
         attach: sets the model's attention to ours.
         begin_forward: announces batch, columns and the 2-D mask of a forward.
-        layer_done: called by every layer (`CompressedLayer`) with itself, after it attended.
+        layer_done: called by every layer, with itself, after it attended.
         note_allocation: called by a layer that allocated.
 
     """
@@ -53,5 +55,24 @@ class Session:
     columns_seen: int = 0
     attach: Callable[[], None]
     begin_forward: Callable[[int, int, Tensor | None], None]
-    layer_done: Callable[..., None]  # naming the layer's class here would be a circle of imports
+    layer_done: Callable[[Any], None]
     note_allocation: Callable[[], None]
+
+
+def callbacks_of(cache: object) -> dict[str, Any]:
+    """Return a session's callbacks as methods of a cache."""
+    names = ("attach", "begin_forward", "layer_done", "note_allocation")
+    return {name: weakly(getattr(cache, name)) for name in names}
+
+
+def weakly(method: Callable[..., None]) -> Callable[..., None]:
+    """Return a function that calls a method without keeping its object alive: a cache owns its layers."""
+    found = weakref.WeakMethod(method)
+
+    def call(*args: Any) -> None:
+        bound = found()
+        if bound is None:
+            raise RuntimeError("The cache these layers belong to is gone; keep it while the model uses it.")
+        bound(*args)
+
+    return call

@@ -77,6 +77,14 @@ class CacheStats:
     bytes_allocated_peak: int
     bytes_beside: int = 0
 
+    @classmethod
+    def of(
+        cls, rows: list[RowStats], storages: Sequence[LayerStorage], layers: int, others: int, seconds: float, peak: int
+    ) -> CacheStats:
+        """Return the stats of sequences and of the storage of the compressed layers."""
+        live, beside = sum(one.bytes_allocated() for one in storages), sum(one.bytes for one in storages)
+        return cls(rows, layers, others, seconds, live, max(peak, live), beside)
+
     @property
     def bytes_in_use(self) -> int:
         """Bytes of everything the sequences hold now."""
@@ -90,9 +98,9 @@ class CacheStats:
             "tokens seen": _each(row.length for row in self.rows),
             "tokens kept": _each(round(row.physical_terminal) for row in self.rows),
             "compactions": _each(row.events for row in self.rows),
-            "in use": _mebibytes(self.bytes_in_use),
-            "allocated": _mebibytes(self.bytes_allocated + self.bytes_beside),
-            "full KV": _mebibytes(sum(row.bytes_full for row in self.rows)),
+            "in use": _bytes(self.bytes_in_use),
+            "allocated": _bytes(self.bytes_allocated + self.bytes_beside),
+            "full KV": _bytes(sum(row.bytes_full for row in self.rows)),
         }
 
     def __str__(self) -> str:
@@ -190,5 +198,5 @@ def _each(values: Iterable[int]) -> str:
     return f"{min(numbers)} to {max(numbers)} in {len(numbers)} sequences"
 
 
-def _mebibytes(count: int) -> str:
-    return f"{count / 2**20:.2f} MiB"
+def _bytes(count: int) -> str:
+    return f"{count / 2**20:.1f} MiB" if count >= 2**20 else f"{count / 2**10:.0f} KiB"
