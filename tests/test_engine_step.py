@@ -63,13 +63,15 @@ def test_a_step_is_what_loops_say(given_: tuple[dict[str, RunningRequest], list[
     one.end()
     afters = [step(sequences[name].budget, state, fed[name]) for name, state in zip(order, before, strict=True)]
     assert [sequence.state for sequence in sequences.values()] == [state for state, _ in afters]
-    assert [(event.index, event.name, event.before, event.held, event.after, event.budget) for event in one.due] == [
+    assert [
+        (event.batch_row, event.name, event.before, event.held, event.after, event.budget) for event in one.due
+    ] == [
         (row, name, before[row], before[row].physical + fed[name], state, BUDGET)
         for row, (name, (state, keep)) in enumerate(zip(order, afters, strict=True))
         if keep is not None
     ]
     groups = one.compaction_groups(ring, sequences)
-    assert sorted(event.index for group in groups for event in group) == [event.index for event in one.due]
+    assert sorted(event.batch_row for group in groups for event in group) == [event.batch_row for event in one.due]
     assert all(len({(e.held, e.after.physical, min(ring, e.after.logical)) for e in group}) == 1 for group in groups)
     ended = {name: sequence for name, sequence in sequences.items() if name != order[0]}
-    assert all(event.index for group in one.compaction_groups(ring, ended) for event in group)
+    assert all(event.batch_row for group in one.compaction_groups(ring, ended) for event in group)

@@ -26,6 +26,16 @@ def package(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     return pretend(monkeypatch, request.param, "0.32.0")
 
 
+@pytest.fixture(autouse=True)
+def never_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command that should have been refused must fail its test, not take the tests' place."""
+
+    def refuse(path: str, command: list[str]) -> None:
+        raise AssertionError(f"started {command}")
+
+    monkeypatch.setattr(os, "execv", refuse)
+
+
 @pytest.fixture
 def installed(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, "vllm", "0.32.0")

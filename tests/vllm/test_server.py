@@ -81,18 +81,18 @@ def test_completions_and_chats_stream_and_their_events_are_counted(server: str, 
     whole = ask(client)
     assert whole.usage.completion_tokens == 120
     parts = [chunk.choices[0].text for chunk in ask(client, stream=True) if chunk.choices]
-    assert len(parts) > 10 and "".join(parts) == whole.choices[0].text
+    assert len(parts) > 2 and "".join(parts) == whole.choices[0].text
     # 60 + 119 fed tokens: 96 are held after 36, then every 32 again
     assert counted(server, "reasonkv:events_total") - before == 2 * 3
     assert counted(server, "reasonkv:slots_dropped_total") >= 2 * 3 * 32
     assert 64 <= counted(server, "reasonkv:peak_slots") <= 96
     assert counted(server, "reasonkv:logical_tokens") > counted(server, "reasonkv:physical_tokens") > 0
     assert counted(server, "vllm:generation_tokens_total") >= 240
-    chat = client.chat.completions.create(
+    chat = list(client.chat.completions.create(
         model="testbed", messages=[{"role": "user", "content": "<program> a = 1 ;"}], max_tokens=20, temperature=0,
-        stream=True, extra_body={"ignore_eos": True},
-    )  # fmt: skip
-    assert sum(len(chunk.choices) for chunk in chat) >= 20
+        stream=True, stream_options={"include_usage": True}, extra_body={"ignore_eos": True},
+    ))  # fmt: skip
+    assert chat[-1].usage.completion_tokens == 20 and len(chat) > 2  # a slow reader gets several tokens at once
 
 
 def test_a_request_that_opts_out_is_answered_with_full_kv(server: str, client: openai.OpenAI) -> None:

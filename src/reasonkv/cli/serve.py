@@ -91,8 +91,7 @@ def serve(
 
 def _budget_fields(options: BudgetOptions) -> dict[str, Any]:
     """Return the budget as the engine's configuration has it, without the defaults."""
-    sizes: list[dict[str, Any]] = [{"tokens": one} for one in options.tokens]
-    sizes += [{"keep": one} for one in options.keep]
+    sizes: list[dict[str, Any]] = [{"tokens": one} for one in options.tokens] + [{"keep": one} for one in options.keep]
     if options.window is not None:
         window = {"size": options.window, "buffer": options.window_buffer}
         sizes = [{"window": window | {"retention": one}} for one in options.retention]

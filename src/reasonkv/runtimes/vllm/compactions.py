@@ -183,7 +183,7 @@ class Compactor:
 def _group(due: list[DueCompaction]) -> CompactionGroup:
     requests = [one.request for one in due]
     return CompactionGroup(
-        rows=[one.row for one in requests], batch_rows=[one.index for one in due], held=due[0].held,
+        rows=[one.row for one in requests], batch_rows=[one.batch_row for one in due], held=due[0].held,
         keep=due[0].after.physical, budgets=[one.budget for one in due], before=[one.before for one in due],
         after=[one.after for one in due], compacted_slots=[one.compacted_slots for one in requests],
         events=[one.compactions for one in requests], seeds=[one.seed for one in requests],

@@ -52,7 +52,7 @@ class DueCompaction(NamedTuple):
 
     name: str  # the request's id
     request: RunningRequest
-    index: int  # type: ignore[assignment]  # of the request in the batch; hides tuple.index
+    batch_row: int  # of the request
     before: schedule.Lengths  # lengths before the step
     held: int  # slots during the step's attention
     after: schedule.Lengths  # lengths after the compaction, which keeps `after.physical` slots
@@ -112,8 +112,8 @@ class StepLayout:
         """Return where every token is written, int64 [tokens]: block number x block size + slot in the block."""
         block, slot = np.divmod(self.slot, block_size)
         index_n, block_n, slot_n = torch.from_numpy(np.stack([self.index, block, slot])).to(self.block_table.device)
-        physical_n: Tensor = self.block_table[index_n, block_n] * block_size + slot_n
-        return physical_n
+        slots_n: Tensor = self.block_table[index_n, block_n] * block_size + slot_n
+        return slots_n
 
     def ring_lines(self, length: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
         """Return where every token's query goes in the rings of `length` of all rows, seen as one; and which tokens go.
