@@ -16,7 +16,6 @@ _MANY = (
     "Answer N: <your answer>, where N is the problem's number. When all are solved, repeat all {count} answers, one a "
     "line, in the same form.\n\n{questions}"
 )
-_ENDLESS = 1_000_000_000  # generators make item i from seed + i, so the size costs nothing
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,9 @@ class GymTask:
         return self.grade(problem, output).score == 1
 
     def _items(self, example: int, seed: int) -> list[dict[str, Any]]:
-        made = _create(self.dataset, {**self.config, "seed": seed, "size": _ENDLESS})
+        # item i comes from seed + i whatever the size, but some generators prepare all items at once
+        size = (example + 1) * self.per_prompt
+        made = _create(self.dataset, {**self.config, "seed": seed, "size": size})
         return [made[example * self.per_prompt + offset] for offset in range(self.per_prompt)]
 
     def _score(self, item: dict[str, Any], text: str | None) -> float:
