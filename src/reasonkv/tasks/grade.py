@@ -91,7 +91,7 @@ def final_line(text: str) -> str | None:
     if boxed is not None:
         return boxed
     named = re.findall(r"(?im)\banswer\s*(?:is)?\s*[:：]\s*\**\s*(\S[^\n]*)", text)
-    return str(named[-1]).strip().strip("*").strip().rstrip(".") if named else None
+    return str(named[-1]).strip(" \t*.") if named else None
 
 
 def grade_math(output: str, answers: Sequence[str], row: Mapping[str, Any]) -> Grade:
