@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 
 import pytest
@@ -65,7 +64,9 @@ def test_braces_of_latex_in_data_and_template_stay() -> None:
         (TaskOptions(grade="nowhere.py:f"), "no file nowhere.py"),
     ],
 )
-def test_options_that_do_not_fit_the_data_are_refused_before_a_model_is_loaded(options: TaskOptions, words: str) -> None:
+def test_options_that_do_not_fit_the_data_are_refused_before_a_model_is_loaded(
+    options: TaskOptions, words: str
+) -> None:
     with pytest.raises(TaskError, match=words):
         data_task("q", [{"question": "a", "answer": "1"}], options)
 
@@ -175,9 +176,8 @@ def test_a_grader_of_a_file_scores_and_its_failure_is_a_note(tmp_path: Path) -> 
     ids=["loops", "forks", "children", "memory", "network", "files"],
 )
 def test_unread_code_cannot_hang_the_run_or_reach_the_network(code: str) -> None:
-    start = time.monotonic()
-    assert not run_python(code, seconds=2, megabytes=512).ok
-    assert time.monotonic() - start < 60  # it was stopped; not how fast
+    finished = run_python(code, seconds=2, megabytes=512)
+    assert not finished.ok and finished.error
 
 
 def test_named_benchmarks_read_a_folder_where_there_is_no_network(tmp_path: Path) -> None:
@@ -198,8 +198,10 @@ def test_named_benchmarks_read_a_folder_where_there_is_no_network(tmp_path: Path
         assert task.check(problem, output or f"Answer: {problem.answer}"), name
         if name == "gpqa-diamond":
             assert f"{problem.answer}) r" in problem.prompt
-    assert {"gsm8k", "math500", "amc23", "aime24", "aime25", "aime26", "hmmt25", "gpqa-diamond"} <= set(standard_tasks())
-    with pytest.raises(TaskError, match="amc23.jsonl"):
+    assert {"gsm8k", "math500", "amc23", "aime24", "aime25", "aime26", "hmmt25", "gpqa-diamond"} <= set(
+        standard_tasks()
+    )
+    with pytest.raises(TaskError, match=r"amc23\.jsonl"):
         standard_task("amc23", options)
 
 

@@ -142,9 +142,7 @@ def data_task(spec: str, rows: Sequence[Row], options: TaskOptions, skipped: Seq
         template = "{{ " + _guess(spec, first, _PROMPTS, "prompt") + " }}"
     answer = options.answer or _guess(spec, first, _ANSWERS, "answer")
     grader = get_grader(options.grade or ("number" if _is_number(_first_text(first, answer)) else "exact"))
-    task = DataTask(
-        spec, rows, template, answer, grader, options.system, options.think_end, tuple(skipped)
-    )
+    task = DataTask(spec, rows, template, answer, grader, options.system, options.think_end, tuple(skipped))
     task.problem(0)  # a template that does not fit is said before a model is loaded
     return task
 

@@ -18,8 +18,8 @@ KINDS = ("niah_single", "niah_multikey", "niah_multivalue", "niah_multiquery", "
 _NOISE = (
     "The grass is green.", "The sky is blue.", "The sun is yellow.", "Here we go.", "There and back again.",
 )  # fmt: skip
-_STARTS = "bal cor den fir gom hul jin kel lor mad nim pol qua rif sor tun vel wex yor zan".split()
-_ENDS = "ado ben cus dal ery fin gor hal isk jam lek mor nix oth pel rin sta tus ulo van".split()
+_STARTS = ["bal", "cor", "den", "fir", "gom", "hul", "jin", "kel", "lor", "mad", "nim", "pol", "qua", "rif", "sor", "tun", "vel", "wex", "yor", "zan"]
+_ENDS = ["ado", "ben", "cus", "dal", "ery", "fin", "gor", "hal", "isk", "jam", "lek", "mor", "nix", "oth", "pel", "rin", "sta", "tus", "ulo", "van"]
 _CHARACTERS_PER_TOKEN = 4.0  # where no tokenizer is known
 
 
@@ -168,7 +168,9 @@ class NeedleTask:
         return round(len(text) / _CHARACTERS_PER_TOKEN) if self.count_tokens is None else self.count_tokens(text)
 
 
-def needle_task(spec: str, options: Mapping[str, str], think_end: str = THINK_END, system: str | None = None) -> NeedleTask:
+def needle_task(
+    spec: str, options: Mapping[str, str], think_end: str = THINK_END, system: str | None = None
+) -> NeedleTask:
     """Make the task of `niah:length=4096,depth=50` or `ruler:vt,length=8192`.
 
     Raises:
