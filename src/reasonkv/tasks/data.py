@@ -1,4 +1,4 @@
-"""Tasks from data: rows of a file or a hub dataset, a template for the prompt, a field with the answer, and a grader."""
+"""Tasks from data: rows of a file or a hub dataset, a template for prompts, a field with answers, and a grader."""
 
 from __future__ import annotations
 
@@ -170,7 +170,8 @@ def read_rows(path: Path) -> tuple[list[Row], list[str]]:
 
         frame = pandas.read_csv(path) if path.suffix == ".csv" else pandas.read_parquet(path)
         rows = frame.astype(object).where(frame.notna(), None).to_dict("records")
-        return [{str(key): _plain(value) for key, value in row.items()} for row in rows], []
+        found = [{str(key): _plain(value) for key, value in row.items()} for row in rows]
+        return list(found), []
     except ImportError:
         raise TaskError(f'Reading {path.suffix} files needs pandas; run pip install "reasonkv[eval]".') from None
     except (OSError, ValueError, UnicodeDecodeError) as error:

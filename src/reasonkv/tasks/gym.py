@@ -1,4 +1,4 @@
-"""`gym:NAME`: every generator of the `reasoning-gym` package, graded by its own scorer; several problems to a prompt."""
+"""`gym:NAME`: the generators of the `reasoning-gym` package, graded by their own scorers; several problems a prompt."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class GymTask:
         return Problem(self.spec, example, seed, split, prompt, "", answer)
 
     def grade(self, problem: Problem, output: str) -> Grade:
-        """Return the mean of the generator's own scores; of several problems the last answer with each number counts."""
+        """Return the mean of the generator's own scores; the last answer with each number counts."""
         part = after_thinking(output, self.think_end)
         if part is None:
             return UNREAD

@@ -1,14 +1,15 @@
-"""`niah` and `ruler:TASK`: long prompts made here, with facts hidden in noise and questions at the end (RULER, Hsieh et al.
-2024, arXiv 2404.06654). The prompt fills `length` tokens of the model's own tokenizer.
+"""`niah` and `ruler:TASK`: long prompts with facts hidden in noise and a question at the end.
 
-Tasks of `ruler`: niah_single, niah_multikey, niah_multivalue, niah_multiquery, vt (variable tracking), cwe (common words),
-fwe (frequent words). The score is the share of the answers that the output contains, as in RULER.
+The kinds are those of RULER (Hsieh et al. 2024, arXiv 2404.06654): niah_single, niah_multikey, niah_multivalue,
+niah_multiquery, vt (variable tracking), cwe (common words) and fwe (frequent words). Noise and names are made here. A
+prompt fills `length` tokens of the model's own tokenizer. The score is the share of the answers that the output contains.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 from reasonkv.tasks.base import Draw, Problem, TaskError
@@ -18,8 +19,25 @@ KINDS = ("niah_single", "niah_multikey", "niah_multivalue", "niah_multiquery", "
 _NOISE = (
     "The grass is green.", "The sky is blue.", "The sun is yellow.", "Here we go.", "There and back again.",
 )  # fmt: skip
-_STARTS = ["bal", "cor", "den", "fir", "gom", "hul", "jin", "kel", "lor", "mad", "nim", "pol", "qua", "rif", "sor", "tun", "vel", "wex", "yor", "zan"]
-_ENDS = ["ado", "ben", "cus", "dal", "ery", "fin", "gor", "hal", "isk", "jam", "lek", "mor", "nix", "oth", "pel", "rin", "sta", "tus", "ulo", "van"]
+_STARTS = (
+    "bal",
+    "cor",
+    "den",
+    "fir",
+    "gom",
+    "hul",
+    "jin",
+    "kel",
+    "lor",
+    "mad",
+    "nim",
+    "pol",
+    "qua",
+    "rif",
+    "sor",
+    "tun",
+)
+_ENDS = ("ado", "ben", "cus", "dal", "ery", "fin", "gor", "hal", "isk", "jam", "lek", "mor", "nix", "oth", "pel", "rin")
 _CHARACTERS_PER_TOKEN = 4.0  # where no tokenizer is known
 
 
@@ -116,7 +134,7 @@ class NeedleTask:
         lines = []
         for chain, value in zip(chains, values, strict=True):
             lines += [f"VAR {chain[0]} = {value}."]
-            lines += [f"VAR {later} = VAR {earlier}." for earlier, later in zip(chain, chain[1:], strict=False)]
+            lines += [f"VAR {later} = VAR {earlier}." for earlier, later in pairwise(chain)]
         head = "Assignments are hidden in the text below. Follow them; the question comes after the text.\n\n"
         tail = f"\n\nWhich variables have the value {values[0]}? Name all {self.needles + 1} of them."
         return self._hide(head, lines, tail, draw, in_order=True), list(chains[0])
@@ -124,7 +142,7 @@ class NeedleTask:
     def _words(self, draw: Draw) -> tuple[str, list[str]]:
         """A list of words; asked for those that occur most often."""
         common = _names(draw, self.needles if self.kind == "cwe" else 3)
-        rare = [name for name in _names(draw, 300) if name not in common]
+        rare = [name for name in _names(draw, 200) if name not in common]
         times = {"cwe": (30, 3), "fwe": (24, 2)}[self.kind]
         head = "Read this list of words and count how often each occurs.\n\n"
         tail = f"\n\nWhich {len(common)} words occur most often in the list? Name just them."
