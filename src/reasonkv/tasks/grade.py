@@ -1,7 +1,7 @@
 """Graders: read the answer out of an output and score it from 0 to 1.
 
-A grader takes the part of an output after thinking and the accepted answers. It returns a `Grade`: the score, and what
-it read as the answer. `extracted` is None where no answer could be read; such outputs are counted apart from wrong ones.
+A grader takes the part of an output after thinking and the accepted answers. It returns a `Grade`: the score and what
+it read as the answer. `extracted` is None where no answer could be read: such outputs are counted apart.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 The kinds are those of RULER (Hsieh et al. 2024, arXiv 2404.06654): niah_single, niah_multikey, niah_multivalue,
 niah_multiquery, vt (variable tracking), cwe (common words) and fwe (frequent words). Noise and names are made here. A
-prompt fills `length` tokens of the model's own tokenizer. The score is the share of the answers that the output contains.
+prompt fills `length` tokens of the model's own tokenizer. The score is the share of the answers in the output.
 """
 
 from __future__ import annotations
