@@ -10,7 +10,7 @@ VLLM_VENV ?= .venv-vllm
 VLLM_BIN := $(VLLM_VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-vllm demo test test-all test-vllm lint format bench bench-vllm clean
+.PHONY: help setup setup-vllm demo test test-all test-vllm lint format docs dist bench bench-vllm clean
 
 help:  ## show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -30,9 +30,7 @@ setup: $(BIN)/.dev  ## a virtual environment with everything development needs
 demo: $(BIN)/.demo  ## full KV against the methods, on the bundled model: a table and a figure
 	$(BIN)/reasonkv demo
 
-test: $(BIN)/.dev  ## lint, types and the tests (a pairwise cover of the exactness matrix)
-	$(BIN)/ruff check . && $(BIN)/ruff format --check .
-	$(BIN)/mypy
+test: lint  ## lint, types, import contracts and the tests (a pairwise cover of the exactness matrix)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) -m 'not full'
 
 test-all: $(BIN)/.dev  ## the tests with the whole exactness matrix
@@ -55,11 +53,20 @@ test-vllm: $(VLLM_BIN)/.installed  ## real vLLM engines on CPU against the trans
 bench-vllm: $(VLLM_BIN)/.installed  ## tokens per second through vLLM, stock against compressed
 	OMP_NUM_THREADS=1 $(VLLM_BIN)/python benchmarks/serving.py
 
-lint: $(BIN)/.dev  ## ruff and mypy
-	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+lint: $(BIN)/.dev  ## ruff, mypy and the import contracts
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 format: $(BIN)/.dev  ## reformat
 	$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
+
+docs: $(BIN)/.dev  ## build the documentation into site/
+	$(BIN)/mkdocs build --strict
+
+dist: $(BIN)/.dev  ## build the wheel and the source archive into dist/
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt hatchling
+	$(BIN)/python -m hatchling build
 
 bench: $(BIN)/.dev  ## the benchmarks whose results are committed
 	$(BIN)/python benchmarks/replay_speed.py && $(BIN)/python benchmarks/decode_overhead.py && $(BIN)/python benchmarks/event_cost.py

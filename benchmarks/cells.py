@@ -1,26 +1,44 @@
-"""Results as cells that may be compared: by family and prompt policy, then method and budget, then example."""
+"""Committed records as cells that may be compared: by family and prompt policy, then by method and budget."""
 
 from __future__ import annotations
 
-from collections import defaultdict
+import json
+import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from experiment import POLICIES, Line, by_example, policy_of
-from kept_records import keep, load
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 
-from reasonkv.evaluate.results import Results
-from reasonkv.evaluate.statistics import Difference, Estimate, estimate, paired_difference
-from reasonkv.methods import method_class
-from reasonkv.methods.base import Method
+from reasonkv.evaluate.manifest import MANIFEST
+from reasonkv.evaluate.table import (
+    KEPT,
+    Difference,
+    Estimate,
+    clustered_mean,
+    paired_difference,
+    read_manifest,
+    read_results,
+)
 
+RESULTS = Path(__file__).parent.parent / "docs" / "results"
+POLICIES = {"count": "prompt compressible", "on_top": "prompt kept"}
 METRICS = {
     "kl": ("KL, nats", -1.0),
     "top1": ("top-1, points", 100.0),
     "answer_top1": ("answer tokens right, points", 100.0),
 }
 """Words for a metric, and the factor that makes more of it better."""
+_MANIFESTS = b"reasonkv.manifests"
+_LEFT_OUT = (
+    "run", "output", "saved_ratio_terminal",  # texts, and what follows from the rest
+    "rule", "tokens", "prompt", "selects", "saved_bytes", "diverged", "regime",  # derived again when read
+)  # fmt: skip
+_PRECISE = ("top1", "answer_top1")  # shares whose differences may be exactly 0
 
 
 @dataclass(frozen=True)
@@ -34,119 +52,148 @@ class Group:
         return f"{self.task}, {POLICIES[self.policy]}"
 
 
-Cells = dict[Group, dict[tuple[str, str], dict[int, Line]]]
-"""Lines by group, then by (method, budget's label), then by example. Full KV's budget is ""."""
+Cell = pd.DataFrame
+"""Records of one method at one budget, one an example, indexed by it."""
+Cells = dict[Group, dict[tuple[str, str], Cell]]
+"""By group, then by (method, budget's label). Full KV's budget is ""."""
 
 
 @dataclass(frozen=True)
 class Found:
-    """Everything in some folders, by kind: replays, generated answers, and replays with diagnostics."""
+    """Everything of some experiments, by kind: replays, generated answers, and replays with diagnostics."""
 
     replays: Cells
     answers: Cells
     diagnosed: Cells
 
 
-def load_cells(paths: Iterable[Path], records_to: Path, *, by_folder: bool = True) -> Found:
-    """Read results in either form, and keep the records of those that are not kept yet.
+def manifests(folder: Path) -> dict[str, Any]:
+    """Return the manifests that are kept in a folder's table, by results folder."""
+    return dict(json.loads(pq.read_schema(folder / KEPT).metadata[_MANIFESTS]))
 
-    A cell that comes a second time replaces the first, and a printed line says so. It does so whole, because a cell of
-    both would be the mean of two versions of a method. Rows of tables come in the order in which cells first came.
+
+def keep(roots: Iterable[Path], folder: Path) -> Path:
+    """Write the records of results folders into one compressed table beside their manifests; return its path.
+
+    Texts are left out; numbers are single precision (top-1 is exact), NLL has three digits after the point.
 
     Args:
-        paths: FOLDER/NAME as `result_paths` finds them; later ones replace earlier ones.
-        records_to: where records are kept.
-        by_folder: in a folder there for each FOLDER.
+        roots: each holds results folders, as `run.py` leaves them; they are named ROOT/NAME.
+        folder: a folder under docs/results. What it keeps already stays, except for folders of the same name.
+    """
+    paths = [path for root in roots for path in sorted(root.iterdir()) if (path / MANIFEST).exists()]
+    if not paths:
+        raise SystemExit(f"{', '.join(map(str, roots))}: no results folders there.")
+    named = {f"{path.parent.name}/{path.name}": path for path in paths}
+    about = {name: read_manifest(path) for name, path in named.items()}
+    frames = [read_results([path]).assign(folder=name) for name, path in named.items()]
+    if (folder / KEPT).exists():
+        old = pd.read_parquet(folder / KEPT)
+        about = {name: one for name, one in manifests(folder).items() if name not in about} | about
+        frames.insert(0, old[~old["folder"].isin(list(named))])
+    frame = pd.concat(frames, ignore_index=True)
+    frame = frame.drop(columns=[name for name in _LEFT_OUT if name in frame])
+    frame["nll"] = frame["nll"].round(3) if "nll" in frame else math.nan
+    for name in frame:
+        if frame[name].dtype.kind in "if" and name not in _PRECISE:
+            frame[name] = frame[name].astype("float32" if frame[name].dtype.kind == "f" else "int32")
+    table = pa.Table.from_pandas(frame, preserve_index=False)
+    table = table.replace_schema_metadata({**(table.schema.metadata or {}), _MANIFESTS: json.dumps(about).encode()})
+    folder.mkdir(parents=True, exist_ok=True)
+    split = {name: "BYTE_STREAM_SPLIT" for name in ("kl",) if name in frame}
+    pq.write_table(
+        table, folder / KEPT, compression="zstd", compression_level=22, column_encoding=split,
+        use_dictionary=[name for name in frame if name not in split],
+    )  # fmt: skip
+    return folder / KEPT
+
+
+def load_cells(*folders: Path) -> Found:
+    """Read what is kept in some folders.
+
+    Of a cell that several results folders hold, the last counts, whole, because a cell of two would be the mean of two
+    versions of a method. Rows of tables come in the order in which cells first came.
 
     Raises:
-        SystemExit: one file holds a method, budget and example twice, or kept records would be lost.
-
+        SystemExit: one results folder holds a method, budget and example twice.
     """
-    found, began = Found({}, {}, {}), dict[tuple[str, Group, tuple[str, str]], str]()
-    for path in paths:
-        results = load(path)
-        keep(results, records_to / path.parent.name if by_folder else records_to)
-        for place, lines in _cells_in(path, results).items():
-            kind, group, cell = place
-            there = getattr(found, kind).setdefault(group, {}).setdefault(cell, {})
-            if cell[1] and there.keys() & lines.keys():  # full KV runs in several experiments, and is the same in all
-                print(
-                    f"{path}: {len(lines)} records of {' at '.join(cell)} slots, begun {results.manifest['date']}, "
-                    f"replace {len(there)} begun {began[place]}."
-                )
-                there.clear()
-            there.update(lines)
-            began[place] = results.manifest["date"]
+    found = Found({}, {}, {})
+    for folder in folders:
+        frame = read_results([folder])
+        frame["size"] = [_size(text) for text in frame["budget"]]
+        for (name, task, method, size), part in frame.groupby(["folder", "task", "label", "size"], sort=False):
+            place = str(name).rpartition("/")[2]
+            kind = "answers" if part["kind"].iloc[0] == "evaluate" else "replays"
+            kind = "diagnosed" if place.startswith("lost") else kind
+            cells = getattr(found, kind).setdefault(Group(task, place.rpartition("-")[2]), {})
+            cell = part.set_index("example")
+            if cell.index.has_duplicates:
+                raise SystemExit(f"{name} holds {method} at {size} slots a second time.")
+            there = cells.get((method, size))
+            # full KV runs in several experiments, and is the same in all
+            if there is not None and (not size or not there.index.intersection(cell.index).size):
+                cell = pd.concat([cell, there[~there.index.isin(cell.index)]])
+            cells[method, size] = cell
     return found
 
 
-def _cells_in(path: Path, results: Results) -> dict[tuple[str, Group, tuple[str, str]], dict[int, Line]]:
-    """Lines by field of `Found`, group and cell, then by example."""
-    cells: dict[tuple[str, Group, tuple[str, str]], dict[int, Line]] = {}
-    replays = "diagnosed" if path.name.startswith("lost") else "replays"
-    for kind, lines in ((replays, results.records), ("answers", results.answers)):
-        for line in lines:
-            cell = (spec_of(line), label_of(line))
-            here = cells.setdefault((kind, Group(line.task, policy_of(path)), cell), {})
-            if line.example in here:
-                raise SystemExit(f"{path} holds {' at '.join(cell)} slots a second time.")
-            here[line.example] = line
-    return cells
-
-
-def spec_of(line: Line) -> str:
-    """The method's shortest spec, from the options a record holds."""
-    options = dict(line.options)
-    if line.method == "cask" and line.budget is not None and line.budget["prompt"] == "on_top":
-        options.pop("prompt_share")  # the prompt is protected whole, so no share of it is chosen
-    made: Method = method_class(line.method)(**options)
-    return made.spec()
-
-
-def label_of(line: Line) -> str:
+def _size(budget: Any) -> str:
     """The budget's slots, or what a window keeps of its tokens."""
-    if line.budget is None:
+    if not isinstance(budget, str):
         return ""
-    size = line.budget.get("size")
-    return f"{line.budget['tokens']} of every {size}" if size else str(line.budget["tokens"])
+    fields = json.loads(budget)
+    return f"{fields['tokens']} of every {fields['size']}" if fields.get("size") else str(fields["tokens"])
 
 
 def budgets(cells: Mapping[tuple[str, str], object]) -> list[str]:
-    """Labels of the budgets, smallest first."""
+    """Return the labels of the budgets, smallest first."""
     return sorted({label for _, label in cells if label}, key=lambda label: int(label.split()[0]))
 
 
 def methods(cells: Mapping[tuple[str, str], object]) -> list[str]:
-    """Methods with a budget, in the order they ran."""
+    """Return the methods with a budget, in the order they ran."""
     return list(dict.fromkeys(method for method, label in cells if label))
 
 
-def mean(lines: Mapping[int, Line], metric: str) -> Estimate:
-    """A metric's mean over examples."""
-    return estimate(list(by_example(dict(lines), metric).values()))
+def by_example(cell: Cell | None, metric: str) -> dict[int, float]:
+    """Return a metric by example, where it exists."""
+    if cell is None or metric not in cell:
+        return {}
+    return {int(key): value for key, value in cell[metric].astype(float).items() if not math.isnan(value)}  # type: ignore[call-overload]
 
 
-def gain(ours: Mapping[int, Line], theirs: Mapping[int, Line], metric: str, scale: float) -> Difference | None:
-    """Paired difference, positive where ours is better by the sign of `scale`."""
-    left, right = by_example(dict(ours), metric), by_example(dict(theirs), metric)
-    return paired_difference({k: scale * v for k, v in left.items()}, {k: scale * v for k, v in right.items()})
+def mean(cell: Cell | None, metric: str) -> Estimate:
+    """Return a metric's mean over examples; the standard error of a single one is 0."""
+    values = by_example(cell, metric)
+    found = clustered_mean(list(values.values()), list(values))
+    return found if not math.isnan(found.se) else Estimate(found.mean, 0.0)
+
+
+def gain(ours: Cell | None, theirs: Cell | None, metric: str, scale: float) -> Difference | None:
+    """Return the paired difference, positive where ours is better by the sign of `scale`."""
+    left, right = ({key: scale * one for key, one in by_example(cell, metric).items()} for cell in (ours, theirs))
+    return paired_difference(left, right)
 
 
 def verdict(found: Difference | None) -> str:
-    """better, worse, or undecided where the interval holds 0."""
+    """Return better, worse, or undecided where the interval holds 0."""
     if found is None:
         return "-"
     return "better" if found.low > 0 else "worse" if found.high < 0 else "undecided"
 
 
 def words(found: Difference | None, digits: int = 3) -> str:
-    """A difference with its interval."""
+    """Return a difference with its interval."""
     return "-" if found is None else f"{found.mean:+.{digits}f} [{found.low:+.{digits}f}, {found.high:+.{digits}f}]"
 
 
 def count_verdicts(found: Iterable[Difference | None]) -> str:
-    """How often better / undecided / worse."""
-    counts: dict[str, int] = defaultdict(int)
-    for one in found:
-        counts[verdict(one)] += 1
+    """Return how often better / undecided / worse."""
+    counts = Counter(verdict(one) for one in found)
     return " / ".join(str(counts[name]) for name in ("better", "undecided", "worse")) if counts else "-"
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
+    """Return the lines of a markdown table."""
+    line = "| " + " | ".join(head) + " |"
+    return [line, "|---" * (line.count("|") - 1) + "|", *("| " + " | ".join(row) + " |" for row in rows)]

@@ -62,7 +62,7 @@ def prefilled(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, met
             logits_to_keep=1,
         )
     if isinstance(cache, CompressedCache):
-        cache.close()
+        cache.detach()
     return cache
 
 
@@ -82,7 +82,7 @@ def decode_rate(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, n
         )
     if isinstance(cache, CompressedCache):
         assert all(row.events == 0 for row in cache.stats().rows)
-        cache.close()
+        cache.detach()
     return len(ids) * (len(clock.times) - 1) / (clock.times[-1] - clock.times[0])
 
 

@@ -17,7 +17,7 @@ from common import median_interval, publish
 from transformers import PreTrainedModel
 
 from reasonkv import Budget, CompressedCache, get_method
-from reasonkv.methods import catalogue
+from reasonkv.methods import method_classes
 from reasonkv.methods.sparse_read import SelectionMethod
 from reasonkv.testbed import load_testbed
 
@@ -27,7 +27,7 @@ BASE, BOUND = "random", 0.9
 def methods() -> list[str]:
     """Names of all methods whose decode steps should cost no more than those of `random`."""
     found = []
-    for cls in catalogue():
+    for cls in method_classes():
         needs = get_method(cls.name).needs
         if cls.bounded and not needs.observes and not needs.future and not issubclass(cls, SelectionMethod):
             found.append(cls.name)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from reasonkv import Budget, CompressedCache, get_method
-from reasonkv.budget import DividesBudget, Window
+from reasonkv.budget import Window
 from reasonkv.calibration import Calibration
 from reasonkv.methods import Method, method_names
 from reasonkv.rotary import Rotary
@@ -189,7 +189,7 @@ def events(
     """Milliseconds of an event in the middle of a generation, of a token without one, and of reading K and V once."""
     window = Window() if method.name == "kara" else None
     prompt = HELD - window.size - window.buffer if window else 1
-    if isinstance(method, DividesBudget):
+    if method.needs.layer_budgets:
         yield from uneven_events(method, model, repeats, dtype)
         return
     feeder: Feeder | None = None
@@ -207,9 +207,9 @@ def events(
         if repeat:
             yield took * 1e3, plain * 1e3, read * 1e3
         if window:
-            feeder.cache.close()
+            feeder.cache.detach()
     if feeder is not None:
-        feeder.cache.close()
+        feeder.cache.detach()
 
 
 def uneven_events(
@@ -226,7 +226,7 @@ def uneven_events(
         took = in_event + feeder.feed(interval - 1)[0]
         if repeat:
             yield took * 1e3, (plain - in_event) * 1e3, read * 1e3
-    feeder.cache.close()
+    feeder.cache.detach()
 
 
 def rates() -> tuple[float, float]:

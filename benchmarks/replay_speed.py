@@ -12,7 +12,8 @@ import torch
 from common import publish
 
 from reasonkv import Budget, get_method
-from reasonkv.evaluate.replay import Cell, Replayed, replay_batch
+from reasonkv.evaluate.cells import RunConfig
+from reasonkv.evaluate.replay import Replayed, replay_batch
 from reasonkv.evaluate.traces import Trace, reference_logprobs
 from reasonkv.tasks import get_task
 from reasonkv.testbed import load_testbed
@@ -35,7 +36,7 @@ def main() -> None:
             problems, prompts, outputs, reference_logprobs(model, prompts, outputs), strict=True
         )
     ]
-    cell = Cell(get_method(arguments.method), Budget(arguments.tokens, interval=128, prompt="on_top"))
+    cell = RunConfig(get_method(arguments.method), Budget(arguments.tokens, interval=128, prompt="on_top"))
     replay_batch(model, traces[:2], cell)  # warm up
 
     start = time.perf_counter()
@@ -51,7 +52,7 @@ def main() -> None:
     fed = sum(len(trace.prompt_P) + len(trace.output_T) - 1 for trace in traces)
     rows = [
         ["token by token, batch 1", token_by_token, fed / token_by_token, 1.0],
-        [f"pieces, batch {len(traces)}", chunked, fed / chunked, token_by_token / chunked],
+        [f"chunks, batch {len(traces)}", chunked, fed / chunked, token_by_token / chunked],
     ]
     publish(
         "replay_speed",

@@ -16,7 +16,7 @@ from common import publish
 
 from reasonkv import CompressedCache, get_method
 from reasonkv.budget import Window
-from reasonkv.schedule import periodic_events
+from reasonkv.periodic import periodic_events
 from reasonkv.testbed import load_testbed
 
 ROWS, STEPS, PROMPT = 16, 1500, 64

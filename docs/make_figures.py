@@ -9,105 +9,74 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import matplotlib as mpl
-
-mpl.use("svg")
-
-from matplotlib import pyplot as plt
-from matplotlib.axes import Axes
+import altair as alt
+import pandas as pd
 
 from reasonkv import Budget, schedule
 
 PROMPT, LENGTH = 150, 800
-BUDGET = Budget(tokens=256, interval=96, sinks=4, recent=32, prompt="count")
-COLOURS = {"count": "#4477aa", "keep": "#ee6677", "on_top": "#228833", "occupancy": "#4477aa", "grid": "#aa7700"}
+COUNT = Budget(tokens=256, interval=96, sinks=4, recent=32, prompt="count")
+ON_TOP = replace(COUNT, prompt="on_top")
+GRID = replace(COUNT, trigger="grid")
+X = alt.X("length", title="logical length: tokens seen").scale(domain=(0, LENGTH), nice=False)
+Y = alt.Y("slots", title="physical length: slots per KV head").scale(domain=(0, 850), nice=False)
 
 
-def walk(budget: Budget | None) -> tuple[list[int], list[int], list[tuple[int, int]]]:
-    """Feed the prompt whole, then one token at a time.
+def walk(budget: Budget | None, label: str) -> pd.DataFrame:
+    """Feed the prompt whole, then one token at a time; return the slots that each forward pass attends to.
 
-    Returns:
-        Logical lengths, the slots each forward attends to, and (length, slots kept) of every event. An event adds a
-        second point at its length, so that the drop is drawn vertically.
-
+    A compaction adds a second point at its length (`kept`), so that the drop is drawn vertically.
     """
-    state = schedule.State(prompt=PROMPT)
-    lengths, held, events = [], [], []
+    state = schedule.Lengths(prompt=PROMPT)
+    rows = []
     for fed in [PROMPT] + [1] * (LENGTH - PROMPT):
-        before = state.held + fed
+        before = state.physical + fed
         state, keep = schedule.step(budget, state, fed)
-        lengths.append(state.length)
-        held.append(before)
+        if keep is not None or state.logical in (PROMPT, LENGTH):  # between these points the line is straight
+            rows.append((label, state.logical, before, False))
         if keep is not None:
-            lengths.append(state.length)
-            held.append(keep)
-            events.append((state.length, keep))
-    return lengths, held, events
+            rows.append((label, state.logical, keep, True))
+    frame = pd.DataFrame(rows, columns=["line", "length", "slots", "kept"])
+    return frame.assign(order=range(len(frame)))
 
 
-def draw(axes: Axes, budget: Budget, label: str, colour: str) -> None:
-    """One budget's physical length with a dot after every event."""
-    lengths, held, events = walk(budget)
-    axes.plot(lengths, held, color=colour, lw=1.6, label=label)
-    axes.plot([at for at, _ in events], [kept for _, kept in events], "o", color=colour, ms=4)
+def panel(title: str, lines: dict[str, Budget | None], notes: dict[str, int]) -> alt.LayerChart:
+    """One panel: a line per budget with a dot after every compaction, and dotted levels with their text."""
+    frame = pd.concat([walk(budget, label) for label, budget in lines.items()])
+    colour = alt.Color("line", sort=list(lines), title=None).scale(range=["#4477aa", "#228833", "#888888"])
+    colour = colour.legend(orient="top", columns=1, labelLimit=460)
+    dash = alt.StrokeDash("line", sort=list(lines), legend=None).scale(range=[[1, 0], [6, 2], [2, 3]])
+    line = alt.Chart(frame).mark_line().encode(x=X, y=Y, order="order", color=colour, strokeDash=dash)
+    dots = alt.Chart(frame[frame["kept"]]).mark_point(filled=True, size=36).encode(x=X, y=Y, color=colour)
+    levels = pd.DataFrame({"slots": notes.values(), "text": notes.keys(), "length": 8})
+    rules = alt.Chart(levels).mark_rule(strokeDash=[2, 3], color="#555").encode(y=Y)
+    texts = alt.Chart(levels).mark_text(align="left", dy=-6, fontSize=11).encode(x=X, y=Y, text="text")
+    prompt = alt.Chart(pd.DataFrame({"length": [0], "end": [PROMPT]})).mark_rect(opacity=0.08).encode(x=X, x2="end")
+    return (prompt + rules + line + dots + texts).properties(title=title, width=440, height=260)
 
 
-def note(axes: Axes, y: int, text: str, colour: str, side: str) -> None:
-    """A dotted level with its text at the right edge, above or below it."""
-    axes.axhline(y, color=colour, lw=0.8, ls=":")
-    axes.text(LENGTH + 8, y, text, color=colour, fontsize=8.5, va={"above": "bottom", "below": "top"}[side])
-
-
-def main() -> None:
-    """Write the figure; the labels' numbers are the schedule's."""
-    assert schedule.bound(BUDGET, PROMPT, LENGTH) == 256 + 96
-    plt.rcParams.update({"svg.hashsalt": "reasonkv", "svg.fonttype": "none", "font.family": "sans-serif"})
-    figure, (left, right) = plt.subplots(2, 1, figsize=(9.0, 8.0), layout="constrained")
-    for axes in (left, right):
-        full_lengths, full_held, _ = walk(None)
-        axes.plot(full_lengths, full_held, color="#888888", lw=1.2, ls="--", label="full KV")
-        axes.axvspan(0, PROMPT, color="#000000", alpha=0.05, lw=0)
-        axes.text(PROMPT / 2, 870, f"prompt\n{PROMPT} tokens", ha="center", va="top", fontsize=8.5, color="#555555")
-        axes.set(xlim=(0, LENGTH), ylim=(0, 900), xlabel="logical length: tokens seen")
-        axes.set_ylabel("physical length: slots per KV head")
-        axes.spines[["top", "right"]].set_visible(False)
-    for prompt in ("count", "on_top"):
-        draw(left, replace(BUDGET, prompt=prompt), _NAMES[prompt], COLOURS[prompt])
-    on_top = replace(BUDGET, prompt="on_top")
-    note(left, schedule.bound(BUDGET, PROMPT, LENGTH), "peak = bound = 256 + 96", COLOURS["count"], "below")
-    note(left, BUDGET.tokens, "after an event k = 256", COLOURS["count"], "below")
-    note(left, schedule.bound(on_top, PROMPT, LENGTH), "peak = bound = 150 + 256 + 96", COLOURS["on_top"], "above")
-    note(left, PROMPT + BUDGET.tokens, "after an event k = 150 + 256", COLOURS["on_top"], "above")
-    left.axhspan(0, PROMPT, xmin=PROMPT / LENGTH, color=COLOURS["keep"], alpha=0.12, lw=0)
-    left.text(
-        475, PROMPT / 2, "keep and on_top: these slots hold the prompt, always", ha="center", va="center", fontsize=8.5
+def main(target: Path) -> None:
+    """Write the figure; the numbers in its labels are the schedule's."""
+    peak, peak_on_top = (schedule.bound(budget, PROMPT, LENGTH) for budget in (COUNT, ON_TOP))
+    assert (peak, peak_on_top) == (256 + 96, 150 + 256 + 96)
+    above = panel(
+        "Where the prompt counts (tokens=256, interval=96, a prompt of 150)",
+        {"count, keep: the prompt is inside": COUNT, "on_top: the prompt comes on top": ON_TOP, "full KV": None},
+        {
+            "peak 256 + 96": peak,
+            "k = 256": COUNT.tokens,
+            "peak 150 + 256 + 96": peak_on_top,
+            "k = 150 + 256": PROMPT + COUNT.tokens,
+        },
     )
-    left.set_title(f"Where the prompt counts (tokens={BUDGET.tokens}, interval={BUDGET.interval})", loc="left")
-    left.legend(
-        loc="upper left", bbox_to_anchor=(0.19, 1.0), fontsize=8.5, frameon=True, framealpha=1, edgecolor="none"
+    below = panel(
+        "When a compaction runs (prompt=count)",
+        {"occupancy: at k + interval slots": COUNT, "grid: at multiples of the interval": GRID, "full KV": None},
+        {"peak of both 352": peak, "k = 256": COUNT.tokens},
     )
-    grid = replace(BUDGET, trigger="grid")
-    draw(right, BUDGET, "occupancy: when k + interval slots are held", COLOURS["occupancy"])
-    draw(right, grid, "grid: when the logical length is a multiple of the interval", COLOURS["grid"])
-    for at in range(BUDGET.interval, LENGTH, BUDGET.interval):
-        right.axvline(at, color=COLOURS["grid"], lw=0.5, alpha=0.5)
-    note(right, schedule.bound(BUDGET, PROMPT, LENGTH), "peak = bound of both = 352", "#333333", "above")
-    note(right, BUDGET.tokens, "after an event k = 256", "#333333", "below")
-    right.set_title("When an event falls (prompt=count)", loc="left")
-    right.legend(
-        loc="upper left", bbox_to_anchor=(0.19, 1.0), fontsize=8.5, frameon=True, framealpha=1, edgecolor="none"
-    )
-    target = Path(__file__).parent / "img" / "budget.svg"
-    target.parent.mkdir(exist_ok=True)
-    if len(sys.argv) > 1:
-        target = Path(sys.argv[1])
-    figure.savefig(target, metadata={"Date": None}, transparent=False)
+    chart = (above & below).resolve_scale(color="independent", strokeDash="independent")
+    chart.configure(background="white", padding=12).save(target)
 
-
-_NAMES = {
-    "count": "prompt=count and prompt=keep: the prompt is inside",
-    "on_top": "prompt=on_top: the prompt comes on top",
-}
 
 if __name__ == "__main__":
-    main()
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent / "img" / "budget.svg")

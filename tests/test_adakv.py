@@ -21,9 +21,10 @@ from torch import Tensor
 
 from reasonkv import Budget, BudgetError, CompressedCache, MethodError, Plan, SlotView, get_method
 from reasonkv.budget import Window
+from reasonkv.evaluate.chunks import TraceRow, feed
 from reasonkv.evaluate.fates import PlanRecorder, fates
-from reasonkv.evaluate.pieces import Row, feed
-from reasonkv.evaluate.replay import Cell, replay_batch, to_record
+from reasonkv.evaluate.job import BudgetOptions, ReplayJob, TraceSettings
+from reasonkv.evaluate.run import run
 from reasonkv.methods.adakv import AdaKV, shared_top_k
 from reasonkv.plan import PlanError
 from reasonkv.runtimes.transformers.attention import naive_attention
@@ -154,7 +155,7 @@ def test_nan_is_an_error_and_not_a_winner() -> None:
     ("spec", "message"),
     [
         ("adakv:alpha=1.5", "adakv: alpha must be between 0 and 1, not 1.5."),
-        ("adakv:stretch=0.5", "adakv: stretch must be a number of at least 1, not 0.5."),
+        ("adakv:stretch=0.5", "adakv: stretch must be at least 1, not 0.5."),
         ("adakv:base=cask", "adakv: base must be a method that scores slots, not cask."),
         (
             "adakv:base=tova",
@@ -179,7 +180,7 @@ def test_any_method_that_scores_heads_can_be_the_base(base: str) -> None:
 
 
 def test_a_window_is_refused() -> None:
-    with pytest.raises(BudgetError, match="divides all slots of a layer anew at every event; give it a Budget"):
+    with pytest.raises(BudgetError, match="divides all slots of a layer at every compaction; give it a Budget"):
         CompressedCache(MODEL, METHOD, Window(16, 8, 0.5))
 
 
@@ -194,7 +195,7 @@ def attended(cache: CompressedCache, layer: int, row: int) -> list[list[int]]:
     held = cache.slot_positions(layer)[row]
     if mass is None:
         return held.tolist()
-    alive = ~mass[row, :, : state.held].isneginf()
+    alive = ~mass[row, :, : state.physical].isneginf()
     return [held[h][alive[h]].tolist() for h in range(held.shape[0])]
 
 
@@ -203,7 +204,7 @@ def feed_rows(chosen: list[int], max_piece: int, method: AdaKV = METHOD) -> tupl
     lengths, prompts = [52, 43, 40], [24, 15, 24]
     draw = torch.Generator().manual_seed(1)
     rows = [
-        Row(*torch.randint(5, 90, (n,), generator=draw).split([p, n - p]))
+        TraceRow(*torch.randint(5, 90, (n,), generator=draw).split([p, n - p]))
         for n, p in zip(lengths, prompts, strict=True)
     ]
     found: dict[Any, Any] = {}
@@ -255,7 +256,7 @@ def test_attention_leaves_padding_out_exactly(kernel: str, lengths: list[int]) -
     assert logits <= 1e-6
     counts = [[len(head) for head in attended(cache, layer, 0)] for layer in range(3)]
     assert any(own[0] != own[1] for own in counts)  # heads do differ
-    new = cache.rows[0].state.held - 16
+    new = cache.rows[0].state.physical - 16
     assert all(sum(own) == 2 * (EVEN + new) for own in counts)
 
 
@@ -363,7 +364,7 @@ def test_rows_move_and_copies_go_on_alone_with_their_padding() -> None:
         for start in range(50, 70):
             moved, stayed = step(cache, order, start, start + 1), step(twin, [0, 1, 2], start, start + 1)
             torch.testing.assert_close(moved, stayed[order], rtol=0, atol=1e-10)
-        twin.close()
+        twin.detach()
 
 
 def test_fates_tell_padding_from_what_is_attended() -> None:
@@ -377,15 +378,17 @@ def test_fates_tell_padding_from_what_is_attended() -> None:
             assert alive == attended(cache, layer, 0)[head]
 
 
-def test_a_replay_record_holds_both_lengths() -> None:
-    from test_replay import random_traces
-    from tiny import tiny_model as tiny_replay_model
+def test_a_replay_record_holds_both_lengths(tmp_path: Path) -> None:
+    from tiny import TASK, tiny_loaded
 
-    model = tiny_replay_model(torch.float64)
-    (trace,) = random_traces(model, [(45, 40)])
-    cell = Cell(get_method("adakv:base=snapkv:window=8"), Budget(24, interval=6, sinks=2, recent=8, prompt="count"))
-    record = to_record("run", "task", 0, cell, trace, replay_batch(model, [trace], cell)[0])
+    budget = BudgetOptions(tokens=(24,), interval=6, sinks=2, recent=8, prompt="count")
+    traces = TraceSettings(max_new_tokens=40)
+    job = ReplayJob(task=TASK, methods="adakv:base=snapkv:window=8", budget=budget, limit=1, traces=traces)
+    (record,) = run(job, tiny_loaded(torch.float64), tmp_path)
     assert record.slots_read_mean == pytest.approx(record.physical_mean - (24 - 16))
-    assert not record.selects and replace(record, events=0).selects  # what only selects has no events
+    assert not record.selects and record.model_copy(update={"events": 0}).selects  # what only selects has no events
     assert record.bytes_read_mean is not None and record.bytes_read_mean < record.bytes_held
-    assert math.isclose(record.bytes_read_mean / record.slots_read_mean, record.bytes_full / (45 + 40 - 1))
+    assert math.isclose(
+        record.bytes_read_mean / record.slots_read_mean,
+        record.bytes_full / (record.prompt_tokens + record.output_tokens - 1),
+    )

@@ -176,7 +176,7 @@ def test_concentration_is_one_for_a_constant_query_and_zero_for_a_dead_pair() ->
     found = Calibration(mean, mean.abs() * torch.tensor([1.0, 2.0]).view(1, 2, 1), head_dim=8)
     assert_close(found.concentration_LHqF()[0, 0], torch.tensor([1.0, 1.0, 0.0, 1.0]))
     assert_close(found.concentration_LHqF()[0, 1], torch.zeros(4))
-    assert_close(found.head_concentration_LHq(), torch.tensor([[1.0, 0.0]]))
+    assert_close(found.concentration(2), torch.tensor([[1.0, 0.0]]))
 
 
 # -- memory -------------------------------------------------------------------------------------------------------------

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from reasonkv.compaction import compact_pair
 from reasonkv.methods import MethodError, get_method
-from reasonkv.methods.cask import CASK, CaskPlan, phase_markers, phases_of_tokens
-from reasonkv.methods.cask_plan import Rules
-from reasonkv.methods.cask_stages import RowSlots, Shares, plan_row
+from reasonkv.methods.cask import CASK, CaskPlan, Row
+from reasonkv.methods.frequency import frequency_scores
+from reasonkv.methods.phases import parse_markers, phase_markers, phases_of_tokens
+from reasonkv.methods.reference.cask import CaskReference
 from reasonkv.plan import Plan
 from reasonkv.view import SlotView
 
@@ -26,14 +27,19 @@ SPECS = [
     "cask:similarity=0.3",
     "cask:fold=neighbours",
     "cask:per_layer=true",
-    "cask:profile=paper",
-    "cask:profile=paper,prompt_stage=pin",
-    "cask:prompt_stage=open,markers=0;1-2",
-    "cask:prompt_stage=pin",
+    "cask:variant=paper",
+    "cask:markers=0;1-2",
     "cask:fold=none",
-    "cask:fold=neighbours,operator=keepkv,representative=weighted_latest,core=score",
-    "cask:fold=neighbours,mass=none,mass_gate=1.5,promotion=0.9,value_gate=2",
+    "cask:core_ratio=0,fold=neighbours,mass=none",
 ]
+REFERENCES = [
+    CaskReference(),
+    CaskReference(pin_prompt=True),
+    CaskReference(representative="weighted_latest"),
+    CaskReference(mass_gate=1.5, promotion=0.9),
+]
+METHODS = [*map(get_method, SPECS), *REFERENCES]
+IDS = [*SPECS, "reference", "pinned", "means", "gates"]
 
 
 def of(spec: str) -> CASK:
@@ -52,8 +58,8 @@ def folded_attention(view: SlotView, plan: Plan, query_D: Tensor) -> Tensor:
 
 
 def repeated(method: CASK) -> list[SlotView]:
-    """Every decode token has the same rotated key, and a value of its own."""
-    views = random_views(method, N=60, prompts=(8,), dtype=torch.float64, recent=4)
+    """Every decode token has the same rotated key, and a value of its own; the prompt is protected."""
+    views = random_views(method, N=60, prompts=(8,), dtype=torch.float64, recent=4, keep_prompt=True)
     for view in views:
         view.keys_BHND[:, :, 8:] = view.keys_BHND[:, :, 8:9].clone()
     return views
@@ -61,7 +67,7 @@ def repeated(method: CASK) -> list[SlotView]:
 
 @pytest.mark.parametrize("fold", ["similar,similarity=-1", "neighbours"])
 def test_groups_of_identical_keys_attend_exactly_as_full_attention_does(fold: str) -> None:
-    method = of(f"cask:prompt_stage=pin,fold={fold}")
+    method = of(f"cask:fold={fold}")
     views = repeated(method)
     plans = method.plan_layers(views, 30)
     assert all(plan.fold is not None for plan in plans)
@@ -72,7 +78,7 @@ def test_groups_of_identical_keys_attend_exactly_as_full_attention_does(fold: st
 
 
 def test_the_papers_fold_loses_the_mass_of_identical_keys() -> None:
-    method = of("cask:profile=paper,prompt_stage=pin")
+    method = of("cask:variant=paper")
     views = repeated(method)
     plan = method.plan_layers(views, 30)[0]
     query = torch.zeros(16, dtype=torch.float64)  # every token gets the same attention: 52 of 60 decode, 22 of 30 slots
@@ -101,9 +107,8 @@ def test_log_mass_is_the_log_of_all_source_tokens_over_successive_folds() -> Non
 
 @settings(max_examples=60, deadline=None)
 @given(st.data())
-@pytest.mark.parametrize("spec", SPECS)
-def test_every_plan_keeps_exactly_its_slots_and_all_that_is_protected(spec: str, data: st.DataObject) -> None:
-    method = of(spec)
+@pytest.mark.parametrize("method", METHODS, ids=IDS)
+def test_every_plan_keeps_exactly_its_slots_and_all_that_is_protected(method: CASK, data: st.DataObject) -> None:
     sinks, recent = data.draw(st.integers(0, 4)), data.draw(st.integers(0, 12))
     N = data.draw(st.integers(16, 70))
     prompt = data.draw(st.integers(0, N))
@@ -118,13 +123,13 @@ def test_every_plan_keeps_exactly_its_slots_and_all_that_is_protected(spec: str,
     for view, plan in zip(views, method.plan_layers(views, keep), strict=True):
         plan.check((1, 1, N), keep, view.is_protected_BHN)
         assert isinstance(plan, CaskPlan)
-        into = plan.rows[0].into_N
-        assert into[plan.rows[0].kept_K].tolist() == list(range(keep))
+        target = plan.rows[0].target_N
+        assert np.flatnonzero(target == np.arange(N)).tolist() == plan.kept_BHK[0, 0].tolist()
+        assert set(target[target >= 0].tolist()) == set(plan.kept_BHK[0, 0].tolist())
 
 
-@pytest.mark.parametrize("spec", SPECS)
-def test_rows_of_different_prompts_are_planned_as_each_alone(spec: str) -> None:
-    method = of(spec)
+@pytest.mark.parametrize("method", METHODS, ids=IDS)
+def test_rows_of_different_prompts_are_planned_as_each_alone(method: CASK) -> None:
     prompts = (0, 13, 60)
     views = random_views(method, B=3, N=90, prompts=prompts, recent=8)
     together = method.plan_layers(views, 50)
@@ -150,53 +155,66 @@ def test_rows_of_different_prompts_are_planned_as_each_alone(spec: str) -> None:
 
 
 def test_decode_tokens_get_their_share_beside_a_long_prompt_and_two_slots_under_the_papers_rule() -> None:
-    for spec, decode in (("cask", 8 + 4), ("cask:prompt_share=0.5", 8 + 20), ("cask:profile=paper", 8 + 2)):
+    for spec, decode in (("cask", 8 + 4), ("cask:prompt_share=0.5", 8 + 20), ("cask:variant=paper", 8 + 2)):
         method = of(spec)
-        [row] = method.plan_layers(random_views(method, N=160, prompts=(100,)), 48)[0].rows  # type: ignore[attr-defined]
-        assert int((row.kept_K >= 100).sum()) == decode
+        plan = method.plan_layers(random_views(method, N=160, prompts=(100,)), 48)[0]
+        assert int((plan.kept_BHK[0, 0] >= 100).sum()) == decode
 
 
-def test_a_pinned_prompt_that_fills_the_budget_is_a_guard_and_only_the_paper_loses_the_sinks() -> None:
-    for spec, kept_sinks in (("cask:prompt_stage=pin", True), ("cask:profile=paper,prompt_stage=pin", False)):
-        method = of(spec)
-        views = random_views(method, N=90, prompts=(60,), sinks=4 if kept_sinks else 0)
-        plan = method.plan_layers(views, 40)[0]
-        assert "prefix_budget_exhausted" in plan.guards
-        assert (plan.kept_BHK[0, 0, 0] == 0) == kept_sinks
+def test_a_protected_prompt_stays_whole_and_only_the_references_pinned_one_loses_the_sinks() -> None:
+    corrected = of("cask")
+    plan = corrected.plan_layers(random_views(corrected, N=90, prompts=(20,), keep_prompt=True), 40)[0]
+    assert plan.kept_BHK[0, 0, :20].tolist() == list(range(20))
+    pinned = CaskReference(pin_prompt=True)
+    plan = pinned.plan_layers(random_views(pinned, N=90, prompts=(60,)), 40)[0]
+    assert plan.guards == ("prefix_budget_exhausted",)
+    assert plan.kept_BHK[0, 0].tolist() == list(range(50, 90))
 
 
-def row_of(n: int, **changes: object) -> RowSlots:
+def row_of(n: int, **changes: object) -> Row:
     index = np.arange(n)
     values: dict[str, object] = {
-        "prefix": 0, "protected_N": np.zeros(n, dtype=bool), "scores_MN": torch.arange(float(n))[None],
-        "counts_N": np.ones(n, dtype=np.int64), "starts_N": index, "ends_N": index, "positions_N": index,
-        "phases_N": np.zeros(n, dtype=np.int64), "vectors_ND": np.ones((n, 2)),
+        "scores_MN": torch.arange(float(n))[None], "counts_N": np.ones(n, dtype=np.int64), "starts_N": index,
+        "ends_N": index, "phases_N": np.zeros(n, dtype=np.int64), "protected_N": np.zeros(n, dtype=bool),
+        "vectors_ND": np.ones((n, 2)), "prompt": 0, "prompt_length": 0,
     }  # fmt: skip
-    return RowSlots(**{**values, **changes})  # type: ignore[arg-type]
+    return Row(**{**values, **changes})  # type: ignore[arg-type]
 
 
 def test_no_group_spans_a_protected_slot() -> None:
-    protected = np.arange(12) == 5
-    rules = Rules(core_ratio=0.0, core_least=0, fold="neighbours")
-    found = plan_row(row_of(12, protected_N=protected), 4, Shares(window=0), rules)
-    assert 5 in found.kept_K
-    assert (found.into_N == found.into_N[5]).sum() == 1
-    for slot in range(4):
-        members = np.flatnonzero(found.into_N == slot)
-        assert len(np.unique(members > 5)) == 1
+    target = (
+        of("cask:window=0,core_ratio=0,fold=neighbours")
+        .plan_row(row_of(12, protected_N=np.arange(12) == 5), 4)
+        .target_N
+    )
+    assert (target == 5).sum() == 1
+    kept = set(target.tolist())
+    assert len(kept) == 4
+    for slot in kept:
+        assert len(np.unique(np.flatnonzero(target == slot) > 5)) == 1
 
 
-@pytest.mark.parametrize("operator", ["mean", "keepkv"])
-def test_a_source_weighs_its_tokens_and_under_keepkv_its_support_too(operator: str) -> None:
-    counts = np.array([3, 1, 2, 5])
-    rules = Rules(core_ratio=0.0, core_least=0, fold="neighbours", operator=operator)  # type: ignore[arg-type]
-    found = plan_row(row_of(4, counts_N=counts), 2, Shares(window=0, normalise=False), rules)
-    supports = np.log1p(np.exp(np.arange(4.0))) + 1e-4
-    weights = counts * (supports if operator == "keepkv" else 1.0)
-    for slot in range(2):
-        members = np.flatnonzero(found.into_N == slot)
-        np.testing.assert_allclose(found.value_weights_N[members], weights[members] / weights[members].sum(), rtol=1e-6)
-    assert found.counts_K.sum() == counts.sum()
+@pytest.mark.parametrize("variant", ["corrected", "paper"])
+def test_a_source_weighs_its_tokens_and_in_the_paper_its_support_too(variant: str) -> None:
+    method = of(f"cask:variant={variant},fold=neighbours,core_ratio=0")
+    [view, *others] = random_views(method, N=60, prompts=(0,), counts=True)
+    [plan, *_] = method.plan_layers([view, *others], 30)
+    assert isinstance(plan, CaskPlan) and plan.fold is not None
+    into, weights = plan.fold.into_BHN[0, 0].numpy(), plan.fold.value_weights_BHN[0, 0].numpy()
+    scores = torch.cat([frequency_scores(v.keys_BHND, v.calibration, v.rotary, v.length_B)[0] for v in (view, *others)])
+    mass = view.counts_BHN[0, 0].double().numpy()
+    if variant == "paper":
+        mass = mass * (np.log1p(np.exp(scores.double().amax(0).numpy())) + 1e-4)
+    compared = 0
+    for slot in range(30):
+        members = np.flatnonzero(into == slot)
+        if len(members) == 1:
+            assert weights[members] == 1.0
+            continue
+        total = mass[members].sum() if variant == "corrected" else max(mass[members].sum(), 1.0)
+        np.testing.assert_allclose(weights[members], mass[members] / total, rtol=1e-5)
+        compared += 1
+    assert compared > 2
 
 
 def test_phases_count_markers_that_were_decoded_and_end_with_their_last_token() -> None:
@@ -214,21 +232,22 @@ class Words:
 
 def test_markers_come_from_a_tokenizer_without_what_it_cannot_write() -> None:
     assert phase_markers(Words()) == "198;271;12-13"
-    assert of("cask").for_tokenizer(Words()).marker_ids == ((198,), (271,), (12, 13))
-    assert of("cask:markers=7").for_tokenizer(Words()).marker_ids == ((7,),)
-    assert of("cask:markers=none").for_tokenizer(Words()).marker_ids == ()
-    assert of("cask").marker_ids == ()  # no tokenizer, no markers
-    assert of("cask:markers=198;271;12-13").marker_ids == ((198,), (271,), (12, 13))
+    assert of("cask").for_tokenizer(Words()).markers == "198;271;12-13"
+    assert of("cask:markers=7").for_tokenizer(Words()).markers == "7"
+    assert of("cask:markers=none").for_tokenizer(Words()).markers == "none"
+    assert parse_markers("198;271;12-13") == ((198,), (271,), (12, 13))
+    assert parse_markers("") == parse_markers("none") == ()
 
 
 def test_needs_follow_the_options() -> None:
     needs = of("cask:markers=1").needs
     assert (needs.scope, needs.log_mass, needs.folds, needs.token_ids, needs.recent) == ("model", True, True, True, 8)
-    plain = of("cask:profile=paper,fold=none,per_layer=true").needs
+    assert not of("cask").needs.token_ids  # no tokenizer, no markers
+    plain = of("cask:variant=paper,fold=none,per_layer=true").needs
     assert (plain.scope, plain.log_mass, plain.folds, plain.recent) == ("layer", False, False, 0)
 
 
-@pytest.mark.parametrize("spec", [*SPECS, "cask:profile=paper,mass=log"])
+@pytest.mark.parametrize("spec", [*SPECS, "cask:variant=paper,mass=log"])
 def test_the_short_form_gives_the_method_back(spec: str) -> None:
     assert get_method(of(spec).spec()) == of(spec)
 
@@ -236,11 +255,12 @@ def test_the_short_form_gives_the_method_back(spec: str) -> None:
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("cask:profile=x", "cask: profile must be default or paper, not 'x'."),
+        ("cask:variant=x", "cask: variant must be corrected or paper, not 'x'."),
         ("cask:mass=x", "cask: mass must be log or none, not 'x'."),
         ("cask:core_ratio=1.5", "cask: core_ratio must be between 0 and 1, not 1.5."),
         ("cask:window=-1", "cask: window must be at least 0, not -1."),
-        ("cask:markers=a", "cask: markers are token ids like 198;271;12-13, or none, not 'a'."),
+        ("cask:markers=a", "cask: markers must be token ids like 198;271;12-13, or none, not 'a'."),
+        ("cask:profile=paper", "cask: profile is now called variant; write variant=paper."),
     ],
 )
 def test_a_bad_option_is_one_sentence(spec: str, message: str) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from cask_views import DATA, Recorded
@@ -13,7 +13,7 @@ from transformers import Qwen3ForCausalLM
 from reasonkv import Budget
 from reasonkv.calibration import import_pt
 from reasonkv.evaluate.cask_diagnostics import MEASURES, CaskDiagnostics, CaskEvent, trace_means
-from reasonkv.evaluate.pieces import Row, feed
+from reasonkv.evaluate.chunks import TraceRow, feed
 from reasonkv.evaluate.reference import FullAttention
 from reasonkv.methods.cask import CaskPlan
 from reasonkv.plan import Plan
@@ -25,12 +25,12 @@ IDS = next(case for case in Recorded().json["replay"] if case["kind"] == "cask")
 
 @pytest.fixture(
     scope="module",
-    params=["cask:similarity=0.5", "cask:fold=neighbours,per_layer=true", "cask:profile=paper", "cask:fold=none"],
+    params=["cask:similarity=0.5", "cask:fold=neighbours,per_layer=true", "cask:variant=paper", "cask:fold=none"],
 )
 def measured(request: pytest.FixtureRequest) -> tuple[str, list[CaskEvent]]:
     model = Qwen3ForCausalLM.from_pretrained(DATA / "tiny_qwen3").eval()
     ids = Recorded().read(IDS).view(-1).long()
-    rows = [Row(ids[:40], ids[40:260]), Row(ids[5:30], ids[30:200])]
+    rows = [TraceRow(ids[:40], ids[40:260]), TraceRow(ids[5:30], ids[30:200])]
     seen = CaskDiagnostics(FullAttention.collect(model, rows))
     with (
         torch.no_grad(),
@@ -70,7 +70,7 @@ def test_masses_are_parts_and_ratios_at_most_one(measured: tuple[str, list[CaskE
         if spec == "cask:fold=none":
             assert event.lost_mass is None or event.lost_mass == pytest.approx(0, abs=1e-6)
             assert event.kappa_dispersion is None
-    assert json.loads(json.dumps([event.to_json() for event in events]))[0]["event"] == 0
+    assert events[0].event == 0
     assert set(trace_means(events)) == set(MEASURES)
     assert trace_means(events)["rho_rep"] is not None
 
@@ -90,17 +90,18 @@ class ByHand:
             before = self.held.get((layer, row), [])
             seen = max((max(tokens) for tokens in before), default=-1) + 1
             before = before + [[token] for token in range(seen, length)]
-            after: list[list[int]] = [[] for _ in decided.kept_K]
-            for tokens, into in zip(before, decided.into_N.tolist(), strict=True):
-                if into >= 0:
-                    after[into] += tokens
+            kept_slots, target = plan.kept_BHK[place, 0].tolist(), decided.target_N.tolist()
+            after: list[list[int]] = [[] for _ in kept_slots]
+            for tokens, slot in zip(before, target, strict=True):
+                if slot >= 0:
+                    after[kept_slots.index(slot)] += tokens
             self.held[layer, row] = after
             keys = view.rotary.unrotate(view.keys_BHND[place].double(), view.positions_BHN[place])  # type: ignore[union-attr]
             w = view.rotary.inv_freq.double()  # type: ignore[union-attr]
             kappa = torch.exp(1j * w[:, None] * 2.0 ** torch.arange(17).double()).mean(1).abs()
             parts = []  # (source tokens, distance, norm) of every group
-            for slot, kept in enumerate(decided.kept_K.tolist()):
-                members = [m for m, into in enumerate(decided.into_N.tolist()) if into == slot]
+            for slot, kept in enumerate(kept_slots):
+                members = [m for m, other in enumerate(target) if other == kept]
                 if len(members) == 1:
                     continue
                 weights = torch.tensor([float(plan.fold.value_weights_BHN[place, 0, m]) for m in members]).double()  # type: ignore[union-attr]
@@ -117,8 +118,9 @@ class ByHand:
             self.found.setdefault((row, int(view.event_B[place])), []).append(
                 {
                     "layer": layer, "length": length, "before": before, "after": after, "parts": parts,
-                    "reps": [int(view.positions_BHN[place, 0, kept]) for kept in decided.kept_K],
-                    "candidates": decided.candidates, "core": decided.core, "kept": set(decided.kept_K.tolist()),
+                    "reps": [int(view.positions_BHN[place, 0, kept]) for kept in kept_slots],
+                    "candidates": np.flatnonzero(decided.candidates_N).tolist(), "core": np.flatnonzero(decided.core_N),
+                    "kept": set(kept_slots),
                     "logs": plan.log_mass_BHK is not None or "log_mass" in view.state,
                 }
             )  # fmt: skip
@@ -163,11 +165,11 @@ class ByHand:
         }
 
 
-@pytest.mark.parametrize("spec", ["cask:similarity=0.5", "cask:fold=neighbours", "cask:profile=paper"])
+@pytest.mark.parametrize("spec", ["cask:similarity=0.5", "cask:fold=neighbours", "cask:variant=paper"])
 def test_every_measure_equals_its_definition_written_out(spec: str) -> None:
     model = Qwen3ForCausalLM.from_pretrained(DATA / "tiny_qwen3").eval()
     ids = Recorded().read(IDS).view(-1).long()
-    rows = [Row(ids[:40], ids[40:200]), Row(ids[5:30], ids[30:180])]
+    rows = [TraceRow(ids[:40], ids[40:200]), TraceRow(ids[5:30], ids[30:180])]
     reference = FullAttention.collect(model, rows)
     ours, by_hand = CaskDiagnostics(reference), ByHand(reference)
 

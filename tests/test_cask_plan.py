@@ -1,9 +1,9 @@
-"""CASK's second stage: the heap gives what a full rescan gives, and every plan fits."""
+"""CASK's second stage against a slow merging written from the paper: every pair is looked at again after every merge."""
 
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import get_args
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,208 +11,200 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reasonkv.methods.cask_plan import (
-    Candidates,
-    Folding,
-    Group,
-    Rules,
-    _Groups,
-    _joins,
-    consolidate,
-    largest_core,
-    merge_neighbours,
-)
-from reasonkv.methods.cask_votes import Votes
+from reasonkv.methods import get_method
+from reasonkv.methods.cask import CASK, Row
+
+CLOSE = 32  # positions
 
 
-def rescan(
-    candidates: Candidates, is_core: np.ndarray, slots: int, rules: Rules, *, phases: bool, limit: float, drop: bool
-) -> tuple[list[Group], bool] | None:
-    """The reference's way: look at all adjacent pairs again after every merge; the first of the best wins."""
-    joined, groups = _joins(candidates, is_core, phases), _Groups(candidates, rules)
-    firsts = np.flatnonzero(~is_core).tolist()
-    similar = rules.fold == "similar"
-    if len(firsts) - int(joined.sum()) > slots and not similar:
-        return None
-    dropped = False
-    while len(firsts) > slots:
-        best, chosen = None, None
-        for left, right in pairwise(firsts):
-            if not joined[right] or groups.last[left] + 1 != right:
-                continue
-            order = groups.order(left, right, limit)
-            if order is not None and (best is None or order > best):
-                best, chosen = order, (left, right)
-        if chosen is None:
-            if similar:  # the worst of what is left go
-                best_first = sorted(firsts, key=lambda first: (-groups.score[first], first))
-                return [groups.group(first) for first in sorted(best_first[:slots])], dropped
-            if dropped or not drop or limit == float("inf"):
+def row_of(n: int, **changes: Any) -> Row:
+    """Candidates of one row, all alike unless changed."""
+    index = np.arange(n)
+    values: dict[str, Any] = {
+        "scores_MN": torch.zeros(1, n), "counts_N": np.ones(n, dtype=np.int64), "starts_N": index, "ends_N": index,
+        "phases_N": np.zeros(n, dtype=np.int64), "protected_N": np.zeros(n, dtype=bool), "vectors_ND": np.ones((n, 2)),
+    }  # fmt: skip
+    return Row(**{**values, **changes})
+
+
+def cosine(a: np.ndarray, b: np.ndarray) -> float:
+    """0 for a vector of zeros; equal fractions give equal floats here, because test vectors are small integers."""
+    size = float(np.sqrt((a * a).sum())), float(np.sqrt((b * b).sum()))
+    return 0.0 if 0.0 in size else float(((a / size[0]) * (b / size[1])).sum())
+
+
+def merged_slowly(
+    row: Row, scores: list[float], linked: list[bool], is_core: list[bool], phases: list[int], slots: int,
+    similarity: float, evicts: bool,
+) -> list[int] | None:  # fmt: skip
+    """What continues each candidate (-1: evicted): groups are lists of candidates, compared by their best one."""
+    n = len(scores)
+    groups = [[i] for i in range(n) if not is_core[i]]
+
+    def best(group: list[int]) -> int:
+        return max(group, key=lambda i: (scores[i], i))  # of equals the latest
+
+    def order(left: list[int], right: list[int]) -> tuple[int, float] | None:
+        last, first = left[-1], right[0]
+        if first != last + 1 or not linked[first] or phases[first] != phases[last]:
+            return None
+        alike = cosine(row.vectors_ND[best(left)], row.vectors_ND[best(right)])
+        gap = min(row.starts_N[i] for i in right) - max(row.ends_N[i] for i in left)
+        tier = 0 if gap > CLOSE else 2 if alike >= similarity else 1
+        return None if evicts and tier < 2 else (tier, alike)
+
+    while len(groups) > slots:
+        orders = [order(left, right) for left, right in pairwise(groups)]
+        possible = [i for i, one in enumerate(orders) if one is not None]
+        if not possible:
+            if not evicts:
                 return None
-            dropped, limit = True, float("inf")
-            continue
-        groups.merge(*chosen)
-        firsts.remove(chosen[1])
-    return [groups.group(first) for first in firsts], dropped
+            groups = sorted(groups, key=lambda group: (-max(scores[i] for i in group), group[0]))[:slots]
+            break
+        place = max(possible, key=lambda i: (orders[i], -i))  # of equals the oldest
+        groups[place : place + 2] = [groups[place] + groups[place + 1]]
+    target = [i if is_core[i] else -1 for i in range(n)]
+    for group in groups:
+        for i in group:
+            target[i] = best(group)
+    return target
 
 
 @st.composite
-def situations(draw: st.DrawFn) -> tuple[Candidates, np.ndarray, int, Rules]:
+def situations(draw: st.DrawFn) -> tuple[Row, np.ndarray, np.ndarray, np.ndarray, int]:
+    """Candidates, their scores, which follow their neighbour directly, which are core, and slots for the others."""
     n = draw(st.integers(2, 40))
     random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     levels = draw(st.sampled_from([2, 5, 1000]))  # few levels: many ties
     counts = random.integers(1, 4, n)
-    steps = random.integers(0, 20, n)
-    ends = np.cumsum(counts + steps) - 1
+    ends = np.cumsum(counts + random.integers(0, 40, n)) - 1
     vectors = random.integers(-levels, levels + 1, (n, 3)).astype(float)
     if draw(st.booleans()):
         vectors[:] = vectors[random.integers(0, max(1, n // 3), n)]
     scores = random.integers(-levels, levels + 1, n) / levels
-    candidates = Candidates(
-        scores=scores,
-        supports=np.log1p(np.exp(scores)) + 1e-4,
-        counts=counts,
-        starts=ends - counts + 1,
-        ends=ends,
-        phases=np.cumsum(random.random(n) < 0.15),
-        vectors=vectors,
-        values=random.standard_normal((n, 2)) if draw(st.booleans()) else None,
-        linked=np.concatenate([[False], random.random(n - 1) < 0.95]),
+    row = row_of(
+        n, scores_MN=torch.from_numpy(np.stack([scores, -scores])), counts_N=counts, starts_N=ends - counts + 1,
+        ends_N=ends, phases_N=np.cumsum(random.random(n) < 0.15), vectors_ND=vectors,
+    )  # fmt: skip
+    linked = np.concatenate([[False], random.random(n - 1) < 0.95])
+    is_core = random.random(n) < draw(st.sampled_from([0.0, 0.3]))
+    return row, scores, linked, is_core, draw(st.integers(1, n))
+
+
+@settings(max_examples=200, deadline=None)
+@given(situations(), st.booleans(), st.sampled_from(["similar", "neighbours"]), st.sampled_from([0.5, 0.985]))
+def test_runs_merge_exactly_as_they_do_pair_by_pair(
+    situation: tuple[Row, np.ndarray, np.ndarray, np.ndarray, int], by_phase: bool, fold: str, similarity: float
+) -> None:
+    row, scores, linked, is_core, slots = situation
+    phases = row.phases_N if by_phase else np.zeros_like(row.phases_N)
+    method = cask(f"fold={fold},similarity={similarity}")
+    found = method.merge_runs(row, scores, linked, is_core, phases, slots)
+    wanted = merged_slowly(
+        row, scores.tolist(), linked.tolist(), is_core.tolist(), phases.tolist(), slots, similarity, fold == "similar"
     )
-    rules = Rules(
-        core=draw(st.sampled_from(["vote", "score"])),
-        core_ratio=draw(st.sampled_from([0.0, 0.3, 0.5, 1.0])),
-        promotion=draw(st.sampled_from([0.0, 0.5])),
-        operator=draw(st.sampled_from(["mean", "keepkv"])),
-        representative=draw(st.sampled_from(["score_max_source", "weighted_latest"])),
-        local_window=draw(st.sampled_from([4, 32])),
-        similarity=draw(st.sampled_from([0.5, 0.985])),
-        value_gate=draw(st.sampled_from([0.0, 1.0])),
-        mass_gate=draw(st.sampled_from([0.0, 1.5])),
-        phases=draw(st.booleans()),
-        fold=draw(st.sampled_from(["neighbours", "similar"])),
-    )
-    return candidates, random.random(n) < draw(st.sampled_from([0.0, 0.3])), draw(st.integers(1, n)), rules
+    assert (None if found is None else found.tolist()) == wanted
 
 
 @settings(max_examples=150, deadline=None)
-@given(situations(), st.booleans(), st.booleans())
-def test_the_heap_merges_exactly_what_a_full_rescan_merges(
-    situation: tuple[Candidates, np.ndarray, int, Rules], phases: bool, drop: bool
+@given(situations(), st.sampled_from(["similar", "neighbours", "none"]), st.sampled_from([0.0, 0.3, 0.5, 1.0]))
+def test_every_outcome_fills_its_slots_and_covers_each_candidate_once(
+    situation: tuple[Row, np.ndarray, np.ndarray, np.ndarray, int], fold: str, core_ratio: float
 ) -> None:
-    candidates, is_core, slots, rules = situation
-    limit = 0.8 if rules.mass_gate else float("inf")
-    fast = merge_neighbours(candidates, is_core, slots, rules, phases=phases, least_mass=limit, drop_gate=drop)
-    assert fast == rescan(candidates, is_core, slots, rules, phases=phases, limit=limit, drop=drop)
-
-
-@settings(max_examples=150, deadline=None)
-@given(situations(), st.sampled_from(get_args(Folding)))
-def test_every_consolidation_fills_its_slots_and_covers_each_candidate_once(
-    situation: tuple[Candidates, np.ndarray, int, Rules], fold: Folding
-) -> None:
-    candidates, _, slots, rules = situation
-    if not 2 <= slots < candidates.size:
+    row, scores, linked, _, slots = situation
+    if not 2 <= slots < len(scores):
         return
-    rules = Rules(**{**rules.__dict__, "fold": fold})
-    matrix = torch.from_numpy(np.stack([candidates.scores, -candidates.scores]))
-    found = consolidate(candidates, Votes(matrix), slots, rules)
-    members = [i for group in found.groups for i in range(group.first, group.last + 1)]
-    assert len(found.groups) == slots
-    assert members == sorted(set(members))
-    assert all(group.first <= group.anchor <= group.last for group in found.groups)
-    assert {group.first for group in found.groups if group.first == group.last} >= set(found.core)
-    if fold == "neighbours" and found.feasible:
-        assert members == list(range(candidates.size))
-        assert sum(group.count for group in found.groups) == candidates.counts.sum()
-    if fold != "neighbours":  # what is worth least goes, so nothing has to give way
-        assert found.feasible
-        assert not found.phases_relaxed
-        assert not found.mass_relaxed
+    found = cask(f"fold={fold},core_ratio={core_ratio}").decode_stage(row, scores, linked, slots)
+    if found is None:
+        assert fold == "neighbours"  # elsewhere what is worth least goes, so nothing has to give way
+        return
+    target, is_core = found
+    going_on = np.unique(target[target >= 0])
+    assert len(going_on) == slots
+    assert all(target[slot] == slot for slot in going_on)
+    assert set(np.flatnonzero(is_core)) <= set(going_on)
+    for slot in going_on:
+        members = np.flatnonzero(target == slot)
+        assert members.tolist() == list(range(members[0], members[-1] + 1))
+        assert scores[members].max() == scores[slot]
+        assert len(members) == 1 or not is_core[members].any()
+    if fold == "neighbours":
+        assert (target >= 0).all()
 
 
-def simple(n: int, **changes: object) -> Candidates:
-    values: dict[str, object] = {
-        "scores": np.zeros(n),
-        "supports": np.ones(n),
-        "counts": np.ones(n, dtype=np.int64),
-        "starts": np.arange(n),
-        "ends": np.arange(n),
-        "phases": np.zeros(n, dtype=np.int64),
-        "vectors": np.ones((n, 2)),
-    }
-    return Candidates(**{**values, **changes})  # type: ignore[arg-type]
+def cask(options: str) -> CASK:
+    method = get_method(f"cask:{options}")
+    assert isinstance(method, CASK)
+    return method
 
 
-def merged(candidates: Candidates, slots: int, rules: Rules, phases: bool = True) -> list[tuple[int, int]]:
-    found = merge_neighbours(candidates, np.zeros(candidates.size, dtype=bool), slots, rules, phases=phases)
-    assert found is not None
-    return [(group.first, group.last) for group in found[0]]
+def groups(row: Row, slots: int, scores: np.ndarray | None = None, fold: str = "neighbours") -> list[tuple[int, int]]:
+    n = len(row.starts_N)
+    scores = np.zeros(n) if scores is None else scores
+    linked = np.arange(n) > 0
+    target = cask(f"fold={fold}").merge_runs(row, scores, linked, np.zeros(n, dtype=bool), row.phases_N, slots)
+    assert target is not None
+    members = [np.flatnonzero(target == slot) for slot in np.unique(target[target >= 0])]
+    return [(int(own[0]), int(own[-1])) for own in members]
+
+
+def vectors(*angles: float) -> np.ndarray:
+    return np.stack([np.cos(angles), np.sin(angles)], 1)
 
 
 def test_of_equal_pairs_the_oldest_merges_first() -> None:
-    assert merged(simple(5), 3, Rules()) == [(0, 2), (3, 3), (4, 4)]
+    assert groups(row_of(5), 3) == [(0, 2), (3, 3), (4, 4)]
 
 
 def test_closeness_goes_before_similarity_and_similarity_before_age() -> None:
-    angles = np.array([0.0, 0.6, 0.6, 1.1])
-    vectors = np.stack([np.cos(angles), np.sin(angles)], 1)
-    far = np.array([0, 1, 100, 101])
-    assert merged(simple(4, vectors=vectors), 3, Rules()) == [(0, 0), (1, 2), (3, 3)]
-    assert merged(simple(4, vectors=vectors, starts=far, ends=far), 3, Rules()) == [(0, 0), (1, 1), (2, 3)]
+    own, far = vectors(0.0, 0.6, 0.6, 1.1), np.array([0, 1, 100, 101])
+    assert groups(row_of(4, vectors_ND=own), 3) == [(0, 0), (1, 2), (3, 3)]
+    assert groups(row_of(4, vectors_ND=own, starts_N=far, ends_N=far), 3) == [(0, 0), (1, 1), (2, 3)]
 
 
-def test_unlike_neighbours_are_evicted_instead_where_only_similar_ones_fold() -> None:
-    angles = np.array([0.0, 0.01, 0.6, 1.2, 1.21])
-    vectors = np.stack([np.cos(angles), np.sin(angles)], 1)
-    scores = np.array([1.0, 2.0, 5.0, 0.5, 0.0])
-    rules = Rules(fold="similar")
-    assert merged(simple(5, vectors=vectors, scores=scores), 3, rules) == [(0, 1), (2, 2), (3, 4)]
-    assert merged(simple(5, vectors=vectors, scores=scores), 2, rules) == [(0, 1), (2, 2)]
-
-
-def test_the_anchor_is_the_best_source_and_of_equals_the_latest() -> None:
-    scores = np.array([1.0, 3.0, 3.0, 2.0])
-    found = merge_neighbours(simple(4, scores=scores), np.zeros(4, dtype=bool), 1, Rules(), phases=True)
-    assert found is not None
-    assert found[0][0].anchor == 2
+def test_unlike_neighbours_are_evicted_instead_where_only_similar_ones_merge() -> None:
+    row, scores = row_of(5, vectors_ND=vectors(0.0, 0.01, 0.6, 1.2, 1.21)), np.array([1.0, 2.0, 5.0, 0.5, 0.0])
+    assert groups(row, 3, scores, "similar") == [(0, 1), (2, 2), (3, 4)]
+    assert groups(row, 2, scores, "similar") == [(0, 1), (2, 2)]
 
 
 def test_a_phase_boundary_holds_while_the_slots_suffice_and_gives_way_before_the_core() -> None:
-    phases = np.array([0, 0, 0, 1, 1, 1, 2, 2])
-    votes = Votes(torch.arange(8.0)[None])
-    rules = Rules(core_ratio=0.25)
-    kept = consolidate(simple(8, phases=phases, scores=np.arange(8.0)), votes, 4, rules)
-    assert not kept.phases_relaxed
-    assert [(g.first, g.last) for g in kept.groups] == [(0, 2), (3, 5), (6, 6), (7, 7)]
-    relaxed = consolidate(simple(8, phases=phases, scores=np.arange(8.0)), votes, 3, rules)
-    assert relaxed.phases_relaxed
-    assert relaxed.core == (7,)
+    phases, scores = np.array([0, 0, 0, 1, 1, 1, 2, 2]), np.arange(8.0)
+    row = row_of(8, phases_N=phases, scores_MN=torch.arange(8.0)[None])
+    method, linked = cask("fold=neighbours,core_ratio=0.25"), np.arange(8) > 0
+    kept = method.decode_stage(row, scores, linked, 4)
+    assert kept is not None
+    assert kept[0].tolist() == [2, 2, 2, 5, 5, 5, 6, 7]
+    relaxed = method.decode_stage(row, scores, linked, 3)
+    assert relaxed is not None
+    assert relaxed[1].tolist() == [False] * 7 + [True]
+    assert len(np.unique(relaxed[0])) == 3
 
 
-def test_without_any_allowed_pair_the_best_stay_and_nothing_is_folded() -> None:
-    values = 10.0 * np.eye(6)
-    found = consolidate(
-        simple(6, values=values, scores=np.arange(6.0)), Votes(torch.arange(6.0)[None]), 3, Rules(value_gate=1.0)
-    )
-    assert not found.feasible
-    assert [group.first for group in found.groups] == [3, 4, 5]
+def test_without_any_way_to_merge_nothing_fits() -> None:
+    """Protected slots between all candidates leave no neighbours."""
+    row = row_of(6, scores_MN=torch.arange(6.0)[None])
+    assert cask("fold=neighbours").decode_stage(row, np.arange(6.0), np.zeros(6, dtype=bool), 3) is None
 
 
-@pytest.mark.parametrize("best", [0, 1, 2, 5, 6])
-def test_a_heads_votes_go_to_its_best_and_of_equals_to_the_older(best: int) -> None:
-    matrix = torch.tensor([[1.0, 2.0, 2.0, 0.0, 2.0, 1.0], [5.0, 4.0, 3.0, 2.0, 1.0, 0.0]])
-    wanted = np.zeros(6, dtype=int)
+@pytest.mark.parametrize("size", [0, 1, 2, 5, 6])
+def test_the_core_is_what_most_heads_have_among_their_best_and_of_equals_the_older(size: int) -> None:
+    matrix = np.array([[1.0, 2.0, 2.0, 0.0, 2.0, 1.0], [5.0, 4.0, 3.0, 2.0, 1.0, 0.0]])
+    votes = [0] * 6
     for row in matrix.tolist():
-        for i in sorted(range(6), key=lambda i, row=row: (-row[i], i))[:best]:  # type: ignore[misc]
-            wanted[i] += 1
-    assert Votes(matrix).count(best).tolist() == wanted.tolist()
+        for i in sorted(range(6), key=lambda i, row=row: (-row[i], i))[:size]:  # type: ignore[misc]
+            votes[i] += 1
+    scores = matrix.max(0)
+    wanted = sorted(range(6), key=lambda i: (-votes[i], -scores[i], i))[:size]
+    assert np.flatnonzero(cask("").core(matrix, scores, size, 6)).tolist() == sorted(wanted)
 
 
-def test_the_largest_core_leaves_scratch_a_slot() -> None:
-    assert largest_core(28, 100, Rules()) == 14
-    assert largest_core(2, 74, Rules()) == 1
-    assert largest_core(5, 74, Rules()) == 2  # halves are rounded to even, as Python does
-    assert largest_core(4, 50, Rules(core_ratio=1.0)) == 3
-    assert largest_core(4, 50, Rules(core_ratio=0.0)) == 1
-    assert largest_core(4, 50, Rules(core_ratio=0.0, core_least=0)) == 0
+@pytest.mark.parametrize(
+    ("core_ratio", "slots", "size"),
+    [(0.5, 28, 14), (0.5, 2, 1), (0.5, 5, 2), (1.0, 4, 3), (0.01, 4, 1), (0.0, 4, 0)],  # halves go to the even number
+)
+def test_the_core_leaves_scratch_a_slot(core_ratio: float, slots: int, size: int) -> None:
+    row = row_of(74, scores_MN=torch.arange(74.0)[None])
+    found = cask(f"core_ratio={core_ratio}").decode_stage(row, np.arange(74.0), np.arange(74) > 0, slots)
+    assert found is not None
+    assert found[1].sum() == size

@@ -1,4 +1,5 @@
-"""What the command line promises: examples in every help, JSON on stdout, and one sentence for every mistake."""
+"""What the command line promises: flags from the API's dataclasses, an example in every help, JSON on stdout, and one
+sentence for every mistake."""
 
 from __future__ import annotations
 
@@ -8,23 +9,25 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import fields, is_dataclass
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
-import typer
+from command_line import Result, run, sentence
+from cyclopts import App
 from tiny import TASK, save_tiny
-from typer.testing import CliRunner
 
-import reasonkv.evaluate.demo
-from reasonkv.cli import app
-from reasonkv.cli.common import UsageError, split_specs, whole_numbers
+import reasonkv
+from reasonkv import cli
+from reasonkv.calibration.job import CalibrateJob
+from reasonkv.evaluate.job import GenerateJob, ReplayJob, TuneJob
 from reasonkv.methods import CATALOGUE, get_method
-from reasonkv.methods.sparse_read import SelectionMethod
 from reasonkv.runtimes.vllm.config import EngineConfig, ServingError
 
 COMMANDS = (
-    "demo", "methods", "doctor", "generate", "replay", "evaluate", "frontier", "report", "inspect", "train-testbed",
-    "calibrate", "train-gate", "serve",
+    "demo", "methods", "doctor", "generate", "replay", "evaluate", "tune", "frontier", "report", "inspect", "calibrate",
+    "train-gate", "serve",
 )  # fmt: skip
 SMALL = ["--interval", "12", "--sinks", "2", "--recent", "8", "--prompt-policy", "on_top", "--max-new-tokens", "40"]
 
@@ -34,62 +37,44 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(save_tiny(tmp_path_factory.mktemp("models") / "tiny"))
 
 
-def run(*arguments: object) -> tuple[int, str, str]:
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result.exit_code, result.stdout, result.stderr
-
-
-def replay(model: str, out: Path, *extra: object) -> tuple[int, str, str]:
-    basis = ["--task", TASK, "--methods", "full,random,rkv", "--budgets", "24", "--limit", "2", "--batch-size", "2"]
-    # the last of a repeated option counts, so `extra` overrides
-    return run("replay", "--model", model, *basis, *SMALL, "--out", out, *extra)
+def replay(model: str, out: Path, /, **changes: object) -> Result:
+    options = {"model": model, "task": TASK, "methods": "full,random,rkv", "budgets": 24, "limit": 2, "batch-size": 2}
+    options |= {name.replace("_", "-"): value for name, value in changes.items()}
+    given = [word for name, value in options.items() for word in ([f"--{name}"] + [value] * (value is not True))]
+    return run("replay", *SMALL, *given, "--out", out)
 
 
 # -- mistakes ---------------------------------------------------------------------------------------------------------
 
 
-def sentence(code: int, stdout: str, stderr: str) -> str:
-    """The one line on stderr, after checking that it is one."""
-    assert stdout == ""
-    lines = [line for line in stderr.splitlines() if line]
-    assert lines[-1].startswith("Error: ")
-    assert [line for line in lines if line.startswith("Error")] == lines[-1:]
-    assert "Traceback" not in stderr
-    assert lines[-1].endswith((".", "?)", ")"))
-    return lines[-1]
-
-
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("changes", "words"),
     [
-        (["--methods", "full,snapvk"], "Unknown method 'snapvk'; did you mean 'snapkv'?"),
-        (["--methods", "rkv:from=port"], "Unknown option of rkv 'from'; did you mean 'form'?"),
-        (["--methods", "snapkv:window=many"], "window takes a whole number, not 'many'"),
-        (["--methods", ","], "names nothing"),
-        (["--budgets", "9"], "9 tokens cannot hold 2 sinks and 8 recent"),
-        (["--budgets", "24", "--methods", "snapkv:window=30"], "24 tokens cannot hold 2 sinks and 30 recent"),
-        (["--budgets", "many"], "--budgets takes whole numbers"),
-        (["--mean-slots", "200"], "Give either --budgets or --mean-slots."),
-        (["--budgets", "0"], "tokens must be a whole number of at least 1"),
-        (["--task", "programme"], "There is no task 'programme'"),
-        (["--task", "program:lines=999"], "from 4 to 96"),
-        (["--limit", "0"], "--limit must be at least 1"),
-        (["--prompt-policy", "keepit"], "prompt must be one of count, keep, on_top, not 'keepit'"),
-        (["--traces", "stored"], "--traces must be one of greedy, sampled, reference"),
-        (["--dtype", "int8"], "Unknown dtype 'int8'"),
-        (["--device", "tpu:9"], "The device 'tpu:9' is not available here"),
-        (["--model", "/no/such/folder"], "There is no folder /no/such/folder"),
-        (["--prompt-policy", "keep", "--budgets", "60"], "leave no room in 60 tokens"),
+        ({"methods": "full,snapvk"}, "Unknown method 'snapvk'; did you mean 'snapkv'?"),
+        ({"methods": "snapkv:windw=3"}, "Unknown option of snapkv 'windw'; did you mean 'window'?"),
+        ({"methods": "snapkv:window=many"}, "window"),
+        ({"methods": ","}, "names separated by commas, not ','"),
+        ({"budgets": 9}, "9 tokens cannot hold 2 sinks and 8 recent"),
+        ({"methods": "snapkv:window=30"}, "24 tokens cannot hold 2 sinks and 30 recent"),
+        ({"budgets": "many"}, "--budgets takes whole numbers"),
+        ({"mean_slots": 200}, "Give one of tokens and mean_slots"),
+        ({"budgets": 0}, "tokens must be a whole number of at least 1"),
+        ({"task": "programme"}, "There is no task 'programme'"),
+        ({"task": "program:lines=999"}, "from 4 to 96"),
+        ({"limit": 0}, "limit must be a whole number of at least 1"),
+        ({"prompt_policy": "keepit"}, '"keepit" for --prompt-policy; choose from: "count", "keep", "on_top"'),
+        ({"traces": "stored"}, "--traces"),
+        ({"dtype": "int8"}, "Unknown dtype 'int8'"),
+        ({"device": "tpu:9"}, "The device 'tpu:9' is not available here"),
+        ({"model": "/no/such/folder"}, "There is no folder /no/such/folder"),
+        ({"prompt_policy": "keep", "budgets": 60}, "leave no room in 60 tokens"),
+        ({"config": "/no/such/file"}, "--config cannot read /no/such/file"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_exit_code_2(
-    model: str, tmp_path: Path, arguments: list[str], words: str
+    model: str, tmp_path: Path, changes: dict[str, object], words: str
 ) -> None:
-    code, stdout, stderr = replay(model, tmp_path / "out", *arguments)
-    assert words in sentence(code, stdout, stderr)
-    assert code == 2
+    assert words in sentence(replay(model, tmp_path / "out", **changes))
 
 
 def empty(folder: Path) -> None:
@@ -139,96 +124,172 @@ def test_a_wrong_model_folder_is_one_sentence_and_exit_code_2(
     if damage is not empty:
         shutil.copytree(model, folder)
     damage(folder)
-    code, stdout, stderr = replay(str(folder), tmp_path / "out")
-    assert str(folder) in sentence(code, stdout, stderr)
-    assert code == 2
+    assert str(folder) in sentence(replay(str(folder), tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 
 def test_a_model_given_as_a_file_is_one_sentence(model: str, tmp_path: Path) -> None:
-    code, stdout, stderr = replay(f"{model}/config.json", tmp_path / "out")
-    assert "is a file" in sentence(code, stdout, stderr)
-    assert code == 2
+    assert "is a file" in sentence(replay(f"{model}/config.json", tmp_path / "out"))
 
 
 def test_a_folder_of_another_command_is_one_sentence_and_a_corrupt_record_names_its_line(
     model: str, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    assert replay(model, out)[0] == 0
-    code, stdout, stderr = replay(model, out, "--limit", "3")
-    assert "holds results of another command (limit 2, not 3)" in sentence(code, stdout, stderr)
-    assert code == 2
+    assert replay(model, out).exit_code == 0
+    assert "holds results of another command (limit 2, not 3)" in sentence(replay(model, out, limit=3))
     lines = (out / "records.jsonl").read_bytes().splitlines(keepends=True)
     (out / "records.jsonl").write_bytes(b"".join([lines[0], lines[1][:50] + b"\n", *lines[2:]]))
-    code, stdout, stderr = replay(model, out)
-    assert "records.jsonl, line 2" in sentence(code, stdout, stderr)
-    assert code == 1
+    assert "records.jsonl, line 2" in sentence(replay(model, out), code=1)
     (out / "records.jsonl").write_bytes(b"".join([lines[0], *lines[2:]]))
-    assert replay(model, out)[0] == 0  # what the sentence advised
+    assert replay(model, out).exit_code == 0  # what the sentence advised
     assert len((out / "records.jsonl").read_text().splitlines()) == len(lines)
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], "Give either --prompt TEXT or --task NAME."),
-        (["--prompt", "a", "--task", "program"], "Give either --prompt TEXT or --task NAME."),
+        ([], "Give either a prompt or --task NAME"),
+        (["a", "--task", "program"], "Give either a prompt or --task NAME"),
+        (["a", "--prompt", "b"], "Give either a prompt or --task NAME"),
         (["--prompt", " "], "The prompt is empty"),
-        (["--prompt", "a", "--method", "rkv"], "rkv needs a budget; give --budget TOKENS"),
-        (["--prompt", "a", "--budget", "64"], "full takes no budget"),
-        (["--prompt", "a", "--method", "rkv", "--budget", "20"], "20 tokens cannot hold 4 sinks and 64 recent"),
-        (["--prompt", "a", "--chat"], "no chat template"),
+        (["-"], "The prompt is empty"),
+        (["a", "--method", "rkv"], "rkv needs one budget"),
+        (["a", "--method", "rkv", "--budgets", "128,256"], "rkv needs one budget"),
+        (["a", "--budget", "128"], "full takes no budget"),
+        (["a", "--method", "snapkv", "--budget", "20", "--recent", "40"], "20 tokens cannot hold"),
+        (["a", "--chat"], "no chat template"),
         (["--task", "maths"], "There is no task 'maths'"),
+        (["a", "--max-new-tokens", "0"], "--max-new-tokens must be at least 1, not 0"),
+        (["a", "--temperature", "-1"], "temperature must be a number of at least 0, not -1.0"),
     ],
 )
 def test_generate_says_what_is_wrong_in_one_sentence(model: str, arguments: list[str], words: str) -> None:
-    code, stdout, stderr = run("generate", "--model", model, *arguments)
-    assert words in sentence(code, stdout, stderr)
-    assert code == 2
+    assert words in sentence(run("generate", "--model", model, *arguments))
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["replya"], "No such command 'replya'"),
-        (["replay", "--task", "program"], "Missing option"),
-        (["replay", "--tsk", "program"], "No such option"),
-        (["demo", "--limit", "many"], "Invalid value for '--limit'"),
-        (["generate", "--max-new-tokens", "0"], "--max-new-tokens"),
-        (["methods", "rkv", "snapkv"], "unexpected extra argument"),
+        (["replya"], 'Unknown command "replya"; did you mean "replay"; see `reasonkv --help`.'),
+        (["replay", "--task", "program"], "Give --out a value; see `reasonkv replay --help`."),
+        (["replay", "--tsk", "program"], "did you mean --task instead of --tsk; see `reasonkv replay --help`."),
+        (["replay", "--task"], "Give --task a value"),
+        (["demo", "--limit", "many"], 'Invalid value for --limit: unable to convert "many" into int'),
+        (["methods", "rkv", "snapkv"], "Unexpected argument 'snapkv'"),
+        (["train-testbed"], "python -m tools.testbed"),
+        (["frontier", "--task", "program", "--methods", "rkv"], "`reasonkv tune` searches for budgets now"),
     ],
 )
 def test_a_mistyped_command_line_is_one_sentence_too(arguments: list[str], words: str) -> None:
-    code, stdout, stderr = run(*arguments)
-    assert words in sentence(code, stdout, stderr)
-    assert "--help`" in stderr
-    assert code == 2
+    assert words in sentence(run(*arguments))
 
 
-def test_train_testbed_refuses_a_folder_with_other_files(tmp_path: Path) -> None:
-    (tmp_path / "thesis.tex").write_text("x")
-    code, stdout, stderr = run("train-testbed", "--out", tmp_path, "--recipe", "smoke")
-    assert "thesis" not in sentence(code, stdout, stderr)
-    assert code == 1
-    assert "--recipe must be one of" in sentence(*run("train-testbed", "--recipe", "grand"))
+def _raising(error: BaseException) -> Callable[[], App]:
+    def command() -> None:
+        raise error
+
+    def make_app() -> App:
+        return App(default_command=command, suppress_keyboard_interrupt=False)
+
+    return make_app
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (KeyboardInterrupt(), 130, "Stopped; the same command continues where it stopped."),
+        (PermissionError(13, "Permission denied", "/locked"), 1, "Permission denied: '/locked'"),
+        (ModuleNotFoundError("No module named 'pandas'", name="pandas"), 1, "pip install 'reasonkv[eval]'"),
+    ],
+)
+def test_what_goes_wrong_outside_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, words: str
+) -> None:
+    monkeypatch.setattr(cli, "make_app", _raising(error))
+    result = run()
+    assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (code, "", 1)
+    assert words in result.stderr
+
+
+def test_a_defect_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "make_app", _raising(ZeroDivisionError("a defect")))
+    with pytest.raises(ZeroDivisionError, match="a defect"):
+        run()
+
+
+# -- flags ------------------------------------------------------------------------------------------------------------
+
+
+def _fields(cls: type) -> list[str]:
+    hints = get_type_hints(cls)
+    own = [one.name for one in fields(cls) if not is_dataclass(hints[one.name])]
+    return own + [name for one in fields(cls) if is_dataclass(hints[one.name]) for name in _fields(hints[one.name])]
+
+
+@pytest.mark.parametrize(
+    ("command", "job"),
+    [("replay", ReplayJob), ("evaluate", GenerateJob), ("tune", TuneJob), ("calibrate", CalibrateJob)],
+)
+def test_every_field_of_a_job_is_a_flag_with_help(command: str, job: type) -> None:
+    renamed = {"tokens": "budgets", "prompt": "prompt-policy", "source": "traces", "import_": "import"}
+    given = cli.make_app()[command].assemble_argument_collection(parse_docstring=True)
+    shown = {name: argument for argument in given for name in argument.names}
+    searched = {"tokens", "keep", "mean_slots"} if job is TuneJob else set()
+    for name in set(_fields(job)) - searched:
+        flag = f"--{renamed.get(name, name) if job is not CalibrateJob or name != 'tokens' else name}".replace("_", "-")
+        assert shown[flag].parameter.help, flag
+
+
+def test_a_file_gives_options_and_the_command_line_wins(model: str, tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        f"model: {model}\ntask: ['{TASK}']\nmethods: [full, random]\nbudgets: [24, 32]\nout: {tmp_path / 'out'}\n"
+        "prompt-policy: count\ninterval: 12\nsinks: 2\nrecent: 8\nmax-new-tokens: 40\nlimit: 1\njson: true\n"
+    )
+    result = run("replay", "--config", file, "--budgets", "28")
+    assert result.exit_code == 0, result.stderr
+    data = json.loads(result.stdout)
+    assert [(row["method"], row["tokens"]) for row in data["rows"]] == [("full", None), ("random", 28)]
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["arguments"]["budgets"][0]["prompt"] == "count"
+    again = run("replay", "--config", "-", "--budgets", "28", stdin=file.read_text())
+    assert again.stdout == result.stdout
+    wrong = run("replay", "--config", "-", stdin="tsk: program")
+    assert "[tsk]" in sentence(wrong)
+    assert "has none" in sentence(run("replay", "--config", "-", stdin="- program"))
+
+
+def test_the_version_and_a_completion_script_are_at_hand(tmp_path: Path) -> None:
+    assert run("--version").stdout.strip() == reasonkv.__version__
+    script = tmp_path / "completion"
+    assert run("--install-completion", "--shell", "fish", "--output", script).exit_code == 0
+    assert "prompt-policy" in script.read_text()
 
 
 # -- what works -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_has_help_with_an_example(command: str) -> None:
-    code, stdout, _ = run(command, "--help")
+def test_help_begins_with_one_sentence_and_an_example_and_groups_flags(command: str) -> None:
+    code, stdout, _ = run(command, "--help", env={"COLUMNS": "200"})
+    lines = [line.strip() for line in stdout.splitlines() if line.strip()]
     assert code == 0
-    assert f"Example: reasonkv {command}" in " ".join(stdout.split())
+    assert lines[0].startswith(f"Usage: reasonkv {command}")
+    assert lines[1].endswith(".") and lines[1].count(". ") == 0
+    assert lines[2].startswith(f"Example: reasonkv {command}")
+    if command in {"replay", "evaluate", "tune", "generate", "inspect"}:
+        assert all(f"─ {group} ─" in stdout for group in ("What to run", "Budget", "Model", "Output"))
 
 
-def test_help_needs_no_heavy_import() -> None:
-    code = "import sys, reasonkv.cli; print([m for m in ('torch', 'transformers', 'matplotlib') if m in sys.modules])"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env={
-        "PYTHONPATH": ":".join(sys.path)})  # fmt: skip
-    assert found.stdout.strip() == "[]"
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["methods"], ["replay", "--help"]])
+def test_what_only_prints_imports_nothing_heavy(arguments: list[str]) -> None:
+    code = (
+        f"import sys, reasonkv.cli; reasonkv.cli.run({arguments!r}); "
+        "print([m for m in ('torch', 'transformers', 'pandas', 'pydantic', 'scipy', 'altair') if m in sys.modules])"
+    )
+    environment = {"PYTHONPATH": ":".join(sys.path)}
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert found.stdout.splitlines()[-1] == "[]"
 
 
 def test_replay_leaves_table_figure_and_records(model: str, tmp_path: Path) -> None:
@@ -240,7 +301,7 @@ def test_replay_leaves_table_figure_and_records(model: str, tmp_path: Path) -> N
     assert "rkv @ 24" in stderr
     assert (out / "frontier.png").read_bytes().startswith(b"\x89PNG")
     assert {"manifest.json", "records.jsonl", "frontier.png"} < {path.name for path in out.iterdir()}
-    code, stdout, _ = replay(model, out, "--json")
+    code, stdout, _ = replay(model, out, json=True)
     data = json.loads(stdout)
     assert code == 0
     assert [(row["method"], row["tokens"], row["n"]) for row in data["rows"]] == [
@@ -252,15 +313,17 @@ def test_replay_leaves_table_figure_and_records(model: str, tmp_path: Path) -> N
 def test_the_demo_shows_every_method_at_every_budget_and_where_results_are(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from reasonkv.evaluate import demo
+
     monkeypatch.setattr("reasonkv.testbed.testbed_path", lambda: Path(model))
     monkeypatch.setattr("reasonkv.evaluate.demo.TASKS", (TASK,))
     monkeypatch.setattr("reasonkv.evaluate.demo.INSPECTED_TASK", TASK)
     monkeypatch.setattr("reasonkv.evaluate.demo.LONGEST_TRACE", 120)
-    monkeypatch.setattr("reasonkv.evaluate.evaluator.FULL_LIMIT", 60)  # random weights never come to an end
+    monkeypatch.setattr("reasonkv.evaluate.run.FULL_LIMIT", 60)  # random weights never come to an end
     monkeypatch.chdir(tmp_path)
     code, stdout, stderr = run("demo", "--limit", "2", "--no-open")
     assert code == 0, stderr
-    for word in (*reasonkv.evaluate.demo.METHODS, "slots read", "What to look at:"):
+    for word in (*demo.METHODS, "slots read", "What to look at:"):
         assert word in stdout
     assert "Report:  reasonkv-demo/report.html" in stdout
     folder = tmp_path / "reasonkv-demo"
@@ -268,7 +331,7 @@ def test_the_demo_shows_every_method_at_every_budget_and_where_results_are(
     assert (folder / "replay" / "frontier.png").read_bytes().startswith(b"\x89PNG")
     for kind, budgets in (("replay", 3), ("answers", 2)):
         records = [json.loads(line) for line in (folder / kind / "records.jsonl").read_text().splitlines()]
-        methods = len(reasonkv.evaluate.demo.METHODS) - 1
+        methods = len(demo.METHODS) - 1
         assert len(records) == 2 * (1 + methods * budgets)
         policies = {json.dumps({**record["budget"], "tokens": 0}) for record in records if record["budget"]}
         assert len(policies) == 1  # equal protection: nothing but the method and the budget's size differs
@@ -293,7 +356,7 @@ def test_methods_lists_the_catalogue() -> None:
             "every query": needs.observes, f"per {needs.scope}": needs.scope != "head", "merges": needs.folds,
             "mass": needs.log_mass, "calibration": needs.calibration, "rotary": needs.rotary,
             "token ids": needs.token_ids, "output projection": needs.output_projection, "future": needs.future,
-            "state per slot": needs.slot_state, "summaries": isinstance(get_method(name), SelectionMethod),
+            "state per slot": needs.slot_state, "summaries": needs.selects,
         }.items():  # fmt: skip
             assert (words in said) == bool(wanted), (name, words)
 
@@ -331,7 +394,7 @@ def test_the_list_of_methods_fits_100_columns_and_one_method_has_its_options() -
         assert words in one
     assert "it has no options" in run("methods", "full")[1]
     assert json.loads(run("methods", "rkv", "--json")[1])[0]["name"] == "rkv"
-    assert "did you mean 'snapkv'?" in sentence(*run("methods", "snapvk"))
+    assert "did you mean 'snapkv'?" in sentence(run("methods", "snapvk"))
 
 
 def test_doctor_says_whether_a_model_is_supported(model: str, tmp_path: Path) -> None:
@@ -380,19 +443,23 @@ def test_generate_with_a_budget_that_is_never_reached_equals_full_kv(model: str)
     assert outputs[0]["rows"][0]["output"] == outputs[1]["rows"][0]["output"]
 
 
-def test_train_testbed_trains(tmp_path: Path) -> None:
-    code, stdout, _ = run("train-testbed", "--recipe", "smoke", "--out", tmp_path / "run", "--json")
-    assert code == 0
-    assert Path(json.loads(stdout)["model"], "config.json").is_file()
+def test_a_prompt_is_an_argument_an_option_or_standard_input(model: str) -> None:
+    short = ["--model", model, "--max-new-tokens", "4"]
+    argument, option = (run("generate", *words, *short).stdout for words in (["a 1 b 2"], ["--prompt", "a 1 b 2"]))
+    assert argument == option == run("generate", "-", *short, stdin="a 1 b 2").stdout != ""
 
 
-def test_specs_keep_the_options_of_a_method_together() -> None:
-    assert split_specs("full, rkv:form=port,window=8,snapkv") == ["full", "rkv:form=port,window=8", "snapkv"]
-    assert split_specs("a,a,b:x=1:2,y=3") == ["a", "b:x=1:2,y=3"]
-    assert whole_numbers("1_024, 2048,2048", "--budgets") == [1024, 2048]
-    with pytest.raises(UsageError):
-        whole_numbers("", "--budgets")
-
-
-def test_the_app_is_a_typer_app() -> None:
-    assert isinstance(app, typer.Typer)
+def test_values_separated_by_commas_are_lists_and_options_stay_with_their_method() -> None:
+    words = [
+        "--task",
+        "a, b:x=1:2,y=3",
+        "--methods",
+        "rkv:variant=vase,window=8,snapkv",
+        "--budgets",
+        "1_024, 2048,2048",
+    ]
+    _, bound, *_ = cli.make_app().parse_known_args(["replay", *words, "--out", "x"])
+    job = bound.arguments["job"]
+    assert job.task == ("a", "b:x=1:2,y=3")
+    assert job.methods == ("rkv:variant=vase,window=8", "snapkv")
+    assert job.budget.tokens == (1024, 2048, 2048)  # BudgetOptions keeps each once

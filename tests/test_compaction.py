@@ -146,7 +146,8 @@ def test_folds_travel_through_a_cache_with_their_counts() -> None:
     layer, everything = cache.compressed_layers[0].storage, full.compressed_layers[0].storage
     for row, length in enumerate([60, 45]):
         state = cache.rows[row]
-        counts = layer.source_counts([row], state.state.held, [state.settled])
+        compacted = torch.tensor([state.compacted_slots])
+        counts = layer.source_counts(torch.tensor([row]), state.state.physical, compacted)
         assert int(counts[0, 0].sum()) == length
         folded = int(counts[0, 0, 0])
         torch.testing.assert_close(layer.values[row, 0, 0], everything.values[row, 0, :folded].mean(0))

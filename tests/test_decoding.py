@@ -10,11 +10,12 @@ import torch
 from models import tiny_model as family_model
 from scipy.stats import chisquare
 from tiny import tiny_model
-from transformers import DynamicCache, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from reasonkv import Budget, CompressedCache
 from reasonkv.evaluate.decoding import DecodingError, Generated, Request, decode_batch
-from reasonkv.evaluate.generate import Sampling, SamplingNoise, generate_rows, row_seed
+from reasonkv.evaluate.generate import end_tokens, noisy_scores, row_seed
+from reasonkv.evaluate.job import Sampling
 
 BUDGET = Budget(24, interval=12, sinks=2, recent=8, prompt="on_top")
 SAMPLING = Sampling(temperature=0.9, top_p=0.9)
@@ -29,7 +30,7 @@ def prompts(lengths: list[int], vocabulary: int = 150, seed: int = 0) -> list[to
 
 
 def draws(logits_V: torch.Tensor, sampling: Sampling, count: int) -> torch.Tensor:
-    scores = sampling.scores(logits_V.expand(count, -1), 3, seed=5, row_seed_B=torch.arange(count))
+    scores = noisy_scores(sampling, logits_V.expand(count, -1), 3, seed=5, row_seed_B=torch.arange(count))
     return torch.bincount(scores.argmax(-1), minlength=len(logits_V))
 
 
@@ -55,7 +56,7 @@ def test_samples_of_steps_seeds_and_rows_are_independent() -> None:
     rows = torch.arange(4)
 
     def picks(step: int, seed: int) -> list[int]:
-        return Sampling(1.0, 1.0).scores(logits, step, seed=seed, row_seed_B=rows).argmax(-1).tolist()
+        return noisy_scores(Sampling(1.0, 1.0), logits, step, seed=seed, row_seed_B=rows).argmax(-1).tolist()
 
     assert picks(0, 0) == picks(0, 0)
     assert len({tuple(picks(step, seed)) for step in range(4) for seed in range(4)}) == 16
@@ -93,12 +94,10 @@ def test_a_sample_is_the_same_alone_in_any_batch_and_in_any_order(method: str) -
 def decode(
     model: torch.nn.Module, method: str, requests: list[Request], sampling: Sampling | None = None, budget=BUDGET
 ) -> list[Generated]:
-    if method == "full":
-        return decode_batch(model, DynamicCache(config=model.config), requests, sampling=sampling, seed=3)
     with CompressedCache(
         model,
         method,
-        budget,
+        None if method == "full" else budget,
         prompt_lengths=[len(one.prompt_P) for one in requests],
         row_seeds=[one.row_seed for one in requests],
         max_length=200,
@@ -106,10 +105,41 @@ def decode(
         return decode_batch(model, cache, requests, sampling=sampling, seed=3)
 
 
+class SamplingNoise(LogitsProcessor):
+    """The same sampling in transformers' own loop; `columns` are the prompt's."""
+
+    def __init__(self, sampling: Sampling, columns: int, row_seed: int) -> None:
+        self.sampling, self.columns, self.row_seed_B = sampling, columns, torch.tensor([row_seed])
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        step = input_ids.shape[1] - self.columns
+        return noisy_scores(self.sampling, scores, step, seed=3, row_seed_B=self.row_seed_B)
+
+
+def generate(
+    model: torch.nn.Module,
+    request: Request,
+    sampling: Sampling | None = None,
+    cache: CompressedCache | None = None,
+) -> list[int]:
+    """What `model.generate` writes for one request; with the stock cache unless another is given."""
+    columns = len(request.prompt_P)
+    noise = [] if sampling is None else [SamplingNoise(sampling, columns, request.row_seed)]
+    settings = GenerationConfig(
+        max_new_tokens=request.limit, eos_token_id=end_tokens(model) or None, pad_token_id=0, do_sample=False
+    )
+    out = model.generate(
+        request.prompt_P[None],
+        generation_config=settings,
+        logits_processor=LogitsProcessorList(noise),
+        past_key_values=cache,
+    )
+    return out[0, columns:].tolist()
+
+
 def stops(model: torch.nn.Module, tokens: list[torch.Tensor], share: float = 0.15) -> None:
     """Name so many tokens ends of sequence that rows end at different places."""
-    greedy = generate_rows(model, tokens, 60)
-    common = torch.cat(greedy).unique()
+    common = torch.tensor([token for one in tokens for token in generate(model, Request(one, 60))]).unique()
     model.generation_config.eos_token_id = common[: max(1, int(len(common) * share))].tolist()
 
 
@@ -129,35 +159,16 @@ def test_rows_write_what_model_generate_writes_and_their_stats_are_those_of_the_
         assert row == alone
         assert row.stats.length == len(request.prompt_P) + len(row.tokens) - 1
         if method == "full":
-            (plain,) = generate_rows(
-                model, [request.prompt_P], 60, sampling=sampling, seed=3, row_seeds=[request.row_seed]
-            )
+            plain = generate(model, request, sampling)
         else:
+            lengths, seeds = [len(request.prompt_P)], [request.row_seed]
             with CompressedCache(
-                model,
-                method,
-                BUDGET,
-                prompt_lengths=[len(request.prompt_P)],
-                row_seeds=[request.row_seed],
-                max_length=200,
+                model, method, BUDGET, prompt_lengths=lengths, row_seeds=seeds, max_length=200
             ) as cache:
-                (plain,) = generate_rows(
-                    model, [request.prompt_P], 60, sampling=sampling, seed=3, row_seeds=[request.row_seed], cache=cache
-                )
+                plain = generate(model, request, sampling, cache)
                 assert cache.stats().rows[0] == row.stats
-        assert plain.tolist() == row.tokens
+        assert plain == row.tokens
         assert row.truncated == (row.tokens[-1] not in model.generation_config.eos_token_id)
-
-
-def test_full_kv_s_stats_are_those_of_an_unbounded_compressed_cache() -> None:
-    model = tiny_model(torch.float64)
-    tokens = prompts([30, 12])
-    requests = [Request(tokens[0], 1), Request(tokens[1], 20)]
-    stock = decode(model, "full", requests)
-    with CompressedCache(model, "full", prompt_lengths=[30, 12]) as cache:
-        ours = decode_batch(model, cache, requests)
-    assert stock == ours
-    assert [len(one.tokens) for one in stock] == [1, 20]
 
 
 def test_sliding_layers_of_a_padded_batch_stay_right_when_rows_leave() -> None:
@@ -185,14 +196,3 @@ def test_logits_that_are_not_numbers_stop_the_run_in_one_sentence() -> None:
         model.lm_head.weight.fill_(math.nan)
     with pytest.raises(DecodingError, match="not finite"):
         decode(model, "full", [Request(prompts([9])[0], 5)])
-
-
-def test_the_logits_processor_samples_in_plain_generate() -> None:
-    model = tiny_model(torch.float64)
-    (prompt,) = prompts([15])
-    noise = SamplingNoise(SAMPLING, 15, seed=3, row_seeds=[7])
-    out = model.generate(
-        prompt[None], max_new_tokens=12, do_sample=False, pad_token_id=0, logits_processor=LogitsProcessorList([noise])
-    )
-    (row,) = decode(model, "full", [Request(prompt, 12, 7)], SAMPLING)
-    assert out[0, 15:].tolist() == row.tokens

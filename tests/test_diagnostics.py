@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import pytest
 import torch
 from models import tiny_model
-from typer.testing import CliRunner
+from rich.console import Console
 
 from reasonkv import Budget
-from reasonkv.cli import app
+from reasonkv.evaluate.chunks import TraceRow, feed
 from reasonkv.evaluate.diagnostics import LOOKUP, Diagnostics
-from reasonkv.evaluate.pieces import Row, feed
-from reasonkv.evaluate.records import RECORDS, read_records
+from reasonkv.evaluate.job import BudgetOptions, ReplayJob
+from reasonkv.evaluate.records import ReplayRecord
 from reasonkv.evaluate.reference import FullAttention
+from reasonkv.evaluate.run import run
+from reasonkv.evaluate.table import summarize, to_frame
+from reasonkv.models import load_model
 from reasonkv.plan import Plan
 from reasonkv.report.report import write_report
+from reasonkv.report.terminal import diagnostic_tables
 from reasonkv.runtimes.transformers import CompressedCache
 from reasonkv.view import SlotView
 
@@ -70,7 +75,7 @@ def test_lost_attention_and_look_ups_equal_a_count_by_hand(method: str) -> None:
     model = tiny_model("llama")
     sharp(model)
     ids = torch.randint(5, 90, (2, 120), generator=torch.Generator().manual_seed(0))
-    rows = [Row(ids[0, :10], ids[0, 10:]), Row(ids[1, :7], ids[1, 7:80])]
+    rows = [TraceRow(ids[0, :10], ids[0, 10:]), TraceRow(ids[1, :7], ids[1, 7:80])]
     reference = FullAttention.collect(model, rows)
     ours, by_hand = Diagnostics(reference), ByHand(reference)
 
@@ -93,7 +98,7 @@ def test_lost_attention_and_look_ups_equal_a_count_by_hand(method: str) -> None:
 
 def test_a_trace_without_an_event_has_no_diagnostics() -> None:
     model = tiny_model("llama")
-    rows = [Row(torch.arange(5, 10), torch.arange(10, 20))]
+    rows = [TraceRow(torch.arange(5, 10), torch.arange(10, 20))]
     seen = Diagnostics(FullAttention.collect(model, rows))
     with torch.no_grad(), CompressedCache(model, "random", BUDGET, prompt_lengths=[5], observer=seen) as cache:
         for _ in feed(model, cache, rows, distances=cache.tokens_to_next_event, score=False):
@@ -102,20 +107,26 @@ def test_a_trace_without_an_event_has_no_diagnostics() -> None:
 
 
 def test_diagnostics_reach_records_table_and_report(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    arguments = (
-        "replay --task program:lines=12 --methods full,random,cask:fold=neighbours --budgets 64 --interval 16 "
-        f"--recent 8 --limit 2 --diagnostics --out {out}"
+    job = ReplayJob(
+        task="program:lines=12",
+        methods=("full", "random", "cask:fold=neighbours"),
+        budget=BudgetOptions(tokens=(64,), interval=16, recent=8, prompt="count"),
+        limit=2,
+        diagnostics=True,
     )
-    result = CliRunner().invoke(app, arguments.split(), env={"COLUMNS": "200"})
-    assert result.exit_code == 0, result.output
-    assert "what was lost" in result.output
-    assert "rho core" in result.output
-    records = {record.method: record for record in read_records(out / RECORDS)}
+    out = tmp_path / "out"
+    found = run(job, load_model("testbed"), out)
+    records = {record.method: record for record in found if isinstance(record, ReplayRecord)}
     assert records["full"].diagnostics == {}
     assert set(records["random"].diagnostics) == {"lost_attention", "lost_lookups"}
     assert records["cask"].diagnostics["lost_attention"] < records["random"].diagnostics["lost_attention"]
     assert {"lost_mass", "kappa_dispersion_relative", "rho_core", "rho_rep"} <= set(records["cask"].diagnostics)
+    console = Console(width=200, record=True, file=io.StringIO())
+    for table in diagnostic_tables(summarize(to_frame(found))):
+        console.print(table)
+    text = console.export_text()
+    assert "what was lost" in text
+    assert "rho core" in text
     page = write_report([out], tmp_path / "report.html").read_text()
     assert "rho of the core" in page
     assert "lost look-ups %" in page

@@ -8,46 +8,46 @@ from hypothesis import strategies as st
 
 from reasonkv import Budget
 from reasonkv.methods import get_method
-from reasonkv.runtimes.vllm.step import Sequence, Step
-from reasonkv.schedule import BatchSchedule, State, step
+from reasonkv.runtimes.vllm.step import RunningRequest, StepLayout
+from reasonkv.schedule import BatchSchedule, Lengths, step
 
 PLACES, BLOCK, CPU = 7, 4, torch.device("cpu")
 BUDGET, METHOD = Budget(8, interval=4, sinks=1, recent=2, prompt="count"), get_method("random")
 
 
 @st.composite
-def requests(draw: st.DrawFn) -> tuple[dict[str, Sequence], list[int]]:
+def requests(draw: st.DrawFn) -> tuple[dict[str, RunningRequest], list[int]]:
     """Some requests, as far as each is, and what a step feeds them."""
     count = draw(st.integers(1, 4))
     courses, places = BatchSchedule(PLACES), draw(st.permutations(range(PLACES)))[:count]
     sequences = {}
     for name, place in zip("dabc", places, strict=False):
-        budget, state = draw(st.sampled_from([BUDGET, None])), State(prompt=draw(st.integers(1, 20)))
+        budget, state = draw(st.sampled_from([BUDGET, None])), Lengths(prompt=draw(st.integers(1, 20)))
         if draw(st.booleans()):  # its prompt is in
             state, _ = step(budget, state, state.prompt)
         for _ in range(draw(st.integers(0, 9))):
             state, _ = step(budget, state, 1)
         courses.start(place, budget, state)
-        sequences[name] = Sequence(courses=courses, place=place, method=METHOD)
+        sequences[name] = RunningRequest(lengths=courses, row=place, method=METHOD)
     pieces = st.just(1) if draw(st.booleans()) else st.integers(1, 9)
     return sequences, [draw(pieces) for _ in sequences]
 
 
 @settings(max_examples=200, deadline=None)
 @given(requests(), st.integers(1, 6))
-def test_a_step_is_what_loops_say(given_: tuple[dict[str, Sequence], list[int]], ring: int) -> None:
+def test_a_step_is_what_loops_say(given_: tuple[dict[str, RunningRequest], list[int]], ring: int) -> None:
     sequences, pieces = given_
     order, before = list(sequences), [one.state for one in sequences.values()]
     fed = dict(sorted(zip(order, pieces, strict=True)))  # the scheduler's order is another one
     table = torch.randperm((len(order) + 2) * 12).view(-1, 12).int()  # rows behind the batch's are padding
-    one = Step(fed, sequences, order, table)
+    one = StepLayout(fed, sequences, order, table)
 
     tokens = [(row, rank) for row, n in enumerate(pieces) for rank in range(n)]
-    assert one.tokens == len(tokens) and one.only_decodes == (set(pieces) == {1})
-    assert one.position.tolist() == [before[row].length + rank for row, rank in tokens]
-    assert one.place.tolist() == [sequences[order[row]].place for row, _ in tokens]
-    assert one.longest == max(state.held + n for state, n in zip(before, pieces, strict=True))
-    slots = [before[row].held + rank for row, rank in tokens]
+    assert one.tokens == len(tokens)
+    assert one.position.tolist() == [before[row].logical + rank for row, rank in tokens]
+    assert one.row.tolist() == [sequences[order[row]].row for row, _ in tokens]
+    assert one.longest == max(state.physical + n for state, n in zip(before, pieces, strict=True))
+    slots = [before[row].physical + rank for row, rank in tokens]
     expected = [
         int(table[row, slot // BLOCK]) * BLOCK + slot % BLOCK for (row, _), slot in zip(tokens, slots, strict=True)
     ]
@@ -57,19 +57,19 @@ def test_a_step_is_what_loops_say(given_: tuple[dict[str, Sequence], list[int]],
     written = dict(zip(line.tolist(), range(len(tokens)) if newest is None else newest.tolist(), strict=True))
     naive = {}  # later tokens overwrite earlier ones
     for number, (row, rank) in enumerate(tokens):
-        naive[sequences[order[row]].place * ring + (before[row].length + rank) % ring] = number
+        naive[sequences[order[row]].row * ring + (before[row].logical + rank) % ring] = number
     assert written == naive
 
     one.end()
     afters = [step(sequences[name].budget, state, fed[name]) for name, state in zip(order, before, strict=True)]
     assert [sequence.state for sequence in sequences.values()] == [state for state, _ in afters]
-    assert [(event.row, event.name, event.before, event.held, event.after, event.budget) for event in one.events] == [
-        (row, name, before[row], before[row].held + fed[name], state, BUDGET)
+    assert [(event.index, event.name, event.before, event.held, event.after, event.budget) for event in one.due] == [
+        (row, name, before[row], before[row].physical + fed[name], state, BUDGET)
         for row, (name, (state, keep)) in enumerate(zip(order, afters, strict=True))
         if keep is not None
     ]
-    groups = one.groups(ring, sequences)
-    assert sorted(event.row for group in groups for event in group) == [event.row for event in one.events]
-    assert all(len({(e.held, e.after.held, min(ring, e.after.length)) for e in group}) == 1 for group in groups)
+    groups = one.compaction_groups(ring, sequences)
+    assert sorted(event.index for group in groups for event in group) == [event.index for event in one.due]
+    assert all(len({(e.held, e.after.physical, min(ring, e.after.logical)) for e in group}) == 1 for group in groups)
     ended = {name: sequence for name, sequence in sequences.items() if name != order[0]}
-    assert all(event.row for group in one.groups(ring, ended) for event in group)
+    assert all(event.index for group in one.compaction_groups(ring, ended) for event in group)

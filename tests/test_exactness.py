@@ -14,7 +14,7 @@ from oracle import PlanLog, differences, run_compressed
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from reasonkv import Budget, CompressedCache, get_method, method_names
-from reasonkv.evaluate.pieces import Row
+from reasonkv.evaluate.chunks import TraceRow
 from reasonkv.evaluate.reference import FullAttention
 from reasonkv.methods.sparse_read import SelectionMethod
 
@@ -76,7 +76,7 @@ WHOLE = [Case(*values) for values in product(*AXES) if _valid(list(values))]
 REST = [case for case in WHOLE if case not in set(PAIRWISE)]
 
 
-def check(case: Case, family: str | None = None) -> None:
+def check(case: Case, family: str | None = None, limits: Budget | None = None) -> None:
     """Run one cell and compare every layer's attention and the logits."""
     model = tiny_model(family or case.family, kernel="eager" if case.kernel == "eager" else None)
     lengths = BATCHES[case.batch]
@@ -85,13 +85,13 @@ def check(case: Case, family: str | None = None) -> None:
     prompts = [max(1, PROMPT - (LENGTH - length)) for length in lengths]
     method = get_method(SPECS.get(case.method, case.method))
     tokens = 40 if case.prompt == "keep" else 16
-    budget = Budget(tokens, interval=5, sinks=2, recent=3, prompt=case.prompt) if method.bounded else None
+    budget = limits or Budget(tokens, interval=5, sinks=2, recent=3, prompt=case.prompt) if method.bounded else None
     kernel = "reference" if case.kernel == "reference" else None
     future = None
     if method.needs.future:  # as in replay: the tokens that will be fed are known
         tokens_of = [row_ids[row_mask.bool()] for row_ids, row_mask in zip(ids, mask, strict=True)]
         unused = torch.zeros(1, dtype=torch.long)  # a trace's last token is predicted, not fed
-        known = [Row(row[:p], torch.cat([row[p:], unused])) for row, p in zip(tokens_of, prompts, strict=True)]
+        known = [TraceRow(row[:p], torch.cat([row[p:], unused])) for row, p in zip(tokens_of, prompts, strict=True)]
         future = FullAttention.collect(model, known)
     math = sdpa_kernel(SDPBackend.MATH) if case.kernel == "sdpa" else contextlib.nullcontext()
     log = PlanLog() if method.needs.folds or method.needs.log_mass else None
@@ -104,7 +104,7 @@ def check(case: Case, family: str | None = None) -> None:
     attention, logits = differences(model, compressed, ids, mask, positions, pieces, log)
     assert attention <= (1e-6 if case.kernel == "eager" else 1e-12)
     assert logits <= 1e-6
-    assert cache.rows[0].state.length == LENGTH
+    assert cache.rows[0].state.logical == LENGTH
     if method.bounded:
         assert cache.rows[0].events > 0
 
@@ -126,6 +126,21 @@ def test_every_supported_family_is_exact(family: str, batch_kind: str) -> None:
     kernel = "reference" if family == "gpt_oss" else "sdpa"
     check(Case("snapkv", family, "forward7", batch_kind, kernel, "on_top"))
     check(Case("random", family, "decode", batch_kind, kernel, "count"))
+
+
+@pytest.mark.parametrize("batch_kind", list(BATCHES))
+@pytest.mark.parametrize("pieces", list(PIECES))
+@pytest.mark.parametrize("method", ["snapkv", "cask", "h2o"])
+def test_a_share_of_the_length_is_exact(method: str, pieces: str, batch_kind: str) -> None:
+    for prompt in ("count", "keep", "on_top"):
+        limits = Budget(keep=0.3, interval=5, sinks=1, recent=6, prompt=prompt)  # type: ignore[arg-type]
+        check(Case(method, "qwen3", pieces, batch_kind, "sdpa", prompt), limits=limits)
+
+
+@pytest.mark.parametrize("batch_kind", list(BATCHES))
+@pytest.mark.parametrize("method", ["random", "keydiff", "h2o"])
+def test_shrunken_sinks_and_recent_tokens_are_exact(method: str, batch_kind: str) -> None:
+    check(Case(method, "llama", "decode", batch_kind, "sdpa", "count"), limits=Budget(16, interval=5, prompt="count"))
 
 
 def test_gpt_oss_is_exact_on_its_own_eager_attention_with_learned_sinks() -> None:
@@ -192,4 +207,4 @@ def test_padding_inside_and_at_the_end_of_a_piece_is_never_stored() -> None:
     ) as cache:
         run = run_compressed(model, cache, ids, mask, positions, pieces)
     assert differences(model, run, ids, mask, positions, pieces)[0] <= 1e-12
-    assert [row.state.length for row in cache.rows] == [44, 45]
+    assert [row.state.logical for row in cache.rows] == [44, 45]

@@ -10,13 +10,16 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from same_choice import check_same_choice
 from slot_views import make_view
 from torch import Tensor
 from torch.testing import assert_close
 
-from reasonkv.methods import MethodError, get_method
+from reasonkv.methods import get_method
 from reasonkv.methods.base import Observed
-from reasonkv.methods.expected import ExpectedAttention, Moments, expected_logits, mean_rotation, rotated
+from reasonkv.methods.expected import ExpectedAttention
+from reasonkv.methods.moments import Moments, expected_logits, mean_rotation, rotated
+from reasonkv.plan import Plan
 from reasonkv.rotary import Rotary
 from reasonkv.view import SlotView
 
@@ -48,8 +51,8 @@ def view_with(method: ExpectedAttention, B: int = 2, N: int = 60, pieces: list[i
     generator = torch.Generator().manual_seed(0)
     keys, values = torch.randn(2, B, 2, N, 20, generator=generator)
     queries = torch.randn(B, 4, N, 20, generator=generator) + torch.randn(B, 4, 1, 20, generator=generator)
-    state = {} if method.form == "cask" else observed(method, queries, ROTARY, pieces or [N])
-    window = queries[:, :, -method.window :] if method.form == "cask" else None
+    state = {} if method.variant == "cask" else observed(method, queries, ROTARY, pieces or [N])
+    window = queries[:, :, -method.window :] if method.variant == "cask" else None
     view = make_view(keys, window, sinks=2, recent=3)
     return replace(view, values_BHND=values, rotary=ROTARY, row_state=state, query_heads=4)
 
@@ -58,7 +61,7 @@ def view_with(method: ExpectedAttention, B: int = 2, N: int = 60, pieces: list[i
 def test_kvpress_form_equals_the_authors_code(case: dict[str, Any]) -> None:
     options, inputs = case["options"], {name: read(leaf) for name, leaf in JSON["inputs"][case["input"]].items()}
     method = ExpectedAttention(
-        form="kvpress",
+        variant="kvpress",
         covariance="full" if options["use_covariance"] else "none",
         future=options["n_future_positions"],
         value_norm=options["use_vnorm"],
@@ -123,7 +126,7 @@ def test_logits_are_the_log_of_the_mean_exponential_of_normal_queries(form: str)
     assert_close(found, expected + 0.5 * 0.25**2 * spread, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("spec", ["expected", "expected:form=kvpress", "expected:form=cask"])
+@pytest.mark.parametrize("spec", ["expected", "expected:variant=kvpress", "expected:variant=cask"])
 def test_rows_of_a_batch_score_as_they_would_alone(spec: str) -> None:
     method = get_method(spec)
     assert isinstance(method, ExpectedAttention)
@@ -140,15 +143,4 @@ def test_rows_of_a_batch_score_as_they_would_alone(spec: str) -> None:
         query_positions_BT=None if view.query_positions_BT is None else view.query_positions_BT[1:],
         row_state={name: tensor[1:] for name, tensor in view.row_state.items()},
     )
-    assert torch.equal(plan.kept_BHK[1:], method.plan(row, 20).kept_BHK)
-
-
-def test_options_are_checked() -> None:
-    for bad, sentence in {
-        "form=paper": "form must be one of",
-        "covariance=half": "covariance must be one of",
-        "future=0": "future must be at least 1",
-        "epsilon=-1": "epsilon must be a number of at least 0",
-    }.items():
-        with pytest.raises(MethodError, match=sentence):
-            get_method(f"expected:{bad}")
+    check_same_choice(method, [row], [Plan(plan.kept_BHK[1:])], [method.plan(row, 20)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
@@ -9,9 +10,10 @@ from typing import ClassVar
 import pytest
 import torch
 from models import batch, tiny_model
+from safetensors import safe_open
 
 from reasonkv import Budget, CompressedCache, Fold, Method, Plan, Requirements, SlotView, get_method
-from reasonkv.evaluate.fates import NEVER, EventPlan, PlanRecorder, fates, load_plans, save_plans
+from reasonkv.evaluate.fates import NEVER, EventPlan, PlanRecorder, fates, save_plans
 from reasonkv.evaluate.manifest import ResultsError
 
 PROMPTS, LENGTHS = [24, 17, 9], [66, 59, 46]
@@ -64,6 +66,17 @@ def run(method: str | Method, **fields: object) -> tuple[list[EventPlan], Compre
     return recorder.plans, cache
 
 
+def read_back(path: Path) -> list[EventPlan]:
+    """The plans of a file, by its documented names alone."""
+    with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+        index = json.loads(file.metadata()["plans"])
+    return [
+        EventPlan(*facts, tensors[f"{i}.positions"], tensors[f"{i}.kept"], tensors.get(f"{i}.into"))
+        for i, facts in enumerate(index)
+    ]
+
+
 def follow(plans: list[EventPlan], layer: int, row: int, head: int, tokens: int) -> dict[str, list[int]]:
     """The same fates, one slot at a time: what every slot holds is a set of tokens."""
     dropped, folded, into = ([NEVER] * tokens for _ in range(3))
@@ -108,7 +121,7 @@ def test_fates_equal_a_slot_by_slot_replay_of_the_saved_plans(
 ) -> None:
     plans, cache = run(method, **fields)
     save_plans(tmp_path / "plans.safetensors", plans)
-    saved = load_plans(tmp_path / "plans.safetensors")
+    saved = read_back(tmp_path / "plans.safetensors")
     for row, tokens in enumerate(LENGTHS):
         found = fates(plans, tokens, row=row)
         assert found.layers == (0, 1, 2)
@@ -121,7 +134,8 @@ def test_fates_equal_a_slot_by_slot_replay_of_the_saved_plans(
                 assert found.folded_GHN[layer, head].tolist() == expected["folded"]
                 assert found.into_GHN[layer, head].tolist() == expected["into"]
                 assert held[head].tolist() == expected["alive"]
-                assert found.alive_GHN()[layer, head].nonzero()[:, 0].tolist() == expected["alive"]
+                alive = (found.dropped_GHN == NEVER) & (found.folded_GHN == NEVER)
+                assert alive[layer, head].nonzero()[:, 0].tolist() == expected["alive"]
     if isinstance(method, FoldNeighbours):
         assert (fates(plans, LENGTHS[0]).folded_GHN >= 0).any()
 
@@ -139,18 +153,10 @@ def test_lengths_and_slots_of_events_are_the_schedules() -> None:
 def test_a_row_without_events_keeps_every_token() -> None:
     found = fates([], 7, layers=[0, 1])
     assert found.lengths_E == ()
-    assert bool(found.alive_GHN().all())
+    assert bool((found.dropped_GHN == NEVER).all() and (found.folded_GHN == NEVER).all())
 
 
 def test_plans_that_do_not_follow_each_other_are_refused() -> None:
     plans, _ = run("random")
     with pytest.raises(ResultsError, match="do not count from 0"):
         fates([replace(plan, event=plan.event + 1) for plan in plans], LENGTHS[0])
-
-
-def test_damaged_plans_are_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(ResultsError, match="cannot be read as saved plans"):
-        load_plans(tmp_path / "none.safetensors")
-    (tmp_path / "bad.safetensors").write_bytes(b"no tensors")
-    with pytest.raises(ResultsError, match="cannot be read as saved plans"):
-        load_plans(tmp_path / "bad.safetensors")

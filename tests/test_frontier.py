@@ -8,21 +8,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_records import record
+from report_folders import record, write_folder
 
 from reasonkv.budget import Budget
-from reasonkv.evaluate.crossings import crossings, matched
 from reasonkv.evaluate.frontier import (
     FrontierError,
     Point,
     Target,
-    joined,
+    crossings,
     measured_points,
-    metric_value,
+    pairs_to_test,
+    read_comparable,
     regime,
     usable_budget,
 )
-from reasonkv.evaluate.results import Results
+from reasonkv.evaluate.table import to_frame
 
 TARGET = Target("top1", 0.8)
 
@@ -37,7 +37,7 @@ def point(
         "program",
         method,
         "{}",
-        "decode-active",
+        "compressed",
         tokens,
         values,
         dict.fromkeys(values, 1.0),
@@ -156,37 +156,36 @@ def test_holm_counts_every_pair() -> None:
     assert not among[0].holds
 
 
-def test_cells_at_equal_memory_are_compared_across_rules() -> None:
-    a = point(64, 0.9, method="a", rule="on_top", physical_mean=200.0, spread=0.05)
-    b = point(256, 0.6, method="b", rule="count", physical_mean=203.0, spread=0.05)
-    far = point(256, 0.6, method="c", physical_mean=205.0, spread=0.05)
-    found = matched([a, b, far], "top1")
-    assert "a@64 > b@256" in {one.label for one in found if one.holds}
-    assert not any({one.ours.method, one.theirs.method} == {"a", "c"} for one in found)
+def test_cells_at_equal_memory_are_no_pair() -> None:
+    a = point(64, 0.9, method="a", physical_mean=200.0)
+    b = point(256, 0.6, method="b", physical_mean=203.0)
+    far = point(256, 0.6, method="c", physical_mean=205.0)
+    assert [(one.method, other.method) for one, other in pairs_to_test([a, b, far], "physical_mean")] == [("a", "c")]
+    assert len(pairs_to_test([a, b, far], "tokens")) == 2
 
 
 # -- regimes ----------------------------------------------------------------------------------------------------------
 
 
 def in_budget(events: int, prompt_tokens: int = 90, guards: dict[str, int] | None = None, **fields: object) -> str:
-    budget = Budget(**({"tokens": 128} | fields)).to_dict()  # type: ignore[arg-type]
+    budget = Budget(**({"tokens": 128, "prompt": "count"} | fields)).to_dict()  # type: ignore[arg-type]
     return regime(record(0, budget=budget, events=events, prompt_tokens=prompt_tokens, guards=guards or {}))
 
 
 def test_every_record_has_one_regime() -> None:
     assert in_budget(0) == "uncompressed"
-    assert in_budget(3) == "decode-active"
-    assert in_budget(1) == "decode-active"  # the prompt of 90 fits, so the event fell while decoding
-    assert in_budget(1, prompt_tokens=300) == "prefix-exhausted"  # the cut of the prompt, and nothing after it
-    assert in_budget(2, prompt_tokens=300) == "decode-active"
-    assert in_budget(1, prompt_tokens=300, cut_prompt="first_event") == "decode-active"
-    assert in_budget(2, prompt_tokens=300, prefill_chunk=100) == "prefix-exhausted"  # cuts at 200 and at 300
-    assert in_budget(3, prompt_tokens=300, prefill_chunk=100) == "decode-active"
-    assert in_budget(9, guards={"prefix_budget_exhausted": 2}) == "prefix-exhausted"
-    assert in_budget(9, guards={"another": 2}) == "decode-active"
-    assert in_budget(9, prompt="keep") == "prefix-exhausted"  # 90 and 64 recent ones fill 128
-    assert in_budget(9, prompt="keep", prompt_tokens=40) == "decode-active"
-    assert in_budget(9, prompt="on_top", prompt_tokens=900) == "decode-active"
+    assert in_budget(3) == "compressed"
+    assert in_budget(1) == "compressed"  # the prompt of 90 fits, so the event fell while decoding
+    assert in_budget(1, prompt_tokens=300) == "prompt_fills_budget"  # the cut of the prompt, and nothing after it
+    assert in_budget(2, prompt_tokens=300) == "compressed"
+    assert in_budget(1, prompt_tokens=300, cut_prompt="first_event") == "compressed"
+    assert in_budget(2, prompt_tokens=300, prefill_chunk=100) == "prompt_fills_budget"  # cuts at 200 and at 300
+    assert in_budget(3, prompt_tokens=300, prefill_chunk=100) == "compressed"
+    assert in_budget(9, guards={"prefix_budget_exhausted": 2}) == "prompt_fills_budget"
+    assert in_budget(9, guards={"another": 2}) == "compressed"
+    assert in_budget(9, prompt="keep") == "prompt_fills_budget"  # 90 and 64 recent ones fill 128
+    assert in_budget(9, prompt="keep", prompt_tokens=40) == "compressed"
+    assert in_budget(9, prompt="on_top", prompt_tokens=900) == "compressed"
     assert regime(record(0, method="full", budget=None, events=0)) == "uncompressed"
 
 
@@ -196,24 +195,23 @@ def test_points_are_split_by_regime_and_carry_full_kv_of_their_own_examples() ->
         *(record(i, method="full", options={}, budget=None, events=0, top1=1.0 - i / 100) for i in range(4)),
         *(record(i, budget=budget, events=0 if i < 1 else 5, top1=i / 10) for i in range(4)),
     ]
-    points = {one.regime: one for one in measured_points(records, "top1")}
-    assert set(points) == {"uncompressed", "decode-active"}
-    assert points["decode-active"].values == {1: 0.1, 2: 0.2, 3: 0.3}
-    assert points["decode-active"].full == {1: 0.99, 2: 0.98, 3: 0.97}
-    assert points["decode-active"].mean == pytest.approx(0.2)
+    points = {one.regime: one for one in measured_points(to_frame(records), "top1")}
+    assert set(points) == {"uncompressed", "compressed"}
+    assert points["compressed"].values == {1: 0.1, 2: 0.2, 3: 0.3}
+    assert points["compressed"].full == {1: 0.99, 2: 0.98, 3: 0.97}
+    assert points["compressed"].mean == pytest.approx(0.2)
     with pytest.raises(FrontierError, match="not accuracy"):
-        metric_value(records[0], "accuracy")
+        measured_points(to_frame(records), "accuracy")
 
 
-def test_folders_are_joined_only_if_model_and_settings_agree() -> None:
-    def folder(name: str, model: str = "a", seed: int = 0, method: str = "snapkv") -> Results:
-        manifest = {"model": {"hash": model}, "arguments": {"seed": seed}}
-        return Results(
-            Path(name), manifest, [record(0, method="full", options={}, budget=None), record(0, method=method)]
-        )
+def test_folders_are_joined_only_if_model_and_settings_agree(tmp_path: Path) -> None:
+    def folder(name: str, model: str = "a", seed: int = 0, method: str = "snapkv") -> Path:
+        records = [record(0, method="full", options={}, budget=None), record(0, method=method)]
+        return write_folder(tmp_path / name, records, model=model, seed=seed)
 
-    assert len(joined([folder("one"), folder("two", method="rkv")])) == 3  # full KV counts once
+    one = folder("one")
+    assert len(read_comparable([one, folder("two", method="rkv")])) == 3  # full KV counts once
     with pytest.raises(FrontierError, match="different models"):
-        joined([folder("one"), folder("two", model="b")])
+        read_comparable([one, folder("three", model="b")])
     with pytest.raises(FrontierError, match="differ in seed"):
-        joined([folder("one"), folder("two", seed=1)])
+        read_comparable([one, folder("four", seed=1)])

@@ -115,8 +115,7 @@ def test_greedy_decoding_stays_within_the_bound_and_reports_it() -> None:
     assert stats.rows[0].bytes_full == 109 * 3 * 2 * (16 + 16) * 4
     held = 32 * 3 * 2 * ((16 + 16) * 4 + 4) + 3 * 4 * 6 * 16 * 4
     assert stats.rows[0].bytes_held == held
-    assert "109" not in str(stats)
-    assert "events" in str(stats)
+    assert str(stats).startswith("tokens seen 109 and 79, tokens kept 27 and 31, compactions 8 and 6, in use ")
 
 
 def test_a_finished_generation_continues_like_one_long_one() -> None:
@@ -146,7 +145,7 @@ def test_a_second_turn_of_several_tokens_continues() -> None:
         first = generate(model, ids, None, cache, new=30)
         generate(model, torch.cat([first, turn], 1), None, cache, new=30)
         assert cache.rows[0].state.prompt == 20
-        assert cache.rows[0].state.length == 20 + 30 + 9 + 29
+        assert cache.rows[0].state.logical == 20 + 30 + 9 + 29
     budget = Budget(24, interval=8, sinks=2, recent=6, prompt="on_top")
     with CompressedCache(model, "keydiff", budget, reopen_prompt=True) as cache:
         first = generate(model, ids, None, cache, new=30)
@@ -233,7 +232,7 @@ def test_streamers_and_custom_generate() -> None:
     with CompressedCache(model, "keydiff", BUDGET) as cache:
         out = generate(model, ids, mask, cache, streamer=Collect())
     assert streamed == [*out[0].tolist(), -1]
-    decode = reasonkv.generate("keydiff", BUDGET)
+    decode = reasonkv.generate_with("keydiff", BUDGET)
     assert torch.equal(generate(model, ids, mask, custom_generate=decode), out)
     assert decode.stats is not None
     assert decode.stats.rows[0].events > 0
@@ -299,11 +298,11 @@ def test_two_caches_on_one_model_do_not_disturb_each_other() -> None:
     second = CompressedCache(model, "knorm", BUDGET)
     out = generate(model, ids, mask, first, new=20)
     generate(model, ids, mask, second, new=20)
-    second.close()
+    second.detach()
     longer = torch.ones_like(out)
     assert torch.equal(generate(model, out, longer, first, new=20), expected)
-    first.close()
-    first.close()
+    first.detach()
+    first.detach()
     assert model.config._attn_implementation == "sdpa"
 
 

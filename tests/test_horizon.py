@@ -7,14 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from command_line import run
 from models import tiny_model
 from scipy.optimize import minimize
 from torch.testing import assert_close
-from typer.testing import CliRunner
 
 from reasonkv.calibration import collect, export_pt, import_pt, load_calibration, save_calibration
 from reasonkv.calibration.horizon import HorizonSums, fit_horizon, future_distances, onto_simplex
-from reasonkv.cli import app
 from reasonkv.rotary import Rotary
 
 INV_FREQ = 1e4 ** -(torch.arange(8, dtype=torch.float64) / 8)
@@ -99,15 +98,15 @@ def test_weights_survive_files_and_are_used(tmp_path: Path) -> None:
 
 def test_the_command_fits_them_and_replay_takes_them(tmp_path: Path) -> None:
     stats = tmp_path / "stats.safetensors"
-    run = CliRunner().invoke(app, f"calibrate --task program --limit 2 --horizon --out {stats}".split())
-    assert run.exit_code == 0, run.output
+    made = run(*f"calibrate --task program --limit 2 --horizon --out {stats}".split())
+    assert made.exit_code == 0, made.output
     replay = (
         f"replay --task program:lines=12 --methods triattention:horizon=variational --budgets 64 --interval 16 "
         f"--recent 8 --limit 1 --calibration {stats} --out {tmp_path / 'out'}"
     )
-    run = CliRunner().invoke(app, replay.split())
-    assert run.exit_code == 0, run.output
+    used = run(*replay.split())
+    assert used.exit_code == 0, used.output
     without = replay.replace(f"--calibration {stats}", "").replace("out", "other")
-    refused = CliRunner().invoke(app, [part.replace("--other", "--out") for part in without.split()])
+    refused = run(*(part.replace("--other", "--out") for part in without.split()))
     assert refused.exit_code != 0
     assert "calibrate --horizon" in refused.output

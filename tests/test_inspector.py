@@ -11,16 +11,18 @@ import numpy as np
 import pytest
 import torch
 from browser import needs_browser, open_page
+from command_line import run, sentence
+from safetensors import safe_open
 from tiny import TASK, save_tiny, tiny_loaded
-from typer.testing import CliRunner
 
 from reasonkv import Budget, get_method
-from reasonkv.cli import app
-from reasonkv.evaluate.fates import fates, load_plans
+from reasonkv.evaluate.cells import RunConfig
+from reasonkv.evaluate.fates import EventPlan, fates
+from reasonkv.evaluate.job import TraceSettings
 from reasonkv.evaluate.manifest import ResultsError
-from reasonkv.evaluate.replay import Cell, replay_batch
-from reasonkv.evaluate.traces import Trace, TraceSettings, load_or_make_traces
-from reasonkv.report.html import embedded_json, page
+from reasonkv.evaluate.replay import replay_batch
+from reasonkv.evaluate.traces import Trace, load_or_make_traces
+from reasonkv.report.html import embedded_json, render
 from reasonkv.report.inspector import (
     Inspection,
     inspect_generation,
@@ -32,7 +34,7 @@ from reasonkv.report.inspector import (
 )
 from reasonkv.tasks import get_task
 
-CELL = Cell(get_method("rkv:window=6,kernel=3"), Budget(40, interval=12, sinks=2, recent=8, prompt="count"))
+CELL = RunConfig(get_method("rkv:window=6,kernel=3"), Budget(40, interval=12, sinks=2, recent=8, prompt="count"))
 
 
 @pytest.fixture(scope="module")
@@ -151,14 +153,15 @@ def test_two_thousand_tokens_of_six_heads_stay_below_one_and_a_half_megabytes() 
 def test_saved_inspections_are_found_again(tmp_path: Path, replayed: Inspection) -> None:
     path = save_inspection(tmp_path, replayed.data)
     assert path.parent.name == "inspections"
-    assert load_inspections(tmp_path) == [json.loads(json.dumps(replayed.data))]
+    assert load_inspections(tmp_path) == {path.stem: json.loads(json.dumps(replayed.data))}
     path.write_text("{}")
     with pytest.raises(ResultsError, match="delete it and make it again"):
         load_inspections(tmp_path)
 
 
 def test_no_text_can_end_its_script_element() -> None:
-    text = page("a & <b>", "<p></p>", data={"d": {"x": "</script><script>alert(1)</script>"}})
+    hostile = {"d": {"x": "</script><script>alert(1)</script>"}}
+    text = render("inspector.html.j2", title="a & <b>", heading="", data=hostile)
     assert "alert(1)</script>" not in text
     assert "<title>a &amp; &lt;b&gt;</title>" in text
     with pytest.raises(ValueError, match="JSON compliant"):
@@ -209,17 +212,6 @@ def opened(tmp_path: Path) -> Path:
     path = tmp_path / "page.html"
     path.write_text(inspector_page(big()))
     return path
-
-
-@needs_browser
-def test_a_page_of_two_thousand_tokens_is_there_within_two_seconds(tmp_path: Path) -> None:
-    path, seconds = opened(tmp_path), []
-    for _ in range(3):  # the best of three says what the page costs, the others what else the machine did
-        with open_page(path) as tab:
-            seconds.append(tab.load_seconds)
-        if seconds[-1] < 2:
-            break
-    assert min(seconds) < 2
 
 
 @needs_browser
@@ -284,16 +276,22 @@ def test_what_full_kv_looked_at_and_the_cache_had_dropped_is_named(tmp_path: Pat
 SMALL = ["--interval", "12", "--sinks", "2", "--recent", "8", "--prompt-policy", "on_top", "--max-new-tokens", "40"]
 
 
-def run(*arguments: object) -> tuple[int, str, str]:
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result.exit_code, result.stdout, result.stderr
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny(tmp_path_factory.mktemp("models") / "tiny")
+
+
+def read_plans(path: Path) -> list[EventPlan]:
+    with safe_open(path, "pt") as file:
+        names, index = set(file.keys()), json.loads(file.metadata()["plans"])
+        return [
+            EventPlan(
+                layer=layer, row=row, event=event, length=length, positions_HN=file.get_tensor(f"{i}.positions"),
+                kept_HK=file.get_tensor(f"{i}.kept"),
+                into_HN=file.get_tensor(f"{i}.into") if f"{i}.into" in names else None,
+            )
+            for i, (layer, row, event, length) in enumerate(index)
+        ]  # fmt: skip
 
 
 def test_the_command_writes_a_page_two_lines_and_what_proves_its_fates(tmp_path: Path, model: Path) -> None:
@@ -305,9 +303,9 @@ def test_the_command_writes_a_page_two_lines_and_what_proves_its_fates(tmp_path:
     assert code == 0
     assert len(stdout.splitlines()) == 3
     assert "random at 24 slots" in stdout and html.read_text().startswith("<!doctype html>")
-    (data,) = load_inspections(tmp_path / "kept")
+    (data,) = load_inspections(tmp_path / "kept").values()
     (plans,) = (tmp_path / "kept" / "inspections").glob("*.plans.safetensors")
-    found = fates(load_plans(plans), len(data["pieces"]))
+    found = fates(read_plans(plans), len(data["pieces"]))
     assert array(data["fates"]["dropped"], "<i2").tolist() == found.dropped_GHN.flatten().tolist()
 
 
@@ -326,7 +324,7 @@ def test_a_results_folder_gives_the_example_that_went_wrong_first(tmp_path: Path
         assert run(command, *basis, "--out", folder / command)[0] == 0
         code, stdout, _ = run("inspect", folder / command, "--out", tmp_path / "page.html")
         assert code == 0 and "random at 24 slots" in stdout
-        (data,) = load_inspections(folder / command)
+        (data,) = load_inspections(folder / command).values()
         lines = [json.loads(line) for line in (folder / command / "records.jsonl").read_text().splitlines()]
         bounded = [line for line in lines if line["budget"]]
         name = "first_mismatch" if command == "replay" else "first_divergence"
@@ -336,8 +334,8 @@ def test_a_results_folder_gives_the_example_that_went_wrong_first(tmp_path: Path
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--method", "rkv"], "rkv needs a budget"),
-        (["--method", "full", "--budget", "64"], "full takes no budget"),
+        (["--method", "rkv"], "rkv needs one budget"),
+        (["--method", "full", "--budget", "64"], "takes no budget"),
         (["--method", "oracle", "--budget", "128", "--generate"], "oracle"),
         (["--budget", "9"], "cannot hold"),
         (["--budget", "128", "--task", "programme"], "There is no task"),
@@ -346,6 +344,4 @@ def test_a_results_folder_gives_the_example_that_went_wrong_first(tmp_path: Path
     ],
 )
 def test_a_mistake_is_one_sentence_and_exit_code_2(tmp_path: Path, arguments: list[str], words: str) -> None:
-    code, stdout, stderr = run("inspect", *arguments, "--out", tmp_path / "page.html")
-    assert (code, stdout) == (2, "")
-    assert stderr.startswith("Error: ") and words in stderr and len(stderr.splitlines()) == 1
+    assert words in sentence(run("inspect", *arguments, "--out", tmp_path / "page.html"))

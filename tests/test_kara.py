@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import batch, tiny_model
 from oracle import differences, run_compressed
+from same_choice import check_same_choice
 from slot_views import make_view, random_view
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -18,8 +19,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from reasonkv import Budget, CompressedCache, Plan, SlotView
 from reasonkv.budget import Window
 from reasonkv.evaluate.pieces import Row, feed
-from reasonkv.methods.kara import Kara, accept_chunks, chunked_top_k
+from reasonkv.methods.kara import Kara
 from reasonkv.methods.ops import top_k_slots
+from reasonkv.methods.token2chunk import accept_chunks, chunked_top_k
 
 WINDOW = Window(16, 5, 0.4)  # 6 of 16 slots stay
 PROMPT, LENGTH = 11, 11 + 16 * 3 + 5 + 4
@@ -207,7 +209,7 @@ def test_rows_with_windows_of_different_sizes_are_planned_as_each_alone() -> Non
                 queries_BHqTD=view.queries_BHqTD[one],
                 query_positions_BT=view.query_positions_BT[one],
             )
-            assert torch.equal(method.plan(alone, 40).kept_BHK, together.kept_BHK[one])
+            check_same_choice(method, [alone], [Plan(together.kept_BHK[one])], [method.plan(alone, 40)])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -254,7 +256,7 @@ def test_compressed_attention_equals_full_attention_over_the_kept_slots(
         for row in cache.rows:
             assert row.dropped == 30
             assert row.events == {"whole": 1, "chunked": 2}.get(pieces, 3)
-            assert row.state.held == LENGTH - PROMPT + row.state.prompt - 30
+            assert row.state.physical == LENGTH - PROMPT + row.state.prompt - 30
 
 
 class Kept:

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from same_choice import check_same_choice
 from slot_views import make_view, random_view
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from reasonkv.methods import CATALOGUE, MethodError, get_method
+from reasonkv.methods import CATALOGUE, MethodError, get_method, method_class
 from reasonkv.methods.random import RandomEviction
 from reasonkv.methods.rkv import RKV, mean_cosine, spared_columns
 from reasonkv.methods.snapkv import SnapKV
-from reasonkv.plan import PlanError
+from reasonkv.plan import Plan, PlanError
+from reasonkv.runtimes.vllm.config import ServingError, vllm_variant
 from reasonkv.view import SlotView
 
 SPECS = [
@@ -27,7 +32,7 @@ SPECS = [
     "snapkv:window=16",
     "snapkv:window=16,pooling=max,denominator=old,kernel=3",
     "rkv",
-    "rkv:form=port,window=16",
+    "rkv:variant=vase,window=16",
     "rkv:weight=0.5,threshold=0.9,retain=first",
 ]  # oracle reads a trace instead of the view: see test_oracle_method.py
 DOCS = Path(__file__).parents[1] / "docs" / "methods"
@@ -68,11 +73,12 @@ def test_a_plan_keeps_exactly_the_budget_with_every_protected_slot(spec: str, dt
 def test_a_batch_row_is_planned_as_the_same_row_alone(spec: str) -> None:
     needs = get_method(spec).needs
     view = random_view(3, 2, 200, 32, queries=needs.queries, sinks=4, recent=max(8, needs.recent), row_seeds=(5, 0, 9))
-    together = get_method(spec).plan(view, 80).kept_BHK
+    method = get_method(spec)
+    together = method.plan(view, 80).kept_BHK
     for b, row_seed in enumerate((5, 0, 9)):
         alone = row(view, b, row_seed)
-        assert torch.equal(get_method(spec).plan(alone, 80).kept_BHK[0], together[b])
-        assert torch.equal(get_method(spec).score(alone)[0], get_method(spec).score(view)[b])  # type: ignore[attr-defined]
+        check_same_choice(method, [alone], [Plan(together[b : b + 1])], [method.plan(alone, 80)])
+        torch.testing.assert_close(method.score(alone)[0], method.score(view)[b])  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("spec", [spec for spec in SPECS if not spec.startswith("random")])
@@ -110,6 +116,55 @@ def test_the_short_form_gives_the_method_back(spec: str) -> None:
 
 
 @pytest.mark.parametrize("name", CATALOGUE)
+def test_the_catalogue_says_what_the_classes_say(name: str) -> None:
+    entry, cls = CATALOGUE[name], method_class(name)
+    assert (entry.path, entry.title, entry.paper) == (f"{cls.__module__}:{cls.__name__}", cls.title, cls.paper)
+    method = cls()
+    if entry.vllm == "no":
+        with pytest.raises(ServingError):
+            vllm_variant(method)
+    else:
+        assert vllm_variant(method) == get_method(name if entry.vllm == "yes" else f"{name}:{entry.vllm}")
+
+
+def test_the_catalogue_is_read_without_torch() -> None:
+    code = "import sys, reasonkv.methods.catalogue as c; c.method_names(); sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        ("SnapKV", "snapkv"),
+        ("snap_kv", "snapkv"),
+        ("R-KV", "rkv"),
+        ("vase_dkv", "vase-dkv"),
+        ("StreamingLLM", "streaming"),
+        ("RandomAttention", "random-attention"),
+        ("RandomEviction", "random"),
+    ],
+)
+def test_names_match_whatever_their_case_and_punctuation(given: str, name: str) -> None:
+    assert get_method(given).name == name
+
+
+def test_an_unknown_name_is_answered_by_the_nearest() -> None:
+    with pytest.raises(MethodError, match="Unknown method 'SnapVK'; did you mean 'snapkv'"):
+        get_method("SnapVK")
+    with pytest.raises(MethodError, match="Unknown option of snapkv 'windw'; did you mean 'window'"):
+        get_method("snapkv:windw=3")
+
+
+def test_numpy_numbers_become_python_numbers_and_other_types_are_refused() -> None:
+    method = SnapKV(window=np.int64(16))  # type: ignore[arg-type]
+    assert type(method.window) is int
+    assert type(RKV(weight=np.float32(0.5)).weight) is float  # type: ignore[arg-type]
+    for value in (0.5, "16", True, None):
+        with pytest.raises(MethodError, match="snapkv: window must be a whole number, not"):
+            SnapKV(window=value)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", CATALOGUE)
 def test_every_method_has_a_page_a_title_and_a_paper(name: str) -> None:
     method = get_method(name)
     page = (DOCS / f"{name}.md").read_text()
@@ -127,13 +182,38 @@ def test_every_method_has_a_page_a_title_and_a_paper(name: str) -> None:
         ("snapkv:kernel=4", "snapkv: kernel must be an odd number of slots, not 4."),
         ("snapkv:pooling=sum", "snapkv: pooling must be avg or max, not 'sum'."),
         ("snapkv:denominator=new", "snapkv: denominator must be all or old, not 'new'."),
-        ("rkv:form=paper", "rkv: form must be official or port, not 'paper'."),
+        ("rkv:variant=official", "rkv: variant must be paper or vase, not 'official'."),
+        ("rkv:form=port", "rkv: form is now called variant; write variant=vase."),
         ("rkv:window=-1", "rkv: window must be at least 1, not -1."),
         ("rkv:kernel=2", "rkv: kernel must be an odd number of slots, not 2."),
         ("rkv:weight=1.5", "rkv: weight must be between 0 and 1, not 1.5."),
         ("rkv:threshold=-0.5", "rkv: threshold must be between 0 and 1, not -0.5."),
         ("rkv:retain=middle", "rkv: retain must be last or first, not 'middle'."),
         ("oracle:reduce=mean", "oracle: reduce must be sum or max, not 'mean'."),
+        ("tova:window=0", "tova: window must be at least 1, not 0."),
+        ("lagkv:lag=1", "lagkv: lag must be at least 2, not 1."),
+        ("lagkv:sinks=-1", "lagkv: sinks must be at least 0, not -1."),
+        ("lagkv:value_ratio=-1", "lagkv: value_ratio must be at least 0, not -1.0."),
+        ("lagkv:value_ratio=inf", "lagkv: value_ratio must be a finite number, not inf."),
+        ("curdkv:leverage=norm", "curdkv: leverage must be kv_product, kv_avg, key or value, not 'norm'."),
+        ("curdkv:window=-1", "curdkv: window must be at least 0, not -1."),
+        ("chunkkv:chunk=0", "chunkkv: chunk must be at least 1, not 0."),
+        ("chunkkv:base=full", "chunkkv: base must be a method that scores slots, not full."),
+        ("h2o:window=0", "h2o: window must be at least 1, not 0."),
+        ("h2o:recent_share=1.5", "h2o: recent_share must be between 0 and 1, not 1.5."),
+        ("defensivekv:mass=2", "defensivekv: mass must be between 0 and 1, not 2.0."),
+        ("defensivekv:form=public", "defensivekv: form is now called variant; write variant=paper."),
+        ("pyramidkv:form=public", "pyramidkv: form is now called variant; write variant=kvpress."),
+        ("beaconkv:beacons=0", "beaconkv: beacons must be at least 1, not 0."),
+        ("beaconkv:beacons=4.5", "beaconkv: beacons must be a whole number, not '4.5'."),
+        ("random-attention:prompt=some", "random-attention: prompt must be all, cap or none, not 'some'."),
+        ("random-attention:shared=maybe", "random-attention: shared must be true or false, not 'maybe'."),
+        ("vase-attnv:variant=kvpress", "vase-attnv: variant must be corrected or paper, not 'kvpress'."),
+        ("vase-attnv:n_large=-2", "vase-attnv: n_large must be at least -1, not -2."),
+        ("vase-attnv:temperature=0", "vase-attnv: temperature must be above 0, not 0.0."),
+        ("vase-dkv:projection=-1", "vase-dkv: projection must be at least 0, not -1."),
+        ("expected:epsilon=-1", "expected: epsilon must be at least 0, not -1.0."),
+        ("expected:covariance=half", "expected: covariance must be bands, full or none, not 'half'."),
     ],
 )
 def test_a_bad_option_is_one_sentence(spec: str, message: str) -> None:
@@ -224,12 +304,12 @@ def attended_view(slot: int, N: int = 60, window: int = 8) -> SlotView:
 
 
 @pytest.mark.parametrize(
-    "spec", ["snapkv:window=8", "snapkv:window=8,denominator=old", "rkv", "rkv:form=port,window=8"]
+    "spec", ["snapkv:window=8", "snapkv:window=8,denominator=old", "rkv", "rkv:variant=vase,window=8"]
 )
 def test_what_the_recent_queries_attend_to_stays_with_its_neighbours(spec: str) -> None:
     method = get_method(spec)
     kept = method.plan(attended_view(slot=20), 13).kept_BHK
-    half = 2 if isinstance(method, SnapKV) or method.form == "port" else 3  # type: ignore[attr-defined]
+    half = 2 if isinstance(method, SnapKV) or method.variant == "vase" else 3  # type: ignore[attr-defined]
     if half == 2:
         assert torch.equal(kept, torch.cat([torch.arange(18, 23), torch.arange(52, 60)]).expand(1, 2, 13))
     else:
@@ -289,7 +369,7 @@ def test_rkv_weighs_importance_against_redundancy() -> None:
 
 
 def test_without_sparing_rkvs_redundancy_orders_keys_as_keydiff_does() -> None:
-    view = view_for("rkv:form=port,window=16", N=150, dtype=torch.float64)
+    view = view_for("rkv:variant=vase,window=16", N=150, dtype=torch.float64)
     old = view.keys_BHND[:, :, :134]
     redundancy = mean_cosine(old, spare="none")
     keydiff = get_method("keydiff").score(make_view(old))  # type: ignore[attr-defined]
@@ -298,13 +378,13 @@ def test_without_sparing_rkvs_redundancy_orders_keys_as_keydiff_does() -> None:
 
 def test_the_forms_have_their_own_defaults() -> None:
     assert RKV().options() == {
-        "form": "official", "window": 8, "kernel": 7, "weight": 0.1, "threshold": 0.5, "retain": "last"
+        "variant": "paper", "window": 8, "kernel": 7, "weight": 0.1, "threshold": 0.5, "retain": "last"
     }  # fmt: skip
-    port = get_method("rkv:form=port")
-    assert port.options() == RKV().options() | {"form": "port", "window": 64, "kernel": 5, "weight": 0.5}
+    port = get_method("rkv:variant=vase")
+    assert port.options() == RKV().options() | {"variant": "vase", "window": 64, "kernel": 5, "weight": 0.5}
     assert port.needs.queries == port.needs.recent == 64
-    assert (RKV().spec(), port.spec(), RKV(form="port", window=8).spec()) == (
-        "rkv", "rkv:form=port", "rkv:form=port,window=8"
+    assert (RKV().spec(), port.spec(), RKV(variant="vase", window=8).spec()) == (
+        "rkv", "rkv:variant=vase", "rkv:variant=vase,window=8"
     )  # fmt: skip
 
 
@@ -324,7 +404,7 @@ class LargestTensor(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("common", [0.0, 1.0])
-@pytest.mark.parametrize("spec", ["rkv", "rkv:form=port", "snapkv", "keydiff"])
+@pytest.mark.parametrize("spec", ["rkv", "rkv:variant=vase", "snapkv", "keydiff"])
 def test_no_matrix_of_slots_by_slots_is_ever_in_memory(spec: str, common: float) -> None:
     N, D, method = 8192, 32, get_method(spec)
     generator = torch.Generator().manual_seed(0)

@@ -98,8 +98,8 @@ def test_folded_slots_with_their_mass_are_attended_exactly(
     attention, logits = differences(model, run, ids, mask, positions, PIECES[pieces], log)
     assert attention <= (1e-6 if kernel == "eager" else 1e-12)
     assert logits <= 1e-6
-    assert all(row.events > 1 and row.guards == {"folded": set(range(row.events))} for row in cache.rows)
-    assert cache.stats().rows[0].guards == {"folded": cache.rows[0].events}
+    assert all(row.events > 1 and row.fallbacks == {"folded": set(range(row.events))} for row in cache.rows)
+    assert cache.stats().rows[0].fallbacks == {"folded": cache.rows[0].events}
     for row, length in enumerate(lengths):
         _check_state(cache, row, length)
 
@@ -108,13 +108,14 @@ def _check_state(cache: CompressedCache, row: int, length: int) -> None:
     """Spans follow one another without a gap, and counts, sums and masses agree about how many tokens a slot is."""
     state = cache.rows[row]
     for layer in cache.compressed_layers:
-        index = layer.storage.token_indices([row], state.state.held, [length], [state.settled])
-        found = {name: t[0] for name, t in layer.storage.slot_state([row], index, [state.settled]).items()}
+        row_b, length_b, compacted_b = torch.tensor([[row], [length], [state.compacted_slots]])
+        index = layer.storage.token_indices(row_b, state.state.physical, length_b, compacted_b)
+        found = {name: t[0] for name, t in layer.storage.slot_state(row_b, index, compacted_b).items()}
         sizes = found["span_end"] - found["span_start"] + 1
         assert (found["span_start"][:, 1:] == found["span_end"][:, :-1] + 1).all()
         assert (found["span_start"] == index[0]).all() and (found["born"] == index[0]).all()
         assert sizes.sum(-1).tolist() == [length] * 2
-        counts = layer.storage.source_counts([row], state.state.held, [state.settled])[0]
+        counts = layer.storage.source_counts(row_b, state.state.physical, compacted_b)[0]
         torch.testing.assert_close(found["tokens"].float(), sizes.float())
         assert torch.equal(counts, sizes)
         torch.testing.assert_close(found["log_mass"].exp().float(), sizes.float(), rtol=1e-5, atol=0)
@@ -146,7 +147,7 @@ def test_rows_of_a_batch_fold_as_they_would_alone() -> None:
         with CompressedCache(model, FoldIntoOlder(), BUDGET, prompt_lengths=[prompts[row]]) as single:
             pieces = [prompts[row]] + [1] * 26
             run_compressed(model, single, ids[row : row + 1, alone], *own, pieces)
-        held = single.rows[0].state.held
+        held = single.rows[0].state.physical
         assert single.rows[0].state == together.rows[row].state
         for one, many in zip(single.compressed_layers, together.compressed_layers, strict=True):
             torch.testing.assert_close(
@@ -171,7 +172,7 @@ def test_state_moves_with_rows_and_copies_listen_for_themselves() -> None:
         _check_state(cache, 0, 50)
         assert cache.token_ids.of([0], [50])[0].tolist() == ids[1].tolist()
         assert twin.token_ids.of([0, 1], [50, 50])[0].tolist() == ids[0].tolist()
-        twin.close()
+        twin.detach()
 
 
 def test_token_ids_that_are_not_there_are_refused() -> None:

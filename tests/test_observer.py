@@ -10,7 +10,7 @@ from models import batch, tiny_model
 from torch import Tensor
 
 from reasonkv import Budget, CompressedCache
-from reasonkv.evaluate.pieces import Row, feed
+from reasonkv.evaluate.chunks import TraceRow, feed
 from reasonkv.plan import Plan
 from reasonkv.view import SlotView
 
@@ -83,7 +83,7 @@ def test_rows_of_a_ragged_batch_come_in_groups_with_their_batch_rows() -> None:
     model = tiny_model("llama")
     generator = torch.Generator().manual_seed(0)
     rows = [
-        Row(torch.randint(5, 200, (p,), generator=generator), torch.randint(5, 200, (t,), generator=generator))
+        TraceRow(torch.randint(5, 200, (p,), generator=generator), torch.randint(5, 200, (t,), generator=generator))
         for p, t in ((24, 30), (11, 40), (24, 12), (3, 25))
     ]
     seen = Recorder()
@@ -115,7 +115,7 @@ def test_a_deep_copy_shares_the_observer_and_reset_starts_the_events_anew() -> N
     with CompressedCache(model, "knorm", BUDGET, observer=seen, prompt_lengths=20) as cache:
         decode(model, cache, ids, mask, 0, 22)
         twin = copy.deepcopy(cache)
-        assert twin.observer is seen
+        assert twin.session.observer is seen
         seen.calls.clear()
         decode(model, cache, ids, mask, 22, 40)
         first = list(seen.calls)

@@ -73,14 +73,15 @@ def test_pooling_looks_at_neighbouring_slots_only(kernel: int) -> None:
     assert torch.equal(ops.max_pool(x, kernel), maximum)
 
 
-def test_group_reductions_and_z_score() -> None:
-    x = torch.randn(2, 3, 4, 50, generator=torch.Generator().manual_seed(0)) * 5 + 2
-    torch.testing.assert_close(ops.group_mean(x), sum(x[:, :, i] for i in range(4)) / 4)
-    assert torch.equal(ops.group_max(x), x.amax(2))
-    z = ops.z_score(x)
-    torch.testing.assert_close(z.mean(-1), torch.zeros(2, 3, 4), atol=1e-6, rtol=0)
-    torch.testing.assert_close(z.square().mean(-1), torch.ones(2, 3, 4))
-    assert torch.equal(ops.z_score(torch.ones(1, 1, 9)), torch.zeros(1, 1, 9))
+def test_largest_gives_ties_to_the_later_entry_and_counts_per_row() -> None:
+    scores = torch.tensor([[1.0, 2, 2, 2, 0], [5, 5, 5, 5, 5], [1, 2, 3, 4, 5]])[:, None]
+    for most in (3, None):
+        chosen = ops.largest(scores, torch.tensor([2, 3, 0])[:, None, None], most)
+        assert chosen[:, 0].int().tolist() == [[0, 0, 1, 1, 0], [0, 0, 1, 1, 1], [0, 0, 0, 0, 0]]
+
+
+def test_ranks_count_from_the_smallest_and_a_later_equal_is_higher() -> None:
+    assert ops.ranks(torch.tensor([[3.0, 1, 3, 2], [0, 0, 0, 0]])).tolist() == [[2, 0, 3, 1], [0, 1, 2, 3]]
 
 
 def attention_by_definition(view: SlotView, over: str, merge: bool) -> torch.Tensor:

@@ -13,10 +13,11 @@ from torch import Tensor
 
 import reasonkv
 from reasonkv import Budget, CompressedCache, UnsupportedModelError, get_method
-from reasonkv.evaluate.metrics import Reference
-from reasonkv.evaluate.pieces import MAX_PIECE, Row, feed
+from reasonkv.evaluate.cells import RunConfig
+from reasonkv.evaluate.chunks import MAX_CHUNK, TraceRow, feed
+from reasonkv.evaluate.metrics import TeacherLogprobs
 from reasonkv.evaluate.reference import FullAttention
-from reasonkv.evaluate.replay import Cell, replay_batch
+from reasonkv.evaluate.replay import replay_batch
 from reasonkv.evaluate.traces import Trace
 from reasonkv.methods import MethodError
 from reasonkv.plan import Plan
@@ -26,17 +27,19 @@ BUDGET = Budget(16, interval=5, sinks=2, recent=3, prompt="count")
 REFUSAL = "oracle looks into the future: it works in replay only, where the trace is known."
 
 
-def make_rows(shapes: list[tuple[int, int]]) -> list[Row]:
+def make_rows(shapes: list[tuple[int, int]]) -> list[TraceRow]:
     generator = torch.Generator().manual_seed(1)
-    return [Row(*(torch.randint(5, VOCABULARY, (count,), generator=generator) for count in shape)) for shape in shapes]
+    return [
+        TraceRow(*(torch.randint(5, VOCABULARY, (count,), generator=generator) for count in shape)) for shape in shapes
+    ]
 
 
-def feed_all(model: torch.nn.Module, cache: CompressedCache, rows: list[Row], max_piece: int = MAX_PIECE) -> None:
+def feed_all(model: torch.nn.Module, cache: CompressedCache, rows: list[TraceRow], max_piece: int = MAX_CHUNK) -> None:
     for _ in feed(model, cache, rows, distances=cache.tokens_to_next_event, max_piece=max_piece):  # type: ignore[arg-type]
         pass
 
 
-def prompts(rows: list[Row]) -> list[int]:
+def prompts(rows: list[TraceRow]) -> list[int]:
     return [len(row.prompt_P) for row in rows]
 
 
@@ -78,7 +81,7 @@ def test_pieces_give_the_kept_sets_of_single_tokens() -> None:
     rows = make_rows([(24, 60), (11, 33)])
     reference = FullAttention.collect(model, rows)
     kept = []
-    for piece in (MAX_PIECE, 1):
+    for piece in (MAX_CHUNK, 1):
         with CompressedCache(model, "oracle", BUDGET, prompt_lengths=prompts(rows), reference=reference) as cache:
             feed_all(model, cache, rows, piece)
             kept.append([cache.slot_positions(layer) for layer in range(3)])
@@ -121,7 +124,7 @@ def test_a_cache_without_a_reference_and_the_decoding_drop_in_refuse_in_one_sent
     reference = FullAttention.collect(model, make_rows([(10, 20)]))
     for options in ({}, {"reference": reference}):
         with pytest.raises(MethodError) as caught:
-            reasonkv.generate("oracle:reduce=max", BUDGET, **options)
+            reasonkv.generate_with("oracle:reduce=max", BUDGET, **options)
         assert str(caught.value) == REFUSAL
     assert model.config._attn_implementation == "sdpa", "a refused cache must leave the model as it was"
 
@@ -162,11 +165,11 @@ def test_replay_collects_what_the_oracle_needs() -> None:
     for number, row in enumerate(rows):
         with torch.no_grad():
             logits = model(torch.cat([row.prompt_P, row.output_T])[None]).logits[0, len(row.prompt_P) - 1 : -1]
-        reference = Reference.from_logits(logits, 10**6)
+        reference = TeacherLogprobs.from_logits(logits, 10**6)
         traces.append(Trace(number, row.prompt_P, row.output_T, reference, False))
 
     def kl(method: str) -> float:
-        outcomes = replay_batch(model, traces, Cell(get_method(method), BUDGET))
+        outcomes = replay_batch(model, traces, RunConfig(get_method(method), BUDGET))
         assert all(outcome.stats.physical_peak <= 24 for outcome in outcomes)
         return sum(outcome.metrics.kl for outcome in outcomes)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from reasonkv.budget import Budget, BudgetError, ExplicitEventsWindow, PeriodicWindow, Window
-from reasonkv.schedule import State, capacity, listed, periodic_round, raw_tokens, row_budget, step
+from reasonkv.schedule import Lengths, capacity, listed, periodic_round, raw_tokens, row_budget, step
 
 POLICY = PeriodicWindow(8, 3, 0.25, period=12, most=2)
 
@@ -42,23 +42,23 @@ def test_uncompressed_tokens_count_from_the_prompt_or_the_last_windows_buffer() 
     assert isinstance(row, ExplicitEventsWindow) and row_budget(Budget(128, prompt="count")) == Budget(
         128, prompt="count"
     )
-    assert raw_tokens(row, State(3, 3, prompt=5)) == 0  # the prompt is not whole yet
-    assert raw_tokens(row, State(20, 20, prompt=5)) == 15
-    assert raw_tokens(listed(row, 20), State(22, 16, prompt=5)) == 5  # the buffer of 3 and two more
+    assert raw_tokens(row, Lengths(3, 3, prompt=5)) == 0  # the prompt is not whole yet
+    assert raw_tokens(row, Lengths(20, 20, prompt=5)) == 15
+    assert raw_tokens(listed(row, 20), Lengths(22, 16, prompt=5)) == 5  # the buffer of 3 and two more
 
 
 @pytest.mark.parametrize("prompt", [1, 7, 30])
 @pytest.mark.parametrize("phase", range(12))
 def test_capacity_holds_a_row_alone_whenever_it_comes(prompt: int, phase: int) -> None:
     longest = prompt + 150
-    row, state, peak = row_budget(POLICY), State(prompt, prompt, prompt), prompt
+    row, state, peak = row_budget(POLICY), Lengths(prompt, prompt, prompt), prompt
     assert isinstance(row, ExplicitEventsWindow)
     for now in range(phase + 1, phase + 151):
-        length = state.length + 1
-        if periodic_round(POLICY, now, {"": raw_tokens(row, State(length, 0, prompt))}):
+        length = state.logical + 1
+        if periodic_round(POLICY, now, {"": raw_tokens(row, Lengths(length, 0, prompt))}):
             row = listed(row, length)
-        peak = max(peak, state.held + 1)
+        peak = max(peak, state.physical + 1)
         state, _ = step(row, state, 1)
-        assert peak <= capacity(POLICY, prompt, state.length)
-    assert state.length == longest and len(row.events) >= 10
+        assert peak <= capacity(POLICY, prompt, state.logical)
+    assert state.logical == longest and len(row.events) >= 10
     assert capacity(POLICY, prompt, longest) <= peak + POLICY.dropped * 2  # and is not far above

@@ -8,13 +8,15 @@ import torch
 from reasonkv import Budget, Window
 from reasonkv.budget import ExplicitEventsWindow
 from reasonkv.protection import protected_slots
-from reasonkv.schedule import State
+from reasonkv.schedule import Lengths
 
 
-def protected(budgets: list[Budget], states: list[tuple[State, State]], held: int, recent: int = 0) -> list[list[int]]:
+def protected(
+    budgets: list[Budget], states: list[tuple[Lengths, Lengths]], held: int, recent: int = 0
+) -> list[list[int]]:
     """Token indices that are protected, per row; every row holds its newest `held` tokens in two heads."""
     before, after = [one for one, _ in states], [one for _, one in states]
-    ends = torch.tensor([one.length for one in after])
+    ends = torch.tensor([one.logical for one in after])
     index = (ends[:, None, None] - held + torch.arange(held)).expand(-1, 2, -1)
     prompts = torch.tensor([one.prompt for one in after])
     found = protected_slots(index, index < prompts[:, None, None], budgets, before, after, recent)
@@ -22,9 +24,9 @@ def protected(budgets: list[Budget], states: list[tuple[State, State]], held: in
     return [row[mask].tolist() for row, mask in zip(index[:, 0], found[:, 0], strict=True)]
 
 
-def decoded(length: int, held: int, prompt: int, keep: int) -> tuple[State, State]:
+def decoded(length: int, held: int, prompt: int, keep: int) -> tuple[Lengths, Lengths]:
     """A one-token forward that ends at `length` tokens with `held` slots, of which its event keeps some."""
-    return State(length - 1, held - 1, prompt), State(length, keep, prompt)
+    return Lengths(length - 1, held - 1, prompt), Lengths(length, keep, prompt)
 
 
 @pytest.mark.parametrize(

@@ -17,12 +17,13 @@ from models import batch, tiny_model
 from oracle import differences, run_compressed
 
 from reasonkv import Budget, BudgetError, CompressedCache, Plan, Requirements, SlotView, get_method, schedule
-from reasonkv.budget import Window, layer_budgets
+from reasonkv.budget import Window
+from reasonkv.evaluate.cells import plan_cells
+from reasonkv.evaluate.chunks import TraceRow, feed
 from reasonkv.evaluate.fates import PlanRecorder, fates
-from reasonkv.evaluate.matching import mean_physical, tokens_for_mean
-from reasonkv.evaluate.pieces import Row, feed
-from reasonkv.evaluate.runner import plan_cells
-from reasonkv.methods.pyramidkv import PyramidKV, public_pyramid, pyramid
+from reasonkv.evaluate.matching import budget_for_mean, mean_physical
+from reasonkv.methods import layer_budgets
+from reasonkv.methods.pyramidkv import PyramidKV, kvpress_pyramid, pyramid
 from reasonkv.methods.snapkv import SnapKV
 
 CASES = json.loads((Path(__file__).parent / "data" / "field_uneven.json").read_text())["cases"]["pyramidkv_budgets"]
@@ -36,7 +37,7 @@ TOKENS = [24, 16, 8]  # sinks and window are 8; of the other 8 per layer, 15.6, 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: str(case["index"]))
 def test_the_public_form_equals_kvpress(case: dict[str, Any]) -> None:
-    found = public_pyramid(
+    found = kvpress_pyramid(
         case["q_len"] * (1 - case["compression_ratio"]),
         case["num_layers"],
         window=case["window_size"],
@@ -82,7 +83,7 @@ def test_budgets_of_layers_sum_to_layers_times_tokens_and_hold_what_is_protected
 
 
 def test_a_share_that_cannot_hold_what_is_protected_is_one_sentence() -> None:
-    model, public = MODEL, PyramidKV(window=6, beta=2, form="public")
+    model, public = MODEL, PyramidKV(window=6, beta=2, variant="kvpress")
     with pytest.raises(BudgetError) as caught:
         CompressedCache(model, public, Budget(16, sinks=4, recent=6, prompt="count"))
     assert str(caught.value) == (
@@ -101,7 +102,7 @@ class WholeModel(PyramidKV):
 
     @property
     def needs(self) -> Requirements:
-        return Requirements(scope="model")
+        return Requirements(scope="model", layer_budgets=True)
 
 
 def test_a_method_of_model_scope_cannot_have_layers_of_its_own() -> None:
@@ -126,7 +127,7 @@ def decode(cache: CompressedCache, tensors: tuple[torch.Tensor, ...], start: int
 
 def test_every_layer_follows_the_schedule_of_its_own_budget() -> None:
     tensors, prompts = batch([70, 57]), [26, 13]
-    states = [[schedule.State(prompt=p) for p in prompts] for _ in TOKENS]
+    states = [[schedule.Lengths(prompt=p) for p in prompts] for _ in TOKENS]
     with CompressedCache(MODEL, METHOD, BUDGET, prompt_lengths=prompts) as cache:
         for start, end in [(0, 26), *((n, n + 1) for n in range(26, 70))]:
             decode(cache, tensors, start, end)
@@ -138,7 +139,7 @@ def test_every_layer_follows_the_schedule_of_its_own_budget() -> None:
                 assert [p.shape[1] for p in cache.slot_positions(layer)] == [s.held for s in states[layer]]
                 far.append([schedule.next_event(one, s) - s.length for s in states[layer]])
             assert cache.tokens_to_next_event() == [min(row) for row in zip(*far, strict=True)]
-        assert [track.layers for track in cache.tracks] == [1, 1, 1]
+        assert [track.layers for track in cache.layer_groups] == [1, 1, 1]
 
 
 @pytest.mark.parametrize("prompt", ["count", "keep", "on_top"])
@@ -148,7 +149,7 @@ def test_a_padded_batch_and_pieces_that_end_at_events_keep_what_single_tokens_al
     lengths, prompts = [66, 57, 45], [24, 15, 24]
     draw = torch.Generator().manual_seed(1)
     rows = [
-        Row(*torch.randint(5, 90, (n,), generator=draw).split([p, n - p]))
+        TraceRow(*torch.randint(5, 90, (n,), generator=draw).split([p, n - p]))
         for n, p in zip(lengths, prompts, strict=True)
     ]
 
@@ -204,7 +205,7 @@ def test_one_layer_gets_everything_and_a_flat_pyramid_is_snapkv() -> None:
         with CompressedCache(MODEL, method, BUDGET, prompt_lengths=[26, 13]) as cache:
             logits = [decode(cache, tensors, 0, 26)]
             logits += [decode(cache, tensors, start, start + 1) for start in range(26, 70)]
-            assert len(cache.tracks) == 1
+            assert len(cache.layer_groups) == 1
             outcomes.append((torch.stack(logits), cache.stats().rows, cache.slot_positions(2)))
     assert torch.equal(outcomes[0][0], outcomes[1][0])
     assert outcomes[0][1] == outcomes[1][1]
@@ -219,11 +220,11 @@ def test_bytes_and_lengths_are_those_of_the_layers_together() -> None:
         for start in range(26, 70):
             decode(cache, tensors, start, start + 1)
         stats = cache.stats()
-        states = [[schedule.State(prompt=p)] for p in (26,) for _ in TOKENS]
+        states = [[schedule.Lengths(prompt=p)] for p in (26,) for _ in TOKENS]
         for layer, tokens in enumerate(TOKENS):
             state = schedule.step(replace(BUDGET, tokens=tokens), states[layer][0], 26)[0]
             for _ in range(44):
-                attended += state.held + 1
+                attended += state.physical + 1
                 state = schedule.step(replace(BUDGET, tokens=tokens), state, 1)[0]
             states[layer] = [state]
     row = stats.rows[0]
@@ -238,7 +239,7 @@ def test_bytes_and_lengths_are_those_of_the_layers_together() -> None:
     assert row.physical_terminal == pytest.approx(sum(own[0].held for own in states) / 3)
     assert row.physical_peak == pytest.approx((29 + 26 + 26) / 3)  # the first layer's 24 slots and 5 more
     assert stats.bytes_allocated == 2 * sum(tokens + 5 for tokens in TOKENS) * 2 * 32 * 8
-    assert row.events == max(track.rows[0].events for track in cache.tracks)
+    assert row.events == max(track.rows[0].events for track in cache.layer_groups)
     dropped = sum(70 - own[0].held for own in states) / 3
     assert row.tokens_dropped == round(dropped)
 
@@ -254,7 +255,7 @@ def test_rows_move_and_copies_go_on_alone_with_every_layers_account() -> None:
         order = [2, 0, 0]
         cache.reorder_cache(torch.tensor(order))
         for new, old in enumerate(order):
-            for one, other in zip(cache.tracks, twin.tracks, strict=True):
+            for one, other in zip(cache.layer_groups, twin.layer_groups, strict=True):
                 assert one.rows[new] == other.rows[old]
         moved = tuple(tensor[order] for tensor in tensors)
         for start in range(50, 70):
@@ -263,12 +264,12 @@ def test_rows_move_and_copies_go_on_alone_with_every_layers_account() -> None:
                 rtol=0, atol=1e-10,
             )  # fmt: skip
         cache.batch_select_indices(torch.tensor([True, False, True]))
-        assert [len(track.rows) for track in cache.tracks] == [2, 2, 2]
+        assert [len(track.rows) for track in cache.layer_groups] == [2, 2, 2]
         cache.reset()
-        assert cache.rows == [] and cache.piece is None
+        assert cache.rows == [] and cache.forward is None
         decode(cache, tensors, 0, 26)
-        assert [row.state.length for row in cache.rows] == [26, 13, 5]
-        twin.close()
+        assert [row.state.logical for row in cache.rows] == [26, 13, 5]
+        twin.detach()
 
 
 def test_fates_count_events_over_all_layers() -> None:
@@ -312,10 +313,10 @@ def test_tokens_are_solved_for_the_mean_over_layers(target: float, layers: int, 
         [90, 40],
         [900, 700],
     )
-    tokens = tokens_for_mean(budget, target, prompts, lengths, method, layers)
+    tokens = budget_for_mean(budget, target, prompts, lengths, method, layers).tokens
     found = mean_physical(replace(budget, tokens=tokens), prompts, lengths, method, layers)
     assert abs(found - target) < 0.01 * target
-    assert tokens >= tokens_for_mean(budget, target, prompts, lengths) - 1
+    assert tokens >= budget_for_mean(budget, target, prompts, lengths).tokens - 1
 
 
 def test_every_method_meets_the_mean_with_tokens_of_its_own() -> None:
@@ -331,5 +332,9 @@ def test_every_method_meets_the_mean_with_tokens_of_its_own() -> None:
         assert mean == pytest.approx(200, abs=0.6)
     with pytest.raises(BudgetError, match="leaves 58 to layer 4 of 6"):
         plan_cells(
-            [PyramidKV(window=16, beta=2, form="public")], [Budget(64, recent=60, prompt="count")], (), rows, layers=6
+            [PyramidKV(window=16, beta=2, variant="kvpress")],
+            [Budget(64, recent=60, prompt="count")],
+            (),
+            rows,
+            layers=6,
         )

@@ -3,7 +3,7 @@ belongs to one command."""
 
 from __future__ import annotations
 
-import dataclasses
+import gzip
 import json
 import multiprocessing
 import os
@@ -13,7 +13,15 @@ import pytest
 
 from reasonkv.budget import Budget
 from reasonkv.evaluate.manifest import Manifest, ResultsError, open_results
-from reasonkv.evaluate.records import Record, RecordError, append_records, read_records, repair
+from reasonkv.evaluate.records import (
+    AnswerRecord,
+    RecordError,
+    RecordFile,
+    ReplayRecord,
+    append_records,
+    read_answers,
+    read_records,
+)
 from reasonkv.files import write_atomically
 
 CONTRACT = [
@@ -43,7 +51,7 @@ CONTRACT = [
 ]
 
 
-def record(example: int = 0, **changes: object) -> Record:
+def record(example: int = 0, **changes: object) -> ReplayRecord:
     values: dict[str, object] = {
         "run": "0123456789ab", "method": "snapkv", "options": {"window": 16}, "budget": Budget(128, prompt="count").to_dict(),
         "task": "program", "example": example, "seed": 0, "prompt_tokens": 90, "output_tokens": 800, "trace_correct": True, "top1": 0.75,
@@ -51,7 +59,7 @@ def record(example: int = 0, **changes: object) -> Record:
         "physical_peak": 255.0, "physical_terminal": 200.0, "saved_ratio_terminal": 0.8, "bytes_held": 10,
         "bytes_peak": 12, "bytes_full": 100, "events": 5, "tokens_dropped": 640, "guards": {}, "seconds": 0.5,
     }  # fmt: skip
-    return Record(**(values | changes))  # type: ignore[arg-type]
+    return ReplayRecord(**(values | changes))  # type: ignore[arg-type]
 
 
 def test_a_record_has_every_field_of_the_contract_and_comes_back_exactly(tmp_path: Path) -> None:
@@ -65,13 +73,14 @@ def test_a_record_has_every_field_of_the_contract_and_comes_back_exactly(tmp_pat
 
 def test_fields_of_a_later_version_are_ignored(tmp_path: Path) -> None:
     path = tmp_path / "records.jsonl"
-    path.write_text(json.dumps(dataclasses.asdict(record()) | {"new": 1}) + "\n")
+    path.write_text(json.dumps(record().model_dump() | {"new": 1}) + "\n")
     assert read_records(path) == [record()]
 
 
 def test_a_record_that_is_not_a_number_is_not_written(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="JSON"):
-        append_records(tmp_path / "records.jsonl", [record(nll=float("nan"))])
+    for wrong in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="finite number"):
+            append_records(tmp_path / "records.jsonl", [record(nll=wrong)])
     assert read_records(tmp_path / "records.jsonl") == []
 
 
@@ -82,28 +91,28 @@ def test_a_last_line_that_a_kill_tore_is_left_out_and_cut_off(tmp_path: Path, cu
     first, second = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(first + second[:cut])
     assert read_records(path) == [record(0)]
-    assert repair(path)
+    file = RecordFile(path, ReplayRecord)
     assert path.read_bytes() == first
-    assert not repair(path)
-    append_records(path, [record(1)])
-    assert read_records(path) == [record(0), record(1)]
+    file.append([record(0), record(1)])  # the first is there already
+    assert read_records(path) == [record(0), record(1)] == list(RecordFile(path, ReplayRecord).records.values())
 
 
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        ("{torn", "not JSON"),
-        ("[]", "not a JSON object"),
-        ("", "not JSON"),
-        (json.dumps({"run": "x"}), "has no field"),
-        (json.dumps(dataclasses.asdict(record(1)) | {"nll": "low"}), "'nll' is not a number"),
-        (json.dumps(dataclasses.asdict(record(1)) | {"example": 1.5}), "'example' is not a whole number"),
-        (json.dumps(dataclasses.asdict(record(0))), "repeats line 1"),
+        ("{torn", "invalid JSON"),
+        ("[]", "should be an object"),
+        ("", "invalid JSON"),
+        (json.dumps({"run": "x"}), "'method' is wrong \\(field required"),
+        (json.dumps(record(1).model_dump() | {"nll": "low"}), "'nll' is wrong .* valid number"),
+        (json.dumps(record(1).model_dump() | {"example": 1.5}), "'example' is wrong .* valid integer"),
+        (json.dumps(record(1).model_dump() | {"trace_correct": "yes"}), "'trace_correct' is wrong .* valid boolean"),
+        (json.dumps(record(0).model_dump()), "repeats line 1"),
     ],
 )
 def test_a_damaged_line_is_named_by_file_and_number(tmp_path: Path, line: str, reason: str) -> None:
     path = tmp_path / "records.jsonl"
-    path.write_text(f"{record(0).to_json()}\n{line}\n{record(2).to_json()}\n")
+    path.write_text(f"{record(0).model_dump_json()}\n{line}\n{record(2).model_dump_json()}\n")
     with pytest.raises(RecordError, match=reason) as caught:
         read_records(path)
     assert "records.jsonl, line 2" in str(caught.value)
@@ -115,6 +124,24 @@ def test_a_binary_line_is_damage_and_not_a_traceback(tmp_path: Path) -> None:
     path.write_bytes(b"\xff\xfe\n")
     with pytest.raises(RecordError, match="line 1"):
         read_records(path)
+
+
+def answer(example: int = 0, **changes: object) -> AnswerRecord:
+    values = record(example).model_dump() | {
+        "sample": 0, "correct": True, "truncated": False, "repetition": 0.0, "first_divergence": None, "output": "a",
+    }  # fmt: skip
+    return AnswerRecord(**(values | changes))
+
+
+def test_an_answer_comes_back_exactly_also_from_a_packed_file(tmp_path: Path) -> None:
+    path = tmp_path / "records.jsonl"
+    written = [answer(0), answer(0, sample=1, first_divergence=3, output="x\ny \u2028 “z”"), answer(1, budget=None)]
+    append_records(path, written)
+    packed = tmp_path / "records.jsonl.gz"
+    packed.write_bytes(gzip.compress(path.read_bytes()))
+    assert read_answers(path) == read_answers(packed) == written
+    assert len({one.key for one in written}) == 3
+    assert "top1" not in json.loads(path.read_text().splitlines()[0])
 
 
 def manifest(**changes: object) -> Manifest:

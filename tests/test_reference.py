@@ -10,18 +10,20 @@ from models import VOCABULARY, tiny_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from reasonkv.evaluate.pieces import Row
+from reasonkv.evaluate.chunks import TraceRow
 from reasonkv.evaluate.reference import FullAttention
 
 SHAPES = [(20, 30), (7, 12), (33, 1), (1, 61)]
 
 
-def make_rows(shapes: list[tuple[int, int]], seed: int = 0) -> list[Row]:
+def make_rows(shapes: list[tuple[int, int]], seed: int = 0) -> list[TraceRow]:
     generator = torch.Generator().manual_seed(seed)
-    return [Row(*(torch.randint(5, VOCABULARY, (count,), generator=generator) for count in shape)) for shape in shapes]
+    return [
+        TraceRow(*(torch.randint(5, VOCABULARY, (count,), generator=generator) for count in shape)) for shape in shapes
+    ]
 
 
-def eager_weights(model: PreTrainedModel, row: Row) -> list[Tensor]:
+def eager_weights(model: PreTrainedModel, row: TraceRow) -> list[Tensor]:
     """The model's own attention weights of a plain forward without a cache, [H, L, L] per layer, group mean."""
     ids = torch.cat([row.prompt_P, row.output_T[:-1]])
     kernel = model.config._attn_implementation

@@ -10,8 +10,12 @@ from models import batch, tiny_model
 from tiny import TASK
 
 from reasonkv import Budget, CompressedCache
-from reasonkv.evaluate.replay import Cell, replay_batch, to_record
-from reasonkv.evaluate.traces import TraceSettings, load_or_make_traces
+from reasonkv.calibration.corpus import task_passages
+from reasonkv.evaluate.cells import RunConfig
+from reasonkv.evaluate.job import BudgetOptions, ReplayJob, TraceSettings
+from reasonkv.evaluate.replay import replay_batch
+from reasonkv.evaluate.run import run
+from reasonkv.evaluate.traces import load_or_make_traces
 from reasonkv.identity import model_hash
 from reasonkv.methods.base import MethodError
 from reasonkv.methods.quest import Quest
@@ -23,13 +27,12 @@ from reasonkv.seer import (
     FILE,
     GateError,
     GateRecipe,
-    TrainingRow,
+    Passage,
     find_gate,
     kept_attention,
     load_gate,
     random_gate,
     save_gate,
-    task_rows,
     train_gate,
 )
 from reasonkv.tasks import get_task
@@ -47,14 +50,16 @@ def test_chunked_replay_equals_one_token_at_a_time(testbed, tmp_path: Path) -> N
         testbed.model, testbed.tokenizer, task, task_spec=TASK, examples=range(2), seed=0,
         settings=TraceSettings(max_new_tokens=60), folder=tmp_path, batch_size=2,
     )  # fmt: skip
-    cell = Cell(Quest(), Budget(64, recent=16, prompt="count"))
+    cell = RunConfig(Quest(), Budget(64, recent=16, prompt="count"))
     many, single = (replay_batch(testbed.model, traces, cell, chunked=chunked) for chunked in (True, False))
     for left, right in zip(many, single, strict=True):
-        assert (left.nll_T - right.nll_T).abs().max() <= 1e-4  # float32
+        assert (left.metrics.nll_T - right.metrics.nll_T).abs().max() <= 1e-4  # float32
         assert left.stats == right.stats
-    record = to_record("run", TASK, 0, cell, traces[0], many[0])
+    budget = BudgetOptions(tokens=(64,), recent=16, prompt="count")
+    job = ReplayJob(task=TASK, methods="quest", budget=budget, limit=1, traces=TraceSettings(max_new_tokens=60))
+    (record,) = run(job, testbed, tmp_path / "run")
     assert record.slots_read_mean is not None and record.slots_read_mean <= 64 < record.physical_mean
-    assert record.saved_ratio_terminal == 0 and type(record).from_json(record.to_json()) == record
+    assert record.saved_ratio_terminal == 0 and record.selects
 
 
 def test_a_gate_scores_pages_by_its_three_steps() -> None:
@@ -87,7 +92,7 @@ def test_a_gate_scores_pages_by_its_three_steps() -> None:
 
 def test_training_a_gate_lowers_its_loss_and_leaves_the_model_alone(tmp_path: Path) -> None:
     model = tiny_model("llama", torch.float32)
-    rows = [TrainingRow(batch([48], seed)[0][0], 16) for seed in range(3)]
+    rows = [Passage(batch([48], seed)[0][0], 16) for seed in range(3)]
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     losses: list[float] = []
     recipe = GateRecipe(page_size=4, steps=12, rows=3, warmup=2, rate=1e-2)
@@ -99,12 +104,12 @@ def test_training_a_gate_lowers_its_loss_and_leaves_the_model_alone(tmp_path: Pa
     assert (back.page_size, back.model, back.source) == (4, model_hash(model), "noise")
     assert back.parameters == gate.parameters == 3 * (2 * 2 * 16 * 16 + 2 * 48 * 16 + 32)
     with pytest.raises(GateError, match="nothing to train on"):
-        train_gate(model, [TrainingRow(rows[0].ids_L[:6], 5)], recipe)
+        train_gate(model, [Passage(rows[0].ids_L[:6], 5)], recipe)
 
 
 def test_the_shipped_gate_keeps_more_attention_than_a_random_one_on_held_out_traces(testbed, tmp_path: Path) -> None:
     tasks = [get_task(name) for name in ("program", "search", "recall")]
-    held_out = list(task_rows(testbed.model, testbed.tokenizer, tasks, limit=1, split="test"))
+    held_out = list(task_passages(testbed.model, testbed.tokenizer, tasks, limit=1, split="test"))
     shipped = find_gate(testbed.model)
     assert shipped.model == testbed.hash
     config = testbed.model.config

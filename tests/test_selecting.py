@@ -1,4 +1,4 @@
-"""Selection methods: all slots stay, and every decoded token reads exactly the pages its method chooses for it."""
+"""SparseReader methods: all slots stay, and every decoded token reads exactly the pages its method chooses for it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from reasonkv.methods.seer import SeerAttention
 from reasonkv.methods.sparse_read import FullPages, PageView, SelectionMethod, best_pages
 from reasonkv.plan import PlanError
 from reasonkv.runtimes.transformers.attention import naive_attention
-from reasonkv.runtimes.transformers.sparse_read import Selection
+from reasonkv.runtimes.transformers.sparse_read import SparseReader
 from reasonkv.seer import (
     FILE,
     random_gate,
@@ -246,10 +246,10 @@ def test_with_the_prompt_on_top_a_row_reads_as_many_more_slots_as_its_prompt_has
 def test_minimum_and_maximum_of_pages_are_exact_however_they_fill(pieces: str) -> None:
     model = tiny_model("qwen3")
     _, _, cache, _ = run(model, Quest(page_size=C), BUDGET, PIECES[pieces])
-    assert isinstance(cache.selection, Selection)
+    assert isinstance(cache.session.reader, SparseReader)
     for layer in cache.compressed_layers:
         assert layer.storage is not None and layer.storage.keys is not None
-        state = cache.selection.tables[layer.index].state
+        state = cache.session.reader.tables[layer.index].state
         for row, length in enumerate(LENGTHS):
             for page in range(length // C):
                 keys = layer.storage.keys[row, :, page * C : page * C + C]
@@ -332,7 +332,7 @@ def test_rows_move_with_their_pages() -> None:
         assert (found.flip(0) - wanted).abs().max() <= 1e-12
         assert twin.stats().rows[0] == cache.stats().rows[1]
         cache.reset()
-        assert cache.selection is not None and not cache.selection.tables
+        assert cache.session.reader is not None and not cache.session.reader.tables
 
 
 def test_generate_runs_and_greedy_text_with_all_pages_is_full_kvs() -> None:

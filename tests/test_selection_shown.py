@@ -10,18 +10,17 @@ from statistics import mean
 from typing import Any
 
 import pytest
+from command_line import run
 from test_frontier_cli import answer, cell, folder
 from test_records import record
 from tiny import TASK, save_tiny
-from typer.testing import CliRunner
 
 from reasonkv.budget import Budget, BudgetError
-from reasonkv.cli import app
-from reasonkv.evaluate.bisection import check_search
-from reasonkv.evaluate.frontier import FrontierError, Target, regime
+from reasonkv.evaluate.frontier import FrontierError, regime
+from reasonkv.evaluate.job import TuneJob
 from reasonkv.evaluate.matching import check_matchable
 from reasonkv.evaluate.results import load_results
-from reasonkv.evaluate.runner import ReplayJob
+from reasonkv.evaluate.tune import check_search
 from reasonkv.methods import get_method
 from reasonkv.report.answers_table import answers_caption
 from reasonkv.report.cohorts import cohorts
@@ -40,13 +39,6 @@ BASIS = [
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(save_tiny(tmp_path_factory.mktemp("models") / "tiny"))
-
-
-def run(*arguments: object) -> tuple[int, str, str]:
-    result = CliRunner().invoke(app, [str(one) for one in arguments])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result.exit_code, result.stdout, result.stderr
 
 
 @pytest.fixture(scope="module")
@@ -137,9 +129,8 @@ def test_equal_mean_slots_and_a_search_are_refused_in_one_sentence(tmp_path: Pat
     for name in ("quest", "seer"):
         with pytest.raises(BudgetError, match=f"{name} holds everything and reads whole pages"):
             check_matchable([get_method("random"), get_method(name)])
-        job = ReplayJob([TASK], [get_method("random"), get_method(name)], [Budget(96, prompt="count")], 1)
         with pytest.raises(FrontierError, match=f"{name} drops nothing, so there is no budget to find"):
-            check_search(job, Target("top1", 0.9))
+            check_search(TuneJob(task=TASK, methods=f"random,{name}"))
     check_matchable([get_method("full"), get_method("snapkv")])
     for command in ("replay", "evaluate"):
         arguments = [

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
+from command_line import run
 
 from reasonkv import testbed
-from reasonkv.cli import app
 from reasonkv.cli.serve import METRICS_FOLDER
 from reasonkv.runtimes.vllm import config
 from reasonkv.runtimes.vllm.config import OPT_OUT, OPTIONS, SCHEDULER, WORKER
@@ -40,13 +39,6 @@ def pretend(monkeypatch: pytest.MonkeyPatch, package: str, version: str) -> str:
 
     monkeypatch.setattr(config, "version", look_up)
     return package
-
-
-def run(*arguments: str) -> tuple[int, str, str]:
-    result = CliRunner().invoke(app, list(arguments))
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result.exit_code, result.stdout, result.stderr
 
 
 def dry(*arguments: str) -> list[str]:
@@ -83,7 +75,7 @@ def test_every_option_of_a_budget_reaches_the_engine() -> None:
     )  # fmt: skip
     assert given_to(command) == {
         "method": "rkv", "tokens": 256, "interval": 64, "sinks": 2, "recent": 32, "trigger": "grid",
-        "trigger_counts": "decode", "prefill_chunk": 128, "seed": 5,
+        "trigger_counts": "decode", "prefill_chunk": 128, "seed": 5, "prompt": "count",
     }  # fmt: skip
     assert command[command.index("--seed") + 1] == "5"  # vLLM's own, too
     window = dry("serve", "m", "--method", "kara", "--window", "96", "--window-buffer", "32", "--retention", "0.25")
@@ -110,21 +102,26 @@ def test_logits_processors_of_the_user_stand_beside_ours() -> None:
         assert command[at : at + 3] == ["--logits-processors", f"{OPT_OUT}.snapkv", "a:B"]
         assert command.count("--logits-processors") == 1
     assert dry(*BASIC, "--no-opt-out")[-1] == f"{OPTIONS}.snapkv"
-    assert dry("serve", "m", "--method", "rkv:form=port", "--budget", "512")[-1] == f"{OPT_OUT}.rkv"  # its name alone
+    assert (
+        dry("serve", "m", "--method", "rkv:variant=vase", "--budget", "512")[-1] == f"{OPT_OUT}.rkv"
+    )  # its name alone
 
 
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ((), "Give --method NAME"),
+        ((), "Give --method a value"),
         (("--method", "snapvk", "--budget", "512"), "did you mean 'snapkv'"),
-        (("--method", "snapkv"), "Give either --budget TOKENS or --window SIZE"),
-        (("--method", "snapkv", "--budget", "512", "--window", "96"), "Give either --budget TOKENS or --window SIZE"),
-        (("--method", "snapkv", "--budget", "32"), "cannot hold 4 sinks and 64 recent"),
-        (("--method", "snapkv", "--budget", "512", "--trigger", "never"), "trigger must be one of"),
-        (("--method", "snapkv", "--budget", "many"), "valid integer"),
+        (("--method", "snapkv"), "Give one budget: --budget TOKENS, --keep SHARE, or --window SIZE"),
+        (("--method", "snapkv", "--budget", "512", "--window", "96"), "Give one of tokens and window"),
+        (("--method", "snapkv:window=40", "--budget", "32"), "cannot hold 4 sinks and 40 recent"),
+        (
+            ("--method", "snapkv", "--budget", "512", "--trigger", "never"),
+            '"never" for --trigger; choose from: "occupancy", "grid"',
+        ),
+        (("--method", "snapkv", "--budget", "many"), "--budget takes whole numbers"),
         (("--method", "kara", "--window", "96", "--retention", "0.2,0.3"), "one --retention"),
-        (("--method", "kara", "--window", "96", "--retention", "2"), "retention must lie between"),
+        (("--method", "kara", "--window", "96", "--retention", "2"), "retention must be a number between 0 and 1"),
         (("--method", "full", "--budget", "512"), "keeps every slot"),
         (("--method", "cask", "--budget", "512"), "mass=none"),
         (("--method", "quest", "--budget", "512"), "selects what each query reads"),
@@ -149,7 +146,7 @@ def test_the_model_comes_first_and_a_folder_must_be_there() -> None:
     for arguments, sentence in (
         (["serve", "--port", "80", "some/model", *BASIC[2:]], "Give the model first"),
         (["serve", "./nowhere", *BASIC[2:]], "no model folder ./nowhere"),
-        (["serve", *BASIC[2:]], "Missing argument"),
+        (["serve", *BASIC[2:]], "Give MODEL a value"),
     ):
         code, _, stderr = run(*arguments)
         assert code == 2 and sentence in stderr

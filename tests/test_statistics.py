@@ -8,22 +8,9 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from scipy import stats
 
-from reasonkv.evaluate import summary
-from reasonkv.evaluate.statistics import (
-    Difference,
-    bootstrap_means,
-    clustered_mean,
-    clustered_paired_difference,
-    estimate,
-    holm,
-    paired_difference,
-    paired_p_value,
-    percentile_coverage,
-    percentile_interval,
-    rank_correlation,
-    student_tail,
-)
+from reasonkv.evaluate.table import bootstrap_means, clustered_mean, holm, paired_difference, paired_p_value
 
 Array = NDArray[np.float64]
 Pair = Callable[[np.random.Generator, int], tuple[Array, Array]]
@@ -70,8 +57,13 @@ def is_nominal(coverage: float, known_shortfall: float) -> bool:
     return 0.95 - known_shortfall - tolerance <= coverage <= 0.95 + tolerance
 
 
-# normal: exact, see percentile_coverage. Skewness g costs a central interval about 0.02 g^2 / n more per tail pair:
-# for exponential values at n = 64 published simulations and Edgeworth's first terms both give 1 to 2 points.
+def percentile_coverage(n: int) -> float:
+    """How often a percentile interval for a nominal 95 % covers the mean of n normal values, resampled without end."""
+    return float(1 - 2 * stats.t.sf(1.959964 * math.sqrt((n - 1) / n), n - 1))
+
+
+# Skewness g costs a central interval about 0.02 g^2 / n more per tail pair: for exponential values at n = 64 published
+# simulations and Edgeworth's first terms both give 1 to 2 points.
 SHORTFALL = 0.95 - percentile_coverage(N)
 
 
@@ -86,19 +78,19 @@ def test_the_coverage_test_can_fail_both_ways() -> None:
     def unpaired(ours: Array, theirs: Array, seed: int) -> tuple[float, float]:
         a = bootstrap_means(ours, seed=2 * seed, resamples=RESAMPLES)
         b = bootstrap_means(theirs, seed=2 * seed + 1, resamples=RESAMPLES)
-        return percentile_interval(a - b)
+        return tuple(np.percentile(a - b, [2.5, 97.5]))
 
     def too_short(ours: Array, theirs: Array, seed: int) -> tuple[float, float]:
-        return percentile_interval(bootstrap_means(ours - theirs, seed=seed, resamples=RESAMPLES), level=0.90)
+        return tuple(np.percentile(bootstrap_means(ours - theirs, seed=seed, resamples=RESAMPLES), [5, 95]))
 
     assert not is_nominal(shared_coverage(correlated, unpaired), SHORTFALL)  # covers nearly always
     assert not is_nominal(shared_coverage(normal, too_short), SHORTFALL)
 
 
-def test_percentile_coverage_is_what_the_docstring_says_and_tends_to_the_nominal_rate() -> None:
+def test_the_coverage_is_what_the_docstring_says() -> None:
+    assert "94.4 % of experiments at n = 64 and in 91.3 % at n = 12" in " ".join(str(paired_difference.__doc__).split())
     assert percentile_coverage(64) == pytest.approx(0.944, abs=0.0005)
     assert percentile_coverage(12) == pytest.approx(0.913, abs=0.0005)
-    assert percentile_coverage(100_000) == pytest.approx(0.95, abs=1e-4)
 
 
 def test_an_effect_of_one_standard_deviation_is_found() -> None:
@@ -116,16 +108,15 @@ def test_a_paired_difference_uses_what_both_share_and_does_not_depend_on_order()
     assert found is not None
     assert (found.mean, found.pairs, found.low, found.high) == (1.0, 2, 0.5, 1.5)
     assert found == paired_difference(dict(sorted(ours.items())), {"b": 0.5, "a": 0.5})
-    assert paired_difference({1: 1.0, "x": 2.0}, {"x": 1.0, 1: 1.0}) is not None  # keys that have no order
     assert paired_difference({0: 1.0}, {1: 1.0}) is None
 
 
-def test_resamples_are_the_same_in_parts_and_stay_paired(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equal_seeds_draw_the_same_examples_and_the_draws_are_numpy_s() -> None:
     values = np.random.default_rng(0).normal(size=(2, 50))
     whole = bootstrap_means(values, seed=4, resamples=300)
     assert np.allclose(whole[0], bootstrap_means(values[0], seed=4, resamples=300), rtol=0, atol=1e-14)
-    monkeypatch.setattr("reasonkv.evaluate.statistics._AT_ONCE", 50 * 7)
-    assert np.allclose(whole, bootstrap_means(values, seed=4, resamples=300), rtol=0, atol=1e-14)
+    drawn = np.random.default_rng(4).integers(0, 50, size=(300, 50))
+    assert np.allclose(whole, values[:, drawn].mean(-1), rtol=0, atol=1e-14)
 
 
 # -- clusters ---------------------------------------------------------------------------------------------------------
@@ -137,9 +128,9 @@ def test_the_clustered_error_equals_that_of_cluster_means_on_a_balanced_design()
     for many, size in ((2, 3), (17, 1), (40, 8)):
         values = rng.normal(size=(many, 1)) + rng.normal(size=(many, size))
         found = clustered_mean(values.ravel().tolist(), [g for g in range(many) for _ in range(size)])
-        expected = estimate(values.mean(axis=1).tolist())
-        assert found.mean == pytest.approx(expected.mean, abs=1e-12)
-        assert found.se == pytest.approx(expected.se, rel=1e-12)
+        expected = values.mean(axis=1)
+        assert found.mean == pytest.approx(expected.mean(), abs=1e-12)
+        assert found.se == pytest.approx(stats.sem(expected), rel=1e-12)
 
 
 def test_the_clustered_error_equals_the_analytic_one_of_a_one_way_random_effects_design() -> None:
@@ -154,7 +145,6 @@ def test_the_clustered_error_equals_the_analytic_one_of_a_one_way_random_effects
     for _ in range(500):
         values = rng.normal(0, between, (many, 1)) + rng.normal(0, within, (many, size))
         found = clustered_mean(values.ravel().tolist(), clusters)
-        assert found.se is not None
         squared.append(found.se**2)
         naive.append(values.var(ddof=1) / values.size)
     analytic = (between**2 + within**2 / size) / many
@@ -168,10 +158,9 @@ def test_clusters_of_unequal_size_by_hand() -> None:
     # mean 0.6; cluster sums of deviations 1 - 1.2, 2 - 1.2, 0 - 0.6
     assert found.mean == pytest.approx(0.6)
     assert found.se == pytest.approx(math.sqrt(3 / 2 * (0.2**2 + 0.8**2 + 0.6**2)) / 5)
-    assert clustered_mean([1.0, 2.0], ["a", "a"]).se is None
+    assert math.isnan(clustered_mean([1.0, 2.0], ["a", "a"]).se)
     assert math.isnan(clustered_mean([], []).mean)
-    with pytest.raises(ValueError, match="clusters"):
-        clustered_mean([1.0], ["a", "b"])
+    assert clustered_mean([1.0, math.nan, 3.0], [0, 1, 2]) == clustered_mean([1.0, 3.0], [0, 2])  # what is missing
 
 
 def test_the_clustered_bootstrap_draws_examples_not_samples() -> None:
@@ -179,48 +168,23 @@ def test_the_clustered_bootstrap_draws_examples_not_samples() -> None:
     effect = rng.normal(0.3, 1.0, N)
     ours = {(g, i): effect[g] + rng.normal(0, 0.1) for g in range(N) for i in range(8)}
     theirs = dict.fromkeys(ours, 0.0)
-    found = clustered_paired_difference(ours, theirs)
+    found = paired_difference(ours, theirs)
     assert found is not None
     assert found.pairs == 8 * N
     se = clustered_mean(list(ours.values()), [g for g, _ in ours]).se
-    assert se is not None
     assert found.high - found.low == pytest.approx(2 * 1.96 * se, rel=0.06)
-    per_sample = paired_difference(ours, theirs)
+    per_sample = paired_difference(*({8 * g + i: one for (g, i), one in part.items()} for part in (ours, theirs)))
     assert per_sample is not None
     assert per_sample.high - per_sample.low < 0.5 * (found.high - found.low)
-    one_each = clustered_paired_difference({(g, 0): effect[g] for g in range(N)}, {(g, 0): 0.0 for g in range(N)})
+    one_each = paired_difference({(g, 0): effect[g] for g in range(N)}, {(g, 0): 0.0 for g in range(N)})
     plain = paired_difference({g: effect[g] for g in range(N)}, {g: 0.0 for g in range(N)})
     assert one_each is not None
     assert plain is not None
     assert (one_each.low, one_each.high) == pytest.approx((plain.low, plain.high), abs=1e-12)
-    assert clustered_paired_difference({(0, 0): 1.0}, {(0, 1): 1.0}) is None
+    assert paired_difference({(0, 0): 1.0}, {(0, 1): 1.0}) is None
 
 
-# -- ranks, p-values --------------------------------------------------------------------------------------------------
-
-
-def test_rank_correlation_by_hand() -> None:
-    assert rank_correlation([1, 2, 3], [10, 20, 15]) == pytest.approx(0.5)  # 1 - 6 * 2 / (3 * 8)
-    assert rank_correlation([3, 1, 2], [9, 1, 4]) == pytest.approx(1.0)
-    assert rank_correlation([1, 2, 3, 4], [0.4, 0.3, 0.2, 0.1]) == pytest.approx(-1.0)
-    # ties: ranks 1, 2.5, 2.5, 4 against 1, 2, 3, 4: covariance 4.5, variances 4.5 and 5
-    assert rank_correlation([1, 2, 2, 3], [1, 2, 3, 4]) == pytest.approx(4.5 / math.sqrt(4.5 * 5))
-    assert math.isnan(rank_correlation([1, 1, 1], [1, 2, 3]))
-    assert math.isnan(rank_correlation([], []))
-    with pytest.raises(ValueError, match="paired"):
-        rank_correlation([1.0], [1.0, 2.0])
-
-
-def test_student_tail_equals_table_values() -> None:
-    assert student_tail(12.706204736, 1) == pytest.approx(0.05, rel=1e-8)
-    assert student_tail(2.228138852, 10) == pytest.approx(0.05, rel=1e-8)
-    assert student_tail(-1.0, 1) == pytest.approx(0.5, rel=1e-12)  # Cauchy's quartile
-    assert student_tail(0.0, 5) == 1.0
-    assert student_tail(4.0, 2) == pytest.approx(1 - 4 / math.sqrt(18), rel=1e-10)  # closed form for two degrees
-    assert student_tail(1.959963985, 10**6) == pytest.approx(0.05, rel=1e-4)
-    assert student_tail(math.inf, 3) == 0.0
-    with pytest.raises(ValueError, match="degree"):
-        student_tail(1.0, 0)
+# -- p-values ---------------------------------------------------------------------------------------------------------
 
 
 def test_p_values_are_uniform_without_an_effect_and_never_smaller_than_the_examples_allow() -> None:
@@ -230,17 +194,11 @@ def test_p_values_are_uniform_without_an_effect_and_never_smaller_than_the_examp
     assert paired_p_value([1.0] * 4) == 0.125
     assert paired_p_value([0.0] * 4) == 1.0
     assert paired_p_value([1.0]) == 1.0
-    assert paired_p_value((rng.normal(size=64) + 1).tolist()) < 1e-6
+    values = rng.normal(size=64) + 1
+    assert paired_p_value(values.tolist()) == pytest.approx(stats.ttest_1samp(values, 0).pvalue, rel=1e-9)
 
 
 def test_holm_by_hand() -> None:
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([0.9, 0.8]) == pytest.approx([1.0, 1.0])
     assert holm([]) == []
-
-
-def test_summary_still_offers_what_moved_here() -> None:
-    assert summary.Difference is Difference
-    assert summary.estimate is estimate
-    assert summary.paired_difference is paired_difference
-    assert math.isnan(estimate([]).mean)

@@ -13,7 +13,7 @@ from task_verifiers import VERIFIERS, near_misses
 
 from reasonkv.tasks import Draw, Kind, TaskError, get_task, split_of, task_names
 from reasonkv.tasks.base import final_answer
-from reasonkv.testbed.tokenizer import VOCABULARY
+from tools.testbed.tokenizer import VOCABULARY
 
 FAMILIES = ["program", "search", "arithmetic", "recall", "longdoc"]
 

@@ -14,13 +14,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3ForCausalLM
 
 from reasonkv import testbed
 from reasonkv.tasks import get_task, task_names
-from reasonkv.testbed import Recipe, TrainingError, evaluate_model, load_testbed, train
-from reasonkv.testbed import training as training_module
-from reasonkv.testbed.attention import training_attention
-from reasonkv.testbed.data import make_batch
-from reasonkv.testbed.evaluation import generate
-from reasonkv.testbed.initial import initialise
-from reasonkv.testbed.tokenizer import EOS, UNK, VOCABULARY, make_tokenizer
+from reasonkv.testbed import load_testbed
+from tools.testbed import training as training_module
+from tools.testbed.__main__ import app
+from tools.testbed.attention import training_attention
+from tools.testbed.data import make_batch
+from tools.testbed.evaluation import evaluate_model, generate
+from tools.testbed.initial import initialise
+from tools.testbed.recipe import Recipe
+from tools.testbed.tokenizer import EOS, UNK, VOCABULARY, make_tokenizer
+from tools.testbed.training import Progress, TrainingError, train
 
 FAMILIES = task_names()
 COURSES = list(Recipe.bundled().courses)
@@ -161,14 +164,32 @@ def test_a_killed_run_resumes_to_the_same_weights_and_log(tmp_path: Path, monkey
     assert not (tmp_path / "killed" / ".step-000008.tmp").exists()
 
 
-def test_training_shows_progress_and_ends_in_the_minutes_given(tmp_path: Path) -> None:
+def test_training_shows_progress_and_ends_when_the_minutes_given_are_counted(tmp_path: Path) -> None:
     console = Console(record=True, width=120, force_terminal=True)
     recipe = replace(Recipe.smoke(), steps=100_000, log_every=1)
     result = train(recipe, tmp_path, minutes=0.02, console=console)
-    assert 1.2 <= result.progress.seconds < 5
+    assert result.progress.step < recipe.steps
+    assert result.progress.seconds >= 1.2  # counted by the run itself, so it holds on any machine
+    half_done = Progress(step=10, seconds=30.0)
+    assert training_module._share_done(recipe, half_done, minutes=1.0) == 0.5
+    assert training_module._share_done(recipe, half_done, minutes=None) == 10 / recipe.steps
     shown = console.export_text()
     for word in ("program", "longdoc", "retrieval", "arithmetic", "answer", "tokens/s"):
         assert word in shown
+
+
+def test_the_tool_trains_and_answers_a_mistake_with_a_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        app(["--recipe", "smoke", "--out", str(tmp_path / "run")])
+    assert not ended.value.code
+    assert f"Model: {tmp_path / 'run' / 'model'}" in capsys.readouterr().out
+    (tmp_path / "thesis.txt").write_text("")
+    with pytest.raises(SystemExit) as ended:
+        app(["--recipe", "smoke", "--out", str(tmp_path)])
+    assert ended.value.code == 1
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_unusable_folders_are_refused_in_one_sentence(tmp_path: Path) -> None:

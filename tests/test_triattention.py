@@ -18,9 +18,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from reasonkv import Budget, CompressedCache, get_method
 from reasonkv.calibration.statistics import Calibration, LayerStatistics
 from reasonkv.methods import MethodError
-from reasonkv.methods.frequency import horizon_weights
-from reasonkv.methods.ops import z_score
-from reasonkv.methods.triattention import FrequencyOptions, TriAttention, frequency_scores, standardize
+from reasonkv.methods.frequency import FrequencyOptions, frequency_scores, horizon_weights
+from reasonkv.methods.triattention import TriAttention, standardize
 from reasonkv.plan import Plan
 from reasonkv.rotary import Rotary
 from reasonkv.view import SlotView
@@ -113,7 +112,7 @@ def model() -> PreTrainedModel:
 def as_ours(cfg: dict[str, Any]) -> tuple[TriAttention, Budget]:
     """The method and budget of a public replay; its interval is 32."""
     method = TriAttention(
-        profile="paper",
+        variant="paper",
         mode="per_head" if cfg.get("per_head_pruning") else "global",
         normalize=cfg.get("normalize_scores", False),
     )
@@ -280,6 +279,10 @@ def test_global_choice_is_the_union_of_every_heads_best_ranked_by_the_best_head(
         assert torch.equal(kept, torch.tensor(union_rule(torch.cat(scores), 20)).expand_as(kept))
 
 
+def z_score(x: Tensor) -> Tensor:
+    return (x - x.mean(-1, keepdim=True)) / x.std(-1, keepdim=True, correction=0)
+
+
 def test_candidates_alone_are_standardized() -> None:
     scores = torch.randn(2, 3, 40, dtype=torch.float64)
     candidate = torch.rand(2, 3, 40) > 0.4
@@ -338,19 +341,19 @@ def test_noise_only_breaks_ties() -> None:
 def test_options_are_checked_and_written_back() -> None:
     for spec in (
         "triattention",
-        "triattention:profile=paper",
-        "triattention:mode=global,normalize=False,profile=paper",
+        "triattention:variant=paper",
+        "triattention:variant=paper,mode=global,normalize=False",
         "triattention:norm=rms2,norm_lambda=0.5,pin_prompt=True",
     ):
         assert get_method(spec).spec() == spec
-    assert get_method("triattention:profile=paper").pin_prompt
+    assert get_method("triattention:variant=paper").pin_prompt
     for bad, sentence in {
-        "mode=local": "mode must be one of",
+        "mode=local": "mode must be per_head, global or per_layer_per_head",
         "mode=global,group=mean": "needs group=max",
-        "aggregation=sum": "aggregation must be one of mean, max",
+        "aggregation=sum": "aggregation must be mean or max",
         "aggregation=max,horizon=adaptive": "needs aggregation=mean",
         "norm=rms2,mlr=false": "needs norm=tri",
-        "horizon=far": "horizon must be one of",
+        "horizon=far": "horizon must be fixed, adaptive or variational",
     }.items():
         with pytest.raises(MethodError, match=sentence):
             get_method(f"triattention:{bad}")

@@ -16,7 +16,7 @@ from torch.testing import assert_close
 from reasonkv.methods import ScorerMethod
 from reasonkv.methods.keydiff import KeyDiff
 from reasonkv.methods.knorm import Knorm
-from reasonkv.methods.ops import fill_window, group_mean, top_k_slots, window_attention
+from reasonkv.methods.ops import fill_window, top_k_slots, window_attention
 from reasonkv.methods.rkv import RKV, spared_columns
 from reasonkv.methods.snapkv import SnapKV
 from reasonkv.methods.streaming import StreamingLLM
@@ -75,7 +75,7 @@ def official(case: dict[str, Any]) -> tuple[RKV, SlotView]:
 @pytest.mark.parametrize("case", cases("field_rkv", "r1kv"))
 def test_rkv_official_equals_the_authors_code(case: dict[str, Any]) -> None:
     file, (method, view) = FILES["field_rkv"], official(case)
-    before_pool = group_mean(window_attention(view, over="old", merge_logits=True))
+    before_pool = window_attention(view, over="old", merge_logits=True).mean(2)
     assert_close(before_pool, file.read(case["importance_before_pool"]), **CLOSE)
     assert_close(method.importance(view), file.read(case["importance"]), **CLOSE)
     unit = torch.nn.functional.normalize(view.keys_BHND[0], dim=-1)
@@ -130,7 +130,7 @@ def check_harness_kept(method: ScorerMethod, view: SlotView, record: dict[str, A
 def test_rkv_port_equals_the_published_port(case: dict[str, Any], event: int) -> None:
     file, options = FILES["field_vase"], case["options"]
     window, kernel = options["residual_length"], options["kernel_size"] if options["smooth"] else 1
-    method = RKV(form="port", window=window, kernel=kernel, weight=options["rkv_lambda"])
+    method = RKV(variant="vase", window=window, kernel=kernel, weight=options["rkv_lambda"])
     view, record = harness_view(case, event)
     assert_close(method.importance(view), file.read(record["attention_a"]), **CLOSE)
     assert_close(method.redundancy(view), file.read(record["redundancy"]), **CLOSE)

@@ -14,7 +14,8 @@ from models import batch, tiny_model
 
 from reasonkv import Budget, BudgetError, CompressedCache
 from reasonkv.budget import ExplicitEventsWindow, Window
-from reasonkv.schedule import State, bound, capacity, next_event, open_tokens, periodic_events, step, target
+from reasonkv.periodic import periodic_events
+from reasonkv.schedule import Lengths, bound, capacity, next_event, open_tokens, step, target
 
 MODEL = tiny_model("llama", torch.float32)
 
@@ -26,9 +27,9 @@ def windows(draw: st.DrawFn, largest: int = 40) -> Window:
     return Window(size, draw(st.integers(0, 12)), kept / size)
 
 
-def plain_walk(window: Window, prompt: int, length: int) -> list[tuple[State, int | None]]:
+def plain_walk(window: Window, prompt: int, length: int) -> list[tuple[Lengths, int | None]]:
     """One token at a time with the tokens themselves: what is frozen, what is raw; of a window the first ones stay."""
-    frozen, raw, states = list(range(prompt)), [], [(State(n, n, prompt), None) for n in range(1, prompt + 1)]
+    frozen, raw, states = list(range(prompt)), [], [(Lengths(n, n, prompt), None) for n in range(1, prompt + 1)]
     for token in range(prompt, length):
         raw.append(token)
         keep = None
@@ -36,20 +37,20 @@ def plain_walk(window: Window, prompt: int, length: int) -> list[tuple[State, in
             frozen += raw[: round(window.retention * window.size)]
             raw = raw[window.size :]
             keep = len(frozen) + len(raw)
-        states.append((State(token + 1, len(frozen) + len(raw), prompt), keep))
+        states.append((Lengths(token + 1, len(frozen) + len(raw), prompt), keep))
     return states[:length]
 
 
 @settings(max_examples=300, deadline=None)
 @given(windows(), st.integers(1, 60), st.integers(1, 300))
 def test_one_token_at_a_time_follows_the_rule(window: Window, prompt: int, length: int) -> None:
-    state = State(prompt=prompt)
+    state = Lengths(prompt=prompt)
     for expected, keep in plain_walk(window, prompt, length):
         boundary = next_event(window, state)
-        assert boundary > state.length
+        assert boundary > state.logical
         state, event = step(window, state, 1)
         assert (state, event) == (expected, keep)
-        assert (event is not None) == (boundary == state.length)
+        assert (event is not None) == (boundary == state.logical)
 
 
 @settings(max_examples=300, deadline=None)
@@ -57,23 +58,23 @@ def test_one_token_at_a_time_follows_the_rule(window: Window, prompt: int, lengt
 def test_any_pieces_give_the_same_states(window: Window, prompt: int, pieces: list[int]) -> None:
     """Stronger than for a budget: pieces may cross events, since an event at their end cuts every complete window."""
     walk = plain_walk(window, prompt, prompt + sum(pieces))
-    state, _ = step(window, State(prompt=prompt), prompt)
-    assert state == State(prompt, prompt, prompt)
+    state, _ = step(window, Lengths(prompt=prompt), prompt)
+    assert state == Lengths(prompt, prompt, prompt)
     for fed in pieces:
         before, boundary = state, next_event(window, state)
         state, keep = step(window, state, fed)
-        assert state == walk[state.length - 1][0]
-        assert (keep is not None) == (boundary <= state.length)
+        assert state == walk[state.logical - 1][0]
+        assert (keep is not None) == (boundary <= state.logical)
         if keep is not None:
             start, end = open_tokens(window, before, state)
             assert (end - start) % window.size == 0 < end - start
-            assert before.held + fed - keep == (end - start) // window.size * (window.size - window.tokens)
+            assert before.physical + fed - keep == (end - start) // window.size * (window.size - window.tokens)
             assert prompt <= start
-            assert window.buffer <= state.length - end < window.buffer + window.size
+            assert window.buffer <= state.logical - end < window.buffer + window.size
 
 
 def test_windows_do_not_overlap_and_leave_nothing_out() -> None:
-    window, state, spans = Window(8, 3, 0.5), State(prompt=5), []
+    window, state, spans = Window(8, 3, 0.5), Lengths(prompt=5), []
     for fed in [5] + [1] * 40 + [30] + [2] * 20:
         before = state
         state, keep = step(window, state, fed)
@@ -88,13 +89,13 @@ def test_windows_do_not_overlap_and_leave_nothing_out() -> None:
 def test_nothing_ever_holds_more_than_the_bound(
     window: Window, prompt: int, length: int, max_piece: int, data: st.DataObject
 ) -> None:
-    state = State(prompt=prompt)
+    state = Lengths(prompt=prompt)
     length = max(prompt, length)
     limit, most = bound(window, prompt, length, max_piece), 0
-    while state.length < length:
-        left = (prompt if state.length < prompt else length) - state.length
+    while state.logical < length:
+        left = (prompt if state.logical < prompt else length) - state.logical
         size = data.draw(st.integers(1, min(max_piece, left)))
-        most = max(most, state.held + size)
+        most = max(most, state.physical + size)
         state, _ = step(window, state, size)
     assert most <= limit <= length
     slope = -(-window.tokens * (length - prompt) // window.size)
@@ -105,19 +106,19 @@ def test_nothing_ever_holds_more_than_the_bound(
 @given(windows(), st.integers(1, 60), st.integers(1, 300))
 def test_the_capacity_is_reached_and_no_more(window: Window, prompt: int, length: int) -> None:
     walk = plain_walk(window, prompt, length)
-    peak = max((0, *(before.held + 1 for before, _ in [(State(), None), *walk[:-1]])))
+    peak = max((0, *(before.physical + 1 for before, _ in [(Lengths(), None), *walk[:-1]])))
     assert capacity(window, prompt, max(length, prompt)) == max(peak, prompt)
 
 
 def test_physical_length_grows_with_the_retention() -> None:
     for retention in (0.2, 0.3, 0.6):
-        window, state = Window(512, 64, retention), State(prompt=100)
+        window, state = Window(512, 64, retention), Lengths(prompt=100)
         state, _ = step(window, state, 100)
         for _ in range(100):
             state, _ = step(window, state, 512)
         frozen = 100 + window.tokens * ((51200 - 64) // 512)
-        assert frozen + 64 <= state.held < frozen + 64 + 512
-        assert target(window, state) == state.held  # nothing is due
+        assert frozen + 64 <= state.physical < frozen + 64 + 512
+        assert target(window, state) == state.physical  # nothing is due
 
 
 def test_published_sizes_keep_whole_numbers_of_slots() -> None:
@@ -176,14 +177,14 @@ def test_a_real_cache_holds_what_the_schedule_says(
     """Any method: prompt and buffer are whole, frozen slots are never touched again, ragged batches in any pieces."""
     width = max(prompts)
     ids, mask, positions = batch([p + sum(pieces) for p in prompts])
-    states = [State(prompt=prompt) for prompt in prompts]
+    states = [Lengths(prompt=prompt) for prompt in prompts]
     with CompressedCache(MODEL, method, window, prompt_lengths=prompts) as cache, torch.no_grad():
         end = 0
         settled = [[list(range(prompt))] * 2 for prompt in prompts]
         for size in [width, *pieces]:
             start, end = end, end + size
             distances = cache.tokens_to_next_event()
-            assert distances == [next_event(window, s) - s.length for s in states]
+            assert distances == [next_event(window, s) - s.logical for s in states]
             inputs = {"attention_mask": mask[:, :end], "position_ids": positions[:, start:end]}
             MODEL(ids[:, start:end], past_key_values=cache, **inputs)
             fed = mask[:, start:end].sum(-1).tolist()
@@ -193,7 +194,7 @@ def test_a_real_cache_holds_what_the_schedule_says(
             assert [row.state for row in cache.rows] == states
             for row, (state, keep) in enumerate(stepped):
                 slots = cache.slot_positions(1)[row]
-                assert slots.shape[1] == state.held
+                assert slots.shape[1] == state.physical
                 assert bool((slots[:, 1:] > slots[:, :-1]).all())
                 for head, old in zip(slots.tolist(), settled[row], strict=True):
                     assert head[: len(old)] == old
@@ -203,7 +204,7 @@ def test_a_real_cache_holds_what_the_schedule_says(
                 for head in slots.tolist():
                     inside = [token for token in head if first <= token < last]
                     assert len(inside) == (last - first) // window.size * window.tokens
-                    assert head[last - state.length :] == list(range(last, state.length))
+                    assert head[last - state.logical :] == list(range(last, state.logical))
                 settled[row] = [[token for token in head if token < last] for head in slots.tolist()]
 
 
@@ -277,15 +278,15 @@ def test_the_periodic_policy_is_the_plain_one(window: Window, rows: list, more: 
     for row, prompt in enumerate(prompts):  # what a row gets is a schedule of its own
         own = tuple(length for other, length in events if other == row)
         listed = ExplicitEventsWindow(window.size, window.buffer, window.retention, events=own)
-        state, seen, most_held = State(prompt, prompt, prompt), [], prompt
-        while state.length < lengths[row]:
-            most_held = max(most_held, state.held + 1)
+        state, seen, most_held = Lengths(prompt, prompt, prompt), [], prompt
+        while state.logical < lengths[row]:
+            most_held = max(most_held, state.physical + 1)
             before, (state, keep) = state, step(listed, state, 1)
             if keep is not None:
-                seen.append(state.length)
-                assert before.held + 1 - keep == window.size - window.tokens
+                seen.append(state.logical)
+                assert before.physical + 1 - keep == window.size - window.tokens
                 start, end = open_tokens(listed, before, state)
-                assert (end - start, state.length - end) == (window.size, window.buffer)
+                assert (end - start, state.logical - end) == (window.size, window.buffer)
         assert tuple(seen) == own
         assert capacity(listed, prompt, lengths[row]) == most_held
 
@@ -315,18 +316,18 @@ def test_a_cache_obeys_a_list_of_events() -> None:
                 twin = copy.deepcopy(cache)
         assert sorted(seen) == sorted(events)
         assert [row.events for row in cache.rows] == [sum(r == row for r, _ in events) for row in range(3)]
-        assert [row.state.held for row in cache.rows] == [
+        assert [row.state.physical for row in cache.rows] == [
             prompt + 50 - 6 * cache.rows[row].events for row, prompt in enumerate(prompts)
         ]
         assert twin.tokens_to_next_event() == [
-            next((at for r, at in events if r == row), length) - state.state.length
+            next((at for r, at in events if r == row), length) - state.state.logical
             for row, state in enumerate(twin.rows)
         ]
 
 
 def test_a_listed_event_must_end_a_forward_and_have_a_window() -> None:
     listed = ExplicitEventsWindow(8, 2, 0.5, events=(30,))
-    state, _ = step(listed, State(prompt=10), 10)
+    state, _ = step(listed, Lengths(prompt=10), 10)
     with pytest.raises(BudgetError, match=r"ends at 31 tokens.*listed at 30"):
         step(listed, state, 21)
     assert step(listed, state, 20)[1] == 26

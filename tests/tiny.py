@@ -11,8 +11,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Qwen3ForCausa
 from reasonkv.calibration import save_calibration
 from reasonkv.identity import model_hash
 from reasonkv.models import LoadedModel
-from reasonkv.testbed.recipe import Recipe
-from reasonkv.testbed.tokenizer import make_tokenizer
+from tools.testbed.recipe import Recipe
+from tools.testbed.tokenizer import make_tokenizer
 
 TASK = "program:lines=12,constants=2"  # prompts of about a hundred tokens
 

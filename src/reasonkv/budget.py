@@ -1,106 +1,132 @@
-"""What a bounded cache may hold: the budget, its validation, and its bytes.
+"""What a bounded cache may hold: integers alone.
 
-Everything here is integers. `tokens` counts *slots per KV head and layer*; what else is held on top of it (the
-prompt, the interval between two events) is spelled out by the fields, so that two results can be compared at equal
-physical length. `Window` is the budget of sliding-window compression, which bounds a rate and not a length.
+`tokens` counts slots per KV head and layer. What is held on top of it (the prompt, the interval between two
+compactions) is spelled out by the fields, so that two results can be compared at equal physical length. `keep` is a
+share of the logical length instead, and `Window` the budget of sliding-window compression.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, get_args, runtime_checkable
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from fractions import Fraction
+from functools import cached_property
+from typing import Any, Literal, TypedDict, get_args
 
-from reasonkv.errors import ReasonKVError
-
-if TYPE_CHECKING:
-    from reasonkv.methods.base import Requirements
+from reasonkv.errors import BudgetError as BudgetError
+from reasonkv.numbers import share_of_one, whole_number
 
 PromptPolicy = Literal["count", "keep", "on_top"]
 Trigger = Literal["occupancy", "grid"]
 TriggerCounts = Literal["all", "decode"]
 CutPrompt = Literal["prefill", "first_event"]
+_CHOICES = {"prompt": PromptPolicy, "trigger": Trigger, "trigger_counts": TriggerCounts, "cut_prompt": CutPrompt}
+_SINKS, _RECENT = 4, 64  # defaults, which shrink where they do not fit
 
 
-class BudgetError(ReasonKVError, ValueError):
-    """A budget that cannot be carried out; the message says which numbers clash and what to change."""
+class BudgetFields(TypedDict, total=False):
+    """The fields of `Budget`, as keywords of `CompressedCache` and `generate_with`."""
+
+    tokens: int
+    keep: float
+    interval: int
+    sinks: int
+    recent: int
+    prompt: PromptPolicy
+    trigger: Trigger
+    trigger_counts: TriggerCounts
+    cut_prompt: CutPrompt
+    prefill_chunk: int | None
 
 
 @dataclass(frozen=True)
 class Budget:
-    """Slots that stay after an event, per layer and KV head, and when events fall.
+    """Slots kept by a compaction, per layer and KV head, and when compactions run.
 
     Args:
-        tokens: slots left after an event (plus the prompt's, with `prompt="on_top"`).
-        interval: tokens between two events; the cache swings between `tokens` and `tokens + interval`.
-        sinks: first tokens of a row that are never dropped (attention sinks; Xiao et al., 2024, section 3).
-        recent: newest tokens that are never dropped.
-        prompt: "count" - prompt tokens are compressible and inside `tokens`; "keep" - never dropped and inside
-            `tokens`; "on_top" - never dropped and not counted.
-        trigger: "occupancy" - an event as soon as `tokens + interval` slots are held; "grid" - an event when the
-            logical length is a multiple of `interval` and at least `tokens` slots are held (the papers' rule).
+        tokens: slots kept, beside the prompt's with `prompt="on_top"`.
+        interval: tokens between two compactions; the cache swings between `tokens` and `tokens + interval`.
+        sinks: first tokens that are never evicted (attention sinks; Xiao et al., 2024, section 3).
+        recent: newest tokens that are never evicted. The defaults of both shrink where `tokens` cannot hold them: to
+            half of `tokens` and at most an eighth.
+        prompt: "on_top" - prompt tokens are never evicted and not counted; "count" - they are evicted like others and
+            are inside `tokens`; "keep" - never evicted and inside `tokens`.
+        trigger: "occupancy" - compact as soon as `tokens + interval` slots are held; "grid" - compact when the logical
+            length is a multiple of `interval` and at least `tokens` slots are held (the papers' rule).
         trigger_counts: what the grid trigger counts as held: "all" slots, or the slots beyond the prompt's length
             ("decode").
-        cut_prompt: "prefill" - a prompt longer than the budget is cut as soon as it is whole; "first_event" - not
+        cut_prompt: "prefill" - a prompt longer than the budget is compacted as soon as it is whole; "first_event" - not
             before the first token after it.
-        prefill_chunk: also cut inside the prompt, at multiples of this logical length, so that the peak during a
-            long prefill is bounded too (the prompt must be fed in pieces that end there).
+        prefill_chunk: also compact inside the prompt, at multiples of this logical length, so that the peak during a
+            long prefill is bounded, too (the prompt must be fed in chunks that end there).
+        keep: instead of `tokens`, the share of the logical length that is kept, between 0 and 1. The share counts what
+            `tokens` would count: with `prompt="on_top"` the tokens after the prompt. It is rounded down, at least
+            `sinks + recent` slots are kept, and the cache grows with the text.
 
     Raises:
-        BudgetError: fields that contradict each other.
+        BudgetError: fields of the wrong type, or that contradict each other.
 
     """
 
-    tokens: int
+    tokens: int = None  # type: ignore[assignment]  # None exactly where `keep` is given
     interval: int = 128
-    sinks: int = 4
-    recent: int = 64
-    prompt: PromptPolicy = "count"
+    sinks: int = _SINKS
+    recent: int = _RECENT
+    prompt: PromptPolicy = "on_top"
     trigger: Trigger = "occupancy"
     trigger_counts: TriggerCounts = "all"
     cut_prompt: CutPrompt = "prefill"
     prefill_chunk: int | None = None
+    keep: float | None = None
 
     def __post_init__(self) -> None:
-        for name, least in (("tokens", 1), ("interval", 1), ("sinks", 0), ("recent", 0)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise BudgetError(f"{name} must be a whole number of at least {least}, not {value!r}.")
-        for name, allowed in (
-            ("prompt", PromptPolicy),
-            ("trigger", Trigger),
-            ("trigger_counts", TriggerCounts),
-            ("cut_prompt", CutPrompt),
-        ):
+        if (self.tokens is None) == (self.keep is None):
+            raise BudgetError("A budget needs either tokens, such as tokens=512, or a share, such as keep=0.25.")
+        if self.keep is not None:
+            object.__setattr__(self, "keep", share_of_one(self.keep, "keep"))
+        for name, least in (("tokens", 1), ("interval", 1), ("sinks", 0), ("recent", 0), ("prefill_chunk", 1)):
+            if getattr(self, name) is not None or name not in ("tokens", "prefill_chunk"):
+                object.__setattr__(self, name, whole_number(getattr(self, name), name, least))
+        for name, allowed in _CHOICES.items():
             value = getattr(self, name)
             if value not in get_args(allowed):
                 raise BudgetError(f"{name} must be one of {', '.join(get_args(allowed))}, not {value!r}.")
-        chunk = self.prefill_chunk
-        if chunk is not None and (not isinstance(chunk, int) or isinstance(chunk, bool) or chunk < 1):
-            raise BudgetError(f"prefill_chunk must be a whole number of at least 1, not {chunk!r}.")
-        if chunk is not None and self.cut_prompt == "first_event":
-            raise BudgetError("prefill_chunk cuts inside the prompt, so it needs cut_prompt='prefill'.")
+        if self.prefill_chunk is not None and self.cut_prompt == "first_event":
+            raise BudgetError("prefill_chunk compacts inside the prompt, so it needs cut_prompt='prefill'.")
         if self.trigger_counts == "decode" and self.trigger != "grid":
             raise BudgetError("trigger_counts='decode' belongs to trigger='grid'.")
         self.check_protected()
 
-    def check_protected(self, *, recent: int = 0, sinks: int = 0, prompt_length: int | None = None) -> None:
-        """Check that what may never be dropped fits, with a method's own window and a prompt's length.
+    def protected(self, recent: int = 0) -> tuple[int, int]:
+        """Return how many first and how many newest slots no compaction evicts.
 
         Args:
-            recent: newest slots the method itself always keeps; the larger of it and `self.recent` counts, once.
-            sinks: the same for first slots.
+            recent: newest slots the method itself always keeps; the larger of it and the budget's counts, once.
+
+        """
+        if self.keep is not None or self.sinks + max(self.recent, recent) <= self.tokens:
+            return self.sinks, max(self.recent, recent)
+        sinks = min(_SINKS, self.tokens // 8) if self.sinks == _SINKS else self.sinks
+        return sinks, max(self.tokens // 2 if self.recent == _RECENT else self.recent, recent)
+
+    def check_protected(self, *, recent: int = 0, prompt_length: int | None = None) -> None:
+        """Check that what is never evicted fits, with a method's own window and a prompt's length.
+
+        Args:
+            recent: as in `protected`.
             prompt_length: tokens of the longest prompt, or None while it is not known.
 
         Raises:
             BudgetError: protected slots exceed `tokens`.
 
         """
-        recent, sinks = max(recent, self.recent), max(sinks, self.sinks)
+        if self.keep is not None:
+            return  # a share keeps at least what is protected
+        sinks, recent = self.protected(recent)
         if sinks + recent > self.tokens:
             raise BudgetError(
                 f"A budget of {self.tokens} tokens cannot hold {sinks} sinks and {recent} recent tokens; "
-                f"raise tokens to at least {sinks + recent}, or lower sinks or recent."
+                f"raise tokens to at least {sinks + recent}, or lower sinks, recent or the method's window."
             )
         if self.prompt == "keep" and prompt_length is not None and prompt_length + recent >= self.tokens:
             raise BudgetError(
@@ -110,17 +136,52 @@ class Budget:
             )
 
     @property
+    def is_bounded(self) -> bool:
+        """Physical length has a bound that does not depend on the logical length."""
+        return self.keep is None
+
+    @cached_property
+    def ratio(self) -> Fraction:
+        """`keep` as the fraction it was written as, so that slots are counted in integers: 0.1 is 1/10."""
+        return Fraction(repr(self.keep))
+
+    @property
     def label(self) -> str:
-        """What a cell is told apart by, for people."""
-        return f"{self.tokens}"
+        """What tells this budget from others of a run: tokens, or the share."""
+        return f"{self.tokens}" if self.keep is None else f"{100 * self.keep:g} %"
+
+    def describe(self) -> str:
+        """Return the budget in words."""
+        kept = f"{self.tokens} tokens" if self.keep is None else f"{self.label} of the tokens"
+        return kept + {"count": "", "keep": " with the prompt", "on_top": " and the prompt"}[self.prompt]
 
     def to_dict(self) -> dict[str, Any]:
-        """Every field, for records and manifests."""
-        return asdict(self)
+        """Return every field, for records and manifests; `keep` only where it is given."""
+        return {name: value for name, value in asdict(self).items() if name != "keep" or value is not None}
+
+    @classmethod
+    def from_fields(cls, budget: Budget | int | None, given: Mapping[str, Any]) -> Budget | None:
+        """Return a budget that is given whole, as tokens, or by its fields; None if nothing is given.
+
+        Raises:
+            BudgetError: it is given twice, or makes no sense.
+            TypeError: a field that no budget has.
+
+        """
+        known = BudgetFields.__annotations__
+        for name in given.keys() - known.keys():
+            raise TypeError(f"unexpected keyword {name!r}; a budget takes {', '.join(known)}")
+        if isinstance(budget, Budget) and not given:
+            return budget
+        if isinstance(budget, Budget) or (budget is not None and "tokens" in given):
+            raise BudgetError(f"The budget is given twice; leave it out, or leave out {', '.join(given)}.")
+        if budget is not None:
+            return cls(**{"tokens": budget, **given})
+        return cls(**given) if given else None
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Budget:
-        """The inverse of `to_dict`, for a `Window` too; unknown fields are an error, so no old record is misread.
+        """Return the inverse of `to_dict`, for a `Window` too; unknown fields are an error, so no record is misread.
 
         Raises:
             BudgetError: unknown fields, or derived ones that contradict the others.
@@ -143,15 +204,14 @@ class Budget:
 
 @dataclass(frozen=True)
 class Window(Budget):
-    """The budget of sliding-window compression: every window of decoded tokens is cut once, and then frozen.
+    """The budget of sliding-window compression: every window of decoded tokens is compacted once, and then frozen.
 
-    The schedule of Kara (arXiv 2607.01237). The prompt is outside the scheme and never dropped. As soon as
-    `size + buffer` decoded tokens are uncompressed, the oldest `size` of them keep `round(retention * size)` slots,
-    which no later event touches; the newest `buffer` stay raw. So physical length is not capped: it grows by `tokens`
-    slots for every `size` tokens. A forward that completes several windows cuts them together at its end, to as many
-    slots as one by one.
+    The schedule of Kara (arXiv 2607.01237). The prompt is never evicted. As soon as `size + buffer` decoded tokens are
+    uncompressed, the oldest `size` of them keep `round(retention * size)` slots, which no later compaction touches; the
+    newest `buffer` stay raw. So physical length has no cap: it grows by `tokens` slots for every `size` tokens. A
+    forward that completes several windows compacts them together at its end, to as many slots as one by one.
 
-    Every slot outside the window is protected at its event, so any method can choose inside it.
+    Every slot outside the window is protected, so any method can choose inside it.
 
     Args:
         size: tokens of a window. The published grid is 256, 384 and 512.
@@ -176,34 +236,26 @@ class Window(Budget):
     trigger_counts: TriggerCounts = field(init=False, default="all")
     cut_prompt: CutPrompt = field(init=False, default="prefill")
     prefill_chunk: int | None = field(init=False, default=None)
+    keep: float | None = field(init=False, default=None)
     size: int = 512
     buffer: int = 64
     retention: float = 0.3
 
     def __post_init__(self) -> None:
         for name, least in (("size", 2), ("buffer", 0)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise BudgetError(f"A window's {name} must be a whole number of at least {least}, not {value!r}.")
-        retention = self.retention
-        if not isinstance(retention, (int, float)) or isinstance(retention, bool) or not 0 < retention < 1:
-            raise BudgetError(f"A window's retention must lie between 0 and 1, not {retention!r}.")
-        kept = round(retention * self.size)
+            object.__setattr__(self, name, whole_number(getattr(self, name), f"A window's {name}", least))
+        object.__setattr__(self, "retention", share_of_one(self.retention, "A window's retention"))
+        kept = round(self.retention * self.size)
         if not 1 <= kept < self.size:
             raise BudgetError(
-                f"A retention of {retention:g} keeps {kept} of a window of {self.size} slots; "
+                f"A retention of {self.retention:g} keeps {kept} of a window of {self.size} slots; "
                 f"at least 1 must stay and at least 1 must go."
             )
         for name, value in (("tokens", kept), ("interval", self.size), ("recent", self.buffer)):
             object.__setattr__(self, name, value)  # derived fields of a frozen dataclass
 
-    def check_protected(self, *, recent: int = 0, sinks: int = 0, prompt_length: int | None = None) -> None:
+    def check_protected(self, *, recent: int = 0, prompt_length: int | None = None) -> None:
         """Check that the newest slots a method always keeps lie in the buffer; the prompt is protected in any case.
-
-        Args:
-            recent: newest slots the method itself always keeps.
-            sinks: not used; first slots lie in the prompt.
-            prompt_length: not used.
 
         Raises:
             BudgetError: the buffer is too small.
@@ -216,9 +268,18 @@ class Window(Budget):
             )
 
     @property
+    def is_bounded(self) -> bool:
+        """Physical length grows with the text."""
+        return False
+
+    @property
     def label(self) -> str:
         """Slots kept of each window."""
         return f"{self.tokens} of every {self.size}"
+
+    def describe(self) -> str:
+        """Return the budget in words."""
+        return f"{self.label} tokens"
 
     @property
     def dropped(self) -> int:
@@ -228,10 +289,10 @@ class Window(Budget):
 
 @dataclass(frozen=True)
 class ExplicitEventsWindow(Window):
-    """A window whose events somebody else decides, such as a scheduler that compresses a few rows every so many steps.
+    """A window whose compactions somebody else decides, such as a scheduler that compacts a few rows at a time.
 
-    An event at logical length e cuts the `size` tokens before the newest `buffer`; what lies between two such windows
-    stays raw for ever. The forward that reaches e must end there.
+    One at logical length e compacts the `size` tokens before the newest `buffer`; the rest stays raw for ever. The
+    forward that reaches e must end there.
 
     Args:
         events: logical lengths of one row's events, ascending and at least `size` apart.
@@ -252,11 +313,10 @@ class ExplicitEventsWindow(Window):
 
 @dataclass(frozen=True)
 class PeriodicWindow(Window):
-    """A window whose events an engine decides by its steps: the periodic policy of KvLLM (arXiv 2607.01237).
+    """A window compacted by an engine's steps: the periodic policy of KvLLM (arXiv 2607.01237).
 
-    Every `period` steps, up to `most` of the rows that hold a window beyond their buffer are compressed, those with
-    most uncompressed tokens first (`reasonkv.schedule.periodic_round`). No step then has more events than that, but
-    when a row's fall depends on the other rows.
+    Every `period` steps, up to `most` of the rows that hold a window beyond their buffer are compacted, those with most
+    uncompressed tokens first (`reasonkv.schedule.periodic_round`). When a row's turn comes depends on the others.
 
     Args:
         period: steps between two rounds, more than `size`, so that nothing is compressed twice.
@@ -273,9 +333,7 @@ class PeriodicWindow(Window):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("period", "most"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise BudgetError(f"A periodic window's {name} must be a whole number, not {value!r}.")
+            object.__setattr__(self, name, whole_number(getattr(self, name), f"A periodic window's {name}"))
         if self.period <= self.size or self.most < 1:
             raise BudgetError(
                 f"A period must be longer than a window of {self.size} and compress at least 1 row, "
@@ -287,72 +345,6 @@ class PeriodicWindow(Window):
         return ExplicitEventsWindow(self.size, self.buffer, self.retention)
 
 
-@runtime_checkable
-class DividesBudget(Protocol):
-    """A method whose layers have budgets of their own."""
-
-    name: ClassVar[str]
-
-    @property
-    def needs(self) -> Requirements:
-        """As of every method."""
-
-    def layer_tokens(self, budget: Budget, layers: int, prompt: int) -> Sequence[int]:
-        """The `tokens` of every layer.
-
-        Args:
-            budget: what the layers have on average.
-            layers: compressed layers, in the model's order.
-            prompt: tokens of the row's prompt, 0 while it is not known.
-
-        """
-
-
-def layer_budgets(
-    method: object, budget: Budget | None, layers: int, prompt: int | None = None
-) -> Sequence[Budget | None]:
-    """The budget of every compressed layer for one row: all the same, unless the method divides it.
-
-    Args:
-        method: a method.
-        budget: what is to be divided; None for full KV.
-        layers: compressed layers.
-        prompt: tokens of the row's prompt, None while it is not known.
-
-    Raises:
-        BudgetError: a share that cannot hold what is protected, or a budget or method whose layers must be alike.
-
-    """
-    if budget is None or not isinstance(method, DividesBudget):
-        return [budget] * layers
-    recent = max(budget.recent, method.needs.recent)
-    if isinstance(budget, Window):
-        raise BudgetError(f"{method.name} divides tokens among layers, which a Window has none of; give it a Budget.")
-    if method.needs.scope == "model":
-        raise BudgetError(f"{method.name} plans all layers at once, so they cannot have budgets of their own.")
-    shares = list(method.layer_tokens(budget, layers, prompt or 0))
-    least = budget.sinks + recent
-    protected = f"{budget.sinks} sinks and {recent} recent tokens"
-    if budget.prompt == "keep" and prompt is not None:
-        least = max(least, prompt + recent + 1)
-        protected = f"a prompt of {prompt} tokens, {recent} recent ones and one more"
-    for layer, tokens in enumerate(shares):
-        if tokens < max(1, least):
-            raise BudgetError(
-                f"Of {budget.tokens} tokens, {method.name} leaves {tokens} to layer {layer + 1} of {layers}, which "
-                f"cannot hold {protected}; raise tokens, or divide them more evenly."
-            )
-    return [replace(budget, tokens=tokens) for tokens in shares]
-
-
 def slot_bytes(key_dim: int, value_dim: int, element_size: int, state_bytes: int = 0) -> int:
-    """Bytes of one slot of one KV head: key, value, and the state a method keeps beside them.
-
-    Args:
-        key_dim: width of a key.
-        value_dim: width of a value.
-        element_size: bytes per element of keys and values.
-        state_bytes: bytes of bookkeeping per slot (positions, counts, method state).
-
-    """
+    """Return the bytes of one slot of one KV head: key, value, and `state_bytes` of what is stored beside them."""
     return (key_dim + value_dim) * element_size + state_bytes

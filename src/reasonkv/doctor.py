@@ -10,7 +10,7 @@ import torch
 
 from reasonkv.identity import TESTBED, device_words, package_versions
 from reasonkv.models import ModelError, load_config
-from reasonkv.runtimes.transformers import TESTED, check_model
+from reasonkv.resolve import TESTED, check_model
 
 _OPTIONAL = {"matplotlib": "figures", "vllm": "the vLLM runtime", "flash_attn": "flash attention kernels"}
 

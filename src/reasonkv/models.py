@@ -186,10 +186,7 @@ def _source(name: str) -> str:
 
         folder = testbed_path()
         if not (folder / "config.json").is_file():
-            raise ModelError(
-                f"The bundled model is missing from {folder}; reinstall reasonkv, or train it with "
-                f"`reasonkv train-testbed`."
-            )
+            raise ModelError(f"The bundled model is missing from {folder}; reinstall reasonkv.")
         return str(folder)
     if folder.is_dir():
         if not (folder / "config.json").is_file():

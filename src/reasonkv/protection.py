@@ -15,8 +15,8 @@ def protected_slots(
     index_BHN: Tensor,
     is_prompt_BHN: Tensor,
     budgets: Sequence[Budget],
-    before: Sequence[schedule.State],
-    after: Sequence[schedule.State],
+    before: Sequence[schedule.Lengths],
+    after: Sequence[schedule.Lengths],
     recent: int,
 ) -> Tensor:
     """Sinks, the newest slots, and the prompt if the budget says so; of a `Window`, all but tokens whose turn it is.
@@ -40,13 +40,14 @@ def protected_slots(
         spans = [schedule.open_tokens(*row) for row in zip(windows, before, after, strict=True)]
         start_B, end_B = torch.tensor(spans, device=device).unbind(1)
         return (index_BHN < start_B[:, None, None]) | (index_BHN >= end_B[:, None, None])
-    recent = max(budget.recent, recent)
-    protected_BHN = index_BHN < budget.sinks
+    sinks, recent = budget.protected(recent)
+    protected_BHN = index_BHN < sinks
     if recent:
         protected_BHN[:, :, -recent:] = True
     if budget.prompt == "count":
         return protected_BHN
     if budget.prompt == "keep":
-        fits = [state.prompt + recent < one.tokens for state, one in zip(before, budgets, strict=True)]
+        of = zip(before, budgets, strict=True)
+        fits = [one.keep is not None or state.prompt + recent < one.tokens for state, one in of]
         is_prompt_BHN = is_prompt_BHN & torch.tensor(fits, device=device)[:, None, None]
     return protected_BHN | is_prompt_BHN

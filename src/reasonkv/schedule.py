@@ -3,13 +3,13 @@
 The transformers cache, the replay harness and a serving engine each compute these functions and agree without a
 message, because nothing here looks at a tensor. A method decides *which* slots stay, never how many or when.
 
-Feeding the same tokens in other pieces gives the same states if and only if every boundary `next_event` names ends
-a piece; a piece that crosses boundaries has one event, at its end.
+Feeding the same tokens in other chunks gives the same lengths if and only if every boundary `next_event` names ends a
+chunk; a chunk that crosses boundaries has one compaction, at its end.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import NamedTuple, TypeVar
 
@@ -22,71 +22,77 @@ Integers = NDArray[np.int64]
 _NEVER = np.iinfo(np.int64).max
 
 
-class State(NamedTuple):
-    """One row of one layer.
+class Lengths(NamedTuple):
+    """The lengths of one sequence in one layer.
 
     Args:
-        length: logical length L, tokens seen.
-        held: physical length P, slots held per KV head.
+        logical: tokens seen, L.
+        physical: slots stored per KV head, P.
         prompt: tokens of the prompt, known from the first forward on.
 
     """
 
-    length: int = 0
-    held: int = 0
+    logical: int = 0
+    physical: int = 0
     prompt: int = 0
 
 
-def target(budget: Budget, state: State) -> int:
-    """Slots that stay after an event at `state.length`, `state.held` of them held before it.
+def kept_share(budget: Budget, logical: int, prompt: int) -> int:
+    """Return the slots a compaction keeps at a logical length, beside a prompt on top."""
+    if budget.keep is None:
+        return budget.tokens
+    counted = logical - _on_top(budget, min(logical, prompt))
+    return max(_least(budget, prompt), counted * budget.ratio.numerator // budget.ratio.denominator)
 
-    min(L, p + tokens), p = the prompt's tokens if on top; of a `Window`, what is left once every complete one is cut.
+
+def target(budget: Budget, state: Lengths) -> int:
+    """Return the slots that are kept by a compaction at `state`, whose physical length is that before it.
+
+    min(L, p + kept_share), p = the prompt's tokens if on top; of a `Window`, what is left once every complete one is
+    compacted.
     """
     if isinstance(budget, Window):
         start, end = _due(budget, state)
-        return state.held - (end - start) // budget.size * budget.dropped
-    on_top = min(state.length, state.prompt) if budget.prompt == "on_top" else 0
-    return min(state.length, on_top + budget.tokens)
+        return state.physical - (end - start) // budget.size * budget.dropped
+    on_top = _on_top(budget, min(state.logical, state.prompt))
+    return min(state.logical, on_top + kept_share(budget, state.logical, state.prompt))
 
 
-def next_event(budget: Budget | None, state: State) -> int | None:
-    """The logical length (> `state.length`) at which the next event falls when tokens arrive one by one.
+def next_event(budget: Budget | None, state: Lengths) -> int | None:
+    """Return the logical length (> `state.logical`) of the next compaction, tokens fed one by one; None: there is none.
 
     Args:
         budget: None for a cache without bound.
-        state: the row now.
-
-    Returns:
-        None when no event will ever fall.
+        state: the sequence now.
 
     """
     if budget is None:
         return None
-    dropped = state.length - state.held  # constant until the next event: at length n, n - dropped slots are held
+    dropped = state.logical - state.physical  # constant until the next event: at length n, n - dropped slots are held
     if isinstance(budget, ExplicitEventsWindow):
         return next(iter(budget.events[dropped // budget.dropped :]), None)
     if isinstance(budget, Window):
-        return max(state.length + 1, state.prompt + (dropped // budget.dropped + 1) * budget.size + budget.buffer)
-    if state.length < state.prompt:
+        return max(state.logical + 1, state.prompt + (dropped // budget.dropped + 1) * budget.size + budget.buffer)
+    if state.logical < state.prompt:
         if budget.prefill_chunk and budget.prompt == "count":
-            first = max(state.length, dropped + budget.tokens) + 1
+            first = max(state.logical + 1, _first_with(budget, state.prompt, dropped + 1))
             boundary = _ceil_to(first, budget.prefill_chunk)
             if boundary < state.prompt:
                 return boundary
-        whole = state._replace(length=state.prompt)
+        whole = state._replace(logical=state.prompt)
         if budget.cut_prompt == "prefill" and state.prompt - dropped > target(budget, whole):
             return state.prompt
-    first_decode = max(state.length, state.prompt) + 1
-    on_top = state.prompt if budget.prompt == "on_top" else 0
+    first_decode = max(state.logical, state.prompt) + 1
+    on_top = _on_top(budget, state.prompt)
     if budget.trigger == "occupancy":
-        return max(first_decode, dropped + on_top + budget.tokens + budget.interval)
+        return max(first_decode, _first_with(budget, state.prompt, dropped + on_top + budget.interval))
     counted_out = state.prompt if budget.trigger_counts == "decode" else 0
-    # an event must drop something, so at least one slot more than stays has to be held
-    held_needed = max(counted_out + budget.tokens, on_top + budget.tokens + 1)
-    return _ceil_to(max(first_decode, dropped + held_needed), budget.interval)
+    # a compaction must evict something, so at least one slot more than is kept has to be held
+    first = _first_with(budget, state.prompt, dropped + max(counted_out, on_top + 1))
+    return _ceil_to(max(first_decode, first), budget.interval)
 
 
-def step(budget: Budget | None, state: State, fed: int) -> tuple[State, int | None]:
+def step(budget: Budget | None, state: Lengths, fed: int) -> tuple[Lengths, int | None]:
     """Feed `fed` tokens in one forward.
 
     Returns:
@@ -96,20 +102,20 @@ def step(budget: Budget | None, state: State, fed: int) -> tuple[State, int | No
         BudgetError: the forward does not end at the event of an `ExplicitEventsWindow`, or no window is whole.
 
     """
-    grown = State(state.length + fed, state.held + fed, state.prompt)
+    grown = Lengths(state.logical + fed, state.physical + fed, state.prompt)
     boundary = next_event(budget, state)
-    if budget is None or boundary is None or fed == 0 or grown.length < boundary:
+    if budget is None or boundary is None or fed == 0 or grown.logical < boundary:
         return grown, None
     keep = target(budget, grown)
-    return grown._replace(held=keep), keep
+    return grown._replace(physical=keep), keep
 
 
-def one_by_one(budget: Budget | None, state: State, length: int) -> State:
+def one_by_one(budget: Budget | None, state: Lengths, length: int) -> Lengths:
     """The state once tokens have arrived one by one up to `length`."""
-    while state.length < length:
+    while state.logical < length:
         boundary = next_event(budget, state)
         end = length if boundary is None else min(boundary, length)
-        state, _ = step(budget, state, end - state.length)
+        state, _ = step(budget, state, end - state.logical)
     return state
 
 
@@ -120,14 +126,14 @@ class Event(NamedTuple):
         row: which one, counted among the forward's.
         before: its state before the forward.
         held: slots it holds until the event, the forward's among them.
-        after: its state after the event, which keeps `after.held`.
+        after: its state after the event, which keeps `after.physical`.
 
     """
 
     row: int
-    before: State
+    before: Lengths
     held: int
-    after: State
+    after: Lengths
 
 
 class BatchSchedule:
@@ -148,7 +154,7 @@ class BatchSchedule:
         self._lengths, self._held, self._boundaries = self._numbers
         self._peaks = [0] * places  # before the newest event
 
-    def start(self, place: int, budget: Budget | None, state: State) -> None:
+    def start(self, place: int, budget: Budget | None, state: Lengths) -> None:
         """A row begins; None is one without bound."""
         self._lengths[place], self._held[place], self.prompts[place] = state
         self._peaks[place] = 0
@@ -160,9 +166,9 @@ class BatchSchedule:
         boundary = next_event(budget, self.state(place))
         self._boundaries[place] = _NEVER if boundary is None else boundary
 
-    def state(self, place: int) -> State:
+    def state(self, place: int) -> Lengths:
         """A row now."""
-        return State(int(self._lengths[place]), int(self._held[place]), self.prompts[place])
+        return Lengths(int(self._lengths[place]), int(self._held[place]), self.prompts[place])
 
     def peak(self, place: int) -> int:
         """Most slots a row held at once so far, until its events among them."""
@@ -191,73 +197,38 @@ class BatchSchedule:
         self._numbers[:2, places_B] = grown
         for row, _, held, after in events:
             place = places_B[row]
-            self._held[place], self._peaks[place] = after.held, max(self._peaks[place], held)
+            self._held[place], self._peaks[place] = after.physical, max(self._peaks[place], held)
         for _, place in due:
             self.set_budget(place, self.budgets[place])
         return events
 
 
-def open_tokens(window: Window, before: State, after: State) -> tuple[int, int]:
+def open_tokens(window: Window, before: Lengths, after: Lengths) -> tuple[int, int]:
     """Half-open range of token indices that the event of a forward from `before` to `after` chooses from.
 
     All of them are still held: nothing inside was ever cut. Every other slot is protected at this event.
     """
-    return _due(window, after._replace(held=before.held + after.length - before.length))
+    return _due(window, after._replace(physical=before.physical + after.logical - before.logical))
 
 
-def _due(window: Window, state: State) -> tuple[int, int]:
-    """The tokens that an event at `state.length` cuts, as a half-open range: a whole number of windows."""
-    done = (state.length - state.held) // window.dropped
+def _due(window: Window, state: Lengths) -> tuple[int, int]:
+    """The tokens that an event at `state.logical` cuts, as a half-open range: a whole number of windows."""
+    done = (state.logical - state.physical) // window.dropped
     if not isinstance(window, ExplicitEventsWindow):
         start = state.prompt + done * window.size
-        return start, start + max(0, state.length - window.buffer - start) // window.size * window.size
-    if state.length != window.events[done]:
+        return start, start + max(0, state.logical - window.buffer - start) // window.size * window.size
+    if state.logical != window.events[done]:
         raise BudgetError(
-            f"A forward ends at {state.length} tokens of a row whose event was listed at {window.events[done]}; "
+            f"A forward ends at {state.logical} tokens of a row whose event was listed at {window.events[done]}; "
             "end a forward there (tokens_to_next_event says how far it is)."
         )
-    start = state.length - window.buffer - window.size
+    start = state.logical - window.buffer - window.size
     if start < state.prompt:
         raise BudgetError(
-            f"An event listed at {state.length} tokens finds no window of {window.size} before its buffer of "
+            f"An event listed at {state.logical} tokens finds no window of {window.size} before its buffer of "
             f"{window.buffer}: the prompt alone is {state.prompt} tokens."
         )
     return start, start + window.size
-
-
-def periodic_events(
-    window: Window, prompts: Sequence[int], lengths: Sequence[int], period: int, most: int
-) -> list[tuple[int, int]]:
-    """Which rows a global step counter would compress, and when: the periodic policy of KvLLM (arXiv 2607.01237).
-
-    All rows decode one token a step. Every `period` steps, up to `most` of the rows that hold at least a window beyond
-    their buffer are compressed, those with most uncompressed tokens first (of equals the first row).
-
-    Args:
-        window: what a compression cuts.
-        prompts: tokens of each row's prompt.
-        lengths: tokens each row sees in all; it leaves the batch then.
-        period: steps between two rounds, more than `window.size`, so that nothing is compressed twice.
-        most: rows of a round.
-
-    Returns:
-        (row, logical length) of every compression, in the order they fall; `CompressedCache(window_events=)` obeys it.
-
-    Raises:
-        BudgetError: a period that is too short, or no rows to a round.
-
-    """
-    policy = PeriodicWindow(window.size, window.buffer, window.retention, period=period, most=most)
-    rows = [policy.row()] * len(prompts)
-    events = []
-    for now in range(period, max(lengths, default=0) + 1, period):
-        states = {
-            row: State(prompt + now, prompt=prompt) for row, prompt in enumerate(prompts) if prompt + now < lengths[row]
-        }
-        for row in periodic_round(policy, now, {row: raw_tokens(rows[row], state) for row, state in states.items()}):
-            rows[row] = listed(rows[row], states[row].length)
-            events.append((row, states[row].length))
-    return events
 
 
 Row = TypeVar("Row", int, str)
@@ -286,10 +257,10 @@ def row_budget(budget: Budget) -> Budget:
     return budget.row() if isinstance(budget, PeriodicWindow) else budget
 
 
-def raw_tokens(window: ExplicitEventsWindow, state: State) -> int:
+def raw_tokens(window: ExplicitEventsWindow, state: Lengths) -> int:
     """Tokens of a row, beyond its prompt, that came since the last window cut from it: 0 at least."""
     start = window.events[-1] - window.buffer if window.events else state.prompt
-    return max(0, state.length - start)
+    return max(0, state.logical - start)
 
 
 def listed(window: ExplicitEventsWindow, length: int) -> ExplicitEventsWindow:
@@ -298,31 +269,31 @@ def listed(window: ExplicitEventsWindow, length: int) -> ExplicitEventsWindow:
 
 
 def capacity(budget: Budget | None, prompt: int, max_length: int) -> int:
-    """Slots to allocate for a row that decodes one token at a time, once a prompt cut at prefill has been cut.
+    """Return the slots to allocate for a sequence that decodes one token at a time, its prompt compacted if it is cut.
 
-    A longer piece, or a longer prompt before its cut, is staged beside this storage; see `bound` for that peak.
+    A longer chunk, or a longer prompt before its cut, is staged beside this storage; see `bound` for that peak.
     """
     if budget is None:
         return max_length
     if isinstance(budget, Window):
         return _window_capacity(budget, prompt, max_length)
-    on_top = prompt if budget.prompt == "on_top" else 0
-    needed = on_top + budget.tokens + budget.interval
+    share = kept_share(budget, max(max_length, prompt), prompt) + budget.interval
+    needed = _on_top(budget, prompt) + share
     if budget.trigger == "grid" and budget.trigger_counts == "decode":
-        needed = max(needed, prompt + budget.tokens + budget.interval)
+        needed = max(needed, prompt + share)
     if budget.cut_prompt == "first_event":
         needed = max(needed, prompt + (1 if budget.trigger == "occupancy" else budget.interval))
     return min(max_length, needed)
 
 
 def bound(budget: Budget | None, prompt: int, max_length: int, max_piece: int = 1) -> int:
-    """Most slots a row ever holds at once per KV head, the forward that triggers an event included.
+    """Return the most slots a sequence ever holds at once per KV head, before a compaction among them.
 
     Args:
         budget: None for a cache without bound.
         prompt: tokens of the prompt.
-        max_length: most tokens the row will ever see.
-        max_piece: most tokens of one forward after the prompt. The prompt is fed whole, or in pieces that end at its
+        max_length: most tokens the sequence will ever see.
+        max_piece: most tokens of one forward after the prompt. The prompt is fed whole, or in chunks that end at its
             boundaries.
 
     """
@@ -330,8 +301,31 @@ def bound(budget: Budget | None, prompt: int, max_length: int, max_piece: int = 
         return max_length
     in_prompt = prompt
     if budget.prefill_chunk and budget.prompt == "count":
-        in_prompt = min(prompt, budget.tokens + budget.prefill_chunk)
+        in_prompt = min(prompt, kept_share(budget, prompt, prompt) + budget.prefill_chunk)
     return min(max_length, max(capacity(budget, prompt, max_length) + max_piece - 1, in_prompt))
+
+
+def _on_top(budget: Budget, prompt: int) -> int:
+    return prompt if budget.prompt == "on_top" else 0
+
+
+def _least(budget: Budget, prompt: int) -> int:
+    """Slots that a share keeps at least: what is protected, and one that is chosen beside a kept prompt."""
+    sinks, recent = budget.protected()
+    return max(1, sinks + recent, prompt + recent + 1 if budget.prompt == "keep" else 0)
+
+
+def _first_with(budget: Budget, prompt: int, surplus: int) -> int:
+    """Return the first logical length, past a prompt on top, that exceeds `kept_share` by `surplus` tokens.
+
+    Of a share n / d, c = surplus - p tokens beyond it: m - m n // d >= c first at m = (c - 1) d // (d - n) + 1, because
+    the left side is ceil(m (d - n) / d).
+    """
+    if budget.keep is None:
+        return budget.tokens + surplus
+    on_top, ratio = _on_top(budget, prompt), budget.ratio
+    n, d, beyond = ratio.numerator, ratio.denominator, surplus - on_top
+    return on_top + max(_least(budget, prompt) + beyond, (beyond - 1) * d // (d - n) + 1)
 
 
 def _window_capacity(window: Window, prompt: int, max_length: int) -> int:

@@ -16,7 +16,7 @@ from torch import Tensor
 from reasonkv import Budget, CompressedCache
 from reasonkv.methods import Method, get_method
 from reasonkv.plan import Fold, Plan
-from reasonkv.runtimes.transformers.setup import fitted
+from reasonkv.resolve import resolve_budget
 from reasonkv.runtimes.vllm.config import WORKER
 from reasonkv.tasks import get_task
 from reasonkv.testbed import load_testbed, testbed_path
@@ -156,7 +156,7 @@ def serve(llm: Any, asked: list[list[int]], sampling: Any) -> Run:
     recorder = Recorder()
     runtime = runtime_of(llm)
     if runtime is not None:
-        runtime.observer = recorder
+        runtime.compactor.observer = recorder
     outputs = llm.generate([{"prompt_token_ids": ids} for ids in asked], sampling, use_tqdm=False)
     number = {output.request_id: index for index, output in enumerate(outputs)}
 
@@ -180,7 +180,7 @@ def reference(
     longest = max(map(len, asked))
     ids = torch.tensor([[0] * (longest - len(row)) + row for row in asked])
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in asked])
-    made, _ = fitted(get_method(method).for_tokenizer(tokenizer), budget)
+    made, _ = resolve_budget(get_method(method).for_tokenizer(tokenizer), budget)
     recorder = Recorder()
 
     def say(said: Tensor, scores: Tensor) -> Tensor:
@@ -231,7 +231,7 @@ class Watcher:
 
     def __init__(self, llm: Any, *, repeats: bool = False) -> None:
         self.llm, self.engine = llm, llm.llm_engine
-        runtime_of(llm).observer = self._note_event if repeats else None
+        runtime_of(llm).compactor.observer = self._note_event if repeats else None
         self.kept: dict[tuple[str, int, int], Tensor] = {}
         self.repeated = 0
         self.most: dict[str, int] = defaultdict(int)
@@ -259,12 +259,12 @@ class Watcher:
     def step(self) -> None:
         """One step, after which scheduler and worker must agree in every number and block."""
         runtime, manager = runtime_of(self.llm), manager_of(self.llm)
-        before = {name: (one, one.state.length) for name, one in runtime.sequences.items()}
+        before = {name: (one, one.state.logical) for name, one in runtime.requests.items()}
         for output in self.engine.step():
             self.tokens[output.request_id] = list(output.outputs[0].token_ids)
             self.ends[output.request_id] = output.outputs[0].finish_reason
         batch = core_of(self.llm).model_executor.driver_worker.worker.model_runner.input_batch
-        for name, one in runtime.sequences.items():
+        for name, one in runtime.requests.items():
             if name not in manager.req_to_blocks:  # it has finished, or was preempted
                 continue
             short = name.rsplit("-", 1)[0]
@@ -273,14 +273,14 @@ class Watcher:
                 start = 0
                 if self.pieces[short]:
                     self.preempted.add(short)
-            if one.state.length > start:
-                self.pieces[short].append(one.state.length - start)
+            if one.state.logical > start:
+                self.pieces[short].append(one.state.logical - start)
             blocks = [block.block_id for block in manager.req_to_blocks[name]]
             assert len(set(blocks)) == len(blocks)
-            assert manager.holdings[name].now == one.state  # the scheduler's integers are the worker's
-            assert one.state.held <= len(blocks) * manager.block_size
+            assert manager.allocations[name].now == one.state  # the scheduler's integers are the worker's
+            assert one.state.physical <= len(blocks) * manager.block_size
             if one.budget is None:
-                assert len(blocks) == -(-one.state.length // manager.block_size)
+                assert len(blocks) == -(-one.state.logical // manager.block_size)
             if name in batch.req_id_to_index:
                 row = batch.block_table[0].block_table.np[batch.req_id_to_index[name]]
                 assert row[: len(blocks)].tolist() == blocks

@@ -118,21 +118,16 @@ def nudged(method: Method, draw: int) -> Method:
         drawn_BHn = sampling_keys(weights_BHn, view.uniform_BHN()[..., :n])
         return weights_BHn * moves(drawn_BHn, ~view.is_protected_BHN[..., :n]).exp()
 
-    def head_scores(self: Any, view: SlotView) -> Tensor:
-        scores_BqN = kind._scores(self, view)
-        return moved(scores_BqN, torch.ones_like(scores_BqN, dtype=torch.bool))
-
-    def row_slots(self: Any, views: list[SlotView], keep: int) -> Any:
-        """Moves the vectors whose cosines are compared, by so little that cosines move by no more than `NEAR` / 2."""
-        rows = kind.row_slots(self, views, keep)
+    def rows(self: Any, views: Any) -> Any:
+        """Moves scores, and vectors whose cosines are compared: so little that cosines move by `NEAR` / 2 at most."""
         found = []
-        for row in rows:
-            vectors_ND = None if row.vectors_ND is None else torch.from_numpy(row.vectors_ND)
-            if vectors_ND is not None:
-                way_ND = torch.randn(vectors_ND.shape, generator=generator, dtype=vectors_ND.dtype)
-                way_ND *= vectors_ND.norm(dim=-1, keepdim=True) / way_ND.norm(dim=-1, keepdim=True)
-                vectors_ND = vectors_ND + NEAR / 4 * way_ND
-            found.append(replace(row, vectors_ND=None if vectors_ND is None else vectors_ND.numpy()))
+        for row in kind.rows(self, views):
+            vectors_ND = torch.from_numpy(row.vectors_ND)
+            way_ND = torch.randn(vectors_ND.shape, generator=generator, dtype=vectors_ND.dtype)
+            way_ND *= vectors_ND.norm(dim=-1, keepdim=True) / way_ND.norm(dim=-1, keepdim=True)
+            every = torch.ones_like(row.scores_MN, dtype=torch.bool)
+            vectors = (vectors_ND + NEAR / 4 * way_ND).numpy()
+            found.append(row._replace(scores_MN=moved(row.scores_MN, every), vectors_ND=vectors))
         return found
 
     changes: dict[type, dict[str, Callable[..., Any]]] = {
@@ -140,7 +135,7 @@ def nudged(method: Method, draw: int) -> Method:
         Kara: {"score": window_scores},
         TriAttention: {"_choose": reduced_scores},
         VaseAttnV: {"magnitudes": magnitudes, "attention": attention},
-        CASK: {"_scores": head_scores, "row_slots": row_slots},
+        CASK: {"rows": rows},
     }
     (own,) = [functions for base, functions in changes.items() if isinstance(method, base)]
     made: Method = object.__new__(type(f"Nudged{kind.__name__}", (kind,), dict(own)))

@@ -14,12 +14,12 @@ from reasonkv.runtimes.vllm.config import EngineConfig
 def start(worker: Any, given: dict[str, Any]) -> None:
     """Serve by another method from now on, and note what its events keep."""
     worker.runtime.use(EngineConfig.parse(given))
-    worker.runtime.observer = Recorder()
+    worker.runtime.compactor.observer = Recorder()
 
 
 def kept_by(worker: Any) -> dict[tuple[str, int, int], Tensor]:
     """Token indices that stayed of this rank's heads, by request, layer and event."""
-    found: dict[tuple[str, int, int], Tensor] = worker.runtime.observer.kept
+    found: dict[tuple[str, int, int], Tensor] = worker.runtime.compactor.observer.kept
     return found
 
 

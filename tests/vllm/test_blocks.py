@@ -28,7 +28,7 @@ from reasonkv.runtimes.vllm.config import SCHEDULER, EngineConfig
 from reasonkv.testbed import load_testbed
 
 SEED, BLOCK = 7, 32
-SMALL = {"tokens": 64, "interval": 32, "sinks": 4, "recent": 16}
+SMALL = {"tokens": 64, "interval": 32, "sinks": 4, "recent": 16, "prompt": "count"}
 CALIBRATION = str(testbed.testbed_path() / "reasonkv_calibration.safetensors")
 BUDGET = Budget(64, interval=32, sinks=4, recent=16, prompt="count")
 
@@ -90,7 +90,7 @@ def test_all_blocks_come_back_and_every_text_is_its_own_whoever_is_aborted_or_pr
             del doomed[name]
     assert free_blocks(small_engine) == before
     manager = manager_of(small_engine)
-    assert not manager.holdings and not any(manager.req_to_blocks.values())
+    assert not manager.allocations and not any(manager.req_to_blocks.values())
     assert len(watcher.preempted) >= 8 and watcher.repeated
     for name in sorted(set(asked) - aborted):
         ids, tokens = asked[name]
@@ -181,6 +181,24 @@ def test_our_scheduler_cuts_a_prompt_at_its_chunks_whatever_else_is_fed(folder: 
         assert watcher.ends["too long"] == "error"
         assert watcher.tokens["long"] == full_kv(asked[:1], 512 + 1 - 310)[0]
         assert free_blocks(llm) == 16
+
+
+def test_a_share_of_the_text_takes_blocks_as_it_grows_and_equals_the_transformers_runtime(folder: Path) -> None:
+    share = {"keep": 0.5, "interval": 32, "sinks": 4, "recent": 16, "prompt": "count"}
+    options = {"block_size": BLOCK, "num_gpu_blocks_override": 65, "scheduler_cls": SCHEDULER}
+    asked = prompts((40, 90, 200))
+    with engine(folder, {"method": "random", "seed": SEED, **share}, max_model_len=768, **options) as llm:
+        watcher = Watcher(llm)
+        for number, ids in enumerate(asked):
+            watcher.add(str(number), ids, 240)
+        watcher.run()
+        assert free_blocks(llm) == 64 and not watcher.preempted
+    for number, ids in enumerate(asked):
+        length = len(ids) + 240 - 1
+        most = max(len(ids), schedule.capacity(Budget(**share), len(ids), length))
+        assert watcher.last[str(number)] <= watcher.most[str(number)] <= -(-most // BLOCK) < -(-length // BLOCK)
+    theirs = reference("random", Budget(**share), asked, 240, seed=SEED)
+    assert [watcher.tokens[str(number)] for number in range(3)] == theirs.tokens
 
 
 @pytest.mark.parametrize("is_async", [False, True])

@@ -26,7 +26,7 @@ from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as Logits
 from vllm.v1.worker.gpu.sample.logits_processor import build_custom_logits_processors_params_validator
 from vllm.v1.worker.gpu_worker import Worker
 
-from reasonkv.runtimes.vllm import backend_cpu
+from reasonkv.runtimes.vllm import backend
 from reasonkv.runtimes.vllm.config import OPT_OUT, OPTIONS
 from reasonkv.runtimes.vllm.manager import BoundedManager
 from reasonkv.runtimes.vllm.plugin import register
@@ -102,8 +102,8 @@ def test_what_we_subclass_and_register_by_is_still_there() -> None:
     assert AttentionCGSupport.NEVER and AttentionMetadataBuilder.supports_update_block_table is False
     assert isinstance(NewRequestData.prompt_len, property)
     assert issubclass(BoundedManager, FullAttentionManager) and issubclass(BoundedSpec, FullAttentionSpec)
-    assert backend_cpu.Backend.get_name() == "CPU_ATTN"
-    assert backend_cpu.Backend.forward_includes_kv_cache_update
+    assert backend.CPU_ATTN.get_name() == "CPU_ATTN"
+    assert backend.CPU_ATTN.forward_includes_kv_cache_update
     assert not cpu_attn.CPUAttentionBackend.forward_includes_kv_cache_update
     assert "validate_params" in vars(LogitsProcessor)
     assert {"get_attn_backend", "get_kv_cache_spec"} <= set(vars(Attention))
@@ -139,7 +139,7 @@ def test_a_processor_is_found_by_getattr_name_after_name() -> None:
     assert cached_load_custom_logitsprocs(bound) == list(bound)
     validate = build_custom_logits_processors_params_validator(given)
     validate(SamplingParams(extra_args={"reasonkv": {"options": {"temperature": 0.5}}}))
-    with pytest.raises(VLLMValidationError, match="temperature takes a number"):
+    with pytest.raises(VLLMValidationError, match="temperature must be a finite number"):
         validate(SamplingParams(extra_args={"reasonkv": {"options": {"temperature": "x"}}}))
 
 

@@ -43,7 +43,7 @@ def test_without_configuration_tokens_and_attention_are_stock(folder: Path) -> N
     expected = json.loads(line.removeprefix("TOKENS "))
 
     # A compressed engine before, in the same process, must leave nothing behind.
-    with engine(folder, {"method": "random", "tokens": 96, "interval": 32, "recent": 16}) as llm:
+    with engine(folder, {"method": "random", "tokens": 96, "interval": 32, "recent": 16, "prompt": "count"}) as llm:
         assert generated(llm) != expected
     for options in ({}, {"worker_cls": WORKER, "scheduler_cls": SCHEDULER}):
         with engine(folder, **options) as llm:

@@ -55,40 +55,36 @@ def writer(place: Place) -> Callable[[Tensor, Tensor, Tensor, Tensor], None]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(
-    ("place", "is_linear"),
-    [(plain, True), (transposed, True), (in_groups, True), (in_pairs, False), (scrambled, False)],
-)
-def test_what_is_written_is_read_back_bit_for_bit(place: Place, is_linear: bool, dtype: torch.dtype) -> None:
-    check_reading(torch.zeros(BLOCKS, H, S, 2 * D, dtype=dtype), writer(place), is_linear)
+@pytest.mark.parametrize("place", [plain, transposed, in_groups, in_pairs, scrambled])
+def test_what_is_written_is_read_back_bit_for_bit(place: Place, dtype: torch.dtype) -> None:
+    layout = check_reading(torch.zeros(BLOCKS, H, S, 2 * D, dtype=dtype), writer(place))
+    assert layout.is_rows == {"keys": place is plain, "values": place not in (in_groups, in_pairs, scrambled)}
 
 
-def check_reading(cache: Tensor, write: Write, is_linear: bool, *, is_packed: bool | None = None) -> None:
-    is_packed = is_linear if is_packed is None else is_packed
+def check_reading(cache: Tensor, write: Write) -> Layout:
     layout = Layout.probe(cache, 1, H, D, write)
     assert not cache.any()
-    assert (layout.key_strides is not None) == is_linear
     keys, values = torch.randn(2, 2 * S, H, D).to(cache.dtype)
     blocks = torch.tensor([4, 2])
     slots = (blocks[:, None] * S + torch.arange(S)).flatten()
     write(keys, values, cache, slots)
     both = torch.stack([blocks, blocks.flip(0)])
+    every = torch.arange(2 * S).expand(2, H, 2 * S)
     some = torch.stack([torch.randperm(2 * S)[: S + 1] for _ in range(2 * H)]).view(2, H, S + 1)  # each head its own
     for kind, written in (("keys", keys), ("values", values)):
-        got, picked = layout.read(kind, cache, both), layout.read_slots(kind, cache, both, some)
+        got, picked = layout.read(kind, cache, both, every), layout.read(kind, cache, both, some)
         assert torch.equal(got[0], written.transpose(0, 1))
         assert torch.equal(got[1], torch.cat([written[S:], written[:S]]).transpose(0, 1))
         assert torch.equal(picked, got.take_along_dim(some[..., None], 2))
-    front, before = torch.randn(2, 2, H, S + 1, D).to(cache.dtype), cache.clone()  # a block and a slot of the next
+    front, untouched = torch.randn(2, 2, H, S + 1, D).to(cache.dtype), cache[0].clone()  # a block and a slot more
     asked = torch.tensor([[1, 3], [4, 2]])
-    assert layout.write_front(cache, asked, *front) == is_packed
-    if not is_packed:
-        assert torch.equal(cache, before)
-        return
+    old = {kind: layout.read(kind, cache, asked, every)[:, :, S + 1 :] for kind in layout.is_rows}
     for kind, new in (("keys", front[0]), ("values", front[1])):
-        old = layout.read(kind, before, asked)
-        assert torch.equal(layout.read(kind, cache, asked), torch.cat([new, old[:, :, S + 1 :]], 2))
-    assert torch.equal(cache[0], before[0])
+        layout.write_front(kind, cache, asked, new)
+    for kind, new in (("keys", front[0]), ("values", front[1])):
+        assert torch.equal(layout.read(kind, cache, asked, every), torch.cat([new, old[kind]], 2))
+    assert torch.equal(cache[0], untouched)
+    return layout
 
 
 @pytest.mark.parametrize("memory", ["slots first", "gaps"])
@@ -101,7 +97,7 @@ def test_blocks_may_lie_in_memory_as_they_like(memory: str) -> None:
     def write(keys_nHD: Tensor, values_nHD: Tensor, kv_cache: Tensor, slots_n: Tensor) -> None:
         kv_cache[slots_n // S, :, slots_n % S] = torch.cat([keys_nHD, values_nHD], -1)
 
-    check_reading(cache, write, is_linear=True, is_packed=memory != "gaps")
+    assert check_reading(cache, write).is_rows == {"keys": True, "values": True}
 
 
 def test_a_cache_operation_that_rounds_is_refused() -> None:

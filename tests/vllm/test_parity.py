@@ -16,15 +16,15 @@ from vllm.config import CompilationMode
 
 from reasonkv import Budget, Window, testbed
 from reasonkv.methods import Method, get_method
-from reasonkv.runtimes.vllm import events
+from reasonkv.runtimes.vllm import compactions
+from reasonkv.runtimes.vllm.compactions import Compactor
 from reasonkv.runtimes.vllm.config import SCHEDULER, EngineConfig
-from reasonkv.runtimes.vllm.events import make_view
 
 SEED, TOKENS = 7, 160
 BUDGET = Budget(96, interval=32, sinks=4, recent=16, prompt="count")
 WINDOW = Window(size=48, buffer=16, retention=0.25)
 CALIBRATION = str(testbed.testbed_path() / "reasonkv_calibration.safetensors")
-THRESHOLD = {"tokens": 96, "interval": 32, "sinks": 4, "recent": 16}
+THRESHOLD = {"tokens": 96, "interval": 32, "sinks": 4, "recent": 16, "prompt": "count"}
 WINDOWED = {"window": {"size": 48, "buffer": 16, "retention": 0.25}}
 
 
@@ -85,19 +85,19 @@ def test_events_of_many_requests_are_carried_out_in_portions(
     threshold_engine: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runtime = runtime_of(threshold_engine)
-    asked, cache = prompts((60,) * 5), runtime.layers[0].module.kv_cache
+    asked, cache, view = prompts((60,) * 5), runtime.layers[0].module.kv_cache, Compactor.view
     slot_bytes = cache[0, :, 0].numel() * cache.element_size()
     for method, layers in (("random", 1), ("cask:mass=none", 3)):  # the second plans all layers at once
         runtime.use(EngineConfig.parse({"method": method, "seed": SEED, "calibration": CALIBRATION, **THRESHOLD}))
         whole, rows = serve(threshold_engine, asked, greedy(70)), []
 
-        def spy(runtime: Any, layer: Any, step: Any, rows_: list[int], rows: list[int] = rows) -> Any:
-            rows.append(len(rows_))
-            return make_view(runtime, layer, step, rows_)
+        def spy(self: Compactor, layer: Any, due: list[Any], *others: Any, rows: list[int] = rows) -> Any:
+            rows.append(len(due))
+            return view(self, layer, due, *others)
 
         with monkeypatch.context() as patch:
-            patch.setattr(events, "make_view", spy)
-            patch.setitem(events.PORTION_BYTES, "cpu", 2 * 128 * slot_bytes * layers)  # two rows at an event
+            patch.setattr(Compactor, "view", spy)
+            patch.setitem(compactions.PORTION_BYTES, "cpu", 2 * 128 * slot_bytes * layers)  # two rows at an event
             portions = serve(threshold_engine, asked, greedy(70))
         assert set(rows) == {1, 2} and sum(rows) == 5 * 3 * len({event for *_, event in whole.kept})
         assert portions.tokens == whole.tokens and portions.kept.keys() == whole.kept.keys()

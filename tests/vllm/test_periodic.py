@@ -10,8 +10,9 @@ import pytest
 from engines import Watcher, engine, greedy, prompts, reference, runtime_of, serve
 from near_ties import check_agreement
 
-from reasonkv import Window, schedule
+from reasonkv import Window
 from reasonkv.methods import get_method
+from reasonkv.periodic import periodic_events
 from reasonkv.runtimes.vllm.config import SCHEDULER, EngineConfig
 
 PERIOD, MOST, TOKENS, SEED = 64, 2, 280, 7
@@ -36,7 +37,7 @@ def to_the_next_period(llm: Any) -> None:
 
 def listed(asked: list[list[int]], tokens: int) -> list[tuple[int, int]]:
     lengths = [len(ids) for ids in asked]
-    return schedule.periodic_events(WINDOW, lengths, [length + tokens for length in lengths], PERIOD, MOST)
+    return periodic_events(WINDOW, lengths, [length + tokens for length in lengths], PERIOD, MOST)
 
 
 @pytest.mark.parametrize("method", ["random", "kara"])
@@ -61,7 +62,7 @@ def test_scheduler_and_worker_agree_after_every_step_whoever_comes_and_goes(peri
     watcher = Watcher(periodic_engine)
     for number, ids in enumerate(prompts()):
         watcher.add(str(number), ids, 100 + 20 * number)
-    before = runtime_of(periodic_engine).meter.events
+    before = runtime_of(periodic_engine).meter.compactions
     for step in range(90):
         if step == 30:
             watcher.engine.abort_request(["2"])
@@ -71,5 +72,5 @@ def test_scheduler_and_worker_agree_after_every_step_whoever_comes_and_goes(peri
             watcher.add("late", prompts((47,))[0], 120)
         watcher.step()
     watcher.run()
-    assert runtime_of(periodic_engine).meter.events >= before + 4
+    assert runtime_of(periodic_engine).meter.compactions >= before + 4
     assert watcher.preempted

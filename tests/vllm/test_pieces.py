@@ -12,10 +12,9 @@ from reasonkv import Budget
 from reasonkv.methods import Method, Observed, get_method
 from reasonkv.plan import PlanError
 from reasonkv.rotary import Rotary
-from reasonkv.runtimes.vllm.pieces import Pieces
-from reasonkv.runtimes.vllm.slots import LayerSlots
-from reasonkv.runtimes.vllm.step import Sequence, Step
-from reasonkv.schedule import BatchSchedule, State
+from reasonkv.runtimes.vllm.step import RunningRequest, StepLayout
+from reasonkv.schedule import BatchSchedule, Lengths
+from reasonkv.slots import SlotStore
 
 HQ, D, PLACES = 4, 16, 5
 CPU = torch.device("cpu")
@@ -26,11 +25,10 @@ STEPS = (
 )  # fmt: skip
 
 
-def slots_of(method: Method) -> LayerSlots:
-    def fresh(rows: int) -> dict[str, Tensor]:
-        return method.new_row_state(rows, HQ, D, CPU)
-
-    return LayerSlots(PLACES, 2, HQ, D, torch.float32, CPU, method.needs, fresh)
+def slots_of(method: Method) -> SlotStore:
+    store = SlotStore(PLACES, 2, torch.float32, CPU, method.needs)
+    store.prepare(method, HQ, D)
+    return store
 
 
 def whole(method: Method, queries_LqD: Tensor) -> dict[str, Tensor]:
@@ -47,22 +45,22 @@ def test_pieces_of_a_batch_give_the_state_of_the_whole_alone(spec: str) -> None:
     text = {name: torch.randn(60, HQ, D, generator=draw) for name in "abc"}
     courses, sequences = BatchSchedule(PLACES), {}
     for name, place in zip("abc", (2, 0, 4), strict=True):
-        courses.start(place, Budget(128, prompt="count"), State(prompt=40))
-        sequences[name] = Sequence(courses=courses, place=place, method=method)
+        courses.start(place, Budget(128, prompt="count"), Lengths(prompt=40))
+        sequences[name] = RunningRequest(lengths=courses, row=place, method=method)
     slots = slots_of(method)
     for fed in STEPS:
-        step = Step(fed, sequences, list(fed), torch.empty(0))
-        parts = [text[name][sequences[name].state.length :][: fed[name]] for name in step.order]
+        step = StepLayout(fed, sequences, list(fed), torch.empty(0))
+        parts = [text[name][sequences[name].state.logical :][: fed[name]] for name in step.order]
         padded = torch.cat([*parts, torch.full((3, HQ, D), torch.nan)])  # as a graph's batch would be
-        pieces = Pieces.of(step, CPU)
+        pieces = step.query_groups(CPU)
         assert len(pieces) == len(set(fed.values()))  # requests that feed equally many share one call
         for one in pieces:
             seen = Observed(padded[one.token_bn].transpose(1, 2), one.position_bn, one.valid_bn, 0, ROTARY)
-            slots.observe(method, one.place_b, seen)
+            slots.observe(method, one.row_b, seen)
         step.end()
     for name, sequence in sequences.items():
-        for key, expected in whole(method, text[name][: sequence.state.length]).items():
-            torch.testing.assert_close(slots.row_state[key][sequence.place], expected[0])
+        for key, expected in whole(method, text[name][: sequence.state.logical]).items():
+            torch.testing.assert_close(slots.row_state[key][sequence.row], expected[0])
     slots.start(2)
     for key, fresh in method.new_row_state(1, HQ, D, CPU).items():
         assert torch.equal(slots.row_state[key][2], fresh[0])
@@ -78,7 +76,7 @@ def test_state_that_changes_its_shape_is_a_defect_of_the_method() -> None:
 
 
 def test_what_is_observed_counts_as_kept_beside_the_cache() -> None:
-    def sized(spec: str, make: Callable[[Method], LayerSlots] = slots_of) -> int:
+    def sized(spec: str, make: Callable[[Method], SlotStore] = slots_of) -> int:
         return make(get_method(spec)).bytes
 
     plain = PLACES * HQ * D * 8  # a float64 sum per dimension, and a count per request

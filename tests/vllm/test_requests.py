@@ -23,7 +23,7 @@ from reasonkv.runtimes.vllm.requests import RequestOptions, RequestOptionsWithOp
 from reasonkv.view import SlotView
 
 CALIBRATION = str(testbed.testbed_path() / "reasonkv_calibration.safetensors")
-GIVEN = {"method": "random", "tokens": 64, "interval": 32, "sinks": 4, "recent": 16, "seed": 7}
+GIVEN = {"method": "random", "tokens": 64, "interval": 32, "sinks": 4, "recent": 16, "prompt": "count", "seed": 7}
 BUDGET = Budget(64, interval=32, sinks=4, recent=16, prompt="count")
 
 
@@ -44,8 +44,8 @@ def test_a_requests_seed_is_its_row_seed_and_wrong_options_never_reach_the_engin
             ({"unknown": 1}, "Unknown reasonkv options"),
             ({"enabled": False}, f"without --scheduler-cls {SCHEDULER}"),
             ({"options": {"redarw": True}}, "did you mean 'redraw'"),
-            ({"options": {"redraw": "no"}}, "redraw takes true or false"),
-            ('{"options": {"redraw": 1}}', "redraw takes true or false"),
+            ({"options": {"redraw": "no"}}, "redraw must be true or false"),
+            ('{"options": {"redraw": 1}}', "redraw must be true or false"),
         ):
             with pytest.raises(VLLMValidationError, match=sentence):
                 serve(llm, [ids], greedy(4, extra_args={"reasonkv": wrong}))
@@ -143,8 +143,8 @@ def test_lengths_that_scheduler_and_worker_do_not_agree_on_are_never_served(fold
         for _ in range(3):
             llm.llm_engine.step()
         runtime = runtime_of(llm)
-        (request,) = runtime.sequences.values()
-        runtime.courses.start(request.place, BUDGET, request.state._replace(length=41))
+        (request,) = runtime.requests.values()
+        runtime.lengths.start(request.row, BUDGET, request.state._replace(logical=41))
         with pytest.raises(RuntimeError, match=r"The scheduler has 42 tokens of request one-.* the worker 41"):
             llm.llm_engine.step()
 
@@ -156,7 +156,7 @@ def test_a_batch_that_is_padded_as_graphs_pad_it_has_the_slots_that_are_there(fo
         for _ in range(3):
             llm.llm_engine.step()
         runtime = runtime_of(llm)
-        ((name, request),) = runtime.sequences.items()
+        ((name, request),) = runtime.requests.items()
         assert request.state == (92, 66, 90)
         runtime.fed, runtime._computed = {name: 1}, {name: 92}
         common = SimpleNamespace(
@@ -164,7 +164,7 @@ def test_a_batch_that_is_padded_as_graphs_pad_it_has_the_slots_that_are_there(fo
             seq_lens_cpu_upper_bound=torch.tensor([94, 0, 0], dtype=torch.int32), replace=SimpleNamespace,
             block_table_tensor=torch.tensor([[7, 8], [0, 0], [0, 0]], dtype=torch.int32),
         )  # fmt: skip
-        made = runtime.make_physical(common, 64)
+        made = runtime.physical_metadata(common, 64)
         runtime.fed = runtime.step = None
         assert made.seq_lens.tolist() == [67, 0, 0] and made.seq_lens_cpu_upper_bound.tolist() == [68, 0, 0]
         assert made.slot_mapping.tolist() == [8 * 64 + 2, -1, -1, -1] and made.max_seq_len == 67
@@ -176,14 +176,14 @@ def test_the_meter_counts_what_the_schedule_says(folder: Path) -> None:
         serve(llm, [ids], greedy(80))
         meter = runtime_of(llm).meter
         # the prompt is cut from 90 to 64; then an event each time 96 are held: after 32 and after 64 of 79 fed tokens
-        assert (meter.events, meter.dropped, meter.peak) == (3, 26 + 32 + 32, 96)
+        assert (meter.compactions, meter.dropped, meter.peak) == (3, 26 + 32 + 32, 96)
         assert (meter.steps, meter.physical, meter.logical) == (80, 64 + 79 - 64, 90 + 79)
         assert 0 < meter.seconds < meter.step_seconds
         serve(llm, [ids], greedy(33))  # 96 are held after its last step, and nobody needs that event any more
         assert (meter.physical, meter.logical) == (64, 90 + 32)  # but lengths are those after it
         serve(llm, [ids], greedy(1))  # nor the prompt's cut here
         serve(llm, [ids[:5]], greedy(1))
-        assert (meter.events, meter.dropped) == (3 + 1, 26 + 32 + 32 + 26)
+        assert (meter.compactions, meter.dropped) == (3 + 1, 26 + 32 + 32 + 26)
 
 
 @pytest.mark.parametrize(
@@ -199,7 +199,7 @@ def test_the_meter_counts_what_the_schedule_says(folder: Path) -> None:
         (
             GIVEN,
             {"max_model_len": 1024, "block_size": 32, "num_gpu_blocks_override": 9},
-            "needs 32 blocks until it is cut",
+            "needs 32 blocks until it is compacted",
         ),
         (GIVEN, {"logits_processors": [f"{OPT_OUT}.random"]}, f"needs --scheduler-cls {SCHEDULER}"),
         (GIVEN, {"logits_processors": [f"{OPTIONS}.rkv"]}, f"give --logits-processors {OPTIONS}.random"),

@@ -17,8 +17,8 @@ import openai
 import pytest
 from engines import full_kv, prompts
 
-GIVEN = ["--method", "random", "--budget", "64", "--interval", "32", "--sinks", "4", "--recent", "16", "--seed", "7",
-         "--log-requests"]  # fmt: skip
+GIVEN = ["--method", "random", "--budget", "64", "--interval", "32", "--sinks", "4", "--recent", "16", "--prompt-policy", "count",
+         "--seed", "7", "--log-requests"]  # fmt: skip
 CHAT = "{% for message in messages %}{{ message.content }} {% endfor %}<think>"
 
 
@@ -112,7 +112,7 @@ def test_a_wrong_request_is_answered_400_with_a_sentence_and_the_server_lives_on
         ('{"tokens": 5}', "cannot be set by a request"),
         ('{"seed": "x"}', "whole number"),
         ('{"options": {"redarw": false}}', "did you mean 'redraw'"),
-        ('{"options": {"redraw": "no"}}', "redraw takes true or false"),
+        ('{"options": {"redraw": "no"}}', "redraw must be true or false"),
     ):
         with pytest.raises(openai.BadRequestError, match=sentence) as error:
             client.completions.create(
@@ -131,5 +131,5 @@ def test_a_wrong_request_is_answered_400_with_a_sentence_and_the_server_lives_on
 def test_the_log_says_what_a_request_held(client: openai.OpenAI, log: Path) -> None:
     request = ask(client).id
     ask(client, max_tokens=1)  # the worker hears of a request's end with the next step
-    said = f"Request {request}.* ended: 179 tokens, 60 of them its prompt's; 3 events; 83 slots held, 96 at most"
+    said = f"Request {request}.* ended: 179 tokens, 60 of them its prompt's; 3 compactions; 83 slots held, 96 at most"
     assert re.search(said, log.read_text())

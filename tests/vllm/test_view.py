@@ -10,7 +10,7 @@ from slot_views import make_view
 from torch import Tensor
 
 from reasonkv.methods import get_method
-from reasonkv.runtimes.vllm.events import PagedView
+from reasonkv.runtimes.vllm.compactions import PagedView
 from reasonkv.view import SlotView
 
 CONTENTS = {"keys": torch.randn(2, 2, 40, 8), "values": torch.randn(2, 2, 40, 8)}

@@ -1,112 +1,132 @@
-"""What to calibrate on: windows of a plain text, or task traces."""
+"""The sequences that a model is calibrated or trained on: windows of a text file, or prompts with reference traces."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain, zip_longest
+from itertools import product
 from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from reasonkv.calibration.statistics import CalibrationError
-from reasonkv.tasks import Task
+from reasonkv.calibration.corpus_job import CorpusError, CorpusJob
 
 _CHARACTERS = 64
 """Characters read per token wanted: more than any tokenizer puts into one on average."""
 
 
-def text_batches(
-    tokenizer: PreTrainedTokenizerBase, path: Path, *, tokens: int, window: int, batch_size: int
-) -> Iterator[Tensor]:
-    """The first tokens of a text file as windows; the last window may be shorter.
+class Passage(NamedTuple):
+    """One sequence, int64 ids [L], and how many of its first tokens are prompt."""
 
-    Each window begins with the token the tokenizer puts before every text (such as `<s>`), if it does so.
+    ids_L: Tensor
+    prompt: int
 
-    Args:
-        tokenizer: the model's.
-        path: UTF-8 text.
-        tokens: most tokens in all.
-        window: tokens of a window.
-        batch_size: windows of equal length in one batch.
 
-    Yields:
-        int64 [B, T].
+class ProblemSource(Protocol):
+    """What is needed of a task (`reasonkv.tasks.Task`)."""
+
+    def problem(self, example: int, *, seed: int, split: str) -> Any:
+        """Return a problem with the texts `prompt` and `trace`."""
+        ...
+
+
+def read_corpus(
+    job: CorpusJob,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[ProblemSource] = (),
+    *,
+    batch_size: int = 1,
+) -> tuple[Iterator[Passage], str]:
+    """Return the sequences of a job, and a line for the record that says what they are."""
+    from reasonkv.calibration.averages import fitting_window
+
+    if job.text is not None:
+        window = job.window or fitting_window(model, batch_size)
+        found = text_passages(tokenizer, job.text, tokens=job.tokens, window=window)
+        return found, f"text {job.text.name} in windows of {window} tokens"
+    found = task_passages(
+        model, tokenizer, tasks, limit=job.limit, seed=job.seed, tokens=job.tokens, longest=job.window
+    )
+    names = ", ".join(job.task)
+    return found, f"reference traces of {job.limit} training problems each (seed {job.seed}): {names}"
+
+
+def text_passages(tokenizer: PreTrainedTokenizerBase, path: Path, *, tokens: int, window: int) -> Iterator[Passage]:
+    """Yield the first tokens of a text file as windows; the last window may be shorter.
+
+    Each window begins with the token that the tokenizer puts before every text (such as `<s>`), if there is one. The
+    first half of a window counts as prompt (SeerAttention-R).
 
     Raises:
-        CalibrationError: the file is missing, empty, or not UTF-8.
+        CorpusError: the file is missing, empty, or not UTF-8.
     """
     try:
         with path.open(encoding="utf-8") as file:
             text = file.read(_CHARACTERS * tokens)
     except UnicodeDecodeError:
-        raise CalibrationError(f"{path} is not UTF-8 text.") from None
+        raise CorpusError(f"{path} is not UTF-8 text.") from None
     except OSError as error:
-        raise CalibrationError(f"{path} cannot be read: {error.strerror}.") from None
+        raise CorpusError(f"{path} cannot be read: {error.strerror}.") from None
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    begin = [one for one in tokenizer("")["input_ids"] if one == tokenizer.bos_token_id][:1]
     if not ids:
-        raise CalibrationError(f"{path} holds no text.")
-    inside = max(1, window - len(begin))
-    rows = [begin + ids[at : at + inside] for at in range(0, len(ids), inside)]
-    return _batches(_first(rows, tokens), batch_size)
+        raise CorpusError(f"{path} holds no text.")
+    begin = [one for one in tokenizer("")["input_ids"] if one == tokenizer.bos_token_id][:1]
+    step = max(1, window - len(begin))
+    for start in range(0, len(ids), step):
+        row = [*begin, *ids[start : start + step]][:tokens]
+        tokens -= len(row)
+        if row:
+            yield Passage(torch.tensor(row), len(row) // 2)
 
 
-def trace_batches(
+def task_passages(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    tasks: Sequence[Task],
+    tasks: Sequence[ProblemSource],
     *,
     limit: int,
-    seed: int,
-    tokens: int,
-    window: int,
-) -> Iterator[Tensor]:
-    """Prompts with their reference traces, one row each, cut to `window`; tasks take turns.
-
-    They are of the training split, so that nothing is calibrated on what it is tested with.
+    seed: int = 0,
+    split: str = "train",
+    tokens: int | None = None,
+    longest: int | None = None,
+) -> Iterator[Passage]:
+    """Yield prompts with their reference traces; tasks take turns.
 
     Args:
-        model: for its end-of-sequence token.
-        tokenizer: the model's.
+        model: gives the end-of-sequence token and the context.
+        tokenizer: its tokenizer.
         tasks: task families.
         limit: problems of each.
-        seed: of the problems.
+        seed: seed of the problems.
+        split: "train", so that nothing is fitted to what it is tested with.
         tokens: most tokens in all.
-        window: most tokens of a row.
-
-    Yields:
-        int64 [1, T].
+        longest: most tokens of a sequence; the model's context unless given.
     """
-    # imported here because the evaluation imports the runtimes, which import this package
-    from reasonkv.evaluate.generate import encode, end_tokens
-
-    end = end_tokens(model)[:1]
-
-    def of(task: Task) -> Iterator[list[int]]:
-        for example in range(limit):
-            problem = task.problem(example, seed=seed, split="train")
-            yield (encode(tokenizer, f"{problem.prompt} {problem.trace}").tolist() + end)[:window]
-
-    turns = chain.from_iterable(zip_longest(*(of(task) for task in tasks)))
-    return _batches(_first((row for row in turns if row), tokens), 1)
-
-
-def _first(rows: Iterable[list[int]], tokens: int) -> Iterator[list[int]]:
-    for row in rows:
-        if tokens <= 0:
+    own = model.generation_config.eos_token_id if model.generation_config is not None else None
+    end = [] if own is None else [own] if isinstance(own, int) else list(own[:1])
+    longest = longest or getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    for example, task in product(range(limit), tasks):
+        problem = task.problem(example, seed=seed, split=split)
+        prompt = len(tokenizer(problem.prompt, add_special_tokens=False)["input_ids"])
+        text = f"{problem.prompt} {problem.trace}"
+        ids = [*tokenizer(text, add_special_tokens=False)["input_ids"], *end][:longest][:tokens]
+        if not ids:
             return
-        yield row[:tokens]
-        tokens -= len(row)
+        if tokens is not None:
+            tokens -= len(ids)
+        yield Passage(torch.tensor(ids), prompt)
 
 
-def _batches(rows: Iterable[list[int]], size: int) -> Iterator[Tensor]:
-    held: list[list[int]] = []
-    for row in rows:
-        if held and (len(held) == size or len(held[0]) != len(row)):
-            yield torch.tensor(held)
-            held = []
-        held.append(row)
-    if held:
-        yield torch.tensor(held)
+def batches(passages: Iterable[Passage], size: int) -> Iterator[Tensor]:
+    """Yield int64 ids [B, T] of up to `size` neighbouring sequences of equal length."""
+    waiting: list[Tensor] = []
+    for ids_L, _ in passages:
+        if waiting and (len(waiting) == size or len(waiting[0]) != len(ids_L)):
+            yield torch.stack(waiting)
+            waiting = []
+        waiting.append(ids_L)
+    if waiting:
+        yield torch.stack(waiting)

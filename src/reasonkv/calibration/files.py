@@ -1,7 +1,7 @@
-"""Calibration files: safetensors with metadata, and the `.pt` files of the public reference code.
+"""Calibration files: their format, and the `.pt` files of the public code.
 
-A calibration file holds `mean_real`, `mean_imag`, `modulus` and, where known, `square`, each float32
-[layers, query heads, rotary pairs], and, where fitted, `horizon` [layers, query heads, distances]; everything else is
+A calibration file is safetensors. It holds `mean_real`, `mean_imag`, `modulus` and, where known, `square`, each float32
+[layers, query heads, rotary pairs], and, where fitted, `horizon` [layers, query heads, distances]. Everything else is
 text in the header.
 """
 
@@ -10,7 +10,6 @@ from __future__ import annotations
 import io
 import pickle
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +19,15 @@ from safetensors.torch import save
 from torch import Tensor
 
 from reasonkv.calibration.statistics import Calibration, CalibrationError
+from reasonkv.files import write_atomically
 
-FORMAT = "reasonkv-calibration"
-VERSION = 1
+FORMAT, VERSION = "reasonkv-calibration", 1
 _TEXTS = ("model", "rope_type", "date", "name", "source")
-_HEAD = re.compile(r"layer(\d+)_head(\d+)")
-_HORIZON = "oracle_pi"  # what .pt files call the weights of the future distances
-_SQUARES_SINCE = 3  # `stats_version` of .pt files whose entries have the mean square
+_PT_NAMES = {
+    "mean_real": "q_mean_real", "mean_imag": "q_mean_imag", "modulus": "q_abs_mean", "square": "q_sq_abs_mean",
+    "horizon": "oracle_pi",
+}  # fmt: skip
+_PT_VERSION_WITH_SQUARES = 3
 
 
 def save_calibration(path: Path | str, calibration: Calibration) -> None:
@@ -35,27 +36,13 @@ def save_calibration(path: Path | str, calibration: Calibration) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    tensors = {
-        "mean_real": calibration.mean_LHqF.real.contiguous().cpu(),
-        "mean_imag": calibration.mean_LHqF.imag.contiguous().cpu(),
-        "modulus": calibration.modulus_LHqF.contiguous().cpu(),
-    }
-    if calibration.square_LHqF is not None:
-        tensors["square"] = calibration.square_LHqF.contiguous().cpu()
-    if calibration.horizon_LHqJ is not None:
-        tensors["horizon"] = calibration.horizon_LHqJ.contiguous().cpu()
     facts = {
-        "format": FORMAT,
-        "version": VERSION,
-        "layers": calibration.layers,
-        "query_heads": calibration.query_heads,
-        "head_dim": calibration.head_dim,
-        "verified": str(calibration.verified).lower(),
-        "tokens": calibration.tokens,
+        "format": FORMAT, "version": VERSION, "layers": calibration.layers, "query_heads": calibration.query_heads,
+        "head_dim": calibration.head_dim, "verified": str(calibration.verified).lower(), "tokens": calibration.tokens,
         **{name: getattr(calibration, name) for name in _TEXTS},
-    }
+    }  # fmt: skip
     header = {name: str(value) for name, value in facts.items() if value is not None}
-    _write(Path(path), save(tensors, metadata=header))
+    _write(path, save(_parts(calibration), metadata=header))
 
 
 def load_calibration(path: Path | str) -> Calibration:
@@ -64,33 +51,27 @@ def load_calibration(path: Path | str) -> Calibration:
     Raises:
         CalibrationError: it is missing, damaged, something else, or of a later version.
     """
-    path = Path(path)
-    _check_exists(path)
+    path = _existing(path)
     try:
         with safe_open(path, "pt") as file:
             header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in list(file.keys())}
+            parts = {name: file.get_tensor(name) for name in list(file.keys())}
     except (OSError, SafetensorError):
         hint = f"; import it with `reasonkv calibrate --import {path}`" if path.suffix == ".pt" else ""
         raise CalibrationError(f"{path} cannot be read as a calibration file{hint}.") from None
     if header.get("format") != FORMAT:
         raise CalibrationError(f"{path} is a safetensors file, but not a calibration of reasonkv.")
-    try:
-        version = int(header["version"])
-        if version > VERSION:
-            raise CalibrationError(
-                f"{path} has format version {version}, but this reasonkv reads versions up to {VERSION}."
-            )
-        return Calibration(
-            torch.complex(tensors["mean_real"], tensors["mean_imag"]),
-            tensors["modulus"],
-            tensors.get("square"),
-            horizon_LHqJ=tensors.get("horizon"),
-            head_dim=int(header["head_dim"]),
-            tokens=int(header["tokens"]) if "tokens" in header else None,
-            verified=header["verified"] == "true",
-            **{name: header.get(name) for name in _TEXTS},
+    version = header.get("version", "")
+    if version.isdigit() and int(version) > VERSION:
+        raise CalibrationError(
+            f"{path} has format version {version}, but this reasonkv reads versions up to {VERSION}."
         )
+    try:
+        return _assembled(
+            parts, int(header["head_dim"]), verified=header["verified"] == "true",
+            tokens=int(header["tokens"]) if "tokens" in header else None,
+            **{name: header.get(name) for name in _TEXTS},
+        )  # fmt: skip
     except CalibrationError:
         raise
     except (KeyError, ValueError, RuntimeError):  # a tensor or a fact is missing, or of the wrong kind
@@ -105,8 +86,7 @@ def import_pt(path: Path | str) -> Calibration:
     Raises:
         CalibrationError: it is missing or damaged, is not in the half-split layout, or lacks heads.
     """
-    path = Path(path)
-    _check_exists(path)
+    path = _existing(path)
     try:
         data = torch.load(path, map_location="cpu", weights_only=True)
         metadata, entries = dict(data["metadata"]), dict(data["stats"])
@@ -118,29 +98,37 @@ def import_pt(path: Path | str) -> Calibration:
     style = metadata.get("rope_style", "half")
     if style != "half":
         raise CalibrationError(f"{path} was made for RoPE layout {style!r}; only 'half' is supported.")
-    heads = _heads(path, entries)
+    heads = {}
+    for key, entry in entries.items():
+        match = re.fullmatch(r"layer(\d+)_head(\d+)", str(key))
+        if match is None or not isinstance(entry, dict):
+            raise CalibrationError(f"{path} has an entry {key!r}; entries are named layer00_head00 and so on.")
+        heads[int(match[1]), int(match[2])] = entry
+    if not heads:
+        raise CalibrationError(f"{path} holds no head's statistics.")
     layers, query_heads = (1 + max(key[axis] for key in heads) for axis in (0, 1))
-    missing = [(i, h) for i in range(layers) for h in range(query_heads) if (i, h) not in heads]
+    places = [(i, h) for i in range(layers) for h in range(query_heads)]
+    missing = [place for place in places if place not in heads]
     if missing:
         raise CalibrationError(
             f"{path} lacks {len(missing)} of {layers} x {query_heads} heads (layer {missing[0][0]}, head "
             f"{missing[0][1]} first)."
         )
-    ordered = [heads[i, h] for i in range(layers) for h in range(query_heads)]
-    real, imaginary, modulus = (_stack(path, ordered, f"q_{one}", layers) for one in _PARTS[:3])
-    square = _stack(path, ordered, f"q_{_PARTS[3]}", layers) if f"q_{_PARTS[3]}" in ordered[0] else None
-    horizon = _stack(path, ordered, _HORIZON, layers) if _HORIZON in ordered[0] else None
-    rope_type, name = metadata.get("rope_type"), metadata.get("model_name")
-    return Calibration(
-        torch.complex(real, imaginary),
-        modulus,
-        square,
-        horizon_LHqJ=horizon,
-        head_dim=int(metadata.get("head_dim", 2 * real.shape[2])),
-        rope_type=None if rope_type is None else str(rope_type),
-        name=None if name is None else str(name),
-        source=f"imported from {path.name}",
-    )
+    parts = {}
+    for name, theirs in _PT_NAMES.items():
+        if name in ("square", "horizon") and theirs not in heads[0, 0]:
+            continue
+        try:
+            stacked = torch.stack([heads[place][theirs].float() for place in places])
+        except (KeyError, AttributeError, RuntimeError, TypeError):
+            raise CalibrationError(f"{path} is damaged: {theirs} is missing, no tensor, or unequally long.") from None
+        parts[name] = stacked.view(layers, query_heads, -1)
+    head_dim = int(metadata.get("head_dim", 2 * parts["modulus"].shape[2]))
+    texts = {name: metadata.get(theirs) for name, theirs in (("rope_type", "rope_type"), ("name", "model_name"))}
+    return _assembled(
+        parts, head_dim, source=f"imported from {path.name}",
+        **{name: None if value is None else str(value) for name, value in texts.items()},
+    )  # fmt: skip
 
 
 def export_pt(calibration: Calibration, path: Path | str) -> None:
@@ -149,75 +137,50 @@ def export_pt(calibration: Calibration, path: Path | str) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    metadata: dict[str, Any] = {
-        "head_dim": calibration.head_dim,
-        "rope_style": "half",
-        "sampled_heads": [[i, h] for i in range(calibration.layers) for h in range(calibration.query_heads)],
-    }
+    heads = [[i, h] for i in range(calibration.layers) for h in range(calibration.query_heads)]
+    metadata: dict[str, Any] = {"head_dim": calibration.head_dim, "rope_style": "half", "sampled_heads": heads}
     if calibration.rope_type is not None:
         metadata["rope_type"] = calibration.rope_type
     if calibration.name is not None:
         metadata["model_name"] = calibration.name
     if calibration.square_LHqF is not None:
-        metadata["stats_version"] = _SQUARES_SINCE
+        metadata["stats_version"] = _PT_VERSION_WITH_SQUARES
     if calibration.horizon_LHqJ is not None:
-        metadata |= {
-            "build_variational_horizon": True,
-            "oracle_offsets": [2**j for j in range(calibration.horizon_LHqJ.shape[-1])],
-        }
-    tensors = {
-        "q_mean_real": calibration.mean_LHqF.real,
-        "q_mean_imag": calibration.mean_LHqF.imag,
-        "q_abs_mean": calibration.modulus_LHqF,
-        "q_sq_abs_mean": calibration.square_LHqF,
-        _HORIZON: calibration.horizon_LHqJ,
-    }
+        offsets = [2**j for j in range(calibration.horizon_LHqJ.shape[-1])]
+        metadata |= {"build_variational_horizon": True, "oracle_offsets": offsets}
+    parts = _parts(calibration)
     # each head a tensor of its own: a view would take the whole storage into the file with it
     entries = {
-        f"layer{i:02d}_head{h:02d}": {
-            part: tensor[i, h].detach().cpu().clone(memory_format=torch.contiguous_format)
-            for part, tensor in tensors.items()
-            if tensor is not None
-        }
-        for i, h in metadata["sampled_heads"]
+        f"layer{i:02d}_head{h:02d}": {_PT_NAMES[name]: tensor[i, h].clone() for name, tensor in parts.items()}
+        for i, h in heads
     }
     buffer = io.BytesIO()
     torch.save({"metadata": metadata, "stats": entries}, buffer)
-    _write(Path(path), buffer.getvalue())
+    _write(path, buffer.getvalue())
 
 
-_PARTS = ("mean_real", "mean_imag", "abs_mean", "sq_abs_mean")
+def _parts(calibration: Calibration) -> dict[str, Tensor]:
+    """The statistics as float32 tensors by name."""
+    found = {
+        "mean_real": calibration.mean_LHqF.real, "mean_imag": calibration.mean_LHqF.imag,
+        "modulus": calibration.modulus_LHqF, "square": calibration.square_LHqF, "horizon": calibration.horizon_LHqJ,
+    }  # fmt: skip
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in found.items() if tensor is not None}
 
 
-def _heads(path: Path, entries: Mapping[str, Any]) -> dict[tuple[int, int], Mapping[str, Any]]:
-    found: dict[tuple[int, int], Mapping[str, Any]] = {}
-    for key, entry in entries.items():
-        match = _HEAD.fullmatch(str(key))
-        if match is None or not isinstance(entry, Mapping):
-            raise CalibrationError(f"{path} has an entry {key!r}; entries are named layer00_head00 and so on.")
-        found[int(match[1]), int(match[2])] = entry
-    if not found:
-        raise CalibrationError(f"{path} holds no head's statistics.")
-    return found
+def _assembled(parts: dict[str, Tensor], head_dim: int, **facts: Any) -> Calibration:
+    return Calibration(
+        torch.complex(parts["mean_real"], parts["mean_imag"]), parts["modulus"], parts.get("square"),
+        horizon_LHqJ=parts.get("horizon"), head_dim=head_dim, **facts,
+    )  # fmt: skip
 
 
-def _stack(path: Path, entries: list[Mapping[str, Any]], name: str, layers: int) -> Tensor:
-    """One statistic of all heads, float32 [layers, query heads, F]."""
-    try:
-        stacked = torch.stack([entry[name].float() for entry in entries])
-    except (KeyError, AttributeError, RuntimeError, TypeError):
-        raise CalibrationError(f"{path} is damaged: {name} is missing, no tensor, or unequally long.") from None
-    return stacked.view(layers, -1, stacked.shape[-1])
-
-
-def _check_exists(path: Path) -> None:
-    if not path.is_file():
+def _existing(path: Path | str) -> Path:
+    if not Path(path).is_file():
         raise CalibrationError(f"There is no calibration file {path}.")
+    return Path(path)
 
 
-def _write(path: Path, data: bytes) -> None:
-    # imported here because the evaluation imports the runtimes, which import this package
-    from reasonkv.files import write_atomically
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, data)
+def _write(path: Path | str, data: bytes) -> None:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(Path(path), data)

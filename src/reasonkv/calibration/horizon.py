@@ -1,9 +1,9 @@
-"""Which future distances matter to a head: weights fitted to the distances its queries really look back over.
+"""Which future distances matter to a head: weights fitted to the distances its queries look back over.
 
 TriAttention averages its score over the distances d_j = 1, 2, 4, ... with equal weights. The variational horizon (an
 option of CASK's code) gives each head weights pi of its own. With a_qk the attention of query q to an earlier key k,
 
-    tau_f = sum_qk a_qk exp(i w_f (p_q - p_k)) / sum_qk a_qk            (what the phases of pair f really average to)
+    tau_f = sum_qk a_qk exp(i w_f (p_q - p_k)) / sum_qk a_qk            (the mean phase of pair f)
     pi    = argmin over the simplex of sum_f v_f |sum_j pi_j exp(i w_f d_j) - tau_f|^2,   v_f = |mu_f| / sum |mu|
 
 Legend: B rows, H KV heads, Hq query heads, g = Hq / H, S sampled queries, K keys, F rotary pairs, J distances.
@@ -23,21 +23,15 @@ STEPS = 4000
 
 
 def future_distances(longest: int = 65536) -> Tensor:
-    """The distances 1, 2, 4, ... up to `longest`, float64 [J]."""
+    """Return the distances 1, 2, 4, ... up to `longest`, float64 [J]."""
     return 2.0 ** torch.arange(longest.bit_length(), dtype=torch.float64)
 
 
 class HorizonSums:
-    """Running sums of attention-weighted phases, per layer and query head.
-
-    Args:
-        layers: number of layers.
-
-    """
+    """Running sums of attention-weighted phases, for each of some layers per query head."""
 
     def __init__(self, layers: int) -> None:
-        self._phases: list[Tensor | None] = [None] * layers  # complex128 [Hq, F]
-        self._mass: list[Tensor | None] = [None] * layers  # float64 [Hq]
+        self._sums: list[tuple[Tensor, Tensor] | None] = [None] * layers  # complex128 [Hq, F], float64 [Hq]
 
     def add(
         self, layer: int, rotary: Rotary, queries_BHqTD: Tensor, keys_BHKD: Tensor, scaling: float, start: int
@@ -56,11 +50,10 @@ class HorizonSums:
         (B, Hq, T, D), (H, K) = queries_BHqTD.shape, keys_BHKD.shape[1:3]
         device = queries_BHqTD.device
         at_S = torch.linspace(0, T - 1, min(T, SAMPLES), device=device).round().long()
-        position_S = start + at_S
-        phase_KF = torch.arange(K, device=device)[:, None].double() * rotary.inv_freq.to(device).double()
+        position_S, position_K = start + at_S, torch.arange(K, device=device)
+        phase_KF = position_K[:, None].double() * rotary.inv_freq.to(device).double()
         turn_KF = torch.polar(torch.ones_like(phase_KF), phase_KF)
-        later_SK = torch.arange(K, device=device) > position_S[:, None]
-        own_SK = torch.arange(K, device=device) == position_S[:, None]
+        later_SK, own_SK = position_K > position_S[:, None], position_K == position_S[:, None]
         queries_BHgSD = queries_BHqTD[:, :, at_S].float().view(B, H, Hq // H, len(at_S), D)
         phases_HgF = torch.zeros(H, Hq // H, rotary.inv_freq.numel(), dtype=torch.complex128, device=device)
         mass_Hg = torch.zeros(H, Hq // H, dtype=torch.float64, device=device)
@@ -71,25 +64,18 @@ class HorizonSums:
                 back_gSF = attention_gSK.to(turn_KF) @ turn_KF.conj()
                 phases_HgF[head] += (back_gSF * turn_KF[position_S]).sum(1)
                 mass_Hg[head] += attention_gSK.double().sum((1, 2))
-        phases, mass = self._phases[layer], self._mass[layer]
-        self._phases[layer] = phases_HgF.flatten(0, 1) if phases is None else phases + phases_HgF.flatten(0, 1)
-        self._mass[layer] = mass_Hg.flatten() if mass is None else mass + mass_Hg.flatten()
+        phases, mass = self._sums[layer] or (0, 0)
+        self._sums[layer] = phases + phases_HgF.flatten(0, 1), mass + mass_Hg.flatten()
 
     def tau_HqF(self, layer: int) -> Tensor:
-        """Mean phases of a layer, complex128; 0 where a head never looked back.
-
-        Raises:
-            ValueError: nothing was added for the layer.
-
-        """
-        phases, mass = self._phases[layer], self._mass[layer]
-        if phases is None or mass is None:
-            raise ValueError(f"Layer {layer} was not observed.")
-        return phases / mass.clamp(min=1e-12)[:, None]
+        """Return the mean phases of a layer that was observed, complex128; 0 where a head never looked back."""
+        sums = self._sums[layer]
+        assert sums is not None, f"layer {layer} was not observed"
+        return sums[0] / sums[1].clamp(min=1e-12)[:, None]
 
 
 def fit_horizon(tau_HqF: Tensor, mean_HqF: Tensor, inv_freq_F: Tensor, offsets_J: Tensor) -> Tensor:
-    """The weights pi of every head, float64 [Hq, J], each row on the simplex (see the module's formula).
+    """Return the weights pi of every head, float64 [Hq, J], each row on the simplex (see the module's formula).
 
     A convex quadratic over the simplex, by accelerated projected gradients with restarts, for all heads at once.
 
@@ -123,7 +109,7 @@ def fit_horizon(tau_HqF: Tensor, mean_HqF: Tensor, inv_freq_F: Tensor, offsets_J
 
 
 def onto_simplex(x: Tensor) -> Tensor:
-    """The nearest point of the simplex to each row of `x` [..., J]."""
+    """Return the nearest point of the simplex to each row of `x` [..., J]."""
     descending = x.sort(-1, descending=True).values
     excess = descending.cumsum(-1) - 1.0
     count = torch.arange(1, x.shape[-1] + 1, dtype=x.dtype, device=x.device)

@@ -1,43 +1,71 @@
-"""The command line: every command parses, calls the API, and renders. Heavy imports wait until a command runs."""
+"""The command line: commands parse, call the Python API and print. A command's module is imported when it is named."""
 
 from __future__ import annotations
 
-import typer
+import os
+import sys
+from collections.abc import Sequence
 
-from reasonkv.cli.calibrate import calibrate
-from reasonkv.cli.demo import demo
-from reasonkv.cli.evaluate import evaluate
-from reasonkv.cli.frontier import frontier
-from reasonkv.cli.generate import generate
-from reasonkv.cli.group import OneSentenceGroup
-from reasonkv.cli.info import doctor, methods
-from reasonkv.cli.inspect import inspect
-from reasonkv.cli.replay import replay
-from reasonkv.cli.report import report
-from reasonkv.cli.serve import PASSED_ON, serve
-from reasonkv.cli.train import train_testbed
-from reasonkv.cli.train_gate import train_gate
+from cyclopts import App, Group, Parameter
 
-__all__ = ["app", "main"]
+from reasonkv import __version__
+from reasonkv.cli.config import STANDARD_INPUT, from_file
+from reasonkv.cli.mistakes import INTERRUPTED, explain
 
-app = typer.Typer(
-    name="reasonkv",
-    cls=OneSentenceGroup,
-    help="A bounded KV cache for models that reason: compare compression methods with full KV, and use them.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-COMMANDS = (
-    demo, methods, doctor, generate, replay, evaluate, frontier, report, inspect, calibrate, train_gate, train_testbed
-)  # fmt: skip
-for command in COMMANDS:
-    app.command(name=command.__name__.replace("_", "-"))(command)
-app.command(context_settings=PASSED_ON)(serve)
+__all__ = ["main", "make_app", "run"]
+
+COMMANDS = {
+    "Start here": ("results:demo", "info:methods", "info:doctor"),
+    "Use a model": ("generate:generate", "serve:serve", "calibrate:calibrate", "train_gate:train_gate"),
+    "Measure": ("jobs:replay", "jobs:evaluate", "jobs:tune"),
+    "Read results": ("results:report", "results:frontier", "inspect:inspect"),
+}
+
+
+def make_app() -> App:
+    """Return the `reasonkv` application."""
+    app = App(
+        name="reasonkv",
+        help="Bound the KV cache of a language model, and measure what that costs.",
+        version=__version__,
+        config=from_file,
+        default_parameter=Parameter(negative=(), allow_repeating=True),
+        group_commands=Group("Options", sort_key=len(COMMANDS)),
+        suppress_keyboard_interrupt=False,
+    )
+    for place, (title, commands) in enumerate(COMMANDS.items()):
+        group = Group(title, sort_key=place)
+        for order, command in enumerate(commands):
+            app.command(f"reasonkv.cli.{command}", group=group, sort_key=order)
+    app.register_install_completion_command(help="Install completion for this shell; --shell names another.")
+    return app
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command line.
+
+    Returns:
+        The exit code: 0 done, 1 the job failed, 2 the command was used wrongly, 130 interrupted.
+    """
+    tokens = [STANDARD_INPUT if one == "-" else one for one in arguments]
+    try:
+        app = make_app()
+        if not tokens or tokens[0] in app.help_flags:
+            app.resolved_commands()  # the list shows the first line of each
+        code = app(tokens, exit_on_error=False, print_error=False, result_action="return_value")
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("Stopped; the same command continues where it stopped.", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        sentence, code = explain(error, tokens)
+        print(f"Error: {sentence}", file=sys.stderr)
+    return code if isinstance(code, int) else 0
 
 
 def main() -> None:
-    """Entry point of the `reasonkv` script."""
-    app()
+    """Run the `reasonkv` script."""
+    sys.exit(run(sys.argv[1:]))

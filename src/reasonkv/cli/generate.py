@@ -2,125 +2,130 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from cyclopts import Parameter
 
-from reasonkv.cli import common
-from reasonkv.cli.budgets import make_budget, make_window
-from reasonkv.cli.common import UsageError, expected_errors
+from reasonkv.cli.config import STANDARD_INPUT, read_text
+from reasonkv.cli.console import note, print_json
+from reasonkv.cli.flags import GROUPS, ConfigFile, Json, ModelFlags, Without, command
+from reasonkv.cli.mistakes import UsageError
+from reasonkv.evaluate.job import BudgetOptions, Sampling
+
+if TYPE_CHECKING:
+    from reasonkv.evaluate.cells import RunConfig
+    from reasonkv.models import LoadedModel
+
+WRITING = Parameter(group=GROUPS["Sampling"])
 
 
-@expected_errors
+@command
 def generate(
-    prompt: Annotated[str | None, typer.Option(help="One prompt; or give --task.")] = None,
-    task: Annotated[str | None, typer.Option(help="A task's problems instead, with dials: program:lines=40.")] = None,
-    limit: Annotated[int, typer.Option(help="Problems of the task.")] = 1,
-    model: common.Model = "testbed",
-    method: Annotated[str, typer.Option(help="Method, with options: rkv:KEY=VALUE.")] = "full",
-    budget: Annotated[int | None, typer.Option(help="Slots per KV head and layer after a compaction.")] = None,
-    window: common.WindowSize = None,
-    window_buffer: common.WindowBuffer = 64,
-    retention: common.Retention = "0.3",
-    seed: common.Seed = 0,
-    interval: common.Interval = 128,
-    sinks: common.Sinks = 4,
-    recent: common.Recent = 64,
-    prompt_policy: common.PromptPolicy = "count",
-    trigger: common.Trigger = "occupancy",
-    trigger_counts: common.TriggerCounts = "all",
-    cut_prompt: common.CutPrompt = "prefill",
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to generate.")] = 2048,
-    temperature: common.Temperature = 0.0,
-    top_p: common.TopP = 0.95,
-    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
-    calibration: common.CalibrationFile = None,
-    dtype: common.Dtype = "auto",
-    device: common.Device = "auto",
-    json: common.Json = False,
+    text: str | None = None,
+    /,
+    *,
+    prompt: str | None = None,
+    task: str | None = None,
+    limit: int = 1,
+    method: str = "full",
+    budget: Annotated[BudgetOptions, Without(("mean_slots",))],
+    sampling: Sampling,
+    max_new_tokens: Annotated[int, WRITING] = 2048,
+    chat: Annotated[bool, WRITING] = False,
+    seed: Annotated[int, WRITING] = 0,
+    model: ModelFlags,
+    json: Json = False,
+    config: ConfigFile = None,
 ) -> None:
-    """Generate through a bounded cache and show what it held.
+    """Generate through a bounded cache, and show what it held.
 
-    Example: [b]reasonkv generate --method snapkv --budget 256 --prompt-policy on_top --task program --limit 2[/b]
+    Example: `reasonkv generate "How many primes are below 100?" --model Qwen/Qwen3-8B --chat --method rkv --budget 512`
+
+    Args:
+        text: The prompt; - reads it from standard input.
+        prompt: The prompt, as an option.
+        task: Problems of this task instead, with dials: program:lines=40; the answers are checked.
+        limit: Problems of the task.
+        method: Method, with options: rkv:KEY=VALUE.
+        max_new_tokens: Most tokens to generate.
+        chat: Put the prompt into the model's chat template.
+        seed: Seed of problems, sampling and methods.
     """
-    from reasonkv.methods import get_method
+    from reasonkv.evaluate.cells import make_config
     from reasonkv.tasks import get_task
 
-    common.check_limit(limit)
-    if (prompt is None) == (task is None):
-        raise UsageError("Give either --prompt TEXT or --task NAME.")
-    if prompt is not None and not prompt.strip():
+    for name, value in (("--limit", limit), ("--max-new-tokens", max_new_tokens)):
+        if value < 1:
+            raise UsageError(f"{name} must be at least 1, not {value}.")
+    words = text if prompt is None else prompt
+    if (words is None) == (task is None) or (text is not None and prompt is not None):
+        raise UsageError("Give either a prompt or --task NAME, as in: reasonkv generate 'What is 6 times 7?'.")
+    if words == STANDARD_INPUT:
+        words = read_text(words)
+    if words is not None and not words.strip():
         raise UsageError("The prompt is empty; give it at least one word.")
-    chosen = get_method(method)
-    if budget is not None and window is not None:
-        raise UsageError("Give either --budget or --window.")
-    if chosen.bounded == (budget is None and window is None):
-        raise UsageError(
-            f"{chosen.name} needs a budget; give --budget TOKENS (or --window SIZE)."
-            if chosen.bounded
-            else "full takes no budget; leave --budget out, or choose another --method."
-        )
-    limits = None if window is None else make_window(window, window_buffer, retention)
-    if budget is not None:
-        limits = make_budget(
-            budget, interval=interval, sinks=sinks, recent=recent, prompt=prompt_policy, trigger=trigger,
-            trigger_counts=trigger_counts, cut_prompt=cut_prompt,
-        )  # fmt: skip
-    if limits is not None:
-        limits.check_protected(recent=chosen.needs.recent)
-    family = get_task(task) if task is not None else None
-    problems: list[Any] = [family.problem(i, seed=seed) for i in range(limit)] if family else [None]
-
-    loaded = common.open_model(model, dtype, device, calibration)
-    from reasonkv.evaluate.generate import Sampling, context_length, encode, generate_rows
-    from reasonkv.models import one_thread_if_small
-    from reasonkv.runtimes.transformers import CompressedCache
-
+    cell = make_config(method, budget)
+    family = None if task is None else get_task(task)
+    problems: Sequence[Any] = [None] if family is None else [family.problem(i, seed=seed) for i in range(limit)]
+    loaded = model.load()
     rows = []
-    for number, problem in enumerate(problems):
-        text = problem.prompt if problem is not None else str(prompt)
-        if chat:
-            text = _templated(loaded.tokenizer, text)
-        ids = encode(loaded.tokenizer, text)
-        context = context_length(loaded.model)
-        if len(ids) == 0 or (context is not None and len(ids) >= context):
-            raise UsageError(f"The prompt has {len(ids)} tokens; {loaded.name} takes 1 to {(context or 0) - 1}.")
-        room = max_new_tokens if context is None else min(max_new_tokens, context - len(ids))
-        sampling = Sampling(temperature, top_p) if temperature > 0 else None
-        with (
-            one_thread_if_small(loaded.model),
-            CompressedCache(
-                loaded.model,
-                loaded.method_for(chosen),
-                limits,
-                prompt_lengths=[len(ids)],
-                seed=seed,
-                max_length=len(ids) + room,
-                calibration=loaded.calibration_for(chosen),
-            ) as cache,
-        ):
-            (output,) = generate_rows(
-                loaded.model, [ids], room, sampling=sampling, seed=seed, row_seeds=[number], cache=cache
-            )
-            stats = cache.stats().rows[0]
-        text_out = str(loaded.tokenizer.decode(output, skip_special_tokens=True))
-        row = {
-            "example": problem.example if problem is not None else None,
-            "prompt": text,
-            "output": text_out,
-            "correct": family.check(problem, text_out) if family else None,
-            "truncated": len(output) == room,
-            "output_tokens": len(output),
-            **{name: getattr(stats, name) for name in stats.__dataclass_fields__},
-        }
+    for problem in problems:
+        asked = str(words) if problem is None else problem.prompt
+        asked = _templated(loaded.tokenizer, asked) if chat else asked
+        row = _answer(loaded, asked, cell, sampling, max_new_tokens, seed, getattr(problem, "example", 0))
+        row["correct"] = None if family is None else family.check(problem, row["output"])
+        row["example"] = getattr(problem, "example", None)
         rows.append(row)
         if not json:
             _print(row)
     if json:
-        common.print_json({"model": loaded.name, "method": chosen.spec(), "rows": rows})
+        print_json({"model": loaded.name, "method": cell.method.spec(), "rows": rows})
     elif family:
-        right = sum(bool(row["correct"]) for row in rows)
-        typer.echo(f"{right} of {len(rows)} right.")
+        print(f"{sum(bool(row['correct']) for row in rows)} of {len(rows)} right.")
+
+
+def _answer(
+    loaded: LoadedModel,
+    prompt: str,
+    cell: RunConfig,
+    sampling: Sampling,
+    max_new_tokens: int,
+    seed: int,
+    row_seed: int,
+) -> dict[str, Any]:
+    """Generate one answer; the text and what the cache held."""
+    from reasonkv.evaluate.decoding import Request, decode_batch
+    from reasonkv.evaluate.generate import context_length, encode, room
+    from reasonkv.models import one_thread_if_small
+    from reasonkv.runtimes.transformers import CompressedCache
+
+    ids, context = encode(loaded.tokenizer, prompt), context_length(loaded.model)
+    if len(ids) == 0 or (context is not None and len(ids) >= context):
+        raise UsageError(f"The prompt has {len(ids)} tokens; {loaded.name} takes 1 to {(context or 0) - 1}.")
+    most = room(loaded.model, len(ids), max_new_tokens)
+    with (
+        one_thread_if_small(loaded.model),
+        CompressedCache(
+            loaded.model,
+            cell.method.for_tokenizer(loaded.tokenizer),
+            cell.budget,
+            prompt_lengths=[len(ids)],
+            seed=seed,
+            row_seeds=[row_seed],
+            max_length=len(ids) + most,
+            calibration=loaded.calibration_for(cell.method),
+        ) as cache,
+    ):
+        (answer,) = decode_batch(loaded.model, cache, [Request(ids, most, row_seed)], sampling=sampling, seed=seed)
+    stats = answer.stats
+    return {
+        "prompt": prompt,
+        "output": str(loaded.tokenizer.decode(answer.tokens, skip_special_tokens=True)),
+        "truncated": answer.truncated,
+        "output_tokens": len(answer.tokens),
+        **{name: getattr(stats, name) for name in stats.__dataclass_fields__},
+    }
 
 
 def _templated(tokenizer: Any, text: str) -> str:
@@ -132,10 +137,10 @@ def _templated(tokenizer: Any, text: str) -> str:
 
 def _print(row: dict[str, Any]) -> None:
     verdict = {None: "", True: "right answer; ", False: "wrong answer; "}[row["correct"]]
-    typer.echo(row["output"])
-    common.note(
-        f"[{verdict}{row['length']:,} tokens seen, {row['physical_terminal']:,.0f} slots held "
-        f"(mean {row['physical_mean']:,.0f}, peak {row['physical_peak']:,.0f}), {row['events']} compactions, "
-        f"{row['bytes_held'] / 2**20:.2f} MiB held of {row['bytes_full'] / 2**20:.2f} MiB"
+    print(row["output"])
+    note(
+        f"[{verdict}{row['length']:,} tokens seen, {row['physical_terminal']:,.0f} slots kept "
+        f"(mean {row['physical_mean']:,.0f}, peak {row['physical_peak']:,.0f}), {row['events']} compactions; "
+        f"{row['bytes_in_use'] / 2**20:.2f} MiB in use, full KV {row['bytes_full'] / 2**20:.2f} MiB"
         + ("; stopped at the token limit]" if row["truncated"] else "]")
     )

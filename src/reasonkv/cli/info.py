@@ -3,87 +3,109 @@
 from __future__ import annotations
 
 from inspect import cleandoc
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
-
-from reasonkv.cli import common
-from reasonkv.cli.common import FAILED, expected_errors
+from reasonkv.cli.console import note, print_json, quiet_libraries
+from reasonkv.cli.flags import Json
+from reasonkv.cli.mistakes import FAILED
 
 if TYPE_CHECKING:
     from reasonkv.methods import Method
 
-_COLUMNS = 100
-"""Of the list of methods, where stdout is no terminal."""
 
+def methods(name: str | None = None, /, *, json: Json = False) -> None:
+    """List the methods: what each keeps, its paper, whether vLLM runs it; with a name, its formula and options.
 
-@expected_errors
-def methods(
-    name: Annotated[str | None, typer.Argument(help="One method: its formula, and its options with defaults.")] = None,
-    json: common.Json = False,
-) -> None:
-    """List the methods: what each keeps, what it needs, its paper; with a name, its formula and options.
+    Example: `reasonkv methods snapkv`
 
-    Methods of other packages, found by the entry point group [b]reasonkv.methods[/b], come last.
+    Methods of other packages, found by the entry point group `reasonkv.methods`, come last.
 
-    Example: [b]reasonkv methods[/b]
-
-    Example: [b]reasonkv methods snapkv[/b]
+    Args:
+        name: One method, for its formula, needs and options.
     """
     from reasonkv.methods import MethodError, method_names
 
-    rows, broken = [], {}
+    if name is None and not json:
+        _print_list()
+        return
+    rows = []
     for one in method_names() if name is None else [name]:
         try:
             rows.append(_describe(one))
         except MethodError as error:
             if name is not None:
                 raise
-            broken[one] = str(error)
+            note(str(error))
     if json:
-        common.print_json(rows)
-    elif name is not None:
-        _print_one(rows[0])
+        print_json(rows)
     else:
-        _print_all(rows)
-    for sentence in broken.values():
-        common.note(sentence)
+        _print_one(rows[0])
+
+
+def _print_list() -> None:
+    """Print every method; only those of other packages are imported for it."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    from reasonkv.methods import CATALOGUE, MethodError, method_names
+
+    table = Table(header_style="bold", box=box.SIMPLE_HEAD, padding=(0, 2, 0, 0), pad_edge=False)
+    table.add_column("method", no_wrap=True)
+    for heading in ("keeps", "paper", "vllm"):
+        table.add_column(heading, overflow="fold")
+    for name in method_names():
+        if name in CATALOGUE:
+            table.add_row(name, *CATALOGUE[name][1:])
+            continue
+        try:
+            row = _describe(name)
+        except MethodError as error:
+            note(str(error))
+        else:
+            on_vllm = row["runtimes"][-1].removeprefix("vllm with ").replace("vllm", "yes")
+            table.add_row(name, row["title"], row["paper"], on_vllm.replace("transformers", "no"))
+    Console(width=None if Console().is_terminal else 100).print(table)
+    print("All run on transformers; vllm: whether vLLM runs them, too, or with which option.")
+    print("reasonkv methods NAME has a method's formula and options; give them as NAME:KEY=VALUE,KEY=VALUE.")
 
 
 def _describe(name: str) -> dict[str, Any]:
-    """Everything about a method, by its name.
+    """Return everything about a method.
 
     Raises:
-        MethodError: unknown, or of another package and not usable; one sentence.
+        MethodError: unknown, or of another package and not usable.
     """
     from reasonkv.methods import CATALOGUE, MethodError, method_class
 
-    if name in CATALOGUE:
-        return _describe_class(method_class(name))
     try:
-        found = method_class(name)
-        facts = _describe_class(found)
+        cls = method_class(name)
+        method = cls()
+        return {
+            "name": cls.name,
+            "title": cls.title,
+            "paper": cls.paper,
+            "bounded": cls.bounded,
+            "options": method.options(),
+            "needs": _needs(method),
+            **_runtimes(method),
+            "summary": cleandoc(cls.__doc__ or ""),
+        }
     except MethodError:
         raise
-    except Exception as error:  # another package's code: whatever it does must not take the list down
-        words = " ".join(str(error).split()).rstrip(".")
+    except Exception as error:
+        if name in CATALOGUE:
+            raise
+        words = " ".join(str(error).split()).rstrip(".")  # another package's code must not take the list down
         raise MethodError(
             f"The method {name!r} of another package cannot be used: {type(error).__name__}: {words}."
         ) from None
-    if found.name != name:
-        raise MethodError(
-            f"The entry point {name!r} gives a method that calls itself {found.name!r}; give both the same name."
-        )
-    return facts
 
 
-def _describe_class(cls: type[Method]) -> dict[str, Any]:
-    from reasonkv.methods.sparse_read import SelectionMethod
-
-    method = cls()
+def _needs(method: Method) -> list[str]:
     needs = method.needs
-    wanted = {
-        "summaries of pages": issubclass(cls, SelectionMethod),
+    words = {
+        "summaries of pages": needs.selects,
         f"{needs.queries} newest quer{'y' if needs.queries == 1 else 'ies'}": needs.queries,
         "every query": needs.observes,
         f"{needs.recent} newest slot{'' if needs.recent == 1 else 's'} kept": needs.recent,
@@ -97,20 +119,11 @@ def _describe_class(cls: type[Method]) -> dict[str, Any]:
         "output projection": needs.output_projection,
         "the future (replay only)": needs.future,
     }
-    return {
-        "name": cls.name,
-        "title": cls.title,
-        "paper": cls.paper,
-        "bounded": cls.bounded,
-        "options": method.options(),
-        "needs": [text for text, is_wanted in wanted.items() if is_wanted],
-        **_runtimes(method),
-        "summary": cleandoc(cls.__doc__ or ""),
-    }
+    return [text for text, is_needed in words.items() if is_needed]
 
 
 def _runtimes(method: Method) -> dict[str, Any]:
-    """Where the method runs, with the option it needs there, and why not where it does not."""
+    """Return where the method runs, with the option it needs there, and why not where it does not."""
     from reasonkv.runtimes.vllm.config import ServingError, vllm_variant
 
     try:
@@ -122,62 +135,35 @@ def _runtimes(method: Method) -> dict[str, Any]:
     return {"runtimes": ["transformers", f"vllm with {','.join(changed)}" if changed else "vllm"], "not_on": {}}
 
 
-def _print_all(rows: list[dict[str, Any]]) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(header_style="bold", box=box.SIMPLE_HEAD, padding=(0, 2, 0, 0), pad_edge=False)
-    table.add_column("method", no_wrap=True)
-    for heading in ("keeps", "needs", "paper", "vllm"):
-        table.add_column(heading, overflow="fold")
-    for row in rows:
-        on_vllm = [one for one in row["runtimes"] if one.startswith("vllm")]
-        said = "no" if not on_vllm else "yes" if on_vllm == ["vllm"] else "option"
-        table.add_row(row["name"], row["title"], ", ".join(row["needs"]) or "-", row["paper"], said)
-    Console(width=_COLUMNS if common.width() else None).print(table)
-    typer.echo("All run on transformers; vllm: whether they run there, too, or with an option that NAME tells.")
-    typer.echo("needs: with default options.")
-    typer.echo("reasonkv methods NAME has a method's formula and options; give them as NAME:KEY=VALUE,KEY=VALUE.")
-
-
 def _print_one(row: dict[str, Any]) -> None:
-    typer.echo(f"{row['name']}: {row['title']} ({row['paper']})\n\n{row['summary']}\n")
-    typer.echo(f"needs     {', '.join(row['needs']) or 'nothing but keys, values and positions'}")
-    typer.echo(f"runtimes  {', '.join(row['runtimes'])}")
+    print(f"{row['name']}: {row['title']} ({row['paper']})\n\n{row['summary']}\n")
+    print(f"needs     {', '.join(row['needs']) or 'nothing but keys, values and positions'}")
+    print(f"runtimes  {', '.join(row['runtimes'])}")
     for runtime, reason in row["not_on"].items():
-        typer.echo(f"{'not ' + runtime:<10}{reason}")
+        print(f"{'not ' + runtime:<10}{reason}")
     options = ",".join(f"{name}={value}" for name, value in row["options"].items())
-    typer.echo(f"defaults  {row['name']}:{options}" if options else "defaults  it has no options")
+    print(f"defaults  {row['name']}:{options}" if options else "defaults  it has no options")
 
 
-@expected_errors
-def doctor(
-    model: Annotated[str | None, typer.Option(help="Also say whether this model is supported.")] = None,
-    json: common.Json = False,
-) -> None:
-    """Say which versions and devices there are, and whether a model is supported.
+def doctor(*, model: str | None = None, json: Json = False) -> int:
+    """Say which versions and devices there are, and whether a model is supported; exit code 1 if something is wrong.
 
-    Exit code 1 when something needs attention.
+    Example: `reasonkv doctor --model Qwen/Qwen3-8B`
 
-    Example: [b]reasonkv doctor --model Qwen/Qwen3-8B[/b]
+    Args:
+        model: Also say whether this model is supported; only its configuration is read.
     """
     from reasonkv.doctor import examine
 
-    common.quiet_libraries()
+    quiet_libraries()
     report = examine(model)
     if json:
-        common.print_json(report)
+        print_json(report)
     else:
-        for name, value in report.versions.items():
-            typer.echo(f"{name:<14}{value}")
-        for device in report.devices:
-            typer.echo(f"{'device':<14}{device}")
-        typer.echo(f"{'testbed':<14}{report.testbed}")
-        for name, value in report.model.items():
-            typer.echo(f"{name:<14}{value}")
+        facts = [*report.versions.items(), *(("device", one) for one in report.devices)]
+        for name, value in [*facts, ("testbed", report.testbed), *report.model.items()]:
+            print(f"{name:<14}{value}")
         for problem in report.problems:
-            typer.echo(f"problem: {problem}")
-        typer.echo(report.advice)
-    if report.problems:
-        raise typer.Exit(FAILED)
+            print(f"problem: {problem}")
+        print(report.advice)
+    return FAILED if report.problems else 0

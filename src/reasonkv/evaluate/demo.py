@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from reasonkv.budget import Budget
-from reasonkv.evaluate.evaluator import EvaluateJob
-from reasonkv.evaluate.runner import ReplayJob
-from reasonkv.evaluate.traces import TraceSettings
-from reasonkv.methods import get_method
+from reasonkv.evaluate.job import BudgetOptions, GenerateJob, ReplayJob, TraceSettings
 
 TASKS = ("program", "recall")  # at the defaults, which the bundled model solves, so that the traces are right
 METHODS = (
@@ -15,8 +11,8 @@ METHODS = (
     "snapkv:window=16", "rkv",  # by attention
     "triattention", "expected",  # by the queries expected to come
     "vase-dkv:window=16",  # by values as well
-    "cask",  # by folding
-    "quest",  # holds everything, and chooses what to read
+    "cask",  # by merging
+    "quest",  # keeps everything, and chooses what to read
 )  # fmt: skip
 """The best known of each family; windows are cut to the recent tokens that every budget here protects."""
 TOKENS = (80, 160, 320)
@@ -32,47 +28,20 @@ WHAT_TO_LOOK_AT = (
 )
 
 
-def replay_job(*, limit: int = 8, seed: int = 0, batch_size: int = 8) -> ReplayJob:
-    """The fidelity half of `reasonkv demo`.
-
-    Every method that drops slots protects the prompt and holds it on top of the budget, so the budget is what each may
-    keep of a trace.
-
-    Args:
-        limit: problems per family.
-        seed: of problems and methods.
-        batch_size: rows at once.
-    """
+def replay_job(limit: int = 8, seed: int = 0, batch_size: int = 8) -> ReplayJob:
+    """Return the fidelity half of `reasonkv demo`."""
     return ReplayJob(
-        command="demo",
-        tasks=TASKS,
-        methods=[get_method(name) for name in METHODS],
-        budgets=[_budget(tokens) for tokens in TOKENS],
-        limit=limit,
-        seed=seed,
-        traces=TraceSettings(max_new_tokens=LONGEST_TRACE),
-        batch_size=batch_size,
-    )
+        task=TASKS, methods=METHODS, budget=_budget(TOKENS), traces=TraceSettings(max_new_tokens=LONGEST_TRACE),
+        limit=limit, seed=seed, batch_size=batch_size,
+    )  # fmt: skip
 
 
-def answers_job(*, limit: int = 8, seed: int = 0, batch_size: int = 8) -> EvaluateJob:
-    """The accuracy half: the same methods and problems, each method writing its own trace and answer (greedy).
-
-    Args:
-        limit: problems per family.
-        seed: of problems and methods.
-        batch_size: rows at once.
-    """
-    return EvaluateJob(
-        command="demo",
-        tasks=TASKS,
-        methods=[get_method(name) for name in METHODS],
-        budgets=[_budget(tokens) for tokens in ANSWER_TOKENS],
-        limit=limit,
-        seed=seed,
-        batch_size=batch_size,
-    )
+def answers_job(limit: int = 8, seed: int = 0, batch_size: int = 8) -> GenerateJob:
+    """Return the accuracy half: the same methods and problems, each method writing its own trace and answer."""
+    budget = _budget(ANSWER_TOKENS)
+    return GenerateJob(task=TASKS, methods=METHODS, budget=budget, limit=limit, seed=seed, batch_size=batch_size)
 
 
-def _budget(tokens: int) -> Budget:
-    return Budget(tokens, interval=32, sinks=4, recent=16, prompt="on_top")
+def _budget(tokens: tuple[int, ...]) -> BudgetOptions:
+    # the prompt is protected and on top, so the budget is what each method may keep of a trace
+    return BudgetOptions(tokens=tokens, interval=32, sinks=4, recent=16, prompt="on_top")

@@ -1,4 +1,4 @@
-"""What was lost with the tokens a method gave up: measures of a replay, against the attention full KV pays there.
+"""What was lost with the tokens a method evicted: measures of a replay, against the attention full KV pays there.
 
 Fidelity says that a kept set was wrong, these say how. They need the trace's own future, so they belong to replay.
 """
@@ -18,13 +18,10 @@ LOOKUP = 0.5
 
 
 class Diagnostics:
-    """An observer for `CompressedCache`: what every row's plans cost.
-
-    Rows must stay where they are.
+    """An observer for `CompressedCache` that measures what every row's plans cost; rows must stay where they are.
 
     Args:
         reference: full KV's attention over the very rows that are fed.
-
     """
 
     def __init__(self, reference: FullAttention) -> None:
@@ -37,7 +34,7 @@ class Diagnostics:
         self._cask(layer, rows, view, plan)
 
     def measures(self) -> list[dict[str, float]]:
-        """Every row's measures by name, once all is fed; those that do not exist are left out."""
+        """Return every row's measures by name, once all is fed; those that do not exist are left out."""
         events = self._cask.events()
         found = []
         for row, tokens in enumerate(self._reference.lengths):
@@ -50,9 +47,9 @@ class Diagnostics:
 
 
 def lost_attention(reference: FullAttention, what_became: Fates, row: int) -> dict[str, float]:
-    """How much of full KV's attention went to tokens that had been given up, mean over layers and KV heads.
+    """Return how much of full KV's attention went to evicted tokens, mean over layers and KV heads.
 
-    The intervals are those from one event to the next, the last to the trace's end. A folded token is not given up.
+    The intervals are those from one compaction to the next, the last to the trace's end. A merged token is not evicted.
 
     Args:
         reference: full KV's attention.
@@ -60,11 +57,10 @@ def lost_attention(reference: FullAttention, what_became: Fates, row: int) -> di
         row: batch row.
 
     Returns:
-        "lost_attention": attention that the queries of the intervals pay to tokens dropped by then, as a part of all
-        they pay; "lost_lookups": of the older tokens looked up in an interval (`LOOKUP`, mean over the query heads of
-        a KV head), counted once per interval, the part dropped by then. Without an event neither exists, without a
+        "lost_attention": attention that the queries of the intervals pay to tokens evicted by then, as a part of all
+        they pay; "lost_lookups": of the older tokens looked up in an interval (`LOOKUP`, mean over the query heads of a
+        KV head), counted once per interval, the part evicted by then. Without a compaction neither exists, without a
         lookup not the second.
-
     """
     edges = [*what_became.lengths_E, reference.lengths[row]]
     paid = lost = 0.0

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
@@ -92,10 +91,6 @@ class Fates:
     lengths_E: tuple[int, ...]
     before_E: tuple[int, ...]
     after_E: tuple[int, ...]
-
-    def alive_GHN(self) -> Tensor:
-        """bool, tokens that still have a slot of their own after the last event."""
-        return (self.dropped_GHN == NEVER) & (self.folded_GHN == NEVER)
 
 
 def fates(plans: Sequence[EventPlan], tokens: int, *, row: int = 0, layers: Sequence[int] = ()) -> Fates:
@@ -182,31 +177,6 @@ def save_plans(path: Path, plans: Sequence[EventPlan]) -> None:
             tensors[f"{number}.into"] = plan.into_HN.contiguous()
     index = [[plan.layer, plan.row, plan.event, plan.length] for plan in plans]
     write_atomically(path, save(tensors, metadata={"plans": json.dumps(index)}))
-
-
-def load_plans(path: Path) -> list[EventPlan]:
-    """The inverse of `save_plans`.
-
-    Raises:
-        ResultsError: the file is missing or damaged.
-    """
-    try:
-        with safe_open(path, "pt") as file:
-            names = set(file.keys())
-            return [
-                EventPlan(
-                    int(layer),
-                    int(row),
-                    int(event),
-                    int(length),
-                    file.get_tensor(f"{number}.positions"),
-                    file.get_tensor(f"{number}.kept"),
-                    file.get_tensor(f"{number}.into") if f"{number}.into" in names else None,
-                )
-                for number, (layer, row, event, length) in enumerate(json.loads((file.metadata() or {})["plans"]))
-            ]
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError):
-        raise ResultsError(f"{path} cannot be read as saved plans; make it again.") from None
 
 
 def _copied(index_BHN: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""Usable budgets, from measured cells: what a method needs to keep a target (`crossings`: where methods swap).
+"""What a method needs to keep a target (usable budgets), and where a smaller budget does better (crossings).
 
-A mean is only ever taken over one task, one budget rule and one regime (`regime`). Examples are the unit: samples of a
-problem are averaged first, differences are paired by example, and resampling draws examples.
+A mean is only ever taken over one task, one budget rule and one regime. Examples are the unit: samples of a problem are
+averaged first, differences are paired by example, and resampling draws examples.
 
 Legend: B measured budgets, N examples, R bootstrap samples.
 """
@@ -10,117 +10,37 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from itertools import combinations, product
+from pathlib import Path
+from typing import Literal
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
-from reasonkv.budget import Budget
-from reasonkv.errors import ReasonKVError
-from reasonkv.evaluate.answers import AnswerRecord
-from reasonkv.evaluate.records import Record
-from reasonkv.evaluate.results import Results
-from reasonkv.evaluate.statistics import bootstrap_means
-from reasonkv.evaluate.summary import method_labels
-from reasonkv.schedule import State, next_event, step
+from reasonkv.evaluate.regime import regime
+from reasonkv.evaluate.table import (
+    Difference,
+    bootstrap_means,
+    holm,
+    paired_difference,
+    paired_p_value,
+    read_manifest,
+    read_results,
+)  # fmt: skip
+from reasonkv.evaluate.target import HIGHER_IS_BETTER, FrontierError, Target
 
-Regime = Literal["decode-active", "prefix-exhausted", "uncompressed", "selecting"]
+__all__ = [
+    "HIGHER_IS_BETTER", "Comparison", "FrontierError", "Point", "Target", "UsableBudget", "between", "crossings",
+    "measured_points", "pairs_to_test", "read_comparable", "regime", "usable_budget",
+]  # fmt: skip
+
 Axis = Literal["tokens", "physical_mean", "bytes_held"]
-HIGHER_IS_BETTER = {"top1": True, "nll": False, "kl": False, "accuracy": True}
-PREFIX_GUARD = "prefix_budget_exhausted"
+EQUAL = 0.02
+"""Two cells are at equal memory when their means on an axis differ by under this share."""
 _SETTINGS = ("dtype", "seed", "limit", "traces", "samples", "sampling", "max_new_tokens")
-
-
-class FrontierError(ReasonKVError, ValueError):
-    """A frontier that cannot be computed from what is there; the message is one sentence."""
-
-
-def regime(record: Record | AnswerRecord) -> Regime:
-    """What a record says anything about.
-
-    - "uncompressed": no event fell; the numbers are full KV's, whatever the method.
-    - "prefix-exhausted": events fell, but the method had no decode tokens to choose from. Either it says so itself
-      (the guard `prefix_budget_exhausted`), or the prompt is kept inside the budget and fills it together with the
-      sinks and the recent window, or every event was a cut of the prompt and decoding never met another one.
-    - "decode-active": decoding went on compressing, with tokens of its own to choose from.
-    - "selecting": the method held everything, and every decoded token read a part of it.
-
-    With `prompt="count"` a prompt larger than the budget does not by itself exhaust it: its tokens may be dropped, so
-    from the first decode event on the method chooses among both. How many events are cuts of the prompt follows from
-    the schedule alone.
-    """
-    if record.selects:
-        return "selecting"
-    if record.events == 0 or record.budget is None:
-        return "uncompressed"
-    budget = Budget.from_dict(record.budget)
-    if record.guards.get(PREFIX_GUARD, 0) > 0:
-        return "prefix-exhausted"
-    if budget.prompt == "keep" and max(record.prompt_tokens, budget.sinks) + budget.recent >= budget.tokens:
-        return "prefix-exhausted"
-    return "decode-active" if record.events > _prompt_events(budget, record.prompt_tokens) else "prefix-exhausted"
-
-
-def _prompt_events(budget: Budget, prompt: int) -> int:
-    state, events = State(prompt=prompt), 0
-    while state.length < prompt:
-        boundary = next_event(budget, state)
-        state, keep = step(budget, state, min(prompt, boundary or prompt) - state.length)
-        events += keep is not None
-    return events
-
-
-@dataclass(frozen=True)
-class Target:
-    """What has to be kept.
-
-    Args:
-        metric: top1, nll, kl or accuracy.
-        value: the number, or the factor where relative.
-        relative: times full KV's mean on the same examples.
-    """
-
-    metric: str
-    value: float
-    relative: bool = False
-
-    @classmethod
-    def parse(cls, text: str, metric: str) -> Target:
-        """`0.95` (absolute) or `0.95x` (relative to full KV).
-
-        Raises:
-            FrontierError: not a number, or a target that full KV itself misses or that cannot be relative.
-        """
-        if metric not in HIGHER_IS_BETTER:
-            raise FrontierError(f"The metric must be one of {', '.join(HIGHER_IS_BETTER)}, not {metric!r}.")
-        relative = text.strip().lower().endswith("x")
-        try:
-            value = float(text.strip().rstrip("xX"))
-        except ValueError:
-            value = math.nan
-        if not math.isfinite(value) or value < 0:
-            raise FrontierError(f"A target is a number as in 0.95, or a factor of full KV as in 0.95x, not {text!r}.")
-        if relative and metric == "kl":
-            raise FrontierError("Full KV's KL is 0, so a target for kl must be absolute, as in 0.05.")
-        higher = HIGHER_IS_BETTER[metric]
-        if relative and (value > 1 if higher else value < 1):
-            bound = "at most" if higher else "at least"
-            raise FrontierError(f"Relative to full KV, a target for {metric} is {bound} 1x, not {text.strip()}.")
-        if not relative and higher and value > 1:
-            raise FrontierError(f"{metric} is a share, so its target lies between 0 and 1, not at {value:g}.")
-        return cls(metric, value, relative)
-
-    def __str__(self) -> str:
-        sign = ">=" if HIGHER_IS_BETTER[self.metric] else "<="
-        return f"{self.metric} {sign} {self.value:g}" + (" x full KV" if self.relative else "")
-
-    def margin(self, mean: Any, full: Any) -> Any:
-        """How far a mean (or an array of means) is on the right side; full KV's is read for relative targets only."""
-        sign = 1 if HIGHER_IS_BETTER[self.metric] else -1
-        # a hair's width of slack, so that a mean that equals the target is not lost to rounding
-        return sign * (mean - (self.value * full if self.relative else self.value)) + 1e-12
 
 
 @dataclass(frozen=True)
@@ -129,7 +49,7 @@ class Point:
 
     Args:
         task, method: the task, and the method's label.
-        rule: every field of the budget but `tokens`, as canonical JSON.
+        rule: every field of the budget but its size, as canonical JSON.
         regime: of all its records.
         tokens: the budget's.
         values: the metric by example.
@@ -140,7 +60,7 @@ class Point:
     task: str
     method: str
     rule: str
-    regime: Regime
+    regime: str
     tokens: int
     values: dict[int, float]
     full: dict[int, float]
@@ -149,52 +69,50 @@ class Point:
 
     @property
     def mean(self) -> float:
-        """Of the metric, over examples."""
+        """Mean of the metric over examples."""
         return math.fsum(self.values.values()) / len(self.values)
 
     def x(self, axis: Axis) -> float:
-        """Where it stands on an axis."""
+        """Return the cell's place on an axis."""
         return float(getattr(self, axis))
 
+    def comparable(self, other: Point) -> bool:
+        """Whether both are of one task, rule and regime, and of different methods."""
+        same = (self.task, self.rule, self.regime) == (other.task, other.rule, other.regime)
+        return same and self.method != other.method
 
-def metric_value(record: Record | AnswerRecord, metric: str) -> float:
-    """The metric of a record.
+
+def measured_points(frame: pd.DataFrame, metric: str) -> list[Point]:
+    """Return every cell, split by task, budget rule and regime, budgets ascending, in the order they first occur.
 
     Raises:
         FrontierError: records of this kind have no such metric.
     """
-    if isinstance(record, AnswerRecord) != (metric == "accuracy"):
-        has = "accuracy" if isinstance(record, AnswerRecord) else "top1, nll and kl"
+    if (frame["kind"].iloc[0] == "evaluate") != (metric == "accuracy"):
+        has = "accuracy" if frame["kind"].iloc[0] == "evaluate" else "top1, nll and kl"
         raise FrontierError(f"These records have {has}, not {metric}; choose another --metric or another folder.")
-    return float(record.correct) if isinstance(record, AnswerRecord) else float(getattr(record, metric))
+    name = "correct" if metric == "accuracy" else metric
 
+    def examples(part: pd.DataFrame) -> dict[int, float]:
+        means = part[name].astype(float).groupby(part["example"]).mean()
+        return {int(example): float(value) for example, value in means.items()}
 
-def measured_points(records: Sequence[Record | AnswerRecord], metric: str) -> list[Point]:
-    """Every cell, split by task, budget rule and regime, budgets ascending, in the order they first occur."""
-    labels = method_labels(records)
-    full: dict[str, dict[int, list[float]]] = {}
-    cells: dict[tuple[str, str, str, Regime, int], list[Record | AnswerRecord]] = {}
-    for record in records:
-        if record.budget is None:
-            full.setdefault(record.task, {}).setdefault(record.example, []).append(metric_value(record, metric))
-            continue
-        rule = json.dumps({k: v for k, v in record.budget.items() if k not in ("tokens", "retention")}, sort_keys=True)
-        label = labels[json.dumps([record.method, record.options], sort_keys=True)]
-        cells.setdefault((record.task, label, rule, regime(record), record.budget["tokens"]), []).append(record)
-    order = {key[:4]: at for at, key in reversed(list(enumerate(cells)))}
+    full = {task: examples(part) for task, part in frame[frame["tokens"] == 0].groupby("task")}
+    bounded = frame[frame["tokens"] > 0]
+    keys = ["task", "label", "rule", "regime"]
+    order = {key: at for at, key in enumerate(dict.fromkeys(zip(*(bounded[one] for one in keys), strict=True)))}
+    cells = {key: part for key, part in bounded.groupby([*keys, "tokens"], sort=False)}
     points = []
     for key in sorted(cells, key=lambda key: (order[key[:4]], key[4])):
-        members, by_example = cells[key], dict[int, list[float]]()
-        for record in members:
-            by_example.setdefault(record.example, []).append(metric_value(record, metric))
-        values = {one: math.fsum(v) / len(v) for one, v in sorted(by_example.items())}
-        ours = full.get(key[0], {})
-        reference = {one: math.fsum(ours[one]) / len(ours[one]) for one in values if one in ours}
-        physical, held = (
-            math.fsum(getattr(m, n) for m in members) / len(members) for n in ("physical_mean", "bytes_held")
-        )
-        points.append(Point(*key, values, reference, physical, held))
+        part, values = cells[key], examples(cells[key])
+        reference = {one: full[key[0]][one] for one in values if one in full.get(key[0], {})}
+        slots, held = (float(part[one].mean()) for one in ("physical_mean", "bytes_held"))
+        task, method, rule, regime, tokens = key
+        points.append(Point(task, method, rule, regime, int(tokens), values, reference, slots, held))
     return points
+
+
+# -- usable budgets ---------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -225,13 +143,12 @@ class UsableBudget:
 def usable_budget(
     points: Sequence[Point], target: Target, *, axis: Axis = "tokens", seed: int = 0, resamples: int = 2000
 ) -> UsableBudget:
-    """The smallest budget from which on every measured budget keeps the target.
+    """Return the smallest budget from which on every measured budget keeps the target.
 
     Between two measured budgets the metric is taken to be linear in log(budget). Measured curves need not rise: the
-    envelope that is crossed is, at every budget, the worst margin at it or at any larger measured one, so a budget
-    that keeps the target by luck below one that fails is not called usable (`fails_above` names such budgets). The
-    interval is the bootstrap percentile interval over examples: each resample computes all means and the crossing
-    again.
+    envelope that is crossed is, at every budget, the worst margin at it or at any larger one, so a budget that keeps
+    the target by luck below one that fails is not called usable (`fails_above` names such budgets). The interval is the
+    bootstrap percentile interval over examples: each resample computes all means and the crossing again.
 
     Args:
         points: of one task, method, rule and regime, at one or more budgets.
@@ -287,33 +204,132 @@ def _crossing(x_B: NDArray[np.float64], margin_BR: NDArray[np.float64]) -> NDArr
     columns = np.arange(margin_BR.shape[1])
     before_R = np.maximum(first_R - 1, 0)
     below, above = envelope_BR[before_R, columns], envelope_BR[first_R, columns]
-    rise = np.where(above > below, above - below, 1.0)
-    share = np.where(first_R > 0, -below / rise, 1.0)
+    share = -below / np.where(above > below, above - below, 1.0)
     at = np.exp(log_B[before_R] + np.clip(share, 0, 1) * (log_B[first_R] - log_B[before_R]))
     at = np.where(first_R == 0, x_B[0], at)  # without the rounding of exp and log
     crossing: NDArray[np.float64] = np.where(envelope_BR[-1] >= 0, at, np.inf)
     return crossing
 
 
-def joined(results: Sequence[Results]) -> list[Record | AnswerRecord]:
-    """The records of folders that may be compared; what several hold (full KV, say) counts once.
+# -- crossings --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two cells on the examples both have; the first holds no more than the second.
+
+    Args:
+        advantage: how much better ours is (a lower nll or kl is better), with a 95 % interval.
+        p: Holm-adjusted over every pair that was compared.
+    """
+
+    ours: Point
+    theirs: Point
+    advantage: Difference
+    p: float
+
+    @property
+    def holds(self) -> bool:
+        """Ours is better: the interval lies above 0, and the adjusted p-value is below 0.05."""
+        return self.advantage.low > 0 and self.p < 0.05
+
+    @property
+    def label(self) -> str:
+        """As in `rkv@128 > snapkv@256`."""
+        return f"{self.ours.method}@{self.ours.tokens:,} > {self.theirs.method}@{self.theirs.tokens:,}"
+
+
+def pairs_to_test(points: Sequence[Point], axis: Axis = "tokens") -> list[tuple[Point, Point]]:
+    """Return every pair of methods on one task, rule and regime whose first is the smaller on the axis.
+
+    Where the axis is a mean, cells within 2 % of each other are at equal memory, and no pair.
+    """
+    slack = 1.0 if axis == "tokens" else 1 - EQUAL
+    ordered = (sorted(pair, key=lambda one: one.x(axis)) for pair in combinations(points, 2))
+    return [
+        (ours, theirs)
+        for ours, theirs in ordered
+        if ours.comparable(theirs) and ours.x(axis) < slack * theirs.x(axis) and ours.values.keys() & theirs.values
+    ]
+
+
+def crossings(points: Sequence[Point], metric: str, *, axis: Axis = "tokens", seed: int = 0) -> list[Comparison]:
+    """Return every pair of methods and budgets where the smaller budget does better, the surest first.
+
+    All pairs of `pairs_to_test` are tested (paired t test over examples, for a bootstrap of affordable size cannot give
+    p-values small enough to survive the correction), and Holm's correction runs over all of them, also those where the
+    larger budget does better. The interval is the paired bootstrap's and is not corrected.
+    """
+    found = _compared(pairs_to_test(points, axis), metric, seed, better=True)
+    return sorted(found, key=lambda one: (not one.holds, one.p, -one.advantage.mean))
+
+
+def between(
+    points: Sequence[Point], ours: str, theirs: str, metric: str, *, axis: Axis = "tokens", seed: int = 0
+) -> list[Comparison]:
+    """Compare one method with another at the same budget and at every larger one, whoever does better.
+
+    The pair of methods is named beforehand, so Holm's correction runs over these pairs alone.
+
+    Args:
+        points, metric, axis, seed: as in `crossings`.
+        ours: label of the method at the smaller budget.
+        theirs: label of the other.
 
     Raises:
-        FrontierError: their models, kinds or settings differ.
+        FrontierError: no compressed cell of one of them, or none at an equal or larger budget of the other.
     """
-    first = results[0]
-    found: dict[str, Record | AnswerRecord] = {}
-    for one in results:
-        if bool(one.answers) != bool(first.answers):
-            raise FrontierError(f"{one.folder} and {first.folder} hold different kinds of results; give one kind.")
-        mine, theirs = (r.manifest.get("model", {}).get("hash") for r in (one, first))
-        if mine != theirs:
-            raise FrontierError(f"{one.folder} and {first.folder} hold results of different models.")
-        a, b = (r.manifest.get("arguments", {}) for r in (one, first))
+    known = sorted({point.method for point in points})
+    for name in (ours, theirs):
+        if name not in known:
+            raise FrontierError(f"No compressed cell is of method {name!r}; there are {', '.join(known)}.")
+    slack = 1.0 if axis == "tokens" else 1 + EQUAL
+    pairs = [
+        (one, other)
+        for one, other in product(points, repeat=2)
+        if (one.method, other.method) == (ours, theirs)
+        and (one.comparable(other) or ours == theirs)
+        and one.x(axis) <= other.x(axis) * slack
+    ]
+    if not pairs:
+        raise FrontierError(f"{ours} has no cell at a budget that {theirs} has, or at a smaller one.")
+    return _compared(pairs, metric, seed)
+
+
+def _compared(pairs: Iterable[tuple[Point, Point]], metric: str, seed: int, better: bool = False) -> list[Comparison]:
+    """Compare and correct over all pairs; in their order, with `better` only those where the first is better."""
+    sign = 1 if HIGHER_IS_BETTER[metric] else -1
+    pairs = [pair for pair in pairs if pair[0].values.keys() & pair[1].values]
+    signed = [[{k: sign * v for k, v in one.values.items()} for one in pair] for pair in pairs]
+    p_values = [paired_p_value([a[k] - b[k] for k in sorted(a.keys() & b.keys())]) for a, b in signed]
+    found = []
+    for pair, (a, b), p in zip(pairs, signed, holm(p_values), strict=True):
+        if not better or sum(a[k] - b[k] for k in a.keys() & b.keys()) > 0:
+            advantage = paired_difference(a, b, seed=seed, resamples=2000)
+            assert advantage is not None
+            found.append(Comparison(*pair, advantage, p))
+    return found
+
+
+def read_comparable(folders: Sequence[Path]) -> pd.DataFrame:
+    """Read folders that may be compared; a record that several hold (full KV's, say) counts once.
+
+    Raises:
+        FrontierError: their models, kinds or settings differ, or they hold full KV alone.
+    """
+    manifests = [read_manifest(folder) for folder in folders]
+    frames = [read_results([folder]) for folder in folders]
+    for folder, manifest, frame in zip(folders[1:], manifests[1:], frames[1:], strict=True):
+        if frame["kind"].iloc[0] != frames[0]["kind"].iloc[0]:
+            raise FrontierError(f"{folder} and {folders[0]} hold different kinds of results; give one kind.")
+        if manifest.get("model", {}).get("hash") != manifests[0].get("model", {}).get("hash"):
+            raise FrontierError(f"{folder} and {folders[0]} hold results of different models.")
+        ours, theirs = (one.get("arguments", {}) for one in (manifest, manifests[0]))
         for name in _SETTINGS:
-            if a.get(name) != b.get(name):
-                raise FrontierError(f"{one.folder} and {first.folder} differ in {name}, so they cannot be compared.")
-        own: list[Record | AnswerRecord] = [*one.records, *one.answers]
-        for record in own:
-            found.setdefault(record.key, record)
-    return list(found.values())
+            if json.dumps(ours.get(name), sort_keys=True) != json.dumps(theirs.get(name), sort_keys=True):
+                raise FrontierError(f"{folder} and {folders[0]} differ in {name}, so they cannot be compared.")
+    whole = pd.concat(frames, ignore_index=True)
+    identity = ["method", "options", "budget", "task", "example", "sample", "seed"]
+    if (whole["tokens"] == 0).all():
+        raise FrontierError("These results hold full KV alone; a frontier needs bounded methods.")
+    return whole.drop_duplicates(identity, ignore_index=True)

@@ -7,10 +7,11 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from reasonkv.errors import ReasonKVError
 from reasonkv.files import write_atomically
@@ -24,8 +25,7 @@ class ResultsError(ReasonKVError, ValueError):
     """A results folder that this command cannot use; the message says why and what to do."""
 
 
-@dataclass(frozen=True)
-class Manifest:
+class Manifest(BaseModel):
     """What wrote a results folder.
 
     Args:
@@ -38,12 +38,13 @@ class Manifest:
         date: when the run began, UTC.
     """
 
+    model_config = ConfigDict(frozen=True, extra="ignore")
     command: str
     arguments: dict[str, Any]
     model: dict[str, str]
     device: str
-    versions: dict[str, str] = field(default_factory=lambda: package_versions())
-    date: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds"))
+    versions: dict[str, str] = Field(default_factory=package_versions)
+    date: str = Field(default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds"))
 
     @property
     def run(self) -> str:
@@ -53,21 +54,31 @@ class Manifest:
 
     def write(self, path: Path) -> None:
         """Write to `path`, whole or not at all."""
-        write_atomically(path, (json.dumps({"run": self.run, **asdict(self)}, indent=2) + "\n").encode())
+        write_atomically(path, (json.dumps({"run": self.run, **self.model_dump()}, indent=2) + "\n").encode())
 
     @classmethod
     def read(cls, path: Path) -> Manifest:
-        """Read a manifest.
+        """Return the manifest in a file.
 
         Raises:
             ResultsError: it cannot be read.
         """
         try:
-            data = json.loads(path.read_text())
-            data.pop("run")
-            return cls(**data)
-        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            return cls.model_validate_json(path.read_bytes())
+        except (OSError, ValidationError):
             raise ResultsError(f"{path} cannot be read as a manifest; choose another --out folder.") from None
+
+    def difference(self, wanted: Manifest) -> str | None:
+        """Return the first thing in which the manifest a command wants differs from this one, in words."""
+        if self.command != wanted.command:
+            return f"{self.command}, not {wanted.command}"
+        if self.model["hash"] != wanted.model["hash"]:
+            return f"model {self.model['name']} with other weights"
+        for name in sorted({*self.arguments, *wanted.arguments}):
+            before, now = self.arguments.get(name), wanted.arguments.get(name)
+            if before != now:
+                return f"{name} {_text(before)}, not {_text(now)}"
+        return None
 
 
 @contextmanager
@@ -113,27 +124,11 @@ def _claim(folder: Path, manifest: Manifest) -> None:
         if any(not entry.name.startswith(".") for entry in folder.iterdir()):
             raise ResultsError(f"{folder} holds files that are not results of reasonkv; choose another --out folder.")
         manifest.write(path)
-        return
-    found = Manifest.read(path)
-    difference = _difference(found, manifest)
-    if difference:
+    elif difference := Manifest.read(path).difference(manifest):
         raise ResultsError(
             f"{folder} holds results of another command ({difference}); choose another --out folder, or repeat "
             f"that command to continue it."
         )
-
-
-def _difference(found: Manifest, wanted: Manifest) -> str | None:
-    """The first thing in which two manifests differ, in words."""
-    if found.command != wanted.command:
-        return f"{found.command}, not {wanted.command}"
-    if found.model["hash"] != wanted.model["hash"]:
-        return f"model {found.model['name']} with other weights"
-    for name in sorted({*found.arguments, *wanted.arguments}):
-        before, now = found.arguments.get(name), wanted.arguments.get(name)
-        if before != now:
-            return f"{name} {_text(before)}, not {_text(now)}"
-    return None
 
 
 def _text(value: Any) -> str:

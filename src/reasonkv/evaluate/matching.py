@@ -1,36 +1,45 @@
-"""Equal physical lengths: which `tokens` gives a wanted mean, from the schedule alone.
+"""Equal physical lengths: which budget gives a wanted mean, from the schedule alone.
 
 Methods and prompt policies differ in what they count, so equal `tokens` is not equal memory. Two cells are compared
-when their mean physical length differs by under 2 %. Methods that hold everything and select have no such length to
+when their mean physical length differs by under 2 %. Methods that keep everything and select have no such length to
 match: what they read comes in whole pages, which no budget brings within 2 % of a wanted mean.
 """
 
 from __future__ import annotations
 
+import functools
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from reasonkv.budget import Budget, BudgetError, DividesBudget, Window, layer_budgets
-from reasonkv.methods import Method
-from reasonkv.methods.sparse_read import SelectionMethod
-from reasonkv.schedule import State, next_event, step
+from reasonkv.budget import Budget, BudgetError, Window
+from reasonkv.methods import Method, layer_budgets
+from reasonkv.schedule import Lengths, next_event, step
 
 
 def sized(rule: Budget, tokens: int) -> Budget:
-    """The budget of a rule at a size: its `tokens`, or as many slots kept of each of a `Window`'s windows."""
+    """Return the budget of a rule at a size: its `tokens`, or the slots kept of each of a `Window`'s windows."""
     return replace(rule, retention=tokens / rule.size) if isinstance(rule, Window) else replace(rule, tokens=tokens)
 
 
+def smallest(rule: Budget, method: Method | None, longest_prompt: int) -> int:
+    """Return the smallest size that holds what may never be evicted, a method's own window included."""
+    if isinstance(rule, Window):
+        return 1
+    recent = rule.recent if method is None else max(rule.recent, method.needs.recent)
+    return max(1, rule.sinks + recent, longest_prompt + recent + 1 if rule.prompt == "keep" else 0)
+
+
 def selecting_method(methods: Iterable[Method]) -> str | None:
-    """The name of the first method that holds everything and selects what to read, if any does."""
-    return next((method.name for method in methods if isinstance(method, SelectionMethod)), None)
+    """Return the name of the first method that keeps everything and selects what to read, if any does."""
+    return next((method.name for method in methods if method.needs.selects), None)
 
 
 def check_matchable(methods: Iterable[Method]) -> None:
     """Check that equal mean slots mean something for every method.
 
     Raises:
-        BudgetError: a method that holds everything and selects.
+        BudgetError: a method that keeps everything and selects.
     """
     if (selecting := selecting_method(methods)) is not None:
         raise BudgetError(
@@ -40,21 +49,21 @@ def check_matchable(methods: Iterable[Method]) -> None:
 
 
 def attended_slots(budget: Budget | None, prompt: int, length: int) -> int:
-    """Slots attended, summed over the tokens fed after the prompt, of a row fed one token at a time.
+    """Return the slots attended, summed over the tokens fed after the prompt, of a sequence fed one token at a time.
 
     Args:
         budget: None for full KV.
-        prompt: tokens of the prompt, fed in pieces that end at its boundaries.
+        prompt: tokens of the prompt, fed in chunks that end at its boundaries.
         length: tokens fed in all, prompt included.
     """
-    state, total = State(prompt=prompt), 0
-    while state.length < length:
-        end = prompt if state.length < prompt else length
+    state, total = Lengths(prompt=prompt), 0
+    while state.logical < length:
+        end = prompt if state.logical < prompt else length
         event = next_event(budget, state)
-        fed = min(end, event if event is not None else end) - state.length
-        if state.length >= prompt:
-            # token i of the piece (from 1) attends to what was held and to the i newest
-            total += fed * state.held + fed * (fed + 1) // 2
+        fed = min(end, event if event is not None else end) - state.logical
+        if state.logical >= prompt:
+            # token i of the chunk (from 1) attends to what was held and to the i newest
+            total += fed * state.physical + fed * (fed + 1) // 2
         state, _ = step(budget, state, fed)
     return total
 
@@ -66,13 +75,13 @@ def mean_physical(
     method: Method | None = None,
     layers: int = 1,
 ) -> float:
-    """Mean over rows, and over layers whose budgets differ, of the mean slots held per token fed after the prompt.
+    """Return the mean over rows, and over layers whose budgets differ, of the slots held per token after the prompt.
 
     Args:
         budget: None for full KV.
         prompts: tokens of each row's prompt.
         lengths: tokens fed of each row, prompt included; more than its prompt.
-        method: matters where it divides the budget among layers.
+        method: one whose layers have budgets of their own; None for all others.
         layers: compressed layers.
 
     Raises:
@@ -84,7 +93,7 @@ def mean_physical(
         raise ValueError("A mean physical length needs rows with tokens after their prompt.")
     total = 0.0
     for prompt, length in rows:
-        shares = layer_budgets(method, budget, layers, prompt) if isinstance(method, DividesBudget) else [budget]
+        shares = [budget] if method is None else layer_budgets(method, budget, layers, prompt)
         slots = sum(attended_slots(own, prompt, length) for own in shares)
         total += slots / len(shares) / (length - prompt)
     return total / len(rows)
@@ -98,51 +107,12 @@ def budget_for_mean(
     method: Method | None = None,
     layers: int = 1,
 ) -> Budget:
-    """The budget whose mean is nearest to a target: its `tokens` are solved, or the retention of a `Window`.
-
-    Args:
-        budget: everything else.
-        target: mean slots attended per token fed after the prompt.
-        prompts: tokens of each row's prompt.
-        lengths: tokens fed of each row, prompt included.
-        method, layers: as in `mean_physical`.
-
-    Raises:
-        BudgetError: the target lies outside what this budget can reach on these rows.
-    """
-    if not isinstance(budget, Window):
-        return replace(budget, tokens=tokens_for_mean(budget, target, prompts, lengths, method, layers))
-
-    def mean(kept: int) -> float:
-        return mean_physical(sized(budget, kept), prompts, lengths)
-
-    low, high = 1, budget.size - 1
-    least, most = mean(low), mean(high)
-    if not least <= target <= most:
-        raise BudgetError(
-            f"A mean of {target:g} slots cannot be reached: with this window and buffer it lies between {least:.1f} "
-            f"(1 slot of a window) and {most:.1f} (all but 1); choose a target in between."
-        )
-    while high - low > 1:  # a larger retention never attends to fewer slots
-        middle = (low + high) // 2
-        low, high = (middle, high) if mean(middle) < target else (low, middle)
-    return sized(budget, low if target - mean(low) <= mean(high) - target else high)
-
-
-def tokens_for_mean(
-    budget: Budget,
-    target: float,
-    prompts: Sequence[int],
-    lengths: Sequence[int],
-    method: Method | None = None,
-    layers: int = 1,
-) -> int:
-    """The `tokens` whose mean physical length is nearest to a target; the smaller of two equally near.
+    """Return the budget whose mean physical length is nearest to a target; the smaller of two equally near.
 
     Where budgets are divided among layers, their rounding may leave it a token beside the nearest.
 
     Args:
-        budget: everything but `tokens`, which is ignored.
+        budget: everything but its `tokens` (of a `Window`, its retention), which are solved.
         target: mean slots attended per token fed after the prompt.
         prompts: tokens of each row's prompt.
         lengths: tokens fed of each row, prompt included.
@@ -151,25 +121,21 @@ def tokens_for_mean(
     Raises:
         BudgetError: the target lies outside what this budget can reach on these rows.
     """
-    divides = isinstance(method, DividesBudget)
-    recent = max(budget.recent, method.needs.recent) if method is not None and divides else budget.recent
-    low = max(1, budget.sinks + recent)
-    if budget.prompt == "keep":
-        low = max(low, max(prompts) + recent + 1)
-    high = max(low, max(lengths))  # holds every token of every row, so the mean is full KV's
 
-    def mean(tokens: int) -> float:
-        return mean_physical(replace(budget, tokens=tokens), prompts, lengths, method, layers)
+    @functools.cache
+    def mean(size: int) -> float:
+        return mean_physical(sized(budget, size), prompts, lengths, method, layers)
 
-    while divides and mean(high) < mean_physical(None, prompts, lengths):  # until the smallest share holds everything
+    low = smallest(budget, method, max(prompts))
+    high = budget.size - 1 if isinstance(budget, Window) else max(low, *lengths)
+    while method is not None and mean(high) < mean_physical(
+        None, prompts, lengths
+    ):  # until the smallest share holds everything
         high *= 2
-    least, most = mean(low), mean(high)
-    if not least <= target <= most:
+    if not mean(low) <= target <= mean(high):
         raise BudgetError(
-            f"A mean of {target:g} slots cannot be reached: with this interval, recent window and prompt policy it "
-            f"lies between {least:.1f} (tokens={low}) and {most:.1f} (full KV); choose a target in between."
+            f"A mean of {target:g} slots cannot be reached: with this rule it lies between {mean(low):.1f} "
+            f"({low} slots stay) and {mean(high):.1f} ({high} stay); choose a target in between."
         )
-    while high - low > 1:  # a larger budget never attends to fewer slots, so bisection is enough
-        middle = (low + high) // 2
-        low, high = (middle, high) if mean(middle) < target else (low, middle)
-    return low if target - mean(low) <= mean(high) - target else high
+    enough = low + bisect_left(range(low, high), target, key=mean)  # a larger budget never attends to fewer slots
+    return sized(budget, min((max(low, enough - 1), enough), key=lambda size: abs(mean(size) - target)))

@@ -1,54 +1,49 @@
-"""Result records: one JSON line per (method, budget, task, example), appended so that a kill loses at most one line.
+"""Result records: JSON lines, appended so that a kill loses at most one line.
 
 A line is written with one `write` to a file opened for appending, then flushed to the disk. What a kill can leave
-behind is a last line without its newline; `repair` cuts it off, and the rerun writes that record again. Any other line
-that does not parse is damage, and is reported with its number rather than skipped.
+behind is a last line without its newline; `RecordFile` cuts it off, and the rerun writes that record again. Any other
+line that does not parse is damage, and is reported with its number rather than skipped.
 """
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
-from collections.abc import Iterable, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, ClassVar, Generic, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from reasonkv.errors import ReasonKVError
 
 RECORDS = "records.jsonl"
-D = TypeVar("D")
-L = TypeVar("L", bound="Line")
+R = TypeVar("R", bound="JsonlRecord")
 
 
 class RecordError(ReasonKVError, ValueError):
     """A line of a record file that cannot be read; the message names the file and the line."""
 
 
-class Line(Protocol):
-    """What the file handling here needs of a record."""
+class JsonlRecord(BaseModel):
+    """One line of a results file; unknown fields are ignored, so that later versions' files can be read."""
+
+    model_config = ConfigDict(frozen=True, strict=True, allow_inf_nan=False)
+    KEY: ClassVar[tuple[str, ...]]
+    """Fields that together no two records of a file share."""
 
     @property
     def key(self) -> str:
-        """What no two records of a folder share."""
-        ...
-
-    def to_json(self) -> str:
-        """One line, without its newline."""
-        ...
-
-    @classmethod
-    def from_json(cls: type[L], line: str) -> L:
-        """The inverse of `to_json`."""
-        ...
+        """What makes a record the one it is."""
+        return record_key(*(getattr(self, name) for name in self.KEY))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Measured:
+class Measured(JsonlRecord):
     """What records of every kind say: what ran on which problem, and what its cache held and read.
 
     Token counts are tokens, physical lengths are slots per KV head (mean over full-attention layers and heads), sizes
-    are bytes of this row alone.
+    are bytes of this sequence alone.
 
     Args:
         run: identifier of the command and arguments that wrote it (`Manifest.run`).
@@ -68,9 +63,9 @@ class Measured:
         bytes_peak: most bytes held at once.
         bytes_full: bytes full KV would hold at the end.
         events: compactions.
-        tokens_dropped: tokens whose slots were given up.
-        guards: how often a method fell back on a rule of its own, by name.
-        seconds: wall-clock seconds of the batch divided by its rows.
+        tokens_dropped: tokens evicted or merged.
+        guards: how often a method used a fallback rule, by the rule's name.
+        seconds: wall-clock seconds of the batch divided by its sequences.
         slots_read_mean: slots attended per token fed after the prompt, of methods that keep all and select, or that
             hold padding which nothing attends to; else None.
         bytes_read_mean: bytes of their keys and values, and of the page summaries read to choose; None as above.
@@ -94,28 +89,19 @@ class Measured:
     bytes_full: int
     events: int
     tokens_dropped: int
-    guards: dict[str, int] = field(default_factory=dict)
+    guards: dict[str, int] = Field(default_factory=dict)
     seconds: float
     slots_read_mean: float | None = None
     bytes_read_mean: float | None = None
 
     @property
     def selects(self) -> bool:
-        """The method held everything and read a part of it. What holds padding has dropped something first."""
+        """Whether the method kept everything and read a part of it; what holds padding has evicted something first."""
         return self.slots_read_mean is not None and self.events == 0
 
-    def to_json(self) -> str:
-        """One line, without its newline.
 
-        Raises:
-            ValueError: a metric is not a finite number.
-        """
-        return json.dumps(asdict(self), allow_nan=False)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Record(Measured):
-    """What replaying one trace through one bounded cache gave. All means run over the trace's output tokens.
+class ReplayRecord(Measured):
+    """What replaying one trace through one cache gave. All means run over the trace's output tokens.
 
     Args:
         trace_correct: whether the trace, as full KV wrote it, gives the right answer.
@@ -128,6 +114,7 @@ class Record(Measured):
         diagnostics: measures of what was lost, by name (`reasonkv.evaluate.diagnostics`); empty unless asked for.
     """
 
+    KEY = ("method", "options", "budget", "task", "example", "seed")
     trace_correct: bool
     top1: float
     top5: float
@@ -135,65 +122,77 @@ class Record(Measured):
     kl: float
     first_mismatch: int | None
     answer_top1: float | None = None
-    diagnostics: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def key(self) -> str:
-        """What makes a record the one it is; no two records of a folder share it."""
-        return record_key(self.method, self.options, self.budget, self.task, self.example, self.seed)
-
-    @classmethod
-    def from_json(cls, line: str) -> Record:
-        """The inverse of `to_json`; fields this version does not know are ignored.
-
-        Raises:
-            ValueError: not JSON, not an object, or a field is missing or of the wrong kind.
-        """
-        return parse_line(
-            cls,
-            line,
-            whole=("example", "seed", "prompt_tokens", "output_tokens"),
-            numbers=("top1", "top5", "nll", "kl", "physical_mean", "bytes_held", "bytes_full"),
-        )
+    diagnostics: dict[str, float] = Field(default_factory=dict)
 
 
-def record_key(
-    method: str, options: dict[str, Any], budget: dict[str, Any] | None, task: str, example: int, seed: int
-) -> str:
-    """The key of a record, as canonical JSON."""
-    return json.dumps([method, options, budget, task, example, seed], sort_keys=True)
-
-
-def parse_line(kind: type[D], line: str, *, whole: Sequence[str], numbers: Sequence[str]) -> D:
-    """One line as a dataclass; fields it does not know are ignored, and those with a default may be missing.
+class AnswerRecord(Measured):
+    """What generating one answer through one cache gave; all up to the sequence's own end.
 
     Args:
-        kind: the dataclass.
-        line: JSON.
-        whole: fields that must be whole numbers.
-        numbers: fields that must be numbers.
+        sample: number of the sample of that problem, from 0; greedy decoding has 0 only.
+        correct: whether the task's checker accepts the output.
+        truncated: whether the output met the limit on its length before it ended.
+        repetition: share of output tokens that lie in a loop (`text.repetition`), 0 to 1.
+        first_divergence: index of the first output token that differs from full KV's output of the same example and
+            sample (an output that stops earlier differs where it stops), or None if the two are equal.
+        output: decoded, special tokens skipped.
+    """
+
+    KEY = ("method", "options", "budget", "task", "example", "sample", "seed")
+    sample: int
+    correct: bool
+    truncated: bool
+    repetition: float
+    first_divergence: int | None
+    output: str
+
+
+class FullOutput(JsonlRecord):
+    """Full KV's output for one sample of one example, which the other methods' outputs are compared with.
+
+    Args:
+        example: number of the problem.
+        sample: number of the sample.
+        prompt_tokens: tokens of the prompt.
+        tokens: ids, the end-of-sequence token included.
+    """
+
+    KEY = ("example", "sample")
+    example: int
+    sample: int
+    prompt_tokens: int
+    tokens: list[int]
+
+
+class RecordFile(Generic[R]):
+    """A record file that is being written; a last line that a kill tore is cut off first.
+
+    Args:
+        path: the file, which need not exist.
+        kind: of its records.
 
     Raises:
-        ValueError: not JSON, not an object, or a field is missing or of the wrong kind.
+        RecordError: a line is damaged, or two lines are the same record.
     """
-    data = json.loads(line)
-    if not isinstance(data, dict):
-        raise ValueError("it is not a JSON object")
-    known = {f.name for f in fields(cast(Any, kind))}
-    optional = {f.name for f in fields(cast(Any, kind)) if f.default is not MISSING or f.default_factory is not MISSING}
-    missing = sorted(known - optional - set(data))
-    if missing:
-        raise ValueError(f"it has no field {missing[0]!r}")
-    for name in whole:
-        if not isinstance(data[name], int):
-            raise ValueError(f"field {name!r} is not a whole number")
-    for name in numbers:
-        if not isinstance(data[name], (int, float)):
-            raise ValueError(f"field {name!r} is not a number")
-    return kind(**{name: value for name, value in data.items() if name in known})
+
+    def __init__(self, path: Path, kind: type[R]) -> None:
+        self.path = path
+        repair(path)
+        self.records: dict[str, R] = {record.key: record for record in read_lines(path, kind)}
+
+    def append(self, records: Iterable[R]) -> None:
+        """Write the records that are not there yet."""
+        new = {record.key: record for record in records if record.key not in self.records}
+        append_records(self.path, new.values())
+        self.records.update(new)
 
 
-def append_records(path: Path, records: Iterable[Line]) -> None:
+def record_key(*values: Any) -> str:
+    """Return the key of a record from the values of its `KEY` fields, as canonical JSON."""
+    return json.dumps(values, sort_keys=True)
+
+
+def append_records(path: Path, records: Iterable[JsonlRecord]) -> None:
     """Append records of any kind, each with one write, and flush them to the disk.
 
     Raises:
@@ -202,7 +201,7 @@ def append_records(path: Path, records: Iterable[Line]) -> None:
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
         for record in records:
-            line = (record.to_json() + "\n").encode()
+            line = (record.model_dump_json() + "\n").encode()
             written = os.write(descriptor, line)
             if written != len(line):  # a full disk: the torn line is cut off by the next run
                 raise OSError(f"only {written} of {len(line)} bytes could be written to {path}")
@@ -212,14 +211,8 @@ def append_records(path: Path, records: Iterable[Line]) -> None:
 
 
 def repair(path: Path) -> bool:
-    """Cut off a last line that a kill left without its newline.
-
-    Returns:
-        Whether there was one.
-    """
-    if not path.exists():
-        return False
-    data = path.read_bytes()
+    """Cut off a last line that a kill left without its newline; return whether there was one."""
+    data = path.read_bytes() if path.exists() else b""
     whole = data.rfind(b"\n") + 1
     if whole == len(data):
         return False
@@ -229,42 +222,27 @@ def repair(path: Path) -> bool:
     return True
 
 
-def read_records(path: Path) -> list[Record]:
-    """Every record of a replay, in order; a torn last line is left out, and so is what a missing file would hold.
-
-    Raises:
-        RecordError: a line is damaged, or two lines are the same record.
-    """
-    return read_lines(path, Record)
-
-
 def whole_lines(path: Path) -> list[bytes]:
-    """The lines of a record file that end with a newline, without it; none where there is no file."""
-    if not path.exists():
-        return []
-    data = path.read_bytes()
+    """Return the lines of a record file (or of a `.gz` of one) that end with a newline; none where there is no file."""
+    data = path.read_bytes() if path.exists() else b""
+    data = gzip.decompress(data) if path.suffix == ".gz" else data
     return data[: data.rfind(b"\n") + 1].split(b"\n")[:-1]
 
 
-def read_lines(path: Path, kind: type[L]) -> list[L]:
-    """Every record of a file as one kind, in order, without a torn last line.
-
-    Args:
-        path: the file; a missing one holds nothing.
-        kind: `Record`, `AnswerRecord`, or another class with `key` and `from_json`.
+def read_lines(path: Path, kind: type[R]) -> list[R]:
+    """Return every record of a file as one kind, in order, without a torn last line.
 
     Raises:
         RecordError: a line is damaged, or two lines are the same record.
     """
-    records: list[L] = []
+    records: list[R] = []
     seen: dict[str, int] = {}
     for number, line in enumerate(whole_lines(path), start=1):
         try:
-            record = kind.from_json(line.decode())
-        except (ValueError, TypeError) as error:
-            reason = "it is not JSON" if isinstance(error, json.JSONDecodeError | UnicodeDecodeError) else str(error)
+            record = kind.model_validate_json(line)
+        except ValidationError as error:
             raise RecordError(
-                f"{path}, line {number}: the record cannot be read because {reason}; "
+                f"{path}, line {number}: the record cannot be read because {_reason(error)}; "
                 f"delete that line and run the command again to write it anew."
             ) from None
         if record.key in seen:
@@ -274,3 +252,19 @@ def read_lines(path: Path, kind: type[L]) -> list[L]:
         seen[record.key] = number
         records.append(record)
     return records
+
+
+def read_records(path: Path) -> list[ReplayRecord]:
+    """Return every record of a replay; errors as in `read_lines`."""
+    return read_lines(path, ReplayRecord)
+
+
+def read_answers(path: Path) -> list[AnswerRecord]:
+    """Return every record of a generation; errors as in `read_lines`."""
+    return read_lines(path, AnswerRecord)
+
+
+def _reason(error: ValidationError) -> str:
+    first = error.errors()[0]
+    words = first["msg"][0].lower() + first["msg"][1:]
+    return f"field {'.'.join(map(str, first['loc']))!r} is wrong ({words})" if first["loc"] else f"of {words}"

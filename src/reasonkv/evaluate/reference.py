@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from reasonkv.evaluate.pieces import Row, feed
+from reasonkv.evaluate.chunks import TraceRow, feed
 from reasonkv.methods.base import Requirements
 from reasonkv.methods.full import FullKV
 from reasonkv.methods.ops import upcast
@@ -53,24 +53,24 @@ class FullAttention:
     """Full KV's attention over one batch of known traces.
 
     Holds the rotated queries and keys of every full-attention layer in the model's dtype, and, for rows and layers that
-    were asked about, the reduced attention of blocks of queries, so that asking at many events costs about as much as
-    asking once. Attention is the model's own: scaling, soft cap and learned sinks included.
+    were asked about, the reduced attention of blocks of queries, so that asking at many compactions costs about as much
+    as asking once. Attention is the model's own: scaling, soft cap and learned sinks included.
 
     Legend: B rows, H KV heads, Hq query heads, L tokens of the longest row, D head_dim.
 
     Args:
         layers: by index in the model.
-        lengths: tokens of every row.
-
+        lengths: tokens of every row: prompt and output, but for the last output token.
     """
 
     def __init__(self, layers: dict[int, _LayerTrace], lengths: Sequence[int]) -> None:
         self._layers = layers
-        self._lengths = list(lengths)
+        self.layers = list(layers)
+        self.lengths = list(lengths)
         self._blocks: dict[tuple[int, int, Reduce], Tensor] = {}
 
     @staticmethod
-    def collect(model: PreTrainedModel, rows: Sequence[Row]) -> FullAttention:
+    def collect(model: PreTrainedModel, rows: Sequence[TraceRow]) -> FullAttention:
         """Feed the traces through full KV once and keep the queries and keys.
 
         Args:
@@ -79,7 +79,6 @@ class FullAttention:
 
         Raises:
             UnsupportedModelError: the model's attention cannot be observed.
-
         """
         lengths = [row.fed for row in rows]
         longest = max(lengths)
@@ -97,18 +96,8 @@ class FullAttention:
                 )
         return FullAttention(layers, lengths)
 
-    @property
-    def layers(self) -> list[int]:
-        """Indices of the full-attention layers."""
-        return list(self._layers)
-
-    @property
-    def lengths(self) -> list[int]:
-        """Tokens of every row: prompt and output, but for the last output token."""
-        return self._lengths
-
     def received(self, layer: int, row: int, start: int, end: int, reduce: Reduce = "sum") -> Tensor:
-        """Attention that the queries at token indices start..end-1 pay to tokens 0..end-1.
+        """Return the attention that the queries at token indices start..end-1 pay to tokens 0..end-1.
 
         Per KV head the mean over the query heads of its group, then the sum or the maximum over the queries. Causal: a
         query pays nothing to later tokens. No queries (start = end) pay 0.
@@ -118,24 +107,24 @@ class FullAttention:
 
         Raises:
             ValueError: not a full-attention layer, not a row, or not 0 <= start <= end <= the row's tokens.
-
         """
         self._check(layer, row, start, end)
         size = self._block_queries(row)
         first, last = -(-start // size), end // size  # whole blocks
-        H = self._layers[layer].keys_BHLD.shape[1]
-        total_HL = torch.zeros(H, end, device=self._layers[layer].keys_BHLD.device)
-        if last - first < 1:
-            _reduce_into(total_HL, self._reduced(layer, row, start, end, reduce), reduce)
-            return total_HL
-        _reduce_into(total_HL, self._reduced(layer, row, start, first * size, reduce), reduce)
+        if last <= first:
+            return self._reduced(layer, row, start, end, reduce)
         whole_nHL = self._whole_blocks(layer, row, reduce)[first:last, :, :end]
-        _reduce_into(total_HL, whole_nHL.sum(0) if reduce == "sum" else whole_nHL.amax(0), reduce)
-        _reduce_into(total_HL, self._reduced(layer, row, last * size, end, reduce), reduce)
+        total_HL = torch.zeros_like(whole_nHL[0])
+        for part_HL in (
+            self._reduced(layer, row, start, first * size, reduce),
+            whole_nHL.sum(0) if reduce == "sum" else whole_nHL.amax(0),
+            self._reduced(layer, row, last * size, end, reduce),
+        ):
+            _reduce_into(total_HL, part_HL, reduce)
         return total_HL
 
     def received_by_event(self, layer: int, row: int, edges: Sequence[int], reduce: Reduce = "sum") -> Tensor:
-        """`received` from the queries of each interval between events.
+        """Return `received` from the queries of each interval between compactions.
 
         Args:
             layer: index in the model.
@@ -148,49 +137,44 @@ class FullAttention:
 
         Raises:
             ValueError: as `received`, or edges that are not ascending.
-
         """
-        if len(edges) < 2:
-            raise ValueError("An interval has two edges.")
-        self._check(layer, row, edges[0], edges[-1])
-        keys = self._layers[layer].keys_BHLD
-        out_EHN = torch.zeros(len(edges) - 1, keys.shape[1], edges[-1], device=keys.device)
-        for interval, (start, end) in enumerate(pairwise(edges)):
+        intervals = []
+        for start, end in pairwise(edges):
             self._check(layer, row, start, end)
-            out_EHN[interval, :, :end] = self._reduced(layer, row, start, end, reduce)
-        return out_EHN
-
-    # -- internals ----------------------------------------------------------------------------------------------------
+            part_HL = self._reduced(layer, row, start, end, reduce)
+            intervals.append(torch.nn.functional.pad(part_HL, (0, edges[-1] - end)))
+        return torch.stack(intervals)
 
     def _check(self, layer: int, row: int, start: int, end: int) -> None:
         if layer not in self._layers:
             raise ValueError(f"Layer {layer} is not a full-attention layer; those are {self.layers}.")
-        if not 0 <= row < len(self._lengths):
-            raise ValueError(f"There is no row {row}; the reference has {len(self._lengths)}.")
-        if not 0 <= start <= end <= self._lengths[row]:
-            raise ValueError(f"Row {row} has {self._lengths[row]} tokens; {start} to {end} is no range of them.")
+        if not 0 <= row < len(self.lengths):
+            raise ValueError(f"There is no row {row}; the reference has {len(self.lengths)}.")
+        if not 0 <= start <= end <= self.lengths[row]:
+            raise ValueError(f"Row {row} has {self.lengths[row]} tokens; {start} to {end} is no range of them.")
 
     def _block_queries(self, row: int) -> int:
-        return max(BLOCK_QUERIES, -(-self._lengths[row] // BLOCKS))
+        return max(BLOCK_QUERIES, -(-self.lengths[row] // BLOCKS))
 
     def _whole_blocks(self, layer: int, row: int, reduce: Reduce) -> Tensor:
-        """Reduced attention of every whole block of queries, float32 [n, H, L]; worked out when first asked for."""
+        """Return the reduced attention of every whole block of queries, float32 [n, H, L]."""
         key = (layer, row, reduce)
         if key not in self._blocks:
-            length, size = self._lengths[row], self._block_queries(row)
-            keys = self._layers[layer].keys_BHLD
-            blocks_nHL = torch.zeros(length // size, keys.shape[1], length, device=keys.device)
-            for block, start in enumerate(range(0, length - size + 1, size)):
-                blocks_nHL[block, :, : start + size] = self._reduced(layer, row, start, start + size, reduce)
-            self._blocks[key] = blocks_nHL
+            length, size = self.lengths[row], self._block_queries(row)
+            edges = list(range(0, length + 1, size))
+            blocks_nHL = [
+                torch.nn.functional.pad(self._reduced(layer, row, start, end, reduce), (0, length - end))
+                for start, end in pairwise(edges)
+            ]
+            self._blocks[key] = torch.stack(blocks_nHL)
         return self._blocks[key]
 
     def _reduced(self, layer: int, row: int, start: int, end: int, reduce: Reduce) -> Tensor:
-        """What `received` returns, worked out from the queries, a few at a time."""
+        """Return what `received` returns, computed from the queries, a few at a time."""
         found = self._layers[layer]
         Hq, H = found.queries_BHqLD.shape[1], found.keys_BHLD.shape[1]
         total_HL = torch.zeros(H, end, device=found.keys_BHLD.device)
-        keys_HLD = upcast(found.keys_BHLD[row, :, :end]) if start < end else found.keys_BHLD[row, :, :end]
+        keys_HLD = upcast(found.keys_BHLD[row, :, :end])
         step = max(1, WORK_ELEMENTS // (Hq * max(1, end)))
         for at in range(start, end, step):
             upto = min(at + step, end)
@@ -202,7 +186,7 @@ class FullAttention:
 
 
 def _attention(queries_HgTD: Tensor, keys_HLD: Tensor, rule: LogitRule) -> Tensor:
-    """Attention weights [H, g, T, L] of the newest T of L tokens."""
+    """Return the attention weights [H, g, T, L] of the newest T of L tokens."""
     (H, g, T, _), L = queries_HgTD.shape, keys_HLD.shape[1]
     logits = ((queries_HgTD.flatten(1, 2) * rule.scaling) @ keys_HLD.mT).view(H, g, T, L)
     if rule.softcap is not None:

@@ -3,31 +3,33 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
+from annotated_types import Ge
 from torch import Tensor
 
 from reasonkv.budget import Budget, BudgetError, Window
-from reasonkv.methods.base import Method, Requirements
-from reasonkv.methods.ops import top_k_slots
+from reasonkv.methods.base import Requirements
+from reasonkv.methods.ops import forced_first, largest, top_k_slots
+from reasonkv.methods.options import Share
 from reasonkv.methods.wraps import ScoreWrapper
 from reasonkv.plan import Plan
 from reasonkv.view import SlotView
 
 
 @dataclass(frozen=True)
-class AdaKV(ScoreWrapper, Method):
+class AdaKV(ScoreWrapper):
     """One top-k over all heads of a layer instead of one per head (Feng et al., 2024, "Ada-KV: Optimizing KV Cache
     Eviction by Adaptive Budget Allocation for Efficient LLM Inference", arXiv 2407.11550).
 
-    Storage holds `keep` slots in every head, as always, so that the physical length stays one number. A layer's H heads
-    together attend to H x a of them, a = round(keep / stretch):
+    Storage holds `keep` slots in every head, so that the physical length is one number. A layer's H heads together
+    attend to H x a of them, a = round(keep / stretch):
 
     1. Every head stores its `keep` best slots by the base method's scores.
     2. The best round-down(alpha x a) slots of every head, and all protected ones, are attended (the safeguard).
     3. The rest of the H x a goes to the best scores of all heads together.
-    4. What is stored and not attended is padding: log mass -inf, until the next event drops it first.
+    4. What is stored and not attended is padding: log mass -inf, until the next compaction evicts it first.
 
     So a head attends to at most `stretch` times the mean, and the padding is the price. Scores of different heads are
     compared as they are: a base whose scores are shares of attention suits it, one whose scores are ranks does not.
@@ -35,48 +37,30 @@ class AdaKV(ScoreWrapper, Method):
     Args:
         base: the method whose scores are compared, with its options as in `snapkv:window=32;kernel=7` (semicolons).
         alpha: part of the mean that every head is sure of; protected slots count in it. The published safeguard is 0.2.
-        stretch: slots stored per slot attended, at least 1; 1 is the base method, every head with the same number.
-
+        stretch: slots stored per slot attended; 1 is the base method, every head with the same number.
     """
 
     name: ClassVar[str] = "adakv"
-    title: ClassVar[str] = "One budget for all heads of a layer, shared by another method's scores"
-    paper: ClassVar[str] = "Ada-KV, arXiv 2407.11550"
 
-    alpha: float = 0.2
-    stretch: float = 1.5
-
-    def __post_init__(self) -> None:
-        if not 0.0 <= self.alpha <= 1.0:
-            raise ValueError(f"alpha must be between 0 and 1, not {self.alpha}.")
-        if not 1.0 <= self.stretch < float("inf"):
-            raise ValueError(f"stretch must be a number of at least 1, not {self.stretch}.")
-        super().__post_init__()
+    alpha: Share = 0.2
+    stretch: Annotated[float, Ge(1)] = 1.5
 
     @property
     def needs(self) -> Requirements:
-        """What the base needs, and log mass for the padding."""
         return replace(self.scorer.needs, log_mass=self.stretch != 1)
 
     def for_budget(self, budget: Budget) -> AdaKV:
-        """Itself.
-
-        Raises:
-            BudgetError: the budget is a window, whose slots are frozen as they are.
-
-        """
         if isinstance(budget, Window):
-            raise BudgetError(f"{self.name} divides all slots of a layer anew at every event; give it a Budget.")
+            raise BudgetError(f"{self.name} divides all slots of a layer at every compaction; give it a Budget.")
         return self
 
     def plan(self, view: SlotView, keep: int) -> Plan:
-        """Steps 1 to 4."""
         scores_BHN, protected_BHN = self.scorer.score(view), view.is_protected_BHN
         if self.stretch == 1:
-            return Plan(top_k_slots(scores_BHN, keep, forced_BHN=protected_BHN))
+            return Plan(top_k_slots(scores_BHN, keep, protected_BHN))
         padding_BHN = view.state["log_mass"].isneginf()
         scores_BHN = scores_BHN.clamp(min=torch.finfo(scores_BHN.dtype).min).masked_fill(padding_BHN, float("-inf"))
-        kept_BHK = top_k_slots(scores_BHN, keep, forced_BHN=protected_BHN)
+        kept_BHK = top_k_slots(scores_BHN, keep, protected_BHN)
         mean = max(1, round(keep / self.stretch))
         attended_BHK = shared_top_k(
             scores_BHN.gather(2, kept_BHK), mean, int(self.alpha * mean), protected_BHN.gather(2, kept_BHK)
@@ -86,37 +70,24 @@ class AdaKV(ScoreWrapper, Method):
 
 
 def shared_top_k(scores_BHN: Tensor, mean: int, safe: int, forced_BHN: Tensor | None = None) -> Tensor:
-    """The slots with the highest scores of all heads together, H x `mean` of them.
+    """Return the slots with the highest scores of all heads together, H x `mean` of them, bool [B, H, N].
 
-    More only where the safeguard alone asks for more; fewer only where fewer are not -inf.
+    More only where the safeguard alone asks for more; fewer only where fewer are not -inf. In every head these are its
+    best; of equal scores the newer slot.
 
     Args:
         scores_BHN: scores on one scale; -inf is never chosen, NaN is not allowed.
         mean: slots per head, on average.
         safe: the best of every head that are chosen whatever the other heads' scores, forced ones among them.
         forced_BHN: bool, slots chosen whatever their score.
-
-    Returns:
-        bool [B, H, N]. In every head these are its best: of equal scores the newer slot wins.
-
     """
     B, H, N = scores_BHN.shape
-    can_BHN = ~scores_BHN.isneginf()
-    if forced_BHN is not None:
-        can_BHN = can_BHN | forced_BHN
-        scores_BHN = scores_BHN.clamp(max=torch.finfo(scores_BHN.dtype).max).masked_fill(forced_BHN, float("inf"))
-    first_BHN = (_ranks(scores_BHN) < safe) & can_BHN
-    first_BHN = first_BHN if forced_BHN is None else first_BHN | forced_BHN
-    count_B1 = first_BHN.flatten(1).sum(-1, keepdim=True).clamp(min=H * mean)
-    # slot by slot through all heads, so that of equal scores the newer slot wins whichever head it is in
+    if forced_BHN is None:
+        forced_BHN = torch.zeros_like(scores_BHN, dtype=torch.bool)
+    can_BHN = ~scores_BHN.isneginf() | forced_BHN
+    scores_BHN = forced_first(scores_BHN, forced_BHN)
+    first_BHN = (largest(scores_BHN, min(safe, N)) & can_BHN) | forced_BHN
+    count_B1 = first_BHN.flatten(1).sum(-1, keepdim=True).clamp(min=H * mean, max=H * N)
+    # Slot by slot through all heads, so that of equal scores the newer slot wins whichever head it is in.
     flat_BM = scores_BHN.masked_fill(first_BHN, float("inf")).transpose(1, 2).flatten(1)
-    chosen_BHN = (_ranks(flat_BM) < count_B1).view(B, N, H).transpose(1, 2)
-    return chosen_BHN & can_BHN
-
-
-def _ranks(scores: Tensor) -> Tensor:
-    """Rank of every entry of the last axis, int64, 0 for the highest; of equal ones the last is the highest."""
-    # stable, and ascending, so that among equals the later entry stands later
-    order = scores.argsort(dim=-1, stable=True)
-    count = torch.arange(scores.shape[-1] - 1, -1, -1, device=scores.device)
-    return torch.empty_like(order).scatter_(-1, order, count.expand_as(order))
+    return largest(flat_BM, count_B1).view(B, N, H).transpose(1, 2) & can_BHN

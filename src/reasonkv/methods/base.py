@@ -1,39 +1,39 @@
-"""The interface every method implements, and the registry that finds it.
+"""The interface every method implements.
 
 A method is a frozen dataclass: its fields are its options, its docstring cites the paper. It holds no state; what a
-generation accumulates lives in that generation's cache.
+generation accumulates is stored in that generation's cache.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from reasonkv.errors import ReasonKVError
+from reasonkv.budget import Budget, BudgetError, Window
+from reasonkv.methods.catalogue import CATALOGUE
 from reasonkv.methods.ops import top_k_slots
+from reasonkv.methods.options import MethodError, options_of
 from reasonkv.plan import Plan
 from reasonkv.rotary import Rotary
 from reasonkv.view import SlotView
 
-
-class MethodError(ReasonKVError, ValueError):
-    """An unknown method or option; the message names the nearest one that exists."""
+OF_VARIANT: Any = None
+"""Default of an option whose value depends on the variant; see `Method.variants`."""
 
 
 @dataclass(frozen=True)
 class SlotState:
-    """A number that lives beside every slot, moves with it and is counted in bytes.
+    """A number stored beside every slot; it moves with its slot and is counted in bytes.
 
     Args:
         initial: what a new token's slot gets: its token index ("position"), or a constant.
-        fold: how the values of a folded group combine; "kept" takes the kept slot's own.
+        fold: how the values of merged slots combine; "kept" takes the kept slot's own.
         dtype: of the stored value, 4 bytes wide.
-
     """
 
     initial: Literal["position"] | float
@@ -41,32 +41,29 @@ class SlotState:
     dtype: torch.dtype = torch.float32
 
 
-LOG_MASS = SlotState(0.0)
-"""Stored as `state["log_mass"]` by `Requirements(log_mass=True)`: the log of a slot's weight in tokens."""
-
-
 @dataclass(frozen=True)
 class Requirements:
     """What a method asks of the runtime.
 
     Args:
-        queries: newest rotated queries to keep in a ring, per row and query head.
+        queries: newest rotated queries to keep in a ring, per sequence and query head.
         recent: newest slots the method itself always keeps (the larger of this and the budget's counts, once).
         scope: what one plan covers: "head" - every KV head chooses its own slots; "layer" - all heads of a layer
             share them; "model" - all layers are planned at once, after the last one (`Method.plan_layers`).
         folds: the method merges slots, so counts are stored.
         future: the method reads full KV's attention of tokens still to come (`SlotView.future_attention_BHN`), which
-            is known in replay only; every other runtime refuses it.
+            is known in replay only.
         slot_state: state beside every slot, by name.
         log_mass: plans carry `Plan.log_mass_BHK`, which the runtime adds to a slot's logits from then on.
-        token_ids: the view shows every token a row has seen.
+        token_ids: the view shows every token of a sequence.
         calibration: the view shows the model's query statistics, and its rotary embedding.
         statistics: which of their optional parts the method reads: "square", "horizon" (`LayerStatistics`).
-        rotary: the view shows the rotary embedding alone.
-        observes: `Method.observe` is called with the queries of every forward; what it keeps is `view.row_state`.
+        rotary: the view shows the rotary embedding.
+        observes: `Method.observe` is called with the queries of every forward; what it stores is `view.row_state`.
         output_projection: the view shows the layer's output projection.
         whole_prompt: what the method observes of a prompt is right only if the prompt comes in one forward.
-
+        selects: the method keeps every slot and chooses what each query reads (`SelectionMethod`).
+        layer_budgets: layers have budgets of their own (`Method.layer_tokens`).
     """
 
     queries: int = 0
@@ -83,11 +80,13 @@ class Requirements:
     observes: bool = False
     output_projection: bool = False
     whole_prompt: bool = False
+    selects: bool = False
+    layer_budgets: bool = False
 
     @property
     def stored_state(self) -> dict[str, SlotState]:
-        """All state a runtime stores beside slots, log mass included."""
-        return {**self.slot_state, **({"log_mass": LOG_MASS} if self.log_mass else {})}
+        """All state stored beside slots, the log of a slot's weight in tokens ("log_mass") included."""
+        return {**self.slot_state, **({"log_mass": SlotState(0.0)} if self.log_mass else {})}
 
 
 @dataclass(frozen=True)
@@ -96,11 +95,10 @@ class Observed:
 
     Args:
         queries_BHqqD: rotated queries of all query heads.
-        positions_Bq: int64, their token indices; of padding, whatever stands there.
+        positions_Bq: int64, their token indices; of padding, anything.
         valid_Bq: bool, False at padding.
         layer: index of the layer.
         rotary: how they were rotated.
-
     """
 
     queries_BHqqD: Tensor
@@ -112,15 +110,45 @@ class Observed:
 
 @dataclass(frozen=True)
 class Method(ABC):
-    """Chooses which slots stay at an event. Subclasses set the class variables and implement `plan`."""
+    """Chooses which slots are kept at a compaction. Subclasses set `name` and implement `plan`.
+
+    Fields are options, checked against their annotations: `window: Annotated[int, Ge(1)] = 64`, `Literal["a", "b"]`
+    (`reasonkv.methods.options` has names for common ones). Deliberate differences from the paper are values of one
+    option `variant`, the first field. Built-in methods have their title and paper in the catalogue.
+
+    Raises:
+        MethodError: an option of the wrong type or out of range.
+    """
 
     name: ClassVar[str]
     title: ClassVar[str]
-    """One line for the catalogue."""
+    """One line."""
     paper: ClassVar[str]
     """Citation with its arXiv number, or "-" for a baseline without one."""
     bounded: ClassVar[bool] = True
     """False only for full KV, which takes no budget."""
+    variants: ClassVar[Mapping[str, Mapping[str, object]]] = {}
+    """By variant, the values of options whose default is `OF_VARIANT`."""
+
+    def __init_subclass__(cls) -> None:
+        entry = CATALOGUE.get(cls.__dict__.get("name", ""))
+        if entry is not None and entry.path == f"{cls.__module__}:{cls.__name__}":
+            cls.title, cls.paper = entry.title, entry.paper
+
+    def __post_init__(self) -> None:
+        of_variant = self._of_variant()
+        for option in options_of(type(self)).values():
+            value = getattr(self, option.name)
+            value = of_variant.get(option.name) if value is None else value
+            object.__setattr__(self, option.name, option.check(self.name, value))  # the dataclass is frozen
+        self.check_options()
+
+    def check_options(self) -> None:  # noqa: B027 - most methods have nothing to check
+        """Check options that depend on each other; all are resolved.
+
+        Raises:
+            MethodError: options that contradict each other.
+        """
 
     @property
     def needs(self) -> Requirements:
@@ -129,75 +157,120 @@ class Method(ABC):
 
     @abstractmethod
     def plan(self, view: SlotView, keep: int) -> Plan:
-        """Choose the slots that stay.
+        """Choose the slots that are kept.
 
         Args:
-            view: one layer's slots; see `SlotView`.
+            view: one layer's slots.
             keep: slots to return per KV head, fewer than the view holds and at least its protected ones.
-
         """
 
     def plan_layers(self, views: Sequence[SlotView], keep: int) -> list[Plan]:
         """Plan several layers at once: all that are compressed with `Requirements(scope="model")`, else one.
 
         Args:
-            views: the layers' slots, in the model's order; all have the same rows, lengths and slot numbers.
+            views: the layers' slots, in the model's order; all have the same sequences, lengths and slot numbers.
             keep: as in `plan`.
-
         """
         return [self.plan(view, keep) for view in views]
 
     def new_row_state(self, rows: int, query_heads: int, head_dim: int, device: torch.device) -> dict[str, Tensor]:
-        """Fresh state of one layer for `observe`, by name, each [rows, ...]; its bytes count as held.
-
-        Raises:
-            NotImplementedError: the method declares `Requirements(observes=True)` without having any.
-
-        """
+        """Return fresh state of one layer for `observe`, by name, [rows, ...] each; its bytes count as held."""
         raise NotImplementedError(f"{self.name} observes but defines no row state.")
 
     def observe(self, state: dict[str, Tensor], seen: Observed) -> None:
-        """Take in one forward's queries by updating `state` in place, whatever pieces they come in.
-
-        Raises:
-            NotImplementedError: the method declares `Requirements(observes=True)` without doing so.
-
-        """
+        """Update `state` in place by one forward's queries; the result must not depend on how tokens are divided."""
         raise NotImplementedError(f"{self.name} observes but does not say how.")
 
     def for_tokenizer(self, tokenizer: Any) -> Method:
-        """The method with what an option leaves to the model's tokenizer filled in; records keep the option."""
+        """Return the method with what an option leaves to the tokenizer filled in; records keep the option."""
         return self
 
+    def for_budget(self, budget: Budget) -> Method:
+        """Return the method with what an option leaves to the budget filled in; records keep the option.
+
+        Raises:
+            BudgetError: a budget the method cannot work with.
+        """
+        return self
+
+    def layer_tokens(self, budget: Budget, layers: int, prompt: int) -> Sequence[int]:
+        """Return the `tokens` of every layer; read only with `Requirements(layer_budgets=True)`.
+
+        Args:
+            budget: what the layers have on average.
+            layers: compressed layers, in the model's order.
+            prompt: tokens of the prompt, 0 while it is not known.
+        """
+        return [budget.tokens] * layers
+
     def options(self) -> dict[str, object]:
-        """The options as recorded in results."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        """Return the options as recorded in results, resolved."""
+        return {one.name: getattr(self, one.name) for one in fields(self)}
 
     def spec(self) -> str:
-        """The shortest text that gives this method back: `name` or `name:key=value,...`."""
-        changed = [f"{f.name}={getattr(self, f.name)}" for f in fields(self) if getattr(self, f.name) != f.default]
+        """Return the shortest text from which `get_method` makes this method: `name` or `name:key=value,...`."""
+        usual = {one.name: one.default for one in fields(self)} | dict(self._of_variant())
+        changed = [f"{key}={value}" for key, value in self.options().items() if value != usual[key]]
         return self.name + (":" + ",".join(changed) if changed else "")
+
+    def _of_variant(self) -> Mapping[str, object]:
+        return self.variants.get(getattr(self, "variant", ""), {})
 
 
 @dataclass(frozen=True)
 class ScorerMethod(Method):
-    """A method that ranks slots: the highest scores stay. Subclasses implement `score` alone."""
+    """A method that ranks slots: those with the highest scores are kept. Subclasses implement `score` alone."""
 
     @abstractmethod
     def score(self, view: SlotView) -> Tensor:
-        """float32 scores [B, H, N], higher = kept. Protected slots are forced by the caller, whatever their score."""
+        """Return float32 scores [B, H, N], higher = kept; protected slots are kept whatever their score."""
 
     def plan(self, view: SlotView, keep: int) -> Plan:
-        """Top-k over the scores with protected slots forced; ties go to the newer position."""
+        """Keep the top-k scores and the protected slots; of equal scores the newer slot."""
         return Plan(top_k_slots(self.score(view), keep, forced_BHN=view.is_protected_BHN))
 
 
 def refuse_future(method: Method) -> None:
-    """Called by every runtime that does not know a trace beforehand.
+    """Check that a method needs no future attention, for runtimes that do not know the whole trace.
 
     Raises:
-        MethodError: the method needs the future.
-
+        MethodError: it does.
     """
     if method.needs.future:
         raise MethodError(f"{method.name} looks into the future: it works in replay only, where the trace is known.")
+
+
+def layer_budgets(
+    method: Method, budget: Budget | None, layers: int, prompt: int | None = None
+) -> Sequence[Budget | None]:
+    """Return the budget of every compressed layer of one sequence; all the same unless the method divides it.
+
+    Args:
+        method: a method.
+        budget: what is divided; None for full KV.
+        layers: compressed layers.
+        prompt: tokens of the prompt, None while it is not known.
+
+    Raises:
+        BudgetError: a share that cannot hold what is protected, or a budget or method whose layers must be alike.
+    """
+    if budget is None or not method.needs.layer_budgets:
+        return [budget] * layers
+    sinks, recent = budget.protected(method.needs.recent)
+    if isinstance(budget, Window):
+        raise BudgetError(f"{method.name} divides tokens among layers, which a Window has none of; give it a Budget.")
+    if method.needs.scope == "model":
+        raise BudgetError(f"{method.name} plans all layers at once, so they cannot have budgets of their own.")
+    least = sinks + recent
+    protected = f"{sinks} sinks and {recent} recent tokens"
+    if budget.prompt == "keep" and prompt is not None:
+        least = max(least, prompt + recent + 1)
+        protected = f"a prompt of {prompt} tokens, {recent} recent ones and one more"
+    shares = list(method.layer_tokens(budget, layers, prompt or 0))
+    for layer, tokens in enumerate(shares):
+        if tokens < max(1, least):
+            raise BudgetError(
+                f"Of {budget.tokens} tokens, {method.name} leaves {tokens} to layer {layer + 1} of {layers}, which "
+                f"cannot hold {protected}; raise tokens, or divide them more evenly."
+            )
+    return [replace(budget, tokens=tokens) for tokens in shares]

@@ -1,382 +1,350 @@
-"""CASK: a protected core, and the rest folded into neighbours."""
+"""CASK: protect the core of a reasoning trace, and merge the rest into its neighbours.
+
+In the paper's order: the prompt, votes for a core, runs and merging, the plan. Rows are planned on the host in float64.
+
+Legend: B rows, H KV heads, N slots of a row, the first P of them prompt, n candidates of stage 2, K slots kept, M query
+heads of all layers that a plan covers, D head_dim.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar, Literal, get_args
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional
 
-from reasonkv.budget import Budget
-from reasonkv.methods.base import Method, Requirements, SlotState
-from reasonkv.methods.cask_phases import PAPER_MARKERS, phase_markers, phases_of_tokens
-from reasonkv.methods.cask_plan import Folding, Operator, Representative, Rules
-from reasonkv.methods.cask_stages import PromptMode, RowPlan, RowSlots, Shares, plan_row
-from reasonkv.methods.frequency import Aggregation, FrequencyOptions, frequency_scores
-from reasonkv.plan import Fold, Plan
+from reasonkv.methods.base import OF_VARIANT, Method, Requirements, SlotState
+from reasonkv.methods.frequency import layer_scores
+from reasonkv.methods.keys import comparison_vectors, unit_vectors
+from reasonkv.methods.options import Count, Share
+from reasonkv.methods.phases import parse_markers, phase_markers, phases_of_tokens
+from reasonkv.methods.triattention import paper_budget
+from reasonkv.plan import Fold, Plan, PlanError
 from reasonkv.view import SlotView
 
-__all__ = ["CASK", "PAPER_MARKERS", "CaskPlan", "phase_markers", "phases_of_tokens"]
-
-Profile = Literal["default", "paper"]
+Ints: TypeAlias = NDArray[np.int64]
+Floats: TypeAlias = NDArray[np.float64]
+Bools: TypeAlias = NDArray[np.bool_]
+COVERAGE = 0.0625  # part of the kept prompt that is spread evenly
+LOCAL_WINDOW = 32  # positions between two slots up to which they are close
+LEAST_SUPPORT = 1e-4
 _SPAN = {"span_start": SlotState("position", "min", torch.int32), "span_end": SlotState("position", "max", torch.int32)}
-_PROFILES: dict[str, dict[str, Any]] = {
-    "default": {"scores": "z", "prompt_share": 0.9, "fold": "similar", "operator": "mean", "mass": "log"},
-    "paper": {"scores": "raw", "prompt_share": 1.0, "fold": "neighbours", "operator": "keepkv", "mass": "none"},
-}
+
+
+class Row(NamedTuple):
+    """What planning reads of a row's slots, or of its candidates; `scores_MN` are on the device.
+
+    A slot stands for `counts_N` tokens, from position `starts_N` to `ends_N` (ascending from slot to slot); `phases_N`
+    is the phase of the first, -1 in the prompt. Slots are compared by `vectors_ND` (empty where nothing merges).
+    """
+
+    scores_MN: Tensor
+    counts_N: Ints
+    starts_N: Ints
+    ends_N: Ints
+    phases_N: Ints
+    protected_N: Bools
+    vectors_ND: Floats
+    prompt: int = 0
+    prompt_length: int = 0
+
+
+class RowPlan(NamedTuple):
+    """What becomes of one row: the slot that continues each slot (-1: evicted); supports are 1 beside candidates."""
+
+    target_N: Ints
+    supports_N: Floats
+    candidates_N: Bools
+    core_N: Bools
+    guards: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class CaskPlan(Plan):
-    """A plan that also tells how it came about, one `RowPlan` per row, for observers."""
+    """A plan that also tells observers how it came about, one `RowPlan` per row."""
 
     rows: tuple[RowPlan, ...] = ()
 
 
 @dataclass(frozen=True)
 class CASK(Method):
-    """Protect what the coming queries will attend to, fold the rest into its neighbours (CASK, 2026; the code is
+    """Protect what the coming queries will attend to, and merge the rest into its neighbours (CASK, 2026; the code is
     Skyline-23/CASK at 02c2f8b, the scores are TriAttention's, arXiv 2604.04921).
 
-    One set of slots for all layers and heads (`per_layer`: one per layer). At an event:
+    One set of slots for all layers and heads. At a compaction:
 
-    1. Prompt slots are evicted down to their share: an evenly spread reserve, and the best by score.
-    2. Of the decode slots but the newest, a core is protected: what most query heads name among their best (`vote`),
-       or what scores best (`score`). The rest is scratch.
-    3. Neighbouring scratch that is close and similar is merged, most similar first; core slots and phase boundaries
-       keep runs apart. Scratch that does not fit then is evicted, worst score first.
-    4. A group becomes one slot: the key of its best-scored source, the weighted mean of its values, and, with
-       `mass="log"`, + log(source tokens) on its logits.
+    1. Prompt slots are evicted down to their share. An evenly spread part of them is kept, and the best by score.
+    2. Of the decode slots before the recent window, the core is what most query heads have among their best.
+    3. The others are scratch. Neighbouring scratch merges, the most similar pair first; core slots and phase boundaries
+       end a run of neighbours. Scratch that is still too much is evicted, the lowest score first.
+    4. A group becomes one slot: the key of its best-scored source, the mean of its values over source tokens, and the
+       log of their number on its logits.
 
-    `profile=paper` is the reference, with its quirks:
-
-    - step 3 goes on below the similarity, until all scratch fits (`fold=neighbours`); if the runs are too many for
-      that, phase boundaries give way, then the core;
-    - a group's values weigh count x support, support = softplus(raw score) + 1e-4, divided by max(sum, 1): tiny
-      supports shrink the value; `operator=mean` SUMS the values;
-    - a folded slot enters the softmax as one key, whatever it stands for (`mass=none`);
-    - the prompt takes all slots but the window and two (`prompt_share=1`);
-    - `prompt_stage=pin` with a prompt that fills the budget keeps the newest slots alone, sinks lost (guard
-      prefix_budget_exhausted);
-    - scores are not standardised, although a maximum is taken over all heads.
-
-    Two differences of form: what the budget protects stays in either profile (`paper_budget` protects nothing), and
-    exactly the budget's slots stay where the reference returns one fewer (window + 1 decode tokens beside a prompt that
-    is being evicted: one more prompt slot stays). The reference's tie-breaking noise, 1e-6 on stage 1's scores, is left
-    out; of equal scores the older slot stays.
-
-    The default profile corrects: only what is redundant is folded (a name and its number are neighbours, and one slot
-    cannot stand for both), true weighted means, log mass, standardised scores, a tenth of what is neither recent nor
-    protected for the decode stage, and a pinned prompt that does not fit is evicted after all (with the same guard).
+    `variant="paper"` merges until everything fits, weighs values by tokens times support, adds nothing to logits and
+    compares raw scores of all heads (docs/methods/cask.md; `reasonkv.methods.reference.cask` is the public code).
 
     Args:
-        profile: "default" or "paper".
+        variant: "corrected" or "paper".
         per_layer: every layer has a plan of its own, from its own scores.
-        window: newest decode tokens that always stay.
-        prompt_stage: "evict" - step 1 (the reference's `count_prompt_tokens`); "pin" - the prompt stays; "open" - no
-            step 1, prompt tokens are candidates of step 2 (the reference's `allow_prefill_compression`).
-        prompt_share: most of the slots neither recent nor protected that the prompt may take from decode tokens; -1
-            stands for the profile's own.
-        coverage: part of the kept prompt that is evenly spread.
-        core: "vote" or "score".
-        core_ratio: part of step 2's slots that the core gets.
-        core_least: slots of the core at the least.
-        promotion: scratch with this part of the core's lowest score joins the core; 0 is off.
-        fold: "neighbours" - all scratch is merged until it fits, however unlike; "similar" - neighbours that are close
-            and similar are merged while the slots do not suffice, then the worst scratch is evicted; "none" - it is
-            evicted at once; "" stands for the profile's own.
-        operator: how a group's values are weighted: "mean" - by source tokens; "keepkv" - times their supports; ""
-            stands for the profile's own.
-        representative: "score_max_source" - the group's key is its best source's; "weighted_latest" - the weighted mean
-            of all, moved to the latest position.
-        local_window: positions between spans up to which two slots are close.
-        similarity: cosine from which they are similar. With fold="neighbours" a preference: merging goes on below it.
-        value_gate: most distance between two slots' projected values; 0 is off.
-        mass_gate: most summed score of a pair, in mean scores of the best; 0 is off.
-        phases: runs end where the phase changes (between prompt and decode tokens even without markers).
-        markers: token-id sequences that end a phase, "198;271;12-13" for three, the last of two tokens; "none"; ""
-            stands for the reference's texts in the tokenizer's ids (`phase_markers`), which the commands fill in
-            (`for_tokenizer`); without a tokenizer there are none.
-        mass: "log" - a folded slot's logits are raised by the log of its source tokens; "none" - for runtimes that add
-            nothing to logits; "" stands for the profile's own.
-        scores: "z" - standardised per query head over the candidates; "raw"; "" stands for the profile's own.
-        aggregation, mlr, trig: of the score, see `FrequencyOptions`.
+        window: newest decode tokens that are always kept.
+        prompt_share: largest part of the slots, neither recent nor protected, that the prompt may take from decode
+            tokens. Unless given: 0.9, paper 1.
+        core_ratio: part of stage 2's slots that the core gets, at least one slot; 0 turns the core off.
+        fold: "similar" - close and similar neighbours merge while the slots do not suffice; "neighbours" - all scratch
+            merges until it fits, if need be across phases and with a smaller core; "none" - scratch is evicted. Unless
+            given: similar, paper neighbours.
+        similarity: cosine from which neighbours are similar; with fold="neighbours" only a preference.
+        mass: "log" - a merged slot's logits are raised by the log of its tokens; "none" - for runtimes that cannot.
+            Unless given: log, paper none.
+        markers: token ids that end a phase, "198;271;12-13" for three, the last of two tokens; or "none". Unless given,
+            `for_tokenizer` fills in the paper's.
 
     """
 
     name: ClassVar[str] = "cask"
     title: ClassVar[str] = "Protected core by expected score, the rest folded into neighbours"
     paper: ClassVar[str] = "CASK, github.com/Skyline-23/CASK"
+    variants: ClassVar[dict[str, dict[str, object]]] = {
+        "corrected": {"prompt_share": 0.9, "fold": "similar", "mass": "log"},
+        "paper": {"prompt_share": 1.0, "fold": "neighbours", "mass": "none"},
+    }
+    paper_budget = staticmethod(paper_budget)
 
-    profile: Profile = "default"
+    variant: Literal["corrected", "paper"] = "corrected"
     per_layer: bool = False
-    window: int = 8
-    prompt_stage: PromptMode = "evict"
-    prompt_share: float = -1.0
-    coverage: float = 0.0625
-    core: Literal["vote", "score"] = "vote"
-    core_ratio: float = 0.5
-    core_least: int = 1
-    promotion: float = 0.0
-    fold: Folding | Literal[""] = ""
-    operator: Operator | Literal[""] = ""
-    representative: Representative = "score_max_source"
-    local_window: int = 32
+    window: Count = 8
+    prompt_share: Share = OF_VARIANT
+    core_ratio: Share = 0.5
+    fold: Literal["similar", "neighbours", "none"] = OF_VARIANT
     similarity: float = 0.985
-    value_gate: float = 0.0
-    mass_gate: float = 0.0
-    phases: bool = True
+    mass: Literal["log", "none"] = OF_VARIANT
     markers: str = ""
-    mass: Literal["log", "none", ""] = ""
-    scores: Literal["z", "raw", ""] = ""
-    aggregation: Aggregation = "mean"
-    mlr: bool = True
-    trig: bool = True
 
-    def __post_init__(self) -> None:
-        if self.profile not in get_args(Profile):
-            raise ValueError(f"profile must be default or paper, not {self.profile!r}.")
-        for key, value in _PROFILES[self.profile].items():
-            if getattr(self, key) in ("", -1.0):
-                object.__setattr__(self, key, value)
-        for key, allowed in (
-            ("prompt_stage", ("evict", "pin", "open")),
-            ("core", ("vote", "score")),
-            ("fold", get_args(Folding)),
-            ("operator", ("mean", "keepkv")),
-            ("representative", ("score_max_source", "weighted_latest")),
-            ("mass", ("log", "none")),
-            ("scores", ("z", "raw")),
-        ):
-            if getattr(self, key) not in allowed:
-                raise ValueError(f"{key} must be {' or '.join(allowed)}, not {getattr(self, key)!r}.")
-        for key in ("prompt_share", "coverage", "core_ratio"):
-            if not 0.0 <= getattr(self, key) <= 1.0:
-                raise ValueError(f"{key} must be between 0 and 1, not {getattr(self, key)}.")
-        for key in ("window", "core_least", "local_window", "promotion", "value_gate", "mass_gate"):
-            if not getattr(self, key) >= 0:
-                raise ValueError(f"{key} must be at least 0, not {getattr(self, key)}.")
-        assert self.frequency and self.marker_ids is not None  # checked where they are read
-
-    @property
-    def frequency(self) -> FrequencyOptions:
-        """The options of the score."""
-        return FrequencyOptions(self.aggregation, self.mlr, self.trig)
-
-    @property
-    def _folds(self) -> bool:
-        return self.fold != "none"
-
-    @property
-    def marker_ids(self) -> tuple[tuple[int, ...], ...]:
-        """`markers` as token ids; none where they are left to a tokenizer that is not known."""
-        if self.markers in ("", "none"):
-            return ()
-        try:
-            return tuple(tuple(int(token) for token in one.split("-")) for one in self.markers.split(";") if one)
-        except ValueError:
-            raise ValueError(f"markers are token ids like 198;271;12-13, or none, not {self.markers!r}.") from None
-
-    @property
-    def rules(self) -> Rules:
-        """How the second stage consolidates."""
-        names = {field.name for field in fields(Rules)}
-        given: dict[str, Any] = {key: value for key, value in self.options().items() if key in names}
-        return Rules(**given)
-
-    @property
-    def shares(self) -> Shares:
-        """How the slots are divided."""
-        return Shares(
-            self.prompt_stage, self.prompt_share, self.coverage, self.window,
-            normalise=self.scores == "z", paper=self.profile == "paper",
-        )  # fmt: skip
+    def check_options(self) -> None:
+        """Check that the markers can be read."""
+        parse_markers(self.markers)
 
     @property
     def needs(self) -> Requirements:
-        """Query statistics and what the options ask for; in the default profile the window is protected."""
+        """Query statistics, and what merging stores; the corrected variant's window is protected."""
+        merges = self.fold != "none"
         return Requirements(
-            recent=0 if self.profile == "paper" else self.window,
-            scope="layer" if self.per_layer else "model",
-            folds=self._folds,
-            slot_state=_SPAN if self._folds else {},
-            log_mass=self._folds and self.mass == "log",
-            token_ids=self._folds and self.phases and bool(self.marker_ids),
-            calibration=True,
-            output_projection=self._folds and self.value_gate > 0.0,
-        )
-
-    @classmethod
-    def paper_budget(cls, tokens: int, entry: Literal["command_line", "library"] = "command_line") -> Budget:
-        """The budget of the reference's entry points.
-
-        Args:
-            tokens: slots that stay, prompt included.
-            entry: "command_line" - `run-one` and the prompt-heavy runs (with `prompt_stage=evict`); "library" - the
-                replay harness behind its reasoning tables (with `prompt_stage=pin`).
-
-        """
-        if entry == "command_line":
-            return Budget(tokens, interval=128, sinks=0, recent=0, cut_prompt="first_event", prompt="count")
-        return Budget(
-            tokens,
-            interval=128,
-            sinks=0,
-            recent=0,
-            trigger="grid",
-            trigger_counts="decode",
-            cut_prompt="first_event",
-            prompt="count",
-        )
+            recent=self.window if self.variant == "corrected" else 0, scope="layer" if self.per_layer else "model",
+            folds=merges, slot_state=_SPAN if merges else {}, log_mass=merges and self.mass == "log",
+            token_ids=merges and bool(parse_markers(self.markers)), calibration=True,
+        )  # fmt: skip
 
     def for_tokenizer(self, tokenizer: Any) -> CASK:
-        """With the markers that are not given as the tokenizer's ids."""
-        return replace(self, markers=phase_markers(tokenizer) or "none") if self.markers == "" else self
-
-    def spec(self) -> str:
-        """As for every method, but against the defaults of the profile."""
-        base = CASK(profile=self.profile).options() | {"profile": "default"}
-        changed = [f"{key}={value}" for key, value in self.options().items() if value != base[key]]
-        return self.name + (":" + ",".join(changed) if changed else "")
+        """Return the method with the paper's markers in the tokenizer's ids, unless markers are given."""
+        return self if self.markers else replace(self, markers=phase_markers(tokenizer) or "none")
 
     def plan(self, view: SlotView, keep: int) -> Plan:
-        """One layer alone; see `plan_layers`."""
-        return self._plan_together([view], keep)[0]
+        """Plan one layer alone."""
+        return self.plan_layers([view], keep)[0]
+
+    def prompt_stage(self, row: Row, keep: int, recent: int, coverage: float = COVERAGE) -> Bools:
+        """Return the prompt slots that are kept, bool [P]: protected ones, some evenly spread, the best of the rest.
+
+        The prompt gets its share of the slots beside the recent and protected decode slots, and what the decode
+        candidates cannot fill; it leaves them two slots if there are as many.
+        """
+        P, decode_n = row.prompt, row.protected_N[row.prompt :].copy()
+        decode_n[len(decode_n) - recent :] = True
+        candidates, free = int((~decode_n).sum()), keep - int(decode_n.sum())
+        target = min(max(int(self.prompt_share * free), free - candidates), free - min(2, candidates), P)
+        is_kept = row.protected_N[:P].copy()
+        target = max(target, int(is_kept.sum()))
+        if target == P:
+            return np.ones(P, dtype=bool)
+        reserve = min(target // 2, round(target * coverage))
+        for slot in np.unique(np.round(np.linspace(0, P - 1, reserve)).astype(np.int64)):
+            is_kept[slot] |= int(is_kept.sum()) < target
+        rest, scores_P = np.flatnonzero(~is_kept), self.best_head(row.scores_MN[:, :P]).cpu().numpy()
+        is_kept[rest[best_first(scores_P[rest])[: target - int(is_kept.sum())]]] = True
+        return is_kept
+
+    def best_head(self, scores_Mn: Tensor) -> Tensor:
+        """Return the maximum over query heads, [n]; corrected: of z-scores per head (deviation at least 1e-6)."""
+        if self.variant == "corrected":
+            scores_Mn = scores_Mn - scores_Mn.mean(-1, keepdim=True)
+            scores_Mn = scores_Mn / scores_Mn.square().mean(-1, keepdim=True).sqrt_().clamp_(min=1e-6)
+        return scores_Mn.amax(0)
+
+    def core(self, scores_Mn: NDArray[Any], scores_n: Floats, size: int, slots: int) -> Bools:
+        """Return the core, bool [n], by votes, score and age; a head votes for its `size` best, of equals the older."""
+        n, is_core_n = len(scores_n), np.zeros(len(scores_n), dtype=bool)
+        if size > 0:
+            least_M1 = np.partition(scores_Mn, n - size, axis=-1)[:, n - size, None]
+            named_Mn = scores_Mn >= least_M1
+            if named_Mn.sum() > size * len(scores_Mn):
+                above_Mn = scores_Mn > least_M1
+                equal_Mn = named_Mn & ~above_Mn
+                named_Mn = above_Mn | (equal_Mn & (equal_Mn.cumsum(-1) <= size - above_Mn.sum(-1, keepdims=True)))
+            is_core_n[np.lexsort((-scores_n, -named_Mn.sum(0)))[:size]] = True
+        return is_core_n
+
+    def merge_runs(
+        self, own: Row, scores_n: Floats, linked_n: Bools, is_core_n: Bools, phases_n: Ints, slots: int
+    ) -> Ints | None:
+        """Merge neighbouring scratch until `slots` groups are left; return which candidate continues each candidate.
+
+        A run ends where a candidate does not directly follow the one before it (`linked_n`), at the core, and where the
+        phase changes. Close and similar pairs (tier 2) merge before close ones (1) and these before others (0), then by
+        the cosine of their best-scored sources, then the oldest. A merge changes the cosine of one boundary alone.
+        -1: evicted. None: so few cannot be reached.
+        """
+        n, is_first, evicts = len(scores_n), ~is_core_n, self.fold == "similar"
+        joined_n = is_first & linked_n
+        joined_n[1:] &= is_first[:-1] & (phases_n[1:] == phases_n[:-1])
+        surplus = int(is_first.sum()) - slots
+        if surplus > int(joined_n.sum()) and not evicts:
+            return None  # more runs than slots
+        unit_nD = unit_vectors(own.vectors_ND)
+        cosine_n, is_close_n = np.zeros(n), np.zeros(n, dtype=bool)  # of every candidate and the one before it
+        (unit_nD[:-1] * unit_nD[1:]).sum(-1, out=cosine_n[1:])
+        is_close_n[1:] = own.starts_N[1:] - own.ends_N[:-1] <= LOCAL_WINDOW
+        tier_n = np.where(is_close_n, np.where(cosine_n >= self.similarity, 2, 1), 0)
+        # by tier, the cosine of the group that starts here and the one before it; -inf: they may not merge
+        order_3n = np.where(joined_n & (tier_n == [[0], [1], [2]]), cosine_n, -np.inf)
+        tiers = (2,) if evicts else (2, 1, 0)
+        score, anchor, joined = scores_n.tolist(), list(range(n)), joined_n.tolist()
+        after, before = list(range(1, n + 1)), list(range(-1, n - 1))  # first candidates of neighbouring groups
+        while surplus > 0:
+            found = ((tier, int(order_3n[tier].argmax())) for tier in tiers)
+            right = next((i for tier, i in found if order_3n[tier, i] > -np.inf), None)
+            if right is None:
+                break
+            left, following = before[right], after[right]
+            order_3n[:, right], is_first[right] = -np.inf, False
+            after[left], surplus = following, surplus - 1
+            if following < n:
+                before[following] = left
+            if score[anchor[right]] >= score[anchor[left]]:  # a tie goes to the later
+                anchor[left], changed = anchor[right], left
+            else:
+                changed = following
+            if changed < n and joined[changed]:
+                cosine = float(np.add.reduce(unit_nD[anchor[before[changed]]] * unit_nD[anchor[changed]]))
+                order_3n[:, changed] = -np.inf
+                order_3n[(2 if cosine >= self.similarity else 1) if is_close_n[changed] else 0, changed] = cosine
+        if surplus > 0 and not evicts:
+            return None
+        firsts = np.flatnonzero(is_first)
+        firsts = firsts[best_first(scores_n[np.array(anchor)[firsts]])[:slots]]
+        target_n = np.where(is_core_n, np.arange(n), -1)
+        for first in firsts.tolist():
+            target_n[first : after[first]] = anchor[first]
+        return target_n
+
+    def decode_stage(self, own: Row, scores_n: Floats, linked_n: Bools, slots: int) -> tuple[Ints, Bools] | None:
+        """Return which candidate continues each candidate (-1: evicted) and which are the core; None if nothing fits.
+
+        Where all scratch has to merge and does not fit, phase boundaries give way, and then the core.
+        """
+        largest = min(max(round(self.core_ratio * slots), 1 if self.core_ratio > 0 else 0), slots - 1)
+        scores_Mn, anything_n = own.scores_MN.cpu().numpy(), np.zeros(len(scores_n), dtype=np.int64)
+        for size in range(largest, -1, -1):
+            is_core_n = self.core(scores_Mn, scores_n, size, slots)
+            if self.fold == "none":
+                target = np.full(len(scores_n), -1)
+                best = best_first(np.where(is_core_n, np.inf, scores_n))[:slots]
+                target[best] = best
+                return target, is_core_n
+            for phases_n in (own.phases_N, anything_n):
+                merged = self.merge_runs(own, scores_n, linked_n, is_core_n, phases_n, slots - int(is_core_n.sum()))
+                if merged is not None:
+                    return merged, is_core_n
+        return None
+
+    def plan_row(self, row: Row, keep: int) -> RowPlan:
+        """Plan one row, of whose slots exactly `keep` go on."""
+        P, N, protected = row.prompt, len(row.protected_N), row.protected_N
+        protected_tail = int(np.append(protected[P:][::-1], False).argmin())
+        recent = min(max(self.window, protected_tail), N - P)
+        stays = np.concatenate([self.prompt_stage(row, keep, recent), protected[P:]])
+        # The window gives way where it would leave no two slots for the other decode tokens.
+        room = keep - int(stays[:P].sum())
+        if room < N - P and recent >= room:
+            recent = max(0, room - 2)
+        if int(stays.sum()) + int((~protected[N - recent :]).sum()) <= keep:  # else protected slots fill the window
+            stays[N - recent :] = True
+        made = RowPlan(np.where(stays, np.arange(N), -1), np.ones(N), ~stays & (np.arange(N) >= P), np.zeros(N, bool))
+        index, slots, found = np.flatnonzero(made.candidates_N), keep - int(stays.sum()), None
+        newest = index[max(0, len(index) - slots) :]
+        if 1 < slots < len(index):
+            scores_Mn = row.scores_MN.index_select(1, torch.as_tensor(index, device=row.scores_MN.device))
+            best_n = self.best_head(scores_Mn)
+            made.supports_N[index] = (functional.softplus(best_n) + LEAST_SUPPORT).cpu().numpy()
+            scores_n = best_n.cpu().numpy().astype(np.float64)
+            own, linked_n = Row(scores_Mn, *(cast(Any, x)[index] for x in row[1:7])), np.diff(index, prepend=-2) == 1
+            found, newest = self.decode_stage(own, scores_n, linked_n, slots), index[best_first(scores_n)[:slots]]
+        if found is None:  # nothing merges
+            made.target_N[newest] = newest
+            return made if slots >= len(index) else made._replace(guards=("merge_inactive",))
+        target_n, made.core_N[index] = found
+        made.target_N[index] = np.where(target_n >= 0, index[target_n], -1)
+        return made
+
+    def rows(self, views: Sequence[SlotView]) -> list[Row]:
+        """Return what planning reads of every row, from layers whose slots hold the same tokens."""
+        first, state = views[0], views[0].state
+        scores_BLqN = first.all_heads(torch.stack([layer_scores(view) for view in views], dim=1), dim=2)
+        if bool(scores_BLqN.isnan().any()):
+            raise PlanError("A score is NaN, so the slots have no order.")
+        stored = (first.counts_BHN, *(state.get(name, first.positions_BHN) for name in _SPAN))
+        counts_BN, starts_BN, ends_BN = (x_BHN[:, 0].long().cpu().numpy() for x_BHN in stored)
+        is_prompt_BN, markers = first.is_prompt_BHN[:, 0].cpu().numpy(), parse_markers(self.markers)
+        prompts_B, phases_BN = is_prompt_BN.sum(-1).tolist(), np.where(is_prompt_BN, -1, 0)
+        lengths_B = prompts_B if first.prompt_length_B is None else first.prompt_length_B.tolist()
+        for b, ids_L in enumerate((first.token_ids or ()) if markers else ()):
+            phases_BN[b] = phases_of_tokens(ids_L.cpu().numpy(), lengths_B[b], markers)[starts_BN[b]]
+        protected_BN = torch.stack([view.is_protected_BHN.any(1) for view in views]).any(0).cpu().numpy()
+        vectors_BND = np.empty((*starts_BN.shape, 0))
+        if self.fold != "none":
+            vectors_BND = comparison_vectors(views).cpu().numpy().astype(np.float64)
+        arrays = (counts_BN, starts_BN, ends_BN, phases_BN, protected_BN, vectors_BND, prompts_B, lengths_B)
+        return [Row(*of_row) for of_row in zip(scores_BLqN.flatten(1, 2), *arrays, strict=True)]
 
     def plan_layers(self, views: Sequence[SlotView], keep: int) -> list[Plan]:
-        """One set of slots and groups for all layers, or with `per_layer` one for each."""
-        if self.per_layer:
+        """Plan all layers: one set of slots and groups for all, or with `per_layer` one for each."""
+        if self.per_layer and len(views) > 1:
             return [self.plan(view, keep) for view in views]
-        return self._plan_together(views, keep)
-
-    def _plan_together(self, views: Sequence[SlotView], keep: int) -> list[Plan]:
-        return self.plans_of(
-            views, [plan_row(row, keep, self.shares, self.rules) for row in self.row_slots(views, keep)]
-        )
-
-    def plans_of(self, views: Sequence[SlotView], rows: Sequence[RowPlan]) -> list[Plan]:
-        """The rows' plans as one plan per layer, all equal but for each layer's own rotary embedding."""
-        first = views[0]
-        (B, H, _), device = first.positions_BHN.shape, first.positions_BHN.device
-
-        def for_heads(parts: list[NDArray[Any]], dtype: torch.dtype) -> Tensor:
-            whole = torch.from_numpy(np.stack(parts)).to(device, dtype)
-            return whole[:, None].expand(B, H, -1).contiguous()
-
-        # float64 models fold in float64, others in float32
-        dtype = torch.promote_types(first.keys_BHND.dtype, torch.float32)
-        kept_BHK = for_heads([row.kept_K for row in rows], torch.int64)
+        first, rows = views[0], tuple(self.plan_row(row, keep) for row in self.rows(views))
+        (B, H, N), device = first.positions_BHN.shape, first.positions_BHN.device
         guards = tuple(sorted({guard for row in rows for guard in row.guards}))
-        if not any(row.folds for row in rows):
-            return [CaskPlan(kept_BHK, guards=guards, rows=tuple(rows)) for _ in views]
-        into_BHN = for_heads([row.into_N for row in rows], torch.int64)
-        keys_BHN = for_heads([row.key_weights_N for row in rows], dtype)
-        values_BHN = for_heads([row.value_weights_N for row in rows], dtype)
-        log_mass_BHK = for_heads([row.log_mass_K for row in rows], dtype) if self.mass == "log" else None
-        moves = self.representative == "weighted_latest"
-        return [
-            CaskPlan(
-                kept_BHK,
-                Fold(into_BHN, keys_BHN, values_BHN, view.rotary if moves else None),
-                log_mass_BHK=log_mass_BHK,
-                guards=guards,
-                rows=tuple(rows),
-            )
-            for view in views
-        ]
+        target_BN = torch.from_numpy(np.stack([row.target_N for row in rows]))
 
-    def row_slots(self, views: Sequence[SlotView], keep: int) -> list[RowSlots]:
-        """What planning needs to know of every row; the only reads of the layers' tensors.
+        def for_heads(x: Tensor, dtype: torch.dtype) -> Tensor:
+            return x.to(device, dtype)[:, None].expand(B, H, -1).contiguous()
 
-        Args:
-            views: the layers one plan covers; their slots hold the same tokens.
-            keep: slots that stay.
+        stays_BN, is_kept_BN = target_BN >= 0, target_BN == torch.arange(N)
+        kept_BHK = for_heads(is_kept_BN.nonzero()[:, 1].view(B, keep), torch.int64)
+        if int(stays_BN.sum()) == B * keep:  # nothing merged
+            return [CaskPlan(kept_BHK, guards=guards, rows=rows) for _ in views]
+        into_BN = (is_kept_BN.cumsum(1) - 1).gather(1, target_BN.clamp(min=0)).where(stays_BN, torch.tensor(0))
 
-        """
-        first = views[0]
-        scores_BLqN = first.all_heads(torch.stack([self._scores(view) for view in views], dim=1), dim=2)
-        scores_BMN = scores_BLqN.flatten(1, 2)
-        vectors_BND = comparison_vectors(views).cpu().numpy().astype(np.float64) if self._folds else None
-        gated = self._folds and self.value_gate > 0.0
-        values_BNE = projected_values(views).cpu().numpy().astype(np.float64) if gated else None
-        positions_BN, counts_BN = _host(first.positions_BHN), _host(first.counts_BHN)
-        starts_BN, ends_BN = (_host(first.state.get(name, first.positions_BHN)) for name in _SPAN)
-        is_prompt_BN = first.is_prompt_BHN[:, 0].cpu().numpy()
-        protected_BN = torch.stack([view.is_protected_BHN.any(1) for view in views]).any(0).cpu().numpy()
-        B = len(positions_BN)
-        prompts = is_prompt_BN.sum(-1).tolist() if first.prompt_length_B is None else first.prompt_length_B.tolist()
-        rows = []
-        for b in range(B):
-            phases_N = np.where(is_prompt_BN[b], -1, 0)
-            if self.marker_ids and first.token_ids is not None:
-                ids_L = first.token_ids[b].cpu().numpy()
-                phases_N = phases_of_tokens(ids_L, prompts[b], self.marker_ids)[starts_BN[b]]
-            held = int(is_prompt_BN[b].sum())
-            # a pinned prompt counts whole in the reference, even once its guard has dropped some of it
-            is_full = self.prompt_stage == "pin" and self.profile == "paper" and prompts[b] >= keep
-            rows.append(
-                RowSlots(
-                    prefix=max(held, prompts[b]) if is_full else held,
-                    protected_N=protected_BN[b],
-                    scores_MN=scores_BMN[b],
-                    counts_N=counts_BN[b],
-                    starts_N=starts_BN[b],
-                    ends_N=ends_BN[b],
-                    positions_N=positions_BN[b],
-                    phases_N=phases_N,
-                    vectors_ND=None if vectors_BND is None else vectors_BND[b],
-                    values_NE=None if values_BNE is None else values_BNE[b],
-                )
-            )
-        return rows
+        def summed(x_BN: Tensor) -> Tensor:
+            return torch.zeros(B, keep, dtype=torch.float64).scatter_add_(1, into_BN, x_BN * stays_BN)
 
-    def _scores(self, view: SlotView) -> Tensor:
-        assert view.calibration is not None and view.rotary is not None
-        return frequency_scores(view.keys_BHND, view.calibration, view.rotary, view.length_B, self.frequency)
+        mass_BN = counts_BN = first.counts_BHN[:, 0].cpu().double()
+        if self.variant == "paper":
+            supports_BN = torch.from_numpy(np.stack([row.supports_N for row in rows]))
+            mass_BN = counts_BN * supports_BN.clamp(min=LEAST_SUPPORT)
+        sums_BK = summed(mass_BN).clamp(min=1.0 if self.variant == "paper" else 0.0)
+        is_alone_BN = summed(torch.ones(B, N, dtype=torch.float64)).gather(1, into_BN) == 1
+        weights_BN = torch.where(is_alone_BN, 1.0, mass_BN / sums_BK.gather(1, into_BN)) * stays_BN
+        dtype = torch.promote_types(first.keys_BHND.dtype, torch.float32)
+        into_BHN = for_heads(into_BN.masked_fill(~stays_BN, -1), torch.int64)
+        fold = Fold(into_BHN, for_heads(is_kept_BN, dtype), for_heads(weights_BN, dtype))
+        log_mass_BHK = for_heads(summed(counts_BN).log(), dtype) if self.mass == "log" else None
+        return [CaskPlan(kept_BHK, fold, log_mass_BHK=log_mass_BHK, guards=guards, rows=rows) for _ in views]
 
 
-def comparison_vectors(views: Sequence[SlotView]) -> Tensor:
-    """What slots are compared by: unit keys before RoPE, averaged over layers and KV heads; float32 or 64 [B, N, D].
-
-    The rotation is linear, keeps norms, and is the same for all heads of a slot, so the rotated unit keys are averaged
-    and un-rotated once. Averaging over query heads instead counts every KV head equally often: the same.
-
-    Args:
-        views: layers whose heads hold the same tokens.
-
-    """
-    first = views[0]
-    dtype = torch.promote_types(first.keys_BHND.dtype, torch.float32)
-    total_BND = torch.zeros(first.keys_BHND[:, 0].shape, dtype=dtype, device=first.keys_BHND.device)
-    for view in views:
-        for keys_BND in view.keys_BHND.to(dtype).unbind(1):  # one head at a time stays in a core's cache
-            norm_BN1 = torch.linalg.vector_norm(keys_BND, dim=-1, keepdim=True)
-            total_BND.addcdiv_(keys_BND, norm_BN1.clamp_(min=1e-12))
-    assert first.rotary is not None
-    total_BND /= len(views) * first.keys_BHND.shape[1]
-    return first.rotary.unrotate(first.reduce(total_BND, "mean"), first.positions_BHN[:, 0])
-
-
-def projected_values(views: Sequence[SlotView]) -> Tensor:
-    """Values through the output projection, averaged over layers and query heads: [B, N, E], E the model's width."""
-    total: Tensor | None = None
-    for view in views:
-        assert view.output_projection_HqDM is not None
-        Hq, D, E = view.output_projection_HqDM.shape
-        B, H, N, _ = view.values_BHND.shape
-        dtype = torch.promote_types(view.values_BHND.dtype, torch.float32)
-        weight_hE = view.output_projection_HqDM.to(dtype).view(H, Hq // H, D, E).sum(1).flatten(0, 1) / Hq
-        projected_BNE = view.values_BHND.to(dtype).transpose(1, 2).reshape(B, N, H * D) @ weight_hE
-        total = projected_BNE if total is None else total + projected_BNE
-    assert total is not None
-    return views[0].reduce(total / len(views), "mean")
-
-
-def _host(x_BHN: Tensor) -> NDArray[np.int64]:
-    """The first head's numbers (all heads' are the same) on the host, int64 [B, N]."""
-    numbers: NDArray[np.int64] = x_BHN[:, 0].long().cpu().numpy()
-    return numbers
+def best_first(scores: NDArray[Any]) -> Ints:
+    """Return indices by falling score; of equals the earlier first."""
+    return np.argsort(-scores, kind="stable")

@@ -1,4 +1,4 @@
-"""ChunkKV: runs of consecutive tokens stay or go together, the same for all heads of a layer."""
+"""ChunkKV: runs of consecutive tokens are kept or evicted together, the same for all heads of a layer."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from reasonkv.methods.base import Requirements, ScorerMethod
-from reasonkv.methods.ops import upcast
+from reasonkv.methods.ops import ranks, upcast
+from reasonkv.methods.options import Size
 from reasonkv.methods.wraps import ScoreWrapper
 from reasonkv.plan import Plan
 from reasonkv.view import SlotView
@@ -22,39 +23,28 @@ class ChunkKV(ScoreWrapper, ScorerMethod):
     KV Cache Compression for Efficient Long-Context LLM Inference", arXiv 2502.00299).
 
     A base method scores slots; scores are summed over the KV heads of the layer and averaged over chunks of `chunk`
-    consecutive tokens; the best chunks stay in every head. Chunks are counted by token index, so that a chunk is the
-    same tokens at every event. Slots the budget protects stay anyway and do not count in their chunk's mean.
+    consecutive tokens; the best chunks are kept in every head. Chunks are counted by token index, so that a chunk is
+    the same tokens at every compaction. Slots the budget protects do not count in their chunk's mean.
 
-    The public code drops what is left of the budget when no further whole chunk fits. Here exactly the budget stays:
-    of the last chunk, the slots with the best scores. Each row has its own chunks; the public code takes row 0's.
+    The public code wastes what is left of the budget when no further whole chunk fits. Here exactly the budget is kept:
+    of the last chunk, the slots with the best scores. Each sequence has its own chunks; the public code takes row 0's.
 
     Args:
         base: the method whose scores are summed, with its options as in `snapkv:window=32;kernel=7` (semicolons).
         chunk: tokens of a chunk.
         reuse: layers that share the choice of the first of them (the paper's index reuse); 1: none.
-
     """
 
     name: ClassVar[str] = "chunkkv"
-    title: ClassVar[str] = "Chunks of consecutive tokens, by the mean of another score"
-    paper: ClassVar[str] = "ChunkKV, arXiv 2502.00299"
 
-    chunk: int = 10
-    reuse: int = 1
-
-    def __post_init__(self) -> None:
-        for key in ("chunk", "reuse"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"{key} must be at least 1, not {getattr(self, key)}.")
-        super().__post_init__()
+    chunk: Size = 10
+    reuse: Size = 1
 
     @property
     def needs(self) -> Requirements:
-        """What the base needs; one set per layer, or for several layers at once."""
         return replace(self.scorer.needs, scope="layer" if self.reuse == 1 else "model")
 
     def plan_layers(self, views: Sequence[SlotView], keep: int) -> list[Plan]:
-        """Plan every layer, or every `reuse`-th one for itself and those after it."""
         plans: list[Plan] = []
         for number, view in enumerate(views):
             first = number - number % self.reuse
@@ -62,49 +52,41 @@ class ChunkKV(ScoreWrapper, ScorerMethod):
         return plans
 
     def score(self, view: SlotView) -> Tensor:
-        """Rank of the chunk, then of the slot within it, as one number: the same for every KV head.
-
-        float64, which holds such a number exactly; NaN where the base's score is.
-        """
         base_BN = view.reduce(self.scorer.score(view).sum(1), "sum")
         order_BN = chunk_order(base_BN, view.positions_BHN[:, 0], self.chunk, view.is_protected_BHN[:, 0])
         return order_BN[:, None].expand(view.positions_BHN.shape).contiguous()
 
 
-def chunk_means(scores_BN: Tensor, chunk_BN: Tensor, counts_BN: Tensor) -> Tensor:
-    """Mean score of every chunk, [B, N]; -inf for chunks of which no slot counts.
-
-    Args:
-        scores_BN: scores of slots.
-        chunk_BN: int64, number of each slot's chunk, below N.
-        counts_BN: bool, the slots that count in the mean.
-
-    """
-    # In float64, so that the order in which an accelerator adds does not show after rounding.
-    sums_BN = torch.zeros_like(scores_BN, dtype=torch.float64)
-    sums_BN.scatter_add_(1, chunk_BN, scores_BN.double().where(counts_BN, 0.0))
-    members_BN = torch.zeros_like(sums_BN).scatter_add_(1, chunk_BN, counts_BN.double())
-    return (sums_BN / members_BN).where(members_BN > 0, float("-inf")).to(upcast(scores_BN).dtype)
-
-
 def chunk_order(scores_BN: Tensor, positions_BN: Tensor, chunk: int, is_protected_BN: Tensor) -> Tensor:
-    """A number per slot, float64 [B, N], that sorts slots by their chunk's mean score and then by their own.
+    """Return numbers that sort slots by their chunk's mean score and then by their own, float64 [B, N].
+
+    float64 holds them exactly; NaN where a score is.
 
     Args:
         scores_BN: scores of slots, summed over heads.
         positions_BN: int64, token indices, ascending; token p is in chunk p // `chunk`.
         chunk: tokens of a chunk.
         is_protected_BN: bool, slots that do not count in the mean.
-
     """
-    N = scores_BN.shape[1]
     tokens_BN = positions_BN.div(chunk, rounding_mode="floor")
     # Chunks that still have slots, numbered from 0: no more than there are slots.
-    starts_BN = torch.diff(tokens_BN, dim=1, prepend=tokens_BN[:, :1]) != 0
-    chunk_BN = starts_BN.cumsum(1)
+    chunk_BN = (torch.diff(tokens_BN, dim=1, prepend=tokens_BN[:, :1]) != 0).cumsum(1)
     means_BN = chunk_means(scores_BN, chunk_BN, ~is_protected_BN)
-    # Stable: of equal means the newer chunk ranks higher, of equal scores the newer slot.
-    rank_BN = means_BN.argsort(dim=1, stable=True).argsort(1)
-    within_BN = scores_BN.argsort(dim=1, stable=True).argsort(1)
-    order_BN = (rank_BN.gather(1, chunk_BN) * N + within_BN).double()
+    # Of equal means the newer chunk ranks higher, of equal scores the newer slot.
+    order_BN = (ranks(means_BN).gather(1, chunk_BN) * scores_BN.shape[1] + ranks(scores_BN)).double()
     return torch.where(scores_BN.isnan(), torch.nan, order_BN)
+
+
+def chunk_means(scores_BN: Tensor, chunk_BN: Tensor, counts_BN: Tensor) -> Tensor:
+    """Return the mean score of every chunk, [B, N]; -inf for chunks of which no slot counts.
+
+    Args:
+        scores_BN: scores of slots.
+        chunk_BN: int64, number of each slot's chunk, below N.
+        counts_BN: bool, the slots that count in the mean.
+    """
+    # In float64, so that the order in which an accelerator adds does not show after rounding.
+    sums_BN = torch.zeros_like(scores_BN, dtype=torch.float64)
+    sums_BN.scatter_add_(1, chunk_BN, scores_BN.double().where(counts_BN, 0.0))
+    members_BN = torch.zeros_like(sums_BN).scatter_add_(1, chunk_BN, counts_BN.double())
+    return (sums_BN / members_BN).where(members_BN > 0, float("-inf")).to(upcast(scores_BN).dtype)

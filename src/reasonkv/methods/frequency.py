@@ -1,13 +1,13 @@
-"""TriAttention's score: what the queries of the next tokens will on average think of a key.
+"""TriAttention's score: what the queries of the next tokens will on average attend to.
 
 Before RoPE the queries of a head point, pair by pair, mostly one way (their mean mu_f). So their product with a key
-depends on the distance alone, and can be told before the queries exist. With F rotary pairs of frequency w_f, keys as
+depends on the distance alone and is known before the queries exist. With F rotary pairs of frequency w_f, keys as
 cached (k_f, a complex number per pair), R tokens seen, and future distances d_j = 1, 2, 4, ...:
 
     score(k) = Re sum_f mu_f c_f exp(i w_f R) conj(k_f)  +  sum_f alpha_f |k_f|,     c_f = mean over j of exp(i w_f d_j)
 
-times the rotary scaling s (a cached key holds s once, and the query it will meet holds it too). Cached keys are rotated
-by their own positions, so no position enters: slots of different heads may hold different tokens.
+times the rotary scaling s (a cached key holds s once, and so will the query). Cached keys are rotated by their own
+positions, so no position enters: slots of different heads may hold different tokens.
 
 Legend: B rows, H KV heads, Hq query heads, g = Hq / H, N slots, D head_dim, J distances, R = B x H.
 """
@@ -16,21 +16,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from reasonkv.calibration.horizon import future_distances
-from reasonkv.methods.base import MethodError
 from reasonkv.methods.ops import head_blocks, upcast
+from reasonkv.methods.options import MethodError
 from reasonkv.rotary import Rotary
-from reasonkv.view import LayerStatistics
+from reasonkv.view import LayerStatistics, SlotView
 
 Aggregation = Literal["mean", "max"]
 Horizon = Literal["fixed", "adaptive", "variational"]
 Norm = Literal["tri", "rms2"]
-
 _TINY = 1e-6  # the public code's floor under every denominator and logarithm
 
 
@@ -48,10 +47,6 @@ class FrequencyOptions:
             calibration brings (`LayerStatistics.horizon_HqJ`).
         norm: "tri" - alpha as above; "rms2" - (mean of |q_f|^2 - |mu_f|^2) / (mean of |q_f| + |mu_f|).
         norm_lambda: factor on alpha.
-        longest: distances are the powers of 2 up to this.
-
-    Raises:
-        ValueError: an unknown value, or variants that the public code does not combine either.
 
     """
 
@@ -61,24 +56,12 @@ class FrequencyOptions:
     horizon: Horizon = "fixed"
     norm: Norm = "tri"
     norm_lambda: float = 1.0
-    longest: int = 65536
 
-    def __post_init__(self) -> None:
-        for name, allowed in (("aggregation", Aggregation), ("horizon", Horizon), ("norm", Norm)):
-            if getattr(self, name) not in get_args(allowed):
-                raise ValueError(f"{name} must be one of {', '.join(get_args(allowed))}, not {getattr(self, name)!r}.")
-        if self.longest < 1:
-            raise ValueError(f"longest must be at least 1, not {self.longest}.")
-        if not math.isfinite(self.norm_lambda):
-            raise ValueError(f"norm_lambda must be a finite number, not {self.norm_lambda}.")
-        if self.aggregation == "max" and self.horizon != "fixed":
-            raise ValueError(f"horizon={self.horizon} weights the mean over distances, so it needs aggregation=mean.")
-        if self.norm == "rms2" and not self.mlr:
-            raise ValueError("mlr=false takes the whole mean modulus, so it needs norm=tri.")
 
-    def offsets(self, device: torch.device | None = None) -> Tensor:
-        """The future distances d_j, float64 [J]."""
-        return future_distances(self.longest).to(device)
+def layer_scores(view: SlotView, options: FrequencyOptions | None = None) -> Tensor:
+    """Return the scores of a view's slots; see `frequency_scores`."""
+    assert view.calibration is not None and view.rotary is not None
+    return frequency_scores(view.keys_BHND, view.calibration, view.rotary, view.length_B, options)
 
 
 def frequency_scores(
@@ -140,7 +123,7 @@ def frequency_scores(
 
 
 def alpha(statistics: LayerStatistics, options: FrequencyOptions) -> Tensor:
-    """The coefficient of |k_f|, float64 [Hq, F], without the rotary scaling.
+    """Return the coefficient of |k_f|, float64 [Hq, F], without the rotary scaling.
 
     Raises:
         MethodError: `norm="rms2"` without the mean squares.
@@ -159,28 +142,16 @@ def alpha(statistics: LayerStatistics, options: FrequencyOptions) -> Tensor:
 
 
 def future_queries(
-    statistics: LayerStatistics,
-    rotary: Rotary,
-    length_B: Tensor,
-    options: FrequencyOptions,
-    dtype: torch.dtype = torch.float32,
+    statistics: LayerStatistics, rotary: Rotary, length_B: Tensor, options: FrequencyOptions, dtype: torch.dtype
 ) -> Tensor:
-    """The mean query, rotated to the future as the model will rotate it, times the rotary scaling.
+    """Return the mean query, rotated to the future as the model will rotate it, times the rotary scaling.
 
-    Args:
-        statistics, rotary, length_B, options: as in `frequency_scores`.
-        dtype: float32 or float64: in which the angles are computed. The model's own are float32, and at position
-            65,536 their rounding turns the fastest pair by up to 0.004 rad.
-
-    Returns:
-        [B, Hq, J', 2F] in the half-split layout: J' = 1, the mean over the distances, or J for `aggregation="max"`.
-
-    Raises:
-        MethodError: `horizon="variational"` without weights in the calibration, or with another number of them.
-
+    [B, Hq, J', 2F] in the half-split layout: J' = 1, the mean over the distances, or J for `aggregation="max"`. Angles
+    are computed in `dtype`, float32 as in the model (at position 65,536 their rounding turns the fastest pair by up to
+    0.004 rad) or float64.
     """
     inv_freq_F = rotary.inv_freq.to(length_B.device, dtype)
-    offsets_J, length_B = options.offsets(length_B.device).to(dtype), length_B.to(dtype)
+    offsets_J, length_B = future_distances().to(length_B.device, dtype), length_B.to(dtype)
     if options.aggregation == "max":
         turn_BHqjF = _unit((length_B[:, None] + offsets_J)[..., None] * inv_freq_F)[:, None]
     else:
@@ -193,30 +164,26 @@ def future_queries(
 
 
 def horizon_weights(statistics: LayerStatistics, inv_freq_F: Tensor, options: FrequencyOptions) -> Tensor:
-    """Weights of the future distances, float64 [1 or Hq, J], each row summing to 1.
+    """Return weights of the future distances, float64 [1 or Hq, J], each row summing to 1.
 
     Adaptive (CASK's constants, all 1): normal in log2 d around log2 of the effective wavelength, the geometric mean of
     2 pi / w_f weighted by |mu_f|, with deviation 1 + (1 - the same mean of the concentrations |mu_f| / mean |q_f|).
 
     Raises:
-        MethodError: as `future_queries`.
+        MethodError: `horizon="variational"` without weights in the calibration, or with another number of them.
 
     """
-    offsets_J = options.offsets(inv_freq_F.device)
+    offsets_J = future_distances().to(inv_freq_F.device)
     J = offsets_J.numel()
     if options.horizon == "fixed":
         return torch.full((1, J), 1.0 / J, dtype=torch.float64, device=inv_freq_F.device)
     if options.horizon == "variational":
         weights_HqJ = statistics.horizon_HqJ
-        if weights_HqJ is None:
+        if weights_HqJ is None or weights_HqJ.shape[-1] != J:
+            found = "none" if weights_HqJ is None else str(weights_HqJ.shape[-1])
             raise MethodError(
-                "horizon=variational needs weights per query head, which this calibration does not have; make it with "
-                "`reasonkv calibrate --horizon`, or use horizon=fixed or adaptive."
-            )
-        if weights_HqJ.shape[-1] != J:
-            raise MethodError(
-                f"The calibration weights {weights_HqJ.shape[-1]} future distances, but longest={options.longest} "
-                f"gives {J}."
+                f"horizon=variational needs weights of {J} distances per query head, and this calibration has {found}; "
+                "make it with `reasonkv calibrate --horizon`, or use horizon=fixed or adaptive."
             )
         return weights_HqJ.to(inv_freq_F.device).double()
     mean_HqF = statistics.mean_HqF.to(torch.complex128).abs()

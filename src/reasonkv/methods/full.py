@@ -17,8 +17,6 @@ class FullKV(Method):
     """Keep every slot. It takes no budget, so no event ever asks it for a plan."""
 
     name: ClassVar[str] = "full"
-    title: ClassVar[str] = "Every slot is kept; memory grows with the sequence"
-    paper: ClassVar[str] = "-"
     bounded: ClassVar[bool] = False
 
     def plan(self, view: SlotView, keep: int) -> Plan:

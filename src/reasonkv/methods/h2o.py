@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from reasonkv.methods.base import Method, Observed, Requirements, SlotState
-from reasonkv.methods.ops import attention_blocks, group_mean, top_k_slots, upcast
+from reasonkv.methods.ops import attend, later_slots, top_k_slots, upcast
+from reasonkv.methods.options import Share, Size
 from reasonkv.plan import Plan
 from reasonkv.view import SlotView
 
-_FRESH = -1.0  # state of a slot that no event has seen; attention is never negative
+_FRESH = -1.0  # state of a slot that no compaction has seen; attention is never negative
 _QUERIES_AT_ONCE = 128
 
 
@@ -23,50 +24,38 @@ class H2O(Method):
     Oracle for Efficient Generative Inference of Large Language Models", arXiv 2306.14048, section 4).
 
     Every slot carries the sum of the attention that all queries since it was written have paid to it. The paper adds
-    to it and evicts one slot at every step. Here an event adds for all queries since the last one: between events
-    nothing is dropped, so each query's softmax over the slots it could see is known exactly. A KV head's attention is
+    to it and evicts one slot at every step. Here a compaction adds for all queries since the last one: in between
+    nothing is evicted, so each query's softmax over the slots it could see is known exactly. A KV head's attention is
     the mean over its query heads, as in kvpress.
 
     What is counted: the queries in a ring of `window`, and all queries of the newest forward if that fed more. So the
-    sums are exact if no event comes more than `window` tokens after the one before it, and the first one either no more
-    than `window` tokens after the start or right after a prompt fed in one forward. Queries that are neither do not
-    count: of a prompt that fits into the budget only the last ones, unless `window` spans the budget.
+    sums are exact if no compaction comes more than `window` tokens after the one before it, and the first one either no
+    more than `window` tokens after the start or right after a prompt fed in one forward. Queries that are neither do
+    not count: of a prompt that fits into the budget only the last ones, unless `window` spans the budget.
 
     Args:
-        window: newest queries that can be counted at an event; at least the budget's interval.
+        window: newest queries that can be counted at a compaction; at least the budget's interval.
         recent_share: share of the kept slots that goes to the newest tokens; the paper's half.
-
     """
 
     name: ClassVar[str] = "h2o"
-    title: ClassVar[str] = "Attention accumulated since a slot was written, and the newest"
-    paper: ClassVar[str] = "H2O, arXiv 2306.14048"
 
-    window: int = 128
-    recent_share: float = 0.5
-
-    def __post_init__(self) -> None:
-        if self.window < 1:
-            raise ValueError(f"window must be at least 1, not {self.window}.")
-        if not 0.0 <= self.recent_share <= 1.0:
-            raise ValueError(f"recent_share must be between 0 and 1, not {self.recent_share}.")
+    window: Size = 128
+    recent_share: Share = 0.5
 
     @property
     def needs(self) -> Requirements:
-        """The queries since the last event, and the sum beside every slot."""
-        return Requirements(
-            queries=self.window, observes=True, whole_prompt=True, slot_state={"attention": SlotState(_FRESH)}
-        )
+        state = {"attention": SlotState(_FRESH)}
+        return Requirements(queries=self.window, observes=True, whole_prompt=True, slot_state=state)
 
     def new_row_state(self, rows: int, query_heads: int, head_dim: int, device: torch.device) -> dict[str, Tensor]:
-        """The queries of the newest forward, while it is longer than the ring: none yet."""
         return {
             "queries": torch.empty(rows, query_heads, 0, head_dim, device=device),
             "positions": torch.empty(rows, 0, dtype=torch.int64, device=device),
         }
 
     def observe(self, state: dict[str, Tensor], seen: Observed) -> None:
-        """Hold the queries of a forward that the ring is too short for, until the next forward."""
+        """Store the queries of a forward that the ring is too short for, until the next forward."""
         if seen.queries_BHqqD.shape[2] > self.window:
             state["queries"] = seen.queries_BHqqD
             state["positions"] = seen.positions_Bq.masked_fill(~seen.valid_Bq, -1)  # padding precedes every token
@@ -75,7 +64,6 @@ class H2O(Method):
             state["positions"] = state["positions"][:, :0].clone()
 
     def plan(self, view: SlotView, keep: int) -> Plan:
-        """Add up, give `recent_share` of the slots to the newest, and the rest to the heaviest."""
         attention_BHN = self.accumulated(view)
         newest = int(keep * self.recent_share)
         scores_BHN = attention_BHN.clone()
@@ -83,19 +71,19 @@ class H2O(Method):
             # Not forced: protected slots come first where both do not fit.
             scores_BHN[..., -newest:] = torch.finfo(scores_BHN.dtype).max
         scores_BHN = torch.where(attention_BHN.isnan(), attention_BHN, scores_BHN)
-        kept_BHK = top_k_slots(scores_BHN, keep, forced_BHN=view.is_protected_BHN)
+        kept_BHK = top_k_slots(scores_BHN, keep, view.is_protected_BHN)
         return Plan(kept_BHK, state={"attention": attention_BHN.gather(2, kept_BHK)})
 
     def accumulated(self, view: SlotView) -> Tensor:
-        """Attention received by every slot from all queries counted so far, float32 [B, H, N]."""
+        """Return the attention every slot received from all queries counted so far, float32 [B, H, N]."""
         stored_BHN = view.state["attention"]
-        fresh_BHN = stored_BHN < 0
-        first_B1 = view.positions_BHN.where(fresh_BHN, view.length_B[:, None, None]).amin((1, 2))[:, None]
+        is_fresh_BHN = stored_BHN < 0
+        first_B1 = view.positions_BHN.where(is_fresh_BHN, view.length_B[:, None, None]).amin((1, 2))[:, None]
         assert view.queries_BHqTD is not None and view.query_positions_BT is not None
         total_BHN = stored_BHN.clamp(min=0.0).to(upcast(view.keys_BHND[:0]).dtype)
         ring_counts_BT = view.query_positions_BT >= first_B1
-        if view.row_state["positions"].shape[1]:
-            positions_Bq = view.row_state["positions"]
+        positions_Bq = view.row_state["positions"]
+        if positions_Bq.shape[1]:
             total_BHN = total_BHN + received(view, view.row_state["queries"], positions_Bq, positions_Bq >= first_B1)
             start_B1 = positions_Bq.where(positions_Bq >= 0, view.length_B[:, None]).amin(1, keepdim=True)
             ring_counts_BT = ring_counts_BT & (view.query_positions_BT < start_B1)
@@ -103,33 +91,31 @@ class H2O(Method):
 
 
 def received(view: SlotView, queries_BHqTD: Tensor, positions_BT: Tensor, counts_BT: Tensor) -> Tensor:
-    """Attention that queries pay to every slot: summed over the queries that count, mean over the query heads.
+    """Return the attention that queries pay to every slot: summed over those that count, mean over the query heads.
 
     Args:
         view: one layer's slots.
-        queries_BHqTD: rotated queries among the newest T tokens of every row.
+        queries_BHqTD: rotated queries among the newest T tokens of every sequence.
         positions_BT: int64, their token indices, -1 at padding.
         counts_BT: bool; a query that counts sees every slot up to its own, as it did in the model.
 
     Returns:
         float32 (float64 for float64 keys) [B, H, N].
-
     """
-    B, H, N, D = view.keys_BHND.shape
-    T, g = queries_BHqTD.shape[2], queries_BHqTD.shape[1] // H
-    old = max(0, N - T)  # slots before the T newest tokens: all queries see them
-    queries_RgTD, keys_RND = queries_BHqTD.reshape(B * H, g, T, D), view.keys_BHND.flatten(0, 1)
-    slots_R1N = view.positions_BHN.flatten(0, 1)[:, None, old:]
-    positions_RT1 = positions_BT.repeat_interleave(H, 0)[..., None]
-    ignored_R1T1 = ~counts_BT.repeat_interleave(H, 0)[:, None, :, None]
-    # In float64: sums of thousands of queries, and no trace of the pieces they came in after rounding.
+    (_, H, N, _), T = view.keys_BHND.shape, queries_BHqTD.shape[2]
+    queries_BHgTD = torch.unflatten(queries_BHqTD, 1, (H, -1))
+    is_ignored_R1T1 = ~counts_BT.repeat_interleave(H, 0)[:, None, :, None]
     ignores = not bool(counts_BT.all())
-    total_RgN = torch.zeros(B * H, g, N, dtype=torch.float64, device=keys_RND.device)
+    # In float64: sums of thousands of queries, whose order does not show after rounding.
+    total_BHgN = torch.zeros(*queries_BHgTD.shape[:3], N, dtype=torch.float64, device=queries_BHqTD.device)
     for start in range(0, T, _QUERIES_AT_ONCE):
         at = slice(start, start + _QUERIES_AT_ONCE)
-        later_RTn = slots_R1N > positions_RT1[:, at]
-        for block, attention_RgTN in attention_blocks(queries_RgTD[:, :, at], keys_RND, view.scaling, later_RTn):
-            if ignores:  # an ignored query may have no slot left to see: its row is NaN, and is filled
-                attention_RgTN.masked_fill_(ignored_R1T1[block, :, at], 0.0)
-            total_RgN[block] += attention_RgTN.sum(2, dtype=torch.float64)
-    return group_mean(total_RgN.view(B, H, g, N)).to(upcast(view.keys_BHND[:0]).dtype)
+
+        def summed(block: slice, attention_rgTN: Tensor, at: slice = at) -> Tensor:
+            if ignores:  # an ignored query may have no slot left to see: its attention is NaN, and is filled
+                attention_rgTN.masked_fill_(is_ignored_R1T1[block, :, at], 0.0)
+            return attention_rgTN.sum(2, dtype=torch.float64)
+
+        later_BHTn = later_slots(view, positions_BT[:, at], newest=T)
+        total_BHgN += attend(queries_BHgTD[:, :, :, at], view.keys_BHND, view.scaling, summed, later_BHTt=later_BHTn)
+    return total_BHgN.mean(2).to(upcast(view.keys_BHND[:0]).dtype)

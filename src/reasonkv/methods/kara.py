@@ -1,4 +1,4 @@
-"""Kara: every window of decoded tokens is cut once, by the attention inside it, and short chunks of text stay whole."""
+"""Kara: compress a window once by attention inside it, and keep chunks of tokens whole."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from torch import Tensor
 
 from reasonkv.budget import Budget, Window
 from reasonkv.methods.base import Method, Requirements
-from reasonkv.methods.ops import attention_blocks, group_mean, head_blocks, top_k_mask, top_k_slots
+from reasonkv.methods.ops import attend, head_blocks, top_k_slots
+from reasonkv.methods.options import Count, Share, Size
+from reasonkv.methods.token2chunk import chunked_top_k
 from reasonkv.plan import Plan
 from reasonkv.view import SlotView
 
@@ -21,68 +23,55 @@ class Kara(Method):
     tokens (Han et al., 2026, "Kara: Sliding-Window KV Cache Compression for Efficient Serving of Reasoning LLMs under
     Memory Constraints", arXiv 2607.01237).
 
-    Made for `reasonkv.Window`, whose events show exactly one window as slots that are not protected. There is no public
-    code; what public descriptions of the paper leave open is settled here and listed in `docs/methods/kara.md`. Under
-    an ordinary `Budget` the window is every slot that may be dropped, earlier survivors included: nothing is frozen
-    then, and queries that are no longer at hand do not vote.
+    Made for `reasonkv.Window`, whose compactions show exactly one window as slots that are not protected. There is no
+    public code; what public descriptions of the paper leave open is settled here and listed in `docs/methods/kara.md`.
+    Under an ordinary `Budget` the window is every slot that may be evicted, earlier survivors included: nothing is
+    frozen then, and queries that are no longer in the ring do not vote.
 
     Args:
         gamma: most tokens that a chunk spans, its two ends included.
-        alpha: most slots between the ends of chunks, as a share of the slots that stay.
+        alpha: most slots between the ends of chunks, as a share of the slots that are kept.
         token2chunk: False keeps the best single tokens (ablation).
         causal: a token is scored by itself and later ones alone (ablation).
         buffer_votes: the queries after the window vote, too.
         queries: queries kept in the ring; 0: as many as `size + buffer` of a `Window`, or `interval + recent`.
-
     """
 
     name: ClassVar[str] = "kara"
-    title: ClassVar[str] = "Chunks that a window attends to, in both directions"
-    paper: ClassVar[str] = "Kara, arXiv 2607.01237"
 
-    gamma: int = 8
-    alpha: float = 0.5
+    gamma: Size = 8
+    alpha: Share = 0.5
     token2chunk: bool = True
     causal: bool = False
     buffer_votes: bool = False
-    queries: int = 0
-
-    def __post_init__(self) -> None:
-        if self.gamma < 1:
-            raise ValueError(f"gamma must be at least 1, not {self.gamma}.")
-        if not 0.0 <= self.alpha <= 1.0:
-            raise ValueError(f"alpha must be between 0 and 1, not {self.alpha}.")
-        if self.queries < 0:
-            raise ValueError(f"queries must be at least 0, not {self.queries}.")
+    queries: Count = 0
 
     @property
     def needs(self) -> Requirements:
-        """The window's queries."""
         default = Window()
         return Requirements(queries=self.queries or default.size + default.buffer)
 
     def for_budget(self, budget: Budget) -> Kara:
-        """With a ring that holds the queries of everything that came since the last event."""
+        """Return the method with a ring for all queries since the last compaction."""
         return self if self.queries else replace(self, queries=budget.interval + budget.recent)
 
     def plan(self, view: SlotView, keep: int) -> Plan:
-        """Score the window, keep its best chunks and tokens; everything outside it is protected and stays."""
-        open_BHN = ~view.is_protected_BHN
-        B, H, N = open_BHN.shape
-        window_BHM = open_slots(open_BHN)
+        """Score the window, keep its best chunks and tokens; everything outside it is protected and kept."""
+        B, H, N = view.positions_BHN.shape
+        window_BHM = open_slots(~view.is_protected_BHN)
         filler_BHM = view.is_protected_BHN.gather(2, window_BHM)
         scores_BHM = self.score(view, window_BHM, filler_BHM)
-        room = keep - (N - window_BHM.shape[2])  # the same for all heads: fillers stay, as all protected slots do
+        room = keep - (N - window_BHM.shape[2])  # the same for all heads: fillers are kept, as all protected slots are
         if self.token2chunk:
             positions_BHM = view.positions_BHN.gather(2, window_BHM)
             kept_BHr = chunked_top_k(scores_BHM, positions_BHM, room, filler_BHM, gamma=self.gamma, alpha=self.alpha)
         else:
             kept_BHr = top_k_slots(scores_BHM, room, filler_BHM)
-        stays_BHN = view.is_protected_BHN.scatter(2, window_BHM.gather(2, kept_BHr), True)
-        return Plan(stays_BHN.nonzero()[:, 2].view(B, H, keep))
+        is_kept_BHN = view.is_protected_BHN.scatter(2, window_BHM.gather(2, kept_BHr), True)
+        return Plan(is_kept_BHN.nonzero()[:, 2].view(B, H, keep))
 
     def score(self, view: SlotView, window_BHM: Tensor, filler_BHM: Tensor) -> Tensor:
-        """s_j = mean over the group's query heads and the window's tokens i of softmax over j of q_i . k_j x scaling.
+        """Return s_j = mean over the group's query heads and the window's tokens i of softmax over j of q_i . k_j.
 
         Keys outside the window are not in the softmax. A window whose own queries are all gone from the ring is scored
         by those at hand, which are later.
@@ -94,12 +83,10 @@ class Kara(Method):
 
         Returns:
             float32 [B, H, M], 0 for fillers.
-
         """
-        B, H, M = window_BHM.shape
-        position_RM = view.positions_BHN.gather(2, window_BHM).flatten(0, 1)
-        filler_RM = filler_BHM.flatten(0, 1)
         assert view.query_positions_BT is not None
+        B, H, M = window_BHM.shape
+        position_RM, filler_RM = view.positions_BHN.gather(2, window_BHM).flatten(0, 1), filler_BHM.flatten(0, 1)
         asks_RT = view.query_positions_BT.repeat_interleave(H, dim=0)
         votes_RT = self._votes(asks_RT, position_RM, filler_RM)
 
@@ -107,18 +94,12 @@ class Kara(Method):
         # in every head is read where it lies.
         T, device = votes_RT.shape[1], window_BHM.device
         run_M = window_BHM[0, 0, 0] + torch.arange(M, device=device)
-        facts = (
-            (votes_RT * torch.arange(1, T + 1, device=device)).amax(),
-            run_M[0],
-            (window_BHM == run_M).all().long(),
-            filler_RM.any().long(),
-        )
+        last_vote = (votes_RT * torch.arange(1, T + 1, device=device)).amax()
+        facts = (last_vote, run_M[0], (window_BHM == run_M).all().long(), filler_RM.any().long())
         asking, first, is_run, has_fillers = torch.stack(facts).tolist()  # one read from the device
         # A CPU's product of a row with a matrix rounds by where matrices begin. With multiples of 16 queries, all begin
         # on a cache line, and in the blocks of all T scores are to the bit what they are if all take part.
         asking = -(-asking // 16) * 16 if T % 16 == 0 and M >= 32 else T
-        blocks = list(head_blocks(B * H, view.group_size * T * M, device))
-        queries_RgTD = view.queries_BHgTD()[:, :, :, :asking].flatten(0, 1)
         asks_RT, votes_RT = asks_RT[:, :asking], votes_RT[:, :asking]
         if is_run:
             keys_BHMD = view.keys_BHND[:, :, first : first + M]
@@ -133,23 +114,21 @@ class Kara(Method):
                 later_rTM = position_RM[block, None, :] > asks_RT[block, :, None]
                 logits_rgTM.masked_fill_((later_rTM & votes_RT[block, :, None])[:, None], float("-inf"))
 
-        parts = []
-        for block, attention_rgTM in attention_blocks(
-            queries_RgTD, keys_BHMD.flatten(0, 1), view.scaling, adjust=hide, blocks=blocks
-        ):
+        def voted(block: slice, attention_rgTM: Tensor) -> Tensor:
             vote_r11T = votes_RT[block, None, None].to(attention_rgTM.dtype)
-            parts.append((vote_r11T @ attention_rgTM)[:, :, 0] / vote_r11T.sum(-1))
-        return group_mean(torch.cat(parts).view(B, H, -1, M))
+            return (vote_r11T @ attention_rgTM)[:, :, 0] / vote_r11T.sum(-1)
+
+        return attend(
+            view.queries_BHgTD()[:, :, :, :asking],
+            keys_BHMD,
+            view.scaling,
+            voted,
+            adjust=hide,
+            blocks=list(head_blocks(B * H, view.group_size * T * M, device)),
+        ).mean(2)
 
     def _votes(self, asks_RT: Tensor, position_RM: Tensor, filler_RM: Tensor) -> Tensor:
-        """Whose attention counts, bool [R, T]: queries inside the window; those after it if there is none, or if asked.
-
-        Args:
-            asks_RT: the queries' tokens.
-            position_RM: the window's tokens, ascending, and those of fillers behind them.
-            filler_RM: bool, no part of the window.
-
-        """
+        """Return which queries count, bool [R, T]: those in the window; without any, or if asked, later ones."""
         votes_RT = asks_RT >= position_RM[:, :1]
         if self.buffer_votes:
             return votes_RT
@@ -159,84 +138,11 @@ class Kara(Method):
 
 
 def open_slots(open_BHN: Tensor) -> Tensor:
-    """Every head's open slots in front, in order; where one head has fewer than another, protected slots fill up.
+    """Return every head's open slots, ascending, int64 [B, H, M] for M of the head that has most.
 
-    Returns:
-        int64 [B, H, M] for M open slots of the head that has most.
-
+    Where a head has fewer, protected slots fill up behind them.
     """
     if bool((open_BHN == open_BHN[:1, :1]).all()):  # as under a schedule that protects equal places in all rows
         return open_BHN[0, 0].nonzero()[:, 0].expand(*open_BHN.shape[:2], -1)
     most = int(open_BHN.sum(-1).max())
     return open_BHN.to(torch.uint8).sort(dim=-1, descending=True, stable=True).indices[..., :most]
-
-
-def chunked_top_k(
-    scores_BHM: Tensor, positions_BHM: Tensor, keep: int, forced_BHM: Tensor, *, gamma: int, alpha: float
-) -> Tensor:
-    """Token2Chunk: candidates are the best tokens; accepted chunks of them stay whole, the rest goes to the best left.
-
-    Args:
-        scores_BHM: scores of a window's slots.
-        positions_BHM: their tokens, ascending but for forced slots behind them.
-        keep: slots to return.
-        forced_BHM: bool, slots returned whatever happens, which are no part of the window.
-        gamma: most tokens a chunk spans.
-        alpha: most slots between ends of chunks, as a share of the window's slots that stay.
-
-    Returns:
-        int64 [B, H, keep], strictly ascending.
-
-    Raises:
-        PlanError: a score is NaN, or more than `keep` slots are forced.
-
-    """
-    candidate_BHM = top_k_mask(scores_BHM, keep, forced_BHM) & ~forced_BHM
-    start_BHM, accepted_BHM = accept_chunks(scores_BHM, positions_BHM, candidate_BHM, gamma=gamma, alpha=alpha)
-    # Count up where chunks begin and down behind their ends: slots inside one stand above zero.
-    edges_BHM = torch.zeros_like(start_BHM).scatter_add_(2, start_BHM, accepted_BHM.long())
-    edges_BHM[..., 1:] -= accepted_BHM[..., :-1].long()
-    whole_BHM = edges_BHM.cumsum(-1) > 0
-    return top_k_slots(scores_BHM.masked_fill(~candidate_BHM, float("-inf")), keep, whole_BHM | forced_BHM)
-
-
-def accept_chunks(
-    scores_BHM: Tensor, positions_BHM: Tensor, candidate_BHM: Tensor, *, gamma: int, alpha: float
-) -> tuple[Tensor, Tensor]:
-    """Which pairs of neighbouring candidates become chunks.
-
-    A pair spans a chunk if slots lie between its ends and it spans at most `gamma` tokens. Pairs are taken in
-    descending order of their lower end's score, newer ones first among equals, as long as the slots between ends are at
-    most alpha x candidates and all slots of chunks at most as many as there are candidates.
-
-    Returns:
-        For every slot: the start of the pair that ends there (int64, 0 where none does), and whether it is accepted.
-
-    """
-    M = scores_BHM.shape[-1]
-    slot_BHM = torch.arange(M, device=scores_BHM.device).expand(scores_BHM.shape)
-    newest_BHM = torch.where(candidate_BHM, slot_BHM, -1).cummax(-1).values
-    start_BHM = torch.cat([newest_BHM.new_full((*newest_BHM.shape[:2], 1), -1), newest_BHM[..., :-1]], -1)
-    is_pair_BHM = candidate_BHM & (start_BHM >= 0)
-    start_BHM = start_BHM.clamp(min=0)
-    between_BHM = slot_BHM - start_BHM - 1
-    span_BHM = positions_BHM - positions_BHM.gather(2, start_BHM) + 1
-    is_pair_BHM &= (between_BHM > 0) & (span_BHM <= gamma)
-
-    value_BHM = torch.minimum(scores_BHM, scores_BHM.gather(2, start_BHM)).masked_fill(~is_pair_BHM, float("-inf"))
-    # Stable, and over the slots in reverse, so that of equal values the newer pair comes first.
-    order_BHM = M - 1 - value_BHM.flip(-1).sort(dim=-1, descending=True, stable=True).indices
-    rank_BHM = torch.empty_like(order_BHM).scatter_(2, order_BHM, slot_BHM)
-    rank_BHM = rank_BHM.masked_fill(~is_pair_BHM, M)
-
-    # A candidate that ends one pair and starts the next takes a slot once: when the better of the two is accepted.
-    as_start_BHM = torch.full_like(rank_BHM, M).scatter_reduce_(2, start_BHM, rank_BHM, "amin")
-    joins_BHM = torch.minimum(rank_BHM, as_start_BHM)
-    ends_BHM = rank_BHM.new_zeros(*rank_BHM.shape[:2], M + 1).scatter_add_(2, joins_BHM, torch.ones_like(joins_BHM))
-    inner_BHM = (between_BHM * is_pair_BHM).gather(2, order_BHM)
-    inner_sum_BHM, all_sum_BHM = inner_BHM.cumsum(-1), (inner_BHM + ends_BHM[..., :M]).cumsum(-1)
-    candidates_BH1 = candidate_BHM.sum(-1, keepdim=True)
-    fits_BHM = (inner_sum_BHM <= alpha * candidates_BH1) & (all_sum_BHM <= candidates_BH1)
-    # Both sums only grow: the first pair that does not fit ends the list.
-    accepted_BHM = is_pair_BHM & fits_BHM.gather(2, rank_BHM.clamp(max=M - 1))
-    return start_BHM, accepted_BHM

@@ -24,8 +24,6 @@ class KeyDiff(ScorerMethod):
     """
 
     name: ClassVar[str] = "keydiff"
-    title: ClassVar[str] = "Keys that differ most from the mean key"
-    paper: ClassVar[str] = "KeyDiff, arXiv 2504.15364"
 
     def score(self, view: SlotView) -> Tensor:
         """-cos(k, anchor)."""

@@ -23,8 +23,6 @@ class Knorm(ScorerMethod):
     """
 
     name: ClassVar[str] = "knorm"
-    title: ClassVar[str] = "The smallest key norms"
-    paper: ClassVar[str] = "L2-norm strategy, arXiv 2406.11430"
 
     def score(self, view: SlotView) -> Tensor:
         """-||k||."""

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
+from annotated_types import Ge
 from torch import Tensor
 
 from reasonkv.methods.base import ScorerMethod
-from reasonkv.methods.ops import head_blocks, top_k_slots, upcast
+from reasonkv.methods.ops import head_blocks, ranks, top_k_slots, upcast
+from reasonkv.methods.options import Count
 from reasonkv.plan import Plan
 from reasonkv.view import SlotView
 
@@ -24,11 +26,11 @@ class LagKV(ScorerMethod):
 
     After the first `sinks` slots, slots are cut into chunks of `lag`. Every chunk is scored against the next one:
     each channel is brought to the minimum and maximum that the next chunk has there, the standard deviation over
-    channels is taken, and softmaxed over the chunk. The last whole chunk and the slots after it always stay.
+    channels is taken, and softmaxed over the chunk. The last whole chunk and the slots after it are always kept.
 
     The paper freezes a chunk once it is compressed, so that memory goes on growing. Under a budget that cannot be:
-    here every event cuts the slots held into chunks anew. A channel that does not change within the reference chunk
-    has no scale and counts as 0 (the public code divides by zero).
+    here every compaction cuts the kept slots into chunks anew. A channel that does not change within the reference
+    chunk has no scale and counts as 0 (the public code divides by zero).
 
     Args:
         lag: slots of a chunk.
@@ -36,69 +38,49 @@ class LagKV(ScorerMethod):
         value_ratio: weight of the values' score beside the keys'.
         cross: True - scores are compared across chunks; False - ranks within a chunk are, so that every chunk keeps
             about the same share.
-        fit: halve `lag` until four chunks fit into the budget (at least 4 slots); else, the newest two chunks
-            may be all that stays. False is the public code.
-
+        fit: halve `lag` until four chunks fit into the budget (at least 4 slots); otherwise the newest two chunks may
+            be all that is kept. False is the public code.
     """
 
     name: ClassVar[str] = "lagkv"
-    title: ClassVar[str] = "Spread over channels, relative to the tokens that follow"
-    paper: ClassVar[str] = "LagKV, arXiv 2504.04704"
 
-    lag: int = 128
-    sinks: int = 4
-    value_ratio: float = 1.0
+    lag: Annotated[int, Ge(2)] = 128
+    sinks: Count = 4
+    value_ratio: Annotated[float, Ge(0)] = 1.0
     cross: bool = False
     fit: bool = True
 
-    def __post_init__(self) -> None:
-        if self.lag < 2:
-            raise ValueError(f"lag must be at least 2, not {self.lag}.")
-        if self.sinks < 0:
-            raise ValueError(f"sinks must be at least 0, not {self.sinks}.")
-        if not 0.0 <= self.value_ratio < float("inf"):
-            raise ValueError(f"value_ratio must be a number of at least 0, not {self.value_ratio}.")
-
     def plan(self, view: SlotView, keep: int) -> Plan:
-        """As for every scorer, with a lag that suits what is kept."""
-        scores_BHN = replace(self, lag=self.fitted_lag(keep)).score(view)
-        return Plan(top_k_slots(scores_BHN, keep, forced_BHN=view.is_protected_BHN))
-
-    def fitted_lag(self, keep: int) -> int:
-        """The lag for a budget of `keep` slots."""
         lag = self.lag
         while self.fit and lag // 2 >= _LEAST_LAG and 4 * lag > keep:
             lag //= 2
-        return lag
+        return Plan(top_k_slots(replace(self, lag=lag).score(view), keep, view.is_protected_BHN))
 
     def score(self, view: SlotView) -> Tensor:
-        """Scores of all chunks but the last, between 0 and 1; 1 for sinks and for everything from the last chunk on.
+        """Return scores between 0 and 1 of all chunks but the last; 1 for sinks and from the last chunk on.
 
         With fewer slots than two chunks after the sinks there is nothing to compare with: the newer, the better.
         """
         B, H, N = view.positions_BHN.shape
         chunks = (N - self.sinks) // self.lag
+        scores_BHN = upcast(view.keys_BHND[:0]).new_ones(B, H, N)
         if chunks < 2:
             rest = max(0, N - self.sinks)
-            ramp = torch.arange(rest, device=view.keys_BHND.device) / max(1, rest)
-            scores_n = torch.cat([ramp.new_ones(N - rest), ramp])
-            return scores_n.to(upcast(view.keys_BHND[:0]).dtype).expand(B, H, N)
+            scores_BHN[..., N - rest :] = torch.arange(rest, device=scores_BHN.device) / max(1, rest)
+            return scores_BHN
         scores_BHCL = (
             lag_relative(view.keys_BHND, self.sinks, self.lag)
             + self.value_ratio * lag_relative(view.values_BHND, self.sinks, self.lag)
         ) / (1.0 + self.value_ratio)
         if not self.cross:
-            order_BHCL = scores_BHCL.argsort(dim=-1, stable=True)
-            shares_L = torch.arange(self.lag, device=order_BHCL.device).to(scores_BHCL.dtype) / self.lag
-            ranks_BHCL = torch.empty_like(scores_BHCL).scatter_(-1, order_BHCL, shares_L.expand_as(scores_BHCL))
-            scores_BHCL = torch.where(scores_BHCL.isnan(), scores_BHCL, ranks_BHCL)
-        ones_BHN = scores_BHCL.new_ones(B, H, N)
-        ones_BHN[..., self.sinks : self.sinks + (chunks - 1) * self.lag] = scores_BHCL.flatten(2)
-        return ones_BHN
+            shares_BHCL = ranks(scores_BHCL).to(scores_BHCL.dtype) / self.lag
+            scores_BHCL = torch.where(scores_BHCL.isnan(), scores_BHCL, shares_BHCL)
+        scores_BHN[..., self.sinks : self.sinks + (chunks - 1) * self.lag] = scores_BHCL.flatten(2)
+        return scores_BHN
 
 
 def lag_relative(x_BHND: Tensor, sinks: int, lag: int) -> Tensor:
-    """Score of every slot of all whole chunks but the last, relative to the chunk after its own.
+    """Return the score of every slot of all whole chunks but the last, relative to the chunk after its own.
 
     Args:
         x_BHND: keys or values, any float dtype.
@@ -107,7 +89,6 @@ def lag_relative(x_BHND: Tensor, sinks: int, lag: int) -> Tensor:
 
     Returns:
         float32 (float64 for float64) [B, H, C, L]: sums to 1 over L.
-
     """
     (B, H, N, D), C = x_BHND.shape, (x_BHND.shape[2] - sinks) // lag - 1
     x_RND = x_BHND.flatten(0, 1)

@@ -1,4 +1,4 @@
-"""What scoring methods share: choosing the best slots, pooling, group reduction, attention of the recent queries.
+"""Operations that methods share: top-k, pooling, attention of the recent queries, norms, blocks of heads.
 
 Legend: B rows, H KV heads, g query heads per KV head, N slots, K kept slots, T queries, D head_dim; R = B x H.
 Scores are float32 whatever the model's dtype (float64 for float64 models).
@@ -13,17 +13,21 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from reasonkv import noise
 from reasonkv.plan import PlanError
 from reasonkv.view import SlotView
 
 
 def upcast(x: Tensor) -> Tensor:
-    """`x` in the dtype scores are computed in: float32, or float64 where it already is."""
+    """Return `x` in the dtype scores are computed in: float32, or float64 where it already is."""
     return x if x.dtype == torch.float64 else x.float()
 
 
+# -------------------------------------------------------------------------------------------------------------- top-k
+
+
 def top_k_slots(scores_BHN: Tensor, keep: int, forced_BHN: Tensor | None = None) -> Tensor:
-    """The `keep` slots with the highest scores, forced ones first; of equal scores the newer slot wins.
+    """Return the `keep` slots with the highest scores, forced ones first; of equal scores the newer slot wins.
 
     Args:
         scores_BHN: scores; infinities are allowed.
@@ -35,88 +39,91 @@ def top_k_slots(scores_BHN: Tensor, keep: int, forced_BHN: Tensor | None = None)
 
     Raises:
         PlanError: a score is NaN, `keep` is not within 0..N, or a row forces more than `keep` slots.
-
     """
     return top_k_mask(scores_BHN, keep, forced_BHN).nonzero()[:, 2].view(*scores_BHN.shape[:2], keep)
 
 
 def top_k_mask(scores_BHN: Tensor, keep: int, forced_BHN: Tensor | None = None) -> Tensor:
-    """What `top_k_slots` returns, as a mask of all slots, bool [B, H, N]."""
+    """Return what `top_k_slots` returns as a mask of all slots, bool [B, H, N]."""
     N = scores_BHN.shape[-1]
     if not 0 <= keep <= N:
         raise PlanError(f"Cannot keep {keep} of {N} slots.")
-    if bool(torch.isnan(scores_BHN).any()):
-        raise PlanError("A score is NaN, so the slots have no order.")
-    if forced_BHN is not None:
-        if bool((forced_BHN.sum(-1) > keep).any()):
-            raise PlanError(f"{int(forced_BHN.sum(-1).max())} slots are forced, but only {keep} may stay.")
-        # Below infinity first, so that no score ties with a forced slot.
-        scores_BHN = scores_BHN.clamp(max=torch.finfo(scores_BHN.dtype).max).masked_fill(forced_BHN, float("inf"))
-    if keep == 0:
-        return torch.zeros_like(scores_BHN, dtype=torch.bool)
-    # The smallest kept score; all above it stay, and as many of its equals as there is room for, newest first.
-    cut_BH1 = scores_BHN.topk(keep, dim=-1, sorted=False).values.amin(-1, keepdim=True)
-    above_BHN, equal_BHN = scores_BHN > cut_BH1, scores_BHN == cut_BH1
-    room_BH1 = keep - above_BHN.sum(-1, keepdim=True)
-    rank_BHN = equal_BHN.flip(-1).cumsum(-1).flip(-1)  # 1 for the newest of the equals
-    return above_BHN | (equal_BHN & (rank_BHN <= room_BH1))
+    refuse_nan(scores_BHN)
+    if forced_BHN is not None and bool((forced_BHN.sum(-1) > keep).any()):
+        raise PlanError(f"{int(forced_BHN.sum(-1).max())} slots are forced, but only {keep} may stay.")
+    return largest(forced_first(scores_BHN, forced_BHN), keep)
 
 
-def check_window(window: int, kernel: int) -> None:
-    """Check a method's window of recent queries and the kernel its scores are pooled with.
+def refuse_nan(scores: Tensor) -> None:
+    """Check scores.
 
     Raises:
-        ValueError: an empty window, or a kernel that is not an odd number of slots.
+        PlanError: one is NaN.
     """
-    if window < 1:
-        raise ValueError(f"window must be at least 1, not {window}.")
-    if kernel < 1 or kernel % 2 == 0:
-        raise ValueError(f"kernel must be an odd number of slots, not {kernel}.")
+    if bool(torch.isnan(scores).any()):
+        raise PlanError("A score is NaN, so the slots have no order.")
+
+
+def forced_first(scores: Tensor, forced: Tensor | None) -> Tensor:
+    """Return the scores with infinity at forced slots, and less than infinity at all others."""
+    if forced is None:
+        return scores
+    return scores.clamp(max=torch.finfo(scores.dtype).max).masked_fill(forced, float("inf"))
+
+
+def largest(scores: Tensor, count: int | Tensor, most: int | None = None) -> Tensor:
+    """Return which entries of the last axis are its `count` largest, bool; of equal ones the later.
+
+    Args:
+        scores: [..., N]; infinities are allowed, NaN is not.
+        count: how many, at most N: one number, or int64 that broadcasts to [..., 1].
+        most: a bound on a tensor's counts, known without reading them from the device; N unless given.
+    """
+    N = scores.shape[-1]
+    most = count if isinstance(count, int) else N if most is None else min(most, N)
+    if most == 0:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    best = scores.topk(most, dim=-1, sorted=isinstance(count, Tensor)).values
+    if isinstance(count, Tensor):
+        cut = best.gather(-1, (count - 1).clamp(0, most - 1).expand(*scores.shape[:-1], 1))
+    else:
+        cut = best.amin(-1, keepdim=True)
+    # All above the smallest of them, and as many of its equals as there is room for, the last first.
+    above, equal = scores > cut, scores == cut
+    rank = equal.flip(-1).cumsum(-1).flip(-1)  # 1 for the last of the equals
+    return (above | (equal & (rank <= count - above.sum(-1, keepdim=True)))) & torch.as_tensor(count > 0)
+
+
+def ranks(x: Tensor) -> Tensor:
+    """Return the rank of every entry of the last axis, int64, 0 for the smallest; of equal ones the later is higher."""
+    order = x.argsort(dim=-1, stable=True)
+    return torch.empty_like(order).scatter_(-1, order, torch.arange(x.shape[-1], device=x.device).expand_as(order))
+
+
+# ------------------------------------------------------------------------------------------------------------- pooling
 
 
 def average_pool(x: Tensor, kernel: int) -> Tensor:
-    """Mean over `kernel` neighbouring slots, same length; beyond the ends lie zeros that count in the mean (SnapKV).
-
-    Args:
-        x: [..., N].
-        kernel: an odd number of slots; 1 returns `x`.
-
-    """
+    """Return the mean over `kernel` (odd) neighbouring slots [..., N]; zeros beyond the ends count in it (SnapKV)."""
     if kernel == 1:
         return x
     return functional.avg_pool1d(x.reshape(1, -1, x.shape[-1]), kernel, 1, kernel // 2).view(x.shape)
 
 
 def max_pool(x: Tensor, kernel: int) -> Tensor:
-    """Maximum over `kernel` neighbouring slots, same length; nothing lies beyond the ends.
-
-    Args:
-        x: [..., N].
-        kernel: an odd number of slots; 1 returns `x`.
-
-    """
+    """Return the maximum over `kernel` (odd) neighbouring slots [..., N]; nothing lies beyond the ends."""
     if kernel == 1:
         return x
     return functional.max_pool1d(x.reshape(1, -1, x.shape[-1]), kernel, 1, kernel // 2).view(x.shape)
 
 
 def group_mean(x_BHgN: Tensor) -> Tensor:
-    """Mean over the query heads that share a KV head: [B, H, g, ...] to [B, H, ...]."""
+    """Return the mean over the query heads that share a KV head: [B, H, g, ...] to [B, H, ...]."""
     return x_BHgN.mean(2)
 
 
-def group_max(x_BHgN: Tensor) -> Tensor:
-    """Maximum over the query heads that share a KV head: [B, H, g, ...] to [B, H, ...]."""
-    return x_BHgN.amax(2)
-
-
-def z_score(x: Tensor, least: float = 1e-6) -> Tensor:
-    """Centred and divided by the population standard deviation over slots [..., N]; that is at least `least`."""
-    return (x - x.mean(-1, keepdim=True)) / x.std(-1, keepdim=True, correction=0).clamp(min=least)
-
-
 def fill_window(scores_BHn: Tensor, slots: int) -> Tensor:
-    """Scores of the older slots [B, H, n] extended to all slots [B, H, N] by each head's own maximum.
+    """Return scores of the older slots [B, H, n] extended to all slots [B, H, N] by each head's own maximum.
 
     The newest slots are protected, so what they score decides nothing; the maximum keeps plots of scores readable.
     """
@@ -124,8 +131,11 @@ def fill_window(scores_BHn: Tensor, slots: int) -> Tensor:
     return torch.cat([scores_BHn, filler_BH1.expand(-1, -1, slots - scores_BHn.shape[-1])], dim=-1)
 
 
+# ----------------------------------------------------------------------------------------------------------- attention
+
+
 def window_attention(view: SlotView, *, over: Literal["all", "old"] = "all", merge_logits: bool = False) -> Tensor:
-    """Attention of the newest T queries to every slot, averaged over the queries.
+    """Return the attention of the newest T queries to every slot, averaged over the queries.
 
     Slots that weigh more or less than one token (log mass) do so here as they do in the model.
 
@@ -137,68 +147,74 @@ def window_attention(view: SlotView, *, over: Literal["all", "old"] = "all", mer
 
     Returns:
         float32 probabilities [B, H, g, n], n = N or N - T; with `merge_logits` [B, H, 1, n].
-
     """
-    queries_RgTD, keys_RND = view.queries_BHgTD().flatten(0, 1), view.keys_BHND.flatten(0, 1)
-    (R, g, T, _), N = queries_RgTD.shape, keys_RND.shape[1]
-    n = N if over == "all" else N - T
-    later_RTT = later_slots(view) if over == "all" else None
-    mean_RgN = torch.empty(R, 1 if merge_logits else g, n, dtype=upcast(keys_RND[:0]).dtype, device=keys_RND.device)
+    queries_BHgTD, N = view.queries_BHgTD(), view.keys_BHND.shape[2]
+    n = N if over == "all" else N - queries_BHgTD.shape[3]
     mass_BHN = view.state.get("log_mass")
-    mass_Rn = None if mass_BHN is None else mass_BHN.flatten(0, 1)[:, :n]
 
     def weigh(block: slice, logits_rgTn: Tensor) -> None:
-        if mass_Rn is not None:
-            logits_rgTn += mass_Rn[block, None, None]
+        if mass_BHN is not None:
+            logits_rgTn += mass_BHN.flatten(0, 1)[block, None, None, :n]
 
-    for block, attention_RgTN in attention_blocks(
-        queries_RgTD, keys_RND[:, :n], view.scaling, later_RTT, merge_logits=merge_logits, adjust=weigh
-    ):
-        torch.mean(attention_RgTN, 2, out=mean_RgN[block])
-    return mean_RgN.view(*view.keys_BHND.shape[:2], -1, n)
+    return attend(
+        queries_BHgTD,
+        view.keys_BHND[:, :, :n],
+        view.scaling,
+        lambda _, attention_rgTn: attention_rgTn.mean(2),
+        later_BHTt=later_slots(view) if over == "all" else None,
+        merge_logits=merge_logits,
+        adjust=weigh,
+    )
 
 
-def later_slots(view: SlotView) -> Tensor:
-    """Which of the T newest slots come after which of the T newest queries, bool [R, T, T].
+def later_slots(view: SlotView, positions_BT: Tensor | None = None, newest: int | None = None) -> Tensor:
+    """Return which of the newest slots come after which query, bool [B, H, T, newest].
 
-    Slots are ascending and the queries are the row's newest tokens, so no other slot can come after a query.
+    Args:
+        view: one layer's slots, ascending.
+        positions_BT: where the queries stand, -1 for padding; unless given, those of the view.
+        newest: slots to look at, T unless given: no other slot comes after a query among the newest `newest` tokens.
     """
-    assert view.query_positions_BT is not None
-    T = view.query_positions_BT.shape[1]
-    newest_BHT = view.positions_BHN[..., view.positions_BHN.shape[-1] - T :]
-    return (newest_BHT[:, :, None] > view.query_positions_BT[:, None, :, None]).flatten(0, 1)
+    positions_BT = view.query_positions_BT if positions_BT is None else positions_BT
+    assert positions_BT is not None
+    first = max(0, view.positions_BHN.shape[-1] - (newest or positions_BT.shape[1]))
+    return view.positions_BHN[:, :, None, first:] > positions_BT[:, None, :, None]
 
 
-def attention_blocks(
-    queries_RgTD: Tensor,
-    keys_RND: Tensor,
+def attend(
+    queries_BHgTD: Tensor,
+    keys_BHND: Tensor,
     scaling: float,
-    later_RTt: Tensor | None = None,
+    reduce: Callable[[slice, Tensor], Tensor],
     *,
+    later_BHTt: Tensor | None = None,
     merge_logits: bool = False,
     adjust: Callable[[slice, Tensor], None] | None = None,
     blocks: Sequence[slice] | None = None,
-) -> Iterator[tuple[slice, Tensor]]:
-    """Softmax over slots of every query's products with the keys, a block of KV heads at a time.
+) -> Tensor:
+    """Return the softmax over slots of every query's products with the keys, reduced a block of KV heads at a time.
 
     Args:
-        queries_RgTD: rotated queries.
-        keys_RND: rotated keys, any float dtype.
+        queries_BHgTD: rotated queries.
+        keys_BHND: rotated keys, any float dtype.
         scaling: factor on the products.
-        later_RTt: bool, which of the last t slots come after a query, which then does not see them.
-        merge_logits: replace the logits of a group's query heads by their maximum.
+        reduce: called with a block of the R heads and its attention, float32 (float64 for float64 keys) [r, g, T, N],
+            which the next block overwrites; returns [r, ...].
+        later_BHTt: bool, which of the last t slots come after a query, which then does not see them.
+        merge_logits: replace the logits of a group's query heads by their maximum, so that g is 1.
         adjust: called with a block and its logits [r, g, T, N], to change them in place before the softmax.
         blocks: which heads to take at once; what `head_blocks` finds best unless given.
 
-    Yields:
-        The block, and float32 (float64 for float64 keys) [r, g, T, N], or with `merge_logits` [r, 1, T, N]. The next
-        block is written over it.
-
+    Returns:
+        What `reduce` returned, [B, H, ...].
     """
-    (R, g, T, _), N = queries_RgTD.shape, keys_RND.shape[1]
-    dtype, device = upcast(keys_RND[:0]).dtype, keys_RND.device
-    blocks = list(head_blocks(R, g * T * N, device)) if blocks is None else blocks
-    logits_rqN = torch.empty(max((b.stop - b.start for b in blocks), default=0), g * T, N, dtype=dtype, device=device)
+    (B, H, g, T, _), N = queries_BHgTD.shape, keys_BHND.shape[2]
+    queries_RgTD, keys_RND = queries_BHgTD.flatten(0, 1), keys_BHND.flatten(0, 1)
+    later_RTt = None if later_BHTt is None else later_BHTt.flatten(0, 1)
+    blocks = blocks or list(head_blocks(B * H, g * T * N, keys_RND.device))
+    most = max((block.stop - block.start for block in blocks), default=0)
+    logits_rqN = upcast(keys_RND[:0]).new_empty(most, g * T, N)
+    parts = []
     for block in blocks:
         queries_rqD = upcast(queries_RgTD[block]).flatten(1, 2) * scaling
         logits_rqN = logits_rqN[: len(queries_rqD)]
@@ -207,32 +223,61 @@ def attention_blocks(
         if merge_logits:
             logits_rgTN = logits_rgTN.amax(1, keepdim=True)
         if later_RTt is not None:
-            hidden_r1Tt = later_RTt[block, None]
-            logits_rgTN[..., N - hidden_r1Tt.shape[-1] :].masked_fill_(hidden_r1Tt, float("-inf"))
+            logits_rgTN[..., N - later_RTt.shape[-1] :].masked_fill_(later_RTt[block, None], float("-inf"))
         if adjust is not None:
             adjust(block, logits_rgTN)
-        yield block, torch.softmax(logits_rgTN, -1, out=logits_rgTN)
+        parts.append(reduce(block, torch.softmax(logits_rgTN, -1, out=logits_rgTN)))
+    return torch.unflatten(torch.cat(parts), 0, (B, H))
 
 
-def by_head(function: Callable[[Tensor], Tensor], keys_BHND: Tensor) -> Tensor:
-    """Apply a function of the keys of single heads, [R', N, D] to [R', N], to blocks of heads in float32: [B, H, N]."""
-    keys_RND = keys_BHND.flatten(0, 1)
-    blocks = head_blocks(len(keys_RND), keys_RND[0].numel(), keys_RND.device)
-    return torch.cat([function(upcast(keys_RND[block])) for block in blocks]).view(keys_BHND.shape[:3])
+# --------------------------------------------------------------------------------------------------- norms and blocks
 
 
-def block_elements(device: torch.device) -> int:
-    """Elements worth working on at once: 1 MiB of float32 on a CPU (a core's cache), 256 MiB on an accelerator."""
-    return 1 << 18 if device.type == "cpu" else 1 << 26
+def squared_norms(x_BHND: Tensor, projection_BHDp: Tensor | None = None) -> Tensor:
+    """Return squared norms of keys or values, multiplied by a matrix first if one is given: float32 [B, H, N]."""
+    if projection_BHDp is None:
+        dtype = upcast(x_BHND[:0]).dtype
+        norms_BHN: Tensor = torch.linalg.vector_norm(x_BHND, dim=-1, dtype=dtype)
+        return norms_BHN.square()
+    projection_RpD, x_RND = projection_BHDp.flatten(0, 1).mT, x_BHND.flatten(0, 1)
+    parts = []
+    for block in head_blocks(len(x_RND), x_RND[0].numel(), x_RND.device):
+        x_RDN = upcast(x_RND[block]).mT  # entries before slots, so that the sum runs over long rows
+        parts.append((projection_RpD[block].to(x_RDN.dtype) @ x_RDN).square().sum(1))
+    return torch.cat(parts).view(x_BHND.shape[:3])
+
+
+def random_projection(
+    view: SlotView, columns: int, row_seed: Tensor, head: Tensor | int, event: Tensor | int
+) -> Tensor:
+    """Return Gaussian matrices [..., D, columns] with entries of variance 1 / columns, hashed from the seeds.
+
+    Args:
+        view: for the run's seed, the layer and D.
+        columns: of a matrix.
+        row_seed, head, event: what else is hashed, broadcast to [..., 1]: a sequence has the same in any batch.
+    """
+    D, device = view.keys_BHND.shape[-1], view.keys_BHND.device
+    entries = torch.arange(D * columns, device=device)
+    uniform = noise.uniform(entries, seed=view.seed, row_seed=row_seed, layer=view.layer, head=head, event=event)
+    normals: Tensor = torch.unflatten(noise.normal(uniform), -1, (D, columns))
+    return torch.div(normals, columns**0.5)
+
+
+def by_head(function: Callable[[Tensor], Tensor], x_BHND: Tensor) -> Tensor:
+    """Return a function of single heads, [R', N, D] to [R', N], applied in float32 to blocks of heads: [B, H, N]."""
+    x_RND = x_BHND.flatten(0, 1)
+    blocks = head_blocks(len(x_RND), x_RND[0].numel(), x_RND.device)
+    return torch.cat([function(upcast(x_RND[block])) for block in blocks]).view(x_BHND.shape[:3])
 
 
 def head_blocks(heads: int, elements: int, device: torch.device) -> Iterator[slice]:
-    """Slices over `heads` that bound what is worked on at once, given the elements one head needs.
+    """Yield slices over `heads` that bound what is worked on at once, given the elements one head needs.
 
-    On a CPU a block fits a core's cache, which is faster than all heads at once, but has a head for every thread, for
-    a product of one head is shared badly among threads; an accelerator takes large ones.
+    On a CPU a block fits a core's cache (1 MiB of float32), which is faster than all heads at once. It has a head for
+    every thread, because threads share a product of one head badly. An accelerator takes 256 MiB.
     """
-    least = torch.get_num_threads() if device.type == "cpu" else 1
-    step = max(least, block_elements(device) // max(1, elements))
+    is_cpu = device.type == "cpu"
+    step = max(torch.get_num_threads() if is_cpu else 1, (1 << 18 if is_cpu else 1 << 26) // max(1, elements))
     for start in range(0, heads, step):
         yield slice(start, min(start + step, heads))

@@ -1,11 +1,13 @@
-"""PyramidKV: lower layers keep more slots than higher ones, and SnapKV says which."""
+"""PyramidKV: lower layers keep more slots than higher ones, and SnapKV chooses them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 from reasonkv.budget import Budget
+from reasonkv.methods.base import Requirements
+from reasonkv.methods.options import Size
 from reasonkv.methods.snapkv import SnapKV
 
 
@@ -21,54 +23,35 @@ class PyramidKV(SnapKV):
     Args:
         window, kernel, pooling, denominator: SnapKV's.
         beta: how steep the pyramid is; 1 gives every layer the same, which is SnapKV.
-        form: "ours" - as above; "public" - kvpress: all of `tokens` is divided, shares are rounded one by one, so that
-            their sum may miss, and where the last layer would get less than the window all layers get the same.
-
+        variant: "corrected" - as above; "kvpress" - as there: all of `tokens` is divided, shares are rounded one by
+            one, so that their sum may miss, and where the last layer would get less than the window all layers get
+            the same.
     """
 
     name: ClassVar[str] = "pyramidkv"
-    title: ClassVar[str] = "SnapKV with more slots in lower layers than in higher ones"
-    paper: ClassVar[str] = "PyramidKV, arXiv 2406.02069"
 
-    beta: int = 20
-    form: Literal["ours", "public"] = "ours"
+    beta: Size = 20
+    variant: Literal["corrected", "kvpress"] = "corrected"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.beta < 1:
-            raise ValueError(f"beta must be at least 1, not {self.beta}.")
-        if self.form not in ("ours", "public"):
-            raise ValueError(f"form must be ours or public, not {self.form!r}.")
+    @property
+    def needs(self) -> Requirements:
+        return replace(super().needs, layer_budgets=True)
 
     def layer_tokens(self, budget: Budget, layers: int, prompt: int) -> list[int]:
-        """The `tokens` of every layer, first to last.
-
-        Args:
-            budget: the average.
-            layers: compressed layers.
-            prompt: tokens of the row's prompt, which every layer holds inside its budget if it is to be kept.
-
-        """
-        if self.form == "public":
-            return public_pyramid(budget.tokens, layers, window=self.window, beta=self.beta)
-        recent = max(budget.recent, self.window)
-        common = budget.sinks + recent
+        if self.variant == "kvpress":
+            return kvpress_pyramid(budget.tokens, layers, window=self.window, beta=self.beta)
+        sinks, recent = budget.protected(self.window)
+        common = sinks + recent
         if budget.prompt == "keep":
             common = max(common, prompt + recent + 1)  # the budget asks for one slot more
         return [common + share for share in pyramid(budget.tokens - common, layers, self.beta)]
 
 
 def pyramid(mean: int, layers: int, beta: int) -> list[int]:
-    """Shares on a line from 2 mean - mean / beta down to mean / beta, rounded to sum to exactly layers x mean.
+    """Return shares on a line from 2 mean - mean / beta down to mean / beta, which sum to exactly layers x mean.
 
     Shares are rounded down, and what is left goes to the largest remainders, of equal ones the lower layer's. They
     never rise from one layer to the next. Integers throughout, so every machine divides alike.
-
-    Args:
-        mean: slots per layer.
-        layers: at least 1.
-        beta: at least 1.
-
     """
     if layers == 1:
         return [mean]
@@ -81,16 +64,10 @@ def pyramid(mean: int, layers: int, beta: int) -> list[int]:
     return shares
 
 
-def public_pyramid(mean: float, layers: int, *, window: int, beta: int, length: int | None = None) -> list[int]:
-    """Slots per layer as kvpress divides them.
+def kvpress_pyramid(mean: float, layers: int, *, window: int, beta: int, length: int | None = None) -> list[int]:
+    """Return slots per layer as kvpress divides `mean` slots per layer.
 
-    Args:
-        mean: slots per layer, before rounding.
-        layers: at least 1.
-        window: SnapKV's.
-        beta: at least 1.
-        length: tokens there are to choose from, which caps the first layer's share; None: as many as are wanted.
-
+    `length` is the number of tokens to choose from, which caps the first layer's share; None for as many as are wanted.
     """
     least = mean / beta
     most = 2 * mean - least

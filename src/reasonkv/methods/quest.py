@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from reasonkv.methods.ops import upcast
+from reasonkv.methods.options import Size
 from reasonkv.methods.sparse_read import FullPages, PageView, Prepared, SelectionMethod
 
 
@@ -28,37 +29,26 @@ class Quest(SelectionMethod):
             "none" lets each choose its own, as published for models without groups, so that a KV head is read wherever
             one of them wants.
         first, last, dense: see `SelectionMethod`; published: 0, 1, 2.
-
     """
 
-    page_size: int = 16
+    name: ClassVar[str] = "quest"
+
+    page_size: Size = 16
     share: Literal["max", "sum", "none"] = "max"
 
-    name: ClassVar[str] = "quest"
-    title: ClassVar[str] = "Keeps all, reads the pages with the highest bound of q.k"
-    paper: ClassVar[str] = "Quest, arXiv 2406.10774"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.page_size < 1:
-            raise ValueError(f"page_size must be at least 1, not {self.page_size}.")
-        if self.share not in {"max", "sum", "none"}:
-            raise ValueError(f"share must be max, sum or none, not {self.share!r}.")
-
     def prepare(self, model: PreTrainedModel) -> Prepared:
-        """Nothing but the size of pages."""
         return Prepared(self.page_size)
 
     def summarise(self, pages: FullPages) -> dict[str, Tensor]:
-        """The corners of the box that a page's keys lie in, [n, H, D] each, in the keys' dtype."""
+        """Return the corners of the box that a page's keys lie in, [n, H, D] each, in the keys' dtype."""
         low_nHD, high_nHD = pages.keys_nHcD.aminmax(dim=2)
         return {"low": low_nHD, "high": high_nHD}
 
     def score(self, view: PageView) -> Tensor:
-        """Upper bounds of q.k, [B, H, q, P], or [B, Hq, q, P] with `share="none"`."""
+        """Return upper bounds of q.k, [B, H, q, P], or [B, Hq, q, P] with `share="none"`."""
         queries_BHgqD = upcast(view.queries_BHgqD())
         low_BH1DP, high_BH1DP = (upcast(view.state[name])[:, :, None].mT for name in ("low", "high"))
-        # a positive q_i is bounded by the largest value of its channel, a negative one by the smallest
+        # A positive q_i is bounded by the largest value of its channel, a negative one by the smallest.
         bound_BHgqP = queries_BHgqD.clamp(min=0) @ high_BH1DP + queries_BHgqD.clamp(max=0) @ low_BH1DP
         if self.share == "none":
             return bound_BHgqP.flatten(1, 2)

@@ -1,4 +1,4 @@
-"""Random Attention: a uniformly random set of slots per KV head."""
+"""Random eviction: a uniformly random set of slots per KV head."""
 
 from __future__ import annotations
 
@@ -15,22 +15,18 @@ from reasonkv.view import SlotView
 class RandomEviction(ScorerMethod):
     """Keep slots at random, each KV head its own (Random Attention, 2026, arXiv 2609.03430).
 
-    The paper protects the prompt: say so in the budget (`prompt="keep"`). A generation's noise is a hash of its seeds
-    and token positions, so a row draws the same numbers in any batch.
+    The paper protects the prompt: say so in the budget (`prompt="keep"`). Numbers are hashed from seeds and token
+    positions, so a sequence draws the same in any batch.
 
     Args:
-        redraw: True - fresh numbers at every event, the paper's form; a token then survives each event anew, and its
-            chance falls geometrically with age. False - one number per token for ever: the kept set is a reservoir
-            sample in which every age is equally likely.
-
+        redraw: True - fresh numbers at every compaction, as in the paper; the chance of a token then falls
+            geometrically with age. False - one number per token for ever: the kept set is a reservoir sample in which
+            every age is equally likely.
     """
 
     name: ClassVar[str] = "random"
-    title: ClassVar[str] = "A uniformly random set per KV head"
-    paper: ClassVar[str] = "Random Attention, arXiv 2609.03430"
 
     redraw: bool = True
 
     def score(self, view: SlotView) -> Tensor:
-        """One uniform number per slot."""
         return view.uniform_BHN(per_event=self.redraw)

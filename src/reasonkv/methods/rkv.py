@@ -3,34 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from reasonkv.methods.base import Requirements, ScorerMethod
-from reasonkv.methods.ops import (
-    average_pool,
-    by_head,
-    check_window,
-    fill_window,
-    group_mean,
-    max_pool,
-    window_attention,
-)
+from reasonkv.methods.base import OF_VARIANT, Requirements, ScorerMethod
+from reasonkv.methods.ops import average_pool, by_head, fill_window, max_pool, window_attention
+from reasonkv.methods.options import Kernel, Share, Size
 from reasonkv.view import SlotView
 
-
-class _Defaults(NamedTuple):
-    window: int
-    kernel: int
-    weight: float
-
-
 Spare = Literal["last", "first", "none"]
-_FIRST_WIDTH, _LAST_WIDTH = 32, 256  # columns compared at once; constant, so that no row depends on its batch
-_FORMS = {"official": _Defaults(8, 7, 0.1), "port": _Defaults(64, 5, 0.5)}
+_FIRST_WIDTH, _LAST_WIDTH = 32, 256  # columns compared at once; constant, so that no sequence depends on its batch
 
 
 @dataclass(frozen=True)
@@ -40,90 +25,67 @@ class RKV(ScorerMethod):
 
     score = weight * importance - (1 - weight) * redundancy, both softmaxes over slots.
 
-    `form="official"` is the authors' code; `form="port"` is the one in VaSE's harness, which most published
+    `variant="paper"` is the authors' code; `variant="vase"` is the one in VaSE's harness, which most published
     comparisons ran. They differ in more than numbers: see the two methods below. The authors' code computes the
     redundancy of batch row 0 and uses it for every row; here every row has its own.
 
     Args:
-        form: "official" or "port".
-        window: newest queries that vote; their tokens always stay. 0 stands for the form's own: 8, port 64.
-        kernel: slots pooled together, odd; 0 stands for the form's own: 7 (maximum), port 5 (mean).
-        weight: the paper's lambda, 0 to 1; -1 stands for the form's own: 0.1 (comparisons by others run the official
-            form with 0.1; the default of the authors' class is 0.07), port 0.5.
-        threshold: official form; cosine above which two keys count as duplicates.
-        retain: official form; "last" - the newest duplicate of each key is spared; "first" - slot 0 is spared
-            instead, whatever the threshold (a slip of the authors' code, for comparison only).
-
+        variant: "paper" or "vase".
+        window: newest queries that vote; their tokens are always kept. Unless given: 8, vase 64.
+        kernel: slots pooled together, odd. Unless given: 7 (maximum), vase 5 (mean).
+        weight: the paper's lambda. Unless given: 0.1 (comparisons by others run the authors' code with 0.1; the default
+            of their class is 0.07), vase 0.5.
+        threshold: paper; cosine above which two keys count as duplicates.
+        retain: paper; "last" - the newest duplicate of each key is spared; "first" - slot 0 is spared instead, whatever
+            the threshold (a slip of the authors' code, for comparison only).
     """
 
     name: ClassVar[str] = "rkv"
-    title: ClassVar[str] = "Attention of the newest queries minus redundancy of keys"
-    paper: ClassVar[str] = "R-KV, arXiv 2505.24133"
+    variants: ClassVar[dict[str, dict[str, object]]] = {
+        "paper": {"window": 8, "kernel": 7, "weight": 0.1},
+        "vase": {"window": 64, "kernel": 5, "weight": 0.5},
+    }
 
-    form: Literal["official", "port"] = "official"
-    window: int = 0
-    kernel: int = 0
-    weight: float = -1.0
-    threshold: float = 0.5
+    variant: Literal["paper", "vase"] = "paper"
+    window: Size = OF_VARIANT
+    kernel: Kernel = OF_VARIANT
+    weight: Share = OF_VARIANT
+    threshold: Share = 0.5
     retain: Literal["last", "first"] = "last"
-
-    def __post_init__(self) -> None:
-        if self.form not in _FORMS:
-            raise ValueError(f"form must be official or port, not {self.form!r}.")
-        for key, unset in (("window", 0), ("kernel", 0), ("weight", -1.0)):
-            if getattr(self, key) == unset:
-                object.__setattr__(self, key, getattr(_FORMS[self.form], key))
-        check_window(self.window, self.kernel)
-        if not 0.0 <= self.weight <= 1.0:
-            raise ValueError(f"weight must be between 0 and 1, not {self.weight}.")
-        if not 0.0 <= self.threshold <= 1.0:
-            raise ValueError(f"threshold must be between 0 and 1, not {self.threshold}.")
-        if self.retain not in ("last", "first"):
-            raise ValueError(f"retain must be last or first, not {self.retain!r}.")
 
     @property
     def needs(self) -> Requirements:
-        """The window's queries, and its tokens protected."""
         return Requirements(queries=self.window, recent=self.window)
 
-    def spec(self) -> str:
-        """As for every method, but against the defaults of the form."""
-        base = RKV(form=self.form).options() | {"form": "official"}
-        changed = [f"{key}={value}" for key, value in self.options().items() if value != base[key]]
-        return self.name + (":" + ",".join(changed) if changed else "")
-
     def score(self, view: SlotView) -> Tensor:
-        """Combine: weight * importance - (1 - weight) * redundancy of the slots before the window."""
         importance_BHn = self.importance(view)
         redundancy_BHn = self.redundancy(view)[..., : importance_BHn.shape[-1]]
         score_BHn = self.weight * importance_BHn - (1.0 - self.weight) * redundancy_BHn
         return fill_window(score_BHn, view.positions_BHN.shape[-1])
 
     def importance(self, view: SlotView) -> Tensor:
-        """Attention of the window to the slots before it, with those alone in the softmax: [B, H, n].
+        """Return the attention of the window to the slots before it, with those alone in the softmax: [B, H, n].
 
-        Official: maximum of the LOGITS over the group, softmax, mean over queries, maximum over neighbours.
-        Port: softmax, mean over queries, mean over neighbours, mean over the group.
+        Paper: maximum of the LOGITS over the group, softmax, mean over queries, maximum over neighbours.
+        VaSE: softmax, mean over queries, mean over neighbours, mean over the group.
         """
-        if self.form == "official":
-            return max_pool(group_mean(window_attention(view, over="old", merge_logits=True)), self.kernel)
-        return average_pool(group_mean(window_attention(view, over="old")), self.kernel)
+        attention_BHn = window_attention(view, over="old", merge_logits=self.variant == "paper").mean(2)
+        return (max_pool if self.variant == "paper" else average_pool)(attention_BHn, self.kernel)
 
     def redundancy(self, view: SlotView) -> Tensor:
-        """Softmax over slots of the mean cosine with the other keys.
+        """Return the softmax over slots of the mean cosine with the other keys.
 
-        Official: over all N slots, where each key's newest duplicate is spared the cosine: [B, H, N].
-        Port: over the n slots before the window, nothing spared: [B, H, n].
+        Paper: over all N slots, where each key's newest duplicate is spared the cosine: [B, H, N].
+        VaSE: over the n slots before the window, nothing spared: [B, H, n].
         """
-        keys_BHND = view.keys_BHND
-        spare: Spare = self.retain
-        if self.form == "port":
-            keys_BHND, spare = keys_BHND[:, :, : keys_BHND.shape[2] - view.queries_BHgTD().shape[3]], "none"
-        return mean_cosine(keys_BHND, spare, self.threshold).softmax(-1)
+        if self.variant == "paper":
+            return mean_cosine(view.keys_BHND, self.retain, self.threshold).softmax(-1)
+        n = view.keys_BHND.shape[2] - view.queries_BHgTD().shape[3]
+        return mean_cosine(view.keys_BHND[:, :, :n], "none").softmax(-1)
 
 
 def mean_cosine(keys_BHND: Tensor, spare: Spare = "last", threshold: float = 0.5) -> Tensor:
-    """Mean over i of cos(i, j), the diagonal and the spared entries counted as 0: how much slot j is said elsewhere.
+    """Return the mean over i of cos(i, j), the diagonal and the spared entries counted as 0, float32 [B, H, N].
 
     The sum of column j is k_j . (sum of all k) - k_j . k_j over unit keys, so the N x N matrix is never formed; only
     the entries that are spared have to be found.
@@ -133,10 +95,6 @@ def mean_cosine(keys_BHND: Tensor, spare: Spare = "last", threshold: float = 0.5
         spare: in each row i, "last" - the entry of the newest duplicate of i, or of slot 0 if i has none; "first" -
             the entry of slot 0; "none" - no entry.
         threshold: cosine above which two keys are duplicates, at least 0.
-
-    Returns:
-        float32 [B, H, N].
-
     """
 
     def of_heads(keys_RND: Tensor) -> Tensor:
@@ -153,7 +111,7 @@ def mean_cosine(keys_BHND: Tensor, spare: Spare = "last", threshold: float = 0.5
 
 
 def spared_columns(unit_RND: Tensor, threshold: float | None) -> tuple[Tensor, Tensor]:
-    """For every row i of the cosine matrix the last column j with cos(i, j) > threshold, j != i; 0 where none is.
+    """Return for every row i of the cosine matrix the last column j != i with cos(i, j) > threshold, or 0.
 
     Blocks of columns are visited from the newest to the oldest, and a row leaves as soon as it has its column: work
     is O(N^2 D) only for rows without a duplicate, and memory is one block.
@@ -164,21 +122,17 @@ def spared_columns(unit_RND: Tensor, threshold: float | None) -> tuple[Tensor, T
 
     Returns:
         int64 [R, N], the column of each row; [R, N], the cosine there (0 on the diagonal).
-
     """
     R, N, _ = unit_RND.shape
-    device = unit_RND.device
     unit_rD = unit_RND.flatten(0, 1)  # r = R x N, the rows of all heads
     cosine_r = (unit_RND[:, :1] @ unit_RND.mT).flatten()
     cosine_r[::N] = 0.0
     column_r = torch.zeros_like(cosine_r, dtype=torch.int64)
     if threshold is None:
         return column_r.view(R, N), cosine_r.view(R, N)
-
-    start_R1 = torch.arange(0, R * N, N, device=device).unsqueeze(1)
     # M rows per head are compared: row_RM says which, open_RM whether they are still looking for their column.
-    row_RM = torch.arange(R * N, device=device).view(R, N)
-    open_RM = torch.ones(R, N, dtype=torch.bool, device=device)
+    row_RM = torch.arange(R * N, device=unit_RND.device).view(R, N)
+    start_R1, open_RM = row_RM[:, :1], torch.ones_like(row_RM, dtype=torch.bool)
     rows_RMD, high, width = unit_RND, N, _FIRST_WIDTH
     while high > 0:
         low = max(0, high - width)

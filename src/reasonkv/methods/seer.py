@@ -33,67 +33,61 @@ class SeerAttention(SelectionMethod):
     Args:
         gate: a gate's file; unless given, `reasonkv_gate.safetensors` in the model's folder.
         first, last, dense: see `SelectionMethod`; published: 0, 1, 0.
-
     """
+
+    name: ClassVar[str] = "seer"
 
     gate: str = ""
 
-    name: ClassVar[str] = "seer"
-    title: ClassVar[str] = "Keeps all, reads the pages a trained gate expects to matter"
-    paper: ClassVar[str] = "SeerAttention-R, arXiv 2506.08889"
-
     @property
     def needs(self) -> Requirements:
-        """Vectors before RoPE, so the rotary embedding."""
-        return Requirements(rotary=True)
+        return Requirements(rotary=True, selects=True)
 
     def prepare(self, model: PreTrainedModel) -> Prepared:
-        """The model's gate.
+        """Return the model's gate.
 
         Raises:
             GateError: there is none, or it belongs to another model.
-
         """
-        from reasonkv.seer.gate import find_gate  # which looks models up, so it stands on this package
+        from reasonkv.seer.gate import find_gate  # which builds on this package
 
         found = find_gate(model, self.gate or None).to(model.device)
         return Prepared(found.page_size, found.layers)
 
     def summarise(self, pages: FullPages) -> dict[str, Tensor]:
-        """The gate keys of pages, [n, H, E], in the keys' dtype."""
+        """Return the gate keys of pages, [n, H, E], in the keys' dtype."""
         assert pages.parameters is not None and pages.rotary is not None
-        position_n1c = (pages.first_n[:, None] + torch.arange(pages.keys_nHcD.shape[2], device=pages.first_n.device))[
-            :, None
-        ]
+        tokens_c = torch.arange(pages.keys_nHcD.shape[2], device=pages.first_n.device)
+        position_n1c = (pages.first_n[:, None] + tokens_c)[:, None]
         plain_nHcD = pages.rotary.unrotate(upcast(pages.keys_nHcD), position_n1c)
         gate_nHE = gate_keys(pages.parameters, plain_nHcD, pages.first_n, pages.rotary)
         return {"gate": gate_nHE.to(pages.keys_nHcD.dtype)}
 
     def score(self, view: PageView) -> Tensor:
-        """Logits of the gate, [B, H, q, P]."""
+        """Return logits of the gate, [B, H, q, P]."""
         assert view.parameters is not None and view.rotary is not None
-        position_B11q = view.positions_Bq[:, None, None]
-        plain_BHgqD = view.rotary.unrotate(upcast(view.queries_BHgqD()), position_B11q)
-        queries_BHqE = gate_queries(view.parameters, plain_BHgqD, position_B11q[:, 0], view.rotary)
+        position_B1q = view.positions_Bq[:, None]
+        plain_BHgqD = view.rotary.unrotate(upcast(view.queries_BHgqD()), position_B1q[:, None])
+        queries_BHqE = gate_queries(view.parameters, plain_BHgqD, position_B1q, view.rotary)
         return gate_logits(queries_BHqE, upcast(view.state["gate"]))
 
 
 def gate_queries(parameters: Parameters, plain_BHgqD: Tensor, position_B1q: Tensor, rotary: Rotary) -> Tensor:
-    """Gate queries [B, H, q, E] from queries before RoPE; `parameters` as in `reasonkv.seer.gate.Gate`."""
+    """Return gate queries [B, H, q, E] from queries before RoPE; `parameters` as in `reasonkv.seer.gate.Gate`."""
     weight_HgDE = parameters["query"].to(plain_BHgqD.dtype)
     projected_BHqE = torch.einsum("bhgqd,hgde->bhqe", plain_BHgqD, weight_HgDE)
     return rotary.rotate(_rms_norm(projected_BHqE, parameters["query_norm"]), position_B1q)
 
 
 def gate_keys(parameters: Parameters, plain_nHcD: Tensor, first_n: Tensor, rotary: Rotary) -> Tensor:
-    """Gate keys [n, H, E] of pages from their keys before RoPE; `first_n` are their first tokens' indices."""
+    """Return gate keys [n, H, E] of pages from their keys before RoPE; `first_n` are their first tokens' indices."""
     pooled_nHX = torch.cat([plain_nHcD.amax(2), plain_nHcD.amin(2), plain_nHcD.mean(2)], -1)
     projected_nHE = torch.einsum("nhx,hxe->nhe", pooled_nHX, parameters["key"].to(plain_nHcD.dtype))
     return rotary.rotate(_rms_norm(projected_nHE, parameters["key_norm"]), first_n[:, None])
 
 
 def gate_logits(queries_BHqE: Tensor, keys_BHPE: Tensor) -> Tensor:
-    """[B, H, q, P]; their softmax over pages is the attention the gate expects."""
+    """Return logits [B, H, q, P]; their softmax over pages is the attention the gate expects."""
     logits: Tensor = queries_BHqE @ keys_BHPE.mT * queries_BHqE.shape[-1] ** -0.5
     return logits
 

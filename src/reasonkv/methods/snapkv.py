@@ -1,4 +1,4 @@
-"""SnapKV during decode: what the recent queries attend to stays."""
+"""SnapKV during decode: what the recent queries attend to is kept."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from reasonkv.methods.base import Requirements, ScorerMethod
-from reasonkv.methods.ops import average_pool, check_window, fill_window, group_mean, max_pool, window_attention
+from reasonkv.methods.ops import average_pool, fill_window, max_pool, window_attention
+from reasonkv.methods.options import Kernel, Size
 from reasonkv.view import SlotView
 
 
@@ -17,45 +18,33 @@ class SnapKV(ScorerMethod):
     """Keep what the newest queries attend to, smoothed over neighbours (Li et al., 2024, "SnapKV: LLM Knows What You
     are Looking for Before Generation", arXiv 2404.14469, section 4).
 
-    The paper compresses once, after the prompt, and per query head. Here every event compresses, each KV head keeps
-    one set, and the scores of its query heads are averaged. Mean instead of sum over the window: the same order.
+    The paper compresses once, after the prompt, and per query head. Here every compaction does, each KV head keeps one
+    set, and the scores of its query heads are averaged. Mean instead of sum over the window: the same order.
 
     Args:
-        window: newest queries that vote; their tokens always stay.
+        window: newest queries that vote; their tokens are always kept.
         kernel: slots pooled together, odd; 1 turns pooling off.
         pooling: "avg" - zeros beyond the ends count in the mean; "max" - per query head.
         denominator: "all" - the softmax runs over all slots as in the model (the paper); "old" - only over the slots
             before the window (VaSE's decode harness).
-
     """
 
     name: ClassVar[str] = "snapkv"
-    title: ClassVar[str] = "Pooled attention of the newest queries"
-    paper: ClassVar[str] = "SnapKV, arXiv 2404.14469"
 
-    window: int = 64
-    kernel: int = 5
+    window: Size = 64
+    kernel: Kernel = 5
     pooling: Literal["avg", "max"] = "avg"
     denominator: Literal["all", "old"] = "all"
 
-    def __post_init__(self) -> None:
-        check_window(self.window, self.kernel)
-        if self.pooling not in ("avg", "max"):
-            raise ValueError(f"pooling must be avg or max, not {self.pooling!r}.")
-        if self.denominator not in ("all", "old"):
-            raise ValueError(f"denominator must be all or old, not {self.denominator!r}.")
-
     @property
     def needs(self) -> Requirements:
-        """The window's queries, and its tokens protected."""
         return Requirements(queries=self.window, recent=self.window)
 
     def score(self, view: SlotView) -> Tensor:
-        """Attention of the window to the slots before it: mean over queries, pool, mean over the group."""
         N, T = view.positions_BHN.shape[-1], view.queries_BHgTD().shape[3]
         attention_BHgn = window_attention(view, over=self.denominator)[..., : N - T]
         if self.pooling == "max":
-            votes_BHn = group_mean(max_pool(attention_BHgn, self.kernel))
+            votes_BHn = max_pool(attention_BHgn, self.kernel).mean(2)
         else:
-            votes_BHn = average_pool(group_mean(attention_BHgn), self.kernel)  # both are linear: the order is free
+            votes_BHn = average_pool(attention_BHgn.mean(2), self.kernel)  # both are linear: the order is free
         return fill_window(votes_BHn, N)

@@ -22,8 +22,6 @@ class StreamingLLM(ScorerMethod):
     """
 
     name: ClassVar[str] = "streaming"
-    title: ClassVar[str] = "Sinks and the newest tokens"
-    paper: ClassVar[str] = "StreamingLLM, arXiv 2309.17453"
 
     def score(self, view: SlotView) -> Tensor:
         """The position itself: the newer, the better."""

@@ -1,4 +1,4 @@
-"""TOVA: what the newest token attends to stays, one set for all heads of a layer."""
+"""TOVA: what the newest token attends to is kept, one set for all heads of a layer."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from reasonkv.methods.base import Requirements, ScorerMethod
-from reasonkv.methods.ops import check_window, window_attention
+from reasonkv.methods.ops import window_attention
+from reasonkv.methods.options import Size
 from reasonkv.view import SlotView
 
 
@@ -17,30 +18,22 @@ class TOVA(ScorerMethod):
     """Keep what the newest query attends to, averaged over all query heads of the layer (Oren et al., 2024,
     "Transformers are Multi-State RNNs", arXiv 2401.06104: Token Omission Via Attention).
 
-    The paper drops the lowest slot at every step; that is `interval=1` in the budget. With a longer interval one query
+    The paper evicts the lowest slot at every step; that is `interval=1` in the budget. With a longer interval one query
     decides for the whole interval, which is what public decode harnesses run.
 
     Args:
-        window: newest queries whose attention is averaged; the paper uses one. Their tokens always stay.
-
+        window: newest queries whose attention is averaged; the paper uses one. Their tokens are always kept.
     """
 
     name: ClassVar[str] = "tova"
-    title: ClassVar[str] = "Attention of the newest query, one set per layer"
-    paper: ClassVar[str] = "TOVA, arXiv 2401.06104"
 
-    window: int = 1
-
-    def __post_init__(self) -> None:
-        check_window(self.window, 1)
+    window: Size = 1
 
     @property
     def needs(self) -> Requirements:
-        """The newest query and its token; all heads share their slots."""
         return Requirements(queries=self.window, recent=self.window, scope="layer")
 
     def score(self, view: SlotView) -> Tensor:
-        """Softmax over all slots, mean over the window and over all query heads: the same numbers for every KV head."""
         attention_BHgN = window_attention(view)
         mean_B1N = view.reduce(attention_BHgN.flatten(1, 2).mean(1, keepdim=True), "mean")
         return mean_B1N.expand(view.positions_BHN.shape).contiguous()

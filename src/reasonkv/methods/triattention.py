@@ -1,34 +1,43 @@
-"""TriAttention: what the mean query of each head will attend to, told from rotated keys."""
+"""TriAttention: what the mean query of each head will attend to, from rotated keys alone."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
-from typing import ClassVar, Literal, get_args
+from dataclasses import dataclass, replace
+from typing import Annotated, ClassVar, Literal
 
 import torch
+from annotated_types import Ge
 from torch import Tensor
 
 from reasonkv.budget import Budget
-from reasonkv.methods.base import Method, Requirements
+from reasonkv.methods.base import OF_VARIANT, Method, Requirements
 from reasonkv.methods.frequency import (
     Aggregation,
     FrequencyOptions,
     Horizon,
     Norm,
-    frequency_scores,
+    layer_scores,
 )
 from reasonkv.methods.ops import top_k_slots
+from reasonkv.methods.options import MethodError
 from reasonkv.plan import Plan
 from reasonkv.view import SlotView
 
-__all__ = ["FrequencyOptions", "TriAttention", "across", "frequency_scores", "standardize"]
-
-Mode = Literal["per_head", "global", "per_layer_per_head"]
-Group = Literal["max", "mean"]
-Profile = Literal["default", "paper"]
-
 _NOISE = 1e-6
+
+
+def paper_budget(tokens: int, entry: Literal["command_line", "library"] = "command_line") -> Budget:
+    """Return the budget that the public TriAttention and CASK code run with.
+
+    Args:
+        tokens: slots that are kept, prompt included.
+        entry: "command_line" - their `run-one` and workers, behind the published results; "library" - their functions
+            called directly, and CASK's replay harness.
+
+    """
+    budget = Budget(tokens, interval=128, sinks=0, recent=0, cut_prompt="first_event", prompt="count")
+    return budget if entry == "command_line" else replace(budget, trigger="grid", trigger_counts="decode")
 
 
 @dataclass(frozen=True)
@@ -41,24 +50,24 @@ class TriAttention(Method):
     2. `normalize`: z-score each query head's scores over the candidates, the slots that nothing protects.
     3. Reduce over heads and layers as `mode` says, and take the best.
 
-    The default is the published setting: `mode=per_head` with z-scores. It lets KV heads of different tastes hold
-    different tokens, and averages every head's taste over the layers.
+    The default is the published setting: `mode="per_head"` with z-scores. KV heads may hold different tokens, and every
+    head's scores are averaged over the layers.
 
-    `profile=paper` is the public code with the prompt pinned, its default. Which budget it ran with depends on the
-    entry point (P = prompt tokens; sinks and recent are 0 in all of them; see `paper_budget`):
+    `variant="paper"` is the public code with its default, a pinned prompt. Which budget it ran with depends on the
+    entry point (`paper_budget`; sinks and recent are 0 in all of them):
 
     | entry point | method | budget: interval 128, prompt count, cut_prompt first_event, and |
     |---|---|---|
-    | command line (published results) | `profile=paper` | trigger occupancy |
-    | library, replay harness | `profile=paper,mode=global,normalize=false` | trigger grid, trigger_counts decode |
-    | either, `allow_prefill_compression` | without `profile` | the same |
+    | command line (published results) | `variant=paper` | trigger occupancy |
+    | library, replay harness | `variant=paper,mode=global,normalize=false` | trigger grid, trigger_counts decode |
+    | either, `allow_prefill_compression` | without `variant` | the same |
 
-    The public code's quirk is kept under `pin_prompt`: once the prompt alone fills the budget, every event keeps the
-    first slots of the cache and nothing else. Two differences of form remain: kept slots ascend (those of the public
-    per-head modes are in order of score), and ties go to the newer slot (the public code adds noise from a
-    generator, 1e-6 high, unless its seed is None).
+    A quirk of the public code is kept under `pin_prompt`: once the prompt alone fills the budget, every compaction
+    keeps the first slots of the cache and nothing else. Two differences remain: kept slots ascend (those of the public
+    per-head modes are in order of score), and ties go to the newer slot (the public code adds noise of 1e-6).
 
     Args:
+        variant: "corrected" or "paper".
         mode: "per_head" - the best query head of a group, averaged over layers: each KV head index has its own set,
             the same in all layers; "global" - the best query head of the model: one set for all; "per_layer_per_head"
             - each KV head of each layer by itself.
@@ -66,38 +75,43 @@ class TriAttention(Method):
         group: how the query heads of a KV head are reduced: "max" or "mean" (the public code has "mean" in
             per_layer_per_head only; "global" always takes the maximum).
         aggregation, mlr, trig, horizon, norm, norm_lambda: of the score, see `FrequencyOptions`.
-        noise: break ties by the project's hashed noise, up to 1e-6, instead of by age.
-        pin_prompt: prompt slots stay whatever the budget's prompt policy, with the quirk above.
-        profile: "paper" sets pin_prompt.
+        noise: break ties by hashed noise of up to 1e-6 instead of by age.
+        pin_prompt: prompt slots are kept whatever the budget's prompt policy. Unless given: false, paper true.
 
     """
 
     name: ClassVar[str] = "triattention"
     title: ClassVar[str] = "Expected score under the mean query, from calibration"
     paper: ClassVar[str] = "TriAttention, arXiv 2604.04921"
+    variants: ClassVar[dict[str, dict[str, object]]] = {
+        "corrected": {"pin_prompt": False},
+        "paper": {"pin_prompt": True},
+    }
+    paper_budget = staticmethod(paper_budget)
 
-    mode: Mode = "per_head"
+    variant: Literal["corrected", "paper"] = "corrected"
+    mode: Literal["per_head", "global", "per_layer_per_head"] = "per_head"
     normalize: bool = True
-    group: Group = "max"
+    group: Literal["max", "mean"] = "max"
     aggregation: Aggregation = "mean"
     mlr: bool = True
     trig: bool = True
     horizon: Horizon = "fixed"
     norm: Norm = "tri"
-    norm_lambda: float = 1.0
+    norm_lambda: Annotated[float, Ge(0)] = 1.0
     noise: bool = False
-    pin_prompt: bool = False
-    profile: Profile = "default"
+    pin_prompt: bool = OF_VARIANT
 
-    def __post_init__(self) -> None:
-        for key, allowed in (("mode", Mode), ("group", Group), ("profile", Profile)):
-            if getattr(self, key) not in get_args(allowed):
-                raise ValueError(f"{key} must be one of {', '.join(get_args(allowed))}, not {getattr(self, key)!r}.")
+    def check_options(self) -> None:
+        """Refuse combinations that have no meaning."""
         if self.mode == "global" and self.group != "max":
-            raise ValueError("mode=global takes the maximum over all heads, so it needs group=max.")
-        if self.profile == "paper":
-            object.__setattr__(self, "pin_prompt", True)
-        assert self.frequency  # its options are checked here
+            raise MethodError("triattention: mode=global takes the maximum over all heads, so it needs group=max.")
+        if self.aggregation == "max" and self.horizon != "fixed":
+            raise MethodError(
+                f"triattention: horizon={self.horizon} weights the mean over distances, so it needs aggregation=mean."
+            )
+        if self.norm == "rms2" and not self.mlr:
+            raise MethodError("triattention: mlr=false takes the whole mean modulus, so it needs norm=tri.")
 
     @property
     def frequency(self) -> FrequencyOptions:
@@ -114,37 +128,8 @@ class TriAttention(Method):
             statistics=frozenset(part for part, is_read in parts.items() if is_read),
         )
 
-    @classmethod
-    def paper_budget(cls, tokens: int, entry: Literal["command_line", "library"] = "command_line") -> Budget:
-        """The budget of the public code's entry points (see the class).
-
-        Args:
-            tokens: slots that stay, prompt included.
-            entry: "command_line" - its `run-one` and worker, behind the published results; "library" - its functions
-                called directly, and CASK's replay harness.
-
-        """
-        if entry == "command_line":
-            return Budget(tokens, interval=128, sinks=0, recent=0, cut_prompt="first_event", prompt="count")
-        return Budget(
-            tokens,
-            interval=128,
-            sinks=0,
-            recent=0,
-            trigger="grid",
-            trigger_counts="decode",
-            cut_prompt="first_event",
-            prompt="count",
-        )
-
-    def spec(self) -> str:
-        """As for every method; what the profile sets is not said twice."""
-        base = type(self)(profile=self.profile).options() | {"profile": "default"}
-        changed = [f"{f.name}={getattr(self, f.name)}" for f in fields(self) if getattr(self, f.name) != base[f.name]]
-        return self.name + (":" + ",".join(changed) if changed else "")
-
     def plan(self, view: SlotView, keep: int) -> Plan:
-        """One layer alone; what `plan_layers` does with it."""
+        """Plan one layer alone."""
         return self.plan_layers([view], keep)[0]
 
     def plan_layers(self, views: Sequence[SlotView], keep: int) -> list[Plan]:
@@ -152,20 +137,19 @@ class TriAttention(Method):
         reduced = [self._reduced_scores(view, keep) for view in views]
         if self.mode == "per_layer_per_head":
             return [self._choose(scores, view, keep) for scores, view in zip(reduced, views, strict=True)]
-        combined = across(torch.stack(reduced), "max" if self.mode == "global" else "mean", 0)
+        stacked = torch.stack(reduced)
+        combined = stacked.amax(0) if self.mode == "global" else stacked.mean(0)
         return [self._choose(combined, views[0], keep)] * len(views)
 
     def _reduced_scores(self, view: SlotView, keep: int) -> Tensor:
         """One layer's scores after steps 1 and 2, reduced over query heads: [B, H, N], or [B, 1, N] for `global`."""
-        assert view.calibration is not None and view.rotary is not None
         B, H, N = view.positions_BHN.shape
-        scores_BHqN = frequency_scores(view.keys_BHND, view.calibration, view.rotary, view.length_B, self.frequency)
-        scores_BHgN = scores_BHqN.view(B, H, -1, N)
+        scores_BHgN = layer_scores(view, self.frequency).view(B, H, -1, N)
         if self.normalize:
             scores_BHgN = standardize(scores_BHgN, ~self._protected(view, keep)[0][:, :, None])
         if self.mode == "global":
-            return view.reduce(across(scores_BHgN.flatten(1, 2), "max", 1)[:, None], "max")
-        return across(scores_BHgN, self.group, 2)
+            return view.reduce(scores_BHgN.flatten(1, 2).amax(1, keepdim=True), "max")
+        return scores_BHgN.amax(2) if self.group == "max" else scores_BHgN.mean(2)
 
     def _protected(self, view: SlotView, keep: int) -> tuple[Tensor, Tensor]:
         """Slots that must stay, bool [B, H, N], and rows whose prompt fills the budget, bool [B] (see the class)."""
@@ -194,7 +178,7 @@ class TriAttention(Method):
 
 
 def standardize(scores: Tensor, is_candidate: Tensor, least: float = 1e-6) -> Tensor:
-    """Z-scores [..., N] over each row's candidates alone.
+    """Return z-scores [..., N] over each row's candidates alone.
 
     Args:
         scores: any float dtype.
@@ -209,8 +193,3 @@ def standardize(scores: Tensor, is_candidate: Tensor, least: float = 1e-6) -> Te
     centred = scores - (scores * is_candidate).sum(-1, keepdim=True) / count
     deviation = ((centred.square() * is_candidate).sum(-1, keepdim=True) / count).sqrt()
     return centred / deviation.clamp(min=least)
-
-
-def across(scores: Tensor, how: Literal["max", "mean"], dim: int) -> Tensor:
-    """Reduce scores over query heads or layers. Over all heads of a layer, `SlotView.reduce` goes on."""
-    return scores.amax(dim) if how == "max" else scores.mean(dim)

@@ -1,1 +1,1 @@
-"""Results for people: terminal tables and figures."""
+"""Terminal tables, figures, the HTML report and the trace inspector."""

@@ -1,220 +1,209 @@
-"""What one mean may be taken over: records of one folder, one budget rule and one regime, as rows for tables."""
+"""What may be compared: the records of one folder and one budget rule, and their tables for the page's script."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from reasonkv.evaluate.accuracy import summarize_answers
-from reasonkv.evaluate.answers import AnswerRecord
-from reasonkv.evaluate.frontier import regime
-from reasonkv.evaluate.records import Record
-from reasonkv.evaluate.results import Results
-from reasonkv.evaluate.statistics import Difference, Estimate, clustered_mean
-from reasonkv.evaluate.summary import READ, method_labels, summarize
-from reasonkv.report.regimes import SELECTING
-from reasonkv.report.wording import budget_sentence
+import pandas as pd
 
-Line = Record | AnswerRecord
-Cell = tuple[str, str, int | None]
-"""Task, label of the method, tokens of the budget."""
-UNBOUNDED = "full KV"
-"""What stands in the regime column of full KV's own rows."""
+from reasonkv.evaluate.manifest import ResultsError
+from reasonkv.evaluate.table import COMPARED, Difference, read_manifest, read_results, summarize
+from reasonkv.report.metrics import shown_metrics
+
+TAIL = 120
+"""Characters of an output's end that the record table shows."""
+_POLICIES = {"count": ", prompt compressible", "keep": ", prompt kept", "on_top": ", prompt kept on top", "": ""}
+_TASK = ("task", "task", "task family, with the dials that were given")
+_METHOD = ("method", "method", "method, with the options that are not its defaults")
+_BUDGET = ("tokens", "budget", "slots per KV head and layer that stay after a compaction")
+Column = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class SummaryRow:
-    """One cell of a replay or an evaluation on one task in one regime.
+class Folder:
+    """A results folder: its name on the page, manifest and records."""
 
-    Args:
-        regime: the regime, or `UNBOUNDED` for full KV.
-        task: the task.
-        method: the method, with the options that are not its defaults.
-        tokens: the budget's tokens, None for full KV.
-        n: traces, or problems of an evaluation.
-        estimates: by metric.
-        versus_full: paired differences to full KV by metric.
-        versus_random: the same to random at the same budget.
-    """
-
-    regime: str
-    task: str
-    method: str
-    tokens: int | None
-    n: int
-    estimates: dict[str, Estimate]
-    versus_full: dict[str, Difference]
-    versus_random: dict[str, Difference]
+    path: Path
+    name: str
+    manifest: dict[str, Any]
+    frame: pd.DataFrame
 
 
 @dataclass(frozen=True)
 class Cohort:
-    """Rows that may be compared with each other.
+    """Records that may be compared with each other, full KV's among them.
 
     Args:
-        results: the folder they come from.
-        rule: every field of the budget but `tokens`; empty where only full KV ran.
-        rows: full KV's first. Regimes are never averaged together: a cell whose traces fall into two regimes has two
-            rows.
+        folder: where they come from.
+        name: the job and the prompt policy in words.
+        frame: records of one budget rule.
+        summary: with regimes apart.
     """
 
-    results: Results
-    rule: dict[str, Any]
-    rows: list[SummaryRow]
+    folder: Folder
+    name: str
+    frame: pd.DataFrame
+    summary: pd.DataFrame
 
     @property
     def kind(self) -> str:
         """`replay` or `evaluate`."""
-        return "evaluate" if self.results.answers else "replay"
+        return str(self.frame["kind"].iloc[0])
 
     @property
-    def keeps_prompt(self) -> bool:
-        """Whether no method may drop the prompt."""
-        return self.rule.get("prompt") in {"keep", "on_top"}
-
-    @property
-    def selecting(self) -> list[str]:
-        """Labels of the methods that hold everything and read a part of it."""
-        return list(dict.fromkeys(row.method for row in self.rows if row.regime == SELECTING))
-
-    @property
-    def padded(self) -> list[str]:
-        """Labels of the methods that drop slots and hold padding, which nothing attends to."""
-        found = [row for row in self.rows if row.regime != SELECTING and "slots_read_mean" in row.estimates]
-        return list(dict.fromkeys(row.method for row in found))
-
-    @property
-    def evicts(self) -> bool:
-        """Whether any bounded method drops slots."""
-        return any(row.regime not in {UNBOUNDED, SELECTING} for row in self.rows)
-
-    def same_problems(self, other: Cohort) -> bool:
-        """Whether the other ran the same kind of job on the same model and problems, so that rows may be shared."""
-        mine, theirs = self.results.manifest, other.results.manifest
-        return self.kind == other.kind and all(
-            mine.get(part, {}).get(name) == theirs.get(part, {}).get(name)
-            for part, names in (("model", ["hash"]), ("arguments", ["seed", "limit", "traces", "samples", "sampling"]))
-            for name in names
-        )
+    def prompt(self) -> str:
+        """The budget's prompt policy; "" where only full KV ran."""
+        return str(max(self.frame["prompt"]))
 
 
-def cohorts(results: Sequence[Results]) -> list[Cohort]:
-    """One cohort per folder and budget rule, in the order they first occur."""
-    found: list[Cohort] = []
-    for one in results:
-        found += _of_folder(one, one.answers) if one.answers else _of_folder(one, one.records)
-    return found
+def read_folders(folders: Sequence[Path]) -> list[Folder]:
+    """Read results folders.
+
+    Raises:
+        ResultsError: a folder holds no results, or is named twice.
+        RecordError: a record is damaged.
+    """
+    if len({one.resolve() for one in folders}) < len(folders):
+        raise ResultsError("A results folder is named twice; name each once.")
+    names = [one.resolve().name for one in folders]
+    return [
+        Folder(one, name if names.count(name) == 1 else str(one), read_manifest(one), read_results([one]))
+        for one, name in zip(folders, names, strict=True)
+    ]
 
 
-def budget_rule(record: Record | AnswerRecord) -> dict[str, Any]:
-    """Every field of a record's budget but `tokens`."""
-    return {name: value for name, value in (record.budget or {}).items() if name != "tokens"}
+def job_words(kind: str, prompt: str) -> str:
+    """Return the job and how the prompt is treated, in a few words."""
+    return ("Answers" if kind == "evaluate" else "Replay") + _POLICIES[prompt]
 
 
-def labels_of(records: Sequence[Line]) -> list[str]:
-    """The label of every record's method: its name, and the options that are not its defaults."""
-    known = method_labels(records)
-    return [known[json.dumps([one.method, one.options], sort_keys=True)] for one in records]
+def cohorts(folders: Sequence[Folder]) -> list[Cohort]:
+    """Return one cohort per folder and budget rule; answers first, for what stands for them comes after."""
+    found = []
+    for folder in folders:
+        frame = folder.frame
+        for rule in [one for one in frame["rule"].unique() if one] or [""]:
+            # full KV stands in every cohort, so that differences to it pair the very problems of a regime
+            own = frame[(frame["rule"] == rule) | (frame["tokens"] == 0)]
+            name = job_words(own["kind"].iloc[0], max(own["prompt"]))
+            found.append(Cohort(folder, name, own, summarize(own, regimes=True)))
+    names = [one.name for one in found]
+    named = [
+        one if names.count(one.name) == 1 else replace(one, name=f"{one.name} ({one.folder.name})") for one in found
+    ]
+    return sorted(named, key=lambda one: one.kind != "evaluate")
 
 
-def selecting_labels(records: Sequence[Line]) -> list[str]:
-    """Labels of the methods that hold everything and read a part of it, each once."""
-    return list(dict.fromkeys(labels_of([one for one in records if one.selects])))
+def same_problems(one: Cohort, other: Cohort) -> bool:
+    """Return whether both ran the same kind of job on the same model and problems, so that rows may be shared."""
+    mine, theirs = one.folder.manifest, other.folder.manifest
+    names = ("seed", "limit", "traces", "samples", "sampling")
+    arguments = [[each.get("arguments", {}).get(name) for name in names] for each in (mine, theirs)]
+    model = [each.get("model", {}).get("hash") for each in (mine, theirs)]
+    return one.kind == other.kind and arguments[0] == arguments[1] and model[0] == model[1]
 
 
-def padded_labels(records: Sequence[Line]) -> list[str]:
-    """Labels of the methods that drop slots and hold padding, which nothing attends to, each once."""
-    found = [one for one in records if one.slots_read_mean is not None and not one.selects]
-    return list(dict.fromkeys(labels_of(found)))
+def summary_columns(cohort: Cohort) -> list[Column]:
+    """Return the columns of a cohort's summary, for the page's script."""
+    rows, kind = cohort.summary, cohort.kind
+    unit = "problems" if kind == "evaluate" else "traces"
+    columns = [
+        _words(*_TASK, rows["task"]),
+        _words(*_METHOD, rows["method"]),
+        _words("regime", "regime", "how the budget met the trace; means never cross regimes", rows["regime"]),
+        _numbers(*_BUDGET, rows["tokens"].replace(0, math.nan)),
+        _numbers("n", "n", f"{unit} in the mean", rows["n"]),
+    ]
+    for metric in shown_metrics(kind, rows):
+        look = {"digits": metric.digits, "scale": metric.scale}
+        values = {"values": _short(rows[metric.key]), "se": _short(rows[f"{metric.key}_se"])}
+        columns.append(_column(metric.key, metric.label, metric.meaning, "estimate", **look, **values))
+        if metric.key in COMPARED[kind] and metric.key != "nll":
+            for other, name in (("full", "full KV"), ("random", "random")):
+                found = [one if isinstance(one, Difference) else None for one in rows[f"{metric.key}_vs_{other}"]]
+                meaning = (
+                    f"{metric.label}, paired difference to {name} on the same problems, with a 95 % bootstrap interval"
+                )
+                ends = {
+                    key: _short(pd.Series([math.nan if one is None else getattr(one, part) for one in found]))
+                    for key, part in (("values", "mean"), ("low", "low"), ("high", "high"))
+                }
+                key, label = f"{metric.key}_versus_{other}", f"Δ {metric.label} to {name}"
+                columns.append(_column(key, label, meaning, "difference", **look, **ends))
+    return columns
 
 
-def rule_sentence(records: Sequence[Line]) -> str:
-    """What the budget of some records counts, those of one rule; nothing where only full KV ran."""
-    bounded = [one for one in records if one.budget is not None]
-    if not bounded or bounded[0].budget is None:
-        return ""
-    evicting = any(not one.selects for one in bounded)
-    return budget_sentence(bounded[0].budget, selecting_labels(bounded), padded_labels(bounded), evicting=evicting)
+def record_columns(frame: pd.DataFrame) -> list[Column]:
+    """Return the columns of every record of one folder, for the page's script."""
+    answers = "correct" in frame
+    columns = [
+        _words(*_TASK, frame["task"]),
+        _words(*_METHOD, frame["label"]),
+        _words("prompt", "prompt", "what the budget counts of the prompt", frame["prompt"].replace("", "-")),
+        _numbers(*_BUDGET, frame["tokens"].replace(0, math.nan)),
+        _words("regime", "regime", "how the budget met the trace", frame["regime"]),
+    ]
+    if answers:
+        verdicts = ["right" if right else "truncated" if cut else "wrong"
+                    for right, cut in zip(frame["correct"], frame["truncated"], strict=True)]  # fmt: skip
+        columns.append(_words("answer", "answer", "what the task's checker says of the whole answer", verdicts))
+    for key, label, meaning, digits, scale in _RECORD_NUMBERS:
+        if key in frame and frame[key].notna().any() and (answers or key != "sample"):
+            columns.append(_numbers(key, label, meaning, frame[key], digits, scale))
+    if (frame["guards"] != "{}").any():
+        texts = [", ".join(f"{name} {n}" for name, n in json.loads(one).items()) or "-" for one in frame["guards"]]
+        columns.append(_words("fallbacks", "fallbacks", "how often a method used a fallback rule, by name", texts))
+    if answers:
+        tails = frame["output"].str[-TAIL:]
+        columns.append(_words("output", "end of the output", f"its last {TAIL} characters", tails))
+    return columns
 
 
-def _of_folder(results: Results, records: Sequence[Line]) -> list[Cohort]:
-    full = [record for record in records if record.budget is None]
-    rules: dict[str, list[Line]] = {}
-    for record in records:
-        if record.budget is not None:
-            rules.setdefault(json.dumps(budget_rule(record), sort_keys=True), []).append(record)
-    if not rules:
-        return [Cohort(results, {}, _rows(full, UNBOUNDED))]
-    return [Cohort(results, json.loads(rule), _by_regime(full, members)) for rule, members in rules.items()]
+# fmt: off
+_RECORD_NUMBERS = (
+    ("example", "example", "number of the problem; also the row seed of random methods", 0, 1),
+    ("sample", "sample", "number of the sample of that problem", 0, 1),
+    ("prompt_tokens", "prompt tokens", "tokens of the prompt", 0, 1),
+    ("output_tokens", "output tokens", "tokens of the output", 0, 1),
+    ("repetition", "in loops %", "share of output tokens in a loop", 1, 100),
+    ("first_divergence", "first divergence", "first output token that differs from full KV's", 0, 1),
+    ("top1", "top-1 %", "share of output tokens where the most likely token is full KV's", 1, 100),
+    ("answer_top1", "answer top-1 %", "top-1 on the answer's tokens alone", 1, 100),
+    ("kl", "KL", "mean divergence from full KV, nats", 3, 1),
+    ("nll", "NLL", "mean negative log-likelihood of the trace's tokens, nats", 3, 1),
+    ("first_mismatch", "first mismatch", "first output token that counts against top-1", 0, 1),
+    ("physical_mean", "mean slots", "slots kept per output token", 0, 1),
+    ("physical_peak", "peak slots", "most slots kept at once", 0, 1),
+    ("bytes_held", "KiB kept", "in use at the end, method state included", 0, 1 / 1024),
+    ("bytes_full", "KiB full KV", "what full KV would use at the end", 0, 1 / 1024),
+    ("events", "compactions", "how often the method ran", 0, 1),
+    ("tokens_dropped", "evicted", "tokens whose slots were given up", 0, 1),
+    ("seed", "seed", "the run's seed", 0, 1),
+)
+# fmt: on
 
 
-def _by_regime(full: Sequence[Line], members: Sequence[Line]) -> list[SummaryRow]:
-    split: dict[str, list[Line]] = {}
-    for record in members:
-        split.setdefault(regime(record), []).append(record)
-    # full KV stands in every part, so that differences to it pair the very problems of that part
-    rows = _rows(full, UNBOUNDED)
-    for name, part in split.items():
-        rows += [row for row in _rows([*full, *part], name) if row.tokens is not None]
-    tasks = list(dict.fromkeys(row.task for row in rows))
-    methods = list(dict.fromkeys(labels_of([*full, *members])))
-    return sorted(rows, key=lambda row: (tasks.index(row.task), methods.index(row.method), row.tokens or 0))
+def _column(key: str, label: str, meaning: str, kind: str, **rest: Any) -> Column:
+    return {"key": key, "label": label, "meaning": meaning, "kind": kind, **rest}
 
 
-def _rows(records: Sequence[Line], name: str) -> list[SummaryRow]:
-    """One row per task, method and budget; what the summary leaves out stands beside its own estimates."""
-    answers = [record for record in records if isinstance(record, AnswerRecord)]
-    replayed = [record for record in records if isinstance(record, Record)]
-    held = _means(records, lambda one: one.bytes_held)
-    answer = _means(replayed, lambda one: one.answer_top1 if isinstance(one, Record) else None)
-    rows = []
-    read = what_was_read(answers)
-    for row in summarize_answers(answers):
-        cell = (row.task, row.method, row.tokens)
-        rows.append(
-            SummaryRow(
-                name,
-                row.task,
-                row.method,
-                row.tokens,
-                row.n,
-                {**row.estimates, "bytes_held": held[cell]} | read.get(cell, {}),
-                {"correct": row.versus_full} if row.versus_full else {},
-                {"correct": row.versus_random} if row.versus_random else {},
-            )
-        )
-    for one in summarize(replayed):
-        cell = (one.task, one.method, one.tokens)
-        rows.append(
-            SummaryRow(
-                name,
-                *cell,
-                one.n,
-                {**one.estimates, "bytes_held": held[cell]} | ({"answer_top1": answer[cell]} if cell in answer else {}),
-                one.versus_full,
-                one.versus_random,
-            )
-        )
-    return rows
+def _words(key: str, label: str, meaning: str, values: Sequence[str] | pd.Series) -> Column:
+    at, words = pd.factorize(pd.Series(values, dtype=object))
+    return _column(key, label, meaning, "words", words=list(words), at=at.tolist())
 
 
-def what_was_read(records: Sequence[Line]) -> dict[Cell, dict[str, Estimate]]:
-    """Slots and bytes read per decoded token by task, method and budget, where that is not all that is held."""
-    found: dict[Cell, dict[str, Estimate]] = {}
-    for name in READ:
-        for cell, one in _means(records, lambda record, name=name: getattr(record, name)).items():  # type: ignore[misc]
-            found.setdefault(cell, {})[name] = one
-    return found
+def _numbers(key: str, label: str, meaning: str, values: pd.Series, digits: int = 0, scale: float = 1.0) -> Column:
+    return _column(key, label, meaning, "number", digits=digits, scale=scale, values=_short(values))
 
 
-def _means(records: Sequence[Line], value: Callable[[Line], float | None]) -> dict[Cell, Estimate]:
-    """The mean of a value by task, method and budget, over the records that have it."""
-    cells: dict[Cell, list[tuple[float, int]]] = {}
-    for record, label in zip(records, labels_of(records), strict=True):
-        found = value(record)
-        if found is not None:
-            key = (record.task, label, record.budget["tokens"] if record.budget else None)
-            cells.setdefault(key, []).append((found, record.example))
-    return {key: clustered_mean(*zip(*members, strict=True)) for key, members in cells.items()}
+def _short(values: pd.Series) -> list[float | None]:
+    """Seven significant digits; JSON has no number that is not finite, so those become null."""
+    return [
+        None if not math.isfinite(one) else int(one) if one.is_integer() else float(f"{one:.7g}")
+        for one in values.astype(float)
+    ]

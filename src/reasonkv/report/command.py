@@ -22,10 +22,10 @@ _USUAL = {"temperature": 0.6, "top_p": 0.95}
 
 
 def command(manifest: Mapping[str, Any]) -> str:
-    """One line for a shell; the run it starts has the manifest's own identity.
+    """Return one line for a shell; the run it starts has the manifest's own identity.
 
     Args:
-        manifest: of a results folder of `replay`, `evaluate`, `demo` or a search of `frontier`.
+        manifest: of a results folder of `replay`, `evaluate`, `demo` or `tune`.
     """
     name, arguments = str(manifest["command"]), manifest.get("arguments", {})
     if name == "demo":
@@ -35,6 +35,7 @@ def command(manifest: Mapping[str, Any]) -> str:
     flags: dict[str, Any] = {"--model": manifest.get("model", {}).get("name", "testbed")}
     flags |= {flag: arguments.get(key) for key, flag in _PLAIN.items() if not (searched and key == "samples")}
     if searched:
+        name = "tune"
         flags["--metric"] = "accuracy" if "samples" in arguments else "top1"
     elif any("retention" in one for one in budgets):
         if not arguments.get("mean_slots"):

@@ -14,7 +14,6 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +21,21 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from reasonkv.evaluate.cells import RunConfig
+from reasonkv.evaluate.chunks import feed
 from reasonkv.evaluate.decoding import Request, decode_batch
 from reasonkv.evaluate.fates import EventPlan, Fates, PlanRecorder, fates
-from reasonkv.evaluate.generate import Sampling, context_length, row_seed
+from reasonkv.evaluate.generate import room, row_seed
+from reasonkv.evaluate.job import Sampling
 from reasonkv.evaluate.manifest import ResultsError
-from reasonkv.evaluate.metrics import Reference
-from reasonkv.evaluate.pieces import Row, feed
+from reasonkv.evaluate.metrics import TeacherLogprobs
 from reasonkv.evaluate.reference import FullAttention
-from reasonkv.evaluate.replay import Cell
 from reasonkv.evaluate.text import first_divergence
 from reasonkv.evaluate.traces import Trace, reference_logprobs
 from reasonkv.files import write_atomically
 from reasonkv.methods import refuse_future
 from reasonkv.models import LoadedModel, one_thread_if_small
-from reasonkv.report.html import INSPECTOR_SCRIPTS, INSPECTOR_STYLES, page
+from reasonkv.report.html import INSPECTOR_SCRIPTS, INSPECTOR_STYLES, render
 from reasonkv.report.wording import size_words
 from reasonkv.runtimes.transformers import CompressedCache, RowStats
 from reasonkv.tasks import get_task
@@ -71,7 +71,7 @@ class _Scores:
     stats: RowStats
 
 
-def inspect_replay(model: LoadedModel, trace: Trace, cell: Cell, *, task: str, seed: int = 0) -> Inspection:
+def inspect_replay(model: LoadedModel, trace: Trace, config: RunConfig, *, task: str, seed: int = 0) -> Inspection:
     """Feed full KV's trace through a cell and tell what became of every token.
 
     Args:
@@ -86,10 +86,10 @@ def inspect_replay(model: LoadedModel, trace: Trace, cell: Cell, *, task: str, s
     """
     recorder = PlanRecorder()
     with one_thread_if_small(model.model):
-        attention = FullAttention.collect(model.model, [Row(trace.prompt_P, trace.output_T)])
-        scores = _score(model, trace, cell, attention, trace.example, seed, recorder)
+        attention = FullAttention.collect(model.model, [trace.row])
+        scores = _score(model, trace, config, attention, trace.example, seed, recorder)
         data = inspection_data(
-            model, trace, cell, scores, recorder.plans, attention, kind="replay", task=task, seed=seed
+            model, trace, config, scores, recorder.plans, attention, kind="replay", task=task, seed=seed
         )
     return Inspection(data, recorder.plans)
 
@@ -97,7 +97,7 @@ def inspect_replay(model: LoadedModel, trace: Trace, cell: Cell, *, task: str, s
 def inspect_generation(
     model: LoadedModel,
     trace: Trace,
-    cell: Cell,
+    config: RunConfig,
     *,
     task: str,
     seed: int = 0,
@@ -121,25 +121,23 @@ def inspect_generation(
         MethodError: a method that needs to know the future.
         BudgetError, UnsupportedModelError, TaskError, DecodingError: the cell or task cannot be carried out.
     """
-    refuse_future(cell.method)
+    refuse_future(config.method)
     recorder, prompt = PlanRecorder(), len(trace.prompt_P)
-    room = max_new_tokens or math.ceil(1.25 * len(trace.output_T)) + 32
-    context = context_length(model.model)
-    room = room if context is None else min(room, context - prompt)
+    most = room(model.model, prompt, max_new_tokens or math.ceil(1.25 * len(trace.output_T)) + 32)
     row = row_seed(trace.example, sample)
     with one_thread_if_small(model.model):
-        with _cache(model, cell, prompt, prompt + room, row, seed, observer=recorder) as cache:
-            request = Request(trace.prompt_P, room, row)
+        with _cache(model, config, prompt, prompt + most, row, seed, observer=recorder) as cache:
+            request = Request(trace.prompt_P, most, row)
             (wrote,) = decode_batch(model.model, cache, [request], sampling=sampling, seed=seed)
         output_T = torch.tensor(wrote.tokens)
         text = str(model.tokenizer.decode(output_T, skip_special_tokens=True))
         right = bool(get_task(task).check(get_task(task).problem(trace.example, seed=seed), text))
-        (reference,) = reference_logprobs(model.model, [trace.prompt_P], [output_T])
-        own = Trace(trace.example, trace.prompt_P, output_T, reference, right)
-        attention = FullAttention.collect(model.model, [Row(own.prompt_P, own.output_T)])
-        scores = _score(model, own, cell, attention, row, seed, None)
+        (teacher,) = reference_logprobs(model.model, [trace.prompt_P], [output_T])
+        own = Trace(trace.example, trace.prompt_P, output_T, teacher, right)
+        attention = FullAttention.collect(model.model, [own.row])
+        scores = _score(model, own, config, attention, row, seed, None)
         data = inspection_data(
-            model, own, cell, scores, recorder.plans, attention,
+            model, own, config, scores, recorder.plans, attention,
             kind="generation", task=task, seed=seed, full=trace, truncated=wrote.truncated,
         )  # fmt: skip
     return Inspection(data, recorder.plans)
@@ -148,7 +146,7 @@ def inspect_generation(
 def inspection_data(
     model: LoadedModel,
     shown: Trace,
-    cell: Cell,
+    config: RunConfig,
     scores: _Scores,
     plans: Sequence[EventPlan],
     attention: FullAttention,
@@ -180,7 +178,7 @@ def inspection_data(
     received = torch.stack([attention.received_by_event(layer, 0, edges) for layer in attention.layers]).cpu()
     heads = received.shape[2]
     tokenizer, problem = model.tokenizer, get_task(task).problem(shown.example, seed=seed)
-    best_T, told_T = shown.reference.best_N(), _logprob_of(shown.reference, shown.output_T)
+    best_T, told_T = shown.teacher.best_N(), _logprob_of(shown.teacher, shown.output_T)
     mismatch = _first(scores.top_T != best_T)
     trace = full or shown
     texts = {name: str(tokenizer.decode(one.output_T, skip_special_tokens=True)) for name, one in
@@ -189,8 +187,8 @@ def inspection_data(
         "format": FORMAT,
         "kind": kind,
         "model": model.name,
-        "method": cell.method.spec(),
-        "budget": cell.budget.to_dict() if cell.budget else None,
+        "method": config.method.spec(),
+        "budget": config.budget.to_dict() if config.budget else None,
         "task": task,
         "example": shown.example,
         "seed": seed,
@@ -200,7 +198,7 @@ def inspection_data(
         "heads": heads,
         "events": {"length": found.lengths_E, "before": found.before_E, "after": found.after_E},
         "fates": _packed(found, heads),
-        "protected": _protected(cell),
+        "protected": _protected(config),
         "attention": _quantised(received.transpose(1, 2)),
         "scores": {
             "nll": _rounded(scores.nll_T),
@@ -240,21 +238,21 @@ def save_inspection(folder: Path, data: dict[str, Any]) -> Path:
     return path
 
 
-def load_inspections(folder: Path) -> list[dict[str, Any]]:
-    """The inspections a results folder holds, by file name.
+def load_inspections(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return the inspections a results folder holds, by file name.
 
     Raises:
         ResultsError: one of them is damaged.
     """
-    found = []
+    found = {}
     for path in sorted((folder / FOLDER).glob("*.json")):
         try:
-            data = json.loads(path.read_text())
+            data = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             data = None
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise ResultsError(f"{path} is not an inspection this version can read; delete it and make it again.")
-        found.append(data)
+        found[path.stem] = data
     return found
 
 
@@ -262,14 +260,9 @@ def inspector_page(data: dict[str, Any]) -> str:
     """The inspector alone, as one self-contained HTML page."""
     slots = "" if data["budget"] is None else f" at {size_words(data['budget'])}"
     title = f"{data['method']}{slots} on {data['task']}, example {data['example']}"
-    body = (
-        '<main class="page"><header class="topbar"><span class="muted">reasonkv inspect</span>'
-        '<button type="button" data-theme-toggle></button></header>'
-        f'<h1>{escape(title)}</h1><div data-inspection="inspection"></div></main>'
-    )
-    return page(
-        f"{title} - reasonkv", body,
-        styles=INSPECTOR_STYLES, scripts=INSPECTOR_SCRIPTS, data={"inspection": data},
+    return render(
+        "inspector.html.j2", styles=INSPECTOR_STYLES, scripts=INSPECTOR_SCRIPTS, data={"inspection": data},
+        title=f"{title} - reasonkv", heading=title,
     )  # fmt: skip
 
 
@@ -302,29 +295,31 @@ def _piece(tokenizer: PreTrainedTokenizerBase, before: int | None, token: int) -
 
 
 def _cache(
-    model: LoadedModel, cell: Cell, prompt: int, longest: int, row: int, seed: int, **options: Any
+    model: LoadedModel, config: RunConfig, prompt: int, longest: int, row: int, seed: int, **options: Any
 ) -> CompressedCache:
     return CompressedCache(
-        model.model, model.method_for(cell.method), cell.budget,
+        model.model, config.method.for_tokenizer(model.tokenizer), config.budget,
         prompt_lengths=[prompt], seed=seed, row_seeds=[row], max_length=longest,
-        calibration=model.calibration_for(cell.method), **options,
+        calibration=model.calibration_for(config.method), **options,
     )  # fmt: skip
 
 
 def _score(
     model: LoadedModel,
     trace: Trace,
-    cell: Cell,
+    config: RunConfig,
     attention: FullAttention,
     row: int,
     seed: int,
     observer: PlanRecorder | None,
 ) -> _Scores:
     """Feed a trace through a cell in pieces that end at its events, as replay does."""
-    rows = [Row(trace.prompt_P, trace.output_T)]
-    future = attention if cell.method.needs.future else None
+    rows = [trace.row]
+    future = attention if config.method.needs.future else None
     nll, top = [], []
-    with _cache(model, cell, len(trace.prompt_P), rows[0].fed, row, seed, observer=observer, reference=future) as cache:
+    with _cache(
+        model, config, len(trace.prompt_P), rows[0].fed, row, seed, observer=observer, reference=future
+    ) as cache:
         for scored in feed(model.model, cache, rows, distances=cache.tokens_to_next_event):
             logprobs_NV = scored.logits_NV.float().log_softmax(-1)
             tokens_N = trace.output_T[scored.start : scored.start + len(logprobs_NV)].to(logprobs_NV.device)
@@ -334,13 +329,13 @@ def _score(
     return _Scores(torch.cat(nll), torch.cat(top), stats)
 
 
-def _logprob_of(reference: Reference, tokens_T: Tensor) -> Tensor:
+def _logprob_of(teacher: TeacherLogprobs, tokens_T: Tensor) -> Tensor:
     """float32 [T], full KV's log-probability of tokens; that of all others together where a token is not stored."""
-    if reference.ids_Nk is None:
-        return reference.logprobs_Nk.gather(1, tokens_T[:, None])[:, 0]
-    is_it_Tk = reference.ids_Nk == tokens_T[:, None]
-    stored_T = reference.logprobs_Nk.masked_fill(~is_it_Tk, -torch.inf).amax(-1)
-    return torch.where(is_it_Tk.any(-1), stored_T, reference.rest_N)
+    if teacher.ids_Nk is None:
+        return teacher.logprobs_Nk.gather(1, tokens_T[:, None])[:, 0]
+    is_it_Tk = teacher.ids_Nk == tokens_T[:, None]
+    stored_T = teacher.logprobs_Nk.masked_fill(~is_it_Tk, -torch.inf).amax(-1)
+    return torch.where(is_it_Tk.any(-1), stored_T, teacher.rest_N)
 
 
 def _packed(found: Fates, heads: int) -> dict[str, Any]:
@@ -370,11 +365,11 @@ def _quantised(received_GHIN: Tensor) -> dict[str, Any]:
     }
 
 
-def _protected(cell: Cell) -> dict[str, Any]:
-    if cell.budget is None:
+def _protected(config: RunConfig) -> dict[str, Any]:
+    if config.budget is None:
         return {"sinks": 0, "recent": 0, "prompt": False}
-    recent = max(cell.budget.recent, cell.method.needs.recent)
-    return {"sinks": cell.budget.sinks, "recent": recent, "prompt": cell.budget.prompt != "count"}
+    recent = max(config.budget.recent, config.method.needs.recent)
+    return {"sinks": config.budget.sinks, "recent": recent, "prompt": config.budget.prompt != "count"}
 
 
 def _answer(text: str, correct: bool) -> dict[str, Any]:

@@ -3,268 +3,323 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
-from collections.abc import Sequence
-from html import escape
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from reasonkv.evaluate.frontier import regime
-from reasonkv.evaluate.manifest import ResultsError
-from reasonkv.evaluate.results import Results, load_results
+import pandas as pd
+
+from reasonkv.evaluate.frontier import (
+    Axis,
+    FrontierError,
+    Point,
+    Target,
+    UsableBudget,
+    crossings,
+    measured_points,
+    pairs_to_test,
+    usable_budget,
+)
+from reasonkv.evaluate.table import FULL_KV
 from reasonkv.files import write_atomically
-from reasonkv.report.cohorts import UNBOUNDED, Cohort, cohorts
-from reasonkv.report.columns import definitions, record_table, summary_table
-from reasonkv.report.environment import environment_section
-from reasonkv.report.glance import glance
-from reasonkv.report.html import INSPECTOR_SCRIPTS, INSPECTOR_STYLES, page
-from reasonkv.report.marks import marks
-from reasonkv.report.narrative import MAIN, cohort_label, findings, job_words, rule_text, what_ran
-from reasonkv.report.regimes import MEANING, SELECTING
-from reasonkv.report.usable import usable_intro, usable_section
+from reasonkv.report.charts import chart_script, report_chart
+from reasonkv.report.cohorts import (
+    Cohort,
+    Folder,
+    cohorts,
+    job_words,
+    read_folders,
+    record_columns,
+    same_problems,
+    summary_columns,
+)
+from reasonkv.report.command import command
+from reasonkv.report.frontier import usable_text
+from reasonkv.report.html import INSPECTOR_SCRIPTS, INSPECTOR_STYLES, render
+from reasonkv.report.inspector import load_inspections
+from reasonkv.report.metrics import MAIN, REGIMES, UNITS
+from reasonkv.report.wording import budget_sentence, difference_text, estimate_text, listed, seeds_sentence, selecting
 
 TITLE = "What the cache kept, and what that did"
-INSPECTIONS = "inspections"
-"""The folder inside a results folder where `reasonkv inspect` leaves its traces."""
+_TARGET = "0.95x"
+_CROSSINGS = 112
+"""Crossings in the page; all but the first 12 fold out."""
+_MOST_PAIRS = 10_000
+"""Above this many pairs of cells crossings are left to `reasonkv frontier`, so that a report is written in seconds."""
+_METRIC = {"replay": "top1", "evaluate": "accuracy"}
+_NAME = {"replay": "top-1 agreement", "evaluate": "accuracy"}
+_UNIT = {"replay": "traces", "evaluate": "problems"}
 
 
 def write_report(folders: Sequence[Path], path: Path, *, title: str = TITLE) -> Path:
-    """Write the report of one or more results folders.
+    """Write the report of one or more results folders, and return its path.
 
     Args:
         folders: made by `reasonkv replay`, `evaluate` or `demo`.
         path: HTML file to write, whole or not at all.
         title: heading of the page.
 
-    Returns:
-        `path`.
-
     Raises:
         ResultsError: a folder holds no results, is named twice, or an inspection in it is damaged.
         RecordError: a record is damaged.
         OSError: the file cannot be written.
     """
-    if len({Path(one).resolve() for one in folders}) < len(folders):
-        raise ResultsError("A results folder is named twice; name each once.")
-    text = report_html([load_results(Path(one)) for one in folders], title=title)
+    text = report_html(folders, title=title)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, text.encode())
     return path
 
 
-def report_html(results: Sequence[Results], *, title: str = TITLE) -> str:
-    """The report as one HTML document.
-
-    Args:
-        results: of at least one folder.
-        title: heading of the page, plain text.
-
-    Raises:
-        ResultsError: an inspection is damaged.
-    """
-    groups = cohorts(results)
-    summaries = [summary_table(one.rows, one.kind) for one in groups]
-    records = [record_table(one.answers or one.records) for one in results]
-    inspections = _inspections(results)
-    data: dict[str, Any] = {
-        "report": {
-            "cohorts": [_cohort_data(one, table, groups) for one, table in zip(groups, summaries, strict=True)],
-            "folders": [_folder_name(one, results) for one in results],
-            "inspections": [{"id": f"inspection-{at}", "name": name} for at, (name, _) in enumerate(inspections)],
-        }
+def report_html(folders: Sequence[Path], *, title: str = TITLE) -> str:
+    """Return the report as one HTML document; arguments and errors as in `write_report`."""
+    read = read_folders([Path(one) for one in folders])
+    groups = cohorts(read)
+    inspections = {
+        name if len(read) == 1 else f"{one.name}: {name}": data
+        for one in read
+        for name, data in load_inspections(one.path).items()
+    }
+    summaries, records = [summary_columns(one) for one in groups], [record_columns(one.frame) for one in read]
+    bounded = any(one.prompt for one in groups)
+    report = {
+        "cohorts": [
+            {"label": one.name, "kind": one.kind, "rows": len(one.summary), "columns": columns}
+            | {"chart": report_chart(one.summary, one.kind, _baseline(one, groups)) if one.prompt else None}
+            for one, columns in zip(groups, summaries, strict=True)
+        ],
+        "folders": [one.name for one in read],
+        "inspections": [{"id": f"inspection-{at}", "name": name} for at, name in enumerate(inspections)],
     }
     # each in an element of its own, so that the page parses only what somebody looks at
-    data |= {f"records-{at}": table for at, table in enumerate(records)}
-    data |= {f"inspection-{at}": one for at, (_, one) in enumerate(inspections)}
-    sections = [
-        ("overview", "At a glance", _overview(results, groups)),
-        ("frontier", "Frontier", _frontier(groups)),
-        ("usable", "Usable budgets and crossings", _usable(groups)),
-        (
-            "tables",
-            "Summary table",
-            _mount(
-                "summary",
-                "Every cell: means with standard errors, and paired differences to full KV and to random "
-                "at the same budget. Sort by any heading.",
-            ),
-        ),
-        ("regimes", "Regimes", _regimes(results)),
-        (
-            "inspector",
-            "Trace inspector",
-            _mount("inspector", "One trace, token by token: what was kept, what was dropped, and when.")
-            if inspections
-            else "",
-        ),
-        ("records", "Records", _mount("records", "Every record that the means are made of.")),
-        (
-            "reproduce",
-            "Environment and command",
-            environment_section([(_folder_name(one, results), one.manifest) for one in results]),
-        ),
-        ("definitions", "Definitions", _definitions([*summaries, *records])),
-    ]
-    shown = [(name, heading, body) for name, heading, body in sections if body]
-    contents = "".join(f'<li><a href="#{name}">{heading}</a></li>' for name, heading, _ in shown)
-    body = (
-        '<a class="skip" href="#overview">Skip to the results</a><div class="page report">'
-        f'<header class="topbar"><p class="kicker">reasonkv report</p>'
-        f'<button type="button" data-theme-toggle></button></header>'
-        f'<h1>{escape(title)}</h1><div class="layout"><nav class="contents" aria-label="Contents"><ol>{contents}</ol>'
-        "</nav><main>"
-        + "".join(
-            f'<section id="{name}" aria-labelledby="{name}-heading"><h2 id="{name}-heading">{heading}</h2>'
-            f"{part}</section>"
-            for name, heading, part in shown
-        )
-        + '<noscript><p class="card">Figures and tables are drawn by this file\'s own script, which is switched off '
-        "here.</p></noscript></main></div></div>"
+    data: dict[str, Any] = {"report": report}
+    data |= {f"records-{at}": {"rows": len(one.frame), "columns": records[at]} for at, one in enumerate(read)}
+    data |= {f"inspection-{at}": one for at, one in enumerate(inspections.values())}
+    facts = [_facts(one.manifest) for one in read]
+    words = {one["label"]: one["meaning"] for table in [*records[::-1], *summaries[::-1]] for one in table}
+    return render(
+        "report.html.j2",
+        styles=["report.css", *(INSPECTOR_STYLES if inspections else ())],
+        scripts=[*(INSPECTOR_SCRIPTS if inspections else ()), "report_table.js", "report.js"],
+        code=[chart_script()] if bounded else [],
+        data=data,
+        title=title,
+        ran=[_what_ran(one) for one in read],
+        cohorts=[_cohort_view(one) for one in groups],
+        bounded=bounded,
+        inspections=list(inspections),
+        folders=[_folder_view(one, own) for one, own in zip(read, facts, strict=True)],
+        shared_facts=facts[0] if all(one == facts[0] for one in facts) else None,
+        words=dict(sorted(words.items(), key=lambda one: one[0].startswith("Δ"))),
+        **_regimes(read),
     )
-    styles, scripts = ["report.css"], ["report_table.js", "report_chart.js", "report.js"]
-    if inspections:
-        styles, scripts = [*styles, *INSPECTOR_STYLES], [*INSPECTOR_SCRIPTS, *scripts]
-    return page(title, body, styles=styles, scripts=scripts, data=data)
 
 
-def _cohort_data(cohort: Cohort, table: dict[str, Any], groups: Sequence[Cohort]) -> dict[str, Any]:
-    methods = list(dict.fromkeys(row.method for row in cohort.rows if row.tokens is not None))
-    baseline = None
-    if not cohort.keeps_prompt and cohort.rule:  # then the random of another folder is the one to beat
-        other = next((one for one in groups if one.keeps_prompt and one.same_problems(cohort)), None)
-        rows = [row for row in other.rows if row.method == "random"] if other else []
-        if other and rows:
-            baseline = {
-                "table": summary_table(rows, other.kind),
-                "label": "random, prompt kept",
-                "counted": other.rule["prompt"] == "keep",
-            }
+def _baseline(cohort: Cohort, groups: Sequence[Cohort]) -> pd.DataFrame | None:
+    """Where prompts may be evicted, random with the prompt kept is the one to beat: its rows of another folder."""
+    if cohort.prompt != "count":
+        return None
+    other = next((one for one in groups if one.prompt in {"keep", "on_top"} and same_problems(one, cohort)), None)
+    if other is None:
+        return None
+    rows = other.summary[other.summary["method"] == "random"].assign(method="random, prompt kept")
+    return rows if other.prompt == "keep" else rows.assign(tokens=math.nan)  # its budgets count something else
+
+
+def _what_ran(folder: Folder) -> str:
+    """One sentence: model, job, tasks, problems, methods, budgets, seeds."""
+    frame, model = folder.frame, folder.manifest.get("model", {}).get("name", "an unnamed model")
+    problems = len(frame[["task", "example"]].drop_duplicates())
+    bounded = frame[frame["tokens"] > 0]
+    did = f"replayed {problems:,} traces that full KV had written"
+    if "correct" in frame:
+        samples = frame["sample"].nunique()
+        did = f"wrote answers to {problems:,} problems ({'greedy' if samples == 1 else f'{samples} samples each'})"
+    methods, budgets = bounded["label"].nunique(), sorted(bounded["tokens"].unique())
+    cells = f"full KV and {methods} method{'s' if methods != 1 else ''}"
+    if budgets:
+        few = len(budgets) < 6
+        cells += f" at {listed([f'{one:,}' for one in budgets])} slots" if few else f" at {len(budgets)} budgets"
+        cells += " per KV head" if few else f" from {budgets[0]:,} to {budgets[-1]:,} slots"
+    tasks = listed(list(frame["task"].unique()))
+    return f"The model {model} {did}, of {tasks}: {cells}, {len(frame):,} records. {seeds_sentence(frame)}"
+
+
+def _cohort_view(cohort: Cohort) -> dict[str, Any]:
     return {
-        "label": _cohort_name(cohort, groups),
-        "kind": cohort.kind,
-        "table": table,
-        "main": MAIN[cohort.kind][0],
-        "methods": marks(methods),
-        "fixed": "random" if cohort.keeps_prompt else None,
-        "baseline": baseline,
-        "full": UNBOUNDED,
+        "name": cohort.name,
+        "budget": budget_sentence(cohort.frame),
+        "tasks": list(cohort.summary["task"].unique()),
+        "tabs": glance(cohort),
+        "usable": usable(cohort) if cohort.prompt else None,
     }
 
 
-def _cohort_name(cohort: Cohort, groups: Sequence[Cohort]) -> str:
-    name = cohort_label(cohort)
-    alike = [one for one in groups if cohort_label(one) == name]
-    return name if len(alike) == 1 else f"{name} ({cohort.results.folder.resolve().name})"
+def _folder_view(folder: Folder, facts: Mapping[str, str]) -> dict[str, Any]:
+    manifest = folder.manifest
+    return {"name": folder.name, "command": command(manifest), "facts": facts,
+            "date": manifest.get("date", "?"), "run": manifest.get("run", "?"),
+            "manifest": json.dumps(manifest, indent=2)}  # fmt: skip
 
 
-def _folder_name(one: Results, results: Sequence[Results]) -> str:
-    name = one.folder.resolve().name
-    alike = sum(other.folder.resolve().name == name for other in results)
-    return str(one.folder) if alike > 1 else name
+def _facts(manifest: Mapping[str, Any]) -> dict[str, str]:
+    model = manifest.get("model", {})
+    return {
+        "model": f"{model.get('name', '?')}, weights {model.get('hash', '?')}",
+        "arithmetic": str(manifest.get("arguments", {}).get("dtype", "?")),
+        "device": str(manifest.get("device", "?")),
+        **{name: str(text) for name, text in manifest.get("versions", {}).items()},
+    }
 
 
-def _overview(results: Sequence[Results], groups: Sequence[Cohort]) -> str:
-    parts = [f'<p class="lead">{escape(what_ran(one))}</p>' for one in results]
-    rules = {rule_text(one) for one in groups}
-    if len(rules) == 1:
-        parts.append(f"<p>{escape(rules.pop())}</p>")
-    for cohort in _answers_first(groups):
-        parts.append(f"<h3>{escape(_cohort_name(cohort, groups))}</h3>")
-        parts += [f"<p>{escape(rule_text(cohort))}</p>"] if rules else []
-        parts.append(glance(cohort))
-        lines = findings(cohort)
-        if lines:
-            items = "".join(f"<li>{escape(line)}</li>" for line in lines)
-            parts.append(f"<details><summary>In words, at the smallest budget</summary><ul>{items}</ul></details>")
-    return "".join(parts)
+# -- at a glance ------------------------------------------------------------------------------------------------------
 
 
-def _frontier(groups: Sequence[Cohort]) -> str:
-    if not any(one.rule for one in groups):
-        return ""
-    return _mount(
-        "charts",
-        "Band: one standard error over problems. Dashed grey: full KV. Point at a mark, or move between marks with the "
-        "arrow keys, to read its numbers; press a name to hide or show a method.",
-    )
+def glance(cohort: Cohort) -> list[dict[str, Any]]:
+    """Return the main metric of every method on every task, a table per budget.
+
+    Of methods that evict, compressed records only, and below them those that keep everything and select. Budgets that
+    were solved for a mean differ by task, so tables go by rank: each task's smallest budget first.
+    """
+    rows = cohort.summary.to_dict("records")
+    full = {row["task"]: row for row in rows if row["regime"] == FULL_KV}
+    tasks = list(cohort.summary["task"].unique())
+    active = [row for regime in ("compressed", "selecting") for row in rows if row["regime"] == regime]
+    budgets = {task: sorted({row["tokens"] for row in active if row["task"] == task}) for task in tasks}
+    tabs = []
+    for rank in range(max(1, *map(len, budgets.values()))):
+        tokens = {task: own[rank] for task, own in budgets.items() if rank < len(own)}
+        here = {(row["method"], row["task"]): row for row in active if tokens.get(row["task"]) == row["tokens"]}
+        title = _span(list(tokens.values()), "{:,}") + " slots" if tokens else ""
+        evicting = [row for row in here.values() if row["regime"] == "compressed"]
+        lines = [_glance_row("full KV", [full.get(task) for task in tasks], full, cohort.kind)]
+        for method in dict.fromkeys(method for method, _ in here):
+            lines.append(_glance_row(method, [here.get((method, task)) for task in tasks], full, cohort.kind))
+        saved = [_span([row["saved_bytes"] for row in evicting if row["task"] == task], "{:.0%}") for task in tasks]
+        caption = f"{_NAME[cohort.kind]}, % ± one standard error" + (f", at {title}" if title else "")
+        tabs.append({"title": title, "caption": caption, "rows": lines, "saved": saved if evicting else []})
+    return tabs
 
 
-def _usable(groups: Sequence[Cohort]) -> str:
-    parts = []
-    for cohort in _answers_first(groups):
-        found = usable_section(cohort)
-        if found:
-            parts.append(f"<h3>{escape(_cohort_name(cohort, groups))}</h3>{found}")
-    return usable_intro() + "".join(parts) if parts else ""
+def _glance_row(label: str, rows: Sequence[Any], full: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    main = MAIN[kind]
+    cells: list[dict[str, str] | None] = []
+    for row in rows:
+        if row is None:
+            cells.append(None)
+            continue
+        mean, _, error = estimate_text(row, main.key, main.digits, main.scale).partition(" ")
+        top = full[row["task"]][main.key] if row["task"] in full else 1.0
+        cells.append({"mean": mean, "error": error, "width": f"{100 * row[main.key]:.1f}", "full": f"{100 * top:.1f}"})
+    read = [row["slots_read_mean"] for row in rows if row and row["regime"] == "selecting"]
+    aside = f"keeps all, reads {_span(read, '{:,.0f}')} slots" if read else ""
+    return {"label": label, "full": label == "full KV", "aside": aside, "cells": cells}
 
 
-def _answers_first(groups: Sequence[Cohort]) -> list[Cohort]:
-    """Answers are the point; what stands for them comes after."""
-    return sorted(groups, key=lambda one: one.kind != "evaluate")
+def _span(values: Sequence[float], form: str) -> str:
+    if not values:
+        return "–"
+    low, high = form.format(min(values)), form.format(max(values))
+    return low if low == high else f"{low} to {high}"
 
 
-def _mount(name: str, words: str) -> str:
-    return f'<p class="muted">{escape(words)}</p><div data-mount="{name}"></div>'
+# -- usable budgets and crossings -------------------------------------------------------------------------------------
 
 
-def _regimes(results: Sequence[Results]) -> str:
-    counts: Counter[tuple[str, str, int, str]] = Counter()
-    guards: Counter[str] = Counter()
-    for one in results:
-        for record in one.answers or one.records:
-            guards.update(record.guards)
-            if record.budget is not None:
-                job = job_words("evaluate" if one.answers else "replay", record.budget["prompt"])
-                counts[job, record.task, record.budget["tokens"], regime(record)] += 1
-    if not counts:
-        return ""
-    found = {key[3] for key in counts}
-    names = [name for name in MEANING if name != SELECTING or name in found]
-    head = "".join(f'<th scope="col" class="number">{escape(name)}</th>' for name in names)
-    # budgets that did the same are one row: what differs is what has to be seen
-    alike: dict[tuple[str, str, tuple[str, ...]], list[int]] = {}
-    for job, task, tokens in dict.fromkeys(key[:3] for key in counts):
-        met = tuple(name for name in names if counts[job, task, tokens, name])
-        alike.setdefault((job, task, met), []).append(tokens)
+def usable(cohort: Cohort) -> dict[str, Any]:
+    """Return usable budgets and crossings of one cohort from its compressed records, or notes on why there are none."""
+    metric, chosen = _METRIC[cohort.kind], selecting(cohort.frame)
+    # budgets that were solved for a mean length are compared by that length
+    axis: Axis = "physical_mean" if cohort.folder.manifest.get("arguments", {}).get("mean_slots") else "tokens"
+    points = [one for one in measured_points(cohort.frame, metric) if one.method not in chosen]
+    active = [one for one in points if one.regime == "compressed"]
+    notes = [f"Left out: {listed(chosen)}, whose budget is what is read and not kept."] if chosen else []
+    if not active:
+        return {"notes": [*notes, "No record is compressed, so there is nothing to compare."], "table": None}
+    return {"notes": notes, "metric": _NAME[cohort.kind]} | _usable(cohort, points, active, axis, notes) | _crossings(
+        active, metric, axis, _UNIT[cohort.kind]
+    )  # fmt: skip
+
+
+def _usable(
+    cohort: Cohort, points: Sequence[Point], active: Sequence[Point], axis: Axis, notes: list[str]
+) -> dict[str, Any]:
+    target, found = Target.parse(_TARGET, _METRIC[cohort.kind]), dict[tuple[str, str], UsableBudget]()
+    try:
+        for key in dict.fromkeys((one.task, one.method) for one in active):
+            found[key] = usable_budget([one for one in active if (one.task, one.method) == key], target, axis=axis)
+    except FrontierError as error:
+        notes.append(f"Usable budgets are missing. {error}")
+        return {"table": None}
+    low, high = min(one.smallest for one in found.values()), max(one.largest for one in found.values())
+    span = math.log(high / low)
+
+    def place(value: float | None) -> float:
+        return 50.0 if not span else 100 * math.log((high if value is None else value) / low) / span
+
+    def cell(one: UsableBudget | None) -> dict[str, Any]:
+        if one is None:
+            return {"value": ""}
+        value, interval, status = usable_text(one, axis)
+        left, width = round(place(one.low), 1), round(place(one.high) - place(one.low), 1)
+        at = None if one.tokens is None else round(place(one.tokens), 1)
+        return {"value": value, "interval": interval, "status": status, "low": left, "width": width, "at": at}
+
+    tasks = cohort.summary["task"].unique()
+    table = {
+        method: [cell(found.get((task, method))) for task in tasks]
+        for method in dict.fromkeys(one.method for one in points)
+    }
+    scale = f"; lines run from {low:,.0f} to {high:,.0f}, logarithmic" if span else ""
+    return {"table": table, "caption": f"{UNITS[axis]} [95 % interval]{scale}"}
+
+
+def _crossings(active: Sequence[Point], metric: str, axis: Axis, unit: str) -> dict[str, Any]:
+    tested = len(pairs_to_test(active, axis))
+    if not tested:
+        return {"tested": "No method was measured at a smaller budget than another, so nothing can cross."}
+    if tested > _MOST_PAIRS:
+        return {"tested": f"{tested:,} pairs are more than the {_MOST_PAIRS:,} a report compares; reasonkv frontier "
+                          "compares them all."}  # fmt: skip
+    held = [one for one in crossings(active, metric, axis=axis) if one.holds]
+    words = f"{tested:,} pair{'s' if tested > 1 else ''} tested, {f'{len(held):,} hold' if held else 'none holds'}."
+    most = max(len(one.values) for one in active)
+    # a test that flips signs cannot go below this, and Holm multiplies the least of all by their number
+    if not held and tested * 2.0 ** (1 - most) >= 0.05:
+        words += f" None could: {most} {unit} a cell are too few."
     rows = []
-    for (job, task, _), sizes in alike.items():
-        sums = [sum(counts[job, task, tokens, name] for tokens in sizes) for name in names]
-        cells = "".join(f'<td class="number">{f"{count:,}" if count else "–"}</td>' for count in sums)
-        budgets = ", ".join(f"{tokens:,}" for tokens in sorted(sizes))
-        rows.append(
-            f'<tr><td class="name">{escape(job)}</td><th scope="row">{escape(task)}</th>'
-            f'<td class="name">{budgets}</td>{cells}</tr>'
-        )
-    meanings = "".join(f"<dt>{escape(name)}</dt><dd>{escape(MEANING[name])}</dd>" for name in names)
-    fell_back = (
-        f"<p>Guards: {escape(', '.join(f'{name} {count:,}' for name, count in guards.items()))}.</p>" if guards else ""
-    )
-    return (
-        '<p class="muted">Equal budgets do not mean equal pressure. Records are kept apart by what the budget did, in '
-        f'every figure and table here.</p><dl class="words">{meanings}</dl>{fell_back}'
-        '<div class="table-frame" tabindex="0" role="region" aria-label="Records by regime"><table><thead><tr>'
-        '<th scope="col">job</th><th scope="col">task</th><th scope="col">budgets</th>'
-        f"{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
-    )
+    for one in held[:_CROSSINGS]:
+        gain, _, interval = difference_text(one.advantage, 1, 100).partition(" ")
+        sides = [{"method": side.method, "at": f"{side.x(axis):,.0f}", "mean": f"{100 * side.mean:.1f}"}
+                 for side in (one.ours, one.theirs)]  # fmt: skip
+        rows.append({"task": one.ours.task, "sides": sides, "gain": gain, "interval": interval,
+                     "n": one.advantage.pairs, "p": f"{one.p:.2g}"})  # fmt: skip
+    return {"tested": words, "crossings": rows}
 
 
-def _definitions(tables: Sequence[dict[str, Any]]) -> str:
-    items = "".join(
-        f"<div><dt>{escape(label)}</dt><dd>{escape(text)}</dd></div>" for label, text in definitions(tables)
-    )
-    return f'<p class="muted">± is one standard error everywhere.</p><dl class="definitions">{items}</dl>'
+# -- regimes ----------------------------------------------------------------------------------------------------------
 
 
-def _inspections(results: Sequence[Results]) -> list[tuple[str, dict[str, Any]]]:
-    found = []
-    for one in results:
-        for path in sorted((one.folder / INSPECTIONS).glob("*.json")):
-            try:
-                data = json.loads(path.read_text(encoding="utf-8"))
-            except (OSError, ValueError):
-                data = None
-            if not isinstance(data, dict):
-                raise ResultsError(f"{path} cannot be read as an inspection; make it anew with `reasonkv inspect`.")
-            name = path.stem if len(results) == 1 else f"{_folder_name(one, results)}: {path.stem}"
-            found.append((name, data))
-    return found
+def _regimes(folders: Sequence[Folder]) -> dict[str, Any]:
+    """Bounded records by job, task and regime; budgets that did the same are one row."""
+    frame = pd.concat([one.frame for one in folders])
+    fallbacks: Counter[str] = Counter()
+    for text, count in frame["guards"].value_counts().items():
+        fallbacks.update({name: int(count) * times for name, times in json.loads(text).items()})
+    frame = frame[frame["tokens"] > 0]
+    names = [name for name in REGIMES if name != "selecting" or (frame["regime"] == name).any()]
+    rows: dict[tuple[Any, ...], list[Any]] = {}
+    for (kind, prompt, task, tokens), part in frame.groupby(["kind", "prompt", "task", "tokens"], sort=False):
+        counts = [int((part["regime"] == name).sum()) for name in names]
+        sizes, sums = rows.setdefault((job_words(kind, prompt), task, *map(bool, counts)), [[], [0] * len(names)])
+        sizes.append(tokens)
+        sums[:] = [a + b for a, b in zip(sums, counts, strict=True)]
+    return {
+        "regime_words": {name: REGIMES[name] for name in names},
+        "fallbacks": ", ".join(f"{name} {count:,}" for name, count in fallbacks.items()),
+        "regime_rows": [
+            {"job": key[0], "task": key[1], "budgets": ", ".join(f"{one:,}" for one in sorted(sizes)), "counts": sums}
+            for key, (sizes, sums) in rows.items()
+        ],
+    }

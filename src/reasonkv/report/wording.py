@@ -1,56 +1,79 @@
-"""Sentences and cells that several tables share."""
+"""Sentences and cells that tables, figures and the report share."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from reasonkv.evaluate.statistics import Difference, Estimate
+import pandas as pd
+
+from reasonkv.evaluate.table import Difference
 
 PROMPT_WORDS = {
     "count": "the prompt counts inside the budget and may be dropped",
     "keep": "the prompt counts inside the budget and is never dropped",
-    "on_top": "the prompt is held on top of the budget and never dropped",
+    "on_top": "the prompt is kept on top of the budget and never dropped",
 }
 
 
-def estimate_text(one: Estimate, digits: int, scale: float = 1) -> str:
-    """`mean ±se`, with this many digits after the point."""
-    mean = _number(one.mean * scale, digits)
-    return mean if one.se is None else f"{mean} ±{one.se * scale:,.{digits}f}"
+def number(value: float, digits: int, sign: str = "") -> str:
+    """Return a number with this many digits after the point, never -0.0 nor +0.0."""
+    text = f"{value:{sign},.{digits}f}"
+    return text if any(one in "123456789" for one in text) else f"{0:.{digits}f}"
+
+
+def estimate_text(row: Mapping[str, Any], metric: str, digits: int, scale: float = 1) -> str:
+    """Return `mean ±se` of a metric of a summary's row; `-` where it has none."""
+    mean, se = row.get(metric, math.nan), row.get(f"{metric}_se", math.nan)
+    if math.isnan(mean):
+        return "-"
+    return number(mean * scale, digits) + ("" if math.isnan(se) else f" ±{se * scale:,.{digits}f}")
 
 
 def difference_text(one: Difference | None, digits: int, scale: float = 1) -> str:
-    """`mean [low, high]` with signs, or `-` where nothing was compared."""
-    if one is None:
+    """Return `mean [low, high]` with signs, or `-` where nothing was compared."""
+    if not isinstance(one, Difference):
         return "-"
-    mean, low, high = (_number(value * scale, digits, sign="+") for value in (one.mean, one.low, one.high))
+    mean, low, high = (number(value * scale, digits, sign="+") for value in (one.mean, one.low, one.high))
     return f"{mean} [{low}, {high}]"
 
 
-def budget_sentence(
-    budget: dict[str, Any], selecting: Sequence[str] = (), padded: Sequence[str] = (), *, evicting: bool = True
-) -> str:
-    """What a budget's number counts, what is held on top of it, and what attention reads of that.
+def listed(words: Sequence[str]) -> str:
+    """Return `a`, `a and b`, `a, b and c`."""
+    return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " and " + words[-1]
 
-    Args:
-        budget: every field, or all but the size.
-        selecting: labels of the methods that hold everything and read a part of it.
-        padded: labels of the methods that hold padding, which nothing attends to.
-        evicting: whether other bounded methods ran as well.
-    """
-    if not evicting:
+
+def labels(frame: pd.DataFrame, where: pd.Series) -> list[str]:
+    """Return the labels of the methods of some rows, each once."""
+    return list(frame.loc[where, "label"].unique())
+
+
+def selecting(frame: pd.DataFrame) -> list[str]:
+    """Return the labels of the methods that keep everything and read a part of it."""
+    return labels(frame, frame["selects"])
+
+
+def budget_sentence(frame: pd.DataFrame) -> str:
+    """Return what the budget of some records counts, and what attention reads; "" where only full KV ran."""
+    bounded = frame[frame["tokens"] > 0]
+    if bounded.empty:
+        return ""
+    if bounded["selects"].all():
         return (
-            "Budget: most slots per KV head and layer that a decoded token reads, prompt included; everything is held, "
+            "Budget: most slots per KV head and layer that a decoded token reads, prompt included; everything is kept, "
             "and slots read says how many were read."
         )
-    reads = "Slots are what attention reads, everything held included."
-    if selecting or padded:
-        reads = f"Slots are held, and attention reads them all, but for {listed([*selecting, *padded])} (slots read)."
-    if selecting:
-        verb = "holds" if len(selecting) == 1 else "hold"
+    budget, choosing = json.loads(bounded["budget"].iloc[0]), selecting(bounded)
+    padded = labels(bounded, bounded["slots_read_mean"].notna() & ~bounded["selects"])
+    reads = "Slots are what attention reads, everything kept included."
+    if choosing or padded:
+        reads = f"Slots are kept, and attention reads them all, but for {listed([*choosing, *padded])} (slots read)."
+    if choosing:
+        verb = "keeps" if len(choosing) == 1 else "keep"
         reads += (
-            f" {listed(selecting)} {verb} everything: the budget is the most a decoded token reads, prompt included."
+            f" {listed(choosing)} {verb} everything: the budget is the most a decoded token reads, prompt included."
         )
     if padded:
         verb = "holds" if len(padded) == 1 else "hold"
@@ -68,22 +91,34 @@ def budget_sentence(
     )
 
 
-def size_words(budget: dict[str, Any]) -> str:
-    """What stays: `128 slots`, or `19 slots of every 64` of a window."""
+def seeds_sentence(frame: pd.DataFrame) -> str:
+    """Return which seeds there were."""
+    seeds = sorted(frame["seed"].unique())
+    return f"Seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}."
+
+
+def size_words(budget: Mapping[str, Any]) -> str:
+    """Return what stays: `128 slots`, or `19 slots of every 64` of a window."""
     return f"{budget['tokens']:,} slots" + (f" of every {budget['size']:,}" if "size" in budget else "")
 
 
-def listed(words: Sequence[str]) -> str:
-    """`a`, `a and b`, `a, b and c`."""
-    return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " and " + words[-1]
+def rule_words(rules: Sequence[str]) -> dict[str, str]:
+    """Return what tells budget rules apart, by rule; "" where there is one."""
+    parsed = {rule: json.loads(rule) for rule in dict.fromkeys(rules)}
+    names = sorted({name for one in parsed.values() for name in one})
+    varying = [name for name in names if len({json.dumps(one.get(name)) for one in parsed.values()}) > 1]
+    return {rule: ", ".join(f"{name}={one.get(name)}" for name in varying) for rule, one in parsed.items()}
 
 
-def seeds_sentence(seeds: set[int]) -> str:
-    """Which seeds there were."""
-    return f"Seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, sorted(seeds)))}."
+def byte_unit(value: float) -> tuple[int, str]:
+    """Return the largest binary unit that is at most a number of bytes, and its name."""
+    place = min(3, max(0, int(math.log2(max(value, 1)) // 10)))
+    return 1024**place, ("B", "KiB", "MiB", "GiB")[place]
 
 
-def _number(value: float, digits: int, sign: str = "") -> str:
-    text = f"{value:{sign},.{digits}f}"
-    is_zero = float(text.replace(",", "")) == 0
-    return f"{0:.{digits}f}" if is_zero else text  # neither -0.0 nor +0.0
+def amount(value: float, axis: str) -> str:
+    """Return a place on an axis as text: whole slots, or bytes with a binary unit."""
+    if axis != "bytes_held":
+        return f"{value:,.0f}"
+    unit, name = byte_unit(value)
+    return f"{value / unit:,.{2 if unit > 1024 else 0}f} {name}"

@@ -15,8 +15,9 @@ from safetensors.torch import save
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from reasonkv.files import write_atomically
 from reasonkv.identity import TESTBED_FOLDER, model_hash, shown_name
-from reasonkv.methods.base import MethodError
+from reasonkv.methods import MethodError
 
 FILE = "reasonkv_gate.safetensors"
 """Name of a gate's file inside a model folder."""
@@ -47,44 +48,47 @@ class Gate:
     source: str = ""
 
     def to(self, device: torch.device | str) -> Gate:
-        """The same on a device."""
+        """Return the same gate on a device."""
         return replace(self, layers=[{name: x.to(device) for name, x in layer.items()} for layer in self.layers])
 
     @property
     def parameters(self) -> int:
-        """Numbers it consists of."""
+        """How many numbers it consists of."""
         return sum(tensor.numel() for layer in self.layers for tensor in layer.values())
+
+    @property
+    def shapes(self) -> list[tuple[int, int, int] | None]:
+        """KV heads H, query heads of a group g and head_dim D of every layer; None for layers without a gate."""
+        return [tuple(layer["query"].shape[:3]) if layer else None for layer in self.layers]  # type: ignore[misc]
 
 
 def random_gate(
-    layers: Sequence[tuple[int, int, int] | None], page_size: int, model: str, *, seed: int = 0, source: str = "random"
+    shapes: Sequence[tuple[int, int, int] | None], page_size: int, model: str, *, seed: int = 0, source: str = "random"
 ) -> Gate:
-    """A gate before training.
+    """Return a gate before training, with normal weights of variance 1 / inputs.
 
     Args:
-        layers: KV heads H, query heads of a group g and head_dim D of every layer; None for layers without a gate.
+        shapes: see `Gate.shapes`.
         page_size: tokens of a page.
         model: the model's hash.
-        seed: of the weights, which are normal with a variance of 1 / inputs.
+        seed: of the weights.
         source: for the record.
 
     """
     generator = torch.Generator().manual_seed(seed)
-    made: list[dict[str, Tensor]] = []
-    for shape in layers:
+
+    def of(shape: tuple[int, int, int] | None) -> dict[str, Tensor]:
         if shape is None:
-            made.append({})
-            continue
+            return {}
         H, g, D = shape
-        made.append(
-            {
-                "query": torch.randn(H, g, D, D, generator=generator) * (g * D) ** -0.5,
-                "key": torch.randn(H, 3 * D, D, generator=generator) * (3 * D) ** -0.5,
-                "query_norm": torch.ones(D),
-                "key_norm": torch.ones(D),
-            }
-        )
-    return Gate(made, page_size, model, source)
+        return {
+            "query": torch.randn(H, g, D, D, generator=generator) * (g * D) ** -0.5,
+            "key": torch.randn(H, 3 * D, D, generator=generator) * (3 * D) ** -0.5,
+            "query_norm": torch.ones(D),
+            "key_norm": torch.ones(D),
+        }
+
+    return Gate([of(shape) for shape in shapes], page_size, model, source)
 
 
 def save_gate(path: Path | str, gate: Gate) -> None:
@@ -93,8 +97,6 @@ def save_gate(path: Path | str, gate: Gate) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    from reasonkv.files import write_atomically
-
     tensors = {
         f"{number}.{name}": tensor.detach().to("cpu", torch.bfloat16).contiguous()
         for number, layer in enumerate(gate.layers)
@@ -126,23 +128,20 @@ def load_gate(path: Path | str) -> Gate:
         raise GateError(f"{path} cannot be read as a gate.") from None
     if header.get("format") != FORMAT:
         raise GateError(f"{path} is a safetensors file, but not a gate of reasonkv.")
+    version = header.get("version", "")
+    if version.isdigit() and int(version) > VERSION:
+        raise GateError(f"{path} has format version {version}, but this reasonkv reads versions up to {VERSION}.")
     try:
-        if int(header["version"]) > VERSION:
-            raise GateError(
-                f"{path} has format version {header['version']}, but this reasonkv reads versions up to {VERSION}."
-            )
         numbers = range(int(header["layers"]))
         present = {int(name.split(".")[0]) for name in tensors}
         layers = [{n: tensors[f"{i}.{n}"] for n in _NAMES} if i in present else {} for i in numbers]
         return Gate(layers, int(header["page_size"]), header["model"], header.get("source", ""))
-    except (KeyError, ValueError) as error:
-        if isinstance(error, GateError):
-            raise
+    except (KeyError, ValueError):
         raise GateError(f"{path} is damaged: its header and its tensors do not fit together.") from None
 
 
 def find_gate(model: PreTrainedModel, explicit: Path | str | None = None) -> Gate:
-    """A model's gate, checked against its hash.
+    """Return a model's gate, checked against its hash.
 
     Looked for in this order: `explicit`; `reasonkv_gate.safetensors` in the model's folder; the bundled model's own,
     which also serves copies of that model elsewhere.
@@ -154,19 +153,15 @@ def find_gate(model: PreTrainedModel, explicit: Path | str | None = None) -> Gat
     Raises:
         GateError: there is none (the message is the command that trains one), or it is damaged or another model's.
     """
-    digest = model_hash(model)
-    folder = Path(str(model.name_or_path)).expanduser()
-    own = Path(explicit).expanduser() if explicit is not None else folder / FILE
-    if explicit is not None or own.is_file():
-        found = load_gate(own)
-        if found.model != digest:
-            raise GateError(f"{own} was trained on another model; train one with `{_command(model)}`.")
-        return found
-    bundled = TESTBED_FOLDER / FILE
-    if bundled.is_file() and load_gate(bundled).model == digest:
-        return load_gate(bundled)
-    raise GateError(f"There is no gate for this model; train one with `{_command(model)}`.")
-
-
-def _command(model: PreTrainedModel) -> str:
-    return f"reasonkv train-gate --model {shown_name(model)} --text FILE --out {FILE}"
+    digest, bundled = model_hash(model), TESTBED_FOLDER / FILE
+    command = f"`reasonkv train-gate --model {shown_name(model)} --text FILE --out {FILE}`"
+    path = Path(str(model.name_or_path) if explicit is None else explicit).expanduser()
+    path = path / FILE if explicit is None else path
+    if explicit is None and not path.is_file() and bundled.is_file() and load_gate(bundled).model == digest:
+        path = bundled
+    if explicit is None and not path.is_file():
+        raise GateError(f"There is no gate for this model; train one with {command}.")
+    found = load_gate(path)
+    if found.model != digest:
+        raise GateError(f"{path} was trained on another model; train one with {command}.")
+    return found

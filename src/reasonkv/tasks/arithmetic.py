@@ -5,13 +5,12 @@
     a 7 * 4 = 8 2 + j 0 = 8 2 + carry 1 = 9 2 : j 9 carry 2 ; sum n31 k 2 ;
     n32 2 , b j carry 0 : b 3 * 2 = 6 0 + j 9 = 5 1 + ... sum n32 l 0 ; </think> i 2 j 5 k 7 l 1
 
-`a b` are the digits of the first number, the most significant first; each line `n31 4 , b i` is a
-digit of the second, the least significant first, with the columns where its row starts; `i j k l`
-are the columns of the result, the least significant first, into which rows are added one by one. A
-result of up to 99 is written ones first (`= 2 1` is 12).
+`a b` are the digits of the first number, the most significant first. Each line `n31 4 , b i` is a digit of the second
+number, the least significant first, with the columns where its row starts. `i j k l` are the columns of the result, the
+least significant first. Rows are added into them one by one. A result up to 99 is written ones first (`= 2 1` is 12).
 
-Only the running row is at work at a time, but digits of the first number are read once a row, a
-column of the result once a row, and the first columns not again until the answer.
+Only the running row is active at a time. A row reads each digit of the first number and its columns of the result once.
+The first columns are not read again until the answer.
 
 With `operation=add`, a line of the prompt is a column, and the answer reads every column back:
 
@@ -24,7 +23,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .base import LABELS, LETTERS, Draft, Draw, GeneratedTask, TaskError, choice_dial, dial
+from .base import LABELS, LETTERS, Draft, Draw, Kind, Task, TaskError, dial
 from .steps import ask_names
 
 _FACTOR_LETTERS = LETTERS[:8]
@@ -32,13 +31,13 @@ _RESULT_LETTERS = LETTERS[8:]
 
 
 @dataclass(frozen=True)
-class Arithmetic(GeneratedTask):
+class Arithmetic(Task):
     """The dials of `arithmetic`; the default trace is about 710 tokens."""
 
     name = "arithmetic"
 
-    operation: str = choice_dial("multiply", ("multiply", "add"), "what is done with the numbers")
-    digits: int = dial(5, 2, 80, "digits of each number (of both; `multiply` takes up to 8)")
+    operation: str = dial("multiply", "what is done with the numbers", choices=("multiply", "add"))
+    digits: int = dial(5, "digits of each number (of both; `multiply` takes up to 8)", range=(2, 80))
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -49,7 +48,7 @@ class Arithmetic(GeneratedTask):
             )
 
     def draft(self, draw: Draw) -> Draft:
-        """One product or sum, worked out."""
+        """Draw one product or sum and work it out."""
         return self._product(draw) if self.operation == "multiply" else self._sum(draw)
 
     def _product(self, draw: Draw) -> Draft:
@@ -58,68 +57,53 @@ class Arithmetic(GeneratedTask):
         offset = draw.below(len(_RESULT_LETTERS) - 2 * count + 1)
         columns = list(_RESULT_LETTERS[offset : offset + 2 * count])
         first = draw.below(len(LABELS) - count + 1)
-        rows = [(LABELS[first + number], draw.below(10)) for number in range(count)]
+        rows = [(label, draw.below(10)) for label in LABELS[first : first + count]]
         last = _FACTOR_LETTERS[count - 1]
         result = dict.fromkeys(columns, 0)
         draft = Draft(prompt=["<arithmetic>"])
-        for name in columns:
-            draft.prompt += [name, "0"]
-        for name, digit in factor.items():
+        for name, digit in (result | factor).items():
             draft.prompt += [name, str(digit)]
-        for number, (label, digit) in enumerate(rows):
-            draft.prompt += [label, str(digit), ",", last, columns[number], ";"]
-            draft.write(f"{label} {digit} , {last} {columns[number]} carry 0 :", "cccccccc")
+        for number, (label, right) in enumerate(rows):
+            draft.prompt += [label, str(right), ",", last, columns[number], ";"]
+            draft.write(f"{label} {right} , {last} {columns[number]} carry 0 :")
             carry = 0
-            for place, name in enumerate(reversed(factor)):
-                column = columns[number + place]
-                carry = _multiply_column(draft, name, factor[name], digit, column, result, carry)
+            for column, (name, left) in zip(columns[number:], reversed(factor.items()), strict=False):
+                old = result[column]
+                product, total = left * right, left * right + old + carry
+                draft.write(
+                    f"{name} r:{left} * {right} = {_calculated(product)} + {column} r:{old} "
+                    f"= {_calculated(product + old)} + carry {carry} = {_calculated(total)} "
+                    f": {column} {total % 10} carry {total // 10} ;"
+                )
+                result[column], carry = total % 10, total // 10
             top = columns[number + count]
             result[top] = carry
-            draft.write(f"sum {label} {top} {carry} ;", "ccccc")
+            draft.write(f"sum {label} {top} {carry} ;")
         ask_names(draft, rows[-1][0], columns, result)
         return draft
 
     def _sum(self, draw: Draw) -> Draft:
         first = draw.below(len(LABELS) - self.digits)
-        labels = LABELS[first : first + self.digits + 1]
+        *labels, top = LABELS[first : first + self.digits + 1]
         draft = Draft(prompt=["<arithmetic>"])
-        draft.write("carry 0 ;", "ccc")
-        answer: list[str] = []
-        carry = 0
-        for label in labels[:-1]:
+        draft.write("carry 0 ;")
+        answer, carry = "", 0
+        for label in labels:
             left, right = draw.below(10), draw.below(10)
-            draft.prompt += [label, str(left), "+", str(right), ";"]
             total = left + right + carry
+            draft.prompt += [label, str(left), "+", str(right), ";"]
             draft.write(
-                f"{label} {left} + {right} = {_ones_first(left + right)} + carry {carry} = {_ones_first(total)} "
-                f": {label} {total % 10} carry {total // 10} ;",
-                "cccccaacccc" + "aaccaccc",
+                f"{label} {left} + {right} = {_calculated(left + right)} + carry {carry} = {_calculated(total)} "
+                f": {label} a:{total % 10} carry {total // 10} ;"
             )
-            answer += [label, str(total % 10)]
+            answer += f"{label} {total % 10} "
             carry = total // 10
-        draft.write(f"sum {labels[-1]} {carry} ; </think>", "ccccc")
-        answer += [labels[-1], str(carry)]
-        draft.prompt += ["end", labels[-2], "?", "all", "<think>"]
-        draft.write(" ".join(answer), "A" * len(answer))
+        draft.prompt += ["end", labels[-1], "?", "all", "<think>"]
+        draft.write(f"sum {top} {carry} ; </think>")
+        draft.write(f"{answer} {top} {carry}", Kind.ANSWER)
         return draft
 
 
-def _multiply_column(
-    draft: Draft, name: str, left: int, right: int, column: str, result: dict[str, int], carry: int
-) -> int:
-    """Write one column of a row, add it into the result, and return the next carry."""
-    old = result[column]
-    product = left * right
-    total = product + old + carry
-    draft.write(
-        f"{name} {left} * {right} = {_ones_first(product)} + {column} {old} = {_ones_first(product + old)} "
-        f"+ carry {carry} = {_ones_first(total)} : {column} {total % 10} carry {total // 10} ;",
-        "crcccaaccr" + "caacccc" + "aacccccc",
-    )
-    result[column] = total % 10
-    return total // 10
-
-
-def _ones_first(number: int) -> str:
-    """A number below 100 as two digits, ones first: 12 is `2 1`."""
-    return f"{number % 10} {number // 10}"
+def _calculated(number: int) -> str:
+    """Write a number below 100 as two calculated digits, ones first: 12 is `2 1`."""
+    return f"a:{number % 10} a:{number // 10}"

@@ -1,4 +1,4 @@
-"""The testbed: a small model that really reasons, bundled with the package."""
+"""The testbed: a bundled model of 1.8M parameters that solves the generated tasks."""
 
 from __future__ import annotations
 
@@ -7,31 +7,19 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
-from .evaluation import evaluate_model
-from .recipe import Course, Recipe, Stage
-from .training import TrainingError, TrainingResult, train
+from reasonkv.identity import TESTBED_FOLDER
 
-__all__ = [
-    "Course",
-    "Recipe",
-    "Stage",
-    "TrainingError",
-    "TrainingResult",
-    "evaluate_model",
-    "load_testbed",
-    "testbed_path",
-    "train",
-]
+__all__ = ["load_testbed", "testbed_path"]
 
 
 def testbed_path() -> Path:
-    """The folder of the bundled model: an ordinary Hugging Face model folder."""
-    return Path(__file__).parent / "model"
+    """Return the folder of the bundled model, an ordinary Hugging Face model folder."""
+    return TESTBED_FOLDER
 
 
 def load_testbed(
     dtype: torch.dtype = torch.float32, device: str = "cpu"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    """The bundled model, in evaluation mode, and its tokenizer."""
-    model = AutoModelForCausalLM.from_pretrained(testbed_path(), dtype=dtype).to(device)
-    return model.eval(), AutoTokenizer.from_pretrained(testbed_path())
+    """Return the bundled model, in evaluation mode, and its tokenizer."""
+    model = AutoModelForCausalLM.from_pretrained(TESTBED_FOLDER, dtype=dtype).to(device)
+    return model.eval(), AutoTokenizer.from_pretrained(TESTBED_FOLDER)

@@ -1,7 +1,7 @@
 // The report's page: switches, figures and tables from the data embedded in the file, the inspector when it is reached.
 "use strict";
 (() => {
-  const { make, number, cellText, mountTable, drawChart, swatch } = window.reasonkv;
+  const { make, mountTable } = window.reasonkv;
   const embedded = (id) => JSON.parse(document.getElementById(id).textContent);
   const report = embedded("report");
   const mount = (name) => document.querySelector(`[data-mount="${name}"]`);
@@ -37,10 +37,6 @@
     watcher.observe(element);
   };
 
-  const column = (table, key) => table.columns.find((one) => one.key === key);
-  const word = (table, key, row) => { const one = column(table, key); return one.words[one.at[row]]; };
-  const distinct = (values) => [...new Set(values)];
-
   // the first table: one budget at a time
   for (const element of document.querySelectorAll("[data-glances]")) {
     const tables = [...element.children];
@@ -50,125 +46,94 @@
     show("0");
   }
 
-  const AXES = { tokens: "budget, slots per KV head after a compaction", physical_mean: "mean slots read per output token", bytes_held: "KiB held at the end" };
+  const AXES = [
+    ["tokens", "budget", "budget, slots per KV head after a compaction"],
+    ["physical_mean", "mean slots", "mean slots per output token"],
+    ["bytes_held", "bytes in use", "KiB in use at the end"],
+  ];
+
+  // the page's own colours, so that a chart fits the light and the dark page
+  const theme = () => {
+    const style = getComputedStyle(document.documentElement);
+    const [ink, muted, line] = ["--ink", "--muted", "--line"].map((name) => style.getPropertyValue(name).trim());
+    const font = "system-ui, sans-serif";
+    return {
+      background: "transparent", font, view: { stroke: null },
+      axis: { labelColor: muted, titleColor: muted, gridColor: line, domainColor: muted, tickColor: muted, titleFontWeight: "normal", labelFontSize: 12, titleFontSize: 12 },
+      legend: { labelColor: ink, orient: "bottom", columns: 0, labelFontSize: 12, symbolStrokeColor: ink },
+    };
+  };
+  // black is the text's colour: it has to stand out on dark paper as well
+  const inked = (value, ink) => {
+    if (Array.isArray(value)) return value.map((one) => inked(one, ink));
+    if (value && typeof value === "object") return Object.fromEntries(Object.entries(value).map(([key, one]) => [key, inked(one, ink)]));
+    return value === "#000000" ? ink : value;
+  };
 
   const mountCharts = (root) => {
-    const cohorts = report.cohorts.map((one, index) => ({ ...one, index })).filter((one) => one.methods.length);
-    const state = { cohort: (cohorts.find((one) => one.kind === "evaluate") || cohorts[0]).index, x: "tokens", hidden: new Set(), metrics: {} };
+    const cohorts = report.cohorts.filter((one) => one.chart);
+    const state = { cohort: cohorts[0], axis: "tokens", metrics: {} };
     const controls = make("div", { class: "switches" });
-    const legend = make("div", { class: "names", role: "group", "aria-label": "Methods" });
     const panels = make("div", { class: "panels" });
     const aside = make("p", { class: "muted note" });
-    root.append(controls, legend, panels, aside);
-    const here = () => report.cohorts[state.cohort];
+    root.append(controls, panels, aside);
 
-    const pointsOf = (table, method, metric, task, regime) => {
-      const found = [];
-      const values = column(table, metric), x = column(table, state.x);
-      for (let row = 0; row < table.rows; row += 1) {
-        if (word(table, "method", row) !== method || word(table, "task", row) !== task || (regime && word(table, "regime", row) !== regime)) continue;
-        const at = x.values[row], y = values.values[row];
-        if (at !== null && at > 0 && y !== null) found.push({ x: at * (state.x === "bytes_held" ? x.scale : 1), y, se: values.se[row], row, table });
+    const draw = (area, metric, title) => {
+      const { spec, ...offer } = state.cohort.chart;
+      const ink = getComputedStyle(document.documentElement).getPropertyValue("--ink").trim();
+      const own = { ...inked({ ...spec, datasets: undefined, data: undefined }, ink), data: spec.data, datasets: spec.datasets };
+      own.params = own.params.map((one) => ({ task: state.task, regime: state.regime, metric }[one.name] === undefined ? one : { ...one, value: { task: state.task, regime: state.regime, metric }[one.name] }));
+      own.description = `${title} of every method against ${AXES.find(([key]) => key === state.axis)[2]}, ${state.task}`;
+      const rows = (spec.data.values || []).filter((one) => one.task === state.task && one.metric === metric && one.regime === state.regime);
+      const ticks = [...new Set(rows.map((one) => one[state.axis]).filter((one) => one))].sort((a, b) => a - b);
+      for (const layer of own.layer) {
+        if (!layer.encoding.x) continue;
+        const axis = { ...layer.encoding.x.axis };
+        if (state.axis === "tokens" && ticks.length < 9) axis.values = ticks;
+        layer.encoding.x = { ...layer.encoding.x, field: state.axis, title: AXES.find(([key]) => key === state.axis)[2], axis };
       }
-      return found.sort((a, b) => a.x - b.x);
-    };
-
-    const baseline = () => {
-      const { baseline: other } = here();
-      return other && (state.x !== "tokens" || other.counted) ? other : null;
-    };
-
-    const describe = (one, p) => {
-      const value = (key) => cellText(column(p.table, key), p.row);
-      const tell = (key) => { const [text, more] = value(key); return more ? `${text} ${more}` : text; };
-      const label = (key) => column(p.table, key).label;
-      const lines = [`${one.label}, ${value("tokens")[0]} slots`, `${label(one.metric)} ${tell(one.metric)}`];
-      for (const other of ["full", "random"]) {
-        const key = `${one.metric}_versus_${other}`;
-        if (column(p.table, key) && value(key)[0] !== "\u2013") lines.push(`to ${other === "full" ? "full KV" : "random"} ${tell(key)}`);
-      }
-      lines.push(`mean ${value("physical_mean")[0]} slots, ${value("saved_bytes")[0]} % bytes saved`, `n = ${value("n")[0]}`);
-      return lines;
-    };
-
-    const draw = () => {
-      const cohort = here(), table = cohort.table;
-      panels.replaceChildren();
-      const offered = table.columns.filter((one) => one.plotted);
-      const chosen = (state.metrics[cohort.kind] = state.metrics[cohort.kind] || offered.slice(0, 2).map((one) => one.key));
-      const waiting = [];
-      chosen.forEach((key, place) => {
-        const metric = column(table, key);
-        const area = make("div", { class: "chart", "data-metric": key });
-        const panel = make("figure", { class: "panel" }, make("figcaption", {}, picker("Metric", offered.map((one) => [one.key, one.title]), key, (value) => {
-          chosen[place] = value;
-          draw();
-        })), area);
-        panels.append(panel);
-        const series = cohort.methods
-          .filter((style) => !state.hidden.has(style.label) || style.label === cohort.fixed)
-          .map((style) => ({ style, label: style.label, metric: key, points: pointsOf(table, style.label, key, state.task, state.regime) }));
-        const other = baseline();
-        if (other)
-          for (const method of distinct(Array.from({ length: other.table.rows }, (_, row) => word(other.table, "method", row))))
-            series.unshift({ style: { colour: "#000000", marker: "o", dash: "2 3" }, label: other.label, metric: key, points: pointsOf(other.table, method, key, state.task, state.regime) });
-        let full = null;
-        for (let row = 0; row < table.rows; row += 1)
-          if (word(table, "regime", row) === cohort.full && word(table, "task", row) === state.task && metric.values[row] !== null) full = { y: metric.values[row], se: metric.se[row] };
-        const xs = state.x === "tokens" ? distinct(series.flatMap((one) => one.points.map((p) => p.x))).sort((a, b) => a - b) : [];
-        waiting.push(() => drawChart(area, { series, full, metric, xs, xLabel: AXES[state.x], describe }));
-      });
-      for (const one of waiting) one(); // both panels stand before either measures its width
-      const rows = Array.from({ length: table.rows }, (_, row) => row).filter((row) => word(table, "task", row) === state.task && word(table, "regime", row) !== cohort.full);
-      const elsewhere = rows.filter((row) => word(table, "regime", row) !== state.regime).length;
+      // interpreted, not compiled: the page's policy allows no code made from text
+      window.vegaEmbed(area, own, { ast: true, actions: false, renderer: "svg", config: theme() });
+      const elsewhere = new Set((spec.data.values || []).filter((one) => one.task === state.task && one.tokens && one.regime !== state.regime).map((one) => `${one.method} ${one.tokens} ${one.regime}`)).size;
       aside.textContent = elsewhere ? `${elsewhere} cell${elsewhere === 1 ? "" : "s"} of this task ${elsewhere === 1 ? "is" : "are"} in another regime and not drawn here.` : "";
     };
 
-    const drawLegend = () => {
-      const cohort = here();
-      legend.replaceChildren(make("span", { class: "entry" }, swatch({ colour: "#808080", dash: "5 3" }), "full KV"));
-      if (baseline()) legend.append(make("span", { class: "entry" }, swatch({ colour: "#000000", marker: "o", dash: "2 3" }), cohort.baseline.label));
-      for (const style of cohort.methods) {
-        if (style.label === cohort.fixed) {
-          legend.append(make("span", { class: "entry", title: "the yardstick is always shown" }, swatch(style), `${style.label} (prompt kept)`));
-          continue;
-        }
-        const button = make("button", { type: "button", class: "toggle", "data-method": style.label, "aria-pressed": String(!state.hidden.has(style.label)), onclick: () => {
-          if (!state.hidden.delete(style.label)) state.hidden.add(style.label);
-          button.setAttribute("aria-pressed", String(!state.hidden.has(style.label)));
-          draw();
-        } }, swatch(style), style.label);
-        legend.append(button);
-      }
+    const redraw = () => {
+      const { chart, kind } = state.cohort;
+      const chosen = (state.metrics[kind] = state.metrics[kind] || chart.metrics.slice(0, 2).map(([key]) => key));
+      panels.replaceChildren();
+      const waiting = chosen.map((key, place) => {
+        const area = make("div", { class: "chart", "data-metric": key });
+        panels.append(make("figure", { class: "panel" }, make("figcaption", {}, picker("Metric", chart.metrics, key, (value) => {
+          chosen[place] = value;
+          redraw();
+        })), area));
+        return () => draw(area, key, Object.fromEntries(chart.metrics)[key]);
+      });
+      for (const one of waiting) one(); // both panels stand before either measures its width
     };
 
     const setUp = () => {
-      const { table, full } = here();
-      const tasks = column(table, "task").words;
-      const regimes = column(table, "regime").words.filter((one) => one !== full);
+      const { tasks, regimes } = state.cohort.chart;
       if (!tasks.includes(state.task)) state.task = tasks[0];
-      if (!regimes.includes(state.regime)) state.regime = regimes.includes("decode-active") ? "decode-active" : regimes[0];
+      if (!regimes.includes(state.regime)) state.regime = regimes[0];
+      const set = (name) => (value) => { state[name] = value; redraw(); };
+      const same = (names) => names.map((one) => [one, one]);
       controls.replaceChildren(
-        choice("Results", cohorts.map((one) => [String(one.index), one.label]), String(state.cohort), (value) => { state.cohort = Number(value); setUp(); }),
-        choice("Task", tasks.map((one) => [one, one]), state.task, (value) => { state.task = value; draw(); }),
-        choice("Against", [["tokens", "budget"], ["physical_mean", "mean slots"], ["bytes_held", "bytes held"]], state.x, (value) => { state.x = value; drawLegend(); draw(); }),
-        choice("Regime", regimes.map((one) => [one, one]), state.regime, (value) => { state.regime = value; draw(); }),
+        choice("Results", cohorts.map((one) => [one.label, one.label]), state.cohort.label, (value) => { state.cohort = cohorts.find((one) => one.label === value); setUp(); }),
+        choice("Task", same(tasks), state.task, set("task")),
+        choice("Against", AXES.map(([key, name]) => [key, name]), state.axis, set("axis")),
+        choice("Regime", same(regimes), state.regime, set("regime")),
       );
-      drawLegend();
-      draw();
+      redraw();
     };
     setUp();
-    let width = root.clientWidth;
-    new ResizeObserver(() => {
-      if (root.clientWidth === width) return;
-      width = root.clientWidth;
-      draw();
-    }).observe(root);
+    addEventListener("themechange", redraw);
   };
 
   const mountSummaries = (root) => {
     const area = make("div");
-    const show = (index) => mountTable(area, report.cohorts[index].table, { label: `Summary: ${report.cohorts[index].label}`, filters: ["task", "method", "regime", "tokens"], page: 500 });
+    const show = (index) => mountTable(area, report.cohorts[index], { label: `Summary: ${report.cohorts[index].label}`, filters: ["task", "method", "regime", "tokens"], page: 500 });
     root.append(choice("Results", report.cohorts.map((one, index) => [String(index), one.label]), "0", show), area);
     show(0);
   };

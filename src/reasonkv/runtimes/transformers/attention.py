@@ -1,11 +1,10 @@
 """The attention functions that compressed layers run under, and the mask function that goes with them.
 
 Registered with transformers' public `AttentionInterface` and `AttentionMaskInterface` under `reasonkv_<kernel>`. Keys
-that come from a compressed layer carry a reference to it; every other call is handed to the stock function untouched.
+of a compressed layer carry a reference to it; every other call goes to the stock function untouched.
 
-Visibility needs no per-head masks: whatever a slot held before, it is older than every new token, so a query sees all
-slots up to its own and nothing else. A mask per KV head is needed only where slots weigh more or less than one token by
-their log mass: folded ones more, padding nothing (-inf).
+Visibility needs no mask per head: every stored slot is older than every new token, so a query sees all slots up to its
+own. Only log mass needs one: merged slots weigh more than one token, padding weighs nothing (-inf).
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,24 +20,25 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from reasonkv.runtimes.transformers.support import KERNELS, UnsupportedModelError
+from reasonkv.resolve import UnsupportedModelError
+from reasonkv.runtimes.transformers.forward import ForwardPlan
+from reasonkv.runtimes.transformers.sparse_read import SparseReader
+from reasonkv.runtimes.transformers.support import KERNELS
 
-if TYPE_CHECKING:
-    from reasonkv.runtimes.transformers.cache import CompressedCache
-    from reasonkv.runtimes.transformers.layer import CompressedLayer
-
+Attention = Callable[..., tuple[Tensor, Tensor | None]]
+BeginForward = Callable[[int, int, Tensor | None], None]
 GROUPED_ROWS = 1024  # up to this many query rows per KV head, query heads of a group become rows of one product
 
 
 class MaskLength(int):
-    """A key length that says which compressed cache it came from, so that the mask function needs no global state."""
+    """A key length that carries its cache's `begin_forward`, so that the mask function needs no global state."""
 
-    cache: CompressedCache
+    begin_forward: BeginForward
 
-    def __new__(cls, length: int, cache: CompressedCache) -> MaskLength:
-        """An int that remembers its cache."""
+    def __new__(cls, length: int, begin_forward: BeginForward) -> MaskLength:
+        """Return the length with the callback attached."""
         made = super().__new__(cls, length)
-        made.cache = cache
+        made.begin_forward = begin_forward
         return made
 
 
@@ -66,6 +66,26 @@ class LogitRule:
             softcap=kwargs.get("softcap"),
             sinks=None if sinks is None else sinks.detach(),
         )
+
+
+class AttendedLayer(Protocol):
+    """What attention asks of a compressed layer."""
+
+    index: int
+
+    @property
+    def forward(self) -> ForwardPlan:
+        """The forward under way."""
+
+    @property
+    def reader(self) -> SparseReader | None:
+        """Chooses what this forward reads, or None."""
+
+    def log_mass_BH1W(self, dtype: torch.dtype) -> Tensor | None:
+        """What is added to every slot's logits, or None."""
+
+    def after_attention(self, query: Tensor, rule: LogitRule, module: nn.Module) -> None:
+        """Called with the rotated queries once the layer has attended."""
 
 
 def implementation_name(kernel: str) -> str:
@@ -121,36 +141,36 @@ def naive_attention(
     return out.reshape(B, Hq, q, D).transpose(1, 2).contiguous(), None
 
 
+def _grouped(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
+    """Attend without repeating keys: the query heads of a group become rows of one product. [B, q, Hq, D]."""
+    (B, Hq, q, _), H = query.shape, key.shape[1]
+    rows = query.reshape(B, H, Hq // H * q, -1)
+    attended = nn.functional.scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=scale)
+    return attended.view(B, Hq, q, value.shape[-1]).transpose(1, 2).contiguous()
+
+
 def _sdpa(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, layer: CompressedLayer, kwargs: dict[str, Any]
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, layer: AttendedLayer, kwargs: dict[str, Any]
 ) -> Tensor:
-    """Scaled-dot-product attention that never repeats keys: a group's query heads stand as rows of one product."""
-    piece = layer.piece
-    B, Hq, q, D = query.shape
-    H = key.shape[1]
-    group = Hq // H
+    forward = layer.forward
+    group, q = query.shape[1] // key.shape[1], query.shape[2]
+    is_whole_prompt = forward.is_uniform and forward.columns > 1 and forward.width == forward.columns
+    if is_whole_prompt or group * q > GROUPED_ROWS:
+        mask = None if is_whole_prompt else _mask(layer, query)
+        out: Tensor = ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, mask, **kwargs)[0]
+        return out
+    mask = None
+    if not (forward.is_uniform and q == 1):
+        mask = forward.additive_mask(query.device, query.dtype, repeats=group)
     log_mass = layer.log_mass_BH1W(query.dtype)
-    if piece.is_uniform and piece.columns > 1 and piece.width == piece.columns:
-        out: Tensor = ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, None, **kwargs)[0]
-        return out  # a whole prompt: the stock causal kernel
-    if group * q <= GROUPED_ROWS:
-        rows = query.reshape(B, H, group * q, D)
-        mask = None
-        if not (piece.is_uniform and q == 1):
-            mask = piece.additive_mask(query.device, query.dtype, repeats=group)
-        if log_mass is not None:
-            mask = log_mass if mask is None else mask + log_mass
-        attended = nn.functional.scaled_dot_product_attention(
-            rows, key, value, attn_mask=mask, scale=kwargs.get("scaling")
-        )
-        return attended.view(B, Hq, q, value.shape[-1]).transpose(1, 2).contiguous()
-    out = ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, _mask(layer, query), **kwargs)[0]
-    return out
+    if log_mass is not None:
+        mask = log_mass if mask is None else mask + log_mass
+    return _grouped(query, key, value, mask, kwargs.get("scaling"))
 
 
-def _mask(layer: CompressedLayer, query: Tensor) -> Tensor:
-    """Additive mask [B, 1 or Hq, q, width]: visibility, and the log mass of folded slots."""
-    mask = layer.piece.additive_mask(query.device, query.dtype)
+def _mask(layer: AttendedLayer, query: Tensor) -> Tensor:
+    """Additive mask [B, 1 or Hq, q, width]: visibility, and the log mass of slots."""
+    mask = layer.forward.additive_mask(query.device, query.dtype)
     log_mass = layer.log_mass_BH1W(query.dtype)
     if log_mass is None:
         return mask
@@ -158,80 +178,90 @@ def _mask(layer: CompressedLayer, query: Tensor) -> Tensor:
 
 
 def _attend(
-    kernel: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, layer: CompressedLayer, kwargs: Any
+    kernel: str,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layer: AttendedLayer,
+    kwargs: dict[str, Any],
 ) -> Tensor:
-    piece = layer.piece
-    if layer.cache.selection is not None and not piece.is_prompt:
-        return _attend_selected(kernel, module, query, key, value, layer, kwargs)
-    if kernel.startswith("flash") and layer.log_mass_BH1W(query.dtype) is not None:
-        raise UnsupportedModelError(
-            "Flash attention adds nothing to logits, so slots cannot weigh more or less than one token; load the model "
-            "with sdpa, or choose options without log mass (cask:mass=none, adakv:stretch=1)."
-        )
-    if kernel.startswith("flash") and piece.is_uniform:
-        # old slots are visible to all queries and flash aligns its causal triangle to the end: no mask needed
-        out: Tensor = ALL_ATTENTION_FUNCTIONS[kernel](module, query, key, value, None, **kwargs)[0]
-        return out
-    if kernel == "eager":
-        out = _model_eager(module)(module, query, key, value, _mask(layer, query), **kwargs)[0]
-        return out
-    if kernel == "reference" or kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
-        return naive_attention(module, query, key, value, _mask(layer, query), **kwargs)[0]
+    if layer.reader is not None:
+        return _attend_selected(kernel, module, query, key, value, layer, layer.reader, kwargs)
+    if kernel.startswith("flash"):
+        if layer.log_mass_BH1W(query.dtype) is not None:
+            raise UnsupportedModelError(
+                "Flash attention adds nothing to logits, so slots cannot weigh more or less than one token; load the "
+                "model with sdpa, or choose options without log mass (cask:mass=none, adakv:stretch=1)."
+            )
+        if layer.forward.is_uniform:
+            # stored slots are visible to all queries, and flash aligns its causal triangle to the end: no mask needed
+            out: Tensor = ALL_ATTENTION_FUNCTIONS[kernel](module, query, key, value, None, **kwargs)[0]
+            return out
+    masked = _masked_kernel(kernel, module, kwargs)
+    if masked is not None:
+        return masked(module, query, key, value, _mask(layer, query), **kwargs)[0]
     return _sdpa(module, query, key, value, layer, kwargs)
 
 
 def _attend_selected(
-    kernel: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, layer: CompressedLayer, kwargs: Any
+    kernel: str,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layer: AttendedLayer,
+    reader: SparseReader,
+    kwargs: dict[str, Any],
 ) -> Tensor:
-    """Attention of queries that read only the slots their method selects, under a mask for every query head."""
-    selection = layer.cache.selection
-    assert selection is not None
+    """Attend where every query reads only the slots its method selects, under a mask for every query head."""
     if kernel.startswith("flash"):
         raise UnsupportedModelError(
             "Flash attention takes no mask for every query, so nothing can be selected; load the model with sdpa."
         )
-    (B, Hq, _, D), H = query.shape, key.shape[1]
+    B, H, masked = query.shape[0], key.shape[1], _masked_kernel(kernel, module, kwargs)
     parts = []
-    for columns, mask in selection.masks(layer.index, query, H, layer.piece):
+    for columns, mask in reader.masks(layer.index, query, H, layer.forward):
         asked = query[:, :, columns]
-        if kernel == "eager":
-            part = _model_eager(module)(module, asked, key, value, mask, **kwargs)[0]
-        elif kernel == "reference" or kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
-            part = naive_attention(module, asked, key, value, mask, **kwargs)[0]
-        else:  # as in `_sdpa`: a group's query heads stand as rows of one product
-            q = asked.shape[2]
-            rows, row_mask = asked.reshape(B, H, -1, D), mask.reshape(B, H, -1, mask.shape[3])
-            attended = nn.functional.scaled_dot_product_attention(
-                rows, key, value, attn_mask=row_mask, scale=kwargs.get("scaling")
-            )
-            part = attended.view(B, Hq, q, value.shape[-1]).transpose(1, 2)
-        parts.append(part)
+        if masked is not None:
+            parts.append(masked(module, asked, key, value, mask, **kwargs)[0])
+        else:
+            rows = mask.reshape(B, H, -1, mask.shape[3])
+            parts.append(_grouped(asked, key, value, rows, kwargs.get("scaling")))
     return torch.cat(parts, 1).contiguous()
 
 
-def _model_eager(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
+def _masked_kernel(kernel: str, module: nn.Module, kwargs: dict[str, Any]) -> Attention | None:
+    """The attention that takes a mask per query head; None where sdpa serves the model."""
+    if kernel == "eager":
+        return _model_eager(module)
+    if kernel == "reference" or kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
+        return naive_attention
+    return None
+
+
+def _model_eager(module: nn.Module) -> Attention:
     """The eager attention of the model's own file (it knows the model's softcap and sinks)."""
-    found = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    found: Attention | None = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     if found is None:
         raise UnsupportedModelError(f"{type(module).__name__} has no eager attention to call; load it with sdpa.")
-    function: Callable[..., tuple[Tensor, Tensor | None]] = found
-    return function
+    return found
 
 
-def _stock(kernel: str, module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
+def _stock(kernel: str, module: nn.Module) -> Attention:
     if kernel == "eager":
         return _model_eager(module)
     if kernel == "reference":
         return naive_attention
-    function: Callable[..., tuple[Tensor, Tensor | None]] = ALL_ATTENTION_FUNCTIONS[kernel]
+    function: Attention = ALL_ATTENTION_FUNCTIONS[kernel]
     return function
 
 
-def _attention_function(kernel: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
+def _attention_function(kernel: str) -> Attention:
     def forward(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        layer: CompressedLayer | None = getattr(key, "reasonkv_layer", None)
+        layer: AttendedLayer | None = getattr(key, "reasonkv_layer", None)
         if layer is None:
             return _stock(kernel, module)(module, query, key, value, attention_mask, **kwargs)
         if kwargs.get("output_attentions"):
@@ -245,7 +275,7 @@ def _attention_function(kernel: str) -> Callable[..., tuple[Tensor, Tensor | Non
 
 
 def _mask_function(kernel: str) -> Callable[..., Tensor | None]:
-    stock_kernel = "eager" if kernel in {"eager"} else "sdpa" if kernel == "reference" else kernel
+    stock_kernel = "sdpa" if kernel == "reference" else kernel
 
     def build(*args: Any, **kwargs: Any) -> Tensor | None:
         length = kwargs.get("kv_length")
@@ -257,7 +287,7 @@ def _mask_function(kernel: str) -> Callable[..., Tensor | None]:
                 "This forward asks for more than a causal mask (bidirectional, packed or block-wise attention), "
                 "which a compressed cache cannot honour once slots are dropped."
             )
-        length.cache.begin_forward(int(kwargs["batch_size"]), int(kwargs["q_length"]), kwargs.get("attention_mask"))
+        length.begin_forward(int(kwargs["batch_size"]), int(kwargs["q_length"]), kwargs.get("attention_mask"))
         return None  # compressed layers build their own from what they hold
 
     return build

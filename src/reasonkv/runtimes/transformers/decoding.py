@@ -1,52 +1,78 @@
-"""A drop-in for code that makes its own cache.
+"""Compressed generation without holding a cache.
 
-model.generate(**inputs, custom_generate=reasonkv.generate("snapkv", 512))
+model.generate(**inputs, custom_generate=reasonkv.generate_with(SnapKV(), tokens=512))
 """
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import Any, Unpack
 
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from reasonkv.budget import Budget
+from reasonkv.budget import Budget, BudgetFields
+from reasonkv.calibration import Calibration
 from reasonkv.methods import Method, get_method, refuse_future
+from reasonkv.resolve import UnsupportedModelError, resolve_budget
 from reasonkv.runtimes.transformers.cache import CompressedCache
+from reasonkv.runtimes.transformers.session import Observer
 from reasonkv.runtimes.transformers.stats import CacheStats
-from reasonkv.runtimes.transformers.support import UnsupportedModelError
 
 
-class generate:  # noqa: N801 - used like a function: custom_generate=reasonkv.generate(...)
-    """A decoding function for `custom_generate` that swaps the cache `generate` made for a compressed one.
+class CacheOptions(BudgetFields, total=False):
+    """What `generate_with` passes on to `CompressedCache`."""
 
-    Args:
-        method: a method or its spec.
-        budget: a `Budget`, its tokens, or None for full KV.
-        options: further arguments of `CompressedCache` (seed, prompt_lengths, ...).
+    prompt_lengths: list[int] | int | None
+    seed: int
+    row_seeds: list[int] | None
+    max_length: int | None
+    kernel: str | None
+    observer: Observer | None
+    calibration: Calibration | str | Path | None
 
-    Raises:
-        MethodError: an unknown method, or one that looks into the future.
 
-    Attributes:
-        stats: what the last call's cache held, or None before the first.
+class GenerateWith:
+    """A decoding function for `custom_generate`, with `stats` of its last call (None before the first)."""
 
-    """
-
-    def __init__(self, method: str | Method, budget: Budget | int | None = None, **options: Any) -> None:
-        refuse_future(get_method(method))  # whatever the options: what is generated need not be what a reference knows
+    def __init__(self, method: Method, budget: Budget | int | None, options: dict[str, Any]) -> None:
         self.method, self.budget, self.options = method, budget, options
         self.stats: CacheStats | None = None
 
     def __call__(
         self, model: PreTrainedModel, input_ids: Tensor, generation_config: GenerationConfig, **kwargs: Any
     ) -> Any:
-        """Called by `model.generate` with its prepared arguments."""
+        """Decode as `model.generate` would, with a compressed cache in place of the one it prepared."""
         if kwargs.get("assistant_model") is not None:
             raise UnsupportedModelError("A compressed cache cannot be rolled back, so assisted decoding is impossible.")
-        with CompressedCache(model, self.method, self.budget, **self.options) as cache:
+        options = {"max_length": generation_config.max_length, **self.options}
+        with CompressedCache(model, self.method, self.budget, **options) as cache:
             kwargs["past_key_values"] = cache
             decode = model._beam_search if (generation_config.num_beams or 1) > 1 else model._sample
             out = decode(input_ids, generation_config=generation_config, **kwargs)
             self.stats = cache.stats()
         return out
+
+
+def generate_with(
+    method: str | Method, budget: Budget | int | None = None, **options: Unpack[CacheOptions]
+) -> GenerateWith:
+    """Return a decoding function for `model.generate(custom_generate=...)`, also through `pipeline`.
+
+    Args:
+        method: a method or its spec.
+        budget: a `Budget`, its tokens, or a `Window`; every field of `Budget` is also a keyword.
+        options: fields of `Budget`, and arguments of `CompressedCache` (seed, prompt_lengths, ...).
+
+    Raises:
+        BudgetError: a budget that makes no sense.
+        MethodError: an unknown method, or one that looks into the future.
+
+    """
+    made = get_method(method)
+    refuse_future(made)
+    fields = {name: value for name, value in options.items() if name in BudgetFields.__annotations__}
+    rest = {name: value for name, value in options.items() if name not in fields}
+    whole = Budget.from_fields(budget, fields)
+    resolve_budget(made, whole)  # so that a mistake is said here, not in the middle of generate
+    return GenerateWith(made, whole, rest)

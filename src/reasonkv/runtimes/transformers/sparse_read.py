@@ -17,7 +17,7 @@ from reasonkv.budget import Budget, BudgetError, Window
 from reasonkv.methods import Method
 from reasonkv.methods.sparse_read import FullPages, PageView, Prepared, SelectionMethod
 from reasonkv.rotary import Rotary
-from reasonkv.runtimes.transformers.rows import Piece, Row
+from reasonkv.runtimes.transformers.forward import ForwardPlan, SequenceState
 
 MASK_ELEMENTS = 1 << 24
 """Mask entries worked on at once: queries of a long piece are attended to in parts."""
@@ -69,7 +69,7 @@ class PageTable:
             setattr(self, name, None if total is None else total.index_select(0, index.to(total.device)))
 
 
-class Selection:
+class SparseReader:
     """A selection method at a budget, on one model.
 
     Args:
@@ -101,8 +101,8 @@ class Selection:
     @classmethod
     def of(
         cls, method: Method, model: PreTrainedModel, budget: Budget | None, rotary: Rotary | None
-    ) -> tuple[Selection | None, Budget | None]:
-        """A method's selection, None for one that evicts; and the schedule's budget, None for one that selects.
+    ) -> tuple[SparseReader | None, Budget | None]:
+        """Return a method's reader, None for one that evicts; and the schedule's budget, None for a reader.
 
         Raises:
             BudgetError, MethodError: a budget too small, or parameters that cannot be found.
@@ -112,10 +112,10 @@ class Selection:
             return None, budget
         return cls(method, method.prepare(model), budget, rotary), None  # nothing is ever dropped: no events
 
-    def fill(self, layer: int, keys_BHWD: Tensor, piece: Piece) -> None:
+    def fill(self, layer: int, keys_BHWD: Tensor, forward: ForwardPlan) -> None:
         """Summarise the pages that a forward has made full, from all keys held."""
         c = self.page_size
-        spans = [(row.state.held // c, held // c) for row, held in zip(piece.rows, piece.held, strict=True)]
+        spans = [(row.state.physical // c, held // c) for row, held in zip(forward.rows, forward.held, strict=True)]
         if layer < self.method.dense or all(start == end for start, end in spans):
             return
         device = keys_BHWD.device
@@ -130,28 +130,30 @@ class Selection:
         table = self.tables.setdefault(layer, PageTable())
         table.write(row_n, page_n, max(end for _, end in spans), len(spans), summaries)
 
-    def masks(self, layer: int, queries_BHqqD: Tensor, kv_heads: int, piece: Piece) -> Iterator[tuple[slice, Tensor]]:
+    def masks(
+        self, layer: int, queries_BHqqD: Tensor, kv_heads: int, forward: ForwardPlan
+    ) -> Iterator[tuple[slice, Tensor]]:
         """What the queries of a forward read, a few queries at a time, and count it.
 
         Args:
             layer: index in the model.
             queries_BHqqD: rotated queries.
             kv_heads: KV heads H.
-            piece: the forward.
+            forward: the forward.
 
         Yields:
             Columns of the forward, and their additive mask [B, Hq, columns, width], 0 or -inf, in the queries' dtype.
 
         """
         B, Hq, q, _ = queries_BHqqD.shape
-        step = max(1, MASK_ELEMENTS // (B * Hq * piece.width))
+        step = max(1, MASK_ELEMENTS // (B * Hq * forward.width))
         for start in range(0, q, step):
             columns = slice(start, min(start + step, q))
-            slots_BHqqN = self._slots(layer, queries_BHqqD[:, :, columns], columns, kv_heads, piece)
+            slots_BHqqN = self._slots(layer, queries_BHqqD[:, :, columns], columns, kv_heads, forward)
             mask = torch.zeros(slots_BHqqN.shape, dtype=queries_BHqqD.dtype, device=queries_BHqqD.device)
             yield columns, mask.masked_fill_(~slots_BHqqN, float("-inf")).expand(B, Hq, -1, -1)
 
-    def pages(self, row: Row) -> int:
+    def pages(self, row: SequenceState) -> int:
         """Pages that a decoded token of a row reads."""
         return (self.tokens + (row.state.prompt if self.prompt_on_top else 0)) // self.page_size
 
@@ -191,24 +193,24 @@ class Selection:
         layers = self.prepared.layers
         return None if layers is None else dict(layers[layer])
 
-    def _slots(self, layer: int, queries_BHqqD: Tensor, columns: slice, kv_heads: int, piece: Piece) -> Tensor:
+    def _slots(self, layer: int, queries_BHqqD: Tensor, columns: slice, kv_heads: int, forward: ForwardPlan) -> Tensor:
         """Slots each query reads, bool [B, Hq or 1, columns, width]."""
         device, c = queries_BHqqD.device, self.page_size
-        number_N = torch.arange(piece.width, device=device)
-        visible_BqN = number_N < piece.visible_Bq(device)[:, columns, None]
-        positions_Bq, valid_Bq = (tensor[:, columns] for tensor in piece.token_indices(device))
-        decoded_Bq = valid_Bq & ~piece.in_prompt_Bq(device)[:, columns]
+        number_N = torch.arange(forward.width, device=device)
+        visible_BqN = number_N < forward.visible_Bq(device)[:, columns, None]
+        positions_Bq, valid_Bq = (tensor[:, columns] for tensor in forward.token_indices(device))
+        decoded_Bq = valid_Bq & ~forward.in_prompt_Bq(device)[:, columns]
         table = self.tables.setdefault(layer, PageTable())
         if layer < self.method.dense or not table.state:  # not one page is full yet
             self._count(table, (positions_Bq + 1), torch.zeros_like(positions_Bq), decoded_Bq)
             return visible_BqN[:, None]
-        pages = max(piece.held) // c
+        pages = max(forward.held) // c
         view = PageView(
             {name: tensor[:, :, :pages] for name, tensor in table.state.items()},
             queries_BHqqD, positions_Bq, c, self._parameters(layer), self.rotary,
         )  # fmt: skip
         with torch.autocast(device.type, enabled=False):  # scores are float32 whoever calls
-            chosen_BHqP = self.method.select(view, [self.pages(row) for row in piece.rows])
+            chosen_BHqP = self.method.select(view, [self.pages(row) for row in forward.rows])
         B, heads = chosen_BHqP.shape[:2]
         union_BHqP = chosen_BHqP.view(B, kv_heads, heads // kv_heads, *chosen_BHqP.shape[2:]).any(2)
         slots_Bq = union_BHqP.sum(-1).double().mean(1) * c + positions_Bq % c + 1

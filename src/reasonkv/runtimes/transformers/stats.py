@@ -1,21 +1,20 @@
-"""What a compressed cache held and dropped, per row."""
+"""What a compressed cache holds, evicted and allocated, per sequence."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from html import escape
 
-from reasonkv.budget import slot_bytes
-
-if TYPE_CHECKING:
-    from reasonkv.runtimes.transformers.cache import CompressedCache
-    from reasonkv.runtimes.transformers.rows import Row
-    from reasonkv.runtimes.transformers.storage import LayerStorage
+from reasonkv.runtimes.transformers.forward import SequenceState
+from reasonkv.runtimes.transformers.sequences import LayerGroup
+from reasonkv.runtimes.transformers.session import Session
+from reasonkv.runtimes.transformers.storage import LayerStorage
 
 
 @dataclass(frozen=True)
 class RowStats:
-    """One row of a batch; slots are per KV head, averaged over compressed layers.
+    """One sequence of a batch; slots are per KV head, averaged over compressed layers.
 
     Args:
         length: tokens seen (logical length).
@@ -25,15 +24,17 @@ class RowStats:
         physical_peak: most slots held at once, the prompt's forward included; each layer's own most, where they differ.
         physical_terminal: slots held now.
         events: compactions; of the layer with most of them, where layers have budgets of their own.
-        tokens_dropped: slots dropped or folded away by them, per KV head, rounded.
+        tokens_dropped: tokens evicted or merged away by them, per KV head, rounded.
         tokens_folded: those of them that live on in another slot.
-        bytes_held: bytes this row's storage takes when it runs alone: slots allocated, token indices, counts, queries.
+        bytes_held: bytes this sequence's storage takes when it runs alone and is fully grown: slots up to the
+            capacity, token indices, counts, queries.
         bytes_peak: bytes if all layers held the row's peak at once, as they would without staging; at least bytes_held.
         bytes_full: bytes of keys and values a cache without bound would hold for the same tokens.
-        guards: at how many events a method fell back on a rule of its own, by the rule's name.
+        fallbacks: at how many compactions a method used a fallback rule, by the rule's name.
         slots_read_mean: slots attended per token fed after the prompt, where a method selects, or holds padding that
             nothing attends to; None: all that are held.
         bytes_read_mean: the bytes of their keys and values in all layers, and of the page summaries read to choose.
+        bytes_in_use: bytes of the slots held now, and of what does not depend on them.
 
     """
 
@@ -48,26 +49,23 @@ class RowStats:
     bytes_held: int
     bytes_peak: int
     bytes_full: int
-    guards: dict[str, int] = field(default_factory=dict)
+    fallbacks: dict[str, int] = field(default_factory=dict)
     slots_read_mean: float | None = None
     bytes_read_mean: float | None = None
-
-    @property
-    def saved_ratio(self) -> float:
-        """Share of the tokens seen that is no longer held, 0 for full KV."""
-        return 1.0 - self.physical_terminal / self.length if self.length else 0.0
+    bytes_in_use: int = 0
 
 
 @dataclass(frozen=True)
 class CacheStats:
-    """Stats of all rows.
+    """Stats of all sequences of a batch.
 
     Args:
-        rows: one entry per row of the batch.
+        rows: one entry per sequence.
         compressed_layers, other_layers: layers under the method; sliding layers that stay stock and are not counted.
-        compaction_seconds: host time spent in events (on an accelerator, without waiting for it).
+        compaction_seconds: host time of compactions (on an accelerator, without waiting for it).
         bytes_allocated: bytes of keys and values allocated now for the whole batch, ragged tails included.
         bytes_allocated_peak: the most that was allocated at once; a long prompt is staged one layer at a time.
+        bytes_beside: bytes allocated beside them: token indices, counts, method state, queries and page summaries.
 
     """
 
@@ -77,83 +75,128 @@ class CacheStats:
     compaction_seconds: float
     bytes_allocated: int
     bytes_allocated_peak: int
+    bytes_beside: int = 0
+
+    @classmethod
+    def of(
+        cls, rows: list[RowStats], storages: Sequence[LayerStorage], layers: int, others: int, seconds: float, peak: int
+    ) -> CacheStats:
+        """Return the stats of sequences and of the storage of the compressed layers."""
+        live, beside = sum(one.bytes_allocated() for one in storages), sum(one.bytes for one in storages)
+        return cls(rows, layers, others, seconds, live, max(peak, live), beside)
+
+    @property
+    def bytes_in_use(self) -> int:
+        """Bytes of everything the sequences hold now."""
+        return sum(row.bytes_in_use for row in self.rows)
+
+    def facts(self) -> dict[str, str]:
+        """Return what people want to know, in words by name; empty before the first token."""
+        if not self.rows:
+            return {}
+        return {
+            "tokens seen": _each(row.length for row in self.rows),
+            "tokens kept": _each(round(row.physical_terminal) for row in self.rows),
+            "compactions": _each(row.events for row in self.rows),
+            "in use": _bytes(self.bytes_in_use),
+            "allocated": _bytes(self.bytes_allocated + self.bytes_beside),
+            "full KV": _bytes(sum(row.bytes_full for row in self.rows)),
+        }
 
     def __str__(self) -> str:
-        if not self.rows:
-            return "empty cache"
-        n = len(self.rows)
-        held, full = sum(r.bytes_held for r in self.rows), sum(r.bytes_full for r in self.rows)
-        return (
-            f"{n} row{'s' if n > 1 else ''}: {sum(r.length for r in self.rows) / n:.0f} tokens seen, "
-            f"{sum(r.physical_terminal for r in self.rows) / n:.0f} slots held "
-            f"(mean {sum(r.physical_mean for r in self.rows) / n:.0f}, "
-            f"peak {max(r.physical_peak for r in self.rows):.0f}), "
-            f"{sum(r.events for r in self.rows)} events, {held / 2**20:.2f} MiB held of {full / 2**20:.2f} MiB"
-        )
+        return ", ".join(f"{name} {value}" for name, value in self.facts().items()) or "empty"
+
+    def _repr_html_(self) -> str:
+        """Return a table for notebooks."""
+        rows = self.facts() or {"tokens seen": "0"}
+        cells = "".join(f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in rows.items())
+        return f"<table>{cells}</table>"
 
 
-def collect_stats(cache: CompressedCache) -> CacheStats:
-    """What every row of a cache held and dropped so far, and the bytes of it."""
-    layers = cache.compressed_layers
-    storages = [layer.storage for layer in layers if layer.storage is not None]
-    slots = [0] * len(cache.tracks)  # bytes of one slot of all heads in all layers of a track
-    for layer in layers:
-        if layer.storage is not None:
-            slots[layer.track] += layer.storage.bytes_per_slot()
-    plain = sum(_plain_slot_bytes(s) for s in storages)
-    rows = [_row_stats(cache, number, slots, plain) for number in range(len(cache.rows))]
-    live = sum(storage.bytes_allocated() for storage in storages)
-    others = len(cache.layers) - len(layers)
-    return CacheStats(rows, len(layers), others, cache.compaction_seconds, live, cache.bytes_peak)
+def collect_stats(
+    session: Session, groups: Sequence[LayerGroup], storages: Sequence[tuple[int, LayerStorage]], is_bounded: bool
+) -> list[RowStats]:
+    """Return what every sequence holds and evicted so far, and the bytes of it.
+
+    Args:
+        session: of the cache.
+        groups: its layers by budget.
+        storages: every compressed layer's that has seen a token, with the number of its group.
+        is_bounded: the cache has a budget.
+
+    """
+    slots = [sum(one.bytes_per_slot() for number, one in storages if number == group) for group in range(len(groups))]
+    plain = sum(storage.bytes_per_token() for _, storage in storages)
+    fixed = sum(storage.bytes_per_row() for _, storage in storages)
+    rows = range(len(groups[0].rows)) if groups else ()
+    return [_row_stats(session, groups, number, slots, plain, fixed, is_bounded) for number in rows]
 
 
-def _row_stats(cache: CompressedCache, number: int, slots: list[int], plain: int) -> RowStats:
-    own = [track.rows[number] for track in cache.tracks]
-    first, selection, layers = own[0], cache.selection, len(cache.compressed_layers)
+def _row_stats(
+    session: Session,
+    groups: Sequence[LayerGroup],
+    number: int,
+    slot_bytes: list[int],
+    plain: int,
+    fixed: int,
+    is_bounded: bool,
+) -> RowStats:
+    own, layers = [group.rows[number] for group in groups], sum(group.layers for group in groups)
+    first, reader = own[0], session.reader
 
     def mean(values: list[int]) -> float:
-        total = sum(track.layers * value for track, value in zip(cache.tracks, values, strict=True))
+        total = sum(group.layers * value for group, value in zip(groups, values, strict=True))
         return total // layers if total % layers == 0 else total / layers  # a whole number where all layers are alike
 
-    allocated = [row.state.held if cache.budget is None else row.capacity(cache.max_length) for row in own]
-    peaks = [max(row.peak, held) for row, held in zip(own, allocated, strict=True)]
-    fixed = sum(layer.storage.bytes_per_row() for layer in cache.compressed_layers if layer.storage is not None)
-    fixed += 4 * first.state.length if cache.method.needs.token_ids else 0
-    fixed += 0 if selection is None else selection.bytes_held(first.state.held)
-    slots_read, summaries_read = (None, 0.0) if selection is None else selection.read(number)
+    def size(slots: list[int]) -> int:
+        return sum(count * slot for count, slot in zip(slots, slot_bytes, strict=True)) + fixed
+
+    held = [row.state.physical for row in own]
+    allocated = [row.capacity(session.max_length) for row in own] if is_bounded else held
+    fixed += 4 * first.state.logical if session.needs.token_ids else 0
+    fixed += 0 if reader is None else reader.bytes_held(held[0])
+    slots_read, summaries_read = (None, 0.0) if reader is None else reader.read(number)
     attended, decoded = mean([row.attended for row in own]), first.decoded
-    passed = sum(track.layers * row.padding_passed for track, row in zip(cache.tracks, own, strict=True)) / layers
+    passed = sum(group.layers * row.padding_passed for group, row in zip(groups, own, strict=True)) / layers
     if passed or any(row.padding for row in own):
         slots_read = (attended - passed) / decoded if decoded else 0.0
     return RowStats(
-        length=first.state.length,
-        prompt=min(first.state.prompt, first.state.length),
+        length=first.state.logical,
+        prompt=min(first.state.prompt, first.state.logical),
         physical_mean=attended / decoded if decoded else 0.0,
         physical_peak=mean([row.peak for row in own]),
-        physical_terminal=mean([row.state.held for row in own]),
+        physical_terminal=mean(held),
         events=max(row.events for row in own),
         tokens_dropped=round(mean([row.dropped for row in own])),
-        tokens_folded=sum(track.layers * row.folded for track, row in zip(cache.tracks, own, strict=True)) / layers,
-        bytes_held=sum(held * slot for held, slot in zip(allocated, slots, strict=True)) + fixed,
-        bytes_peak=sum(peak * slot for peak, slot in zip(peaks, slots, strict=True)) + fixed,
-        bytes_full=first.state.length * plain,
-        guards={name: len(events) for name, events in sorted(_guards(own).items())},
+        tokens_folded=sum(group.layers * row.folded for group, row in zip(groups, own, strict=True)) / layers,
+        bytes_held=size(allocated),
+        bytes_peak=size([max(row.peak, slots) for row, slots in zip(own, allocated, strict=True)]),
+        bytes_full=first.state.logical * plain,
+        fallbacks={name: len(events) for name, events in sorted(_fallbacks(own).items())},
         slots_read_mean=slots_read,
         bytes_read_mean=None if slots_read is None else slots_read * plain + summaries_read,
+        bytes_in_use=size(held),
     )
 
 
-def _guards(rows: list[Row]) -> dict[str, set[int]]:
-    """Events at which a guard of any layer decided."""
+def _fallbacks(rows: list[SequenceState]) -> dict[str, set[int]]:
+    """Compactions at which a fallback of any layer decided."""
     found: dict[str, set[int]] = {}
     for row in rows:
-        for name, events in row.guards.items():
+        for name, events in row.fallbacks.items():
             found.setdefault(name, set()).update(events)
     return found
 
 
-def _plain_slot_bytes(storage: LayerStorage) -> int:
-    if storage.keys is None or storage.values is None:
-        return 0
-    width = slot_bytes(storage.keys.shape[3], storage.values.shape[3], storage.keys.element_size())
-    return storage.keys.shape[1] * width
+def _each(values: Iterable[int]) -> str:
+    """Every sequence's number; of many sequences, the range."""
+    numbers = list(values)
+    if len(set(numbers)) == 1:
+        return f"{numbers[0]}" + (f" in each of {len(numbers)} sequences" if len(numbers) > 1 else "")
+    if len(numbers) <= 4:
+        return ", ".join(map(str, numbers[:-1])) + f" and {numbers[-1]}"
+    return f"{min(numbers)} to {max(numbers)} in {len(numbers)} sequences"
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 2**20:.1f} MiB" if count >= 2**20 else f"{count / 2**10:.0f} KiB"

@@ -1,20 +1,16 @@
-"""The token ids of every row, for methods that read the text; a public forward pre-hook of the model brings them."""
+"""The token ids of every row, for methods that read the text; a forward pre-hook of the model brings them."""
 
 from __future__ import annotations
 
-import weakref
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from reasonkv.runtimes.transformers.rows import Piece
-from reasonkv.runtimes.transformers.support import UnsupportedModelError
-
-if TYPE_CHECKING:
-    from torch.utils.hooks import RemovableHandle
-
-    from reasonkv.runtimes.transformers.cache import CompressedCache
+from reasonkv.resolve import UnsupportedModelError
+from reasonkv.runtimes.transformers.forward import ForwardPlan
 
 
 class TokenLog:
@@ -24,30 +20,30 @@ class TokenLog:
         self.announced: Tensor | None = None  # [B, q], of the forward that is about to begin
         self.ids: Tensor | None = None  # int32 [B, A]; token t of a row stands at t
 
-    def append(self, piece: Piece) -> None:
-        """Take over what was announced for a forward.
+    def append(self, forward: ForwardPlan) -> None:
+        """Add the announced token ids of a forward.
 
         Raises:
             UnsupportedModelError: the forward was not announced with token ids.
 
         """
         new, self.announced = self.announced, None
-        if new is None or tuple(new.shape) != (len(piece.rows), piece.columns):
+        if new is None or tuple(new.shape) != (len(forward.rows), forward.columns):
             raise UnsupportedModelError(
                 "This method reads token ids; call the model the cache was made with, with input_ids "
                 "(not inputs_embeds), or turn the option that needs them off."
             )
-        row, column, _, token = piece.scatter(new.device)
-        longest = max(state.length for state in piece.after)
+        row, column, _, token = forward.scatter(new.device)
+        longest = max(state.logical for state in forward.after)
         if self.ids is None or self.ids.shape[1] < longest:
-            grown = new.new_zeros(len(piece.rows), max(256, 2 * longest), dtype=torch.int32)
+            grown = new.new_zeros(len(forward.rows), max(256, 2 * longest), dtype=torch.int32)
             if self.ids is not None:
                 grown[:, : self.ids.shape[1]] = self.ids
             self.ids = grown
         self.ids[row, token] = new[row, column].int()
 
     def of(self, rows: list[int], lengths: list[int]) -> tuple[Tensor, ...]:
-        """Per row, int64 [length]: every token it has seen."""
+        """Return every token each row has seen, int64 [length] each."""
         assert self.ids is not None
         return tuple(self.ids[row, :length].long() for row, length in zip(rows, lengths, strict=True))
 
@@ -57,15 +53,11 @@ class TokenLog:
             self.ids = self.ids.index_select(0, index.to(self.ids.device))
 
 
-def listen(model: nn.Module, cache: CompressedCache) -> RemovableHandle:
-    """Tell a cache the token ids of every forward of `model` that uses it, until the handle is removed."""
-    owner = weakref.ref(cache)
+def listen(model: nn.Module, receive: Callable[[object, Tensor | None], None]) -> RemovableHandle:
+    """Call `receive(cache, input_ids)` before every forward of `model`, until the handle is removed."""
 
     def announce(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        listener, cache_used = owner(), kwargs.get("past_key_values")
-        if listener is None or id(cache_used) != id(listener):
-            return
         ids = kwargs.get("input_ids", args[0] if args else None)
-        listener.token_ids.announced = ids if isinstance(ids, Tensor) else None
+        receive(kwargs.get("past_key_values"), ids if isinstance(ids, Tensor) else None)
 
     return model.register_forward_pre_hook(announce, with_kwargs=True)

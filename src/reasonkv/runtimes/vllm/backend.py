@@ -1,33 +1,53 @@
-"""The attention path: stock backends whose requests hold fewer slots than tokens.
+"""The attention path: stock backends whose requests store fewer slots than they have tokens.
 
-Three things differ from the stock backend, whichever it is. The metadata builder tells the kernels physical lengths;
-keys and values are written at physical slots (vLLM's runner would write them at logical ones, so the write moves into
-`forward`); and after a layer has attended, its requests' events are carried out. Where a layer belongs to no
-`Runtime`, as in another engine of the same process, nothing differs.
+Three things differ from a stock backend. The metadata builder gives the kernels physical lengths. Keys and values are
+written at physical slots inside `forward`, because vLLM's runner would write them at logical positions. After a layer
+has attended, the runtime sees its queries. A layer without a runtime, as in another engine of the process, is stock.
 
-Each platform's backend is made in a module of its own (`backend_cpu`, `backend_flash`, `backend_triton`), because
-importing it fails on others.
+`backend.CPU_ATTN`, `backend.FLASH_ATTN` and `backend.TRITON_ATTN` are the backends. Each is made when first asked for,
+because its stock backend cannot be imported on other platforms. Only `CPU_ATTN` has been run.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from functools import cache
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from vllm.config import get_layers_from_vllm_config
 from vllm.model_executor.layers.attention import Attention
+from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from reasonkv.runtimes.vllm.runtime import Runtime
+DRIVEN = {
+    stock: f"{__name__}.{stock.name}"
+    for stock in (AttentionBackendEnum.CPU_ATTN, AttentionBackendEnum.FLASH_ATTN, AttentionBackendEnum.TRITON_ATTN)
+}
+"""Stock backends, and the path of what takes their place."""
+
+
+class StepRuntime(Protocol):
+    """What the attention path asks of an engine's runtime."""
+
+    fed: Mapping[str, int] | None
+    """Tokens of every request of the step under way; None in a step that no scheduler asked for (warm-up)."""
+
+    def physical_metadata(self, common: CommonAttentionMetadata, block_size: int) -> CommonAttentionMetadata:
+        """Return a step's metadata with physical lengths and slots."""
+
+    def after_attention(self, number: int, query: Tensor) -> None:
+        """Take in the rotated queries of layer `number`, which has attended."""
 
 
 class CompressedBuilder:
     """Mixed into a stock metadata builder: physical lengths and slots instead of logical ones.
 
-    No full CUDA graphs: events are host decisions. Piecewise graphs leave attention out and are fine.
+    No full CUDA graphs: compactions are host decisions. Piecewise graphs leave attention out and are fine.
     """
 
     _cudagraph_support = AttentionCGSupport.NEVER
@@ -35,29 +55,26 @@ class CompressedBuilder:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._runtime: Runtime | None = None
+        self._runtime: StepRuntime | None = None
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> Any:
-        """Metadata of one step; of a step that no scheduler asked for (warm-up), the stock one."""
-        common, runtime = common_attn_metadata, self._attached()
-        if runtime is not None and runtime.fed is not None:
-            common = runtime.make_physical(common, self.kv_cache_spec.block_size)  # type: ignore[attr-defined]
-        return super().build(common_prefix_len, common, fast_build)  # type: ignore[misc]
-
-    def _attached(self) -> Runtime | None:
+        """Build the metadata of one step; of a warm-up step, the stock one."""
+        common = common_attn_metadata
         if self._runtime is None:
             layers = get_layers_from_vllm_config(self.vllm_config, Attention, self.layer_names)  # type: ignore[attr-defined]
             self._runtime = next((layer.impl.runtime for layer in layers.values()), None)
-        return self._runtime
+        if self._runtime is not None and self._runtime.fed is not None:
+            common = self._runtime.physical_metadata(common, self.kv_cache_spec.block_size)  # type: ignore[attr-defined]
+        return super().build(common_prefix_len, common, fast_build)  # type: ignore[misc]
 
 
 class CompressedImpl:
-    """Mixed into a stock attention implementation: write at physical slots, attend, carry out events."""
+    """Mixed into a stock attention implementation: write at physical slots, attend, show the queries."""
 
-    runtime: Runtime | None = None
-    """The engine's; set by it once the model is loaded."""
+    runtime: StepRuntime | None = None
+    """The engine's; it sets this once the model is loaded."""
     layer_number = 0
     """Which of the engine's compressed layers this is, in the order they run."""
 
@@ -65,7 +82,7 @@ class CompressedImpl:
         self, layer: Any, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, attn_metadata: Any,
         output: Tensor, *args: Any, **kwargs: Any,
     ) -> Tensor:  # fmt: skip
-        """As the stock implementation; `attn_metadata` is None while the engine warms up."""
+        """Attend as the stock implementation does; `attn_metadata` is None while the engine warms up."""
         if attn_metadata is not None:
             slots = attn_metadata.slot_mapping[: key.shape[0]]
             n = slots.shape[0]
@@ -78,21 +95,29 @@ class CompressedImpl:
         return out
 
     def write(self, layer: Any, keys_nHD: Tensor, values_nHD: Tensor, kv_cache: Tensor, slots_n: Tensor) -> None:
-        """The platform's own cache operation, for whole tokens of all heads."""
+        """Write whole tokens of all heads by the platform's own cache operation."""
         slots_n = slots_n.to(torch.int64)
         self.do_kv_cache_update(layer, keys_nHD, values_nHD, kv_cache, slots_n)  # type: ignore[attr-defined]
 
 
-def compressed(stock: type[Any], stock_builder: type[Any], stock_impl: type[Any]) -> type[Any]:
-    """A stock backend under a budget, from its own class and those of its metadata builder and implementation."""
+def __getattr__(name: str) -> type[Any]:
+    if name not in {stock.name for stock in DRIVEN}:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return _compressed(AttentionBackendEnum[name].value)
 
-    class Builder(CompressedBuilder, stock_builder):  # type: ignore[misc]
+
+@cache
+def _compressed(path: str) -> type[Any]:
+    """Extend the stock backend at `path`."""
+    stock = resolve_obj_by_qualname(path)
+
+    class Builder(CompressedBuilder, stock.get_builder_cls()):  # type: ignore[misc]
         """Metadata with physical lengths."""
 
-    class Impl(CompressedImpl, stock_impl):  # type: ignore[misc]
+    class Impl(CompressedImpl, stock.get_impl_cls()):  # type: ignore[misc]
         """Attention over physical slots."""
 
-    class Backend(stock):  # type: ignore[misc]
+    class Backend(stock):  # type: ignore[misc, valid-type]
         """The stock backend with both."""
 
         forward_includes_kv_cache_update = True

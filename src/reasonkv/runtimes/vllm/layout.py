@@ -1,11 +1,10 @@
 """Where the platform's kernels put a key or value in a block, found out by asking them.
 
 Attention kernels pack keys and values as they like: CPU kernels interleave them per instruction set, others split them
-by head or by token. Instead of knowing every packing, a numbered ramp is written through the platform's own cache
-operation when the engine starts, and where the numbers end up is the layout. Reading and writing then move elements in
-packed space, in one pass where the layout is linear; where it is not, writing goes through the platform's operation.
+by head or by token. Instead of knowing every packing, the engine writes a numbered ramp through the platform's own
+cache operation when it starts, and where the numbers end up is the layout. Reading and writing then move elements.
 
-Legend: B rows, M blocks per row, H KV heads, S slots per block, D head_dim, E elements of a block.
+Legend: B rows, M blocks per row, H KV heads, S slots per block, K slots read or written, D head_dim, E elements.
 """
 
 from __future__ import annotations
@@ -31,196 +30,81 @@ class LayoutError(ReasonKVError, RuntimeError):
 
 
 @dataclass(frozen=True)
-class Strides:
-    """An index that is linear in head, slot and dimension, where slot s counts as (s // inner, s % inner)."""
-
-    offset: int
-    head: int
-    outer: int
-    inner_step: int
-    dim: int
-    inner: int
-
-    def gather(self, cache_NE: Tensor, blocks_BM: Tensor, shape_HSD: tuple[int, int, int]) -> Tensor:
-        """[B, H, M * S, D] of some of N blocks, in one pass."""
-        H, S, D = shape_HSD
-        if self._has_rows(cache_NE, D):
-            slot_BHn = torch.arange(S, device=cache_NE.device).repeat(len(blocks_BM), H, blocks_BM.shape[1])
-            return self.gather_slots(cache_NE, blocks_BM.repeat_interleave(S, 1)[:, None], slot_BHn, shape_HSD)
-        head_H1 = torch.arange(H, device=cache_NE.device)[:, None]
-        return self._view(cache_NE, shape_HSD)[blocks_BM[:, None], head_H1].reshape(len(blocks_BM), H, -1, D)
-
-    def gather_slots(
-        self, cache_NE: Tensor, block_BHK: Tensor, slot_BHK: Tensor, shape_HSD: tuple[int, int, int]
-    ) -> Tensor:
-        """[B, H, K, D]: slot `slot_BHK` of block `block_BHK`, every head its own, in one pass."""
-        H, _, D = shape_HSD
-        head_H1 = torch.arange(H, device=cache_NE.device)[:, None]
-        if not self._has_rows(cache_NE, D):
-            return self._view(cache_NE, shape_HSD)[block_BHK, head_H1, slot_BHK // self.inner, slot_BHK % self.inner]
-        row_BHK = block_BHK * (cache_NE.shape[1] // D) + self.offset // D + head_H1 * (self.head // D)
-        row_BHK = row_BHK + slot_BHK // self.inner * (self.outer // D) + slot_BHK % self.inner * (self.inner_step // D)
-        return cache_NE.view(-1, D).index_select(0, row_BHK.flatten()).view(*slot_BHK.shape, D)
-
-    def _has_rows(self, cache_NE: Tensor, D: int) -> bool:
-        """Every slot is a row of D elements of the whole memory: on CPU rows are copied several times faster."""
-        steps = (cache_NE.shape[1], self.offset, self.head, self.outer, self.inner_step)
-        return self.dim == 1 and cache_NE.is_contiguous() and all(step % D == 0 for step in steps)
-
-    def put_slots(self, cache_NE: Tensor, block_BK: Tensor, slot_K: Tensor, x_BHKD: Tensor, slots: int) -> None:
-        """Write what `gather_slots` reads, in place; all heads of a row to the same slots."""
-        _, H, _, D = x_BHKD.shape
-        head_H1 = torch.arange(H, device=cache_NE.device)[:, None]
-        where = (block_BK[:, None], head_H1, slot_K // self.inner, slot_K % self.inner)
-        self._view(cache_NE, (H, slots, D))[where] = x_BHKD
-
-    def _view(self, cache_NE: Tensor, shape_HSD: tuple[int, int, int]) -> Tensor:
-        """[N, H, S // inner, inner, D] without a copy."""
-        H, S, D = shape_HSD
-        return cache_NE.as_strided(
-            (len(cache_NE), H, S // self.inner, self.inner, D),
-            (cache_NE.stride(0), self.head, self.outer, self.inner_step, self.dim),
-            cache_NE.storage_offset() + self.offset,
-        )
-
-
-@dataclass(frozen=True)
 class Layout:
-    """Where every element of a block is.
+    """Where every element of a block is in memory.
 
     Args:
-        key_index_HSD, value_index_HSD: int64, element of the block, counted as they lie in memory.
-        key_strides, value_strides: the same as strides, where they are regular.
+        offset_HSD: by kind, int64, elements from the start of the block.
+        is_rows: by kind: every slot is a row of D elements at a multiple of D, which is copied several times faster.
 
     """
 
-    key_index_HSD: Tensor
-    value_index_HSD: Tensor
-    key_strides: Strides | None
-    value_strides: Strides | None
+    offset_HSD: dict[Kind, Tensor]
+    is_rows: dict[Kind, bool]
 
     @classmethod
     def probe(cls, kv_cache: Tensor, block: int, heads: int, head_dim: int, write: Write) -> Layout:
-        """Find out by writing to a block that nobody uses yet; it is zero afterwards.
+        """Find the layout by writing to a block that nobody uses yet; it is zero afterwards.
 
-        Args:
-            kv_cache: the layer's cache, blocks first, [blocks, heads, slots, elements of a slot].
-            block: number of the block.
-            heads: KV heads of this rank.
-            head_dim: of keys and values.
-            write: the platform's cache operation.
-
-        Raises:
-            LayoutError: what was written cannot be found again.
-
+        `kv_cache` is [blocks, heads, slots, elements of a slot], in any order in memory. Raises a LayoutError where
+        what was written cannot be found again.
         """
         S, device = kv_cache.shape[2], kv_cache.device
         numbers = torch.arange(heads * S * head_dim, device=device)
         slots_S = torch.arange(S, device=device) + block * S
-        elements = kv_cache[block].numel()
-        found: list[Tensor] = []
-        for is_key in (True, False):
-            number_E = torch.zeros(elements, dtype=torch.int64, device=device)
-            weight = 1
+        offset_E = torch.zeros(1, dtype=torch.int64, device=device)
+        for size, stride in zip(kv_cache.shape[1:], kv_cache.stride()[1:], strict=True):
+            offset_E = (offset_E[:, None] + torch.arange(size, device=device) * stride).flatten()
+        found: dict[Kind, Tensor] = {}
+        kinds: tuple[Kind, Kind] = ("keys", "values")
+        for kind in kinds:
+            number_E, weight = torch.zeros_like(offset_E), 1
             while weight <= len(numbers):
                 digits = (numbers // weight % _BASE).to(kv_cache.dtype).view(heads, S, head_dim).transpose(0, 1)
-                other = torch.full_like(digits, -1.0)
-                pair = (digits, other) if is_key else (other, digits)
-                write(pair[0].contiguous(), pair[1].contiguous(), kv_cache, slots_S)
-                number_E += _by_memory(kv_cache)[block].reshape(-1).float().round().long() * weight
+                digits, other = digits.contiguous(), torch.full_like(digits, -1.0).contiguous()
+                write(*((digits, other) if kind == "keys" else (other, digits)), kv_cache, slots_S)
+                number_E += kv_cache[block].flatten().float().round().long() * weight
                 weight *= _BASE
-            # elements of the other kind are negative throughout
-            mine = (number_E >= 0).nonzero()[:, 0]
-            index = torch.full_like(numbers, -1)
-            if len(mine) == len(numbers) and int(number_E[mine].max()) < len(numbers):
-                index[number_E[mine]] = mine
-            if bool((index < 0).any()):
+            mine = number_E >= 0  # elements of the other kind are negative throughout
+            found[kind] = torch.full_like(numbers, -1)
+            if int(mine.sum()) == len(numbers) and int(number_E.max()) < len(numbers):
+                found[kind][number_E[mine]] = offset_E[mine]
+            if bool((found[kind] < 0).any()):
                 raise LayoutError(
                     "The attention backend's cache operation changes what it stores, so reasonkv cannot read keys "
                     "and values back; choose another --attention-backend or a cache without quantisation."
                 )
-            found.append(index.view(heads, S, head_dim))
         kv_cache[block].zero_()
-        return cls(found[0], found[1], _strides(found[0]), _strides(found[1]))
+        offset_HSD = {kind: offset.view(heads, S, head_dim) for kind, offset in found.items()}
+        return cls(offset_HSD, {kind: _is_rows(offset, kv_cache.stride(0)) for kind, offset in offset_HSD.items()})
 
-    def read(self, kind: Kind, kv_cache: Tensor, blocks_BM: Tensor) -> Tensor:
-        """Keys or values of whole blocks, in the order of slots: [B, H, M * S, D], a contiguous copy."""
-        index_HSD, strides = self._of(kind)
-        cache, number_BM = _by_memory(kv_cache), blocks_BM.long()
-        if not cache[0].is_contiguous():  # blocks with gaps in memory
-            cache = cache[number_BM.flatten()]
-            number_BM = torch.arange(len(cache), device=cache.device).view(blocks_BM.shape)
-        cache_NE = cache.flatten(1)
-        (B, M), (H, S, D) = blocks_BM.shape, index_HSD.shape
-        if strides is not None:
-            return strides.gather(cache_NE, number_BM, (H, S, D))
-        found = cache_NE[number_BM].index_select(2, index_HSD.flatten()).view(B, M, H, S, D)
-        return found.transpose(1, 2).reshape(B, H, M * S, D)
+    def read(self, kind: Kind, kv_cache: Tensor, blocks_BM: Tensor, slots_BHK: Tensor) -> Tensor:
+        """Return keys or values of some slots, every head its own: [B, H, K, D]; slot s is in block s // S."""
+        memory, lines = self._lines(kind, kv_cache, blocks_BM, slots_BHK)
+        return memory.index_select(0, lines).view(*slots_BHK.shape, -1)
 
-    def read_slots(self, kind: Kind, kv_cache: Tensor, blocks_BM: Tensor, slots_BHK: Tensor) -> Tensor:
-        """Keys or values of some slots alone, every head its own: [B, H, K, D].
+    def write_front(self, kind: Kind, kv_cache: Tensor, blocks_BM: Tensor, x_BHKD: Tensor) -> None:
+        """Write keys or values to the first K slots of every row."""
+        slots_BHK = torch.arange(x_BHKD.shape[2], device=x_BHKD.device).expand(x_BHKD.shape[:3])
+        memory, lines = self._lines(kind, kv_cache, blocks_BM, slots_BHK)
+        memory.index_copy_(0, lines, x_BHKD.reshape(-1, *memory.shape[1:]))
 
-        Args:
-            kind: which.
-            kv_cache: the layer's cache.
-            blocks_BM: blocks of every row, in the order of slots.
-            slots_BHK: int64, slot s stands in block s // S of its row.
-
-        """
-        (H, S, D), strides = self.key_index_HSD.shape, self._of(kind)[1]
-        cache = _by_memory(kv_cache)
-        if strides is None or not cache[0].is_contiguous():
-            return self.read(kind, kv_cache, blocks_BM).take_along_dim(slots_BHK[..., None], 2)
-        block_BHK = blocks_BM.long().gather(1, (slots_BHK // S).flatten(1)).view(slots_BHK.shape)
-        return strides.gather_slots(cache.flatten(1), block_BHK, slots_BHK % S, (H, S, D))
-
-    def write_front(self, kv_cache: Tensor, blocks_BM: Tensor, keys_BHKD: Tensor, values_BHKD: Tensor) -> bool:
-        """Write keys and values to the first K slots of every row.
-
-        Returns:
-            Whether it was done; False where the layout is not linear, and nothing was written.
-
-        """
-        cache = _by_memory(kv_cache)
-        if self.key_strides is None or self.value_strides is None or not cache[0].is_contiguous():
-            return False
-        S, slot_K = self.key_index_HSD.shape[1], torch.arange(keys_BHKD.shape[2], device=kv_cache.device)
-        block_BK = blocks_BM.long()[:, slot_K // S]
-        for strides, x_BHKD in ((self.key_strides, keys_BHKD), (self.value_strides, values_BHKD)):
-            strides.put_slots(cache.flatten(1), block_BK, slot_K % S, x_BHKD, S)
-        return True
-
-    def _of(self, kind: Kind) -> tuple[Tensor, Strides | None]:
-        if kind == "keys":
-            return self.key_index_HSD, self.key_strides
-        return self.value_index_HSD, self.value_strides
+    def _lines(self, kind: Kind, kv_cache: Tensor, blocks_BM: Tensor, slots_BHK: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the cache's memory as rows of D or as single elements, and which of them some slots are."""
+        H, S, D = (offset_HSD := self.offset_HSD[kind]).shape
+        last = sum((size - 1) * stride for size, stride in zip(kv_cache.shape, kv_cache.stride(), strict=True))
+        block_BHK = blocks_BM.long().gather(1, (slots_BHK // S).flatten(1)).view(slots_BHK.shape) * kv_cache.stride(0)
+        slot_BHK = torch.arange(H, device=slots_BHK.device)[:, None] * S + slots_BHK % S
+        if self.is_rows[kind]:
+            memory = kv_cache.as_strided(((last + 1) // D, D), (D, 1))
+            first_BHK = offset_HSD[:, :, 0].flatten()[slot_BHK]
+            return memory, ((block_BHK + first_BHK) // D).flatten()
+        offsets_nD = offset_HSD.view(-1, D).index_select(0, slot_BHK.flatten())
+        return kv_cache.as_strided((last + 1,), (1,)), offsets_nD.add_(block_BHK.reshape(-1, 1)).flatten()
 
 
-def _by_memory(kv_cache: Tensor) -> Tensor:
-    """The cache with the dimensions of a block in the order they have in memory; a view."""
-    within = kv_cache.stride()[1:]
-    return kv_cache.permute(0, *sorted(range(1, kv_cache.dim()), key=lambda dim: -within[dim - 1]))
-
-
-def _strides(index_HSD: Tensor) -> Strides | None:
-    """The index as strides, or None where it is not linear."""
-    H, S, D = index_HSD.shape
-    first = index_HSD[0, 0, 0]
-
-    def step(h: int, s: int, d: int) -> int:
-        if h >= H or s >= S or d >= D:
-            return 0
-        return int(index_HSD[h, s, d] - first)
-
-    head, dim = step(1, 0, 0), step(0, 0, 1)
-    slot_S = index_HSD[0, :, 0] - first
-    device = index_HSD.device
-    for inner in (n for n in range(S, 0, -1) if S % n == 0):
-        found = Strides(int(first), head, step(0, inner, 0), step(0, 1, 0) if inner > 1 else 0, dim, inner)
-        s = torch.arange(S, device=device)
-        if not torch.equal(slot_S, s // inner * found.outer + s % inner * found.inner_step):
-            continue
-        heads, dims = torch.arange(H, device=device) * head, torch.arange(D, device=device) * dim
-        linear = first + heads[:, None, None] + slot_S[:, None] + dims
-        return found if torch.equal(linear, index_HSD) else None
-    return None
+def _is_rows(offset_HSD: Tensor, block_stride: int) -> bool:
+    """Return whether every slot is a row of D consecutive elements, at a multiple of D."""
+    D = offset_HSD.shape[2]
+    row_HSD = offset_HSD[:, :, :1] + torch.arange(D, device=offset_HSD.device)
+    return torch.equal(offset_HSD, row_HSD) and not bool((offset_HSD[:, :, 0] % D).any()) and block_stride % D == 0

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 
 def register() -> None:
-    """Tell vLLM which manager goes with our kind of KV cache spec; may be called any number of times.
+    """Tell vLLM which manager goes with our KV cache spec; may be called any number of times.
 
-    That is all, and it changes nothing by itself: a spec of that kind exists only where `reasonkv`'s worker made it.
+    This changes nothing by itself: only `reasonkv`'s worker makes such a spec.
     """
     from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager  # noqa: F401  (registers the built-ins)
     from vllm.v1.kv_cache_interface import FullAttentionSpec

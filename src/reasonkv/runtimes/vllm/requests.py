@@ -1,12 +1,12 @@
-"""Refuse a request's wrong options while the client can still be told: `--logits-processors`.
+"""Refuse a request's wrong options while the client can still be answered: `--logits-processors`.
 
 vLLM asks every custom logits processor whether it accepts a request's parameters before the request enters the engine,
-and answers HTTP 400 if it does not. That is the one public place to look at `extra_args` there; logits are left alone.
-Without the flag, a request with wrong options runs with the defaults and a warning in the log.
+and answers HTTP 400 if it does not. No other public place sees `extra_args` there. Logits are left alone. Without the
+flag, a request with wrong options runs with the defaults and a warning in the log.
 
-The question is asked in a process that does not know how the engine was started, and a class is all that vLLM lets us
-name there; so engines whose requests may opt out of compression name another class, and the engine's method is named as
-an attribute of either, `RequestOptions.vase-attnv`: vLLM finds a class by getattr, name after name.
+The check runs in a process that does not know the engine's configuration, and vLLM only lets us name a class there. So
+engines whose requests may opt out name another class, and the engine's method is an attribute of either class
+(`RequestOptions.vase-attnv`): vLLM finds a class by getattr, name after name.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from vllm.v1.sample.logits_processor import LogitsProcessor
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as LogitsProcessorV2
 
 from reasonkv.methods import Method, MethodError, get_method, method_names
-from reasonkv.runtimes.vllm.config import OPT_OUT, SCHEDULER, RequestConfig, ServingError, vllm_variant
-from reasonkv.runtimes.vllm.options import method_of
+from reasonkv.runtimes.vllm.config import OPT_OUT, SCHEDULER, ServingError, vllm_variant
+from reasonkv.runtimes.vllm.options import RequestConfig, method_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 class PerMethod(ABCMeta):
-    """Gives a class an attribute for every method that can be served: itself, bound to that method."""
+    """Gives a class an attribute for every method that vLLM can serve: the class bound to that method."""
 
     method: Method | None
     _bound: dict[str, PerMethod]
@@ -36,12 +36,7 @@ class PerMethod(ABCMeta):
         cls._bound = {}  # of this class alone: what a base has bound may do less
 
     def __getattr__(cls, name: str) -> PerMethod:
-        """The class bound to a method, the same one every time.
-
-        Raises:
-            AttributeError: no method has this name, or none that can be served.
-
-        """
+        """Return the class bound to a method, the same one every time; AttributeError for one that cannot be served."""
         if name.startswith("_") or cls.method is not None or name not in method_names():
             raise AttributeError(f"{cls.__qualname__} has no attribute {name!r}, and no method is called so.")
         if name not in cls._bound:
@@ -63,12 +58,7 @@ class RequestOptions(LogitsProcessor, LogitsProcessorV2, metaclass=PerMethod):  
 
     @classmethod
     def validate_params(cls, sampling_params: Any) -> None:
-        """Called for every request, in the process that took it.
-
-        Raises:
-            ServingError: a ValueError, which vLLM turns into HTTP 400.
-
-        """
+        """Check a request, in the process that took it; vLLM turns a ServingError, a ValueError, into HTTP 400."""
         asked = RequestConfig.of(sampling_params.extra_args)
         if not asked.enabled and not cls.may_opt_out:
             processor = OPT_OUT if cls.method is None else f"{OPT_OUT}.{cls.method.name}"
@@ -76,30 +66,30 @@ class RequestOptions(LogitsProcessor, LogitsProcessorV2, metaclass=PerMethod):  
                 "No request of this server can opt out of compression: it was started without "
                 f"--scheduler-cls {SCHEDULER} and --logits-processors {processor}."
             )
-        if asked.options and cls.method is None:
+        if cls.method is not None:
+            method_of(cls.method, asked.options)
+        elif asked.options:
             raise ServingError(
                 "No request of this server can set options of its method: it was started without the method's name "
                 f"in --logits-processors {cls.__module__}:{cls.__qualname__}.METHOD."
             )
-        if cls.method is not None:
-            method_of(cls.method, asked.options)
 
     def __init__(self, *args: Any) -> None:
-        """Nothing to set up."""
+        pass
 
     def apply(self, logits: Tensor, *args: Any) -> Tensor:
-        """The logits as they are."""
+        """Return the logits unchanged."""
         return logits
 
     def is_argmax_invariant(self) -> bool:
-        """It changes nothing, so greedy requests can skip it."""
+        """Return True, so that greedy requests skip it."""
         return True
 
     def update_state(self, batch_update: Any) -> None:
-        """It has no state."""
+        """Ignore changes of the batch (model runner V1)."""
 
     def add_request(self, req_idx: int, sampling_params: Any) -> bool:
-        """It changes no request's logits."""
+        """Return False: it changes no request's logits (model runner V2)."""
         return False
 
 

@@ -6,29 +6,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from vllm.distributed import get_tp_group
 
 from reasonkv.calibration import Calibration, CalibrationError
 from reasonkv.calibration.files import load_calibration
 from reasonkv.calibration.lookup import FILE
 from reasonkv.methods import Method, Requirements
+from reasonkv.resolve import check_model
 from reasonkv.rotary import Rotary, RotaryError
-from reasonkv.runtimes.transformers.support import check_model
 from reasonkv.runtimes.vllm.backend import CompressedImpl
 from reasonkv.runtimes.vllm.config import ServingError
 from reasonkv.view import LayerStatistics
 
 
 def check_layers(modules: dict[str, Any], vllm_config: Any) -> None:
-    """Refuse models whose attention is not plain full attention through our backend.
-
-    Args:
-        modules: vLLM's attention layers by name.
-        vllm_config: vLLM's whole configuration.
-
-    Raises:
-        ServingError: one sentence.
-
-    """
+    """Raise a ServingError for attention layers, by name, that are not plain full attention through our backend."""
     problems = check_model(vllm_config.model_config.hf_config)
     if problems:
         raise ServingError(problems[0])
@@ -44,13 +37,13 @@ def check_layers(modules: dict[str, Any], vllm_config: Any) -> None:
         if module.sliding_window is not None:
             raise ServingError("Models with sliding-window layers are not served yet; use them with transformers.")
         if module.kv_sharing_target_layer_name is not None:
-            raise ServingError("Layers that share keys and values are not served: events of one would cut another's.")
+            raise ServingError("Layers that share keys and values are not served: one's compaction would cut another.")
         if module.head_size_v != module.head_size:
             raise ServingError("Values of another width than keys are not served yet.")
 
 
 def with_markers(method: Method, vllm_config: Any) -> Method:
-    """The method with what an option leaves to the model's tokenizer filled in."""
+    """Return the method with what an option leaves to the model's tokenizer filled in."""
     model = vllm_config.model_config
     if type(method).for_tokenizer is Method.for_tokenizer or model.skip_tokenizer_init:
         return method
@@ -60,12 +53,7 @@ def with_markers(method: Method, vllm_config: Any) -> Method:
 
 
 def rotary_of(vllm_config: Any, device: torch.device) -> Rotary:
-    """The rotary embedding of the model's full-attention layers.
-
-    Raises:
-        ServingError: one that cannot be undone.
-
-    """
+    """Return the rotary embedding of the full-attention layers; raise a ServingError if it cannot be undone."""
     try:
         return Rotary.from_config(vllm_config.model_config.hf_config, "full_attention").to(device)
     except RotaryError as error:
@@ -73,13 +61,10 @@ def rotary_of(vllm_config: Any, device: torch.device) -> Rotary:
 
 
 def statistics_of(vllm_config: Any, given: str | None, needs: Requirements, device: torch.device) -> Calibration:
-    """Statistics of the model's queries: the file that is given, or the one in the model's folder.
+    """Return statistics of the model's queries: from the file that is given, or from the model's folder.
 
-    They are checked against the configuration; the hash of the weights is not, because vLLM's are laid out otherwise.
-
-    Raises:
-        ServingError: none, another model's, or without a part that the method reads.
-
+    They are checked against the configuration, but not against the weights: vLLM lays those out otherwise. Raises a
+    ServingError for none, another model's, or a missing part.
     """
     model = vllm_config.model_config
     path = Path(given).expanduser() if given is not None else Path(model.model) / FILE
@@ -105,7 +90,20 @@ def statistics_of(vllm_config: Any, given: str | None, needs: Requirements, devi
 
 
 def own_heads(whole: LayerStatistics, heads: slice) -> LayerStatistics:
-    """One layer's statistics of this rank's query heads."""
+    """Return one layer's statistics of this rank's query heads."""
     square = None if whole.square_HqF is None else whole.square_HqF[heads]
     horizon = None if whole.horizon_HqJ is None else whole.horizon_HqJ[heads]
     return LayerStatistics(whole.mean_HqF[heads], whole.modulus_HqF[heads], square, horizon)
+
+
+class TensorParallelRanks:
+    """The ranks that hold a layer's other heads, for methods whose heads decide together (`SlotView.reduce`).
+
+    Everything goes through vLLM's own group by one collective, gathering, and is added up in the order of the ranks.
+    So all ranks have the same numbers to the bit, and evict the same slots.
+    """
+
+    def gather(self, x: Tensor) -> Tensor:
+        """Return every rank's `x`, stacked in front."""
+        gathered: Tensor = get_tp_group().all_gather(x.contiguous()[None], 0)
+        return gathered

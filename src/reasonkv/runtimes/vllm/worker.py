@@ -15,7 +15,8 @@ from vllm.platforms import current_platform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-from reasonkv.runtimes.vllm.config import EngineConfig, ServingError, check_engine, check_version, has_scheduler
+from reasonkv.runtimes.vllm.backend import DRIVEN
+from reasonkv.runtimes.vllm.config import EngineConfig, ServingError, check_engine, has_scheduler, installed_package
 from reasonkv.runtimes.vllm.runtime import Runtime
 from reasonkv.runtimes.vllm.spec import BoundedSpec
 
@@ -26,30 +27,18 @@ else:
 
 logger = init_logger("vllm.reasonkv")
 
-BACKENDS = {
-    AttentionBackendEnum.CPU_ATTN: "reasonkv.runtimes.vllm.backend_cpu.Backend",
-    AttentionBackendEnum.FLASH_ATTN: "reasonkv.runtimes.vllm.backend_flash.Backend",
-    AttentionBackendEnum.TRITON_ATTN: "reasonkv.runtimes.vllm.backend_triton.Backend",
-}
-"""The attention backends that are driven, and by what."""
-
 
 class Worker(PlatformWorker):  # type: ignore[misc]
-    """A worker whose requests stay within a budget.
-
-    Raises:
-        ServingError: the engine cannot be served as configured; one sentence says why.
-
-    """
+    """A worker whose requests stay within a budget; raises a ServingError for what it cannot serve."""
 
     def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
         self.compression = EngineConfig.of(vllm_config)
         self.runtime: Runtime | None = None
         if self.compression is not None:
-            self.vllm_version = check_version()
+            self._vllm_version = installed_package()[1]
             check_engine(vllm_config, self.compression)
-            for backend, path in BACKENDS.items():
-                register_backend(backend, path)
+            for stock, path in DRIVEN.items():
+                register_backend(stock, path)
             if current_platform.is_cpu() and vllm_config.attention_config.backend is None:
                 # There is no other; naming it keeps this engine apart from a stock one of the same process.
                 vllm_config.attention_config.backend = AttentionBackendEnum.CPU_ATTN
@@ -63,17 +52,16 @@ class Worker(PlatformWorker):  # type: ignore[misc]
             self.runtime = Runtime(self.vllm_config, self.compression, self.model_runner, rank)
 
     def get_kv_cache_spec(self) -> dict[str, Any]:
-        """Every layer's cache, as the scheduler is to see it."""
+        """Return every layer's cache, as the scheduler is to see it."""
         found: dict[str, Any] = super().get_kv_cache_spec()
         if self.compression is None:
             return found
-        foreign = {name for name, spec in found.items() if type(spec) is not FullAttentionSpec}
+        foreign = sorted(name for name, spec in found.items() if type(spec) is not FullAttentionSpec)
         if foreign:
-            raise ServingError(f"Only full-attention layers are served, and {sorted(foreign)[0]} is none.")
-        longest = self.model_config.max_model_len
-        piece = 1 if has_scheduler(self.vllm_config) else self.scheduler_config.max_num_batched_tokens
-        budget = self.compression.budget
-        return {name: BoundedSpec.of(spec, budget, longest, piece) for name, spec in found.items()}
+            raise ServingError(f"Only full-attention layers are served, and {foreign[0]} is none.")
+        longest, budget = self.model_config.max_model_len, self.compression.budget
+        chunk = 1 if has_scheduler(self.vllm_config) else self.scheduler_config.max_num_batched_tokens
+        return {name: BoundedSpec.of(spec, budget, longest, chunk) for name, spec in found.items()}
 
     def initialize_from_config(self, kv_cache_config: Any) -> None:
         """Allocate blocks, and find out how the platform fills them."""
@@ -82,25 +70,24 @@ class Worker(PlatformWorker):  # type: ignore[misc]
             return
         spec = kv_cache_config.kv_cache_groups[0].kv_cache_spec
         longest = self.model_config.max_model_len
-        blocks, needed = kv_cache_config.num_blocks - 1, spec.blocks(spec.slots_while_filling(longest, longest))
+        blocks, needed = kv_cache_config.num_blocks - 1, spec.blocks(spec.slots_in_prefill(longest, longest))
         if needed > blocks:
             raise ServingError(
-                f"A prompt of {longest} tokens needs {needed} blocks until it is cut, but there are {blocks}; lower "
-                "--max-model-len, give the cache more memory, or set prefill_chunk so that prompts are cut as they "
-                "come."
+                f"A prompt of {longest} tokens needs {needed} blocks until it is compacted, but there are {blocks}; "
+                "lower --max-model-len, give the cache more memory, or set prefill_chunk so that prompts are compacted "
+                "as they come."
             )
         self.runtime.find_layout()
-        steady = spec.blocks(spec.slots_while_decoding(1))
-        kept = sum(layer.slots.bytes for layer in self.runtime.layers)
+        steady = spec.blocks(spec.slots_in_decode(1))
         logger.info(
             "reasonkv on vLLM %s: %s. %d blocks of %d a request (full KV: up to %d), so %d requests at once; "
             "%.1f MiB of queries and token indices beside the cache.",
-            self.vllm_version, self.runtime.config.describe(), steady, spec.block_size, spec.blocks(longest),
-            blocks // steady, kept / 2**20,
+            self._vllm_version, self.runtime.config.describe(), steady, spec.block_size, spec.blocks(longest),
+            blocks // steady, self.runtime.bytes / 2**20,
         )  # fmt: skip
 
     def execute_model(self, scheduler_output: Any) -> Any:
-        """One engine step."""
+        """Run one engine step."""
         if self.runtime is None:
             return super().execute_model(scheduler_output)
         start = time.perf_counter()
@@ -110,10 +97,10 @@ class Worker(PlatformWorker):  # type: ignore[misc]
         return output
 
     def shutdown(self) -> None:
-        """Leave the registry as it was, for other engines of this process."""
+        """Leave the registry of backends as it was, for other engines of this process."""
         if self.runtime is not None:
             logger.info("reasonkv: %s.", self.runtime.meter)
-            for backend, path in BACKENDS.items():
-                if backend.is_overridden() and backend.get_path() == path:
-                    backend.clear_override()
+            for stock, path in DRIVEN.items():
+                if stock.is_overridden() and stock.get_path() == path:
+                    stock.clear_override()
         super().shutdown()

@@ -1,0 +1,139 @@
+"""`reasonkv replay`, `evaluate` and `tune`: run a job into a results folder and print its tables."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from reasonkv.cli.console import note, print_json, print_tables, progress_bars, show
+from reasonkv.cli.flags import ConfigFile, Json, ModelFlags, Out, Without, command
+from reasonkv.evaluate.job import GenerateJob, ReplayJob, TuneJob
+
+if TYPE_CHECKING:
+    from reasonkv.models import LoadedModel
+
+FIGURE = "frontier.png"
+
+
+@command
+def replay(*, job: ReplayJob, out: Out, model: ModelFlags, json: Json = False, config: ConfigFile = None) -> None:
+    """Replay full KV's traces through bounded caches and score every token.
+
+    Example: `reasonkv replay --task program --methods full,random,rkv --budgets 128,256 --limit 8 --out results`
+
+    Full KV writes each trace once. A method is then fed the same tokens, and every output token is scored against full
+    KV's own prediction. The results folder holds records, manifest, traces and a figure.
+    """
+    _run(job, out, model, json)
+
+
+@command
+def evaluate(*, job: GenerateJob, out: Out, model: ModelFlags, json: Json = False, config: ConfigFile = None) -> None:
+    """Answer a task's problems by generating through bounded caches, and count the right answers.
+
+    Example: `reasonkv evaluate --task program --methods full,random,rkv --budgets 128,256 --limit 8 --out answers`
+
+    Full KV always answers first: accuracies are compared with its own on the same problems. The results folder holds
+    records, manifest and full KV's outputs.
+    """
+    _run(job, out, model, json)
+
+
+def _run(job: ReplayJob | GenerateJob, out: Path, model: ModelFlags, json: bool) -> None:
+    from reasonkv.evaluate.cells import check_job
+
+    check_job(job)  # what is wrong with it is reported before the model takes its time to load
+    loaded = load(model, out)
+    result = run_and_show(job, loaded, out, quiet=json)
+    if json:
+        print_json(result)
+
+
+def load(model: ModelFlags, out: Path) -> LoadedModel:
+    """Load a model, and note what runs where."""
+    loaded = model.load()
+    note(f"{loaded.name}: {loaded.dtype} on {loaded.device_name}; results in {show(out)}")
+    return loaded
+
+
+def run_and_show(
+    job: ReplayJob | GenerateJob, loaded: LoadedModel, out: Path, *, quiet: bool, name: str | None = None
+) -> dict[str, Any]:
+    """Run a job into a folder and, unless `quiet`, print its tables; return what `--json` prints.
+
+    Args:
+        job, loaded, out: what to run, on which model, into which folder.
+        quiet: print nothing on stdout.
+        name: the command that the folder is recorded under, if not the job's own.
+    """
+    from reasonkv.evaluate.cells import count_steps
+    from reasonkv.evaluate.records import RECORDS
+    from reasonkv.evaluate.run import run
+    from reasonkv.evaluate.table import summarize, summary_dicts, to_frame
+    from reasonkv.report import terminal
+    from reasonkv.report.charts import replay_figure
+    from reasonkv.report.wording import selecting
+
+    with progress_bars(count_steps(job)) as progress:
+        frame = to_frame(run(job, loaded, out, progress, command=name))
+    summary = summarize(frame)
+    found: dict[str, Any] = {"out": str(out), "records": str(out / RECORDS), "rows": summary_dicts(summary)}
+    shown = [f"Records: {show(out / RECORDS)}"]
+    if isinstance(job, GenerateJob):
+        tables = terminal.answers_tables(summary)
+        caption = terminal.answers_caption(frame, job.sampling if job.sampling.temperature else None)
+    else:
+        tables = [*terminal.replay_tables(summary), *terminal.diagnostic_tables(summary)]
+        caption = terminal.replay_caption(frame)
+        # what is read in all is no match for what is held beside the prompt
+        read = selecting(frame) if job.budget.prompt == "on_top" else []
+        drawn = summary[~summary["method"].isin(read)]
+        found["figure"] = None
+        if (drawn["tokens"] > 0).any():
+            by_mean, note_under = bool(job.budget.mean_slots), terminal.figure_note(frame)
+            found["figure"] = str(replay_figure(drawn, out / FIGURE, by_mean=by_mean, note=note_under))
+            shown.append(f"Figure:  {show(out / FIGURE)}")
+    if not quiet:
+        print_tables(tables, caption)
+        print("\n".join(shown))
+    return found
+
+
+@command
+def tune(
+    *,
+    job: Annotated[TuneJob, Without(("tokens", "keep", "mean_slots"))],
+    out: Out,
+    model: ModelFlags,
+    json: Json = False,
+    config: ConfigFile = None,
+) -> None:
+    """Find the smallest budget with which each method keeps a target, by bisection over real runs.
+
+    Example: `reasonkv tune --task program --methods random,rkv --target 0.95x --limit 16 --out search`
+
+    Another --target, --resolution or replay --metric reuses what --out holds; `reasonkv frontier` reads it, too.
+    """
+    from reasonkv.evaluate.matching import sized
+    from reasonkv.evaluate.tune import check_search, tune
+    from reasonkv.report.frontier import SEARCH_SENTENCE, search_tables
+
+    target, rule, methods = check_search(job)
+    loaded = load(model, out)
+
+    def tell(point: Any, probe: Any) -> None:
+        size = sized(rule, probe.tokens).label
+        if point is None:
+            note(f"  @ {size}: nothing was compressed")
+        else:
+            words = "kept" if probe.keeps else "missed"
+            note(f"  {point.task}: {point.method} @ {size}: {job.metric} {point.mean:.4g}, {words}")
+
+    with progress_bars(len(job.task) * (1 + 6 * len(methods))) as progress:
+        found = tune(job, loaded, out, progress, on_probe=tell)
+    if json:
+        print_json({"out": out, "target": str(target), "resolution": job.resolution, "metric": job.metric,
+                    "searches": [one.to_dict() for one in found]})  # fmt: skip
+        return
+    print_tables(search_tables(found, job.budget.window), SEARCH_SENTENCE)
+    print(f"Records: {show(out)}")

@@ -1,0 +1,156 @@
+"""`reasonkv report`, `frontier` and `demo`: what results folders say."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
+
+from reasonkv.cli.console import print_json, print_tables, show
+from reasonkv.cli.flags import GROUPS, ConfigFile, Json, command
+from reasonkv.cli.mistakes import UsageError
+from reasonkv.evaluate.job import GenerateJob, ReplayJob
+
+Page = Annotated[Path, Parameter(group=GROUPS["output"], help="HTML file to write.")]
+
+
+@command
+def report(*folders: Path, out: Page = Path("report.html"), title: str | None = None, json: Json = False) -> None:
+    """Turn results folders into one self-contained HTML page.
+
+    Example: `reasonkv report results answers --out report.html`
+
+    Figures, tables, regimes, trace inspections found in DIR/inspections, environment and commands; the file needs no
+    network and no other file.
+
+    Args:
+        folders: Results folders.
+        title: Heading of the page.
+    """
+    from reasonkv.report.report import TITLE, write_report
+
+    if not folders:
+        raise UsageError("Give at least one results folder, as in: reasonkv report results.")
+    if out.is_dir():
+        raise UsageError(f"{out} is a folder; give --out a file name, as in {out / 'report.html'}.")
+    path = write_report(folders, out, title=title or TITLE)
+    size = path.stat().st_size
+    if json:
+        print_json({"report": str(path), "bytes": size})
+    else:
+        print(f"Report:  {show(path)} ({size / 2**20:.2f} MiB)")
+
+
+@command
+def frontier(
+    *folders: Path,
+    metric: Literal["top1", "nll", "kl", "accuracy"] | None = None,
+    target: str | None = None,
+    axis: Literal["tokens", "physical_mean", "bytes_held"] = "tokens",
+    between: str | None = None,
+    figure: Annotated[Path | None, Parameter(group=GROUPS["output"])] = None,
+    json: Json = False,
+    config: ConfigFile = None,
+) -> None:
+    """Say which budget each method needs, and where a smaller budget of one beats a larger of another.
+
+    Example: `reasonkv frontier results --target 0.95x --figure frontier.png`
+
+    The usable budget is the smallest from which on every measured budget keeps the target. Only records whose decoding
+    went on compressing count. `reasonkv tune` runs the budgets that are missing.
+
+    Args:
+        folders: Results folders of replay, evaluate or tune.
+        metric: Unless given, top1 of a replay and accuracy of an evaluation.
+        target: What has to be kept: 0.95 is absolute, 0.95x relative to full KV. Unless given, 0.95x (nll: 1.05x, kl:
+            0.05).
+        axis: What budgets are measured in: their tokens, mean slots, or bytes at the end.
+        between: Two methods, 'cask > triattention': compare just these, at equal budgets and at smaller ones of the
+            first.
+        figure: Draw the frontier into this PNG.
+    """
+    from reasonkv.evaluate.frontier import Target, read_comparable
+    from reasonkv.methods import get_method
+    from reasonkv.report.frontier import summarize_frontier
+
+    if not folders:
+        raise UsageError("Give results folders, as in: reasonkv frontier results; `reasonkv tune` makes them.")
+    if figure is not None and figure.is_dir():
+        raise UsageError(f"{figure} is a folder; give --figure a file name, as in {figure / 'frontier.png'}.")
+    pair = [part.strip() for part in between.split(">")] if between else []
+    if between is not None and (len(pair) != 2 or not all(pair)):
+        raise UsageError(f"--between takes two methods, as in 'cask > triattention', not {between!r}.")
+    ours_and_theirs = (get_method(pair[0]).spec(), get_method(pair[1]).spec()) if pair else None
+    frame = read_comparable(folders)
+    metric = metric or ("accuracy" if frame["kind"].iloc[0] == "evaluate" else "top1")
+    usual = {"nll": "1.05x", "kl": "0.05"}.get(metric, "0.95x")
+    found = summarize_frontier(frame, Target.parse(target or usual, metric), axis, pair=ours_and_theirs)
+    drawn = None
+    if figure is not None:
+        from reasonkv.report.charts import frontier_figure
+
+        words = f"Band: one standard error over examples. Target: {found.target}. {found.left_out}"
+        drawn = frontier_figure(found.points, figure, metric, target=found.target, note=words)
+    if json:
+        print_json({"folders": list(folders), "figure": drawn, **found.to_dict()})
+        return
+    print_tables(found.tables(), *found.sentences())
+    if drawn:
+        print(f"Figure:  {show(drawn)}")
+
+
+@command
+def demo(
+    *,
+    limit: int = 8,
+    seed: int = 0,
+    batch_size: int = 8,
+    device: str = "auto",
+    out: Annotated[Path, Parameter(group=GROUPS["output"])] = Path("reasonkv-demo"),
+    open_report: Annotated[bool | None, Parameter(name="--open", negative="--no-open", group=GROUPS["output"])] = None,
+    json: Json = False,
+) -> None:
+    """See on the bundled model what ten methods keep of full KV, and whether the answers stay right.
+
+    Example: `reasonkv demo`
+
+    Replays full KV's traces (fidelity), lets every method answer by itself (accuracy), and writes report.html with
+    figures, tables and a trace whose every token shows when it was evicted. A few minutes on two CPU cores, no network.
+
+    Args:
+        limit: Problems per task.
+        seed: Seed of problems and methods.
+        batch_size: Sequences at once.
+        device: auto, cpu, cuda, cuda:1, ...
+        out: Results folder.
+        open_report: Open the report in a browser. Unless given, when this is a terminal.
+    """
+    from reasonkv.cli.flags import ModelFlags
+    from reasonkv.cli.jobs import load, run_and_show
+    from reasonkv.evaluate import demo
+    from reasonkv.report.folder import inspect_folder
+    from reasonkv.report.inspector import save_inspection
+    from reasonkv.report.report import write_report
+
+    options = {"limit": limit, "seed": seed, "batch_size": batch_size}
+    jobs: dict[str, ReplayJob | GenerateJob] = {
+        "replay": demo.replay_job(**options),
+        "answers": demo.answers_job(**options),
+    }
+    loaded = load(ModelFlags(device=device), out)
+    found = {name: run_and_show(job, loaded, out / name, quiet=json, name="demo") for name, job in jobs.items()}
+    chosen = {"task": demo.INSPECTED_TASK, "method": demo.INSPECTED_METHOD, "tokens": demo.INSPECTED_TOKENS}
+    for name in jobs:  # of each a run that went wrong, if there is one
+        save_inspection(out / name, inspect_folder(out / name, loaded, chosen).data)
+    page = write_report([out / "answers", out / "replay"], out / "report.html", title="reasonkv demo")
+    if json:
+        print_json({**found, "report": page})
+        return
+    print("\n".join(["What to look at:", *(f"  - {line}" for line in demo.WHAT_TO_LOOK_AT)]))
+    print(f"Report:  {show(page)}")
+    if sys.stdout.isatty() if open_report is None else open_report:
+        import webbrowser
+
+        webbrowser.open(page.resolve().as_uri())

@@ -1,0 +1,354 @@
+"""The runner: every task, method and budget of a job, in batches, continued where a kill stopped it."""
+
+from __future__ import annotations
+
+import math
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from torch import Tensor
+
+from reasonkv.calibration import Calibration, find_calibration
+from reasonkv.evaluate.cells import RunConfig, check_job, make_budgets, make_methods, plan_cells
+from reasonkv.evaluate.decoding import Request, decode_batch
+from reasonkv.evaluate.generate import room, row_seed
+from reasonkv.evaluate.job import GenerateJob, Job, ReplayJob
+from reasonkv.evaluate.manifest import Manifest, open_results
+from reasonkv.evaluate.records import RECORDS, AnswerRecord, FullOutput, Measured, RecordFile, ReplayRecord, record_key
+from reasonkv.evaluate.replay import replay_batch
+from reasonkv.evaluate.text import first_divergence, repetition
+from reasonkv.evaluate.traces import Trace, encode_prompts, file_name, load_or_make_traces
+from reasonkv.methods import Method, get_method
+from reasonkv.models import LoadedModel, one_thread_if_small
+from reasonkv.resolve import compressed_layers
+from reasonkv.runtimes.transformers import CompressedCache, RowStats
+from reasonkv.tasks import Problem, get_task
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, how many of it are done, and how many there are."""
+
+FULL_LIMIT = 2048
+"""Most tokens full KV writes unless a limit is given."""
+LONGER, MORE = 1.25, 32
+"""A method may write this many times full KV's longest output of the task, and this many tokens more."""
+
+
+def silent(what: str, done: int, total: int) -> None:
+    """Show no progress."""
+
+
+def run(
+    job: ReplayJob | GenerateJob,
+    model: LoadedModel,
+    folder: Path,
+    progress: Progress = silent,
+    *,
+    command: str | None = None,
+) -> list[ReplayRecord] | list[AnswerRecord]:
+    """Run a job into a results folder, or finish one that was stopped.
+
+    Args:
+        job: what to run.
+        model: the model.
+        folder: results folder; new, or one that the same job began.
+        progress: called after every batch.
+        command: the name it is recorded under; "replay" or "evaluate" unless given.
+
+    Returns:
+        Every record of the folder.
+
+    Raises:
+        JobError, BudgetError, MethodError, TaskError, TraceError: arguments that cannot be carried out.
+        ResultsError, RecordError: the folder belongs to something else, or is damaged.
+        CalibrationError: a method needs statistics of the model's queries, and there are none.
+        ReplayError, DecodingError: numbers that cannot be trusted.
+    """
+    check_job(job)  # what is wrong with the arguments alone is reported before any work
+    methods, budgets = make_methods(job), make_budgets(job.budget)
+    layers = compressed_layers(model.model.config)
+    arguments = {"budgets": [one.to_dict() for one in budgets], "mean_slots": list(job.budget.mean_slots)}
+    named = command or ("evaluate" if isinstance(job, GenerateJob) else "replay")
+    with open_session(job, methods, model, folder, progress, named, arguments) as session:
+        for spec in job.task:
+            task = session.task(spec)
+            for config in plan_cells(methods, budgets, job.budget.mean_slots, task.rows, layers):
+                task.run(config)
+        return list(session.file.records.values())
+
+
+@dataclass(frozen=True)
+class Session:
+    """What the runs into one results folder share."""
+
+    job: Job
+    model: LoadedModel
+    folder: Path
+    progress: Progress
+    run: str
+    file: RecordFile[Any]
+    calibration: Calibration | None
+
+    def task(self, spec: str) -> TaskRun:
+        """Return one task of the job, with full KV's traces or outputs made."""
+        return _task_of(self.job)(self, spec)
+
+
+@contextmanager
+def open_session(
+    job: Job,
+    methods: Sequence[Method],
+    model: LoadedModel,
+    folder: Path,
+    progress: Progress,
+    command: str,
+    sizes: dict[str, Any],
+) -> Iterator[Session]:
+    """Hold a results folder for one job and process; arguments and errors as in `run`.
+
+    Args:
+        methods: those of the job, as they run.
+        sizes: what the manifest says about budgets.
+    """
+    needed = any(method.needs.calibration for method in methods)
+    calibration = find_calibration(model.model, model.calibration_file) if needed else None
+    arguments: dict[str, Any] = {
+        "dtype": model.dtype,
+        "task": list(job.task),
+        "methods": [method.spec() for method in methods],
+    }
+    arguments |= {**sizes, "limit": job.limit, "seed": job.seed}
+    if calibration is not None:
+        arguments["calibration"] = calibration.digest
+    if isinstance(job, GenerateJob):
+        drawn = asdict(job.sampling) if job.sampling.temperature > 0 else None
+        arguments |= {"samples": job.samples, "sampling": drawn, "max_new_tokens": job.max_new_tokens}
+    elif isinstance(job, ReplayJob):
+        arguments |= {"traces": asdict(job.traces)} | ({"diagnostics": True} if job.diagnostics else {})
+    named = {"name": model.name, "hash": model.hash}
+    manifest = Manifest(command=command, arguments=arguments, model=named, device=model.device_name)
+    with open_results(folder, manifest), one_thread_if_small(model.model):
+        file = RecordFile(folder / RECORDS, _task_of(job).kind)
+        yield Session(job, model, folder, progress, manifest.run, file, calibration)
+
+
+class TaskRun(ABC):
+    """One task of a job: its items (traces, or answers to write) in batches, and what ran on them.
+
+    Args:
+        session: what the tasks share.
+        spec: the task.
+    """
+
+    kind: type[Measured]
+    batches: list[list[Any]]
+    rows: list[tuple[int, int]]
+    """Of every item, tokens of the prompt and tokens that full KV fed in all."""
+
+    def __init__(self, session: Session, spec: str) -> None:
+        self.session, self.spec, self.task = session, spec, get_task(spec)
+        self._finished: dict[RunConfig, list[Any]] = {}
+
+    def in_batches(self, items: Sequence[Any]) -> None:
+        """Cut the items into batches, the same every time."""
+        size = self.session.job.batch_size
+        self.batches = [list(items[at : at + size]) for at in range(0, len(items), size)]
+
+    def run(self, config: RunConfig) -> list[Any]:
+        """Run what is missing of one configuration; return its records.
+
+        A batch that was stopped half-way is run again whole and its missing records written, so that no record depends,
+        even in its last bit, on where a run was stopped.
+        """
+        if config in self._finished:
+            return self._finished[config]
+        file, found, total = self.session.file, list[Any](), sum(map(len, self.batches))
+        for batch in self.batches:
+            keys = [self.key(config, item) for item in batch]
+            if not all(
+                key in file.records and self.is_whole(config, item) for key, item in zip(keys, batch, strict=True)
+            ):
+                file.append(self.execute(config, batch))
+            found += [file.records[key] for key in keys]
+            self.session.progress(f"{self.spec}: {config.label}", len(found), total)
+        self._finished[config] = found
+        return found
+
+    @abstractmethod
+    def execute(self, config: RunConfig, batch: Sequence[Any]) -> list[Any]:
+        """Run one batch and return its records."""
+
+    def is_whole(self, config: RunConfig, item: Any) -> bool:
+        """Return whether all that belongs to a record in the folder is there, too."""
+        return True
+
+    def key(self, config: RunConfig, item: Any) -> str:
+        """Return the key of the record that a configuration leaves for an item."""
+        fields = self.identity(config) | {"example": item.example, "sample": getattr(item, "sample", 0)}
+        return record_key(*(fields[name] for name in self.kind.KEY))
+
+    def identity(self, config: RunConfig) -> dict[str, Any]:
+        """Return the fields that all records of a configuration share."""
+        return {
+            "run": self.session.run,
+            "method": config.method.name,
+            "options": config.method.options(),
+            "budget": config.budget.to_dict() if config.budget else None,
+            "task": self.spec,
+            "seed": self.session.job.seed,
+        }
+
+    def record(self, config: RunConfig, stats: RowStats, seconds: float, **own: Any) -> Any:
+        """Return a record of what a cache held, and of fields of its own."""
+        measured = vars(stats) | {"guards": stats.fallbacks, "seconds": round(seconds, 4)}
+        saved = 1 - stats.physical_terminal / stats.length
+        return self.kind(**self.identity(config), **measured, saved_ratio_terminal=saved, **own)
+
+    def runnable(self, config: RunConfig) -> tuple[Method, Calibration | None]:
+        """Return the method as the model runs it, and the statistics that it needs."""
+        calibration = self.session.calibration if config.method.needs.calibration else None
+        return config.method.for_tokenizer(self.session.model.tokenizer), calibration
+
+
+class ReplayTask(TaskRun):
+    """The traces of one task, replayed; similar lengths stand together, since a batch runs as long as its longest."""
+
+    kind = ReplayRecord
+
+    def __init__(self, session: Session, spec: str) -> None:
+        super().__init__(session, spec)
+        self.job, model = cast(ReplayJob, session.job), session.model
+        traces = load_or_make_traces(
+            model.model, model.tokenizer, self.task, task_spec=spec, examples=range(self.job.limit),
+            seed=self.job.seed, settings=self.job.traces, folder=session.folder, batch_size=self.job.batch_size,
+            on_done=lambda done: session.progress(f"{spec}: full-KV traces", done, self.job.limit),
+        )  # fmt: skip
+        traces.sort(key=lambda trace: (len(trace.output_T), len(trace.prompt_P), trace.example))
+        self.in_batches(traces)
+        self.rows = [(len(trace.prompt_P), trace.row.fed) for trace in traces]
+
+    def execute(self, config: RunConfig, batch: Sequence[Trace]) -> list[ReplayRecord]:
+        """Replay one batch."""
+        method, calibration = self.runnable(config)
+        outcomes = replay_batch(
+            self.session.model.model,
+            batch,
+            RunConfig(method, config.budget),
+            seed=self.job.seed,
+            calibration=calibration,
+            diagnostics=self.job.diagnostics,
+        )
+        return [
+            self.record(
+                config,
+                outcome.stats,
+                outcome.seconds,
+                example=trace.example,
+                prompt_tokens=len(trace.prompt_P),
+                output_tokens=len(trace.output_T),
+                trace_correct=trace.correct,
+                **vars(outcome.metrics),
+                diagnostics={name: round(measure, 6) for name, measure in outcome.diagnostics.items()},
+            )
+            for trace, outcome in zip(batch, outcomes, strict=True)
+        ]
+
+
+class GenerateTask(TaskRun):
+    """The problems of one task, answered: by full KV first, which the others' limits and comparisons follow from.
+
+    Prompts of similar length stand together, since they are padded to the longest.
+    """
+
+    kind = AnswerRecord
+
+    def __init__(self, session: Session, spec: str) -> None:
+        super().__init__(session, spec)
+        self.job, model = cast(GenerateJob, session.job), session.model
+        self.outputs = RecordFile(session.folder / f"outputs-{file_name(spec)}.jsonl", FullOutput)
+        problems = [self.task.problem(example, seed=self.job.seed) for example in range(self.job.limit)]
+        prompts = encode_prompts(model.model, model.tokenizer, self.task, problems)
+        pairs = zip(problems, prompts, strict=True)
+        items = [_Item(*pair, sample) for pair in pairs for sample in range(self.job.samples)]
+        items.sort(key=lambda item: (len(item.prompt_P), item.example, item.sample))
+        self.longest = max(len(prompt_P) for prompt_P in prompts)
+        self.in_batches(items)
+        self.limit = self.job.max_new_tokens or FULL_LIMIT
+        self.run(RunConfig(get_method("full"), None))
+        outputs = [self.outputs.records[item.output_key] for item in items]
+        self.limit = self.job.max_new_tokens or math.ceil(LONGER * max(len(one.tokens) for one in outputs)) + MORE
+        self.rows = [(one.prompt_tokens, one.prompt_tokens + len(one.tokens) - 1) for one in outputs]
+
+    def is_whole(self, config: RunConfig, item: _Item) -> bool:
+        """Return whether full KV's record has its output in the folder."""
+        return config.budget is not None or item.output_key in self.outputs.records
+
+    def execute(self, config: RunConfig, batch: Sequence[_Item]) -> list[AnswerRecord]:
+        """Answer one batch."""
+        model, began = self.session.model.model, time.perf_counter()
+        method, calibration = self.runnable(config)
+        requests = [
+            Request(item.prompt_P, room(model, len(item.prompt_P), self.limit), row_seed(item.example, item.sample))
+            for item in batch
+        ]
+        with CompressedCache(
+            model,
+            method,
+            config.budget,
+            prompt_lengths=[len(one.prompt_P) for one in requests],
+            seed=self.job.seed,
+            row_seeds=[one.row_seed for one in requests],
+            # the task's longest, so that no byte count depends on a batch
+            max_length=self.longest + room(model, self.longest, self.limit),
+            calibration=calibration,
+        ) as cache:
+            answers = decode_batch(model, cache, requests, sampling=self.job.sampling, seed=self.job.seed)
+        seconds = (time.perf_counter() - began) / len(batch)
+        places = [
+            {"example": item.example, "sample": item.sample, "prompt_tokens": len(item.prompt_P)} for item in batch
+        ]
+        if config.budget is None:  # before the records, so that a record never lacks its output
+            self.outputs.append(FullOutput(**one, tokens=own.tokens) for one, own in zip(places, answers, strict=True))
+        records = []
+        for item, place, answer in zip(batch, places, answers, strict=True):
+            text = str(self.session.model.tokenizer.decode(answer.tokens, skip_special_tokens=True))
+            full = self.outputs.records[item.output_key].tokens
+            record = self.record(
+                config,
+                answer.stats,
+                seconds,
+                **place,
+                output_tokens=len(answer.tokens),
+                correct=bool(self.task.check(item.problem, text)),
+                truncated=answer.truncated,
+                repetition=repetition(answer.tokens),
+                first_divergence=first_divergence(answer.tokens, full),
+                output=text,
+            )
+            records.append(record)
+        return records
+
+
+def _task_of(job: Job) -> type[TaskRun]:
+    return GenerateTask if isinstance(job, GenerateJob) else ReplayTask
+
+
+@dataclass(frozen=True)
+class _Item:
+    """One answer to write: the problem, its prompt's ids, and the sample's number."""
+
+    problem: Problem
+    prompt_P: Tensor
+    sample: int
+
+    @property
+    def example(self) -> int:
+        return self.problem.example
+
+    @property
+    def output_key(self) -> str:
+        return record_key(self.example, self.sample)

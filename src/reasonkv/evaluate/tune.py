@@ -1,0 +1,324 @@
+"""Find the smallest budget that keeps a target, by bisection over real runs.
+
+Budgets are probed at midpoints in log(budget), between the smallest that holds what may never be evicted and the length
+of the longest sequence, where nothing is evicted; of a `Window`, the slots kept of each window, up to its size. All
+probes go into one results folder, whose manifest names the methods and the budget rule but no budgets and no target:
+the same search continues where it stopped, and one for another target or resolution reuses what it meets.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any, Literal
+
+import pandas as pd
+
+from reasonkv.budget import Budget, Window
+from reasonkv.evaluate.cells import RunConfig, make_methods, make_rule
+from reasonkv.evaluate.frontier import (
+    HIGHER_IS_BETTER,
+    FrontierError,
+    Point,
+    Target,
+    UsableBudget,
+    measured_points,
+    usable_budget,
+)
+from reasonkv.evaluate.job import GenerateJob, ReplayJob, TraceSettings, TuneJob
+from reasonkv.evaluate.matching import selecting_method, sized, smallest
+from reasonkv.evaluate.records import AnswerRecord, ReplayRecord
+from reasonkv.evaluate.run import Progress, open_session, silent
+from reasonkv.evaluate.table import Difference, holm, paired_difference, paired_p_value, to_frame
+from reasonkv.methods import Method, get_method
+from reasonkv.models import LoadedModel
+from reasonkv.tasks import get_task
+
+COMMAND = "frontier"  # what the manifest of a search is recorded under
+DEFAULT_TARGETS = {"top1": "0.95x", "accuracy": "0.95x", "nll": "1.05x", "kl": "0.05"}
+
+Records = Sequence[ReplayRecord] | Sequence[AnswerRecord]
+RunCell = Callable[[int], Records]
+"""Runs one method on one task at this many tokens; returns those records and full KV's."""
+OnProbe = Callable[["Point | None", "Probe"], None]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One budget that was run.
+
+    Args:
+        tokens: the budget's.
+        keeps: whether its compressed examples keep the target; None where there are none, or where full KV's share on
+            them is 0, so that a relative target asks for nothing.
+        mean: the metric over them; None where there are none.
+        full: full KV's on the same examples, where it ran.
+        examples: compressed ones.
+        regimes: bounded records by regime.
+    """
+
+    tokens: int
+    keeps: bool | None
+    mean: float | None
+    full: float | None
+    examples: int
+    regimes: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Fall:
+    """A larger budget that did worse than a smaller one.
+
+    Args:
+        smaller, larger: tokens.
+        drop: how much worse, over the examples both have, with a 95 % interval.
+        p: of the paired t test, Holm-adjusted over all pairs of probes.
+    """
+
+    smaller: int
+    larger: int
+    drop: Difference
+    p: float
+
+    @property
+    def sure(self) -> bool:
+        """More than noise: the interval lies above 0 and p is below 0.05."""
+        return self.drop.low > 0 and self.p < 0.05
+
+
+@dataclass(frozen=True)
+class Search:
+    """What a search found for one method on one task.
+
+    Args:
+        task, method: the task, and the method's label.
+        target: what had to be kept.
+        status: "reached"; "at most" the smallest budget allowed, which keeps it; "not reached" by any budget at which
+            decoding is compressed; "never compressed" at the smallest budget already.
+        bracket: the largest budget that missed the target and the smallest above it that kept it. With "at most" the
+            smallest budget twice; with "not reached" the upper end is where nothing is compressed any more.
+        probes: the budgets that were run, in that order.
+        usable: the budget interpolated between them, and its 95 % interval over examples.
+        falls: pairs of probes where the larger budget did worse.
+    """
+
+    task: str
+    method: str
+    target: Target
+    status: Literal["reached", "at most", "not reached", "never compressed"]
+    bracket: tuple[int, int]
+    probes: tuple[Probe, ...]
+    usable: UsableBudget | None
+    falls: tuple[Fall, ...]
+
+    @property
+    def tokens(self) -> int | None:
+        """The smallest budget run that keeps the target; None where none does."""
+        return self.bracket[1] if self.status in {"reached", "at most"} else None
+
+    @property
+    def violated(self) -> bool:
+        """Larger was not better: a budget above one that keeps the target misses it, or one did surely worse."""
+        return bool(self.usable and self.usable.fails_above) or any(fall.sure for fall in self.falls)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the search for JSON output."""
+        falls = [asdict(fall) | {"sure": fall.sure} for fall in self.falls]
+        own = {"target": str(self.target), "tokens": self.tokens, "monotonicity_violated": self.violated}
+        return asdict(self) | own | {"falls": falls}
+
+
+def tune(
+    job: TuneJob,
+    model: LoadedModel,
+    folder: Path,
+    progress: Progress = silent,
+    *,
+    on_probe: OnProbe = lambda point, probe: None,
+) -> list[Search]:
+    """Find the usable budget of every bounded method of a job on every task of it.
+
+    Full KV runs in any case: it gives the lengths and what a relative target refers to. A search that was stopped, or
+    one for another target, continues in its folder. Arguments and errors are those of `reasonkv.evaluate.run.run`.
+
+    Args:
+        on_probe: called with every probe.
+
+    Raises:
+        FrontierError: a job that cannot be searched.
+    """
+    target, rule, methods = check_search(job)
+    inner = _inner_job(job)
+    fields = {name: value for name, value in rule.to_dict().items() if name not in {"tokens", "retention"}}
+    found = []
+    with open_session(inner, make_methods(inner), model, folder, progress, COMMAND, {"rule": fields}) as session:
+        for spec in job.task:
+            task = session.task(spec)
+            full = task.run(RunConfig(get_method("full"), None))
+            for method in methods:
+
+                def run_cell(tokens: int, method: Method = method) -> Records:
+                    return [*full, *task.run(RunConfig(method, sized(rule, tokens)))]  # noqa: B023
+
+                low, high = budget_range(rule, method, full)
+                found.append(
+                    find_usable_budget(
+                        run_cell, low, high, target, resolution=job.resolution, seed=job.seed, on_probe=on_probe
+                    )
+                )
+    return found
+
+
+def check_search(job: TuneJob) -> tuple[Target, Budget, list[Method]]:
+    """Check what can be checked without a model; return the target, the budget rule and the bounded methods.
+
+    Raises:
+        FrontierError: a target that makes no sense, no bounded method, or one that keeps everything.
+        TaskError, MethodError, BudgetError: a task, method or rule that does not exist, or a method's own window that
+            does not fit the buffer of a `Window`.
+    """
+    target = Target.parse(job.target or DEFAULT_TARGETS[job.metric], job.metric)
+    for spec in job.task:
+        get_task(spec)
+    methods = [method for method in make_methods(_inner_job(job)) if method.bounded]
+    if (selecting := selecting_method(methods)) is not None:
+        raise FrontierError(f"{selecting} drops nothing, so there is no budget to find; run it with --budgets instead.")
+    if not methods:
+        raise FrontierError("A search needs a bounded method; full KV has no budget.")
+    rule = make_rule(job.budget)
+    if isinstance(rule, Window):
+        rule.check_protected(recent=max(method.needs.recent for method in methods))
+    return target, rule, methods
+
+
+def _inner_job(job: TuneJob) -> ReplayJob | GenerateJob:
+    """Return the replay or generation that measures the metric."""
+    names = ("task", "methods", "budget", "limit", "seed", "batch_size")
+    shared: dict[str, Any] = {name: getattr(job, name) for name in names}
+    if job.metric == "accuracy":
+        return GenerateJob(max_new_tokens=job.max_new_tokens, **shared)
+    traces = TraceSettings() if job.max_new_tokens is None else TraceSettings(max_new_tokens=job.max_new_tokens)
+    return ReplayJob(traces=traces, **shared)
+
+
+def budget_range(rule: Budget, method: Method, full: Records) -> tuple[int, int]:
+    """Return the smallest budget that holds what may never be evicted, and one that evicts nothing of full KV's rows.
+
+    Args:
+        rule: every field of the budget but its size.
+        method: its own window counts as protected.
+        full: full KV's records of one task.
+    """
+    if isinstance(rule, Window):
+        return 1, rule.size
+    low = smallest(rule, method, max(one.prompt_tokens for one in full))
+    # the last output token is never fed; a prompt on top of the budget takes none of it
+    high = max(one.output_tokens - 1 + (one.prompt_tokens if rule.prompt != "on_top" else 0) for one in full)
+    return low, max(low, high)
+
+
+def find_usable_budget(
+    run_cell: RunCell,
+    low: int,
+    high: int,
+    target: Target,
+    *,
+    resolution: float = 1.1,
+    seed: int = 0,
+    on_probe: OnProbe = lambda point, probe: None,
+) -> Search:
+    """Bisect for the smallest budget that keeps a target, on compressed records.
+
+    A budget without compressed records bounds the search from above, since its rows are full KV's; so does one where
+    full KV has 0 on the few examples that are still compressed. Where the smallest budget already keeps the target, the
+    midpoint is run as well: if that one misses it, the search goes on above it. The interval is `usable_budget`'s over
+    all probes.
+
+    Args:
+        run_cell: called once per budget.
+        low: the smallest budget allowed.
+        high: a budget that evicts nothing, which is not run.
+        target: what has to be kept.
+        resolution: where to stop, as a ratio of budgets above 1.
+        seed: of the bootstrap.
+        on_probe: called with every probe.
+
+    Raises:
+        FrontierError: the range is empty, full KV is missing for a relative target, or a cell has no bounded records.
+    """
+    if not 1 <= low <= high:
+        raise FrontierError(f"There is no budget between {low} and {high}.")
+    points: dict[int, Point] = {}
+    probes: list[Probe] = []
+    name = ("", "")
+
+    def keeps(tokens: int) -> bool | None:
+        nonlocal name
+        point, probe, name = _probe(to_frame(run_cell(tokens)), tokens, target)
+        probes.append(probe)
+        if point is not None:
+            points[tokens] = point
+        on_probe(point, probe)
+        return probe.keeps
+
+    first, middle = keeps(low), _middle(low, high, resolution)
+    if first is None and low in points:
+        raise FrontierError(
+            f"Full KV's {target.metric} is 0 on {name[0]}, so a target relative to it asks for nothing; "
+            f"give an absolute target, or a task it can do."
+        )
+    status: Literal["reached", "at most", "not reached", "never compressed"] = "reached"
+    missed, kept = low, high
+    if first is None:
+        status, kept = "never compressed", low
+    elif first and (middle is None or keeps(middle) is not False):
+        status, kept = "at most", low
+    else:
+        missed = middle if first and middle is not None else low
+        while (middle := _middle(missed, kept, resolution)) is not None:
+            missed, kept = (middle, kept) if keeps(middle) is False else (missed, middle)
+        if not any(probe.keeps for probe in probes if probe.tokens == kept):  # nothing compressed is known to do
+            status = "not reached"
+    usable = usable_budget(list(points.values()), target, seed=seed) if points else None
+    return Search(*name, target, status, (missed, kept), tuple(probes), usable, _falls(points, target.metric, seed))
+
+
+def _probe(frame: pd.DataFrame, tokens: int, target: Target) -> tuple[Point | None, Probe, tuple[str, str]]:
+    """Return what the records of a cell say: its compressed point, the probe, and (task, label)."""
+    points = measured_points(frame, target.metric)
+    if len({(one.task, one.method) for one in points}) != 1 or {one.tokens for one in points} != {tokens}:
+        raise FrontierError(f"A search needs the records of one method on one task at {tokens} tokens.")
+    regimes = frame.loc[frame["tokens"] > 0, "regime"].value_counts().to_dict()
+    name = (points[0].task, points[0].method)
+    point = next((one for one in points if one.regime == "compressed"), None)
+    if point is None:
+        return None, Probe(tokens, None, None, None, 0, regimes), name
+    if target.relative and len(point.full) < len(point.values):
+        raise FrontierError("A target relative to full KV needs full KV on the same examples.")
+    full = math.fsum(point.full.values()) / len(point.full) if point.full else None
+    says_nothing = target.relative and HIGHER_IS_BETTER[target.metric] and full == 0
+    holds = None if says_nothing else bool(target.margin(point.mean, math.nan if full is None else full) >= 0)
+    return point, Probe(tokens, holds, point.mean, full, len(point.values), regimes), name
+
+
+def _middle(low: int, high: int, resolution: float) -> int | None:
+    """Return the whole number between two budgets that halves their ratio; None where they are close enough."""
+    if high - low < 2 or high <= low * resolution:
+        return None
+    return min(max(round(math.sqrt(low * high)), low + 1), high - 1)
+
+
+def _falls(points: dict[int, Point], metric: str, seed: int) -> tuple[Fall, ...]:
+    sign = 1 if HIGHER_IS_BETTER[metric] else -1
+    pairs = list(combinations(sorted(points), 2))
+    gains = []
+    for smaller, larger in pairs:
+        ours, theirs = points[smaller].values, points[larger].values
+        gains.append({one: sign * (ours[one] - theirs[one]) for one in ours.keys() & theirs.keys()})
+    p_values = holm([paired_p_value(list(one.values())) for one in gains])  # over the rises, too
+    drops = [paired_difference(gain, dict.fromkeys(gain, 0.0), seed=seed) for gain in gains]
+    found = zip(pairs, drops, p_values, strict=True)
+    return tuple(Fall(*pair, drop, p) for pair, drop, p in found if drop is not None and drop.mean > 1e-12)

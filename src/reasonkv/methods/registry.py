@@ -1,0 +1,96 @@
+"""Methods from texts: `get_method("snapkv:window=16")`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from importlib import import_module
+from typing import Any
+
+from reasonkv.methods.base import Method
+from reasonkv.methods.catalogue import CATALOGUE, installed, known_name, method_names, unknown
+from reasonkv.methods.options import MethodError, options_of
+
+_RENAMED = {"ours": "corrected", "default": "corrected", "official": "paper", "port": "vase", "public": "paper"}
+"""Values of the former options `form` and `profile` that have other names as values of `variant`."""
+
+
+def method_class(name: str) -> type[Method]:
+    """Return the class behind a name, in any spelling that `known_name` understands.
+
+    Raises:
+        MethodError: no such method (the message names the nearest), or an entry point that is not a Method.
+    """
+    name = known_name(name)
+    if name in CATALOGUE:
+        module, attribute = CATALOGUE[name].path.split(":")
+        found = getattr(import_module(module), attribute)
+    else:
+        found = installed()[name].load()
+    if not (isinstance(found, type) and issubclass(found, Method)):
+        raise MethodError(f"The entry point {name!r} does not name a reasonkv Method class.")
+    if getattr(found, "name", None) != name:
+        raise MethodError(
+            f"The entry point {name!r} gives a method that calls itself {getattr(found, 'name', None)!r}; "
+            f"give both the same name."
+        )
+    return found
+
+
+def method_classes() -> Iterator[type[Method]]:
+    """Yield every method class, built-in ones first."""
+    for name in method_names():
+        yield method_class(name)
+
+
+def get_method(spec: str | Method) -> Method:
+    """Return a method from `name` or `name:key=value,key=value`; a Method is returned as it is.
+
+    Raises:
+        MethodError: unknown name, unknown option, or a value that is not allowed.
+    """
+    if isinstance(spec, Method):
+        return spec
+    name, _, text = spec.partition(":")
+    cls = method_class(name.strip())
+    given: dict[str, str] = {}
+    for item in filter(None, (part.strip() for part in text.split(","))):
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise MethodError(f"Write options of {cls.name} as key=value, not {item!r}.")
+        given[key] = value
+    options = _known(cls, given)
+    return _made(cls.name, lambda: cls(**{key: options[key].parse(cls.name, value) for key, value in given.items()}))
+
+
+def with_options(method: Method, options: Mapping[str, Any]) -> Method:
+    """Return a method with some options replaced by values of their own types, as JSON has them.
+
+    Raises:
+        MethodError: as `get_method`.
+    """
+    known = _known(type(method), options)
+    return _made(
+        method.name,
+        lambda: replace(method, **{key: known[key].check(method.name, value) for key, value in options.items()}),
+    )
+
+
+def _known(cls: type[Method], given: Mapping[str, object]) -> dict[str, Any]:
+    known = options_of(cls)
+    for key, value in given.items():
+        if key in ("form", "profile") and "variant" in known:
+            now = "kvpress" if cls.name == "pyramidkv" else _RENAMED.get(str(value), value)
+            raise MethodError(f"{cls.name}: {key} is now called variant; write variant={now}.")
+        if key not in known:
+            raise MethodError(unknown(f"option of {cls.name}", str(key), list(known)))
+    return known
+
+
+def _made(name: str, make: Callable[[], Method]) -> Method:
+    try:
+        return make()
+    except MethodError:
+        raise
+    except (TypeError, ValueError) as error:  # of another package's method
+        raise MethodError(f"{name}: {error}") from None

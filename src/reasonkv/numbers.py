@@ -1,0 +1,29 @@
+"""Numbers that a user gives: checked, and made plain Python."""
+
+from __future__ import annotations
+
+from numbers import Real
+from operator import index
+from typing import Any
+
+from reasonkv.errors import BudgetError
+
+
+def whole_number(value: Any, name: str, least: int | None = None) -> int:
+    """Return a whole number as an int (NumPy's integers are taken, too), or raise."""
+    bound = "" if least is None else f" of at least {least}"
+    hint = f" (for a share of the length give keep={value!r})" if name == "tokens" and isinstance(value, float) else ""
+    try:
+        found = index(value)
+    except TypeError:
+        found = None
+    if found is None or isinstance(value, bool) or (least is not None and found < least):
+        raise BudgetError(f"{name} must be a whole number{bound}, not {value!r}{hint}.")
+    return found
+
+
+def share_of_one(value: Any, name: str) -> float:
+    """Return a number strictly between 0 and 1 as a float, or raise."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) < 1:
+        raise BudgetError(f"{name} must be a number between 0 and 1, not {value!r}.")
+    return float(value)

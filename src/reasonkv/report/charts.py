@@ -1,0 +1,333 @@
+"""Charts as Vega-Lite: the frontier of the report's page, and figures as PNG.
+
+Needs `altair` and `vl-convert-python`, which draws without a browser and without the network.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import altair as alt
+import pandas as pd
+import vl_convert
+
+from reasonkv.evaluate.frontier import FrontierError, Point, Target
+from reasonkv.evaluate.table import FULL_KV
+from reasonkv.files import write_atomically
+from reasonkv.report.metrics import METRICS, UNITS, shown_metrics
+from reasonkv.report.style import FULL_COLOUR, FULL_DASH, Style, styles
+from reasonkv.report.wording import byte_unit, difference_text, estimate_text, rule_words
+
+SHAPES = {
+    "o": "circle", "s": "square", "^": "triangle-up", "v": "triangle-down", "D": "diamond", "P": "cross",
+    "X": "M-1,-0.6L-0.6,-1L0,-0.4L0.6,-1L1,-0.6L0.4,0L1,0.6L0.6,1L0,0.4L-0.6,1L-1,0.6L-0.4,0Z",
+    "*": "M0,-1.2L0.32,-0.4L1.14,-0.37L0.5,0.14L0.7,0.97L0,0.5L-0.7,0.97L-0.5,0.14L-1.14,-0.37L-0.32,-0.4Z",
+}  # fmt: skip
+"""Vega's names, or paths, of the markers of `reasonkv.report.style`."""
+_SIZE = 52
+_FULL = Style(FULL_COLOUR, "o", FULL_DASH)
+_BASELINE = Style("#000000", "o", (1.2, 1.6))
+
+
+def looks(names: Sequence[str], known: Mapping[str, Style] | None = None) -> dict[str, Any]:
+    """Return encodings that give every method its colour, marker and dash.
+
+    Args:
+        names: the methods of a chart.
+        known: their styles, where they are not those of `styles`.
+    """
+    found = known or (styles([one for one in names if one != "full"]) | ({"full": _FULL} if "full" in names else {}))
+    domain, dashes = list(found), [[1.6 * part for part in one.dash] or [1, 0] for one in found.values()]
+    title = alt.Undefined
+    scales = {
+        "color": [one.colour for one in found.values()],
+        "shape": [SHAPES[one.marker] for one in found.values()],
+        "strokeDash": dashes,
+    }
+    legend = alt.Legend(title=None, symbolSize=_SIZE, symbolStrokeWidth=1.6, symbolOpacity=1, labelLimit=260)
+    return {
+        "color": alt.Color("method:N", title=title, legend=legend, sort=domain,
+                           scale=alt.Scale(domain=domain, range=scales["color"])),
+        "shape": alt.Shape("method:N", legend=legend, sort=domain,
+                           scale=alt.Scale(domain=domain, range=scales["shape"])),
+        "strokeDash": alt.StrokeDash("method:N", legend=None, sort=domain,
+                                     scale=alt.Scale(domain=domain, range=scales["strokeDash"])),
+    }  # fmt: skip
+
+
+def lines(data: pd.DataFrame, x: alt.X, y: alt.Y, look: Mapping[str, Any], band: bool = True) -> alt.LayerChart:
+    """Return lines with marks and a band of one standard error, from columns x, y, low, high and method."""
+    base = alt.Chart(data).encode(x=x)
+    layers = [
+        base.mark_line(strokeWidth=1.6).encode(y=y, color=look["color"], strokeDash=look["strokeDash"]),
+        base.mark_point(filled=True, size=_SIZE, opacity=1).encode(y=y, color=look["color"], shape=look["shape"]),
+    ]
+    if band:
+        shade = base.mark_area(opacity=0.13).encode(
+            y=alt.Y("low:Q", title=y["title"]), y2="high:Q", color=look["color"], detail="method:N"
+        )
+        layers.insert(0, shade)
+    return alt.layer(*layers)
+
+
+def rule(value: float, dash: Sequence[float] = FULL_DASH, colour: str = FULL_COLOUR) -> alt.Chart:
+    """Return a horizontal line, as of full KV."""
+    data = pd.DataFrame({"value": [value]})
+    return alt.Chart(data).mark_rule(color=colour, strokeDash=list(dash), strokeWidth=1.3).encode(y="value:Q")
+
+
+def log_x(field: str, title: str, values: Sequence[float] = (), **axis: Any) -> alt.X:
+    """Return a logarithmic axis with ticks at the values given, or at powers of two."""
+    ticks = {"values": list(values)} if len(values) else {}
+    axis = {"format": ",.0f", "grid": False, "labelOverlap": "greedy", **ticks, **axis}
+    return alt.X(field, title=title, scale=alt.Scale(type="log", base=2, nice=False, padding=12), axis=alt.Axis(**axis))
+
+
+def save_png(chart: alt.TopLevelMixin, path: Path, note: str = "", scale: float = 2.0) -> Path:
+    """Draw a chart into a PNG file, whole or not at all, with a note under it; return its path."""
+    if note:
+        chart = chart.properties(title=alt.TitleParams(
+            [part for line in note.split("\n") for part in _wrapped(line)], orient="bottom", anchor="start",
+            fontSize=10, fontWeight="normal", color="#555555", offset=14,
+        ))  # fmt: skip
+    spec = chart.configure(font="DejaVu Sans, Arial, sans-serif").configure_view(stroke=None).to_dict()
+    write_atomically(path, vl_convert.vegalite_to_png(spec, vl_version=_version(), scale=scale))
+    return path
+
+
+def facets(
+    data: pd.DataFrame,
+    x: alt.X,
+    y: alt.Y,
+    path: Path | None = None,
+    *,
+    column: str,
+    columns: int | None = None,
+    width: int = 200,
+    height: int = 180,
+    band: bool = True,
+    names: Sequence[str] | None = None,
+    note: str = "",
+) -> alt.TopLevelMixin:
+    """Return panels of `lines` side by side, one for each value of a column, and draw them if a path is given.
+
+    Rows whose x is 0 are full KV's, and drawn as a dashed line across the panel.
+    """
+    look = looks(names or list(data["method"].unique()))
+    panels: list[alt.Chart | alt.LayerChart] = []
+    for name, part in data.groupby(column, sort=False):
+        ticks = sorted(part.loc[part["x"] > 0, "x"].unique())
+        own = x.copy()
+        own["axis"] = alt.Axis(values=ticks, format=",.0f", grid=False, labelOverlap="greedy")
+        chart = lines(part[part["x"] > 0], own, y if not panels else _untitled(y), look, band)
+        full = part[part["x"] == 0]
+        if len(full):
+            chart = alt.layer(rule(float(full["y"].iloc[0])), chart)
+        panels.append(chart.properties(title=str(name), width=width, height=height))
+    grid = alt.concat(*panels, columns=columns or len(panels))
+    grid = grid.resolve_scale(color="shared", shape="shared", strokeDash="shared")
+    if path is not None:
+        save_png(grid, path, note, scale=1.5)
+    return grid
+
+
+def _untitled(y: alt.Y) -> alt.Y:
+    copy = y.copy()
+    copy["title"] = ""
+    return copy
+
+
+def _wrapped(text: str, width: int = 130) -> list[str]:
+    found = [""]
+    for word in text.split():
+        if found[-1] and len(found[-1]) + len(word) >= width:
+            found.append("")
+        found[-1] += (" " if found[-1] else "") + word
+    return found
+
+
+def _version() -> str:
+    """The newest Vega-Lite that both libraries know."""
+    return str(vl_convert.get_vegalite_versions()[-1])
+
+
+# -- the report -------------------------------------------------------------------------------------------------------
+
+
+def chart_script() -> str:
+    """Return Vega, Vega-Lite and Vega-Embed as one script that sets `window.vegaEmbed`; nothing is fetched."""
+    return "(() => {" + vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", vl_version=_version()) + "})();"
+
+
+def report_chart(summary: pd.DataFrame, kind: str, baseline: pd.DataFrame | None) -> dict[str, Any]:
+    """Return the report's chart of one cohort: a Vega-Lite specification, and what its switches offer.
+
+    The page's script sets the parameters `task`, `regime` and `metric` and the field of the x axis.
+
+    Args:
+        summary: the cohort's, with regimes.
+        kind: `replay` or `evaluate`.
+        baseline: rows of random with the prompt kept, to be drawn beside the methods.
+    """
+    every = summary if baseline is None else pd.concat([summary, baseline], ignore_index=True)
+    metrics = [one for one in shown_metrics(kind, summary) if one.title]
+    rows = []
+    for row in every.to_dict("records"):
+        for metric in metrics:
+            mean, se = row[metric.key] * metric.scale, row[f"{metric.key}_se"] * metric.scale
+            if math.isnan(mean):
+                continue
+            se = 0.0 if math.isnan(se) else se
+            found = {"task": row["task"], "method": row["method"], "regime": row["regime"], "metric": metric.key}
+            found |= {"y": _digits(mean), "low": _digits(mean - se), "high": _digits(mean + se)}
+            if row["regime"] != FULL_KV:
+                found |= {axis: _digits(row[axis]) for axis in ("tokens", "physical_mean")}
+                found |= {"bytes_held": _digits(row["bytes_held"] / 1024), "n": row["n"]}
+                found["mean"] = estimate_text(row, metric.key, metric.digits, metric.scale)
+                for other in ("full", "random"):
+                    found[f"to {other}"] = difference_text(
+                        row.get(f"{metric.key}_vs_{other}"), metric.digits, metric.scale
+                    )
+            rows.append(found)
+    methods = list(summary.loc[summary["tokens"] > 0, "method"].unique())
+    known = styles(methods) | ({} if baseline is None else {"random, prompt kept": _BASELINE})
+    look = looks(list(known), known)
+    here = "datum.task == task && datum.metric == metric && "
+    x = alt.X("tokens:Q", scale=alt.Scale(type="log", base=2, nice=False, padding=14), title=None,
+              axis=alt.Axis(grid=False, format=",.0f", labelOverlap="greedy"))  # fmt: skip
+    y = alt.Y("y:Q", scale=alt.Scale(zero=False), title=None)
+    points = alt.Chart().transform_filter(f"{here}datum.regime == regime && isValid(datum.tokens)").encode(x=x)
+    picked = alt.selection_point(fields=["method"], bind="legend", name="picked")
+    opacity = alt.condition(picked, alt.value(1), alt.value(0.07))
+    told = {"method:N": "method", "tokens:Q": "budget, slots", "mean:N": "mean ± se", "to full:N": "to full KV",
+            "to random:N": "to random", "physical_mean:Q": "mean slots", "n:Q": "n"}  # fmt: skip
+    tooltip = [alt.Tooltip(field, title=title) for field, title in told.items()]
+    full = alt.Chart().transform_filter(f"{here}datum.regime == '{FULL_KV}'")
+    chart = alt.layer(
+        full.mark_rule(strokeDash=list(FULL_DASH), strokeWidth=1.4, color="#888888").encode(y=y),
+        points.mark_rule(strokeWidth=1.1).encode(
+            y=alt.Y("low:Q"), y2="high:Q", color=look["color"], opacity=opacity
+        ),
+        points.mark_line(strokeWidth=1.9).encode(
+            y=y, color=look["color"], strokeDash=look["strokeDash"], opacity=opacity
+        ),
+        points.mark_point(filled=True, size=_SIZE).encode(
+            y=y, color=look["color"], shape=look["shape"], opacity=opacity, tooltip=tooltip
+        ).add_params(picked),
+        data=alt.Data(values=rows),
+    ).add_params(*(alt.param(name=name, value="") for name in ("task", "regime", "metric")))  # fmt: skip
+    spec = chart.properties(width="container", height=290).to_dict()
+    bounded = summary[summary["tokens"] > 0]
+    return {
+        "spec": spec,
+        "metrics": [[one.key, one.title] for one in metrics],
+        "tasks": list(bounded["task"].unique()),
+        "regimes": sorted(bounded["regime"].unique(), key=lambda one: one != "compressed"),
+    }
+
+
+def _digits(value: float) -> float | None:
+    return None if math.isnan(value) else float(f"{value:.6g}")
+
+
+# -- figures ----------------------------------------------------------------------------------------------------------
+
+
+def replay_figure(
+    summary: pd.DataFrame, path: Path, *, by_mean: bool = False, note: str = "", metrics: Sequence[str] = ("top1", "kl")
+) -> Path:
+    """Draw fidelity against budgets, a column of panels per task and a row per metric; return the PNG's path.
+
+    Args:
+        summary: of a replay, without regimes.
+        path: PNG to write.
+        by_mean: against the mean slots attended per output token, not the budget's.
+        note: a line under the figure.
+        metrics: one row of panels each.
+    """
+    axis = "physical_mean" if by_mean else "tokens"
+    bounded = summary[summary["tokens"] > 0]
+    look, titles = looks(list(bounded["method"].unique())), {one.key: one for one in METRICS["replay"]}
+    grid = []
+    for metric in (titles[name] for name in metrics):
+        panels: list[alt.Chart | alt.LayerChart] = []
+        for task in summary["task"].unique():
+            own = bounded[bounded["task"] == task]
+            full = summary[(summary["task"] == task) & (summary["tokens"] == 0)]
+            x = log_x("x:Q", UNITS[axis], sorted(own["tokens"].unique()) if axis == "tokens" else ())
+            y = alt.Y("y:Q", title=metric.title if not panels else None, scale=alt.Scale(zero=False))
+            panel = lines(_lines(own, own[axis], metric.key, metric.scale), x, y, look)
+            if len(full):
+                panel = alt.layer(rule(full[metric.key].iloc[0] * metric.scale), panel)
+            panels.append(panel.properties(title=task, width=300, height=220))
+        grid.append(alt.hconcat(*panels))
+    chart = alt.vconcat(*grid).resolve_scale(color="shared", shape="shared", strokeDash="shared")
+    return save_png(chart, path, f"Dashed: full KV. {note}")
+
+
+def frontier_figure(
+    points: Sequence[Point], path: Path, metric: str, *, target: Target | None = None, note: str = ""
+) -> Path:
+    """Draw a frontier's compressed points, a row of panels per task: against the budget, and against bytes in use.
+
+    Args:
+        points: from `measured_points`; those of other regimes are left out (say how many in `note`), and so are those
+            with fewer than half of the task's examples, whose mean is that of the longest rows alone.
+        path: PNG to write.
+        metric: the points'.
+        target: drawn as a dotted line.
+        note: a line under the figure.
+
+    Raises:
+        FrontierError: no compressed point.
+    """
+    points = [point for point in points if point.regime == "compressed"]
+    if not points:
+        raise FrontierError("No record is compressed, so there is nothing to draw; smaller budgets compress more.")
+    most = {task: max(len(p.values) for p in points if p.task == task) for task in {p.task for p in points}}
+    dense = [point for point in points if 2 * len(point.values) >= most[point.task]]
+    if len(dense) < len(points):
+        note += f"\nNot drawn: {len(points) - len(dense)} cells with fewer than half of their task's examples."
+    words = rule_words([point.rule for point in dense])
+    # variants of a method: the method itself, then `method: rule` for its other rules
+    names = {(one.method, one.rule): one.method + (f": {words[one.rule]}" if words[one.rule] else "") for one in dense}
+    look = looks(list(names.values()))
+    scale = 100.0 if metric in {"top1", "accuracy"} else 1.0
+    title = {one.key: one.title for kind in METRICS.values() for one in kind}[
+        "correct" if metric == "accuracy" else metric
+    ]
+    rows = []
+    for task in dict.fromkeys(point.task for point in dense):
+        own = [point for point in dense if point.task == task]
+        data = pd.DataFrame([
+            {"method": names[one.method, one.rule], "tokens": one.tokens, "bytes_held": one.bytes_held,
+             "y": scale * one.mean, "se": scale * float(pd.Series(one.values).sem())}
+            for one in own
+        ])  # fmt: skip
+        data = data.assign(low=data["y"] - data["se"].fillna(0), high=data["y"] + data["se"].fillna(0))
+        full = pd.Series({key: value for one in own for key, value in one.full.items()})
+        panels: list[alt.Chart | alt.LayerChart] = []
+        for axis in ("tokens", "bytes_held"):
+            unit, name = byte_unit(data["bytes_held"].max()) if axis == "bytes_held" else (1, "")
+            x = log_x(
+                "x:Q", UNITS[axis] + (f", {name}" if name else ""), sorted(set(data["tokens"])) if not name else ()
+            )
+            y = alt.Y("y:Q", title=title if not panels else None, scale=alt.Scale(zero=False))
+            panel = lines(data.assign(x=data[axis] / unit), x, y, look)
+            if len(full):
+                panel = alt.layer(rule(scale * full.mean()), panel)
+                if target is not None:
+                    bar = target.value * (full.mean() if target.relative else 1.0)
+                    panel = alt.layer(rule(scale * bar, (2, 3), "#AA3377"), panel)
+            panels.append(panel.properties(title=task, width=360, height=230))
+        rows.append(alt.hconcat(*panels))
+    chart = alt.vconcat(*rows).resolve_scale(color="shared", shape="shared", strokeDash="shared")
+    return save_png(chart, path, "Dashed: full KV. " + note)
+
+
+def _lines(rows: pd.DataFrame, x: pd.Series, metric: str, scale: float) -> pd.DataFrame:
+    y, se = rows[metric] * scale, rows[f"{metric}_se"].fillna(0) * scale
+    return pd.DataFrame({"method": rows["method"], "x": x, "y": y, "low": y - se, "high": y + se})

@@ -1,0 +1,95 @@
+"""Inspect a run of a results folder: the method, budget and example that were chosen, or what went wrong first."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from reasonkv.budget import Budget
+from reasonkv.evaluate.cells import RunConfig
+from reasonkv.evaluate.job import Sampling, TraceSettings
+from reasonkv.evaluate.manifest import ResultsError
+from reasonkv.evaluate.records import FullOutput, RecordFile, record_key
+from reasonkv.evaluate.table import read_folder_records, read_manifest
+from reasonkv.evaluate.traces import Trace, encode_prompts, file_name, load_or_make_traces, reference_logprobs
+from reasonkv.methods import get_method
+from reasonkv.models import LoadedModel
+from reasonkv.report.inspector import Inspection, inspect_generation, inspect_replay
+from reasonkv.tasks import get_task
+
+
+def inspect_folder(
+    folder: Path, loaded: LoadedModel, choices: Mapping[str, Any], *, generate: bool = False
+) -> Inspection:
+    """Inspect one run of a results folder: of the first method and budget that fit, the one that went wrong first.
+
+    Args:
+        folder: made by replay or evaluate.
+        loaded: the model that made it.
+        choices: task, example, method and tokens; None is no choice.
+        generate: let the compressed run write its own answer, as it does in a folder of evaluate.
+
+    Raises:
+        ResultsError: the folder holds no results or none that fit, or was made with other weights.
+        RecordError: a record is damaged.
+    """
+    manifest, records = read_manifest(folder), read_folder_records(folder)
+    arguments = manifest["arguments"]
+    if loaded.hash != manifest["model"]["hash"]:
+        raise ResultsError(f"{folder} was made with other weights of {manifest['model']['name']}; give --model.")
+    wanted = {"task": choices.get("task"), "example": choices.get("example")}
+    if choices.get("method"):
+        method = get_method(choices["method"])
+        wanted |= {"method": method.name, "options": method.options()}
+    fitting = [
+        one
+        for one in records
+        if one.budget is not None
+        and choices.get("tokens") in (None, one.budget["tokens"])
+        and all(value in (None, getattr(one, name)) for name, value in wanted.items())
+    ]
+    if not fitting:
+        raise ResultsError(
+            f"{folder} holds no bounded run with these choices; leave --method, --budget, --task or --example out."
+        )
+    cell = [(one.method, one.options, one.budget, one.task) for one in fitting]
+    record = min((one for one, own in zip(fitting, cell, strict=True) if own == cell[0]), key=_how_soon_wrong)
+    options = ",".join(f"{key}={value}" for key, value in record.options.items())
+    assert record.budget is not None  # only bounded runs fit
+    config = RunConfig(get_method(f"{record.method}:{options}"), Budget.from_dict(record.budget))
+    trace = _trace(folder, arguments, loaded, record)
+    if not hasattr(record, "correct") and not generate:
+        return inspect_replay(loaded, trace, config, task=record.task, seed=record.seed)
+    sampling = arguments.get("sampling")
+    return inspect_generation(
+        loaded, trace, config, task=record.task, seed=record.seed, sample=getattr(record, "sample", 0),
+        sampling=Sampling(**sampling) if sampling else None, max_new_tokens=arguments.get("max_new_tokens"),
+    )  # fmt: skip
+
+
+def _how_soon_wrong(record: Any) -> tuple[bool, bool, int]:
+    at = record.first_divergence if hasattr(record, "correct") else record.first_mismatch
+    return getattr(record, "correct", False), at is None, at or 0
+
+
+def _trace(folder: Path, arguments: Mapping[str, Any], loaded: LoadedModel, record: Any) -> Trace:
+    """Return full KV's trace of a record, from the folder."""
+    family = get_task(record.task)
+    if not hasattr(record, "correct"):
+        (trace,) = load_or_make_traces(
+            loaded.model, loaded.tokenizer, family, task_spec=record.task, examples=[record.example], seed=record.seed,
+            settings=TraceSettings(**arguments["traces"]), folder=folder, batch_size=1,
+        )  # fmt: skip
+        return trace
+    outputs = RecordFile(folder / f"outputs-{file_name(record.task)}.jsonl", FullOutput).records
+    key = record_key(record.example, record.sample)
+    if key not in outputs:
+        raise ResultsError(f"{folder} lacks full KV's output of example {record.example}; run its command again.")
+    problem, output_T = family.problem(record.example, seed=record.seed), torch.tensor(outputs[key].tokens)
+    (prompt_P,) = encode_prompts(loaded.model, loaded.tokenizer, family, [problem])
+    (teacher,) = reference_logprobs(loaded.model, [prompt_P], [output_T])
+    right = family.check(problem, str(loaded.tokenizer.decode(output_T, skip_special_tokens=True)))
+    return Trace(record.example, prompt_P, output_T, teacher, right)

@@ -1,0 +1,298 @@
+"""Everything `reasonkv frontier` shows: usable budgets, crossings, regimes, and what a search found."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+from rich.table import Table
+
+from reasonkv.evaluate.frontier import (
+    HIGHER_IS_BETTER,
+    Axis,
+    Comparison,
+    Point,
+    Target,
+    UsableBudget,
+    between,
+    crossings,
+    measured_points,
+    usable_budget,
+)
+from reasonkv.report.metrics import REGIMES, UNITS
+from reasonkv.report.terminal import make_table
+from reasonkv.report.wording import amount, number, rule_words, selecting
+
+if TYPE_CHECKING:
+    from reasonkv.evaluate.tune import Search
+
+SHOWN = 12
+"""Crossings shown to people; JSON has all."""
+_STATUS = {"reached": "reached", "at most": "kept already by the smallest", "not reached": "not reached"}
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """A frontier, ready to be shown.
+
+    Args:
+        target: what has to be kept.
+        axis: what budgets are measured in.
+        points: every cell, by regime.
+        usable: by (task, method, rule), from compressed points alone; why not, where there is none.
+        crossings: between compressed points, the surest first; with `pair` all pairs of those two methods.
+        regimes: bounded records by task (rows) and regime (columns).
+        pair: the two methods that were named, if any.
+    """
+
+    target: Target
+    axis: Axis
+    points: list[Point]
+    usable: dict[tuple[str, str, str], UsableBudget | str]
+    crossings: list[Comparison]
+    regimes: pd.DataFrame
+    pair: tuple[str, str] | None = None
+
+    @property
+    def left_out(self) -> str:
+        """One sentence: which records no mean and no figure of the frontier holds."""
+        total, others = int(self.regimes.to_numpy().sum()), self.regimes.drop(columns="compressed").sum()
+        if not others.any():
+            return f"All {total:,} bounded records are compressed."
+        words = " and ".join(f"{count:,} {name}" for name, count in others.items() if count)
+        return f"Only compressed records count; left out: {words} of {total:,} bounded records."
+
+    def tables(self) -> list[Table]:
+        """Return the tables for the terminal."""
+        found = [self._usable_table(task) for task in dict.fromkeys(task for task, _, _ in self.usable)]
+        if self.crossings:
+            found.append(self._crossings_table())
+        shown = self.regimes[[name for name in self.regimes if name != "selecting" or self.regimes[name].any()]]
+        rows = [
+            [str(task), *(f"{count:,}" for count in own)]
+            for task, own in zip(shown.index, shown.to_numpy(), strict=True)
+        ]
+        return [*found, make_table("Bounded records by regime", ["task"], list(shown), rows)]
+
+    def _usable_table(self, task: str) -> Table:
+        words = rule_words([rule for _, _, rule in self.usable])
+        rows = []
+        for (own, method, rule), found in self.usable.items():
+            if own != task:
+                continue
+            cells = ["-", "-", "-", "-", str(found)]
+            if isinstance(found, UsableBudget):
+                counts = [
+                    len(one.values)
+                    for one in self.points
+                    if (one.task, one.method, one.rule, one.regime) == (task, method, rule, "compressed")
+                ]
+                span = _span(amount(found.smallest, self.axis), amount(found.largest, self.axis))
+                cells = [span, _span(str(min(counts)), str(max(counts))), *usable_text(found, self.axis)]
+            rows.append([method, *([words[rule]] if any(words.values()) else []), *cells])
+        left = ["method", *(["rule"] if any(words.values()) else [])]
+        title = f"{task}: usable budget for {self.target}{_in(self.axis)}"
+        return make_table(title, left, ["measured", "n", "usable", "95 % interval"], rows, ["status"])
+
+    def _crossings_table(self) -> Table:
+        metric = self.target.metric
+        share = metric in {"top1", "accuracy"}
+        scale, digits, unit = (100, 2, "points") if share else (1, 3, "nats")
+        rows = [
+            [
+                one.ours.task,
+                one.label,
+                f"{one.ours.mean * scale:.{digits}f} : {one.theirs.mean * scale:.{digits}f}",
+                number(one.advantage.mean * scale, digits),
+                f"[{number(one.advantage.low * scale, digits)}, {number(one.advantage.high * scale, digits)}]",
+                str(one.advantage.pairs),
+                f"{one.p:.2g}",
+                "yes" if one.holds else "no",
+            ]
+            for one in (self.crossings if self.pair else self.crossings[:SHOWN])
+        ]
+        title = "Crossings: the smaller does better"
+        if self.pair:
+            title = f"{self.pair[0]} at the same budget as {self.pair[1]} and at smaller ones"
+        right = [metric, f"better by, {unit}", "95 % interval", "n", "p (Holm)"]
+        return make_table(title + _in(self.axis), ["task", "smaller > larger"], right, rows, ["holds"])
+
+    def sentences(self) -> list[str]:
+        """Return what the tables mean."""
+        return [
+            "usable: from there on every measured budget keeps the target; linear in log(budget) between two of them; "
+            "the interval is a bootstrap over examples. holds: the interval lies above 0 and p, corrected by Holm over "
+            "every pair of a smaller and a larger cell, is below 0.05. n: examples, fewer where rows are too "
+            "short for the larger budgets.",
+            self._crossings_sentence(),
+            self.left_out,
+        ]
+
+    def _crossings_sentence(self) -> str:
+        found = self.crossings
+        if self.pair:
+            parts = []
+            for words, less in (("at the same budget", False), ("at a smaller one", True)):
+                own = [one for one in found if (one.ours.tokens != one.theirs.tokens) == less]
+                parts.append(f"{sum(one.holds for one in own)} of {len(own)} pairs {words}")
+            return f"{self.pair[0]} is surely better than {self.pair[1]} in {', and in '.join(parts)}."
+        if not found:
+            return "Crossings: at no pair of methods and budgets does the smaller budget do better."
+        held = sum(one.holds for one in found)
+        text = f"{len(found)} pair{'s' * (len(found) != 1)} where the smaller does better, {held} of them surely."
+        return text + (f" The surest {SHOWN} are shown; --json has all." if len(found) > SHOWN else "")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything for JSON output."""
+        return {
+            "metric": self.target.metric,
+            "target": str(self.target),
+            "axis": self.axis,
+            "regimes": {task: {k: int(v) for k, v in own.items() if v} for task, own in self.regimes.T.items()},
+            "usable": [
+                {"task": task, "method": method, "rule": json.loads(rule)}
+                | ({"status": found} if isinstance(found, str) else vars(found))
+                for (task, method, rule), found in self.usable.items()
+            ],
+            "between": self.pair,
+            "crossings": [_comparison_dict(one) for one in self.crossings],
+            "points": [_point_dict(one) for one in self.points],
+        }
+
+
+def summarize_frontier(
+    frame: pd.DataFrame, target: Target, axis: Axis = "tokens", *, pair: tuple[str, str] | None = None, seed: int = 0
+) -> Frontier:
+    """Return usable budgets and crossings of records that may be compared (`frontier.read_comparable`).
+
+    Args:
+        frame: records of one kind, full KV's among them for a relative target.
+        target: what has to be kept; its metric is the one read.
+        axis: what budgets are measured in.
+        pair: labels of two methods: then these are compared, at equal and smaller budgets of the first.
+        seed: of the bootstrap.
+
+    Raises:
+        FrontierError: records without that metric, a relative target without full KV, or a pair without cells.
+    """
+    points = measured_points(frame, target.metric)
+    active = [point for point in points if point.regime == "compressed"]
+    chosen = selecting(frame)
+    usable: dict[tuple[str, str, str], UsableBudget | str] = {}
+    for key in dict.fromkeys((point.task, point.method, point.rule) for point in points):
+        own = [one for one in active if (one.task, one.method, one.rule) == key]
+        if key[1] in chosen:
+            usable[key] = "holds everything: its budget is what it reads"
+        elif not own:
+            usable[key] = "no compressed record"
+        elif all(says_nothing(target, one) for one in own):
+            usable[key] = f"full KV's {target.metric} is 0"
+        else:
+            usable[key] = usable_budget(own, target, axis=axis, seed=seed)
+    bounded = frame[frame["tokens"] > 0]
+    counts = pd.crosstab(bounded["task"], bounded["regime"]).reindex(
+        index=list(bounded["task"].unique()), columns=list(REGIMES), fill_value=0
+    )
+    # every task's pairs stand in one family of tests, so that Holm's correction covers all that is shown
+    if pair is None:
+        found = crossings(active, target.metric, axis=axis, seed=seed)
+    else:
+        found = between(active, *pair, target.metric, axis=axis, seed=seed)
+    return Frontier(target, axis, points, usable, found, counts, pair)
+
+
+def says_nothing(target: Target, point: Point) -> bool:
+    """Return whether full KV itself has nothing here, so that a relative target asks for nothing."""
+    return target.relative and HIGHER_IS_BETTER[target.metric] and bool(point.full) and not any(point.full.values())
+
+
+def usable_text(found: UsableBudget, axis: Axis) -> tuple[str, str, str]:
+    """Return a usable budget, its interval and its status, as text."""
+    smallest, largest = (amount(one, axis) for one in (found.smallest, found.largest))
+
+    def text(value: float | None) -> str:
+        if value is None:
+            return f"> {largest}"
+        return f"≤ {smallest}" if value <= found.smallest else amount(value, axis)
+
+    words = _STATUS[found.status]
+    if found.fails_above:
+        words += "; missed again at " + ", ".join(amount(one, axis) for one in found.fails_above)
+    low, high = text(found.low), text(found.high)
+    return text(found.tokens), low if low == high and low[0] in "≤>" else f"[{low}, {high}]", words
+
+
+def search_tables(searches: Sequence[Search], window: int | None = None) -> list[Table]:
+    """Return one table per task of what a search for the smallest usable budget found.
+
+    Args:
+        searches: of one target.
+        window: size of the windows whose kept slots were searched, if any.
+    """
+    tables = []
+    for task in dict.fromkeys(one.task for one in searches):
+        rows = []
+        for one in (search for search in searches if search.task == task):
+            counts, (low, _) = {probe.tokens: probe.examples for probe in one.probes}, one.bracket
+            missed = one.status == "reached" or (one.status == "not reached" and len(set(one.bracket)) > 1)
+            usable = usable_text(one.usable, "tokens")[:2] if one.usable else ("-", "-")
+            rows.append([
+                one.method,
+                f"{low:,} (n={counts[low]})" if missed else "-",
+                "-" if one.tokens is None else f"{one.tokens:,} (n={counts[one.tokens]})",
+                *usable,
+                one.status,
+                _order_words(one),
+                ", ".join(f"{tokens:,}" for tokens in sorted(counts)),
+            ])  # fmt: skip
+        title = f"{task}: usable budget for {searches[0].target}"
+        title += "" if window is None else f", in slots kept of every {window:,}"
+        right, last = ["missed", "kept", "usable", "95 % interval"], ["status", "larger is better", "runs at"]
+        tables.append(make_table(title, ["method"], right, rows, last))
+    return tables
+
+
+SEARCH_SENTENCE = (
+    "missed, kept: the final bracket, both run; n: compressed examples there. usable: interpolated in log(budget) over "
+    "all runs; the interval is a bootstrap over examples, and doubts the budget as much as the examples do, whatever "
+    "the bracket's width. larger is better: whether the metric never fell as the budget grew."
+)
+
+
+def _order_words(search: Search) -> str:
+    """Whether larger budgets were better throughout."""
+    fails = search.usable.fails_above if search.usable else ()
+    if fails:
+        return "no: missed again at " + ", ".join(f"{one:,.0f}" for one in fails)
+    sure = [fall for fall in search.falls if fall.sure]
+    if sure:
+        return "no: " + ", ".join(f"{fall.smaller:,} beats {fall.larger:,}" for fall in sure)
+    return "up to noise" if search.falls else "yes"
+
+
+def _point_dict(point: Point) -> dict[str, object]:
+    values = np.array(list(point.values.values()))
+    se = float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else None
+    names = ("task", "method", "regime", "tokens", "mean", "physical_mean", "bytes_held")
+    return {name: getattr(point, name) for name in names} | {"rule": json.loads(point.rule), "n": len(values), "se": se}
+
+
+def _comparison_dict(one: Comparison) -> dict[str, Any]:
+    sides = {
+        name: {"method": side.method, "tokens": side.tokens, "mean": side.mean}
+        for name, side in (("smaller", one.ours), ("larger", one.theirs))
+    }
+    rest = {"difference": vars(one.advantage), "p": one.p, "holds": one.holds}
+    return {"task": one.ours.task, "label": one.label, "rule": json.loads(one.ours.rule)} | sides | rest
+
+
+def _in(axis: Axis) -> str:
+    return "" if axis == "tokens" else f", in {UNITS[axis]}"
+
+
+def _span(low: str, high: str) -> str:
+    return low if low == high else f"{low} to {high}"

@@ -1,0 +1,78 @@
+"""What the layers of one cache share; they know it instead of the cache, which owns them."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from reasonkv.calibration import Calibration
+from reasonkv.methods import Method, Requirements
+from reasonkv.plan import Plan
+from reasonkv.rotary import Rotary
+from reasonkv.runtimes.transformers.sparse_read import SparseReader
+from reasonkv.runtimes.transformers.tokens import TokenLog
+from reasonkv.view import SlotView, TraceAttention
+
+Observer = Callable[[int, list[int], SlotView, Plan], None]
+"""Called as `observer(layer, rows, view, plan)`: row i of the view and of the plan is batch row `rows[i]`."""
+
+
+@dataclass(eq=False, kw_only=True)
+class Session:
+    """Everything that is the same for all layers of a cache.
+
+    Args:
+        method, seed, observer, reference, calibration: as in `CompressedCache`.
+        needs: the method's.
+        rotary: of the full-attention layers, if the method asks for it.
+        reader: chooses what decoded tokens read, for methods that evict nothing.
+        model_name: for messages.
+        max_length: as in `CompressedCache`.
+        token_ids: every token, for methods that read the text.
+        columns_seen: columns fed so far, padding included.
+        attach: sets the model's attention to ours.
+        begin_forward: announces batch, columns and the 2-D mask of a forward.
+        layer_done: called by every layer, with itself, after it attended.
+        note_allocation: called by a layer that allocated.
+
+    """
+
+    method: Method
+    needs: Requirements
+    seed: int
+    observer: Observer | None
+    reference: TraceAttention | None
+    calibration: Calibration | None
+    rotary: Rotary | None
+    reader: SparseReader | None
+    model_name: str
+    max_length: int | None
+    token_ids: TokenLog = field(default_factory=TokenLog)
+    columns_seen: int = 0
+    attach: Callable[[], None]
+    begin_forward: Callable[[int, int, Tensor | None], None]
+    layer_done: Callable[[Any], None]
+    note_allocation: Callable[[], None]
+
+
+def callbacks_of(cache: object) -> dict[str, Any]:
+    """Return a session's callbacks as methods of a cache."""
+    names = ("attach", "begin_forward", "layer_done", "note_allocation")
+    return {name: weakly(getattr(cache, name)) for name in names}
+
+
+def weakly(method: Callable[..., None]) -> Callable[..., None]:
+    """Return a function that calls a method without keeping its object alive: a cache owns its layers."""
+    found = weakref.WeakMethod(method)
+
+    def call(*args: Any) -> None:
+        bound = found()
+        if bound is None:
+            raise RuntimeError("The cache these layers belong to is gone; keep it while the model uses it.")
+        bound(*args)
+
+    return call

@@ -1,0 +1,251 @@
+"""What one layer stores beside keys and values, and the one function that shows it to a method.
+
+A store has one line per row: a batch row in transformers, a request's place in vLLM. Of a row's slots, those that a
+compaction left (`compacted_slots`) have their token indices, counts and state stored. Later slots hold consecutive
+tokens up to the newest one, so decoding writes nothing here but its query.
+
+Legend: R rows, b rows of one plan, H KV heads, Hq query heads, N slots, K stored slots, T ring length, D head_dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from reasonkv.budget import Budget
+from reasonkv.compaction import fold_counts, fold_state
+from reasonkv.methods.base import Method, Observed, Requirements, SlotState
+from reasonkv.plan import Plan, PlanError
+from reasonkv.protection import protected_slots
+from reasonkv.ring import newest_queries
+from reasonkv.schedule import Lengths
+from reasonkv.view import SlotView
+
+View = TypeVar("View", bound=SlotView)
+
+
+@dataclass(kw_only=True)
+class CompactionGroup:
+    """Sequences compacted by one plan: they hold equally many slots, keep equally many, and see as many queries.
+
+    Args:
+        rows: their rows in the store.
+        batch_rows: their rows in the batch, which the method is shown.
+        held: slots of each before the compaction.
+        keep: slots of each after it.
+        budgets: what each of them follows.
+        before, after: lengths before the forward, and after it and its compaction.
+        compacted_slots: slots of each that an earlier compaction left.
+        events: compactions of each so far.
+        seeds: row seeds.
+        prompt_spans: half-open ranges of token indices that count as prompt; the first of each begins at 0.
+
+    """
+
+    rows: Sequence[int]
+    batch_rows: Sequence[int]
+    held: int
+    keep: int
+    budgets: Sequence[Budget]
+    before: Sequence[Lengths]
+    after: Sequence[Lengths]
+    compacted_slots: Sequence[int]
+    events: Sequence[int]
+    seeds: Sequence[int]
+    prompt_spans: Sequence[Sequence[tuple[int, int]]]
+    _numbers: dict[torch.device, tuple[Tensor, ...]] = field(default_factory=dict)
+
+    def numbers(self, device: torch.device) -> tuple[Tensor, ...]:
+        """Return rows, lengths, compacted slots, events, seeds and prompt lengths, int64 [b] each; made once."""
+        if device not in self._numbers:
+            lengths, prompts = [one.logical for one in self.after], [one.prompt for one in self.before]
+            lists = [list(self.rows), lengths, list(self.compacted_slots), list(self.events), list(self.seeds), prompts]
+            self._numbers[device] = torch.tensor(lists, device=device).unbind(0)
+        return self._numbers[device]
+
+    def is_prompt(self, index_BHN: Tensor) -> Tensor:
+        """Return which slots hold a token of the prompt, bool [b, H, N]."""
+        ends = torch.tensor([spans[0][1] for spans in self.prompt_spans], device=index_BHN.device)
+        marked = index_BHN < ends[:, None, None]
+        for number, spans in enumerate(self.prompt_spans):
+            for start, end in spans[1:]:  # later turns that were reopened as prompt
+                marked[number] |= (index_BHN[number] >= start) & (index_BHN[number] < end)
+        return marked
+
+
+class SlotStore:
+    """Token indices, counts, method state, recent queries and observed state of one layer.
+
+    Args:
+        rows: lines of the store.
+        heads: KV heads.
+        dtype, device: of the keys.
+        needs: what the method asks for.
+        capacity: slots a row can ever keep, where known: what is stored is then allocated once.
+
+    """
+
+    def __init__(
+        self, rows: int, heads: int, dtype: torch.dtype, device: torch.device, needs: Requirements, capacity: int = 0
+    ) -> None:
+        self.rows, self.heads, self.dtype, self.device, self.needs = rows, heads, dtype, device, needs
+        self.capacity = capacity
+        self.ring: Tensor | None = None  # [R, T, Hq, D]; token t is stored at t % T
+        self.token_index: Tensor | None = None  # int32 [R, H, K]
+        self.counts: Tensor | None = None  # int32 [R, H, K]
+        self.state: dict[str, Tensor] = {}  # [R, H, K] each; 0 beyond a row's compacted slots
+        self.row_state: dict[str, Tensor] = {}  # what the method observes, [R, ...] each
+        self._fresh: dict[str, Tensor] = {}  # the same of one new row
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of everything stored here."""
+        stored = [self.ring, self.token_index, self.counts, *self.state.values(), *self.row_state.values()]
+        return sum(tensor.nbytes for tensor in stored if tensor is not None)
+
+    def prepare(self, method: Method, query_heads: int, head_dim: int) -> None:
+        """Allocate the ring of queries and what the method observes, if it asks for them and they are missing."""
+        if self.needs.queries and self.ring is None:
+            shape = (self.rows, self.needs.queries, query_heads, head_dim)
+            self.ring = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        if self.needs.observes and not self.row_state:
+            self.row_state = method.new_row_state(self.rows, query_heads, head_dim, self.device)
+            self._fresh = method.new_row_state(1, query_heads, head_dim, self.device)
+
+    def start(self, row: int) -> None:
+        """Give a row to a new sequence; stored slots count only once a compaction has written them."""
+        for name, stored in self.row_state.items():
+            stored[row] = self._fresh[name][0]
+
+    def observe(self, method: Method, row_b: Tensor | None, seen: Observed) -> None:
+        """Let the method take in queries of some rows; None: of all, in order.
+
+        Raises:
+            PlanError: it changes the shape of a row's state, a defect of the method.
+
+        """
+        if row_b is None:
+            method.observe(self.row_state, seen)
+            return
+        state = {name: stored[row_b] for name, stored in self.row_state.items()}
+        method.observe(state, seen)
+        for name, stored in self.row_state.items():
+            if state[name].shape[1:] != stored.shape[1:]:
+                raise PlanError(f"{method.name} must not change the shape of its row state {name!r} in this runtime.")
+            stored[row_b] = state[name]
+
+    def remember_queries(self, queries_nHqD: Tensor, line_n: Tensor) -> None:
+        """Store rotated queries at row * T + token % T; no line may occur twice."""
+        assert self.ring is not None
+        self.ring.flatten(0, 1).index_copy_(0, line_n, queries_nHqD)
+
+    def token_indices(self, row_b: Tensor, held: int, length_b: Tensor, compacted_b: Tensor) -> Tensor:
+        """Return the token index of every slot, int64 [b, H, held]."""
+        consecutive = (length_b[:, None, None] - held) + torch.arange(held, device=self.device)
+        return self._stored_or(self.token_index, consecutive.expand(-1, self.heads, -1), row_b, compacted_b)
+
+    def source_counts(self, row_b: Tensor, held: int, compacted_b: Tensor) -> Tensor:
+        """Return how many source tokens every slot stands for, int32 [b, H, held]."""
+        ones = torch.ones(1, dtype=torch.int32, device=self.device).expand(len(row_b), self.heads, held)
+        return self._stored_or(self.counts, ones, row_b, compacted_b)
+
+    def slot_state(self, row_b: Tensor, index_BHN: Tensor, compacted_b: Tensor) -> dict[str, Tensor]:
+        """Return the method's state of every slot by name, [b, H, N] each."""
+        found = {}
+        for name, declared in self.needs.stored_state.items():
+            if declared.initial == "position":
+                fresh = index_BHN.to(self.dtype_of(declared))
+            else:
+                fresh = torch.full_like(index_BHN, declared.initial, dtype=self.dtype_of(declared))
+            found[name] = self._stored_or(self.state.get(name), fresh, row_b, compacted_b)
+        return found
+
+    def write_compacted(self, row_b: Tensor, plan: Plan, view: SlotView) -> None:
+        """Store token indices, counts and state of the slots that a compaction left."""
+        kept = plan.kept_BHK
+        self.token_index = self._write(self.token_index, row_b, view.positions_BHN.gather(2, kept), torch.int32)
+        if self.needs.folds:
+            counts = view.counts_BHN
+            counts = fold_counts(counts, plan.fold, kept.shape[2]) if plan.fold else counts.gather(2, kept)
+            self.counts = self._write(self.counts, row_b, counts, torch.int32)
+        for name, declared in self.needs.stored_state.items():
+            given = plan.new_state.get(name)
+            new = fold_state(view.state[name], plan, declared.fold) if given is None else given
+            self.state[name] = self._write(self.state.get(name), row_b, new, self.dtype_of(declared))
+
+    def select_rows(self, index: Tensor) -> None:
+        """Reorder, repeat or drop rows."""
+        self.rows = len(index)
+        for name in ("ring", "token_index", "counts"):
+            tensor = getattr(self, name)
+            setattr(self, name, None if tensor is None else tensor.index_select(0, index.to(tensor.device)))
+        for named in (self.state, self.row_state):
+            named.update({name: tensor.index_select(0, index.to(tensor.device)) for name, tensor in named.items()})
+
+    def dtype_of(self, declared: SlotState) -> torch.dtype:
+        """Return a state's dtype: as declared, but float64 instead of float32 beside float64 keys."""
+        wide = self.dtype == torch.float64 and declared.dtype == torch.float32
+        return torch.float64 if wide else declared.dtype
+
+    def _write(self, stored: Tensor | None, row_b: Tensor, new_bHK: Tensor, dtype: torch.dtype) -> Tensor:
+        K = new_bHK.shape[2]
+        if stored is None or stored.shape[2] < K:
+            # a budget in tokens keeps the same K at every compaction; otherwise K grows with the text
+            slots = max(K, self.capacity if stored is None else 3 * stored.shape[2] // 2)
+            grown = torch.zeros(self.rows, self.heads, slots, dtype=dtype, device=self.device)
+            if stored is not None:
+                grown[:, :, : stored.shape[2]] = stored
+            stored = grown
+        if stored.shape[2] > K:
+            stored[row_b, :, K:] = 0  # attention reads log mass without a mask, so clear the tail
+        stored[:, :, :K].index_copy_(0, row_b, new_bHK.to(dtype))
+        return stored
+
+    def _stored_or(self, stored: Tensor | None, fresh_bHN: Tensor, row_b: Tensor, compacted_b: Tensor) -> Tensor:
+        out = fresh_bHN.clone(memory_format=torch.contiguous_format)
+        if stored is not None:
+            upto = min(out.shape[2], stored.shape[2])
+            is_old = torch.arange(upto, device=self.device) < compacted_b[:, None, None]
+            old = stored[:, :, :upto].index_select(0, row_b).to(out.dtype)
+            out[:, :, :upto] = torch.where(is_old, old, out[:, :, :upto])
+        return out
+
+
+def make_view(kind: type[View], store: SlotStore, group: CompactionGroup, **runtime: Any) -> View:
+    """Return what a method may look at when a group is compacted in one layer.
+
+    Args:
+        kind: `SlotView`, or a subclass that reads keys and values when they are first looked at.
+        store: the layer's.
+        group: the sequences; their forward has been attended.
+        runtime: the fields of the view that only the runtime knows: keys and values, scaling, seed, layer, ...
+
+    """
+    row_b, length_b, compacted_b, event_b, seed_b, prompt_b = group.numbers(store.device)
+    needs, held = store.needs, group.held
+    index = store.token_indices(row_b, held, length_b, compacted_b)
+    is_prompt = group.is_prompt(index)
+    queries = query_positions = None
+    if store.ring is not None:
+        count = min(store.ring.shape[1], *(one.logical for one in group.after))
+        queries, query_positions = newest_queries(store.ring, row_b, length_b, count)
+    return kind(
+        positions_BHN=index,
+        counts_BHN=store.source_counts(row_b, held, compacted_b),
+        is_prompt_BHN=is_prompt,
+        is_protected_BHN=protected_slots(index, is_prompt, group.budgets, group.before, group.after, needs.recent),
+        queries_BHqTD=queries,
+        query_positions_BT=query_positions,
+        state=store.slot_state(row_b, index, compacted_b),
+        length_B=length_b,
+        event_B=event_b,
+        row_seed_B=seed_b,
+        rows=tuple(group.batch_rows),
+        prompt_length_B=prompt_b,
+        row_state={name: stored[row_b] for name, stored in store.row_state.items()},
+        **runtime,
+    )

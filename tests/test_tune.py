@@ -1,0 +1,224 @@
+"""The search for a usable budget finds known answers, stops early, says when larger was not better, and resumes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_records import record
+from tiny import TASK, tiny_loaded
+
+from reasonkv.budget import Budget
+from reasonkv.evaluate.frontier import FrontierError, Target
+from reasonkv.evaluate.job import BudgetOptions, TuneJob
+from reasonkv.evaluate.records import ReplayRecord, read_answers, read_records
+from reasonkv.evaluate.tune import Search, budget_range, check_search, find_usable_budget, tune
+from reasonkv.methods import get_method
+
+TARGET = Target("top1", 0.9, relative=True)
+FULL = [record(i, method="full", options={}, budget=None, events=0, top1=1.0) for i in range(32)]
+
+
+class Cell:
+    """A method whose metric at every budget is known; counts what is run."""
+
+    def __init__(self, curve: Callable[[int], float], *, longest: int = 10_000, spread: float = 0.0) -> None:
+        self.curve, self.longest, self.spread = curve, longest, spread
+        self.ran: list[int] = []
+
+    def __call__(self, tokens: int) -> list[ReplayRecord]:
+        self.ran.append(tokens)
+        noise = np.random.default_rng(tokens).normal(0, self.spread, len(FULL))
+        events = 5 if tokens < self.longest else 0
+        budget = Budget(tokens, interval=8, recent=8, prompt="on_top").to_dict()
+        mine = [
+            record(i, budget=budget, events=events, top1=self.curve(tokens) + float(one))
+            for i, one in enumerate(noise - noise.mean())
+        ]
+        return [*FULL, *mine]
+
+
+def linear_in_log(tokens: int) -> float:
+    return min(1.0, 0.5 + 0.1 * np.log2(tokens / 16))  # 0.9 at 256
+
+
+@pytest.mark.parametrize("resolution", [1.02, 1.1, 1.5])
+def test_the_known_budget_is_found_within_the_resolution(resolution: float) -> None:
+    cell = Cell(linear_in_log)
+    found = find_usable_budget(cell, 16, 4096, TARGET, resolution=resolution)
+    assert found.status == "reached"
+    missed, kept = found.bracket
+    assert missed < 256 <= kept
+    assert kept <= resolution * missed or kept - missed == 1
+    assert found.tokens == kept
+    assert found.usable is not None
+    assert found.usable.tokens == pytest.approx(256, rel=0.01)
+    assert (found.task, found.method, found.usable.examples) == ("program", "snapkv:window=16", 32)
+    assert not found.falls
+    assert not found.violated
+
+
+def test_every_budget_is_run_once_at_midpoints_in_log_budget() -> None:
+    cell = Cell(linear_in_log)
+    found = find_usable_budget(cell, 16, 4096, TARGET)
+    assert cell.ran[:3] == [16, 256, 64]  # sqrt(16 * 4096) keeps the target; then sqrt(16 * 256)
+    assert len(cell.ran) == len(set(cell.ran)) < 10
+    assert [probe.tokens for probe in found.probes] == cell.ran
+    assert [probe.keeps for probe in found.probes[:3]] == [False, True, False]
+    assert found.probes[0].regimes == {"compressed": 32}
+
+
+def test_the_smallest_budget_may_do() -> None:
+    cell = Cell(lambda tokens: 0.97)
+    found = find_usable_budget(cell, 16, 4096, TARGET)
+    assert (found.status, found.tokens, cell.ran) == ("at most", 16, [16, 256])
+
+
+def test_no_compressed_budget_may_do() -> None:
+    found = find_usable_budget(Cell(lambda tokens: 0.5, longest=500), 16, 1000, TARGET)
+    assert (found.status, found.tokens) == ("not reached", None)
+    missed, end = found.bracket
+    assert missed < 500 <= end  # where compression ends, nothing counts as kept
+    assert {probe.keeps for probe in found.probes} == {False, None}
+
+
+def test_rows_too_short_for_any_event_say_so() -> None:
+    cell = Cell(lambda tokens: 0.5, longest=0)
+    found = find_usable_budget(cell, 16, 1000, TARGET)
+    assert (found.status, found.tokens, found.usable, cell.ran) == ("never compressed", None, None, [16])
+
+
+def test_a_dip_above_a_budget_that_keeps_the_target_is_found_and_said() -> None:
+    """16 keeps the target, its midpoint with 4096 does not: the search goes on above it."""
+    found = find_usable_budget(Cell(lambda tokens: 0.95 if tokens < 100 or tokens > 600 else 0.6), 16, 4096, TARGET)
+    assert found.status == "reached"
+    assert found.bracket[0] < 600 < found.bracket[1]
+    assert found.violated
+    assert found.usable is not None
+    assert 256 in found.usable.fails_above
+    assert (16, 256) in {(fall.smaller, fall.larger) for fall in found.falls if fall.sure}
+
+
+def test_a_sure_fall_below_the_target_is_a_violation_and_noise_is_not() -> None:
+    def curve(tokens: int) -> float:
+        return 0.8 if tokens < 20 else linear_in_log(tokens)  # 64 has 0.7
+
+    assert find_usable_budget(Cell(curve, spread=0.01), 16, 4096, TARGET).violated
+    noisy = find_usable_budget(Cell(lambda tokens: 0.6 + 0.005 * np.sin(tokens), spread=0.05), 16, 4096, TARGET)
+    assert noisy.falls
+    assert not noisy.violated
+
+
+def test_a_loss_is_searched_from_the_other_side() -> None:
+    def cell(tokens: int) -> list[ReplayRecord]:
+        budget = Budget(tokens, recent=8, prompt="on_top").to_dict()
+        return [record(i, budget=budget, nll=32 / tokens) for i in range(4)]  # 0.25 at 128
+
+    found = find_usable_budget(cell, 16, 1024, Target("nll", 0.25))
+    assert found.bracket[0] < 128 <= found.bracket[1]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [({"low": 90, "high": 80}, "no budget between 90 and 80"),
+     ({"run_cell": lambda tokens: FULL}, "one method on one task at 16 tokens"),
+     ({"run_cell": lambda tokens: Cell(linear_in_log)(tokens)[32:]}, "needs full KV")],
+)  # fmt: skip
+def test_searches_that_make_no_sense_are_one_sentence(change: dict[str, object], words: str) -> None:
+    arguments: dict[str, object] = {"run_cell": Cell(linear_in_log), "low": 16, "high": 100, "target": TARGET} | change
+    with pytest.raises(FrontierError, match=words):
+        find_usable_budget(**arguments)  # type: ignore[arg-type]
+
+
+# -- over real runs ---------------------------------------------------------------------------------------------------
+
+RULE = Budget(10, interval=4, sinks=2, recent=8, prompt="on_top")
+
+
+def job(**changes: object) -> TuneJob:
+    values: dict[str, object] = {
+        "task": TASK, "methods": "full,streaming", "limit": 2, "batch_size": 2, "max_new_tokens": 40,
+        "budget": BudgetOptions(interval=4, sinks=2, recent=8, prompt="on_top"),
+    }  # fmt: skip
+    return TuneJob(**(values | changes))  # type: ignore[arg-type]
+
+
+def test_the_range_holds_what_is_protected_and_drops_nothing_at_its_end() -> None:
+    full = [record(0, method="full", budget=None, prompt_tokens=90, output_tokens=50)]
+    method = get_method("snapkv:window=16")
+    assert budget_range(RULE, method, full) == (2 + 16, 49)  # the method's own window is protected as well
+    assert budget_range(Budget(10, sinks=2, recent=8, prompt="count"), get_method("random"), full) == (10, 90 + 49)
+    keep = Budget(10, sinks=2, recent=8, prompt="keep")
+    assert budget_range(keep, get_method("random"), full) == (90 + 8 + 1, 90 + 49)
+
+
+def test_a_real_search_leaves_one_folder_and_resumes_without_recomputing(tmp_path: Path) -> None:
+    model, out = tiny_loaded(), tmp_path / "search"
+
+    def search(**wanted: object) -> tuple[Search, list[str]]:
+        said: list[str] = []
+        (found,) = tune(job(resolution=1.5, **wanted), model, out, lambda what, *_: said.append(what))
+        return found, said
+
+    first, said = search(target="0.9x")
+    assert any("streaming @ 10" in one for one in said)
+    lines = (out / "records.jsonl").read_bytes()
+    records = read_records(out / "records.jsonl")
+    probed = {probe.tokens for probe in first.probes}
+    assert {one.budget["tokens"] for one in records if one.budget} == probed
+    assert sum(one.budget is None for one in records) == 2
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["command"] == "frontier"
+    assert manifest["arguments"]["rule"] == {k: v for k, v in RULE.to_dict().items() if k != "tokens"}
+    assert "budgets" not in manifest["arguments"]
+    assert {one.run for one in records} == {manifest["run"]}
+
+    assert search(target="0.9x")[0] == first
+    assert (out / "records.jsonl").read_bytes() == lines  # nothing was run again
+
+    other, _ = search(metric="nll", target="1.2x")  # another target shares what it meets again
+    grown = read_records(out / "records.jsonl")
+    assert grown[: len(records)] == records
+    assert {one.budget["tokens"] for one in grown if one.budget} == probed | {probe.tokens for probe in other.probes}
+    json.dumps([first.to_dict(), other.to_dict()])
+
+
+def test_a_search_for_accuracy_generates(tmp_path: Path) -> None:
+    accuracy = job(methods="streaming", metric="accuracy", target="0.5", max_new_tokens=20, resolution=2.0)
+    (found,) = tune(accuracy, tiny_loaded(), tmp_path)
+    assert found.status == "not reached"  # random weights answer nothing
+    assert len(read_answers(tmp_path / "records.jsonl")) == 2 + 2 * len(found.probes)
+    (again,) = tune(accuracy, tiny_loaded(), tmp_path)
+    assert again == found
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"methods": "full"}, "bounded method"),
+        ({"methods": "quest"}, "drops nothing"),
+        ({"target": "2x"}, "at most 1x"),
+    ],
+)
+def test_jobs_that_cannot_be_searched_are_one_sentence(changes: dict[str, object], words: str) -> None:
+    with pytest.raises(FrontierError, match=words):
+        check_search(job(**changes))
+
+
+def test_full_kv_at_zero_is_no_yardstick() -> None:
+    """A target of 0.9 x 0 would be kept by anything."""
+
+    def cell(tokens: int) -> list[ReplayRecord]:
+        budget = Budget(tokens, recent=8, prompt="on_top").to_dict()
+        hard = [record(i, method="full", options={}, budget=None, events=0, top1=float(i > 0)) for i in range(4)]
+        # beyond 100 tokens only example 0 is long enough to be compressed, and full KV fails there too
+        return [*hard, *(record(i, budget=budget, top1=0.0, events=0 if tokens > 100 and i else 5) for i in range(4))]
+
+    found = find_usable_budget(cell, 16, 1000, TARGET)
+    assert found.status == "not reached"
+    assert {probe.tokens > 100: probe.keeps for probe in found.probes} == {False: False, True: None}
+    with pytest.raises(FrontierError, match="top1 is 0 on program"):
+        find_usable_budget(cell, 200, 1000, TARGET)

@@ -1,0 +1,1 @@
+"""Train the bundled testbed model: `python -m tools.testbed --out testbed-run`."""
