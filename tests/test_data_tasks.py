@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from reasonkv.tasks.base import TaskError
-from reasonkv.tasks.data import TaskOptions, compile_template, data_task, read_rows
+from reasonkv.tasks.data import compile_template, data_task, read_rows
 from reasonkv.tasks.grade import UNREAD, after_thinking, get_grader, last_box, last_number
 from reasonkv.tasks.hub import standard_task, standard_tasks
 from reasonkv.tasks.needle import KINDS, needle_task
+from reasonkv.tasks.options import TaskOptions
 from reasonkv.tasks.sandbox import run_python
 
 

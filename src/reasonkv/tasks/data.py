@@ -11,8 +11,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from reasonkv.tasks.base import Problem, TaskError
-from reasonkv.tasks.grade import THINK_END, UNREAD, Grade, Grader, after_thinking, get_grader
+from reasonkv.tasks.base import Grade, Problem, Task, TaskError
+from reasonkv.tasks.grade import UNREAD, Grader, after_thinking, get_grader
+from reasonkv.tasks.options import THINK_END, TaskOptions
 
 Row = Mapping[str, Any]
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
@@ -22,30 +23,7 @@ _FIELD = re.compile(r"\{(\w+)\}")
 
 
 @dataclass(frozen=True)
-class TaskOptions:
-    """How rows of data become prompts and how outputs are graded. What is None comes from the task, or is guessed.
-
-    Args:
-        prompt: a template: text with `{field}`, or Jinja (`{{ field }}`), or a file `@FILE` that holds one. Without
-            it the field prompt, question, problem, input or instruction is the prompt.
-        answer: the field that holds the answer (a text, a number or a list of accepted ones), or a Jinja template.
-        grade: math, number, exact, choice, contains, f1, rouge, edit, code or FILE.py:function.
-        system: the system message of the chat.
-        data_dir: folder with files of hub datasets, for machines without network: NAME.jsonl or NAME.parquet.
-        think_end: what ends thinking; only what follows it is graded.
-
-    """
-
-    prompt: str | None = None
-    answer: str | None = None
-    grade: str | None = None
-    system: str | None = None
-    data_dir: Path | None = None
-    think_end: str = THINK_END
-
-
-@dataclass(frozen=True)
-class DataTask:
+class DataTask(Task):
     """Problems whose prompts and answers come from rows of data.
 
     Args:
@@ -54,7 +32,6 @@ class DataTask:
         template: of the prompt.
         answer: field or Jinja template of the answer.
         grader: scores an output.
-        system: the system message, or None.
         think_end: what ends thinking.
         skipped: lines of the file that could not be read, in words.
 
@@ -65,20 +42,18 @@ class DataTask:
     template: str
     answer: str
     grader: Grader
-    system: str | None = None
     think_end: str = THINK_END
     skipped: tuple[str, ...] = ()
 
     chat = True
-    """Prompts are messages: the tokenizer's chat template is used where there is one."""
 
     @property
-    def name(self) -> str:
+    def name(self) -> str:  # type: ignore[override]
         """The task as the user wrote it."""
         return self.spec
 
     @property
-    def size(self) -> int:
+    def size(self) -> int:  # type: ignore[override]
         """Number of problems."""
         return len(self.rows)
 
@@ -116,10 +91,6 @@ class DataTask:
         row = self.rows[self._order(problem.seed)[problem.example]]
         return self.grader(part, self._answers(row), row)
 
-    def check(self, problem: Problem, output: str) -> bool:
-        """Whether an output scores 1."""
-        return self.grade(problem, output).score == 1
-
     def _order(self, seed: int) -> Sequence[int]:
         order = list(range(len(self.rows)))
         if seed:
@@ -142,7 +113,7 @@ def data_task(spec: str, rows: Sequence[Row], options: TaskOptions, skipped: Seq
         template = "{{ " + _guess(spec, first, _PROMPTS, "prompt") + " }}"
     answer = options.answer or _guess(spec, first, _ANSWERS, "answer")
     grader = get_grader(options.grade or ("number" if _is_number(_first_text(first, answer)) else "exact"))
-    task = DataTask(spec, rows, template, answer, grader, options.system, options.think_end, tuple(skipped))
+    task = DataTask(spec, rows, template, answer, grader, options.think_end, tuple(skipped))
     task.problem(0)  # a template that does not fit is said before a model is loaded
     return task
 

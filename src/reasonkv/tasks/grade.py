@@ -10,15 +10,14 @@ import re
 import string
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from difflib import SequenceMatcher
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from reasonkv.tasks.base import TaskError
+from reasonkv.tasks.base import Grade, TaskError
+from reasonkv.tasks.options import THINK, THINK_END
 
-THINK, THINK_END = "<think>", "</think>"
 _NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?(?:[eE][-+]?\d+)?(?![\w])|[-+]?\.\d+")
 _CODE = re.compile(r"```(?:[Pp]ython3?|py)?[ \t]*\n(.*?)```", re.DOTALL)
 _CHOICES = (
@@ -26,22 +25,6 @@ _CHOICES = (
     re.compile(r"\(([A-J])\)"),
     re.compile(r"(?m)^\s*\**([A-J])(?:[.:)]|\**\s*$)"),
 )
-
-
-@dataclass(frozen=True)
-class Grade:
-    """How right an output is.
-
-    Args:
-        score: from 0 (wrong) to 1 (right).
-        extracted: the answer that was read, or None where none could be read.
-        error: why the grader failed, or None.
-
-    """
-
-    score: float
-    extracted: str | None
-    error: str | None = None
 
 
 Grader = Callable[[str, Sequence[str], Mapping[str, Any]], Grade]

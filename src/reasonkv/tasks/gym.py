@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from reasonkv.tasks.base import Problem, TaskError
-from reasonkv.tasks.grade import THINK_END, UNREAD, Grade, after_thinking, final_line
+from reasonkv.tasks.base import Grade, Problem, Task, TaskError
+from reasonkv.tasks.grade import UNREAD, after_thinking, final_line
+from reasonkv.tasks.options import THINK_END
 
 _ONE = "{question}\n\nThink step by step. End with one line that says: Answer: <your answer>"
 _MANY = (
@@ -19,7 +20,7 @@ _MANY = (
 
 
 @dataclass(frozen=True)
-class GymTask:
+class GymTask(Task):
     """Problems of a generator.
 
     Args:
@@ -36,19 +37,13 @@ class GymTask:
     per_prompt: int
     config: Mapping[str, Any]
     think_end: str = THINK_END
-    system: str | None = None
 
     chat = True
 
     @property
-    def name(self) -> str:
+    def name(self) -> str:  # type: ignore[override]
         """The task as the user wrote it."""
         return self.spec
-
-    @property
-    def size(self) -> None:
-        """There is no last problem."""
-        return None
 
     def problem(self, example: int, *, seed: int = 0, split: str = "test") -> Problem:
         """Return problem number `example`: items `per_prompt * example` and on of the generator with this seed."""
@@ -79,10 +74,6 @@ class GymTask:
         scores = [self._score(item, text) for item, text in zip(items, found, strict=True)]
         return Grade(sum(scores) / len(scores), "; ".join("?" if one is None else one for one in found))
 
-    def check(self, problem: Problem, output: str) -> bool:
-        """Whether every answer is right."""
-        return self.grade(problem, output).score == 1
-
     def _items(self, example: int, seed: int) -> list[dict[str, Any]]:
         # item i comes from seed + i whatever the size, but some generators prepare all items at once
         size = (example + 1) * self.per_prompt
@@ -97,14 +88,13 @@ class GymTask:
         return score if score >= 0.1 else 0.0
 
 
-def gym_task(spec: str, options: Mapping[str, str], think_end: str = THINK_END, system: str | None = None) -> GymTask:
+def gym_task(spec: str, options: Mapping[str, str], think_end: str = THINK_END) -> GymTask:
     """Make the task of `gym:NAME,per_prompt=4,option=value`.
 
     Args:
         spec: the task as the user wrote it.
         options: what follows the name, as text; numbers and true/false are read as such.
         think_end: what ends thinking.
-        system: the system message, or None.
 
     Raises:
         TaskError: no such generator or option, or the package is missing.
@@ -115,7 +105,7 @@ def gym_task(spec: str, options: Mapping[str, str], think_end: str = THINK_END, 
     per_prompt = config.pop("per_prompt", 1)
     if not isinstance(per_prompt, int) or isinstance(per_prompt, bool) or not 1 <= per_prompt <= 64:
         raise TaskError(f"per_prompt must be a whole number from 1 to 64, not {per_prompt!r}.")
-    task = GymTask(spec, dataset, per_prompt, config, think_end, system)
+    task = GymTask(spec, dataset, per_prompt, config, think_end)
     task.problem(0)
     return task
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from reasonkv.tasks.base import Draw, TaskError
-from reasonkv.tasks.data import SUFFIXES, DataTask, Row, TaskOptions, data_task, read_rows
+from reasonkv.tasks.data import SUFFIXES, DataTask, Row, data_task, read_rows
+from reasonkv.tasks.options import TaskOptions
 
 _FOLDER = Path(__file__).parent / "standard"
 

@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
-from reasonkv.tasks.base import Draw, Problem, TaskError
-from reasonkv.tasks.grade import THINK_END, UNREAD, Grade, after_thinking, grade_contains
+from reasonkv.tasks.base import Draw, Grade, Problem, Task, TaskError
+from reasonkv.tasks.grade import UNREAD, after_thinking, grade_contains
+from reasonkv.tasks.options import THINK_END
 
 KINDS = ("niah_single", "niah_multikey", "niah_multivalue", "niah_multiquery", "vt", "cwe", "fwe")
 _NOISE = (
@@ -42,7 +43,7 @@ _CHARACTERS_PER_TOKEN = 4.0  # where no tokenizer is known
 
 
 @dataclass(frozen=True)
-class NeedleTask:
+class NeedleTask(Task):
     """Long prompts with hidden facts.
 
     Args:
@@ -53,7 +54,6 @@ class NeedleTask:
         needles: hidden facts, values or hops, by kind.
         count_tokens: tokens of a text; `for_tokenizer` sets it.
         think_end: what ends thinking.
-        system: the system message, or None.
 
     """
 
@@ -64,7 +64,6 @@ class NeedleTask:
     needles: int = 4
     count_tokens: Callable[[str], int] | None = None
     think_end: str = THINK_END
-    system: str | None = None
 
     chat = True
 
@@ -79,14 +78,9 @@ class NeedleTask:
                 raise TaskError(f"{name} of {self.spec} must be a whole number from {low} to {high}, not {value!r}.")
 
     @property
-    def name(self) -> str:
+    def name(self) -> str:  # type: ignore[override]
         """The task as the user wrote it."""
         return self.spec
-
-    @property
-    def size(self) -> None:
-        """There is no last problem."""
-        return None
 
     def for_tokenizer(self, tokenizer: Any) -> NeedleTask:
         """Return the task with lengths counted by this tokenizer."""
@@ -105,10 +99,6 @@ class NeedleTask:
         """Return the share of the answers that the output contains."""
         part = after_thinking(output, self.think_end)
         return UNREAD if part is None else grade_contains(part, problem.answer.split("\n"), {})
-
-    def check(self, problem: Problem, output: str) -> bool:
-        """Whether the output contains every answer."""
-        return self.grade(problem, output).score == 1
 
     # -- the kinds ------------------------------------------------------------------------------------------------
 
@@ -186,9 +176,7 @@ class NeedleTask:
         return round(len(text) / _CHARACTERS_PER_TOKEN) if self.count_tokens is None else self.count_tokens(text)
 
 
-def needle_task(
-    spec: str, options: Mapping[str, str], think_end: str = THINK_END, system: str | None = None
-) -> NeedleTask:
+def needle_task(spec: str, options: Mapping[str, str], think_end: str = THINK_END) -> NeedleTask:
     """Make the task of `niah:length=4096,depth=50` or `ruler:vt,length=8192`.
 
     Raises:
@@ -203,7 +191,7 @@ def needle_task(
         if key not in known or not text.isdigit() or len(text) > 9:
             raise TaskError(f"{name} takes {', '.join(known)} with whole numbers, not {key}={text}.")
         numbers[key] = int(text)
-    return NeedleTask(spec, kind, **numbers, think_end=think_end, system=system)
+    return NeedleTask(spec, kind, **numbers, think_end=think_end)
 
 
 def _names(draw: Draw, count: int) -> list[str]:
