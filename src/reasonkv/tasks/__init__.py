@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import sys
 from dataclasses import fields
 from functools import partial
 from importlib.metadata import entry_points
@@ -44,7 +45,8 @@ def task_catalogue() -> dict[str, str]:
     """Return every form and name that `get_task` accepts with one line about it."""
     from .hub import standard_tasks
 
-    families = {name: (family.__doc__ or "").strip().splitlines()[0] for name, family in _FAMILIES.items()}
+    modules = {name: sys.modules[family.__module__].__doc__ or "" for name, family in _FAMILIES.items()}
+    families = {name: text.splitlines()[0].partition(": ")[2] for name, text in modules.items()}
     named = {name: declared["title"] for name, declared in standard_tasks().items()}
     added = {point.name: point.value for point in entry_points(group=_GROUP)}
     return families | _FORMS | named | added
