@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 GROUPS = {
     name: Group.create_ordered(title)
     for name, title in {
-        "": "What to run", "BudgetOptions": "Budget", "TraceSettings": "Traces", "Sampling": "Generation",
-        "GateRecipe": "Training", "ModelFlags": "Model", "output": "Output",
+        "": "What to run", "TaskOptions": "Questions", "BudgetOptions": "Budget", "TraceSettings": "Traces",
+        "Sampling": "Generation", "GateRecipe": "Training", "ModelFlags": "Model", "output": "Output",
     }.items()
 }  # fmt: skip
 """Headings in `--help`, by the class whose fields stand under them."""

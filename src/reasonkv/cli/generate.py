@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
@@ -12,6 +13,7 @@ from reasonkv.cli.console import note, print_json
 from reasonkv.cli.flags import GROUPS, ConfigFile, Json, ModelFlags, Without, command
 from reasonkv.cli.mistakes import UsageError
 from reasonkv.evaluate.job import BudgetOptions, Sampling
+from reasonkv.tasks.options import TaskOptions
 
 if TYPE_CHECKING:
     from reasonkv.evaluate.cells import RunConfig
@@ -32,7 +34,8 @@ def generate(
     budget: Annotated[BudgetOptions, Without(("mean_slots",))],
     sampling: Sampling,
     max_new_tokens: Annotated[int, WRITING] = 2048,
-    chat: Annotated[bool, WRITING] = False,
+    chat: Annotated[bool | None, Parameter(group=GROUPS["Sampling"], negative="--no-chat")] = None,
+    options: Annotated[TaskOptions, Without(("prompt", "chat"))],
     seed: Annotated[int, WRITING] = 0,
     model: ModelFlags,
     json: Json = False,
@@ -40,7 +43,7 @@ def generate(
 ) -> None:
     """Generate through a bounded cache, and show what it held.
 
-    Example: `reasonkv generate "How many primes are below 100?" --model Qwen/Qwen3-8B --chat --method rkv --budget 512`
+    Example: `reasonkv generate "How many primes are below 100?" --model Qwen/Qwen3-8B --method rkv --budget 512`
 
     Args:
         text: The prompt; - reads it from standard input.
@@ -49,10 +52,11 @@ def generate(
         limit: Problems of the task.
         method: Method, with options: rkv:KEY=VALUE.
         max_new_tokens: Most tokens to generate.
-        chat: Put the prompt into the model's chat template.
+        chat: Put the prompt into the model's chat template; unless given, where the tokenizer has one.
         seed: Seed of problems, sampling and methods.
     """
     from reasonkv.evaluate.cells import make_config
+    from reasonkv.evaluate.generate import render
     from reasonkv.tasks import get_task
 
     for name, value in (("--limit", limit), ("--max-new-tokens", max_new_tokens)):
@@ -66,14 +70,15 @@ def generate(
     if words is not None and not words.strip():
         raise UsageError("The prompt is empty; give it at least one word.")
     cell = make_config(method, budget)
-    family = None if task is None else get_task(task)
+    options = replace(options, chat="auto" if chat is None else "on" if chat else "off")
+    family = None if task is None else get_task(task, options)
     problems: Sequence[Any] = [None] if family is None else [family.problem(i, seed=seed) for i in range(limit)]
     loaded = model.load()
     rows = []
     for problem in problems:
         asked = str(words) if problem is None else problem.prompt
-        asked = _templated(loaded.tokenizer, asked) if chat else asked
-        row = _answer(loaded, asked, cell, sampling, max_new_tokens, seed, getattr(problem, "example", 0))
+        rendered = render(loaded.tokenizer, asked, options, from_data=family is None or family.chat)
+        row = _answer(loaded, rendered, cell, sampling, max_new_tokens, seed, getattr(problem, "example", 0))
         row["correct"] = None if family is None else family.check(problem, row["output"])
         row["example"] = getattr(problem, "example", None)
         rows.append(row)
@@ -87,7 +92,7 @@ def generate(
 
 def _answer(
     loaded: LoadedModel,
-    prompt: str,
+    prompt: tuple[str, bool],
     cell: RunConfig,
     sampling: Sampling,
     max_new_tokens: int,
@@ -100,7 +105,8 @@ def _answer(
     from reasonkv.models import one_thread_if_small
     from reasonkv.runtimes.transformers import CompressedCache
 
-    ids, context = encode(loaded.tokenizer, prompt), context_length(loaded.model)
+    text, special = prompt
+    ids, context = encode(loaded.tokenizer, text, special=special), context_length(loaded.model)
     if len(ids) == 0 or (context is not None and len(ids) >= context):
         raise UsageError(f"The prompt has {len(ids)} tokens; {loaded.name} takes 1 to {(context or 0) - 1}.")
     most = room(loaded.model, len(ids), max_new_tokens)
@@ -120,19 +126,12 @@ def _answer(
         (answer,) = decode_batch(loaded.model, cache, [Request(ids, most, row_seed)], sampling=sampling, seed=seed)
     stats = answer.stats
     return {
-        "prompt": prompt,
+        "prompt": text,
         "output": str(loaded.tokenizer.decode(answer.tokens, skip_special_tokens=True)),
         "truncated": answer.truncated,
         "output_tokens": len(answer.tokens),
         **{name: getattr(stats, name) for name in stats.__dataclass_fields__},
     }
-
-
-def _templated(tokenizer: Any, text: str) -> str:
-    if not getattr(tokenizer, "chat_template", None):
-        raise UsageError("This model's tokenizer has no chat template; leave --chat out.")
-    messages = [{"role": "user", "content": text}]
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
 
 def _print(row: dict[str, Any]) -> None:

@@ -42,6 +42,32 @@ def methods(name: str | None = None, /, *, json: Json = False) -> None:
         _print_one(rows[0])
 
 
+def tasks(*, json: Json = False) -> None:
+    """List the tasks that --task takes: bundled families, data of your own, named benchmarks, generators.
+
+    Example: `reasonkv tasks`
+    """
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    from reasonkv.tasks import task_catalogue
+    from reasonkv.tasks.gym import gym_names
+
+    found = task_catalogue()
+    if json:
+        print_json({"tasks": found, "gym": gym_names()})
+        return
+    table = Table(header_style="bold", box=box.SIMPLE_HEAD, padding=(0, 2, 0, 0), pad_edge=False)
+    table.add_column("--task", no_wrap=True)
+    table.add_column("what", overflow="fold")
+    for name, title in found.items():
+        table.add_row(name, title)
+    Console().print(table)
+    names = gym_names()
+    print(f"gym: {', '.join(names)}" if names else 'gym:NAME needs pip install "reasonkv[tasks]".')
+
+
 def _print_list() -> None:
     """Print every method; only those of other packages are imported for it."""
     from rich import box

@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from reasonkv.cli.console import note, print_json, print_tables, progress_bars, show
 from reasonkv.cli.flags import ConfigFile, Json, ModelFlags, Out, Without, command
-from reasonkv.evaluate.job import GenerateJob, ReplayJob, TuneJob
+from reasonkv.evaluate.job import GenerateJob, Job, ReplayJob, TuneJob
 
 if TYPE_CHECKING:
     from reasonkv.models import LoadedModel
 
 FIGURE = "frontier.png"
+SHOWN = 1200
+"""Characters of a first prompt that are shown."""
 
 
 @command
@@ -44,9 +46,26 @@ def _run(job: ReplayJob | GenerateJob, out: Path, model: ModelFlags, json: bool)
 
     check_job(job)  # what is wrong with it is reported before the model takes its time to load
     loaded = load(model, out)
+    _show_first_prompts(job, loaded)
     result = run_and_show(job, loaded, out, quiet=json)
     if json:
         print_json(result)
+
+
+def _show_first_prompts(job: Job, loaded: LoadedModel) -> None:
+    """Note how the first problem of each task from data reaches the model, and what of the data was skipped."""
+    from reasonkv.evaluate.generate import render
+    from reasonkv.tasks import get_task
+
+    for spec in job.task:
+        task = get_task(spec, job.options).for_tokenizer(loaded.tokenizer)
+        if not task.chat:
+            continue
+        text, _ = render(loaded.tokenizer, task.problem(0, seed=job.seed).prompt, job.options)
+        shown = text if len(text) <= SHOWN else f"{text[: SHOWN // 2]} ... {text[-SHOWN // 2 :]}"
+        note(f"{spec}, the first prompt:\n{shown}")
+        for sentence in task.skipped:
+            note(f"{spec}: skipped, {sentence}")
 
 
 def load(model: ModelFlags, out: Path) -> LoadedModel:
@@ -69,6 +88,7 @@ def run_and_show(
     from reasonkv.evaluate.cells import count_steps
     from reasonkv.evaluate.records import RECORDS
     from reasonkv.evaluate.run import run
+    from reasonkv.evaluate.sanity import sanity_warnings
     from reasonkv.evaluate.table import summarize, summary_dicts, to_frame
     from reasonkv.report import terminal
     from reasonkv.report.charts import replay_figure
@@ -93,8 +113,11 @@ def run_and_show(
             by_mean, note_under = bool(job.budget.mean_slots), terminal.figure_note(frame)
             found["figure"] = str(replay_figure(drawn, out / FIGURE, by_mean=by_mean, note=note_under))
             shown.append(f"Figure:  {show(out / FIGURE)}")
+    found["warnings"] = warnings = sanity_warnings(frame)
     if not quiet:
         print_tables(tables, caption)
+        for sentence in warnings:
+            print(f"Warning: {sentence}")
         print("\n".join(shown))
     return found
 

@@ -93,7 +93,7 @@ def check_job(job: Job) -> list[RunConfig]:
         JobError, TaskError, MethodError, BudgetError: one sentence.
     """
     for spec in job.task:
-        get_task(spec)
+        get_task(spec, job.options)
     methods, budgets = make_methods(job), make_budgets(job.budget)
     if not budgets and any(method.bounded for method in methods):
         raise JobError("A bounded method needs a budget; give its tokens, keep, mean_slots or a window.")

@@ -7,12 +7,16 @@ alone: not on the batch, its order, or any generator's state.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from reasonkv import noise
 from reasonkv.evaluate.job import Sampling
+from reasonkv.tasks.base import TaskError
+from reasonkv.tasks.options import THINK, TaskOptions
 
 _SAMPLING = -1  # stands where methods put their layer, so that no method draws the same numbers
 
@@ -50,9 +54,48 @@ def row_seed(example: int, sample: int = 0) -> int:
     return example + (sample << 32)
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
-    """Return the int64 token ids [P] of a text, with nothing added around it."""
-    return torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.long)
+def encode(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool = False) -> Tensor:
+    """Return the int64 token ids [P] of a text; with `special`, what the tokenizer adds around a text, too."""
+    return torch.tensor(tokenizer(text, add_special_tokens=special)["input_ids"], dtype=torch.long)
+
+
+def render(
+    tokenizer: PreTrainedTokenizerBase, text: str, options: TaskOptions | None = None, *, from_data: bool = True
+) -> tuple[str, bool]:
+    """Return a prompt as the model reads it, and whether the tokenizer's special tokens are still to be added.
+
+    Args:
+        tokenizer: the model's.
+        text: the user's message.
+        options: chat, system and thinking.
+        from_data: the text is a question in words; else it is in the bundled model's own form.
+
+    Raises:
+        TaskError: a chat is asked for and the tokenizer has no template, or the template refuses the messages.
+    """
+    options = options or TaskOptions()
+    has_template = bool(getattr(tokenizer, "chat_template", None))
+    if options.chat == "off" or (options.chat == "auto" and not (from_data and has_template)):
+        return text, from_data
+    if not has_template:
+        raise TaskError("This model's tokenizer has no chat template; use --chat off.")
+    system = [] if options.system is None else [{"role": "system", "content": options.system}]
+    thinking = {} if options.thinking is None else {"enable_thinking": options.thinking == "on"}
+    messages = [*system, {"role": "user", "content": text}]
+    try:
+        found = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **thinking)
+    except Exception as error:  # a template raises what its author chose
+        raise TaskError(f"The model's chat template refuses these messages ({error}).") from None
+    return str(found), False
+
+
+def thinking_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], think_end: str) -> int:
+    """Return how many tokens of an output belong to thinking: up to its last end mark, or all if it never ends."""
+    text = str(tokenizer.decode(tokens, skip_special_tokens=False))
+    head, mark, _ = text.rpartition(think_end)
+    if not mark:
+        return len(tokens) if THINK in text else 0
+    return min(len(tokens), len(encode(tokenizer, head + mark)))
 
 
 def end_tokens(model: PreTrainedModel) -> list[int]:

@@ -12,6 +12,7 @@ from typing import Literal, Protocol
 
 from reasonkv.budget import CutPrompt, PromptPolicy, Trigger, TriggerCounts
 from reasonkv.errors import ReasonKVError
+from reasonkv.tasks.options import TaskOptions
 
 Metric = Literal["top1", "nll", "kl", "accuracy"]
 TraceSource = Literal["greedy", "sampled", "reference"]
@@ -146,6 +147,7 @@ class Job:
         limit: Problems per task: examples 0 to limit - 1.
         seed: Seed of problems, sampling and methods.
         batch_size: Sequences at once; changes nothing but rounding.
+        options: How tasks from data become prompts and how outputs are graded.
 
     Raises:
         JobError: fields that contradict each other or are out of range.
@@ -157,6 +159,7 @@ class Job:
     limit: int = 16
     seed: int = 0
     batch_size: int = 16
+    options: TaskOptions = field(default_factory=TaskOptions)
 
     def __post_init__(self) -> None:
         for name in ("task", "methods"):

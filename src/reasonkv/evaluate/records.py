@@ -136,6 +136,10 @@ class AnswerRecord(Measured):
         first_divergence: index of the first output token that differs from full KV's output of the same example and
             sample (an output that stops earlier differs where it stops), or None if the two are equal.
         output: decoded, special tokens skipped.
+        score: from 0 to 1; None in records that know right and wrong alone.
+        extracted: the answer that was read, or None where none could be read.
+        grader_error: why the grader failed, or None.
+        thinking_tokens: tokens up to the end of thinking; all where it never ends, 0 where there is none.
     """
 
     KEY = ("method", "options", "budget", "task", "example", "sample", "seed")
@@ -145,6 +149,10 @@ class AnswerRecord(Measured):
     repetition: float
     first_divergence: int | None
     output: str
+    score: float | None = None
+    extracted: str | None = None
+    grader_error: str | None = None
+    thinking_tokens: int | None = None
 
 
 class FullOutput(JsonlRecord):

@@ -16,7 +16,7 @@ from torch import Tensor
 from reasonkv.calibration import Calibration, find_calibration
 from reasonkv.evaluate.cells import RunConfig, check_job, make_budgets, make_methods, plan_cells
 from reasonkv.evaluate.decoding import Request, decode_batch
-from reasonkv.evaluate.generate import room, row_seed
+from reasonkv.evaluate.generate import room, row_seed, thinking_tokens
 from reasonkv.evaluate.job import GenerateJob, Job, ReplayJob
 from reasonkv.evaluate.manifest import Manifest, open_results
 from reasonkv.evaluate.records import RECORDS, AnswerRecord, FullOutput, Measured, RecordFile, ReplayRecord, record_key
@@ -122,6 +122,8 @@ def open_session(
         "methods": [method.spec() for method in methods],
     }
     arguments |= {**sizes, "limit": job.limit, "seed": job.seed}
+    if job.options.to_dict():
+        arguments["options"] = job.options.to_dict()
     if calibration is not None:
         arguments["calibration"] = calibration.digest
     if isinstance(job, GenerateJob):
@@ -150,7 +152,9 @@ class TaskRun(ABC):
     """Of every item, tokens of the prompt and tokens that full KV fed in all."""
 
     def __init__(self, session: Session, spec: str) -> None:
-        self.session, self.spec, self.task = session, spec, get_task(spec)
+        self.session, self.spec, job = session, spec, session.job
+        self.task = get_task(spec, job.options).for_tokenizer(session.model.tokenizer)
+        self.examples = range(job.limit if self.task.size is None else min(job.limit, self.task.size))
         self._finished: dict[RunConfig, list[Any]] = {}
 
     def in_batches(self, items: Sequence[Any]) -> None:
@@ -223,9 +227,10 @@ class ReplayTask(TaskRun):
         super().__init__(session, spec)
         self.job, model = cast(ReplayJob, session.job), session.model
         traces = load_or_make_traces(
-            model.model, model.tokenizer, self.task, task_spec=spec, examples=range(self.job.limit),
+            model.model, model.tokenizer, self.task, task_spec=spec, examples=self.examples,
             seed=self.job.seed, settings=self.job.traces, folder=session.folder, batch_size=self.job.batch_size,
-            on_done=lambda done: session.progress(f"{spec}: full-KV traces", done, self.job.limit),
+            on_done=lambda done: session.progress(f"{spec}: full-KV traces", done, len(self.examples)),
+            options=self.job.options,
         )  # fmt: skip
         traces.sort(key=lambda trace: (len(trace.output_T), len(trace.prompt_P), trace.example))
         self.in_batches(traces)
@@ -270,8 +275,8 @@ class GenerateTask(TaskRun):
         super().__init__(session, spec)
         self.job, model = cast(GenerateJob, session.job), session.model
         self.outputs = RecordFile(session.folder / f"outputs-{file_name(spec)}.jsonl", FullOutput)
-        problems = [self.task.problem(example, seed=self.job.seed) for example in range(self.job.limit)]
-        prompts = encode_prompts(model.model, model.tokenizer, self.task, problems)
+        problems = [self.task.problem(example, seed=self.job.seed) for example in self.examples]
+        prompts = encode_prompts(model.model, model.tokenizer, self.task, problems, self.job.options)
         pairs = zip(problems, prompts, strict=True)
         items = [_Item(*pair, sample) for pair in pairs for sample in range(self.job.samples)]
         items.sort(key=lambda item: (len(item.prompt_P), item.example, item.sample))
@@ -316,14 +321,20 @@ class GenerateTask(TaskRun):
         records = []
         for item, place, answer in zip(batch, places, answers, strict=True):
             text = str(self.session.model.tokenizer.decode(answer.tokens, skip_special_tokens=True))
-            full = self.outputs.records[item.output_key].tokens
+            full, grade = self.outputs.records[item.output_key].tokens, self.task.grade(item.problem, text)
             record = self.record(
                 config,
                 answer.stats,
                 seconds,
                 **place,
                 output_tokens=len(answer.tokens),
-                correct=bool(self.task.check(item.problem, text)),
+                correct=grade.score == 1,
+                score=grade.score,
+                extracted=grade.extracted,
+                grader_error=grade.error,
+                thinking_tokens=thinking_tokens(
+                    self.session.model.tokenizer, answer.tokens, self.job.options.think_end
+                ),
                 truncated=answer.truncated,
                 repetition=repetition(answer.tokens),
                 first_divergence=first_divergence(answer.tokens, full),

@@ -149,6 +149,8 @@ def _canonical(value: Any) -> str | None:
 
 
 def _prepared(frame: pd.DataFrame) -> pd.DataFrame:
+    if "score" in frame:  # accuracy is the mean score; older records know right and wrong alone
+        frame["correct"] = frame["score"].astype(float).fillna(frame["correct"].astype(float))
     is_answer = frame["correct"].notna() if "correct" in frame else pd.Series(False, frame.index)
     frame = frame.assign(kind=np.where(is_answer, "evaluate", "replay"))
     for name, missing in {"slots_read_mean": math.nan, "bytes_read_mean": math.nan, "sample": 0}.items():

@@ -22,13 +22,13 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from reasonkv.errors import ReasonKVError
 from reasonkv.evaluate.chunks import TraceRow, feed
 from reasonkv.evaluate.decoding import Request, decode_batch
-from reasonkv.evaluate.generate import context_length, encode, end_tokens, room
+from reasonkv.evaluate.generate import context_length, encode, end_tokens, render, room
 from reasonkv.evaluate.job import TraceSettings
 from reasonkv.evaluate.manifest import ResultsError
 from reasonkv.evaluate.metrics import TeacherLogprobs
 from reasonkv.files import write_atomically
 from reasonkv.runtimes.transformers import CompressedCache
-from reasonkv.tasks import Problem, Task
+from reasonkv.tasks import Problem, Task, TaskOptions
 from reasonkv.tasks.base import END_THINK
 
 WHOLE_VOCABULARY = 256
@@ -84,6 +84,7 @@ def load_or_make_traces(
     folder: Path,
     batch_size: int,
     on_done: Callable[[int], None] = lambda count: None,
+    options: TaskOptions | None = None,
 ) -> list[Trace]:
     """Return a task's traces, from `folder` where they are and made where they are not.
 
@@ -98,6 +99,7 @@ def load_or_make_traces(
         folder: the results folder; `traces-<task>.safetensors` and `.json` are written there after every batch.
         batch_size: sequences generated at once.
         on_done: called with the number of traces that are there.
+        options: how problems become prompts.
 
     Raises:
         TraceError: a prompt that leaves no room for output.
@@ -110,7 +112,7 @@ def load_or_make_traces(
     missing = [example for example in examples if example not in found]
     for first in range(0, len(missing), batch_size):
         batch = [task.problem(example, seed=seed) for example in missing[first : first + batch_size]]
-        found |= {trace.example: trace for trace in _make(model, tokenizer, task, batch, seed, settings)}
+        found |= {trace.example: trace for trace in _make(model, tokenizer, task, batch, seed, settings, options)}
         _write(path, [found[example] for example in sorted(found)], origin)
         on_done(len(found.keys() & set(examples)))
     return [replace(found[one], answer_at=answer_start(tokenizer, found[one].output_T)) for one in examples]
@@ -127,14 +129,19 @@ def answer_start(tokenizer: PreTrainedTokenizerBase, output_T: Tensor) -> int | 
 
 
 def encode_prompts(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, problems: Sequence[Problem]
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    problems: Sequence[Problem],
+    options: TaskOptions | None = None,
 ) -> list[Tensor]:
     """Return prompts as int64 ids [P], each with room for at least one output token.
 
     Raises:
         TraceError: a prompt without tokens, or one that fills the model's context.
     """
-    prompts = [encode(tokenizer, problem.prompt) for problem in problems]
+    rendered = [render(tokenizer, problem.prompt, options, from_data=task.chat) for problem in problems]
+    prompts = [encode(tokenizer, text, special=special) for text, special in rendered]
     limit, lengths = context_length(model), [len(prompt) for prompt in prompts]
     if min(lengths) == 0:
         raise TraceError(
@@ -175,9 +182,12 @@ def _make(
     problems: Sequence[Problem],
     seed: int,
     settings: TraceSettings,
+    options: TaskOptions | None = None,
 ) -> list[Trace]:
-    prompts = encode_prompts(model, tokenizer, task, problems)
+    prompts = encode_prompts(model, tokenizer, task, problems, options)
     most = room(model, max(len(prompt) for prompt in prompts), settings.max_new_tokens)
+    if settings.source == "reference" and task.chat:
+        raise TraceError(f"The task {task.name} has no reference traces; use traces=greedy or sampled.")
     if settings.source == "reference":
         tail = torch.tensor(end_tokens(model)[:1], dtype=torch.long)
         outputs = [torch.cat([encode(tokenizer, problem.trace), tail])[:most] for problem in problems]

@@ -182,7 +182,7 @@ def check_search(job: TuneJob) -> tuple[Target, Budget, list[Method]]:
     """
     target = Target.parse(job.target or DEFAULT_TARGETS[job.metric], job.metric)
     for spec in job.task:
-        get_task(spec)
+        get_task(spec, job.options)
     methods = [method for method in make_methods(_inner_job(job)) if method.bounded]
     if (selecting := selecting_method(methods)) is not None:
         raise FrontierError(f"{selecting} drops nothing, so there is no budget to find; run it with --budgets instead.")
@@ -196,7 +196,7 @@ def check_search(job: TuneJob) -> tuple[Target, Budget, list[Method]]:
 
 def _inner_job(job: TuneJob) -> ReplayJob | GenerateJob:
     """Return the replay or generation that measures the metric."""
-    names = ("task", "methods", "budget", "limit", "seed", "batch_size")
+    names = ("task", "methods", "budget", "limit", "seed", "batch_size", "options")
     shared: dict[str, Any] = {name: getattr(job, name) for name in names}
     if job.metric == "accuracy":
         return GenerateJob(max_new_tokens=job.max_new_tokens, **shared)

@@ -1,38 +1,112 @@
-"""Generated reasoning problems with answer checkers: `get_task("program:lines=48")`."""
+"""Tasks: problems with a grader, from generators, files, hub datasets and packages: `get_task("program:lines=48")`."""
 
 from __future__ import annotations
 
 import difflib
+import sys
 from dataclasses import fields
+from functools import partial
+from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any
 
 from .arithmetic import Arithmetic
-from .base import Draft, Draw, Kind, Problem, Task, TaskError, split_of
+from .base import Draft, Draw, GeneratedTask, Grade, Kind, Problem, Task, TaskError, split_of
 from .longdoc import LongDoc
+from .options import TaskOptions
 from .program import Program
 from .recall import Recall
 from .search import Search
 
-__all__ = ["Draft", "Draw", "Kind", "Problem", "Task", "TaskError", "get_task", "split_of", "task_names"]
+__all__ = [
+    "Draft", "Draw", "GeneratedTask", "Grade", "Kind", "Problem", "Task", "TaskError", "TaskOptions", "get_task",
+    "split_of", "task_catalogue", "task_names",
+]  # fmt: skip
 
-_FAMILIES: dict[str, type[Task]] = {family.name: family for family in (Program, Search, Arithmetic, Recall, LongDoc)}
+_FAMILIES: dict[str, type[GeneratedTask]] = {
+    family.name: family for family in (Program, Search, Arithmetic, Recall, LongDoc)
+}
+_GROUP = "reasonkv.tasks"
+_FORMS = {
+    "FILE.jsonl": "rows of a .jsonl, .json, .csv or .parquet file (--prompt, --answer, --grade)",
+    "hub:OWNER/NAME": "a dataset of the hub: config=..., split=test, revision=...",
+    "gym:NAME": "a generator of reasoning-gym: per_prompt=4 puts several problems into one prompt",
+    "niah": "one fact in a long text: length=4096, depth=50",
+    "ruler:KIND": "RULER's tasks: length=4096, needles=4",
+}
 
 
 def task_names() -> list[str]:
-    """Return the names that `get_task` accepts, in the order they are shown."""
+    """Return the names of the bundled families, in the order they are shown."""
     return list(_FAMILIES)
 
 
-def get_task(spec: str) -> Task:
-    """Return the task for `name` or `name:dial=value,dial=value`.
+def task_catalogue() -> dict[str, str]:
+    """Return every form and name that `get_task` accepts with one line about it."""
+    from .hub import standard_tasks
 
-    Raises `TaskError` (one sentence) for an unknown task or dial and for a value out of range.
+    modules = {name: sys.modules[family.__module__].__doc__ or "" for name, family in _FAMILIES.items()}
+    families = {name: text.splitlines()[0].partition(": ")[2] for name, text in modules.items()}
+    named = {name: declared["title"] for name, declared in standard_tasks().items()}
+    added = {point.name: point.value for point in entry_points(group=_GROUP)}
+    return families | _FORMS | named | added
+
+
+def get_task(spec: str, options: TaskOptions | None = None) -> Task:
+    """Return the task for `NAME` or `NAME:key=value,key=value`.
+
+    Args:
+        spec: a bundled family (`program:lines=48`), a file (`questions.jsonl`), `hub:OWNER/NAME`, `gym:NAME`, `niah`,
+            `ruler:KIND`, a named benchmark (`gsm8k`), or a name of the entry-point group `reasonkv.tasks`.
+        options: how data becomes prompts and how outputs are graded; the bundled families have none.
+
+    Raises:
+        TaskError: one sentence.
+
     """
-    name, _, options = spec.partition(":")
-    if name not in _FAMILIES:
-        near = difflib.get_close_matches(name, _FAMILIES, n=1)
+    options = options or TaskOptions()
+    name, _, rest = spec.partition(":")
+    if name in _FAMILIES:
+        return _family(name, rest)
+    from .data import SUFFIXES, data_task, read_rows
+    from .gym import gym_task
+    from .hub import hub_task, standard_task, standard_tasks
+    from .needle import needle_task
+
+    if spec.endswith(SUFFIXES):
+        rows, skipped = read_rows(Path(spec).expanduser())
+        return data_task(spec, rows, options, skipped)
+    makers = {
+        "hub": lambda given: hub_task(spec, options, given),
+        "gym": lambda given: gym_task(spec, given, options.think_end),
+        "niah": lambda given: needle_task(spec, given, options.think_end),
+        "ruler": lambda given: needle_task(spec, given, options.think_end),
+        **{known: lambda _, known=known: standard_task(known, options) for known in standard_tasks()},
+        **{point.name: partial(_installed, point, options) for point in entry_points(group=_GROUP)},
+    }
+    if name not in makers:
+        near = difflib.get_close_matches(name, [*_FAMILIES, *makers], n=1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
-        raise TaskError(f"There is no task {name!r}{hint}; the tasks are {', '.join(_FAMILIES)}.")
+        known = f"{', '.join(_FAMILIES)}, a file such as questions.jsonl, and those of `reasonkv tasks`"
+        raise TaskError(f"There is no task {name!r}{hint}; the tasks are {known}.")
+    given: dict[str, str] = {}
+    for option in filter(None, (part.strip() for part in rest.split(","))):
+        key, equals, value = option.partition("=")
+        if equals:
+            given[key] = value
+        elif option != rest.split(",")[0].strip() or name not in {"hub", "gym", "ruler"}:
+            raise TaskError(f"Write options of the task {name} as key=value, not {option!r}.")
+    return makers[name](given)
+
+
+def _installed(point: Any, options: TaskOptions, given: dict[str, str]) -> Task:
+    made = point.load()(options, **given)
+    if not isinstance(made, Task):
+        raise TaskError(f"The entry point {point.name!r} does not make a reasonkv Task.")
+    return made
+
+
+def _family(name: str, options: str) -> GeneratedTask:
     dials = {one.name: one for one in fields(_FAMILIES[name])}
     chosen: dict[str, Any] = {}
     for option in filter(None, options.split(",")):

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .base import LABELS, LETTERS, Draft, Draw, Kind, Task, TaskError, dial
+from .base import LABELS, LETTERS, Draft, Draw, GeneratedTask, Kind, TaskError, dial
 from .steps import ask_names
 
 _FACTOR_LETTERS = LETTERS[:8]
@@ -31,7 +31,7 @@ _RESULT_LETTERS = LETTERS[8:]
 
 
 @dataclass(frozen=True)
-class Arithmetic(Task):
+class Arithmetic(GeneratedTask):
     """The dials of `arithmetic`; the default trace is about 710 tokens."""
 
     name = "arithmetic"

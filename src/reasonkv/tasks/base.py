@@ -15,10 +15,11 @@ import hashlib
 import itertools
 import random
 import reprlib
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from enum import IntEnum
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 from reasonkv.errors import ReasonKVError
 
@@ -119,10 +120,58 @@ def dial(default: Any, help: str, **values: tuple[Any, ...]) -> Any:
 
 
 @dataclass(frozen=True)
-class Task:
-    """Base of the families: a frozen dataclass of dials plus `draft`."""
+class Grade:
+    """How right an output is.
 
-    name: ClassVar[str]
+    Args:
+        score: from 0 (wrong) to 1 (right).
+        extracted: the answer that was read, or None where none could be read.
+        error: why the grader failed, or None.
+
+    """
+
+    score: float
+    extracted: str | None
+    error: str | None = None
+
+
+class Task(ABC):
+    """Problems with a grader; every runner takes them from `problem` and hands outputs to `grade`."""
+
+    name: str
+    """The task as results name it."""
+    chat: bool = False
+    """Whether prompts are messages, for which the tokenizer's chat template is used where there is one."""
+    size: int | None = None
+    """Number of problems, or None where there is no last one."""
+    skipped: tuple[str, ...] = ()
+    """Parts of the data that could not be read, a sentence each."""
+
+    @abstractmethod
+    def problem(self, example: int, *, seed: int = 0, split: str = "test") -> Problem:
+        """Return problem number `example`; the same arguments give the same problem.
+
+        Raises:
+            TaskError: there is no such problem.
+
+        """
+
+    @abstractmethod
+    def grade(self, problem: Problem, output: str) -> Grade:
+        """Score a decoded generation; thinking is not graded."""
+
+    def check(self, problem: Problem, output: str) -> bool:
+        """Return whether an output scores 1."""
+        return self.grade(problem, output).score == 1
+
+    def for_tokenizer(self, tokenizer: Any) -> Task:
+        """Return the task with lengths that are counted in tokens filled in."""
+        return self
+
+
+@dataclass(frozen=True)
+class GeneratedTask(Task):
+    """Base of the families: a frozen dataclass of dials plus `draft`."""
 
     def draft(self, draw: Draw) -> Draft:
         """Turn random numbers into one problem in words."""
@@ -165,12 +214,13 @@ class Task:
         drafts = (self.draft(Draw(f"{self.spec}/{split}/{seed}/{example}/{attempt}")) for attempt in itertools.count())
         return next(draft for draft in drafts if split_of(" ".join(draft.prompt)) == split)
 
-    def check(self, problem: Problem, output: str) -> bool:
-        """Return whether `output` closes its thinking and then gives the answer, word for word.
+    def grade(self, problem: Problem, output: str) -> Grade:
+        """Score 1 if `output` closes its thinking and then gives the answer, word for word.
 
-        `output` is the decoded generation with or without special tokens. The thinking is not graded.
+        `output` is the decoded generation with or without special tokens.
         """
-        return final_answer(output) == problem.answer.split()
+        words = final_answer(output)
+        return Grade(float(words == problem.answer.split()), None if words is None else " ".join(words))
 
 
 def split_of(prompt: str) -> str:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .base import LABELS, LETTERS, Draft, Draw, Kind, Task, dial
+from .base import LABELS, LETTERS, Draft, Draw, GeneratedTask, Kind, dial
 
 _FACT_TOKENS = 5
 _MIN_ATTRIBUTES, _SPREAD = 3, 5  # an entity of an ordinary document has 3 to 8 attributes
@@ -24,7 +24,7 @@ _Fact = list[str]  # [label, letter, digit, digit, ";"]
 
 
 @dataclass(frozen=True)
-class LongDoc(Task):
+class LongDoc(GeneratedTask):
     """The dials of `longdoc`; the default prompt is about 1,100 tokens."""
 
     name = "longdoc"

@@ -13,14 +13,14 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 
-from .base import LABELS, LETTERS, Draft, Draw, Task, dial
+from .base import LABELS, LETTERS, Draft, Draw, GeneratedTask, dial
 from .steps import Line, add_line, ask_names, execute_line, random_operator
 
 _INITIAL = 3  # working variables that get a starting value right after the constants
 
 
 @dataclass(frozen=True)
-class Program(Task):
+class Program(GeneratedTask):
     """The dials of `program`; the default trace is about 580 tokens."""
 
     name = "program"

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .base import LABELS, LETTERS, Draft, Draw, Task, dial
+from .base import LABELS, LETTERS, Draft, Draw, GeneratedTask, dial
 from .steps import Line, add_line, ask_names, execute_line, random_operator
 
 _WORK_NAMES = 5
@@ -27,7 +27,7 @@ _LINE_TOKENS = 13
 
 
 @dataclass(frozen=True)
-class Recall(Task):
+class Recall(GeneratedTask):
     """The dials of `recall`; the default trace is about 650 tokens."""
 
     name = "recall"

@@ -19,7 +19,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 
-from .base import LABELS, LETTERS, Draft, Draw, Kind, Task, dial
+from .base import LABELS, LETTERS, Draft, Draw, GeneratedTask, Kind, dial
 
 _MOST_EDGES = 4  # of one node; with the one for `none` they take the letters a to e
 _PLACES = LETTERS[5:]  # of the stack
@@ -30,7 +30,7 @@ _Graph = list[list[int]]  # children of each node, in the order they are tried
 
 
 @dataclass(frozen=True)
-class Search(Task):
+class Search(GeneratedTask):
     """The dials of `search`; the default trace is about 580 tokens."""
 
     name = "search"

@@ -1,0 +1,242 @@
+"""Graders: read the answer out of an output and score it from 0 to 1.
+
+A grader takes the part of an output after thinking and the accepted answers. It returns a `Grade`: the score and what
+it read as the answer. `extracted` is None where no answer could be read: such outputs are counted apart.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from difflib import SequenceMatcher
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from reasonkv.tasks.base import Grade, TaskError
+from reasonkv.tasks.options import THINK, THINK_END
+
+_NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?(?:[eE][-+]?\d+)?(?![\w])|[-+]?\.\d+")
+_CODE = re.compile(r"```(?:[Pp]ython3?|py)?[ \t]*\n(.*?)```", re.DOTALL)
+_CHOICES = (
+    re.compile(r"(?i:answer)\s*(?i:is)?\s*[:：]?\s*\**\s*\(?([A-J])\)?\b(?!')"),
+    re.compile(r"\(([A-J])\)"),
+    re.compile(r"(?m)^\s*\**([A-J])(?:[.:)]|\**\s*$)"),
+)
+
+
+Grader = Callable[[str, Sequence[str], Mapping[str, Any]], Grade]
+"""Called as `grader(answer_part, accepted_answers, row_of_data)`."""
+
+UNREAD = Grade(0.0, None)
+
+
+def after_thinking(output: str, end: str = THINK_END, *, required: bool = False) -> str | None:
+    """Return what follows the last end-of-thinking marker; None where thinking never ends.
+
+    Args:
+        output: a decoded generation.
+        end: the marker.
+        required: an output without any marker counts as unfinished thinking (the prompt opened it).
+
+    """
+    _, found, answer = output.rpartition(end)
+    if found:
+        return answer
+    return None if required or THINK in output else output
+
+
+def last_box(text: str) -> str | None:
+    r"""Return the content of the last closed `\boxed{...}` with balanced braces, or None."""
+    for start in reversed([match.end() for match in re.finditer(r"\\(?:boxed|fbox)\s*\{", text)]):
+        depth = 1
+        for end in range(start, len(text)):
+            depth += {"{": 1, "}": -1}.get(text[end], 0)
+            if depth == 0:
+                return text[start:end].strip()
+    return None
+
+
+def last_number(text: str) -> str | None:
+    """Return the last number of a text without thousands separators, or None."""
+    found = _NUMBER.findall(text)
+    return found[-1].replace(",", "").rstrip(".") if found else None
+
+
+def final_line(text: str) -> str | None:
+    """Return what an output gives as its answer: `<answer>` tags, the last box, or what follows the last "Answer:"."""
+    tagged = re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL)
+    if tagged:
+        return str(tagged[-1]).strip()
+    boxed = last_box(text)
+    if boxed is not None:
+        return boxed
+    named = re.findall(r"(?im)\banswer\s*(?:is)?\s*[:：]\s*\**\s*(\S[^\n]*)", text)
+    return str(named[-1]).strip(" \t*.") if named else None
+
+
+def grade_math(output: str, answers: Sequence[str], row: Mapping[str, Any]) -> Grade:
+    """Compare the last box, or else the last number, with the answer as mathematics (math-verify, 5 s each)."""
+    parse, verify = _math_verify()
+    extracted = last_box(output) or last_number(output)
+    if extracted is None:
+        return UNREAD
+    found = parse(f"\\boxed{{{extracted}}}")
+    right = any(verify(parse(f"\\boxed{{{last_box(answer) or answer}}}"), found) for answer in answers)
+    return Grade(float(right), extracted)
+
+
+def grade_number(output: str, answers: Sequence[str], row: Mapping[str, Any]) -> Grade:
+    """Compare the last number of the answer line, or else of the output, with the answer's to six digits."""
+    extracted = last_number(final_line(output) or "") or last_number(output)
+    if extracted is None:
+        return UNREAD
+    value = float(extracted)
+    wanted = [float(number) for number in map(last_number, answers) if number is not None]
+    return Grade(float(any(abs(value - one) <= 1e-6 * max(1.0, abs(one)) for one in wanted)), extracted)
+
+
+def grade_exact(output: str, answers: Sequence[str], row: Mapping[str, Any]) -> Grade:
+    """Compare the answer line, or else the whole output, with the answer; case and spaces do not count."""
+    extracted = final_line(output) or output.strip()
+    if not extracted:
+        return UNREAD
+    return Grade(float(any(_folded(extracted) == _folded(answer) for answer in answers)), extracted)
+
+
+def grade_choice(output: str, answers: Sequence[str], row: Mapping[str, Any]) -> Grade:
+    """Compare the letter chosen last (A to J) with the answer's letter."""
+    for text in filter(None, (final_line(output), output)):
+        for pattern in _CHOICES:
+            found = pattern.findall(text)
+            if found:
+                return Grade(float(found[-1] in {answer.strip().strip("()") for answer in answers}), str(found[-1]))
+    return UNREAD
+
+
+def grade_contains(output: str, answers: Sequence[str], row: Mapping[str, Any]) -> Grade:
+    """Return the share of the answers that the output contains (RULER's measure); case does not count."""
+    if not output.strip():
+        return UNREAD
+    text = output.casefold()
+    return Grade(sum(answer.casefold() in text for answer in answers) / len(answers), output.strip())
+
+
+def grade_f1(output: str, answers: Sequence[str], row: Mapping[str, Any]) -> Grade:
+    """Return the best F1 of words over the answers, without case, punctuation and articles (SQuAD, LongBench)."""
+    if not output.strip():
+        return UNREAD
+    words = _plain_words(output)
+    return Grade(max(_f1(words, _plain_words(answer)) for answer in answers), output.strip())
+
+
+def grade_rouge(output: str, answers: Sequence[str], row: Mapping[str, Any]) -> Grade:
+    """Return the best ROUGE-L F-measure over the answers."""
+    if not output.strip():
+        return UNREAD
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError:
+        raise _missing("rouge", "rouge-score") from None
+    scorer = RougeScorer(["rougeL"])
+    return Grade(max(scorer.score(answer, output)["rougeL"].fmeasure for answer in answers), output.strip())
+
+
+def grade_edit(output: str, answers: Sequence[str], row: Mapping[str, Any]) -> Grade:
+    """Return the similarity of the first line of code to the answer, from 0 to 1 (LongBench's code completion)."""
+    lines = [line for line in output.lstrip("\n").split("\n") if not any(mark in line for mark in ("`", "#", "//"))]
+    if not lines:
+        return UNREAD
+    ratios = (SequenceMatcher(None, lines[0], answer, autojunk=False).ratio() for answer in answers)
+    return Grade(round(max(ratios), 2), lines[0])
+
+
+def grade_code(output: str, answers: Sequence[str], row: Mapping[str, Any], *, seconds: float = 20.0) -> Grade:
+    """Run the last block of Python code with the answer's test code after it, in a process with limits.
+
+    The process has no network, 20 s and 1 GiB. The score is 1 if it ends without an error.
+    """
+    from reasonkv.tasks.sandbox import run_python
+
+    blocks = _CODE.findall(output)
+    code = blocks[-1] if blocks else None
+    if code is None:
+        return UNREAD
+    return Grade(float(all(run_python(f"{code}\n\n{test}\n", seconds=seconds).ok for test in answers)), code.strip())
+
+
+GRADERS: dict[str, Grader] = {
+    "math": grade_math,
+    "number": grade_number,
+    "exact": grade_exact,
+    "choice": grade_choice,
+    "contains": grade_contains,
+    "f1": grade_f1,
+    "rouge": grade_rouge,
+    "edit": grade_edit,
+    "code": grade_code,
+}
+
+
+def get_grader(name: str) -> Grader:
+    """Return a grader by name, or a function of a file: `FILE.py:function`.
+
+    The function is called as `function(output, answers, row)` in a process of its own, for 20 s at most. It returns a
+    score from 0 to 1, or a pair of the score and the answer it read.
+
+    Raises:
+        TaskError: there is no such grader or file.
+
+    """
+    if name in GRADERS:
+        return GRADERS[name]
+    path, _, function = name.rpartition(":")
+    if path.endswith(".py") and function.isidentifier():
+        if not Path(path).expanduser().is_file():
+            raise TaskError(f"There is no file {path} to take the grader {function} from.")
+        return partial(_grade_by_file, str(Path(path).expanduser().resolve()), function)
+    raise TaskError(f"There is no grader {name!r}; the graders are {', '.join(GRADERS)} and FILE.py:function.")
+
+
+def _grade_by_file(path: str, function: str, output: str, answers: Sequence[str], row: Mapping[str, Any]) -> Grade:
+    from reasonkv.tasks.sandbox import call_function
+
+    try:
+        returned = call_function(path, function, [output, list(answers), dict(row)])
+    except TaskError as error:  # one output's failure must not end a run
+        return Grade(0.0, None, str(error))
+    score, extracted = returned if isinstance(returned, list) and len(returned) == 2 else (returned, output.strip())
+    if isinstance(score, (bool, int, float)) and 0 <= score <= 1:
+        return Grade(float(score), None if extracted is None else str(extracted))
+    return Grade(0.0, None, f"The grader {path}:{function} must return a score from 0 to 1, not {score!r}.")
+
+
+def _math_verify() -> tuple[Callable[..., Any], Callable[..., bool]]:
+    try:
+        from math_verify import parse, verify
+    except ImportError:
+        raise _missing("math", "math-verify") from None
+    return parse, verify
+
+
+def _missing(grader: str, package: str) -> TaskError:
+    return TaskError(f'The grader {grader!r} needs the package {package}; run pip install "reasonkv[tasks]".')
+
+
+def _folded(text: str) -> str:
+    return " ".join(text.casefold().split())
+
+
+def _plain_words(text: str) -> list[str]:
+    text = "".join(letter for letter in text.lower() if letter not in string.punctuation)
+    return re.sub(r"\b(a|an|the)\b", " ", text).split()
+
+
+def _f1(found: Sequence[str], wanted: Sequence[str]) -> float:
+    common = sum((Counter(found) & Counter(wanted)).values())
+    if common == 0:
+        return 0.0
+    precision, recall = common / len(found), common / len(wanted)
+    return 2 * precision * recall / (precision + recall)

@@ -1,0 +1,149 @@
+"""`gym:NAME`: the generators of the `reasoning-gym` package, graded by their own scorers; several problems a prompt."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from reasonkv.tasks.base import Grade, Problem, Task, TaskError
+from reasonkv.tasks.grade import UNREAD, after_thinking, final_line
+from reasonkv.tasks.options import THINK_END
+
+_ONE = "{question}\n\nThink step by step. End with one line that says: Answer: <your answer>"
+_MANY = (
+    "Solve these {count} problems one after another. Think step by step and end each with a line that says "
+    "Answer N: <your answer>, where N is the problem's number. When all are solved, repeat all {count} answers, one a "
+    "line, in the same form.\n\n{questions}"
+)
+
+
+@dataclass(frozen=True)
+class GymTask(Task):
+    """Problems of a generator.
+
+    Args:
+        spec: the task as the user wrote it.
+        dataset: the generator's name.
+        per_prompt: problems in one prompt.
+        config: options of the generator.
+        think_end: what ends thinking.
+
+    """
+
+    spec: str
+    dataset: str
+    per_prompt: int
+    config: Mapping[str, Any]
+    think_end: str = THINK_END
+
+    chat = True
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        """The task as the user wrote it."""
+        return self.spec
+
+    def problem(self, example: int, *, seed: int = 0, split: str = "test") -> Problem:
+        """Return problem number `example`: items `per_prompt * example` and on of the generator with this seed."""
+        if example < 0:
+            raise TaskError(f"Examples are counted from 0, so there is no example {example}.")
+        items = self._items(example, seed)
+        if self.per_prompt == 1:
+            prompt = _ONE.format(question=items[0]["question"].strip())
+        else:
+            questions = "\n\n".join(f"Problem {n}: {item['question'].strip()}" for n, item in enumerate(items, 1))
+            prompt = _MANY.format(count=self.per_prompt, questions=questions)
+        answer = "\n".join(str(item["answer"]) for item in items)
+        return Problem(self.spec, example, seed, split, prompt, "", answer)
+
+    def grade(self, problem: Problem, output: str) -> Grade:
+        """Return the mean of the generator's own scores; the last answer with each number counts."""
+        part = after_thinking(output, self.think_end)
+        if part is None:
+            return UNREAD
+        items = self._items(problem.example, problem.seed)
+        if self.per_prompt == 1:
+            found = [final_line(part)]
+        else:
+            named = dict(re.findall(r"(?im)\banswer\s+(\d+)\s*[:：]\s*\**\s*(\S[^\n]*)", part))
+            found = [_clean(named[str(n)]) if str(n) in named else None for n in range(1, len(items) + 1)]
+        if all(one is None for one in found):
+            return UNREAD
+        scores = [self._score(item, text) for item, text in zip(items, found, strict=True)]
+        return Grade(sum(scores) / len(scores), "; ".join("?" if one is None else one for one in found))
+
+    def _items(self, example: int, seed: int) -> list[dict[str, Any]]:
+        # item i comes from seed + i whatever the size, but some generators prepare all items at once
+        size = (example + 1) * self.per_prompt
+        made = _create(self.dataset, {**self.config, "seed": seed, "size": size})
+        return [made[example * self.per_prompt + offset] for offset in range(self.per_prompt)]
+
+    def _score(self, item: dict[str, Any], text: str | None) -> float:
+        if text is None:
+            return 0.0
+        # most scorers give 0.01 to a wrong answer in the right form
+        score = float(_create(self.dataset, {**self.config, "seed": 0, "size": 1}).score_answer(text, item))
+        return score if score >= 0.1 else 0.0
+
+
+def gym_task(spec: str, options: Mapping[str, str], think_end: str = THINK_END) -> GymTask:
+    """Make the task of `gym:NAME,per_prompt=4,option=value`.
+
+    Args:
+        spec: the task as the user wrote it.
+        options: what follows the name, as text; numbers and true/false are read as such.
+        think_end: what ends thinking.
+
+    Raises:
+        TaskError: no such generator or option, or the package is missing.
+
+    """
+    dataset = spec.partition(":")[2].partition(",")[0].strip()
+    config = {key: _value(text) for key, text in options.items()}
+    per_prompt = config.pop("per_prompt", 1)
+    if not isinstance(per_prompt, int) or isinstance(per_prompt, bool) or not 1 <= per_prompt <= 64:
+        raise TaskError(f"per_prompt must be a whole number from 1 to 64, not {per_prompt!r}.")
+    task = GymTask(spec, dataset, per_prompt, config, think_end)
+    task.problem(0)
+    return task
+
+
+def gym_names() -> list[str]:
+    """Return the names of all generators; none where the package is missing."""
+    try:
+        import reasoning_gym  # noqa: F401
+        from reasoning_gym.factory import DATASETS
+    except ImportError:
+        return []
+    return sorted(DATASETS)
+
+
+def _create(name: str, config: Mapping[str, Any]) -> Any:
+    try:
+        import reasoning_gym
+    except ImportError:
+        raise TaskError('Tasks gym:NAME need the package reasoning-gym; run pip install "reasonkv[tasks]".') from None
+    if name not in gym_names():
+        raise TaskError(f"reasoning-gym has no generator {name!r}; `reasonkv tasks` lists them.")
+    try:
+        return reasoning_gym.create_dataset(name, **config)
+    except (TypeError, ValueError, AssertionError) as error:
+        raise TaskError(f"The generator {name} does not take these options ({error}).") from None
+
+
+def _value(text: str) -> Any:
+    if text.lower() in {"true", "false"}:
+        return text.lower() == "true"
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _clean(text: str) -> str:
+    boxed = re.search(r"\\boxed\{([^{}]*)\}", text)
+    return (boxed[1] if boxed else text).strip().strip("*$").strip().rstrip(".")
