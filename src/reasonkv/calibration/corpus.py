@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from reasonkv.calibration.job import CorpusError, CorpusJob
+from reasonkv.calibration.corpus_job import CorpusError, CorpusJob
 
 _CHARACTERS = 64
 """Characters read per token wanted: more than any tokenizer puts into one on average."""

@@ -25,7 +25,7 @@ from reasonkv.methods.seer import gate_keys, gate_logits, gate_queries
 from reasonkv.methods.sparse_read import FullPages, PageView, Parameters, Prepared, SelectionMethod
 from reasonkv.rotary import Rotary
 from reasonkv.seer.gate import Gate, GateError, random_gate
-from reasonkv.seer.job import GateRecipe
+from reasonkv.seer.recipe import GateRecipe
 
 
 def train_gate(

@@ -1,0 +1,52 @@
+"""Which text a job runs a model over; nothing here imports torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from reasonkv.errors import ReasonKVError
+
+_FILES = {"out": ".safetensors", "import_": "", "export": ".pt", "figure": ".png"}
+
+
+class CorpusError(ReasonKVError, ValueError):
+    """A text that cannot be read, or a job whose fields contradict each other; the message is one sentence."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusJob:
+    """A job that runs a model over a text, or over prompts and reference traces of tasks.
+
+    Args:
+        text: Plain text file in UTF-8.
+        task: Tasks instead of a text, with dials: program, recall:distance=900. Problems are of the training split.
+        limit: Problems per task.
+        seed: Seed of the problems.
+        tokens: Most tokens in all.
+        window: Most tokens of a sequence. Unless given, windows of a text are as long as 1 GB of work memory allows,
+            and traces as long as the model's context.
+
+    Raises:
+        CorpusError: a number below 1, a wrong file ending, or not exactly one source of text.
+    """
+
+    text: Path | None = None
+    task: Sequence[str] = ()
+    limit: int = 16
+    seed: int = 0
+    tokens: int = 32768
+    window: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "task", (self.task,) if isinstance(self.task, str) else tuple(self.task))
+        sources = {name: getattr(self, name) for name in ("text", "task", "import_") if hasattr(self, name)}
+        if sum(bool(source) for source in sources.values()) != 1:
+            names = " and ".join(name.strip("_") for name in sources)
+            raise CorpusError(f"Give exactly one of {names}.")
+        for name, value in vars(self).items():
+            if isinstance(value, int) and value < 1 and name not in ("seed", "horizon", "warmup"):
+                raise CorpusError(f"{name} must be at least 1, not {value}.")
+            if isinstance(value, Path) and value.suffix != _FILES.get(name, "") != "":
+                raise CorpusError(f"{name} writes a {_FILES[name]} file, not {value.name}.")
