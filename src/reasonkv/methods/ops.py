@@ -117,6 +117,11 @@ def max_pool(x: Tensor, kernel: int) -> Tensor:
     return functional.max_pool1d(x.reshape(1, -1, x.shape[-1]), kernel, 1, kernel // 2).view(x.shape)
 
 
+def group_mean(x_BHgN: Tensor) -> Tensor:
+    """Return the mean over the query heads that share a KV head: [B, H, g, ...] to [B, H, ...]."""
+    return x_BHgN.mean(2)
+
+
 def fill_window(scores_BHn: Tensor, slots: int) -> Tensor:
     """Return scores of the older slots [B, H, n] extended to all slots [B, H, N] by each head's own maximum.
 
