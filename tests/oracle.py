@@ -80,8 +80,8 @@ class FoldedSlots:
     def _carried_out(self, slots, plan: Plan, positions: Tensor, place: int, head: int):
         kept = plan.kept_BHK[place, head].tolist()
         new = [slots[slot] for slot in kept]
-        if plan.fold is not None:
-            into, fold = plan.fold.into_BHN[place, head].tolist(), plan.fold
+        if plan.merge is not None:
+            into, fold = plan.merge.into_BHN[place, head].tolist(), plan.merge
             for output, home in enumerate(kept):
                 members = [slot for slot, target in enumerate(into) if target == output]
                 keys = [slots[slot][0] for slot in members]

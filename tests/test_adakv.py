@@ -22,7 +22,7 @@ from torch import Tensor
 from reasonkv import Budget, BudgetError, CompressedCache, MethodError, Plan, SlotView, get_method
 from reasonkv.budget import Window
 from reasonkv.evaluate.chunks import TraceRow, feed
-from reasonkv.evaluate.fates import PlanRecorder, fates
+from reasonkv.evaluate.fates import NEVER, PlanRecorder, fates
 from reasonkv.evaluate.job import BudgetOptions, ReplayJob, TraceSettings
 from reasonkv.evaluate.run import run
 from reasonkv.methods.adakv import AdaKV, shared_top_k
@@ -374,8 +374,8 @@ def test_fates_tell_padding_from_what_is_attended() -> None:
     what = fates(recorder.plans, 60)
     for layer in range(3):
         for head in range(2):
-            alive = what.alive_GHN()[layer, head].nonzero()[:, 0].tolist()
-            assert alive == attended(cache, layer, 0)[head]
+            alive = (what.dropped_GHN == NEVER) & (what.folded_GHN == NEVER)
+            assert alive[layer, head].nonzero()[:, 0].tolist() == attended(cache, layer, 0)[head]
 
 
 def test_a_replay_record_holds_both_lengths(tmp_path: Path) -> None:

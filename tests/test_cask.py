@@ -70,7 +70,7 @@ def test_groups_of_identical_keys_attend_exactly_as_full_attention_does(fold: st
     method = of(f"cask:fold={fold}")
     views = repeated(method)
     plans = method.plan_layers(views, 30)
-    assert all(plan.fold is not None for plan in plans)
+    assert all(plan.merge is not None for plan in plans)
     for view, plan in zip(views, plans, strict=True):
         query = torch.randn(16, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
         full = attention(query, view.keys_BHND[0, 0], view.values_BHND[0, 0])
@@ -97,11 +97,11 @@ def test_log_mass_is_the_log_of_all_source_tokens_over_successive_folds() -> Non
     method = of("cask:similarity=0.3")
     views = random_views(method, counts=True, N=80)
     plan = method.plan_layers(views, 40)[0]
-    assert isinstance(plan, CaskPlan) and plan.log_mass_BHK is not None and plan.fold is not None
+    assert isinstance(plan, CaskPlan) and plan.log_mass_BHK is not None and plan.merge is not None
     earlier = views[0].state["log_mass"].double().exp()
     for slot, log_mass in enumerate(plan.log_mass_BHK[0, 0].tolist()):
         assert log_mass == pytest.approx(
-            math.log(float(earlier[0, 0][plan.fold.into_BHN[0, 0] == slot].sum())), abs=1e-6
+            math.log(float(earlier[0, 0][plan.merge.into_BHN[0, 0] == slot].sum())), abs=1e-6
         )
 
 
@@ -149,9 +149,9 @@ def test_rows_of_different_prompts_are_planned_as_each_alone(method: CASK) -> No
         ]
         for one, many in zip(method.plan_layers(alone, 50), together, strict=True):
             assert torch.equal(one.kept_BHK[0], many.kept_BHK[b])
-            if one.fold is not None and many.fold is not None:
-                assert torch.equal(one.fold.into_BHN[0], many.fold.into_BHN[b])
-                assert torch.equal(one.fold.value_weights_BHN[0], many.fold.value_weights_BHN[b])
+            if one.merge is not None and many.merge is not None:
+                assert torch.equal(one.merge.into_BHN[0], many.merge.into_BHN[b])
+                assert torch.equal(one.merge.value_weights_BHN[0], many.merge.value_weights_BHN[b])
 
 
 def test_decode_tokens_get_their_share_beside_a_long_prompt_and_two_slots_under_the_papers_rule() -> None:
@@ -167,7 +167,7 @@ def test_a_protected_prompt_stays_whole_and_only_the_references_pinned_one_loses
     assert plan.kept_BHK[0, 0, :20].tolist() == list(range(20))
     pinned = CaskReference(pin_prompt=True)
     plan = pinned.plan_layers(random_views(pinned, N=90, prompts=(60,)), 40)[0]
-    assert plan.guards == ("prefix_budget_exhausted",)
+    assert plan.fallbacks == ("prefix_budget_exhausted",)
     assert plan.kept_BHK[0, 0].tolist() == list(range(50, 90))
 
 
@@ -199,8 +199,8 @@ def test_a_source_weighs_its_tokens_and_in_the_paper_its_support_too(variant: st
     method = of(f"cask:variant={variant},fold=neighbours,core_ratio=0")
     [view, *others] = random_views(method, N=60, prompts=(0,), counts=True)
     [plan, *_] = method.plan_layers([view, *others], 30)
-    assert isinstance(plan, CaskPlan) and plan.fold is not None
-    into, weights = plan.fold.into_BHN[0, 0].numpy(), plan.fold.value_weights_BHN[0, 0].numpy()
+    assert isinstance(plan, CaskPlan) and plan.merge is not None
+    into, weights = plan.merge.into_BHN[0, 0].numpy(), plan.merge.value_weights_BHN[0, 0].numpy()
     scores = torch.cat([frequency_scores(v.keys_BHND, v.calibration, v.rotary, v.length_B)[0] for v in (view, *others)])
     mass = view.counts_BHN[0, 0].double().numpy()
     if variant == "paper":
@@ -241,10 +241,10 @@ def test_markers_come_from_a_tokenizer_without_what_it_cannot_write() -> None:
 
 def test_needs_follow_the_options() -> None:
     needs = of("cask:markers=1").needs
-    assert (needs.scope, needs.log_mass, needs.folds, needs.token_ids, needs.recent) == ("model", True, True, True, 8)
+    assert (needs.scope, needs.log_mass, needs.merges, needs.token_ids, needs.recent) == ("model", True, True, True, 8)
     assert not of("cask").needs.token_ids  # no tokenizer, no markers
     plain = of("cask:variant=paper,fold=none,per_layer=true").needs
-    assert (plain.scope, plain.log_mass, plain.folds, plain.recent) == ("layer", False, False, 0)
+    assert (plain.scope, plain.log_mass, plain.merges, plain.recent) == ("layer", False, False, 0)
 
 
 @pytest.mark.parametrize("spec", [*SPECS, "cask:variant=paper,mass=log"])

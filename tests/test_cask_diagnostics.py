@@ -104,7 +104,7 @@ class ByHand:
                 members = [m for m, other in enumerate(target) if other == kept]
                 if len(members) == 1:
                     continue
-                weights = torch.tensor([float(plan.fold.value_weights_BHN[place, 0, m]) for m in members]).double()  # type: ignore[union-attr]
+                weights = torch.tensor([float(plan.merge.value_weights_BHN[place, 0, m]) for m in members]).double()  # type: ignore[union-attr]
                 weights /= weights.sum()
 
                 def norm(x: torch.Tensor, kappa: torch.Tensor = kappa) -> torch.Tensor:

@@ -353,7 +353,7 @@ def test_methods_lists_the_catalogue() -> None:
         assert row["options"] == get_method(name).options()
         for words, wanted in {
             f"{needs.queries} newest quer": needs.queries, f"{needs.recent} newest slot": needs.recent,
-            "every query": needs.observes, f"per {needs.scope}": needs.scope != "head", "merges": needs.folds,
+            "every query": needs.observes, f"per {needs.scope}": needs.scope != "head", "merges": needs.merges,
             "mass": needs.log_mass, "calibration": needs.calibration, "rotary": needs.rotary,
             "token ids": needs.token_ids, "output projection": needs.output_projection, "future": needs.future,
             "state per slot": needs.slot_state, "summaries": needs.selects,

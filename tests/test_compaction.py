@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import batch, tiny_model
 
-from reasonkv import Budget, CompressedCache, Fold, Method, Plan, Requirements, SlotView, UnsupportedModelError
-from reasonkv.compaction import compact_pair, fold_counts, fold_slots, fold_state, gather_slots
+from reasonkv import Budget, CompressedCache, Merge, Method, Plan, Requirements, SlotView, UnsupportedModelError
+from reasonkv.compaction import compact_pair, gather_slots, merge_counts, merge_slots, merge_state
 from reasonkv.methods.ops import top_k_slots
 from reasonkv.plan import PlanError
 from reasonkv.rotary import Rotary
@@ -33,11 +33,11 @@ def test_a_fold_is_the_weighted_sum_of_its_group_and_one_hot_weights_copy_bits()
     keys = torch.randn(1, 2, 6, 4, dtype=torch.bfloat16)
     into = torch.tensor([[[0, 1, 0, -1, 1, 2], [0, 0, 0, 1, 2, -1]]])
     one_hot = torch.tensor([[[0.0, 1, 1, 0, 0, 1], [1, 0, 0, 1, 1, 0]]])
-    fold = Fold(into, one_hot, one_hot)
+    fold = Merge(into, one_hot, one_hot)
     kept = torch.tensor([[[0, 1, 5], [0, 3, 4]]])
 
     def folded(source: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        return fold_slots(gather_slots(source, [0], kept), source, [0], weights, Plan(kept, fold))
+        return merge_slots(gather_slots(source, [0], kept), source, [0], weights, Plan(kept, fold))
 
     out = folded(keys, one_hot)
     assert torch.equal(out[0, 0], keys[0, 0, [2, 1, 5]])
@@ -45,7 +45,7 @@ def test_a_fold_is_the_weighted_sum_of_its_group_and_one_hot_weights_copy_bits()
     half = torch.full((1, 2, 6), 0.5)
     mean = folded(keys.double(), half)
     torch.testing.assert_close(mean[0, 0, 0], (keys[0, 0, 0].double() + keys[0, 0, 2].double()) / 2)
-    counts = fold_counts(torch.tensor([[[1, 2, 3, 4, 5, 6], [1, 1, 1, 1, 1, 1]]]), fold, 3)
+    counts = merge_counts(torch.tensor([[[1, 2, 3, 4, 5, 6], [1, 1, 1, 1, 1, 1]]]), fold, 3)
     assert counts.tolist() == [[[4, 7, 6], [3, 1, 1]]]
 
 
@@ -64,7 +64,7 @@ def test_folds_equal_sums_written_out(rows: int, heads: int, slots: int, data: s
     weights = torch.rand(2, rows, heads, slots)
     weights[0] = torch.where(torch.rand(rows, heads, slots) < 0.5, weights[0].round(), weights[0])
     rotary = Rotary(torch.tensor([1.0, 0.3]))
-    plan = Plan(kept, Fold(into, weights[0], weights[1], rotary))
+    plan = Plan(kept, Merge(into, weights[0], weights[1], rotary))
     state = torch.rand(rows, heads, slots)
     new_keys, new_values = compact_pair(keys, values, chosen, plan, positions)
     for place, row in enumerate(chosen):
@@ -78,9 +78,9 @@ def test_folds_equal_sums_written_out(rows: int, heads: int, slots: int, data: s
                 expected = sum(weights[1, place, head, n] * values[row, head, n] for n in members)
                 torch.testing.assert_close(new_values[place, head, slot], expected, rtol=1e-12, atol=1e-12)
                 for how, function in (("sum", sum), ("max", max), ("min", min)):
-                    combined = fold_state(state, plan, how)[place, head, slot]
+                    combined = merge_state(state, plan, how)[place, head, slot]
                     assert combined == pytest.approx(float(function(state[place, head, n] for n in members)))
-    assert torch.equal(fold_state(state, plan, "kept"), state.gather(2, kept))
+    assert torch.equal(merge_state(state, plan, "kept"), state.gather(2, kept))
 
 
 def test_a_plan_without_folds_leaves_the_kept_bits_alone() -> None:
@@ -120,14 +120,14 @@ class FoldOldest(Method):
 
     @property
     def needs(self) -> Requirements:
-        return Requirements(folds=self.declare)
+        return Requirements(merges=self.declare)
 
     def plan(self, view: SlotView, keep: int) -> Plan:
         kept = top_k_slots(view.positions_BHN.float(), keep, forced_BHN=view.is_protected_BHN)
         marked = torch.zeros_like(view.is_protected_BHN).scatter_(2, kept, True)
         into = torch.where(marked, marked.cumsum(-1) - 1, 0)
-        weights = view.counts_BHN / fold_counts(view.counts_BHN, Fold(into, into, into), keep).gather(2, into)
-        return Plan(kept, Fold(into, weights, weights))
+        weights = view.counts_BHN / merge_counts(view.counts_BHN, Merge(into, into, into), keep).gather(2, into)
+        return Plan(kept, Merge(into, weights, weights))
 
 
 def test_folds_travel_through_a_cache_with_their_counts() -> None:
@@ -153,7 +153,7 @@ def test_folds_travel_through_a_cache_with_their_counts() -> None:
         torch.testing.assert_close(layer.values[row, 0, 0], everything.values[row, 0, :folded].mean(0))
         assert cache.stats().rows[row].tokens_folded > 0
     with torch.no_grad(), CompressedCache(model, FoldOldest(declare=False), budget) as cache:
-        with pytest.raises(UnsupportedModelError, match="folds=True"):
+        with pytest.raises(UnsupportedModelError, match="merges=True"):
             model(ids, attention_mask=mask, past_key_values=cache)
         with pytest.raises(UnsupportedModelError, match="did not finish"):
             model(ids, attention_mask=mask, past_key_values=cache)

@@ -94,7 +94,7 @@ def check(case: Case, family: str | None = None, limits: Budget | None = None) -
         known = [TraceRow(row[:p], torch.cat([row[p:], unused])) for row, p in zip(tokens_of, prompts, strict=True)]
         future = FullAttention.collect(model, known)
     math = sdpa_kernel(SDPBackend.MATH) if case.kernel == "sdpa" else contextlib.nullcontext()
-    log = PlanLog() if method.needs.folds or method.needs.log_mass else None
+    log = PlanLog() if method.needs.merges or method.needs.log_mass else None
     statistics = calibration(model) if method.needs.calibration else None
     options = {"prompt_lengths": prompts, "kernel": kernel, "reference": future, "calibration": statistics}
     with CompressedCache(model, method, budget, observer=log, **options) as cache, math:

@@ -12,7 +12,7 @@ import torch
 from models import batch, tiny_model
 from safetensors import safe_open
 
-from reasonkv import Budget, CompressedCache, Fold, Method, Plan, Requirements, SlotView, get_method
+from reasonkv import Budget, CompressedCache, Merge, Method, Plan, Requirements, SlotView, get_method
 from reasonkv.evaluate.fates import NEVER, EventPlan, PlanRecorder, fates, save_plans
 from reasonkv.evaluate.manifest import ResultsError
 
@@ -29,7 +29,7 @@ class FoldNeighbours(Method):
 
     @property
     def needs(self) -> Requirements:
-        return Requirements(folds=True)
+        return Requirements(merges=True)
 
     def plan(self, view: SlotView, keep: int) -> Plan:
         B, H, N = view.positions_BHN.shape
@@ -40,7 +40,7 @@ class FoldNeighbours(Method):
         into[(is_kept == 0) & (view.positions_BHN % 3 == 0)] = -1
         members = torch.zeros(B, H, keep).scatter_add_(2, into.clamp(min=0), (into >= 0).float())
         weights = (into >= 0).float() / members.gather(2, into.clamp(min=0))
-        return Plan(kept_BHK, Fold(into, weights, weights))
+        return Plan(kept_BHK, Merge(into, weights, weights))
 
 
 def run(method: str | Method, **fields: object) -> tuple[list[EventPlan], CompressedCache]:

@@ -127,7 +127,7 @@ def apart(plan: Callable[[list[SlotView]], list[Plan]], views: list[SlotView], r
 def joined(plans: list[Plan]) -> list[Tensor]:
     """Everything the ranks planned for one layer, heads side by side."""
     found = [torch.cat([plan.kept_BHK for plan in plans], 1)]
-    folds = [plan.fold for plan in plans if plan.fold is not None]
+    folds = [plan.merge for plan in plans if plan.merge is not None]
     assert len(folds) in (0, len(plans))
     if folds:
         found.append(torch.cat([fold.into_BHN for fold in folds], 1))

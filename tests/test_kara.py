@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from reasonkv import Budget, CompressedCache, Plan, SlotView
 from reasonkv.budget import Window
-from reasonkv.evaluate.pieces import Row, feed
+from reasonkv.evaluate.chunks import TraceRow, feed
 from reasonkv.methods.kara import Kara
 from reasonkv.methods.ops import top_k_slots
 from reasonkv.methods.token2chunk import accept_chunks, chunked_top_k
@@ -274,7 +274,7 @@ class Kept:
 def generated(prompts: list[Tensor], outputs: list[Tensor], max_piece: int, method: Kara, budget: Budget) -> Kept:
     """What a batch of traces keeps, fed in pieces that end at events."""
     model, log = tiny_model("qwen3"), Kept()
-    rows = [Row(prompt, output) for prompt, output in zip(prompts, outputs, strict=True)]
+    rows = [TraceRow(prompt, output) for prompt, output in zip(prompts, outputs, strict=True)]
     lengths = [len(prompt) for prompt in prompts]
     with CompressedCache(model, method, budget, prompt_lengths=lengths, observer=log) as cache:
         for _ in feed(model, cache, rows, distances=cache.tokens_to_next_event, max_piece=max_piece):

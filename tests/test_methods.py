@@ -65,7 +65,7 @@ def test_a_plan_keeps_exactly_the_budget_with_every_protected_slot(spec: str, dt
     for keep in (20, 41, 95):
         plan = get_method(spec).plan(view, keep)
         plan.check((2, 3, 96), keep, view.is_protected_BHN)
-        assert plan.fold is None
+        assert plan.merge is None
         assert plan.kept_BHK.dtype == torch.int64
 
 

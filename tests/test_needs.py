@@ -1,4 +1,4 @@
-"""What a method may ask of the cache: model scope, state beside slots, log mass, token ids, observed queries, guards."""
+"""What a method may ask of the cache: model scope, state beside slots, log mass, token ids, observed queries, fallbacks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from models import batch, tiny_model
 from oracle import PlanLog, differences, run_compressed
 
-from reasonkv import Budget, CompressedCache, Fold, Method, Plan, Requirements, SlotView, UnsupportedModelError
+from reasonkv import Budget, CompressedCache, Merge, Method, Plan, Requirements, SlotView, UnsupportedModelError
 from reasonkv.methods import Observed, SlotState
 from reasonkv.methods.ops import top_k_slots
 from reasonkv.plan import PlanError
@@ -41,7 +41,7 @@ class FoldIntoOlder(Method):
         }
         return Requirements(
             scope="model",
-            folds=True,
+            merges=True,
             slot_state=spans,
             log_mass=self.mass,
             token_ids=self.tokens,
@@ -69,12 +69,12 @@ class FoldIntoOlder(Method):
         total = torch.zeros(kept.shape).scatter_add_(2, into, share)
         one_hot = torch.zeros_like(share).scatter_(2, kept, 1.0)
         keys = share / total.gather(2, into) if self.latest else one_hot
-        fold = Fold(into, keys, share / total.gather(2, into), view.rotary if self.latest else None)
+        fold = Merge(into, keys, share / total.gather(2, into), view.rotary if self.latest else None)
         if not self.mass:
             return Plan(kept, fold)
         own = view.state["log_mass"].exp()
         mass = torch.zeros(kept.shape, dtype=own.dtype).scatter_add_(2, into, own).log()
-        return Plan(kept, fold, log_mass_BHK=mass, guards=("folded",))
+        return Plan(kept, fold, log_mass_BHK=mass, fallbacks=("merged",))
 
 
 @pytest.mark.parametrize("lengths", [[50], [50, 41, 30]], ids=["single", "padded"])
@@ -98,8 +98,8 @@ def test_folded_slots_with_their_mass_are_attended_exactly(
     attention, logits = differences(model, run, ids, mask, positions, PIECES[pieces], log)
     assert attention <= (1e-6 if kernel == "eager" else 1e-12)
     assert logits <= 1e-6
-    assert all(row.events > 1 and row.fallbacks == {"folded": set(range(row.events))} for row in cache.rows)
-    assert cache.stats().rows[0].fallbacks == {"folded": cache.rows[0].events}
+    assert all(row.events > 1 and row.fallbacks == {"merged": set(range(row.events))} for row in cache.rows)
+    assert cache.stats().rows[0].fallbacks == {"merged": cache.rows[0].events}
     for row, length in enumerate(lengths):
         _check_state(cache, row, length)
 

@@ -20,7 +20,7 @@ from reasonkv import Budget, BudgetError, CompressedCache, Plan, Requirements, S
 from reasonkv.budget import Window
 from reasonkv.evaluate.cells import plan_cells
 from reasonkv.evaluate.chunks import TraceRow, feed
-from reasonkv.evaluate.fates import PlanRecorder, fates
+from reasonkv.evaluate.fates import NEVER, PlanRecorder, fates
 from reasonkv.evaluate.matching import budget_for_mean, mean_physical
 from reasonkv.methods import layer_budgets
 from reasonkv.methods.pyramidkv import PyramidKV, kvpress_pyramid, pyramid
@@ -136,8 +136,8 @@ def test_every_layer_follows_the_schedule_of_its_own_budget() -> None:
             for layer, tokens in enumerate(TOKENS):
                 one = replace(BUDGET, tokens=tokens)
                 states[layer] = [schedule.step(one, s, n)[0] for s, n in zip(states[layer], fed, strict=True)]
-                assert [p.shape[1] for p in cache.slot_positions(layer)] == [s.held for s in states[layer]]
-                far.append([schedule.next_event(one, s) - s.length for s in states[layer]])
+                assert [p.shape[1] for p in cache.slot_positions(layer)] == [s.physical for s in states[layer]]
+                far.append([schedule.next_event(one, s) - s.logical for s in states[layer]])
             assert cache.tokens_to_next_event() == [min(row) for row in zip(*far, strict=True)]
         assert [track.layers for track in cache.layer_groups] == [1, 1, 1]
 
@@ -236,11 +236,11 @@ def test_bytes_and_lengths_are_those_of_the_layers_together() -> None:
     assert row.bytes_peak == sum(max(most, tokens + 5) for most, tokens in zip(peak, TOKENS, strict=True)) * slot + ring
     assert row.bytes_full == 70 * 3 * 2 * 32 * 8
     assert row.physical_mean == attended / 3 / 44
-    assert row.physical_terminal == pytest.approx(sum(own[0].held for own in states) / 3)
+    assert row.physical_terminal == pytest.approx(sum(own[0].physical for own in states) / 3)
     assert row.physical_peak == pytest.approx((29 + 26 + 26) / 3)  # the first layer's 24 slots and 5 more
     assert stats.bytes_allocated == 2 * sum(tokens + 5 for tokens in TOKENS) * 2 * 32 * 8
     assert row.events == max(track.rows[0].events for track in cache.layer_groups)
-    dropped = sum(70 - own[0].held for own in states) / 3
+    dropped = sum(70 - own[0].physical for own in states) / 3
     assert row.tokens_dropped == round(dropped)
 
 
@@ -287,7 +287,8 @@ def test_fates_count_events_over_all_layers() -> None:
         assert [found.lengths_E[event] for event in events] == own
         held = cache.slot_positions(layer)[0]
         for head in range(2):
-            assert found.alive_GHN()[layer, head].nonzero()[:, 0].tolist() == held[head].tolist()
+            alive = (found.dropped_GHN == NEVER) & (found.folded_GHN == NEVER)
+            assert alive[layer, head].nonzero()[:, 0].tolist() == held[head].tolist()
 
 
 # ------------------------------------------------------------------------------------------------------ equal lengths

@@ -176,6 +176,20 @@ def test_a_folder_of_another_command_is_refused_with_what_differs(tmp_path: Path
     assert manifest(**changes).run != manifest().run
 
 
+def test_a_folder_of_an_older_version_is_not_continued_because_its_records_have_other_options(tmp_path: Path) -> None:
+    with open_results(tmp_path, manifest()):
+        pass
+    path = tmp_path / "manifest.json"
+    written = json.loads(path.read_text())
+    assert written.pop("format") == manifest().format
+    path.write_text(json.dumps(written))
+    with pytest.raises(ResultsError, match="older version of reasonkv"), open_results(tmp_path, manifest()):
+        pass
+    path.write_text(json.dumps(written | {"format": manifest().format + 1}))
+    with pytest.raises(ResultsError, match="later version of reasonkv"), open_results(tmp_path, manifest()):
+        pass
+
+
 def test_a_folder_with_other_files_is_not_written_to(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("x")
     with pytest.raises(ResultsError, match="not results"), open_results(tmp_path, manifest()):

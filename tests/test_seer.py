@@ -10,7 +10,7 @@ from models import batch, tiny_model
 from tiny import TASK
 
 from reasonkv import Budget, CompressedCache
-from reasonkv.calibration.corpus import task_passages
+from reasonkv.calibration.corpus import Passage, task_passages
 from reasonkv.evaluate.cells import RunConfig
 from reasonkv.evaluate.job import BudgetOptions, ReplayJob, TraceSettings
 from reasonkv.evaluate.replay import replay_batch
@@ -23,18 +23,9 @@ from reasonkv.methods.seer import SeerAttention
 from reasonkv.methods.sparse_read import FullPages, PageView
 from reasonkv.models import load_model
 from reasonkv.runtimes.transformers.setup import rotary_of
-from reasonkv.seer import (
-    FILE,
-    GateError,
-    GateRecipe,
-    Passage,
-    find_gate,
-    kept_attention,
-    load_gate,
-    random_gate,
-    save_gate,
-    train_gate,
-)
+from reasonkv.seer.gate import FILE, GateError, find_gate, load_gate, random_gate, save_gate
+from reasonkv.seer.recipe import GateRecipe
+from reasonkv.seer.training import kept_attention, train_gate
 from reasonkv.tasks import get_task
 
 

@@ -22,11 +22,7 @@ from reasonkv.methods.sparse_read import FullPages, PageView, SelectionMethod, b
 from reasonkv.plan import PlanError
 from reasonkv.runtimes.transformers.attention import naive_attention
 from reasonkv.runtimes.transformers.sparse_read import SparseReader
-from reasonkv.seer import (
-    FILE,
-    random_gate,
-    save_gate,
-)
+from reasonkv.seer.gate import FILE, random_gate, save_gate
 
 LENGTHS, PROMPTS = [60, 47, 31], [24, 11, 1]
 PIECES = {

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from reasonkv.methods.triattention import TriAttention
     from reasonkv.methods.vase_attnv import VaseAttnV
     from reasonkv.methods.vase_dkv import VaseDKV
-    from reasonkv.plan import Fold, Plan
+    from reasonkv.plan import Merge, Plan
     from reasonkv.runtimes.transformers import CompressedCache, UnsupportedModelError, generate_with
     from reasonkv.view import SlotView
 
@@ -55,12 +55,12 @@ __all__ = [
     "CurDKV",
     "DefensiveKV",
     "ExpectedAttention",
-    "Fold",
     "FullKV",
     "Kara",
     "KeyDiff",
     "Knorm",
     "LagKV",
+    "Merge",
     "Method",
     "MethodError",
     "Oracle",
@@ -89,7 +89,7 @@ __all__ = [
 # torch and transformers take seconds to import; `import reasonkv` and the command line's --help should not
 _HOMES = {
     "reasonkv.methods": ("Method", "MethodError", "Requirements", "ScorerMethod", "get_method", "method_names"),
-    "reasonkv.plan": ("Fold", "Plan"),
+    "reasonkv.plan": ("Merge", "Plan"),
     "reasonkv.runtimes.transformers": ("CompressedCache", "UnsupportedModelError", "generate_with"),
     "reasonkv.view": ("SlotView",),
 }

@@ -1,4 +1,4 @@
-"""What a method decided at one event: the slots that stay, and what is folded into them."""
+"""What a method decided at one event: the slots that stay, and what is merged into them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class PlanError(ReasonKVError, RuntimeError):
 
 
 @dataclass(frozen=True)
-class Fold:
+class Merge:
     """Slots merged into kept ones; every output slot is a weighted sum over its group.
 
     Args:
@@ -41,19 +41,19 @@ class Plan:
 
     Args:
         kept_BHK: int64, ascending; output slot j continues input slot kept[j]: its position, and its key and value
-            unless a fold says otherwise.
-        fold: None when slots are only dropped.
+            unless a merge says otherwise.
+        merge: None when slots are only evicted.
         state: method state that the plan itself rewrites, by name, [B, H, K]; all other state moves with its slot.
         log_mass_BHK: float32, added to the logits of every kept slot from now on; None leaves what stands there.
-        guards: names of the emergency rules that decided this plan; counted per row in the records.
+        fallbacks: names of the fallbacks that decided this plan; counted per row in the records.
 
     """
 
     kept_BHK: Tensor
-    fold: Fold | None = None
+    merge: Merge | None = None
     state: dict[str, Tensor] = field(default_factory=dict)
     log_mass_BHK: Tensor | None = None
-    guards: tuple[str, ...] = ()
+    fallbacks: tuple[str, ...] = ()
 
     @property
     def new_state(self) -> dict[str, Tensor]:
@@ -82,8 +82,8 @@ class Plan:
             raise PlanError(f"Kept slots must be strictly ascending indices below {N}.")
         if is_lost:
             raise PlanError("A plan dropped a protected slot (a sink, a recent token or a kept prompt).")
-        if self.fold is not None and tuple(self.fold.into_BHN.shape) != shape_BHN:
-            raise PlanError(f"A fold must name a target for every slot, [{B}, {H}, {N}].")
+        if self.merge is not None and tuple(self.merge.into_BHN.shape) != shape_BHN:
+            raise PlanError(f"A merge must name a target for every slot, [{B}, {H}, {N}].")
         for name, values in self.new_state.items():
             if tuple(values.shape) != (B, H, keep):
                 raise PlanError(f"A plan's {name} must be [{B}, {H}, {keep}], not {list(values.shape)}.")

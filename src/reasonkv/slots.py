@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from reasonkv.budget import Budget
-from reasonkv.compaction import fold_counts, fold_state
+from reasonkv.compaction import merge_counts, merge_state
 from reasonkv.methods.base import Method, Observed, Requirements, SlotState
 from reasonkv.plan import Plan, PlanError
 from reasonkv.protection import protected_slots
@@ -168,13 +168,13 @@ class SlotStore:
         """Store token indices, counts and state of the slots that a compaction left."""
         kept = plan.kept_BHK
         self.token_index = self._write(self.token_index, row_b, view.positions_BHN.gather(2, kept), torch.int32)
-        if self.needs.folds:
+        if self.needs.merges:
             counts = view.counts_BHN
-            counts = fold_counts(counts, plan.fold, kept.shape[2]) if plan.fold else counts.gather(2, kept)
+            counts = merge_counts(counts, plan.merge, kept.shape[2]) if plan.merge else counts.gather(2, kept)
             self.counts = self._write(self.counts, row_b, counts, torch.int32)
         for name, declared in self.needs.stored_state.items():
             given = plan.new_state.get(name)
-            new = fold_state(view.state[name], plan, declared.fold) if given is None else given
+            new = merge_state(view.state[name], plan, declared.merge) if given is None else given
             self.state[name] = self._write(self.state.get(name), row_b, new, self.dtype_of(declared))
 
     def select_rows(self, index: Tensor) -> None:

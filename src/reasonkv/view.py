@@ -63,7 +63,7 @@ class SlotView:
         keys_BHND: rotated keys, in the model's dtype.
         values_BHND: values.
         positions_BHN: int64, the token's index in its row, ascending in N.
-        counts_BHN: int32, source tokens a slot stands for (1 unless folded).
+        counts_BHN: int32, source tokens a slot stands for (1 unless merged).
         is_prompt_BHN: bool, the slot holds a token of the prompt.
         is_protected_BHN: bool, the slot may not be dropped (sinks, recent, and the prompt if the budget says so).
         queries_BHqTD: the newest T rotated queries, oldest first, or None if the method asked for none.

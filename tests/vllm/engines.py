@@ -15,7 +15,7 @@ from torch import Tensor
 
 from reasonkv import Budget, CompressedCache
 from reasonkv.methods import Method, get_method
-from reasonkv.plan import Fold, Plan
+from reasonkv.plan import Merge, Plan
 from reasonkv.resolve import resolve_budget
 from reasonkv.runtimes.vllm.config import WORKER
 from reasonkv.tasks import get_task
@@ -145,9 +145,9 @@ def one_plan(plan: Plan, row: int) -> Plan:
     def cut(x: Tensor) -> Tensor:
         return x[row : row + 1].clone()
 
-    fold = plan.fold
+    fold = plan.merge
     if fold is not None:
-        fold = Fold(cut(fold.into_BHN), cut(fold.key_weights_BHN), cut(fold.value_weights_BHN), fold.rotary)
+        fold = Merge(cut(fold.into_BHN), cut(fold.key_weights_BHN), cut(fold.value_weights_BHN), fold.rotary)
     return Plan(cut(plan.kept_BHK), fold, {name: cut(value) for name, value in plan.state.items()})
 
 

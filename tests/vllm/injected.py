@@ -11,7 +11,7 @@ from torch import Tensor
 from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
 
 from reasonkv.methods import Method, Requirements
-from reasonkv.plan import Fold, Plan
+from reasonkv.plan import Merge, Plan
 from reasonkv.view import SlotView
 
 
@@ -54,18 +54,18 @@ class Injected(Method):
 
     @property
     def needs(self) -> Requirements:
-        return Requirements(recent=self.asked.recent, folds=self.asked.folds, slot_state=self.asked.slot_state)
+        return Requirements(recent=self.asked.recent, merges=self.asked.merges, slot_state=self.asked.slot_state)
 
     def plan(self, view: SlotView, keep: int) -> Plan:
         numbers = zip(view.row_seed_B.tolist(), view.event_B.tolist(), strict=True)
         keys = [(request, view.layer, event) for request, event in numbers]
         assert torch.equal(torch.cat([self.views[key].positions_BHN for key in keys]), view.positions_BHN)
         plans = [self.plans[key] for key in keys]
-        folds = [plan.fold for plan in plans if plan.fold is not None]
+        folds = [plan.merge for plan in plans if plan.merge is not None]
         fold = None
         if folds:  # a row whose event folded nothing stands for itself
-            parts = [plan.fold or without_folds(plan, view.positions_BHN.shape[2]) for plan in plans]
-            fold = Fold(
+            parts = [plan.merge or without_folds(plan, view.positions_BHN.shape[2]) for plan in plans]
+            fold = Merge(
                 torch.cat([part.into_BHN for part in parts]),
                 torch.cat([part.key_weights_BHN for part in parts]),
                 torch.cat([part.value_weights_BHN for part in parts]),
@@ -73,10 +73,10 @@ class Injected(Method):
         return Plan(torch.cat([plan.kept_BHK for plan in plans]), fold)
 
 
-def without_folds(plan: Plan, slots: int) -> Fold:
+def without_folds(plan: Plan, slots: int) -> Merge:
     """A plan that only drops, as a fold."""
     kept_BHK = plan.kept_BHK
     into_BHN = torch.full((*kept_BHK.shape[:2], slots), -1)
     into_BHN.scatter_(2, kept_BHK, torch.arange(kept_BHK.shape[2]).expand_as(kept_BHK))
     weights_BHN = (into_BHN >= 0).float()
-    return Fold(into_BHN, weights_BHN, weights_BHN)
+    return Merge(into_BHN, weights_BHN, weights_BHN)

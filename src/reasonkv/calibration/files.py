@@ -14,14 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from reasonkv.calibration.statistics import Calibration, CalibrationError
+from reasonkv.calibration.tensors import read_tensors, write_tensors
 from reasonkv.files import write_atomically
 
-FORMAT, VERSION = "reasonkv-calibration", 1
 _TEXTS = ("model", "rope_type", "date", "name", "source")
 _PT_NAMES = {
     "mean_real": "q_mean_real", "mean_imag": "q_mean_imag", "modulus": "q_abs_mean", "square": "q_sq_abs_mean",
@@ -37,12 +35,11 @@ def save_calibration(path: Path | str, calibration: Calibration) -> None:
         OSError: it cannot be written.
     """
     facts = {
-        "format": FORMAT, "version": VERSION, "layers": calibration.layers, "query_heads": calibration.query_heads,
-        "head_dim": calibration.head_dim, "verified": str(calibration.verified).lower(), "tokens": calibration.tokens,
+        "layers": calibration.layers, "query_heads": calibration.query_heads, "head_dim": calibration.head_dim,
+        "verified": str(calibration.verified).lower(), "tokens": calibration.tokens,
         **{name: getattr(calibration, name) for name in _TEXTS},
     }  # fmt: skip
-    header = {name: str(value) for name, value in facts.items() if value is not None}
-    _write(path, save(_parts(calibration), metadata=header))
+    write_tensors(path, "calibration", _parts(calibration), facts)
 
 
 def load_calibration(path: Path | str) -> Calibration:
@@ -51,21 +48,8 @@ def load_calibration(path: Path | str) -> Calibration:
     Raises:
         CalibrationError: it is missing, damaged, something else, or of a later version.
     """
-    path = _existing(path)
-    try:
-        with safe_open(path, "pt") as file:
-            header = file.metadata() or {}
-            parts = {name: file.get_tensor(name) for name in list(file.keys())}
-    except (OSError, SafetensorError):
-        hint = f"; import it with `reasonkv calibrate --import {path}`" if path.suffix == ".pt" else ""
-        raise CalibrationError(f"{path} cannot be read as a calibration file{hint}.") from None
-    if header.get("format") != FORMAT:
-        raise CalibrationError(f"{path} is a safetensors file, but not a calibration of reasonkv.")
-    version = header.get("version", "")
-    if version.isdigit() and int(version) > VERSION:
-        raise CalibrationError(
-            f"{path} has format version {version}, but this reasonkv reads versions up to {VERSION}."
-        )
+    hint = f"; import it with `reasonkv calibrate --import {path}`" if Path(path).suffix == ".pt" else ""
+    header, parts = read_tensors(path, "calibration", CalibrationError, hint)
     try:
         return _assembled(
             parts, int(header["head_dim"]), verified=header["verified"] == "true",
@@ -86,7 +70,9 @@ def import_pt(path: Path | str) -> Calibration:
     Raises:
         CalibrationError: it is missing or damaged, is not in the half-split layout, or lacks heads.
     """
-    path = _existing(path)
+    path = Path(path)
+    if not path.is_file():
+        raise CalibrationError(f"There is no calibration file {path}.")
     try:
         data = torch.load(path, map_location="cpu", weights_only=True)
         metadata, entries = dict(data["metadata"]), dict(data["stats"])
@@ -156,7 +142,8 @@ def export_pt(calibration: Calibration, path: Path | str) -> None:
     }
     buffer = io.BytesIO()
     torch.save({"metadata": metadata, "stats": entries}, buffer)
-    _write(path, buffer.getvalue())
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(Path(path), buffer.getvalue())
 
 
 def _parts(calibration: Calibration) -> dict[str, Tensor]:
@@ -173,14 +160,3 @@ def _assembled(parts: dict[str, Tensor], head_dim: int, **facts: Any) -> Calibra
         torch.complex(parts["mean_real"], parts["mean_imag"]), parts["modulus"], parts.get("square"),
         horizon_LHqJ=parts.get("horizon"), head_dim=head_dim, **facts,
     )  # fmt: skip
-
-
-def _existing(path: Path | str) -> Path:
-    if not Path(path).is_file():
-        raise CalibrationError(f"There is no calibration file {path}.")
-    return Path(path)
-
-
-def _write(path: Path | str, data: bytes) -> None:
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(Path(path), data)

@@ -136,7 +136,7 @@ def _needs(method: Method) -> list[str]:
         "every query": needs.observes,
         f"{needs.recent} newest slot{'' if needs.recent == 1 else 's'} kept": needs.recent,
         f"one choice per {needs.scope}": needs.scope != "head",
-        "merges slots": needs.folds,
+        "merges slots": needs.merges,
         "mass on logits (not on flash)": needs.log_mass,
         f"state per slot ({', '.join(needs.slot_state)})": needs.slot_state,
         "calibration": needs.calibration,

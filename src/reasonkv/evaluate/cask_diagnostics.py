@@ -124,7 +124,7 @@ class CaskDiagnostics:
         before_L = torch.cat([known_L, torch.arange(settled, len(into_N))])
         after_L = self._slots[key] = torch.where(before_L >= 0, into_N[before_L.clamp(min=0)], -1)
         weights_HK: Tensor | None = torch.ones(1, len(kept_K))  # tokens of its kind a slot stands for in the softmax
-        if plan.fold is not None and plan.fold.rotary is not None:
+        if plan.merge is not None and plan.merge.rotary is not None:
             weights_HK = None
         elif plan.log_mass_BHK is not None:
             weights_HK = plan.log_mass_BHK[place].cpu().exp()
@@ -161,7 +161,7 @@ class CaskDiagnostics:
             fmean(int((part.candidates_N & part.kept_N).sum()) for part in parts),
             _mean(evicted), _mean(lost), _mean(absolute),
             distance, distance / norm if distance is not None and norm else None, core, rep,
-            tuple(sorted({guard for part in parts for guard in part.plan.guards})),
+            tuple(sorted({name for part in parts for name in part.plan.fallbacks})),
         )  # fmt: skip
 
     def _masses(
@@ -187,7 +187,7 @@ def trace_means(events: Sequence[CaskEvent]) -> dict[str, float | None]:
 
 def _dispersion(view: SlotView, plan: CaskPlan, place: int, into_N: Tensor) -> tuple[float, float] | None:
     """Mean kappa distance of merged keys to their group's key, and their mean kappa norm; None without groups."""
-    if plan.fold is None or view.rotary is None:
+    if plan.merge is None or view.rotary is None:
         return None
     kept_K = plan.kept_BHK[place, 0].cpu()
     sizes_K = torch.bincount(into_N[into_N >= 0], minlength=len(kept_K))
@@ -197,11 +197,11 @@ def _dispersion(view: SlotView, plan: CaskPlan, place: int, into_N: Tensor) -> t
     group_m, counts_N = into_N[member_m], view.counts_BHN[place, 0].cpu().double()
     keys_HND = view.rotary.unrotate(view.keys_BHND[place].double(), view.positions_BHN[place]).cpu()
     keys_HmD = keys_HND[:, member_m]
-    weight_m = plan.fold.value_weights_BHN[place, 0].double().cpu()[member_m]
+    weight_m = plan.merge.value_weights_BHN[place, 0].double().cpu()[member_m]
     total_K, tokens_K = (torch.zeros(len(kept_K), dtype=torch.float64) for _ in range(2))
     share_m = weight_m / total_K.index_add_(0, group_m, weight_m)[group_m].clamp(min=1e-30)
     tokens_K.index_add_(0, group_m, counts_N[member_m])
-    if plan.fold.rotary is None:
+    if plan.merge.rotary is None:
         own_HmD = keys_HND[:, kept_K[group_m]]
     else:  # means of keys
         mean_HKD = torch.zeros(len(keys_HmD), len(kept_K), keys_HmD.shape[2], dtype=torch.float64)

@@ -33,8 +33,8 @@ class EventPlan:
         length: tokens the row had seen.
         positions_HN: int32, token index of every slot held before the event.
         kept_HK: int32, slots that stayed, ascending.
-        into_HN: int32, output slot a slot was folded into (a kept one: its own), -1 where dropped; None where the plan
-            folds nothing. A slot that stays as padding (log mass -inf) counts as dropped.
+        into_HN: int32, output slot a slot was merged into (a kept one: its own), -1 where dropped; None where the plan
+            merges nothing. A slot that stays as padding (log mass -inf) counts as dropped.
     """
 
     layer: int
@@ -58,7 +58,7 @@ class PlanRecorder:
     def __call__(self, layer: int, rows: list[int], view: SlotView, plan: Plan) -> None:
         """Copy one layer's plan for the rows that share it."""
         positions_BHN, kept_BHK = _copied(view.positions_BHN), _copied(plan.kept_BHK)
-        into_BHN = _copied(plan.fold.into_BHN) if plan.fold is not None else _without_padding(view, plan)
+        into_BHN = _copied(plan.merge.into_BHN) if plan.merge is not None else _without_padding(view, plan)
         events, lengths = view.event_B.tolist(), view.length_B.tolist()
         for place, row in enumerate(rows):
             into_HN = None if into_BHN is None else into_BHN[place]
@@ -71,13 +71,13 @@ class PlanRecorder:
 class Fates:
     """What became of the tokens of one row.
 
-    A folded token lives on in the slot it was folded into; when that slot is dropped later, so is the token. Where
+    A merged token lives on in the slot it was merged into; when that slot is dropped later, so is the token. Where
     layers have events of their own, they are counted over all layers: one for every length at which any had one.
 
     Args:
         layers: indices of the layers, in the order of the first axis.
         dropped_GHN: int32, event at which nothing of the token was left, or -1.
-        folded_GHN: int32, event at which the token's slot was folded into another, or -1.
+        folded_GHN: int32, event at which the token's slot was merged into another, or -1.
         into_GHN: int32, token index of that other slot, or -1.
         lengths_E: tokens seen at every event.
         before_E: slots held per KV head before every event, mean over the layers that had it.
@@ -166,7 +166,7 @@ def _hosts(plan: EventPlan, tokens: int) -> Tensor:
 def save_plans(path: Path, plans: Sequence[EventPlan]) -> None:
     """Write plans to a safetensors file, whole or not at all, so that fates can be recomputed by anyone.
 
-    Plan i has the tensors `i.positions`, `i.kept` and, where it folds, `i.into`; the file's metadata lists layer, row,
+    Plan i has the tensors `i.positions`, `i.kept` and, where it merges, `i.into`; the file's metadata lists layer, row,
     event and length of every plan.
     """
     tensors: dict[str, Tensor] = {}

@@ -11,13 +11,15 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from reasonkv.errors import ReasonKVError
 from reasonkv.files import write_atomically
 from reasonkv.identity import package_versions
 
 MANIFEST = "manifest.json"
+FORMAT = 2
+"""Raised when records of a method get other options: a folder is continued only in its own format."""
 _LOCK = ".lock"
 
 
@@ -36,6 +38,7 @@ class Manifest(BaseModel):
         device: where the run began, in words.
         versions: versions of Python and of the packages that decide results.
         date: when the run began, UTC.
+        format: version of the folder's format; folders that name none have 1.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -45,6 +48,7 @@ class Manifest(BaseModel):
     device: str
     versions: dict[str, str] = Field(default_factory=package_versions)
     date: str = Field(default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds"))
+    format: int = FORMAT
 
     @property
     def run(self) -> str:
@@ -64,8 +68,8 @@ class Manifest(BaseModel):
             ResultsError: it cannot be read.
         """
         try:
-            return cls.model_validate_json(path.read_bytes())
-        except (OSError, ValidationError):
+            return cls.model_validate({"format": 1, **json.loads(path.read_bytes())})
+        except (OSError, TypeError, ValueError):
             raise ResultsError(f"{path} cannot be read as a manifest; choose another --out folder.") from None
 
     def difference(self, wanted: Manifest) -> str | None:
@@ -124,7 +128,15 @@ def _claim(folder: Path, manifest: Manifest) -> None:
         if any(not entry.name.startswith(".") for entry in folder.iterdir()):
             raise ResultsError(f"{folder} holds files that are not results of reasonkv; choose another --out folder.")
         manifest.write(path)
-    elif difference := Manifest.read(path).difference(manifest):
+        return
+    found = Manifest.read(path)
+    if found.format != manifest.format:
+        age = "an older" if found.format < manifest.format else "a later"
+        raise ResultsError(
+            f"{folder} was written by {age} version of reasonkv, which can be read but not continued; choose another "
+            f"--out folder."
+        )
+    if difference := found.difference(manifest):
         raise ResultsError(
             f"{folder} holds results of another command ({difference}); choose another --out folder, or repeat "
             f"that command to continue it."

@@ -8,41 +8,31 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from reasonkv.methods.catalogue import CATALOGUE, method_names
-from reasonkv.methods.options import MethodError
+from reasonkv.methods.catalogue import CATALOGUE as CATALOGUE
+from reasonkv.methods.catalogue import method_names as method_names
+from reasonkv.methods.options import MethodError as MethodError
 
 if TYPE_CHECKING:
-    from reasonkv.methods.base import (
-        Method,
-        Observed,
-        Requirements,
-        ScorerMethod,
-        SlotState,
-        layer_budgets,
-        refuse_future,
-    )
-    from reasonkv.methods.registry import get_method, method_class, method_classes, with_options
+    from reasonkv.methods.base import Method as Method
+    from reasonkv.methods.base import Observed as Observed
+    from reasonkv.methods.base import Requirements as Requirements
+    from reasonkv.methods.base import ScorerMethod as ScorerMethod
+    from reasonkv.methods.base import SlotState as SlotState
+    from reasonkv.methods.base import layer_budgets as layer_budgets
+    from reasonkv.methods.base import refuse_future as refuse_future
+    from reasonkv.methods.registry import get_method as get_method
+    from reasonkv.methods.registry import method_class as method_class
+    from reasonkv.methods.registry import method_classes as method_classes
+    from reasonkv.methods.registry import with_options as with_options
 
-__all__ = [
-    "CATALOGUE",
-    "Method",
-    "MethodError",
-    "Observed",
-    "Requirements",
-    "ScorerMethod",
-    "SlotState",
-    "get_method",
-    "layer_budgets",
-    "method_class",
-    "method_classes",
-    "method_names",
-    "refuse_future",
-    "with_options",
-]
+_MODULES = {
+    "base": ("Method", "Observed", "Requirements", "ScorerMethod", "SlotState", "layer_budgets", "refuse_future"),
+    "registry": ("get_method", "method_class", "method_classes", "with_options"),
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module 'reasonkv.methods' has no attribute {name!r}")
-    is_lookup = name in ("get_method", "method_class", "method_classes", "with_options")
-    return getattr(import_module("reasonkv.methods.registry" if is_lookup else "reasonkv.methods.base"), name)
+    for module, names in _MODULES.items():
+        if name in names:
+            return getattr(import_module(f"{__name__}.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

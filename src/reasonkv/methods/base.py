@@ -32,12 +32,12 @@ class SlotState:
 
     Args:
         initial: what a new token's slot gets: its token index ("position"), or a constant.
-        fold: how the values of merged slots combine; "kept" takes the kept slot's own.
+        merge: how the values of merged slots combine; "kept" takes the kept slot's own.
         dtype: of the stored value, 4 bytes wide.
     """
 
     initial: Literal["position"] | float
-    fold: Literal["sum", "max", "min", "kept"] = "kept"
+    merge: Literal["sum", "max", "min", "kept"] = "kept"
     dtype: torch.dtype = torch.float32
 
 
@@ -50,7 +50,7 @@ class Requirements:
         recent: newest slots the method itself always keeps (the larger of this and the budget's counts, once).
         scope: what one plan covers: "head" - every KV head chooses its own slots; "layer" - all heads of a layer
             share them; "model" - all layers are planned at once, after the last one (`Method.plan_layers`).
-        folds: the method merges slots, so counts are stored.
+        merges: the method merges slots, so counts are stored.
         future: the method reads full KV's attention of tokens still to come (`SlotView.future_attention_BHN`), which
             is known in replay only.
         slot_state: state beside every slot, by name.
@@ -69,7 +69,7 @@ class Requirements:
     queries: int = 0
     recent: int = 0
     scope: Literal["head", "layer", "model"] = "head"
-    folds: bool = False
+    merges: bool = False
     future: bool = False
     slot_state: Mapping[str, SlotState] = field(default_factory=dict)
     log_mass: bool = False

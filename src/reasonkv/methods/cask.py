@@ -24,7 +24,7 @@ from reasonkv.methods.keys import comparison_vectors, unit_vectors
 from reasonkv.methods.options import Count, Share
 from reasonkv.methods.phases import parse_markers, phase_markers, phases_of_tokens
 from reasonkv.methods.triattention import paper_budget
-from reasonkv.plan import Fold, Plan, PlanError
+from reasonkv.plan import Merge, Plan, PlanError
 from reasonkv.view import SlotView
 
 Ints: TypeAlias = NDArray[np.int64]
@@ -61,7 +61,7 @@ class RowPlan(NamedTuple):
     supports_N: Floats
     candidates_N: Bools
     core_N: Bools
-    guards: tuple[str, ...] = ()
+    fallbacks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -107,8 +107,6 @@ class CASK(Method):
     """
 
     name: ClassVar[str] = "cask"
-    title: ClassVar[str] = "Protected core by expected score, the rest folded into neighbours"
-    paper: ClassVar[str] = "CASK, github.com/Skyline-23/CASK"
     variants: ClassVar[dict[str, dict[str, object]]] = {
         "corrected": {"prompt_share": 0.9, "fold": "similar", "mass": "log"},
         "paper": {"prompt_share": 1.0, "fold": "neighbours", "mass": "none"},
@@ -135,7 +133,7 @@ class CASK(Method):
         merges = self.fold != "none"
         return Requirements(
             recent=self.window if self.variant == "corrected" else 0, scope="layer" if self.per_layer else "model",
-            folds=merges, slot_state=_SPAN if merges else {}, log_mass=merges and self.mass == "log",
+            merges=merges, slot_state=_SPAN if merges else {}, log_mass=merges and self.mass == "log",
             token_ids=merges and bool(parse_markers(self.markers)), calibration=True,
         )  # fmt: skip
 
@@ -285,7 +283,7 @@ class CASK(Method):
             found, newest = self.decode_stage(own, scores_n, linked_n, slots), index[best_first(scores_n)[:slots]]
         if found is None:  # nothing merges
             made.target_N[newest] = newest
-            return made if slots >= len(index) else made._replace(guards=("merge_inactive",))
+            return made if slots >= len(index) else made._replace(fallbacks=("merge_inactive",))
         target_n, made.core_N[index] = found
         made.target_N[index] = np.where(target_n >= 0, index[target_n], -1)
         return made
@@ -316,7 +314,7 @@ class CASK(Method):
             return [self.plan(view, keep) for view in views]
         first, rows = views[0], tuple(self.plan_row(row, keep) for row in self.rows(views))
         (B, H, N), device = first.positions_BHN.shape, first.positions_BHN.device
-        guards = tuple(sorted({guard for row in rows for guard in row.guards}))
+        fallbacks = tuple(sorted({name for row in rows for name in row.fallbacks}))
         target_BN = torch.from_numpy(np.stack([row.target_N for row in rows]))
 
         def for_heads(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -325,7 +323,7 @@ class CASK(Method):
         stays_BN, is_kept_BN = target_BN >= 0, target_BN == torch.arange(N)
         kept_BHK = for_heads(is_kept_BN.nonzero()[:, 1].view(B, keep), torch.int64)
         if int(stays_BN.sum()) == B * keep:  # nothing merged
-            return [CaskPlan(kept_BHK, guards=guards, rows=rows) for _ in views]
+            return [CaskPlan(kept_BHK, fallbacks=fallbacks, rows=rows) for _ in views]
         into_BN = (is_kept_BN.cumsum(1) - 1).gather(1, target_BN.clamp(min=0)).where(stays_BN, torch.tensor(0))
 
         def summed(x_BN: Tensor) -> Tensor:
@@ -340,9 +338,9 @@ class CASK(Method):
         weights_BN = torch.where(is_alone_BN, 1.0, mass_BN / sums_BK.gather(1, into_BN)) * stays_BN
         dtype = torch.promote_types(first.keys_BHND.dtype, torch.float32)
         into_BHN = for_heads(into_BN.masked_fill(~stays_BN, -1), torch.int64)
-        fold = Fold(into_BHN, for_heads(is_kept_BN, dtype), for_heads(weights_BN, dtype))
+        merge = Merge(into_BHN, for_heads(is_kept_BN, dtype), for_heads(weights_BN, dtype))
         log_mass_BHK = for_heads(summed(counts_BN).log(), dtype) if self.mass == "log" else None
-        return [CaskPlan(kept_BHK, fold, log_mass_BHK=log_mass_BHK, guards=guards, rows=rows) for _ in views]
+        return [CaskPlan(kept_BHK, merge, log_mass_BHK=log_mass_BHK, fallbacks=fallbacks, rows=rows) for _ in views]
 
 
 def best_first(scores: NDArray[Any]) -> Ints:

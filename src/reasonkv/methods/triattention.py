@@ -81,8 +81,6 @@ class TriAttention(Method):
     """
 
     name: ClassVar[str] = "triattention"
-    title: ClassVar[str] = "Expected score under the mean query, from calibration"
-    paper: ClassVar[str] = "TriAttention, arXiv 2604.04921"
     variants: ClassVar[dict[str, dict[str, object]]] = {
         "corrected": {"pin_prompt": False},
         "paper": {"pin_prompt": True},

@@ -10,18 +10,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from reasonkv.files import write_atomically
+from reasonkv.calibration.tensors import read_tensors, write_tensors
 from reasonkv.identity import TESTBED_FOLDER, model_hash, shown_name
 from reasonkv.methods import MethodError
 
 FILE = "reasonkv_gate.safetensors"
 """Name of a gate's file inside a model folder."""
-FORMAT, VERSION = "reasonkv-gate", 1
 _NAMES = ("query", "key", "query_norm", "key_norm")
 
 
@@ -102,13 +99,8 @@ def save_gate(path: Path | str, gate: Gate) -> None:
         for number, layer in enumerate(gate.layers)
         for name, tensor in layer.items()
     }
-    facts = {
-        "format": FORMAT, "version": VERSION, "layers": len(gate.layers), "page_size": gate.page_size,
-        "model": gate.model, "source": gate.source,
-    }  # fmt: skip
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, save(tensors, metadata={name: str(value) for name, value in facts.items()}))
+    facts = {"layers": len(gate.layers), "page_size": gate.page_size, "model": gate.model, "source": gate.source}
+    write_tensors(path, "gate", tensors, facts)
 
 
 def load_gate(path: Path | str) -> Gate:
@@ -117,24 +109,11 @@ def load_gate(path: Path | str) -> Gate:
     Raises:
         GateError: it is missing, damaged, something else, or of a later version.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise GateError(f"There is no gate {path}.")
-    try:
-        with safe_open(path, "pt") as file:
-            header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name).float() for name in list(file.keys())}
-    except (OSError, SafetensorError):
-        raise GateError(f"{path} cannot be read as a gate.") from None
-    if header.get("format") != FORMAT:
-        raise GateError(f"{path} is a safetensors file, but not a gate of reasonkv.")
-    version = header.get("version", "")
-    if version.isdigit() and int(version) > VERSION:
-        raise GateError(f"{path} has format version {version}, but this reasonkv reads versions up to {VERSION}.")
+    header, tensors = read_tensors(path, "gate", GateError)
     try:
         numbers = range(int(header["layers"]))
         present = {int(name.split(".")[0]) for name in tensors}
-        layers = [{n: tensors[f"{i}.{n}"] for n in _NAMES} if i in present else {} for i in numbers]
+        layers = [{n: tensors[f"{i}.{n}"].float() for n in _NAMES} if i in present else {} for i in numbers]
         return Gate(layers, int(header["page_size"]), header["model"], header.get("source", ""))
     except (KeyError, ValueError):
         raise GateError(f"{path} is damaged: its header and its tensors do not fit together.") from None

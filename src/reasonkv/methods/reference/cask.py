@@ -154,8 +154,8 @@ class CaskReference(CASK):
         plans = super().plan_layers(views, keep)
         if self.representative == "score_max_source":
             return plans
-        folds = (
-            fold and replace(fold, key_weights_BHN=fold.value_weights_BHN, rotary=view.rotary)
-            for view, fold in zip(views, (plan.fold for plan in plans), strict=True)
+        merges = (
+            merge and replace(merge, key_weights_BHN=merge.value_weights_BHN, rotary=view.rotary)
+            for view, merge in zip(views, (plan.merge for plan in plans), strict=True)
         )
-        return [replace(plan, fold=fold) for plan, fold in zip(plans, folds, strict=True)]
+        return [replace(plan, merge=merge) for plan, merge in zip(plans, merges, strict=True)]

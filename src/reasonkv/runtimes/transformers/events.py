@@ -51,11 +51,11 @@ def _note(rows: list[SequenceState], plans: list[Plan], layers: int) -> None:
     """Count folded slots and padding (as means over heads and layers) and the fallbacks of one or all layers."""
     for plan in plans:
         for row in rows:
-            for name in plan.guards:
+            for name in plan.fallbacks:
                 row.fallbacks.setdefault(name, set()).add(row.events)
-        if plan.fold is not None:
+        if plan.merge is not None:
             kept = plan.kept_BHK.shape[-1]
-            folded_B = ((plan.fold.into_BHN >= 0).sum(-1) - kept).float().mean(-1) / layers
+            folded_B = ((plan.merge.into_BHN >= 0).sum(-1) - kept).float().mean(-1) / layers
             for row, folded in zip(rows, folded_B.tolist(), strict=True):
                 row.folded += folded
         if plan.log_mass_BHK is not None:
@@ -65,8 +65,8 @@ def _note(rows: list[SequenceState], plans: list[Plan], layers: int) -> None:
 
 
 def _check_declared(method: Method, plan: Plan) -> None:
-    if plan.fold is not None and not method.needs.folds:
-        raise UnsupportedModelError(f"{method.name} folds slots without declaring Requirements(folds=True).")
+    if plan.merge is not None and not method.needs.merges:
+        raise UnsupportedModelError(f"{method.name} merges slots without declaring Requirements(merges=True).")
     unknown = set(plan.new_state) - set(method.needs.stored_state)
     if unknown:
         raise UnsupportedModelError(

@@ -100,7 +100,7 @@ class LayerStorage(SlotStore):
 
     def bytes_per_slot(self) -> int:
         """Bytes of one slot of all KV heads: key, value, token index, count and method state."""
-        state = 4 * (int(self.is_bounded or self.token_index is not None) + int(self.needs.folds))
+        state = 4 * (int(self.is_bounded or self.token_index is not None) + int(self.needs.merges))
         state += sum(self.dtype_of(declared).itemsize for declared in self.needs.stored_state.values())
         return self.bytes_per_token() + self.heads * state
 

@@ -196,15 +196,15 @@ def _checked_plans(method: Method, views: list[PagedView], keep: int) -> list[Pl
     for view, plan in zip(views, plans, strict=True):
         B, H, N = view.positions_BHN.shape
         plan.check((B, H, N), keep, view.is_protected_BHN)
-        if plan.fold is not None and not method.needs.folds:
-            raise PlanError(f"{method.name} folds slots without declaring Requirements(folds=True).")
+        if plan.merge is not None and not method.needs.merges:
+            raise PlanError(f"{method.name} merges slots without declaring Requirements(merges=True).")
     return plans
 
 
 def _rewrite(layer: Layer, blocks_BM: Tensor, plan: Plan, view: PagedView) -> None:
     """Write what stays to the front of the requests' blocks."""
     every_row = list(range(len(blocks_BM)))
-    if plan.fold is not None:
+    if plan.merge is not None:
         keys, values = view.keys_BHND.contiguous(), view.values_BHND.contiguous()
         new = dict(zip(_FIELDS, compact_pair(keys, values, every_row, plan, view.positions_BHN), strict=True))
     else:

@@ -57,9 +57,9 @@ class Meter:
     def note_plans(self, plans: list[Plan], layers: int) -> None:
         """Count merged slots of one or all of so many layers."""
         for plan in plans:
-            if plan.fold is not None:
+            if plan.merge is not None:
                 kept = plan.kept_BHK.shape[-1]
-                self.folded += float(((plan.fold.into_BHN >= 0).sum(-1) - kept).float().mean(-1).sum()) / layers
+                self.folded += float(((plan.merge.into_BHN >= 0).sum(-1) - kept).float().mean(-1).sum()) / layers
 
     def note_step(self, step: StepLayout, seconds: float) -> None:
         """Count one finished step."""
