@@ -25,7 +25,7 @@ from cells import (
     words,
 )
 
-from reasonkv.report.charts import facets, log_x
+from reasonkv.report.charts import facets
 from reasonkv.report.metrics import DIAGNOSTICS, Metric
 
 _FIGURE = (
@@ -250,9 +250,11 @@ def _figure(cells_of: Cells, metric: str, path: Path) -> None:
                 one = mean(cell, metric)
                 points.append({"panel": str(group), "method": method, "x": int(size or 0), "y": scale * one.mean,
                                "low": scale * (one.mean - one.se), "high": scale * (one.mean + one.se)})  # fmt: skip
-    y = alt.Y("y:Q", title=title, scale=alt.Scale(type="log" if metric == "kl" else "linear"))
-    facets(pd.DataFrame(points), log_x("x:Q", "budget, slots per KV head"), y, path, column="panel", columns=3,
-           names=_FIGURE, note="Dashed: full KV. Band: one standard error.")  # fmt: skip
+    y = alt.Y("y:Q", title=title, scale=alt.Scale(type="log"), axis=alt.Axis(values=[0.01, 0.1, 1], format="~g"))
+    if metric == "correct":
+        y = alt.Y("y:Q", title=title)
+    facets(pd.DataFrame(points), "budget, slots per KV head", y, path, column="panel", columns=3, names=_FIGURE,
+           note="Dashed: full KV. Band: one standard error.")  # fmt: skip
 
 
 def build_prompt_share(source: Path, to: Path) -> None:

@@ -251,7 +251,8 @@ def _heat(replays: Cells, policy: str, path: Path) -> None:
                 points.append({"family": group.task, "size": label, "method": method, "ratio": min(2, max(-2, ratio)),
                                "mark": "·" if judged == "undecided" else ""})  # fmt: skip
     data = pd.DataFrame(points)
-    ratio = alt.Color("ratio:Q", title=f"KL over {RIVAL[policy]}'s", legend=alt.Legend(
+    ratio = alt.Color("ratio:Q", legend=alt.Legend(
+        title=["KL over that of", RIVAL[policy]], titleLimit=300,
         values=[-2, -1, 0, 1, 2], labelExpr="{'-2': '1/4', '-1': '1/2', '0': '1', '1': '2', '2': '4'}[datum.value]",
     ), scale=alt.Scale(scheme="redblue", reverse=True, domain=[-2, 2]))  # fmt: skip
     panels = []
