@@ -30,8 +30,8 @@ from reasonkv.report.inspector import (
     inspector_page,
     load_inspections,
     save_inspection,
-    token_pieces,
 )
+from reasonkv.report.packing import token_pieces
 from reasonkv.tasks import get_task
 
 CELL = RunConfig(get_method("rkv:window=6,kernel=3"), Budget(40, interval=12, sinks=2, recent=8, prompt="count"))

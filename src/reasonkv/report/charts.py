@@ -6,6 +6,7 @@ Needs `altair` and `vl-convert-python`, which draws without a browser and withou
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -78,18 +79,18 @@ def rule(value: float, dash: Sequence[float] = FULL_DASH, colour: str = FULL_COL
     return alt.Chart(data).mark_rule(color=colour, strokeDash=list(dash), strokeWidth=1.3).encode(y="value:Q")
 
 
-def log_x(field: str, title: str, values: Sequence[float] = (), **axis: Any) -> alt.X:
+def log_x(field: str, title: str | None, values: Sequence[float] = ()) -> alt.X:
     """Return a logarithmic axis with ticks at the values given, or at powers of two."""
     ticks = {"values": list(values)} if len(values) else {}
-    axis = {"format": ",.0f", "grid": False, "labelOverlap": "greedy", **ticks, **axis}
-    return alt.X(field, title=title, scale=alt.Scale(type="log", base=2, nice=False, padding=12), axis=alt.Axis(**axis))
+    axis = alt.Axis(format=",.0f", grid=False, labelOverlap="greedy", **ticks)
+    return alt.X(field, title=title, scale=alt.Scale(type="log", base=2, nice=False, padding=12), axis=axis)
 
 
 def save_png(chart: alt.TopLevelMixin, path: Path, note: str = "", scale: float = 2.0) -> Path:
     """Draw a chart into a PNG file, whole or not at all, with a note under it; return its path."""
     if note:
         chart = chart.properties(title=alt.TitleParams(
-            [part for line in note.split("\n") for part in _wrapped(line)], orient="bottom", anchor="start",
+            [part for line in note.split("\n") for part in textwrap.wrap(line, 130)], orient="bottom", anchor="start",
             fontSize=10, fontWeight="normal", color="#555555", offset=14,
         ))  # fmt: skip
     spec = chart.configure(font="DejaVu Sans, Arial, sans-serif").configure_view(stroke=None).to_dict()
@@ -156,15 +157,6 @@ def facets(
     return save_png(grid, path, note, scale=1.5)
 
 
-def _wrapped(text: str, width: int = 130) -> list[str]:
-    found = [""]
-    for word in text.split():
-        if found[-1] and len(found[-1]) + len(word) >= width:
-            found.append("")
-        found[-1] += (" " if found[-1] else "") + word
-    return found
-
-
 def _version() -> str:
     """The newest Vega-Lite that both libraries know."""
     return str(vl_convert.get_vegalite_versions()[-1])
@@ -212,8 +204,7 @@ def report_chart(summary: pd.DataFrame, kind: str, baseline: pd.DataFrame | None
     known = styles(methods) | ({} if baseline is None else {"random, prompt kept": _BASELINE})
     look = looks(list(known), known)
     here = "datum.task == task && datum.metric == metric && "
-    x = alt.X("tokens:Q", scale=alt.Scale(type="log", base=2, nice=False, padding=14), title=None,
-              axis=alt.Axis(grid=False, format=",.0f", labelOverlap="greedy"))  # fmt: skip
+    x = log_x("tokens:Q", None)
     y = alt.Y("y:Q", scale=alt.Scale(zero=False), title=None)
     points = alt.Chart().transform_filter(f"{here}datum.regime == regime && isValid(datum.tokens)").encode(x=x)
     picked = alt.selection_point(fields=["method"], bind="legend", name="picked")
