@@ -229,7 +229,7 @@ def _figure(cells_of: Cells, metric: str, path: Path) -> None:
     if metric == "correct":
         y = alt.Y("y:Q", title=title)
     facets(pd.DataFrame(points), "budget, slots per KV head", y, path, column="panel", columns=3, names=_FIGURE,
-           note="Dashed: full KV. Band: one standard error.")  # fmt: skip
+           note=f"{'Full KV is at 0' if metric == 'kl' else 'Dashed: full KV'}. Band: one standard error.")  # fmt: skip
 
 
 def build_prompt_share(source: Path, to: Path) -> None:

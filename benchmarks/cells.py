@@ -194,10 +194,9 @@ def count_verdicts(found: Iterable[Difference | None]) -> str:
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
-    """Return the lines of a markdown table."""
-    head = list(head)
-    lines = ["|---" * len(head) + "|", *("| " + " | ".join(row) + " |" for row in rows)]
-    return ["| " + " | ".join(head) + " |", *lines]
+    """Return the lines of a markdown table; a heading with a | in it stands for several columns."""
+    line = "| " + " | ".join(head) + " |"
+    return [line, "|---" * (line.count("|") - 1) + "|", *("| " + " | ".join(row) + " |" for row in rows)]
 
 
 def by_budget(
