@@ -7,6 +7,7 @@ import math
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import altair as alt
 import pandas as pd
@@ -15,6 +16,7 @@ from cells import (
     Cell,
     Cells,
     budgets,
+    by_budget,
     count_verdicts,
     gain,
     load_cells,
@@ -25,7 +27,7 @@ from cells import (
     words,
 )
 
-from reasonkv.report.charts import facets, log_x
+from reasonkv.report.charts import facets
 from reasonkv.report.metrics import DIAGNOSTICS, Metric
 
 _FIGURE = (
@@ -49,6 +51,7 @@ _PARTS = {
     "cask:prompt_share=0.5": "half to the prompt",
 }
 """Variants of CASK under the names they were recorded by."""
+PAPER = "cask:profile=paper"
 DEGENERATE = "triattention:profile=paper"
 """The reference's baseline on long prompts: it pins the prompt, or what fits of its beginning."""
 
@@ -92,86 +95,68 @@ def _claims(replays: Cells) -> list[str]:
         "are family x prompt policy x budget; a cell counts as decided when its interval excludes 0.",
         "",
     ]
-    rivals = (
-        "triattention",
-        "triattention:mode=global",
-        "triattention:mode=per_layer_per_head",
-        "expected",
-        "rkv",
-        "random",
-    )
+    rivals = ("triattention", "triattention:mode=global", "triattention:mode=per_layer_per_head", "expected", "rkv",
+              "random")  # fmt: skip
     for metric, (title, scale) in METRICS.items():
-        out += [f"**{title}**: cells in which ours is better / undecided / worse", ""]
-        out += [
-            "| ours | " + " | ".join(f"against {_label(one)}" for one in rivals) + " |",
-            "|---" * (1 + len(rivals)) + "|",
+        rows = [
+            [_label(ours), *(_verdicts(replays, ours, theirs, metric, scale) for theirs in rivals)]
+            for ours in ("cask", PAPER, "triattention", "triattention:mode=per_layer_per_head")
         ]
-        for ours in ("cask", "cask:profile=paper", "triattention", "triattention:mode=per_layer_per_head"):
-            row = []
-            for theirs in rivals:
-                row.append(
-                    count_verdicts(
-                        gain(cells[ours, tokens], cells[theirs, tokens], metric, scale)
-                        for cells in replays.values()
-                        for tokens in budgets(cells)
-                        if ours != theirs and (ours, tokens) in cells and (theirs, tokens) in cells
-                    )
-                )
-            out.append(f"| {_label(ours)} | " + " | ".join(row) + " |")
-        out.append("")
+        out += [f"**{title}**: cells in which ours is better / undecided / worse", ""]
+        out += [*table(["ours", *(f"against {_label(one)}" for one in rivals)], rows), ""]
     out += [
         "**Crossing**: the next smaller budget against triattention, KL (positive: more is kept with fewer slots)",
         "",
     ]
-    for ours in ("cask", "cask:profile=paper"):
-        out += [f"| {ours} against | " + "family | slots | gain in KL | verdict |", "|---|---|---|---|---|"]
+    for ours in ("cask", PAPER):
+        rows = []
         for group, cells in replays.items():
-            sizes = budgets(cells)
-            for less, more in pairwise(sizes):
+            for less, more in pairwise(budgets(cells)):
                 for theirs in ("triattention", "triattention:mode=global"):
                     if (ours, less) in cells and (theirs, more) in cells:
                         found = gain(cells[ours, less], cells[theirs, more], "kl", -1.0)
-                        out.append(f"| {theirs} | {group} | {less} > {more} | {words(found)} | {verdict(found)} |")
-        out.append("")
+                        rows.append([theirs, str(group), f"{less} > {more}", words(found), verdict(found)])
+        out += [*table([f"{ours} against", "family", "slots", "gain in KL", "verdict"], rows), ""]
     return out
+
+
+def _verdicts(replays: Cells, ours: str, theirs: str, metric: str, scale: float) -> str:
+    return count_verdicts(
+        gain(cells[ours, tokens], cells[theirs, tokens], metric, scale)
+        for cells in replays.values()
+        for tokens in budgets(cells)
+        if ours != theirs and (ours, tokens) in cells and (theirs, tokens) in cells
+    )
 
 
 def _ablations(replays: Cells) -> list[str]:
     """What every part of CASK adds: the whole against the whole without it."""
     out = ["## What each part contributes (replay, KL: cask minus the variant, positive when the part helps)", ""]
-    variants = [*_PARTS, "cask:profile=paper"]
-    out += [
-        "| family | slots | " + " | ".join(_label(one) for one in variants) + " |",
-        "|---" * (2 + len(variants)) + "|",
+    variants = [*_PARTS, PAPER]
+    rows = [
+        [
+            str(group),
+            tokens,
+            *(words(gain(cells["cask", tokens], cells.get((one, tokens)), "kl", -1.0)) for one in variants),
+        ]
+        for group, cells in replays.items()
+        for tokens in budgets(cells)
     ]
-    for group, cells in replays.items():
-        for tokens in budgets(cells):
-            row = [
-                words(gain(cells["cask", tokens], cells[one, tokens], "kl", -1.0)) if (one, tokens) in cells else "-"
-                for one in variants
-            ]
-            out.append(f"| {group} | {tokens} | " + " | ".join(row) + " |")
-    return [*out, ""]
+    return [*out, *table(["family", "slots", *map(_label, variants)], rows), ""]
 
 
 def _accuracy(answers: Cells) -> list[str]:
     out = ["## Whole answers right in real generation, % (paired difference to random in points)", ""]
     for group, cells in answers.items():
-        sizes = budgets(cells)
         full = mean(cells["full", ""], "correct")
         out += [f"**{group}**: full KV {100 * full.mean:.1f} +- {100 * full.se:.1f}", ""]
-        out += ["| method | " + " | ".join(f"{n} slots" for n in sizes) + " |", "|---" * (1 + len(sizes)) + "|"]
-        for method in methods(cells):
-            row = []
-            for tokens in sizes:
-                lines = cells.get((method, tokens))
-                one = mean(lines, "correct")
-                beyond = gain(lines, cells.get(("random", tokens)), "correct", 100.0)
-                row.append(
-                    f"{100 * one.mean:.1f} +- {100 * one.se:.1f} ({words(beyond, 0)})" if lines is not None else "-"
-                )
-            out.append(f"| {_label(method)} | " + " | ".join(row) + " |")
-        out.append("")
+
+        def text(method: str, tokens: str, cells: Any = cells) -> str:
+            one = mean(cells[method, tokens], "correct")
+            beyond = gain(cells[method, tokens], cells.get(("random", tokens)), "correct", 100.0)
+            return f"{100 * one.mean:.1f} +- {100 * one.se:.1f} ({words(beyond, 0)})"
+
+        out += by_budget(cells, text, name=_label)
     return out
 
 
@@ -181,12 +166,11 @@ def _lost(diagnosed: Cells) -> list[str]:
     for group, cells in diagnosed.items():
         (tokens,) = budgets(cells)
         out += [f"**{group}**, {tokens} slots, n = {len(cells['full', ''])}", ""]
-        out += ["| method | " + " | ".join(one.label for one in DIAGNOSTICS) + " |"]
-        out += ["|---" * (1 + len(DIAGNOSTICS)) + "|"]
-        for method in methods(cells):
-            row = [_measured(one, cells[method, tokens]) for one in DIAGNOSTICS]
-            out.append(f"| {_label(method)} | " + " | ".join(row) + " |")
-        out.append("")
+        rows = [
+            [_label(method), *(_measured(one, cells[method, tokens]) for one in DIAGNOSTICS)]
+            for method in methods(cells)
+        ]
+        out += [*table(["method", *(one.label for one in DIAGNOSTICS)], rows), ""]
     meanings = "; ".join(f"{one.label.removesuffix(' %')}: {one.meaning}" for one in DIAGNOSTICS)
     return [*out, meanings + ".", ""] if diagnosed else []
 
@@ -203,37 +187,28 @@ def _values_table(replays: Cells) -> list[str]:
     for group, cells in replays.items():
         sizes = budgets(cells)
         out += [f"**{group}**, n = {len(cells['full', ''])}", ""]
-        held = [mean(cells["random", n], "physical_mean").mean for n in sizes]
-        heads = [f"{n} slots (mean {slots:.0f})" for n, slots in zip(sizes, held, strict=True)]
-        out += ["| method | " + " | ".join(heads) + " |", "|---" * (1 + len(sizes)) + "|"]
-        for method in methods(cells):
-            row = []
-            for tokens in sizes:
-                lines = cells.get((method, tokens))
-                found = [mean(lines, metric) for metric in METRICS]
-                row.append(
-                    f"{found[0].mean:.3f} +- {found[0].se:.3f} / {100 * found[1].mean:.1f} / "
-                    f"{100 * found[2].mean:.1f} +- {100 * found[2].se:.1f}"
-                    if lines is not None
-                    else "-"
-                )
-            out.append(f"| {_label(method)} | " + " | ".join(row) + " |")
-        out.append("")
+        heads = [f"{n} slots (mean {mean(cells['random', n], 'physical_mean').mean:.0f})" for n in sizes]
+
+        def text(method: str, tokens: str, cells: Any = cells) -> str:
+            kl, top1, answer = (mean(cells[method, tokens], metric) for metric in METRICS)
+            rest = f"{100 * answer.mean:.1f} +- {100 * answer.se:.1f}"
+            return f"{kl.mean:.3f} +- {kl.se:.3f} / {100 * top1.mean:.1f} / {rest}"
+
+        out += by_budget(cells, text, heads, _label)
     return out
 
 
 def _regimes(replays: Cells) -> list[str]:
     """How many records were decided by decode events, and in how many a guard spoke."""
-    out = ["## Regimes and guards (records)", "", "| family | method | regimes | guards |", "|---|---|---|---|"]
+    rows = []
     for group, cells in replays.items():
-        for method in ("cask", "cask:profile=paper", DEGENERATE):
+        for method in ("cask", PAPER, DEGENERATE):
             lines = [own for (name, _), own in cells.items() if name == method]
             if lines:
-                rows = pd.concat(lines)
-                regimes = Counter(rows["regime"])
-                guards = Counter(name for text in rows["guards"] for name, count in json.loads(text).items() if count)
-                out.append(f"| {group} | {method} | {_counted(regimes)} | {_counted(guards) or '-'} |")
-    return [*out, ""]
+                frame = pd.concat(lines)
+                guards = Counter(name for text in frame["guards"] for name, count in json.loads(text).items() if count)
+                rows.append([str(group), method, _counted(Counter(frame["regime"])), _counted(guards) or "-"])
+    return ["## Regimes and guards (records)", "", *table(["family", "method", "regimes", "guards"], rows), ""]
 
 
 def _counted(found: Counter[str]) -> str:
@@ -250,9 +225,11 @@ def _figure(cells_of: Cells, metric: str, path: Path) -> None:
                 one = mean(cell, metric)
                 points.append({"panel": str(group), "method": method, "x": int(size or 0), "y": scale * one.mean,
                                "low": scale * (one.mean - one.se), "high": scale * (one.mean + one.se)})  # fmt: skip
-    y = alt.Y("y:Q", title=title, scale=alt.Scale(type="log" if metric == "kl" else "linear"))
-    facets(pd.DataFrame(points), log_x("x:Q", "budget, slots per KV head"), y, path, column="panel", columns=3,
-           names=_FIGURE, note="Dashed: full KV. Band: one standard error.")  # fmt: skip
+    y = alt.Y("y:Q", title=title, scale=alt.Scale(type="log"), axis=alt.Axis(values=[0.01, 0.1, 1], format="~g"))
+    if metric == "correct":
+        y = alt.Y("y:Q", title=title)
+    facets(pd.DataFrame(points), "budget, slots per KV head", y, path, column="panel", columns=3, names=_FIGURE,
+           note=f"{'Full KV is at 0' if metric == 'kl' else 'Dashed: full KV'}. Band: one standard error.")  # fmt: skip
 
 
 def build_prompt_share(source: Path, to: Path) -> None:
@@ -263,9 +240,10 @@ def build_prompt_share(source: Path, to: Path) -> None:
         "",
     ]
     for group, cells in load_cells(source).replays.items():
-        rows = []
-        for method in methods(cells):
-            means = [mean(cells[method, n], "kl") for n in budgets(cells)]
-            rows.append([method, *(f"{one.mean:.3f} +- {one.se:.3f}" for one in means)])
-        out += [f"**{group.task}**", "", *table(["method", *budgets(cells)], rows), ""]
+
+        def text(method: str, tokens: str, cells: Any = cells) -> str:
+            one = mean(cells[method, tokens], "kl")
+            return f"{one.mean:.3f} +- {one.se:.3f}"
+
+        out += [f"**{group.task}**", "", *by_budget(cells, text, budgets(cells))]
     (to / "tables.md").write_text("\n".join(out))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -194,6 +194,28 @@ def count_verdicts(found: Iterable[Difference | None]) -> str:
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
-    """Return the lines of a markdown table."""
+    """Return the lines of a markdown table; a heading with a | in it stands for several columns."""
     line = "| " + " | ".join(head) + " |"
     return [line, "|---" * (line.count("|") - 1) + "|", *("| " + " | ".join(row) + " |" for row in rows)]
+
+
+def by_budget(
+    cells: Mapping[tuple[str, str], Cell],
+    text: Callable[[str, str], str],
+    heads: Iterable[str] = (),
+    name: Callable[[str], str] = str,
+) -> list[str]:
+    """Return a table with a row a method and a column a budget, and an empty line.
+
+    Args:
+        cells: of one group.
+        text: a cell's text by method and budget; one that did not run is "-".
+        heads: of the columns; the budgets in slots unless given.
+        name: a method's word.
+    """
+    sizes = budgets(cells)
+    rows = (
+        [name(method), *(text(method, one) if (method, one) in cells else "-" for one in sizes)]
+        for method in methods(cells)
+    )
+    return [*table(["method", *(heads or (f"{one} slots" for one in sizes))], rows), ""]

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from cells import Cells, Group, budgets, gain, load_cells, mean, methods, table, verdict, words
+from cells import Cells, Group, budgets, by_budget, gain, load_cells, mean, table, verdict, words
 
 from reasonkv.evaluate.table import Difference
 
@@ -144,10 +145,9 @@ def _values(cells_of: Cells, metric: str) -> list[str]:
     scale, digits, title = _SCALE[metric]
     out = [f"## {title.split(',')[0].capitalize()}: means and standard errors", ""]
     for group, cells in cells_of.items():
-        rows = []
-        for method in methods(cells):
-            found = [mean(cells[method, n], metric) if (method, n) in cells else None for n in budgets(cells)]
-            texts = [[f"{abs(scale) * part:.{digits}f}" for part in one] if one else ["-"] for one in found]
-            rows.append([method, *(" +- ".join(text) for text in texts)])
-        out += [f"**{group}**", "", *table(["method", *budgets(cells)], rows), ""]
+
+        def text(method: str, label: str, cells: Any = cells) -> str:
+            return " +- ".join(f"{abs(scale) * part:.{digits}f}" for part in mean(cells[method, label], metric))
+
+        out += [f"**{group}**", "", *by_budget(cells, text, budgets(cells))]
     return out

@@ -1,81 +1,71 @@
-"""Decode tokens per second of every method against `random`, on the testbed.
+"""Decode tokens per second of every method on the testbed beside `random`, and what part of it goes into compactions.
 
 Every method decodes the same number of tokens from the same prompts at the same budget, greedily, end tokens ignored.
-Runs are interleaved: each round runs every method once, and a method's rate is divided by that of `random` in the same
-round. Left out are methods that read the queries of every step (`Requirements(observes=True)`),
-selection methods, which drop nothing, full KV, and methods that look into the future.
+A method's rate is divided by that of `random` in the same round. Left out, unless named, are methods that read the
+queries of every step, selection methods, which evict nothing, full KV, and methods that look into the future.
+
+    python benchmarks/decode_speed.py --batch 1 --prompt 1024 --budget 1024 --tokens 1024 --methods cask
 """
 
 from __future__ import annotations
 
-import argparse
-import os
 import time
+from functools import partial
 
 import torch
-from common import median_interval, publish
+from common import by_turns, median, median_interval, options, publish, ratio
 from transformers import PreTrainedModel
 
 from reasonkv import Budget, CompressedCache, get_method
 from reasonkv.methods import method_classes
-from reasonkv.methods.sparse_read import SelectionMethod
 from reasonkv.testbed import load_testbed
 
 BASE, BOUND = "random", 0.9
 
 
 def methods() -> list[str]:
-    """Names of all methods whose decode steps should cost no more than those of `random`."""
-    found = []
-    for cls in method_classes():
-        needs = get_method(cls.name).needs
-        if cls.bounded and not needs.observes and not needs.future and not issubclass(cls, SelectionMethod):
-            found.append(cls.name)
-    return found
+    """Return the names of all methods whose decode steps should cost no more than those of `random`."""
+    needs = {cls.name: get_method(cls.name).needs for cls in method_classes() if cls.bounded}
+    return [name for name, one in needs.items() if not (one.observes or one.future or one.selects)]
 
 
-def rate(model: PreTrainedModel, method: str, prompt_BL: torch.Tensor, tokens: int, budget: Budget) -> float:
-    """Tokens per second of decoding for the whole batch; prefill is not timed."""
+def decode(
+    model: PreTrainedModel, method: str, prompt_BL: torch.Tensor, tokens: int, budget: Budget
+) -> dict[str, float]:
+    """Decode for the whole batch; prefill, and compactions in it, are not timed."""
     with torch.no_grad(), CompressedCache(model, method, budget, max_length=prompt_BL.shape[1] + tokens) as cache:
         ids = model(prompt_BL, past_key_values=cache, logits_to_keep=1).logits[:, -1].argmax(-1, keepdim=True)
-        start = time.perf_counter()
+        start, before = time.perf_counter(), cache.compaction_seconds
         for _ in range(tokens):
             ids = model(ids, past_key_values=cache).logits[:, -1].argmax(-1, keepdim=True)
-        return len(prompt_BL) * tokens / (time.perf_counter() - start)
+        took, inside = time.perf_counter() - start, cache.compaction_seconds - before
+    each = 1e3 * inside / max(1, cache.stats().rows[0].events)
+    return {"rate": len(prompt_BL) * tokens / took, "share": 100 * inside / took, "event": each}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--tokens", type=int, default=2000)
-    parser.add_argument("--prompt", type=int, default=64)
-    parser.add_argument("--budget", type=int, default=256)
-    parser.add_argument("--interval", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--methods", nargs="*", help="specs beside `random`; all that qualify unless given")
-    arguments = parser.parse_args()
-    budget = Budget(arguments.budget, interval=arguments.interval, prompt="count")
-    specs = [BASE, *(spec for spec in arguments.methods or methods() if spec != BASE)]
-    model, load = load_testbed()[0], os.getloadavg()[0]
-    prompt = torch.randint(5, 100, (arguments.batch, arguments.prompt), generator=torch.Generator().manual_seed(0))
-    rates: dict[str, list[float]] = {spec: [] for spec in specs}
-    for spec in specs:  # warms up, over one event
-        rate(model, spec, prompt, arguments.budget + arguments.interval, budget)
-    for _ in range(arguments.rounds):
-        for spec in specs:
-            rates[spec].append(rate(model, spec, prompt, arguments.tokens, budget))
+    given = options(__doc__, batch=16, tokens=2000, prompt=64, budget=256, interval=128, rounds=5, methods=("all",))
+    budget = Budget(given.budget, interval=given.interval, prompt="count")
+    specs = dict.fromkeys([BASE, *(methods() if given.methods == ["all"] else given.methods)])
+    prompt = torch.randint(5, 100, (given.batch, given.prompt), generator=torch.Generator().manual_seed(0))
+    model = load_testbed()[0]
+    for spec in specs:  # warms up, over one compaction
+        decode(model, spec, prompt, min(given.tokens, given.budget + given.interval), budget)
+    arms = {spec: partial(decode, model, spec, prompt, given.tokens, budget) for spec in specs}
+    found = by_turns(arms, given.rounds, warm_up=0)
     rows = []
-    for spec in specs:
-        ratio, low, high = median_interval([own / base for own, base in zip(rates[spec], rates[BASE], strict=True)])
-        rows.append([spec, median_interval(rates[spec])[0], ratio, low, high, "yes" if ratio >= BOUND else "no"])
+    for spec, own in found.items():
+        beside = ratio(own["rate"], found[BASE]["rate"])
+        parts = (*median_interval(own["share"]), median(own["event"]))
+        rows.append([spec, median(own["rate"]), *beside, "yes" if beside[0] >= BOUND else "no", *parts])
     publish(
         "decode_speed",
-        f"Decoding {arguments.tokens} tokens, batch {arguments.batch}, budget {arguments.budget}, an event every "
-        f"{arguments.interval} tokens, testbed float32",
-        ["method", "tokens/s", f"of {BASE}", "95 % low", "95 % high", "within 10 %"],
-        rows,
-        {"rounds": arguments.rounds, "rates": rates, "load_average_before": load},
-    )
+        f"Decoding {given.tokens} tokens, batch {given.batch}, budget {given.budget}, a compaction every "
+        f"{given.interval} tokens, testbed float32",
+        ["method", "tokens/s", f"of {BASE}", "95 % low", "95 % high", "within 10 %", "compactions, % of decoding",
+         "low", "high", "ms per compaction"],
+        rows, given, rounds=found,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from cells import POLICIES, Cells, Group, by_example, load_cells, mean, table
 from scipy.stats import spearmanr
 
 from reasonkv.evaluate.table import Estimate, clustered_mean
-from reasonkv.report.charts import facets, log_x, looks, save_png
+from reasonkv.report.charts import facets, looks, save_png
 
 Flat = dict[Group, dict[tuple[str, int], pd.DataFrame]]
 """By group, then by this page's word for a method and its budget; 0 is full KV's."""
@@ -122,11 +122,12 @@ def _prediction(replays: Flat, answers: Flat, path: Path) -> list[str]:
             rho = spearmanr(sign * own[metric], own["right"]).statistic if known else math.nan
             row.append("-" if math.isnan(rho) else f"{rho:+.2f}")
         rows.append([task, str(len(own)), *row])
-    look = looks(list(data["method"].unique()))
-    base = alt.Chart(data).mark_point(filled=True, size=60, opacity=1).encode(
-        x=log_x("kl:Q", "KL from full KV under replay, nats", format="~g"), color=look["color"], shape=look["shape"],
-        y=alt.Y("right:Q", title="whole answers right"),
-    ).properties(width=230, height=230)  # fmt: skip
+    look = looks(list(data["method"].unique()), columns=6)
+    x = alt.X("kl:Q", title="KL under replay, nats", scale=alt.Scale(type="log"),
+              axis=alt.Axis(values=[0.01, 0.1, 1], format="~g", grid=False))  # fmt: skip
+    y = alt.Y("right:Q", title="whole answers right", axis=alt.Axis(format="%"))
+    base = alt.Chart(data).mark_point(filled=True, size=60, opacity=1)
+    base = base.encode(x=x, y=y, color=look["color"], shape=look["shape"]).properties(width=135, height=170)
     save_png(base.facet(column=alt.Column("task:N", title=None, sort=list(data["task"].unique()))), path, scale=1.5)
     return [*out, *table(["family", "cells", "-KL", "top-1", "answer top-1"], rows), ""]
 
@@ -157,28 +158,25 @@ def _distance(replays: Flat, answers: Flat, path: Path) -> list[str]:
                         {"panel": panel, "method": name, "x": int(group.task.split("=")[1]), "y": 100 * one.mean}
                     )
         rows.append(row)
-    data = pd.DataFrame(points)
-    x = log_x("x:Q", "tokens of work between facts and questions", sorted(data["x"].unique()))
-    facets(data, x, alt.Y("y:Q", title="%"), path, column="panel", width=330, band=False)
+    facets(pd.DataFrame(points), "tokens of work between facts and questions", alt.Y("y:Q", title="%"), path,
+           column="panel", columns=2, width=360, band=False)  # fmt: skip
     return [*out, *table(["method", *(group.task.split("=")[1] for group in groups)], rows), ""]
 
 
 def _frontier(replays: Flat, answers: Flat, path: Path) -> None:
-    """Accuracy (generation) and KL (replay) against slots, a column per family and policy."""
+    """Accuracy (generation) and KL (replay) against slots: a column per family, two rows per prompt policy."""
     points = []
-    for metric, source in (("whole answers right, %", answers), ("KL from full KV, nats", replays)):
-        key, scale = ("correct", 100) if source is answers else ("kl", 1)
-        for group, cells in _default(source).items():
-            for (name, size), cell in cells.items():
-                one = mean(cell, key)
-                y, low, high = (scale * value for value in (one.mean, one.mean - one.se, one.mean + one.se))
-                if size or source is answers:
-                    point = {"row": metric, "panel": str(group), "method": name, "x": size}
-                    points.append(point | {"y": y, "low": low, "high": high})
-    data = pd.DataFrame(points)
-    rows = [
-        facets(part, log_x("x:Q", "budget, slots per KV head"), alt.Y("y:Q", title=str(name)), None, column="panel",
-               columns=5, width=150, height=150, names=_names(replays, bounded=True))
-        for name, part in data.groupby("row", sort=False)
-    ]  # fmt: skip
-    save_png(alt.vconcat(*rows).resolve_scale(color="shared", shape="shared", strokeDash="shared"), path, scale=1.1)
+    for policy in ("on_top", "count"):
+        for title, key, scale, source in (
+            ("answers right, %", "correct", 100, answers), ("KL, nats", "kl", 1, replays)
+        ):  # fmt: skip
+            for group, cells in _default(source).items():
+                for (name, size), cell in cells.items():
+                    if group.policy == policy and (size or key == "correct"):
+                        one, row = mean(cell, key), f"{title}\n{POLICIES[policy]}"
+                        y, low, high = (scale * value for value in (one.mean, one.mean - one.se, one.mean + one.se))
+                        points.append({"row": row, "family": group.task, "method": name, "x": size, "y": y,
+                                       "low": low, "high": high})  # fmt: skip
+    facets(pd.DataFrame(points), "budget, slots per KV head", alt.Y("y:Q"), path, column="family", columns=5, row="row",
+           width=128, height=105, names=_names(replays, bounded=True),
+           note="Dashed: full KV. Band: one standard error.")  # fmt: skip

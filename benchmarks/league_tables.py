@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import altair as alt
 import numpy as np
@@ -15,11 +16,13 @@ from cells import (
     Cells,
     Group,
     budgets,
+    by_budget,
     count_verdicts,
     gain,
     load_cells,
     mean,
     methods,
+    table,
     verdict,
     words,
 )
@@ -118,9 +121,8 @@ def _league(policy: str, replays: Cells, answers: Cells) -> list[str]:
         "in replay. Ranks are over methods of a cell; the ratio is a geometric mean over cells; cells are better / "
         "undecided / worse by a 95 % interval of paired differences; answers are means over budgets.",
         "",
-        "| " + " | ".join(columns) + " |",
-        "|---" * len(columns) + "|",
     ]
+    rows = []
     order = sorted(_names(replays), key=lambda one: (one in CEILINGS, float(np.mean(ranks.get(one, [0.0])))))
     for method in order:
         ratios, kl, right = [], [], []
@@ -146,9 +148,9 @@ def _league(policy: str, replays: Cells, answers: Cells) -> list[str]:
             count_verdicts(right),
             *(_right(cells, method) for cells in answers.values()),
         ]
-        out.append(f"| {method} | " + " | ".join(row) + " |")
+        rows.append([method, *row])
     full = [f"{100 * mean(cells['full', ''], 'correct').mean:.0f}" for cells in answers.values()]
-    return [*out, "| full KV | - | 0 | - | - | - | " + " | ".join(full) + " |", ""]
+    return [*out, *table(columns, [*rows, ["full KV", "-", "0", "-", "-", "-", *full]]), ""]
 
 
 def _right(cells: Mapping[tuple[str, str], Cell], method: str) -> str:
@@ -161,57 +163,46 @@ def _accuracy(answers: Cells) -> list[str]:
     out = ["## Whole answers right in real generation, %", ""]
     out += ["In brackets the paired difference to random with the prompt kept, in points, and its 95 % interval.", ""]
     for group, cells in answers.items():
-        sizes, rival = budgets(cells), _rival(group, cells)
-        full = mean(cells["full", ""], "correct")
+        full, rival = mean(cells["full", ""], "correct"), _rival(group, cells)
         out += [f"**{group}**, n = {len(cells['full', ''])}: full KV {100 * full.mean:.0f}", ""]
-        out += ["| method | " + " | ".join(f"{n} slots" for n in sizes) + " |", "|---" * (1 + len(sizes)) + "|"]
-        for method in methods(cells):
-            row = []
-            for label in sizes:
-                lines, theirs = cells.get((method, label)), cells.get((rival, label))
-                one = mean(lines, "correct")
-                beyond = gain(lines, theirs, "correct", 100.0) if method != rival else None
-                row.append(
-                    f"{100 * one.mean:.0f} +- {100 * one.se:.0f} ({words(beyond, 0)})" if lines is not None else "-"
-                )
-            out.append(f"| {method} | " + " | ".join(row) + " |")
-        out.append("")
+
+        def text(method: str, label: str, cells: Any = cells, rival: str = rival) -> str:
+            one, theirs = mean(cells[method, label], "correct"), cells.get((rival, label))
+            beyond = gain(cells[method, label], theirs, "correct", 100.0) if method != rival else None
+            return f"{100 * one.mean:.0f} +- {100 * one.se:.0f} ({words(beyond, 0)})"
+
+        out += by_budget(cells, text)
     return out
 
 
 def _divergence(replays: Cells) -> list[str]:
     out = ["## Replay: KL in nats, mean and standard error, and its verdict against random with the prompt kept", ""]
     for group, cells in replays.items():
-        sizes, rival = budgets(cells), _rival(group, cells)
-        out += [f"**{group}**, n = {len(cells['full', ''] if ('full', '') in cells else cells[rival, sizes[0]])}", ""]
-        out += ["| method | " + " | ".join(f"{n} slots" for n in sizes) + " |", "|---" * (1 + len(sizes)) + "|"]
-        for method in methods(cells):
-            row = []
-            for label in sizes:
-                lines = cells.get((method, label))
-                one = mean(lines, "kl")
-                judged = verdict(gain(lines, cells.get((rival, label)), "kl", -1.0)) if method != rival else "-"
-                row.append(f"{one.mean:.3f} +- {one.se:.3f} {judged}" if lines is not None else "-")
-            out.append(f"| {method} | " + " | ".join(row) + " |")
-        out.append("")
+        rival = _rival(group, cells)
+        out += [f"**{group}**, n = {len(cells.get(('full', ''), cells[rival, budgets(cells)[0]]))}", ""]
+
+        def text(method: str, label: str, cells: Any = cells, rival: str = rival) -> str:
+            one, theirs = mean(cells[method, label], "kl"), cells.get((rival, label))
+            judged = verdict(gain(cells[method, label], theirs, "kl", -1.0)) if method != rival else "-"
+            return f"{one.mean:.3f} +- {one.se:.3f} {judged}"
+
+        out += by_budget(cells, text)
     return out
 
 
 def _read(replays: Cells) -> list[str]:
     """Methods that keep everything and choose what to read: what they read and what they hold."""
-    out = ["## Slots and bytes held and read (mean over traces, largest budget)", ""]
-    out += ["| family | method | slots held | slots read | MB held at the end | MB read a token |", "|---" * 6 + "|"]
+    rows = []
     for group, cells in replays.items():
         label = budgets(cells)[-1]
         for method in methods(cells):
-            lines = cells.get((method, label))
-            if lines is not None and lines["slots_read_mean"].notna().any():
-                held, read = mean(lines, "physical_mean").mean, mean(lines, "slots_read_mean").mean
-                out.append(
-                    f"| {group} | {method} | {held:.0f} | {read:.0f} | {mean(lines, 'bytes_held').mean / 1e6:.2f} | "
-                    f"{mean(lines, 'bytes_read_mean').mean / 1e6:.2f} |"
-                )
-    return [*out, ""]
+            cell = cells.get((method, label))
+            if cell is not None and cell["slots_read_mean"].notna().any():
+                slots = [f"{mean(cell, one).mean:.0f}" for one in ("physical_mean", "slots_read_mean")]
+                megabytes = [f"{mean(cell, one).mean / 1e6:.2f}" for one in ("bytes_held", "bytes_read_mean")]
+                rows.append([str(group), method, *slots, *megabytes])
+    head = ["family", "method", "slots held", "slots read", "MB held at the end", "MB read a token"]
+    return ["## Slots and bytes held and read (mean over traces, largest budget)", "", *table(head, rows), ""]
 
 
 def _unlike(replays: Cells) -> list[str]:
@@ -225,13 +216,11 @@ def _unlike(replays: Cells) -> list[str]:
                 lines = cells.get((method, label))
                 ours = mean(lines, "physical_mean").mean
                 if lines is not None and abs(ours / theirs - 1) > _ALIKE:
-                    found.append(f"| {group} | {method} | {label} | {ours:.0f} | {theirs:.0f} |")
+                    found.append([str(group), method, label, f"{ours:.0f}", f"{theirs:.0f}"])
     out = ["## Cells not at equal slots", ""]
     if not found:
         return [*out, "None: mean physical lengths agree within 2 % in every cell.", ""]
-    out += ["| family | method | budget | mean slots held | random's |", "|---" * 5 + "|"]
-    out += found
-    return [*out, ""]
+    return [*out, *table(["family", "method", "budget", "mean slots held", "random's"], found), ""]
 
 
 def _heat(replays: Cells, policy: str, path: Path) -> None:
@@ -251,7 +240,8 @@ def _heat(replays: Cells, policy: str, path: Path) -> None:
                 points.append({"family": group.task, "size": label, "method": method, "ratio": min(2, max(-2, ratio)),
                                "mark": "·" if judged == "undecided" else ""})  # fmt: skip
     data = pd.DataFrame(points)
-    ratio = alt.Color("ratio:Q", title=f"KL over {RIVAL[policy]}'s", legend=alt.Legend(
+    ratio = alt.Color("ratio:Q", legend=alt.Legend(
+        title=["KL over that of", RIVAL[policy]], titleLimit=300,
         values=[-2, -1, 0, 1, 2], labelExpr="{'-2': '1/4', '-1': '1/2', '0': '1', '1': '2', '2': '4'}[datum.value]",
     ), scale=alt.Scale(scheme="redblue", reverse=True, domain=[-2, 2]))  # fmt: skip
     panels = []

@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import environment, median_interval, publish
+from common import environment, options, publish, ratio
 
 BLOCK, PROMPT, LONG_PROMPT = 128, 40, 1000
 METHODS = ("random", "vase-dkv", "kara", "cask:mass=none")
@@ -125,9 +125,8 @@ class Serving:
     Args:
         llm: the engine.
         ids: the prompts.
-        tokens: that every request says.
+        tokens: output tokens of every request.
         whole: a request's tokens are reported when it ends, as `LLM.generate` has it; otherwise at every step.
-
     """
 
     def __init__(self, llm: Any, ids: list[list[int]], tokens: int, *, whole: bool = False) -> None:
@@ -182,9 +181,8 @@ def throughput(arms: list[str], requests: int, tokens: int, at_once: int) -> lis
         for arm in arms:
             llm = stack.enter_context(engine_of(arm, blocks, PROMPT + tokens, requests))
             serve(llm, prompts(llm, 4, PROMPT), 8)  # warms up
-            runtime = getattr(
-                llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker, "runtime", None
-            )
+            worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+            runtime = getattr(worker, "runtime", None)
             if runtime is not None:
                 runtime.meter.seconds = runtime.meter.step_seconds = 0.0
                 meters[arm] = runtime.meter
@@ -219,10 +217,8 @@ def steps_by_batch(arm: str, prompt: int, tokens: int, most: int) -> dict[str, A
     with engine_of(arm, most * -(-longest // BLOCK), longest, most) as llm:
         for batch in (one for one in BATCHES if one <= most):
             taken = serve(llm, prompts(llm, batch, prompt), tokens).steps
-            # the first steps fill, the last ones drain
-            found[batch] = 1e3 * statistics.median(
-                [one for running, _, one in taken if running == batch][tokens // 2 :]
-            )
+            whole = [one for running, _, one in taken if running == batch]  # the first steps fill, the last ones drain
+            found[batch] = 1e3 * statistics.median(whole[tokens // 2 :])
     return {"arm": arm, "prompt": prompt, "step_ms": found}
 
 
@@ -241,10 +237,10 @@ def first_tokens(arm: str, repeats: int) -> dict[str, Any]:
                 (first,) = served.first
                 if repeat:
                     took[name].append((1e3 * first, 1e3 * (served.seconds - first)))
-    ratio = median_interval([ours[0] / theirs[0] for ours, theirs in zip(took[arm], took["stock"], strict=True)])
+    middle, low, high = ratio(*([one[0] for one in took[name]] for name in (arm, "stock")))
     first_ms, second_ms = ({name: statistics.median(one[i] for one in took[name]) for name in took} for i in (0, 1))
-    return {"arm": arm, "stock_ms": first_ms["stock"], "ms": first_ms[arm], "ratio": ratio[0], "ratio_low": ratio[1],
-            "ratio_high": ratio[2], "stock_second_ms": second_ms["stock"], "second_ms": second_ms[arm]}  # fmt: skip
+    return {"arm": arm, "stock_ms": first_ms["stock"], "ms": first_ms[arm], "ratio": middle, "ratio_low": low,
+            "ratio_high": high, "stock_second_ms": second_ms["stock"], "second_ms": second_ms[arm]}  # fmt: skip
 
 
 def in_own_process(part: str, arms: list[str], given: argparse.Namespace, number: int) -> Any:
@@ -258,9 +254,9 @@ def in_own_process(part: str, arms: list[str], given: argparse.Namespace, number
         "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "SERVING_MODEL": given.model,
         **({"SERVING_EAGER": "1"} if given.eager else {}),
     }  # fmt: skip
-    command = [sys.executable, __file__, "--part", part, "--arms", *arms, "--requests", str(given.requests)]
-    command += ["--tokens", str(given.tokens), "--at-once", str(given.at_once), "--repeats", str(given.repeats)]
-    command += ["--number", str(number)]
+    command = [sys.executable, __file__, "--part", part, "--arms", *arms, "--number", str(number)]
+    for name in ("requests", "tokens", "at_once", "repeats"):
+        command += [f"--{name.replace('_', '-')}", str(getattr(given, name))]
     with tempfile.TemporaryFile("w+") as log:
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=log, text=True, env=variables, check=False)
         line = next((one for one in done.stdout.splitlines() if one.startswith("RESULT ")), "")
@@ -273,16 +269,16 @@ def in_own_process(part: str, arms: list[str], given: argparse.Namespace, number
     return found
 
 
-def kept_part(parts: Path | None, key: list[Any]) -> Any:
-    """What an earlier run measured."""
-    lines = parts.read_text().splitlines() if parts and parts.exists() else ()
+def kept_part(parts: str, key: list[Any]) -> Any:
+    """Return what an earlier run measured."""
+    lines = Path(parts).read_text().splitlines() if parts and Path(parts).exists() else ()
     return next((one["found"] for one in map(json.loads, lines) if one["key"] == key), None)
 
 
-def keep_part(parts: Path | None, key: list[Any], found: Any) -> None:
+def keep_part(parts: str, key: list[Any], found: Any) -> None:
     """Remember it for later runs."""
     if parts:
-        with parts.open("a") as out:
+        with Path(parts).open("a") as out:
             out.write(json.dumps({"key": key, "found": found}) + "\n")
 
 
@@ -291,35 +287,27 @@ def median_of(arm: str, rounds: list[list[dict[str, Any]]]) -> dict[str, Any]:
     pairs = [(one, line[0]) for line in rounds for one in line if one["arm"] == arm]  # stock comes first
     names = [name for name, value in pairs[0][0].items() if isinstance(value, int | float)]
     found = {name: statistics.median(one[name] for one, _ in pairs) for name in names}
-    found["over_stock"], found["over_stock_low"], found["over_stock_high"] = median_interval(
-        [one["tokens_per_second"] / stock["tokens_per_second"] for one, stock in pairs]
-    )
+    ours, stock = ([pair[side]["tokens_per_second"] for pair in pairs] for side in (0, 1))
+    found |= zip(("over_stock", "over_stock_low", "over_stock_high"), ratio(ours, stock), strict=True)
     return {"arm": arm, **found, "rounds": [one for one, _ in pairs]}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arms", nargs="+", default=ARMS)
-    parser.add_argument("--requests", type=int, default=64)
-    parser.add_argument("--tokens", type=int, default=2000)
-    parser.add_argument("--at-once", type=int, default=8, help="sequences of full KV that the blocks hold")
-    parser.add_argument("--rounds", type=int, default=3, help="of stock against the arms at 256")
-    parser.add_argument("--repeats", type=int, default=30, help="of the time to the first token")
-    parser.add_argument("--parts", type=Path, help="file that finished measurements are kept in, and read from")
-    parser.add_argument("--kv-heavy", action="store_true", help="a KV-heavy model with random weights")
-    parser.add_argument("--eager", action="store_true", help="do not compile the model")
-    parser.add_argument("--name", help="of the results, without .json")
-    parser.add_argument("--part", choices=("throughput", "steps", "first"), help=argparse.SUPPRESS)
-    parser.add_argument("--number", type=int, help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.part is not None:
+    # at_once: sequences of full KV that the blocks hold; rounds: of stock against the arms at 256; repeats: of the time
+    # to the first token; parts: a file that finished measurements are kept in, and read from; part and number: what a
+    # process of its own measures
+    given = options(
+        __doc__, arms=tuple(ARMS), requests=64, tokens=2000, at_once=8, rounds=3, repeats=30, parts="",
+        kv_heavy=False, eager=False, part="", number=0,
+    )  # fmt: skip
+    if given.part:
         arm, most = given.arms[0], min(max(BATCHES), given.requests)
-        result = {
+        measured = {
             "throughput": lambda: throughput(given.arms, given.requests, given.tokens, given.at_once),
             "steps": lambda: steps_by_batch(arm, given.number, min(200, given.tokens), most),
             "first": lambda: first_tokens(arm, given.repeats),
         }[given.part]()
-        print("RESULT", json.dumps(result))
+        print("RESULT", json.dumps(measured))
         return
     with tempfile.TemporaryDirectory() as folder:
         given.model = folder if given.kv_heavy else ""
@@ -342,24 +330,18 @@ def measure(given: argparse.Namespace) -> None:
     rounds = [in_own_process("throughput", ["stock", *arms], given, n) for n, arms in enumerate(lines) if arms]
     found = [median_of(arm, rounds) for arm in given.arms]
     model = "a KV-heavy model" if given.kv_heavy else "the bundled model"
+    columns = {
+        "arm": "arm", "running, peak": "running_peak", "running, mean": "running_mean", "tokens/s": "tokens_per_second",
+        "over stock": "over_stock", "95 % low": "over_stock_low", "95 % high": "over_stock_high",
+        "tokens/s while requests wait": "busy_tokens_per_second", "step p50 ms": "step_p50_ms",
+        "step p99 ms": "step_p99_ms", "longest ms": "step_longest_ms", "compactions, share of step time": "event_share",
+    }  # fmt: skip
     publish(
-        given.name or "serving" + "_kv_heavy" * given.kv_heavy + "_eager" * given.eager,
+        "serving" + "_kv_heavy" * given.kv_heavy + "_eager" * given.eager,
         f"{given.requests} requests of {given.tokens} output tokens on the blocks of {given.at_once} full sequences, "
         f"{model}, float32, {'eager' if given.eager else 'compiled'}",
-        ["arm", "running, peak", "running, mean", "tokens/s", "over stock", "95 % low", "95 % high",
-         "tokens/s while requests wait", "step p50 ms", "step p99 ms", "longest ms", "events, % of step time"],
-        [
-            [
-                one["arm"], one["running_peak"], one["running_mean"], one["tokens_per_second"], one["over_stock"],
-                one["over_stock_low"], one["over_stock_high"], one.get("busy_tokens_per_second"), one["step_p50_ms"],
-                one["step_p99_ms"], one["step_longest_ms"], 100 * one["event_share"],
-            ]
-            for one in found
-        ],
-        {
-            "arms": found, "steps_by_batch": steps, "first_token": first, "prompt": PROMPT, "block": BLOCK,
-            "environment": where,
-        },
+        list(columns), [[one.get(key) for key in columns.values()] for one in found], given,
+        arms=found, steps_by_batch=steps, first_token=first, prompt=PROMPT, block=BLOCK, measured_on=where,
     )  # fmt: skip
 
 

@@ -30,8 +30,8 @@ from reasonkv.report.inspector import (
     inspector_page,
     load_inspections,
     save_inspection,
-    token_pieces,
 )
+from reasonkv.report.packing import token_pieces
 from reasonkv.tasks import get_task
 
 CELL = RunConfig(get_method("rkv:window=6,kernel=3"), Budget(40, interval=12, sinks=2, recent=8, prompt="count"))
@@ -337,7 +337,7 @@ def test_a_results_folder_gives_the_example_that_went_wrong_first(tmp_path: Path
         (["--method", "rkv"], "rkv needs one budget"),
         (["--method", "full", "--budget", "64"], "takes no budget"),
         (["--method", "oracle", "--budget", "128", "--generate"], "oracle"),
-        (["--budget", "9"], "cannot hold"),
+        (["--budget", "9", "--recent", "16"], "cannot hold"),
         (["--budget", "128", "--task", "programme"], "There is no task"),
         (["--budget", "128", "--example", "-1"], "counted from 0"),
         (["/no/such/folder"], "There is no results folder"),

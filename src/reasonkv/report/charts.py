@@ -6,6 +6,7 @@ Needs `altair` and `vl-convert-python`, which draws without a browser and withou
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,30 +33,29 @@ _FULL = Style(FULL_COLOUR, "o", FULL_DASH)
 _BASELINE = Style("#000000", "o", (1.2, 1.6))
 
 
-def looks(names: Sequence[str], known: Mapping[str, Style] | None = None) -> dict[str, Any]:
+def looks(names: Sequence[str], known: Mapping[str, Style] | None = None, columns: int = 0) -> dict[str, Any]:
     """Return encodings that give every method its colour, marker and dash.
 
     Args:
         names: the methods of a chart.
         known: their styles, where they are not those of `styles`.
+        columns: of a legend below the chart; 0: the legend stands on the right.
     """
     found = known or (styles([one for one in names if one != "full"]) | ({"full": _FULL} if "full" in names else {}))
-    domain, dashes = list(found), [[1.6 * part for part in one.dash] or [1, 0] for one in found.values()]
-    title = alt.Undefined
-    scales = {
-        "color": [one.colour for one in found.values()],
-        "shape": [SHAPES[one.marker] for one in found.values()],
-        "strokeDash": dashes,
-    }
-    legend = alt.Legend(title=None, symbolSize=_SIZE, symbolStrokeWidth=1.6, symbolOpacity=1, labelLimit=260)
+    domain, below = list(found), {"orient": "bottom", "columns": columns} if columns else {}
+    legend = alt.Legend(title=None, symbolSize=_SIZE, symbolStrokeWidth=0, symbolOpacity=1, labelLimit=260,
+                        **below)  # fmt: skip
+
+    def scale(values: Sequence[Any]) -> alt.Scale:
+        return alt.Scale(domain=domain, range=list(values))
+
+    own = found.values()
+    dashes = [[1.6 * part for part in one.dash] or [1, 0] for one in own]
     return {
-        "color": alt.Color("method:N", title=title, legend=legend, sort=domain,
-                           scale=alt.Scale(domain=domain, range=scales["color"])),
-        "shape": alt.Shape("method:N", legend=legend, sort=domain,
-                           scale=alt.Scale(domain=domain, range=scales["shape"])),
-        "strokeDash": alt.StrokeDash("method:N", legend=None, sort=domain,
-                                     scale=alt.Scale(domain=domain, range=scales["strokeDash"])),
-    }  # fmt: skip
+        "color": alt.Color("method:N", legend=legend, sort=domain, scale=scale([one.colour for one in own])),
+        "shape": alt.Shape("method:N", legend=legend, sort=domain, scale=scale([SHAPES[one.marker] for one in own])),
+        "strokeDash": alt.StrokeDash("method:N", legend=None, sort=domain, scale=scale(dashes)),
+    }
 
 
 def lines(data: pd.DataFrame, x: alt.X, y: alt.Y, look: Mapping[str, Any], band: bool = True) -> alt.LayerChart:
@@ -79,18 +79,18 @@ def rule(value: float, dash: Sequence[float] = FULL_DASH, colour: str = FULL_COL
     return alt.Chart(data).mark_rule(color=colour, strokeDash=list(dash), strokeWidth=1.3).encode(y="value:Q")
 
 
-def log_x(field: str, title: str, values: Sequence[float] = (), **axis: Any) -> alt.X:
+def log_x(field: str, title: str | None, values: Sequence[float] = ()) -> alt.X:
     """Return a logarithmic axis with ticks at the values given, or at powers of two."""
     ticks = {"values": list(values)} if len(values) else {}
-    axis = {"format": ",.0f", "grid": False, "labelOverlap": "greedy", **ticks, **axis}
-    return alt.X(field, title=title, scale=alt.Scale(type="log", base=2, nice=False, padding=12), axis=alt.Axis(**axis))
+    axis = alt.Axis(format=",.0f", grid=False, labelOverlap="greedy", **ticks)
+    return alt.X(field, title=title, scale=alt.Scale(type="log", base=2, nice=False, padding=12), axis=axis)
 
 
 def save_png(chart: alt.TopLevelMixin, path: Path, note: str = "", scale: float = 2.0) -> Path:
     """Draw a chart into a PNG file, whole or not at all, with a note under it; return its path."""
     if note:
         chart = chart.properties(title=alt.TitleParams(
-            [part for line in note.split("\n") for part in _wrapped(line)], orient="bottom", anchor="start",
+            [part for line in note.split("\n") for part in textwrap.wrap(line, 130)], orient="bottom", anchor="start",
             fontSize=10, fontWeight="normal", color="#555555", offset=14,
         ))  # fmt: skip
     spec = chart.configure(font="DejaVu Sans, Arial, sans-serif").configure_view(stroke=None).to_dict()
@@ -100,53 +100,61 @@ def save_png(chart: alt.TopLevelMixin, path: Path, note: str = "", scale: float 
 
 def facets(
     data: pd.DataFrame,
-    x: alt.X,
+    x: str,
     y: alt.Y,
-    path: Path | None = None,
+    path: Path,
     *,
     column: str,
-    columns: int | None = None,
+    columns: int,
+    row: str | None = None,
     width: int = 200,
-    height: int = 180,
+    height: int = 160,
     band: bool = True,
     names: Sequence[str] | None = None,
     note: str = "",
-) -> alt.TopLevelMixin:
-    """Return panels of `lines` side by side, one for each value of a column, and draw them if a path is given.
+) -> Path:
+    """Draw panels of `lines`, one for each value of a column, and return the PNG's path; the legend stands below.
 
     Rows whose x is 0 are full KV's, and drawn as a dashed line across the panel.
+
+    Args:
+        data: columns x, y, low, high, method, and those that `column` and `row` name.
+        x: title of the x axis, which is logarithmic with a tick at every value.
+        y: the y axis; its title stands at the first panel of each row.
+        path: PNG to write.
+        column: what tells panels apart.
+        columns: panels side by side; with `row`, what a row has not is left empty.
+        row: a column whose values are rows of panels, and the titles of their y axes.
+        width, height: of a panel.
+        band: whether a standard error is shaded.
+        names: methods in the legend's order; those of `data` unless given.
+        note: a line under the figure.
     """
-    look = looks(names or list(data["method"].unique()))
+    drawn = set(data.loc[data["x"] > 0, "method"])
+    look = looks([one for one in names or data["method"].unique() if one in drawn], columns=4)
+    heads = list(data[column].unique())
+    if row:  # fullest first, so that every row's first panel is there to bear its title
+        heads.sort(key=lambda name: -data.loc[data[column].eq(name), row].nunique())
+    rows = [data[row].eq(name) for name in data[row].unique()] if row else [data[column].notna()]
     panels: list[alt.Chart | alt.LayerChart] = []
-    for name, part in data.groupby(column, sort=False):
-        ticks = sorted(part.loc[part["x"] > 0, "x"].unique())
-        own = x.copy()
-        own["axis"] = alt.Axis(values=ticks, format=",.0f", grid=False, labelOverlap="greedy")
-        chart = lines(part[part["x"] > 0], own, y if not panels else _untitled(y), look, band)
-        full = part[part["x"] == 0]
-        if len(full):
-            chart = alt.layer(rule(float(full["y"].iloc[0])), chart)
-        panels.append(chart.properties(title=str(name), width=width, height=height))
-    grid = alt.concat(*panels, columns=columns or len(panels))
+    for at, here in enumerate(rows):
+        for name in heads:
+            part = data[here & data[column].eq(name)]
+            own, first = y.copy(), len(panels) % columns == 0
+            own["title"] = (str(data.loc[here, row].iloc[0]).split("\n") if row else y["title"]) if first else ""
+            ticks = sorted(part.loc[part["x"] > 0, "x"].unique())
+            bottom = at == len(rows) - 1 if row else len(panels) + columns >= len(heads)
+            chart = lines(part[part["x"] > 0], log_x("x:Q", x if bottom else "", ticks), own, look, band)
+            full = part[part["x"] == 0]
+            if len(full):
+                chart = alt.layer(rule(float(full["y"].iloc[0])), chart)
+            if part.empty:
+                chart = alt.Chart(pd.DataFrame({"text": ["not run"]})).mark_text(color="#777777").encode(text="text:N")
+            title = "" if row and at else str(name)
+            panels.append(chart.properties(title=title, width=width, height=height))
+    grid = alt.concat(*panels, columns=columns, bounds="flush", spacing={"row": 32 if row else 50, "column": 48})
     grid = grid.resolve_scale(color="shared", shape="shared", strokeDash="shared")
-    if path is not None:
-        save_png(grid, path, note, scale=1.5)
-    return grid
-
-
-def _untitled(y: alt.Y) -> alt.Y:
-    copy = y.copy()
-    copy["title"] = ""
-    return copy
-
-
-def _wrapped(text: str, width: int = 130) -> list[str]:
-    found = [""]
-    for word in text.split():
-        if found[-1] and len(found[-1]) + len(word) >= width:
-            found.append("")
-        found[-1] += (" " if found[-1] else "") + word
-    return found
+    return save_png(grid, path, note, scale=1.5)
 
 
 def _version() -> str:
@@ -196,8 +204,7 @@ def report_chart(summary: pd.DataFrame, kind: str, baseline: pd.DataFrame | None
     known = styles(methods) | ({} if baseline is None else {"random, prompt kept": _BASELINE})
     look = looks(list(known), known)
     here = "datum.task == task && datum.metric == metric && "
-    x = alt.X("tokens:Q", scale=alt.Scale(type="log", base=2, nice=False, padding=14), title=None,
-              axis=alt.Axis(grid=False, format=",.0f", labelOverlap="greedy"))  # fmt: skip
+    x = log_x("tokens:Q", None)
     y = alt.Y("y:Q", scale=alt.Scale(zero=False), title=None)
     points = alt.Chart().transform_filter(f"{here}datum.regime == regime && isValid(datum.tokens)").encode(x=x)
     picked = alt.selection_point(fields=["method"], bind="legend", name="picked")

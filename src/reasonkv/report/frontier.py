@@ -186,7 +186,7 @@ def summarize_frontier(
     for key in dict.fromkeys((point.task, point.method, point.rule) for point in points):
         own = [one for one in active if (one.task, one.method, one.rule) == key]
         if key[1] in chosen:
-            usable[key] = "holds everything: its budget is what it reads"
+            usable[key] = "keeps everything: its budget is what it reads"
         elif not own:
             usable[key] = "no compressed record"
         elif all(says_nothing(target, one) for one in own):

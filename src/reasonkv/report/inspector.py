@@ -8,7 +8,6 @@ Legend: G layers, H KV heads, E events, N tokens (prompt and output), P of them 
 
 from __future__ import annotations
 
-import base64
 import json
 import math
 import re
@@ -19,12 +18,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from reasonkv.evaluate.cells import RunConfig
 from reasonkv.evaluate.chunks import feed
 from reasonkv.evaluate.decoding import Request, decode_batch
-from reasonkv.evaluate.fates import EventPlan, Fates, PlanRecorder, fates
+from reasonkv.evaluate.fates import EventPlan, PlanRecorder, fates
 from reasonkv.evaluate.generate import room, row_seed
 from reasonkv.evaluate.job import Sampling
 from reasonkv.evaluate.manifest import ResultsError
@@ -36,6 +34,7 @@ from reasonkv.files import write_atomically
 from reasonkv.methods import refuse_future
 from reasonkv.models import LoadedModel, one_thread_if_small
 from reasonkv.report.html import INSPECTOR_SCRIPTS, INSPECTOR_STYLES, render
+from reasonkv.report.packing import packed_attention, packed_fates, piece, token_pieces
 from reasonkv.report.wording import size_words
 from reasonkv.runtimes.transformers import CompressedCache, RowStats
 from reasonkv.tasks import get_task
@@ -43,10 +42,6 @@ from reasonkv.tasks import get_task
 FORMAT = 1
 FOLDER = "inspections"
 """Where a results folder keeps its inspections."""
-LEAST_ATTENTION, MOST_ATTENTION = 1e-4, 1e4
-"""Range of the 8-bit logarithmic scale; what is below is written as 0."""
-MOST_ATTENTION_BYTES = 2_000_000
-"""Attention of models with many layers and heads is averaged over heads, then over layers, to stay below this."""
 
 
 @dataclass(frozen=True)
@@ -55,11 +50,6 @@ class Inspection:
 
     data: dict[str, Any]
     plans: list[EventPlan]
-
-    @property
-    def name(self) -> str:
-        """A file name without its ending: kind, task, method, budget and example."""
-        return inspection_name(self.data)
 
 
 @dataclass(frozen=True)
@@ -197,14 +187,14 @@ def inspection_data(
         "layers": attention.layers,
         "heads": heads,
         "events": {"length": found.lengths_E, "before": found.before_E, "after": found.after_E},
-        "fates": _packed(found, heads),
+        "fates": packed_fates(found, heads),
         "protected": _protected(config),
-        "attention": _quantised(received.transpose(1, 2)),
+        "attention": packed_attention(received.transpose(1, 2)),
         "scores": {
             "nll": _rounded(scores.nll_T),
             "full_nll": _rounded(-told_T),
-            "top": [_piece(tokenizer, None, token) for token in scores.top_T.tolist()],
-            "full_top": [_piece(tokenizer, None, token) for token in best_T.tolist()],
+            "top": [piece(tokenizer, None, token) for token in scores.top_T.tolist()],
+            "full_top": [piece(tokenizer, None, token) for token in best_T.tolist()],
             "differs": (scores.top_T != best_T).nonzero()[:, 0].tolist(),
         },
         "first_mismatch": mismatch,
@@ -223,16 +213,11 @@ def inspection_data(
     }
 
 
-def inspection_name(data: dict[str, Any]) -> str:
-    """A file name without its ending: kind, task, method, budget and example."""
-    tokens = "full" if data["budget"] is None else data["budget"]["tokens"]
-    text = f"{data['kind']}-{data['task']}-{data['method']}-{tokens}-{data['example']}"
-    return re.sub(r"[^A-Za-z0-9]+", "-", text).strip("-")
-
-
 def save_inspection(folder: Path, data: dict[str, Any]) -> Path:
     """Write `folder/inspections/NAME.json`, whole or not at all."""
-    path = folder / FOLDER / f"{inspection_name(data)}.json"
+    tokens = "full" if data["budget"] is None else data["budget"]["tokens"]
+    name = f"{data['kind']}-{data['task']}-{data['method']}-{tokens}-{data['example']}"
+    path = folder / FOLDER / f"{re.sub(r'[^A-Za-z0-9]+', '-', name).strip('-')}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, (json.dumps(data, separators=(",", ":"), allow_nan=False) + "\n").encode())
     return path
@@ -264,34 +249,6 @@ def inspector_page(data: dict[str, Any]) -> str:
         "inspector.html.j2", styles=INSPECTOR_STYLES, scripts=INSPECTOR_SCRIPTS, data={"inspection": data},
         title=f"{title} - reasonkv", heading=title,
     )  # fmt: skip
-
-
-def token_pieces(tokenizer: PreTrainedTokenizerBase, ids_N: Tensor) -> list[str]:
-    """The text each token adds to the ones before it, leading spaces and newlines included; never empty.
-
-    A token that is only part of a character, or adds nothing, appears under its name in the vocabulary.
-    """
-    ids = ids_N.tolist()
-    seen: dict[tuple[int | None, int], str] = {}
-    pieces = []
-    for before, token in zip([None, *ids[:-1]], ids, strict=True):
-        if (before, token) not in seen:
-            seen[before, token] = _piece(tokenizer, before, token)
-        pieces.append(seen[before, token])
-    return pieces
-
-
-def _piece(tokenizer: PreTrainedTokenizerBase, before: int | None, token: int) -> str:
-    def decoded(ids: list[int]) -> str:
-        return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
-
-    alone = decoded([token])
-    if before is not None:
-        first, both = decoded([before]), decoded([before, token])
-        alone = both[len(first) :] if both.startswith(first) and len(both) > len(first) else alone
-    if alone and "\ufffd" not in alone:
-        return alone
-    return str(tokenizer.convert_ids_to_tokens(token) or f"<{token}>")
 
 
 def _cache(
@@ -338,33 +295,6 @@ def _logprob_of(teacher: TeacherLogprobs, tokens_T: Tensor) -> Tensor:
     return torch.where(is_it_Tk.any(-1), stored_T, teacher.rest_N)
 
 
-def _packed(found: Fates, heads: int) -> dict[str, Any]:
-    """Fates as int16 and int32 in base64; without folds only what was dropped."""
-    shape = [len(found.layers), heads, found.dropped_GHN.shape[-1]]
-    dropped, folded, into = (one.expand(shape) for one in (found.dropped_GHN, found.folded_GHN, found.into_GHN))
-    folds = bool((folded >= 0).any())
-    return {
-        "dropped": _base64(dropped.to(torch.int16)),
-        "folded": _base64(folded.to(torch.int16)) if folds else None,
-        "into": _base64(into.to(torch.int32)) if folds else None,
-    }
-
-
-def _quantised(received_GHIN: Tensor) -> dict[str, Any]:
-    """Attention in 255 logarithmic steps (7.5 % each): 0 is below the least, q is least * ratio ** (q - 1)."""
-    for axis in (1, 0):
-        if received_GHIN.numel() > MOST_ATTENTION_BYTES:
-            received_GHIN = received_GHIN.mean(axis, keepdim=True)
-    step = math.log(MOST_ATTENTION / LEAST_ATTENTION) / 254
-    levels = ((received_GHIN.clamp(min=1e-30) / LEAST_ATTENTION).log() / step).round() + 1
-    return {
-        "shape": list(received_GHIN.shape),
-        "least": LEAST_ATTENTION,
-        "ratio": math.exp(step),
-        "data": _base64(levels.clamp(0, 255).to(torch.uint8)),
-    }
-
-
 def _protected(config: RunConfig) -> dict[str, Any]:
     if config.budget is None:
         return {"sinks": 0, "recent": 0, "prompt": False}
@@ -376,11 +306,6 @@ def _answer(text: str, correct: bool) -> dict[str, Any]:
     """The end of an output, from its last `</think>` where there is one."""
     head, mark, tail = text.rpartition("</think>")
     return {"text": (tail if mark else head + tail)[-400:].strip(), "closed": bool(mark), "correct": correct}
-
-
-def _base64(values: Tensor) -> str:
-    array = values.contiguous().numpy()
-    return base64.b64encode(array.astype(array.dtype.newbyteorder("<")).tobytes()).decode()
 
 
 def _rounded(values_T: Tensor) -> list[float]:

@@ -278,10 +278,11 @@ def _usable(
 def _crossings(active: Sequence[Point], metric: str, axis: Axis, unit: str) -> dict[str, Any]:
     tested = len(pairs_to_test(active, axis))
     if not tested:
-        return {"tested": "No method was measured at a smaller budget than another, so nothing can cross."}
+        words = "No method was measured at a smaller budget than another, so nothing can cross."
+        return {"tested": words, "crossings": []}
     if tested > _MOST_PAIRS:
-        return {"tested": f"{tested:,} pairs are more than the {_MOST_PAIRS:,} a report compares; reasonkv frontier "
-                          "compares them all."}  # fmt: skip
+        words = f"{tested:,} pairs are more than the {_MOST_PAIRS:,} a report compares; "
+        return {"tested": words + "reasonkv frontier compares them all.", "crossings": []}
     held = [one for one in crossings(active, metric, axis=axis) if one.holds]
     words = f"{tested:,} pair{'s' if tested > 1 else ''} tested, {f'{len(held):,} hold' if held else 'none holds'}."
     most = max(len(one.values) for one in active)

@@ -2,14 +2,13 @@
 
 A name of the catalogue has its style once and for all. Names it does not know take the next free one in the order
 they are given; no hash is involved, so the same figure looks the same on every machine. Variants of one method
-(`rkv`, `rkv:form=port`) share its colour and differ in marker and dash.
+(`rkv`, `rkv:variant=vase`) share its colour and differ in marker and dash.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 FULL_COLOUR, FULL_DASH = "#666666", (6.0, 3.0)
 """Full KV is a line across the panel, not a method with marks."""
@@ -21,18 +20,13 @@ class Style:
 
     Args:
         colour: as in `#0072B2`.
-        marker: a matplotlib marker the report's script knows as well: o s ^ D v P X or *.
+        marker: o s ^ D v P X or *.
         dash: lengths of dashes and gaps in line widths, in turn; empty for a solid line.
     """
 
     colour: str
     marker: str
     dash: tuple[float, ...] = ()
-
-    @property
-    def line(self) -> dict[str, Any]:
-        """Keyword arguments of matplotlib's `plot`."""
-        return {"color": self.colour, "marker": self.marker, "linestyle": (0, self.dash) if self.dash else "-"}
 
 
 # Okabe and Ito's palette without its yellow, which is too pale on white, and two that stay apart from it
@@ -50,7 +44,7 @@ FIXED = {
     "oracle": Style(_COLOURS[5], "X"),
     "triattention": Style(_COLOURS[6], "o"),
     "cask": Style(_COLOURS[7], "*"),
-    "expected": Style(_COLOURS[1], "^", _DASHES[1]),
+    "expected": Style(_COLOURS[3], "s", _DASHES[1]),
 }
 _LATER = (
     "vase-attnv", "vase-dkv", "kara", "h2o", "tova", "curdkv", "chunkkv", "lagkv", "defensivekv", "beaconkv",
@@ -70,7 +64,7 @@ _FIRST_FREE = 8 + len(_LATER)
 
 
 def styles(methods: Sequence[str]) -> dict[str, Style]:
-    """A style for every label, no two the same as long as there are styles left.
+    """Return a style for every label; no two share colour and marker as long as there are some left.
 
     Args:
         methods: labels, a method's name with or without options; the order decides for names that are not fixed.
@@ -81,8 +75,10 @@ def styles(methods: Sequence[str]) -> dict[str, Style]:
     found: dict[str, Style] = {}
     for label in dict.fromkeys(methods):
         base = bases[_name(label)]
-        taken = {*found.values(), *(one for name, one in bases.items() if name != _name(label))}
-        found[label] = next((style for style in _variants(base) if style not in taken), base)
+        taken = [*found.values(), *(one for name, one in bases.items() if name != _name(label))]
+        looks = {(one.colour, one.marker) for one in taken}
+        free = [one for one in _variants(base) if one not in taken]
+        found[label] = next((one for one in free if (one.colour, one.marker) not in looks), (free or [base])[0])
     return found
 
 

@@ -44,7 +44,7 @@
     else fact("Same next token as full KV", `${(100 * data.stats.agreement).toFixed(1)} % of ${group(m.count - data.prompt)}, ${differs.size} differ`, differs.size ? "bad" : "good");
     fact("Slots per head", `${group(Math.round(data.stats.mean))} on average, ${group(data.stats.peak)} at most`, "", slotRule());
     function slotRule() {
-      if (!data.budget) return "no budget: nothing is dropped";
+      if (!data.budget) return "no budget: nothing is evicted";
       const extra = data.budget.prompt === "on_top" ? ` + prompt ${group(data.prompt)}` : "";
       const every = data.budget.size ? ` of every ${group(data.budget.size)}` : "";
       return `budget ${group(data.budget.tokens)}${every}${extra}; full KV ${group(m.count)}`;
@@ -63,7 +63,7 @@
       return made;
     };
     const back = button("‹", "Previous event", () => go(state.step - 1), "square");
-    const play = button("▶ Play", "Play the events", () => (state.playing ? stop() : start()), "play");
+    const play = button("▶ Play", "Play the compactions", () => (state.playing ? stop() : start()), "play");
     const next = button("›", "Next event", () => go(state.step + 1), "square");
     const slider = part("input", "slider", undefined, line);
     Object.assign(slider, { type: "range", min: 0, max: m.end, step: 1 });
@@ -211,12 +211,12 @@
       back.disabled = state.step === 0;
       next.disabled = state.step === m.end;
       const e = state.step - 1;
-      const when = state.step === 0 ? (m.events ? "Before the first event" : "There was no event: everything was kept")
+      const when = state.step === 0 ? (m.events ? "Before the first compaction" : "There was no compaction: everything was kept")
         : state.step === m.end ? "End of the run"
-        : `Event ${state.step} of ${m.events}, at token ${group(data.events.length[e])}: ${group(data.events.before[e])} → ${group(data.events.after[e])} slots per head`;
+        : `Compaction ${state.step} of ${m.events}, at token ${group(data.events.length[e])}: ${group(data.events.before[e])} → ${group(data.events.after[e])} slots per head`;
       slider.setAttribute("aria-valuetext", when);
-      const said = [[counts.kept, "held by all heads"], [counts.part, "by some"], [counts.folded, "folded"], [counts.dropped, "dropped by all"],
-        [counts.missed, "▲ dropped though needed", "lost"], [counts.unseen, "not seen yet"]];
+      const said = [[counts.kept, "kept by all heads"], [counts.part, "by some"], [counts.folded, "merged"], [counts.dropped, "evicted by all"],
+        [counts.missed, "▲ evicted though needed", "lost"], [counts.unseen, "not seen yet"]];
       status.replaceChildren(make("strong", "", when));
       for (const [n, word, mark] of said) if (n) part("span", mark || "", `${group(n)} ${word}`, status);
       writeLegend(need);
@@ -229,16 +229,16 @@
       const sign = (className, words) => { const item = part("li", "", undefined, legend); part("span", `t ${className}`, "n1", item); item.append(` ${words}`); };
       if (need) {
         SHADES.forEach((bound, shade) => sign(`a${shade + 1}`, `${bound}+${shade === 3 ? " queries' attention paid by full KV later" : ""}`));
-        sign("dropped", "dropped by all heads");
+        sign("dropped", "evicted by all heads");
       } else {
-        sign("k4", "held by all heads");
+        sign("k4", "kept by all heads");
         sign("k2", "by some (bar: how many)");
         sign("k4 protected", "protected");
-        if (m.folded) sign("folded", "folded");
-        sign("dropped", "dropped by all");
-        if (state.step > 0 && state.step < m.end) sign("dropped now", "at this event");
+        if (m.folded) sign("folded", "merged");
+        sign("dropped", "evicted by all");
+        if (state.step > 0 && state.step < m.end) sign("dropped now", "at this compaction");
       }
-      sign(`${need ? "a3" : "k2"} missed`, "dropped though needed");
+      sign(`${need ? "a3" : "k2"} missed`, "evicted though needed");
       sign("unseen", "not seen yet");
       sign("differs", data.kind === "generation" ? "full KV would write another" : "compressed says another");
       if (wrong >= 0) sign("wrong", data.kind === "generation" ? "the runs part here" : "first that differs");
@@ -275,7 +275,7 @@
       clearInterval(state.playing);
       state.playing = 0;
       play.textContent = "▶ Play";
-      play.setAttribute("aria-label", "Play the events");
+      play.setAttribute("aria-label", "Play the compactions");
       status.setAttribute("aria-live", "polite");
     }
     function start() {

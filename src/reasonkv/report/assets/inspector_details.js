@@ -17,23 +17,23 @@
     if (i >= m.seen(step)) {
       const k = m.interval(i);
       if (i < m.data.prompt) return "Not in the cache yet.";
-      return `Not in the cache yet: it is predicted from what was held ${k ? `after event ${k}` : "before the first event"}.`;
+      return `Not in the cache yet: it is predicted from what was kept ${k ? `after compaction ${k}` : "before the first compaction"}.`;
     }
     if (holding === cells.length) {
       const why = m.isProtected(i, step) ? " and protected" : "";
-      return many ? `Held by all ${number(cells.length, "head")}${why}.` : `Held${why}.`;
+      return many ? `Kept by all ${number(cells.length, "head")}${why}.` : `Kept${why}.`;
     }
     const said = [];
     if (gone.length) {
       const events = gone.map((c) => m.dropped[c * m.count + i] + 1), first = Math.min(...events), last = Math.max(...events);
-      const when = first === last ? `at event ${first}` : `between events ${first} and ${last}`;
-      said.push(`Dropped ${many ? (gone.length === cells.length ? `by all ${number(gone.length, "head")} ` : `by ${gone.length}${of} `) : ""}${when}.`);
+      const when = first === last ? `at compaction ${first}` : `between compactions ${first} and ${last}`;
+      said.push(`Evicted ${many ? (gone.length === cells.length ? `by all ${number(gone.length, "head")} ` : `by ${gone.length}${of} `) : ""}${when}.`);
     }
-    if (into) said.push(`Folded into another slot${many ? ` by ${into}${of}` : ""}.`);
+    if (into) said.push(`Merged into another slot${many ? ` by ${into}${of}` : ""}.`);
     const missed = gone.filter((c) => m.missed(c, i));
     if (missed.length) {
       const most = Math.max(...missed.map((c) => m.later(c, i, step)));
-      said.push(`▲ Needed: full KV paid it ${amount(most)} queries' attention after it was gone${many ? `, ${missed.length === 1 ? "in one head" : `at most, in ${missed.length} heads`}` : ""}.`);
+      said.push(`▲ Needed: full KV paid it ${amount(most)} queries' attention after its eviction${many ? `, ${missed.length === 1 ? "in one head" : `at most, in ${missed.length} heads`}` : ""}.`);
     }
     return said.join(" ");
   }
@@ -70,7 +70,7 @@
       const best = (f) => amount(Math.max(...cells.map(f)));
       say(state.step < m.end ? "Attention before" : "Attention", best((c) => m.attention(c, i, 0, cut)));
       if (state.step < m.end) say("Attention after", best((c) => m.attention(c, i, cut)));
-      const moment = state.step < m.end ? "before and after the event shown" : "over the whole run";
+      const moment = state.step < m.end ? "before and after the compaction shown" : "over the whole run";
       add(side, "p", "muted small", `What full KV's queries pay this token ${moment}${cells.length > 1 ? ", in the head that pays most" : ""}; 1 is one query's whole attention.`);
     }
 
@@ -87,8 +87,8 @@
         chip.setAttribute("aria-label", `${visible(data.pieces[token])}, ${place(data, token)}, attention ${amount(much)}`);
         chip.addEventListener("click", () => pick(token));
       }
-      add(box, "p", "muted small", `Dropped tokens with the most attention between events ${m.interval(i)} and ${m.interval(i) + 1}, where this token was predicted.`
-        .replace(`events ${m.events} and ${m.events + 1}`, `event ${m.events} and the end`));
+      add(box, "p", "muted small", `Evicted tokens with the most attention between compactions ${m.interval(i)} and ${m.interval(i) + 1}, where this token was predicted.`
+        .replace(`compactions ${m.events} and ${m.events + 1}`, `compaction ${m.events} and the end`));
     }
     if (i < m.seen(state.step)) fateTable(m, side, i, state);
   }
@@ -106,9 +106,9 @@
       for (let h = 0; h < m.heads; h++) {
         const cell = g * m.heads + h, at = cell * m.count + i, fate = m.fate(cell, i, state.step);
         const words = {
-          kept: m.isProtected(i, state.step) ? "protected" : "held",
-          dropped: `event ${m.dropped[at] + 1}`,
-          folded: m.into ? `→ ${m.into[at]}, event ${m.folded[at] + 1}` : "folded",
+          kept: m.isProtected(i, state.step) ? "protected" : "kept",
+          dropped: `compaction ${m.dropped[at] + 1}`,
+          folded: m.into ? `→ ${m.into[at]}, compaction ${m.folded[at] + 1}` : "merged",
         }[fate];
         const box = add(line, "td", fate, fate === "dropped" ? `✗ ${words}` : words);
         if (fate === "dropped" && m.missed(cell, i)) {

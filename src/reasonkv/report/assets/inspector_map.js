@@ -17,7 +17,7 @@
     const promptName = axis.appendChild(make("span", "", "prompt"));
     const outputName = axis.appendChild(make("span", "", "output →"));
     const key = axis.appendChild(make("span", "key"));
-    for (const [mark, word] of [["keep", "held"], ["gone", "dropped"], ["miss", "dropped though needed"], ["bad", "differs from full KV"]]) {
+    for (const [mark, word] of [["keep", "kept"], ["gone", "evicted"], ["miss", "evicted though needed"], ["bad", "differs from full KV"]]) {
       key.append(make("i", mark), `${word} `);
     }
     const share = data.prompt / m.count;
