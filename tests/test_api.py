@@ -12,7 +12,16 @@ from models import batch, tiny_model
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, pipeline
 
 import reasonkv
-from reasonkv import Budget, BudgetError, CompressedCache, MethodError, SnapKV, Window, generate_with
+from reasonkv import (
+    Budget,
+    BudgetError,
+    CompressedCache,
+    MethodError,
+    SnapKV,
+    UnsupportedModelError,
+    Window,
+    generate_with,
+)
 from reasonkv.methods.catalogue import CATALOGUE
 
 USER = """
@@ -114,6 +123,14 @@ def test_keywords_make_the_budget_that_budget_makes() -> None:
         with pytest.raises(BudgetError, match=words) as error:
             CompressedCache(model, "random", **wrong)  # type: ignore[arg-type]
         assert "\n" not in str(error.value)
+    for arguments in ((model, None), (model, 5), (model, SnapKV)):
+        with pytest.raises(MethodError, match=r"A method is a name such as 'snapkv' or an object such as SnapKV"):
+            CompressedCache(*arguments, 96)  # type: ignore[arg-type]
+    with pytest.raises(UnsupportedModelError, match="give the model itself, not 'Qwen/Qwen3-4B'"):
+        CompressedCache("Qwen/Qwen3-4B", "random", 96)  # type: ignore[arg-type]
+    for wrong in ({"seed": "a"}, {"max_length": 0.5}, {"prompt_lengths": ["7"]}, {"row_seeds": 3.0}):
+        with pytest.raises(BudgetError, match=f"{next(iter(wrong))} must be "):
+            CompressedCache(model, "random", 96, **wrong)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="'tokns'"):
         CompressedCache(model, "random", tokns=5)  # type: ignore[call-arg]
 

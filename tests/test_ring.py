@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from reasonkv.ring import newest_queries
+from reasonkv.slots import newest_queries
 
 
 @pytest.mark.parametrize("lengths", [(5, 8), (8, 9), (21, 13)])

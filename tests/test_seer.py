@@ -22,7 +22,7 @@ from reasonkv.methods.quest import Quest
 from reasonkv.methods.seer import SeerAttention
 from reasonkv.methods.sparse_read import FullPages, PageView
 from reasonkv.models import load_model
-from reasonkv.runtimes.transformers.setup import rotary_of
+from reasonkv.rotary import Rotary
 from reasonkv.seer.gate import FILE, GateError, find_gate, load_gate, random_gate, save_gate
 from reasonkv.seer.recipe import GateRecipe
 from reasonkv.seer.training import kept_attention, train_gate
@@ -55,7 +55,7 @@ def test_chunked_replay_equals_one_token_at_a_time(testbed, tmp_path: Path) -> N
 
 def test_a_gate_scores_pages_by_its_three_steps() -> None:
     """Head by head and page by page; a page's key is rotated for its first token."""
-    rotary, c = rotary_of(tiny_model("qwen3")), 4
+    rotary, c = Rotary.from_config(tiny_model("qwen3").config, "full_attention"), 4
     (parameters,) = random_gate([(2, 2, 16)], c, "any", seed=3).layers
     parameters = {name: tensor.double() for name, tensor in parameters.items()}
     generator = torch.Generator().manual_seed(0)

@@ -108,10 +108,10 @@ AttentionMaskInterface.register("explicit_selection", ALL_MASK_ATTENTION_FUNCTIO
 
 
 def run_explicit(model, method, mask, prompts, ids, positions, pieces) -> Tensor:
-    from reasonkv.runtimes.transformers.setup import rotary_of
+    from reasonkv.rotary import Rotary
 
     before = model.config._attn_implementation
-    rotary = rotary_of(model)
+    rotary = Rotary.from_config(model.config, "full_attention")
     for module in model.modules():
         if hasattr(module, "layer_idx"):
             module.__dict__["reasonkv_rotary"] = rotary

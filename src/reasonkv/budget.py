@@ -68,7 +68,7 @@ class Budget:
 
     """
 
-    tokens: int = None  # type: ignore[assignment]  # None exactly where `keep` is given
+    tokens: int | None = None
     interval: int = 128
     sinks: int = _SINKS
     recent: int = _RECENT
@@ -104,7 +104,7 @@ class Budget:
             recent: newest slots the method itself always keeps; the larger of it and the budget's counts, once.
 
         """
-        if self.keep is not None or self.sinks + max(self.recent, recent) <= self.tokens:
+        if self.tokens is None or self.sinks + max(self.recent, recent) <= self.tokens:
             return self.sinks, max(self.recent, recent)
         sinks = min(_SINKS, self.tokens // 8) if self.sinks == _SINKS else self.sinks
         return sinks, max(self.tokens // 2 if self.recent == _RECENT else self.recent, recent)
@@ -120,7 +120,7 @@ class Budget:
             BudgetError: protected slots exceed `tokens`.
 
         """
-        if self.keep is not None:
+        if self.tokens is None:
             return  # a share keeps at least what is protected
         sinks, recent = self.protected(recent)
         if sinks + recent > self.tokens:

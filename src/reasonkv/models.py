@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import (
@@ -22,17 +21,13 @@ from transformers import (
 from reasonkv.errors import ReasonKVError
 from reasonkv.identity import TESTBED, device_words, model_hash
 
-if TYPE_CHECKING:
-    from reasonkv.calibration import Calibration
-    from reasonkv.methods import Method
-
 DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
     "float64": torch.float64,
 }
-_SMALL = 20_000_000  # parameters
+_SMALL = 20_000_000  # parameters; smaller models gain nothing from bfloat16 or from a second thread on a CPU
 
 
 class ModelError(ReasonKVError, ValueError):
@@ -58,30 +53,6 @@ class LoadedModel:
     hash: str
     calibration_file: Path | None = None
 
-    @cached_property
-    def calibration(self) -> Calibration:
-        """Statistics of its queries, looked up once.
-
-        Raises:
-            CalibrationError: there are none, or they belong to another model.
-
-        """
-        from reasonkv.calibration import find_calibration
-
-        return find_calibration(self.model, self.calibration_file)
-
-    def calibration_for(self, method: Method) -> Calibration | None:
-        """The statistics, if a method needs them; errors as in `calibration`."""
-        return self.calibration if method.needs.calibration else None
-
-    def method_for(self, method: Method) -> Method:
-        """The method as this model runs it: what it leaves to a tokenizer is filled in."""
-        return method.for_tokenizer(self.tokenizer)
-
-    def calibration_argument(self, methods: Iterable[Method]) -> dict[str, str]:
-        """What a manifest says about the statistics: their digest, if any of these methods needs them."""
-        return {"calibration": self.calibration.digest} if any(m.needs.calibration for m in methods) else {}
-
     @property
     def dtype(self) -> str:
         """The parameters' dtype, as `--dtype` writes it."""
@@ -93,14 +64,29 @@ class LoadedModel:
         return device_words(self.model.device)
 
 
-def load_model(name: str, dtype: str = "auto", device: str = "auto", calibration: Path | None = None) -> LoadedModel:
+def cpu_has_bfloat16() -> bool:
+    """Return whether this CPU multiplies in bfloat16 by itself (AMX or AVX-512); False where torch does not tell."""
+    found: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(found.get("amx_bf16") or found.get("avx512_bf16"))
+
+
+def load_model(
+    name: str,
+    dtype: str = "auto",
+    device: str = "auto",
+    calibration: Path | None = None,
+    *,
+    has_bfloat16: Callable[[], bool] = cpu_has_bfloat16,
+) -> LoadedModel:
     """Load a model and its tokenizer.
 
     Args:
         name: "testbed", a folder, or a hub name.
-        dtype: "auto" (float32 on a CPU, the checkpoint's own elsewhere) or one of `DTYPES`.
+        dtype: "auto" or one of `DTYPES`. "auto" is the checkpoint's own on an accelerator. On a CPU it is bfloat16 for
+            a bfloat16 checkpoint of 20M parameters or more, if the CPU multiplies in it, and otherwise float32.
         device: "auto" (an accelerator if there is one) or a torch device.
         calibration: statistics of its queries, where they are not looked up beside it.
+        has_bfloat16: says whether the CPU multiplies in bfloat16.
 
     Raises:
         ModelError: one sentence.
@@ -109,9 +95,9 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto", calibration
     place = _device(device)
     if dtype not in {"auto", *DTYPES}:
         raise ModelError(f"Unknown dtype {dtype!r}; choose one of auto, {', '.join(DTYPES)}.")
-    wanted: Any = DTYPES.get(dtype, torch.float32 if place.type == "cpu" else "auto")
     source = _source(name)
     try:
+        wanted: Any = DTYPES[dtype] if dtype != "auto" else _auto_dtype(source, place, has_bfloat16)
         model, report = AutoModelForCausalLM.from_pretrained(
             source, dtype=wanted, output_loading_info=True, ignore_mismatched_sizes=True
         )
@@ -164,6 +150,17 @@ def one_thread_if_small(model: PreTrainedModel) -> Iterator[None]:
     finally:
         if small:
             torch.set_num_threads(threads)
+
+
+def _auto_dtype(source: str, place: torch.device, has_bfloat16: Callable[[], bool]) -> torch.dtype | str:
+    if place.type != "cpu":
+        return "auto"
+    config = AutoConfig.from_pretrained(source)
+    if config.get_text_config().dtype != torch.bfloat16 or not has_bfloat16():
+        return torch.float32
+    with torch.device("meta"):  # counts parameters without making them
+        parameters = AutoModelForCausalLM.from_config(config).num_parameters()
+    return torch.bfloat16 if parameters >= _SMALL else torch.float32
 
 
 def _device(name: str) -> torch.device:

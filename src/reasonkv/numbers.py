@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from numbers import Real
 from operator import index
 from typing import Any
@@ -20,6 +21,12 @@ def whole_number(value: Any, name: str, least: int | None = None) -> int:
     if found is None or isinstance(value, bool) or (least is not None and found < least):
         raise BudgetError(f"{name} must be a whole number{bound}, not {value!r}{hint}.")
     return found
+
+
+def whole_numbers(value: Any, name: str) -> list[int] | None:
+    """Return one whole number or several as a list, or raise; None stays None."""
+    several = isinstance(value, Iterable) and not isinstance(value, str)
+    return None if value is None else [whole_number(one, name) for one in (value if several else [value])]
 
 
 def share_of_one(value: Any, name: str) -> float:

@@ -48,6 +48,6 @@ def protected_slots(
         return protected_BHN
     if budget.prompt == "keep":
         of = zip(before, budgets, strict=True)
-        fits = [one.keep is not None or state.prompt + recent < one.tokens for state, one in of]
+        fits = [one.tokens is None or state.prompt + recent < one.tokens for state, one in of]
         is_prompt_BHN = is_prompt_BHN & torch.tensor(fits, device=device)[:, None, None]
     return protected_BHN | is_prompt_BHN

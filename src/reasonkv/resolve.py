@@ -29,39 +29,29 @@ def resolve_budget(method: Method, budget: Budget | int | None) -> tuple[Method,
         BudgetError: a budget that is missing, not wanted, or too small for what is protected.
 
     """
-    if budget is not None and method.bounded:
-        method = _shrink_window(method, budget if isinstance(budget, Budget) else Budget(tokens=budget))
-    made = validate_budget(method, budget)
-    return (method if made is None else method.for_budget(made)), made
-
-
-def validate_budget(method: Method, budget: Budget | int | None) -> Budget | None:
-    """Return the budget of a cache; None exactly for methods that keep everything.
-
-    Raises:
-        BudgetError: a budget that is missing, not wanted, or too small for what is protected.
-
-    """
-    needs, name = method.needs, method.name
+    name = method.name
     if not method.bounded:
         if budget is not None:
             raise BudgetError(f"{name} keeps everything and takes no budget; leave it out or choose a method.")
-        return None
+        return method, None
     if budget is None:
         raise BudgetError(f"{name} needs a budget, such as tokens=512 or keep=0.25.")
-    made = budget if isinstance(budget, Budget) else Budget(tokens=budget)
-    if made.keep is not None:
-        if needs.selects or needs.layer_budgets:
-            what = "reads a fixed number of slots" if needs.selects else "divides tokens among layers"
-            raise BudgetError(f"{name} {what}, so it cannot keep a share of the length; give it tokens.")
-        return replace(made, recent=max(made.recent, needs.recent))  # a share keeps at least what is protected
-    made.check_protected(recent=needs.recent)
-    return made
+    budget = budget if isinstance(budget, Budget) else Budget(tokens=budget)
+    method = _shrink_window(method, budget)
+    needs = method.needs
+    if budget.keep is None:
+        budget.check_protected(recent=needs.recent)
+    elif needs.selects or needs.layer_budgets:
+        what = "reads a fixed number of slots" if needs.selects else "divides tokens among layers"
+        raise BudgetError(f"{name} {what}, so it cannot keep a share of the length; give it tokens.")
+    else:  # a share keeps at least what is protected
+        budget = replace(budget, recent=max(budget.recent, needs.recent))
+    return method.for_budget(budget), budget
 
 
 def _shrink_window(method: Method, budget: Budget) -> Method:
     own = method.needs.recent
-    if isinstance(budget, Window) or budget.keep is not None or sum(budget.protected(own)) <= budget.tokens:
+    if isinstance(budget, Window) or budget.tokens is None or sum(budget.protected(own)) <= budget.tokens:
         return method
     room = max(1, budget.protected()[1])
     for one in fields(method):
@@ -144,7 +134,9 @@ def compressed_layers(config: PreTrainedConfig) -> int:
 
 def check_model(model: PreTrainedModel | PreTrainedConfig) -> list[str]:
     """Reasons why a compressed cache cannot serve this model, one sentence each; empty when it can."""
-    config = model if isinstance(model, PreTrainedConfig) else model.config
+    config = model if isinstance(model, PreTrainedConfig) else getattr(model, "config", None)
+    if not isinstance(config, PreTrainedConfig):
+        return [f"Only models of transformers can be served; give the model itself, not {model!r:.80}."]
     decoder = text_config(config)
     kind = getattr(decoder, "model_type", type(decoder).__name__)
     problems = []

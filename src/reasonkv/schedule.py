@@ -39,7 +39,7 @@ class Lengths(NamedTuple):
 
 def kept_share(budget: Budget, logical: int, prompt: int) -> int:
     """Return the slots a compaction keeps at a logical length, beside a prompt on top."""
-    if budget.keep is None:
+    if budget.tokens is not None:
         return budget.tokens
     counted = logical - _on_top(budget, min(logical, prompt))
     return max(_least(budget, prompt), counted * budget.ratio.numerator // budget.ratio.denominator)
@@ -321,7 +321,7 @@ def _first_with(budget: Budget, prompt: int, surplus: int) -> int:
     Of a share n / d, c = surplus - p tokens beyond it: m - m n // d >= c first at m = (c - 1) d // (d - n) + 1, because
     the left side is ceil(m (d - n) / d).
     """
-    if budget.keep is None:
+    if budget.tokens is not None:
         return budget.tokens + surplus
     on_top, ratio = _on_top(budget, prompt), budget.ratio
     n, d, beyond = ratio.numerator, ratio.denominator, surplus - on_top

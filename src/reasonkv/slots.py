@@ -21,7 +21,6 @@ from reasonkv.compaction import merge_counts, merge_state
 from reasonkv.methods.base import Method, Observed, Requirements, SlotState
 from reasonkv.plan import Plan, PlanError
 from reasonkv.protection import protected_slots
-from reasonkv.ring import newest_queries
 from reasonkv.schedule import Lengths
 from reasonkv.view import SlotView
 
@@ -213,6 +212,29 @@ class SlotStore:
             old = stored[:, :, :upto].index_select(0, row_b).to(out.dtype)
             out[:, :, :upto] = torch.where(is_old, old, out[:, :, :upto])
         return out
+
+
+def newest_queries(ring_RTHqD: Tensor, row_b: Tensor, length_b: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Return the newest queries of some rows, oldest first.
+
+    Whole heads are copied, in the order that attention reads them: on CPU four times as fast as an index per token.
+
+    Args:
+        ring_RTHqD: contiguous; a row's token t stands at t % T. Tokens come before heads, because every decode step
+            writes one token of every row: one line of memory instead of Hq.
+        row_b: int64, rows of the ring.
+        length_b: int64, tokens each of them has seen, at least `count`.
+        count: queries to return, at most T.
+
+    Returns:
+        Queries [b, Hq, count, D] and their token indices, int64 [b, count].
+
+    """
+    _, T, Hq, D = ring_RTHqD.shape
+    token_bn = length_b[:, None] - count + torch.arange(count, device=ring_RTHqD.device)
+    line_bn = row_b[:, None] * T + token_bn % T
+    head_bHqn = line_bn[:, None] * Hq + torch.arange(Hq, device=ring_RTHqD.device)[:, None]
+    return ring_RTHqD.view(-1, D).index_select(0, head_bHqn.flatten()).view(*head_bHqn.shape, D), token_bn
 
 
 def make_view(kind: type[View], store: SlotStore, group: CompactionGroup, **runtime: Any) -> View:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from typing import Any
 
 import torch
@@ -137,7 +137,7 @@ def collect(
     return Calibration(
         mean_LHqF, modulus, square, horizon_LHqJ=horizon_LHqJ, head_dim=head_dim_of(config), tokens=done,
         model=model_hash(model), rope_type=rope_type_of(config), verified=True, name=name, source=source,
-        date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
     )  # fmt: skip
 
 

@@ -120,7 +120,7 @@ def _answer(
             seed=seed,
             row_seeds=[row_seed],
             max_length=len(ids) + most,
-            calibration=loaded.calibration_for(cell.method),
+            calibration=loaded.calibration_file,
         ) as cache,
     ):
         (answer,) = decode_batch(loaded.model, cache, [Request(ids, most, row_seed)], sampling=sampling, seed=seed)

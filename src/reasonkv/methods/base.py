@@ -201,7 +201,7 @@ class Method(ABC):
             layers: compressed layers, in the model's order.
             prompt: tokens of the prompt, 0 while it is not known.
         """
-        return [budget.tokens] * layers
+        return [budget.tokens or 0] * layers  # a share of the length never comes here
 
     def options(self) -> dict[str, object]:
         """Return the options as recorded in results, resolved."""

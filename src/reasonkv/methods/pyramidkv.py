@@ -38,6 +38,7 @@ class PyramidKV(SnapKV):
         return replace(super().needs, layer_budgets=True)
 
     def layer_tokens(self, budget: Budget, layers: int, prompt: int) -> list[int]:
+        assert budget.tokens is not None  # `resolve_budget` refuses a share of the length
         if self.variant == "kvpress":
             return kvpress_pyramid(budget.tokens, layers, window=self.window, beta=self.beta)
         sinks, recent = budget.protected(self.window)

@@ -51,6 +51,8 @@ def get_method(spec: str | Method) -> Method:
     """
     if isinstance(spec, Method):
         return spec
+    if not isinstance(spec, str):
+        raise MethodError(f"A method is a name such as 'snapkv' or an object such as SnapKV(window=16), not {spec!r}.")
     name, _, text = spec.partition(":")
     cls = method_class(name.strip())
     given: dict[str, str] = {}

@@ -257,7 +257,7 @@ def _cache(
     return CompressedCache(
         model.model, config.method.for_tokenizer(model.tokenizer), config.budget,
         prompt_lengths=[prompt], seed=seed, row_seeds=[row], max_length=longest,
-        calibration=model.calibration_for(config.method), **options,
+        calibration=model.calibration_file, **options,
     )  # fmt: skip
 
 

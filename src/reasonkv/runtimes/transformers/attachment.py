@@ -5,15 +5,14 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable
+from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from reasonkv.resolve import text_config
-from reasonkv.runtimes.transformers.attention import implementation_name
-from reasonkv.runtimes.transformers.support import base_kernel
-from reasonkv.runtimes.transformers.tokens import listen
+from reasonkv.runtimes.transformers.attention import PREFIX, base_kernel
 
 
 class Attachment:
@@ -33,7 +32,7 @@ class Attachment:
         self._handle: RemovableHandle | None = None
         current = base_kernel(model.config)
         self._restore = "eager" if current == "reference" else current  # another open cache may drive our own kernel
-        self._name = implementation_name(base_kernel(model.config, kernel))
+        self._name = PREFIX + base_kernel(model.config, kernel)
 
     def attach(self) -> None:
         """Set the model's attention to ours, in case another cache was attached or detached since."""
@@ -43,7 +42,7 @@ class Attachment:
         if text_config(model.config)._attn_implementation != self._name:
             model.set_attn_implementation(self._name)
         if self._handle is None and self._receive is not None:
-            self._handle = listen(model, self._receive)
+            self._handle = model.register_forward_pre_hook(self._announce, with_kwargs=True)
 
     def detach(self) -> None:
         """Give the model its attention back; twice is fine."""
@@ -53,6 +52,11 @@ class Attachment:
             self._handle = None
         if model is not None and text_config(model.config)._attn_implementation == self._name:
             model.set_attn_implementation(self._restore)
+
+    def _announce(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        if self._receive is not None:
+            self._receive(kwargs.get("past_key_values"), ids if isinstance(ids, Tensor) else None)
 
     def twin(self, receive: Callable[[object, Tensor | None], None] | None) -> Attachment:
         """Return the attachment of a copied cache."""

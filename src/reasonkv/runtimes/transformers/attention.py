@@ -16,17 +16,20 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from reasonkv.resolve import UnsupportedModelError
+from reasonkv.resolve import UnsupportedModelError, text_config
 from reasonkv.runtimes.transformers.forward import ForwardPlan
 from reasonkv.runtimes.transformers.sparse_read import SparseReader
-from reasonkv.runtimes.transformers.support import KERNELS
 
 Attention = Callable[..., tuple[Tensor, Tensor | None]]
 BeginForward = Callable[[int, int, Tensor | None], None]
+PREFIX = "reasonkv_"
+"""Of the names that kernels are registered under."""
+KERNELS = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "reference")
+"""Attention implementations a compressed cache can drive."""
 GROUPED_ROWS = 1024  # up to this many query rows per KV head, query heads of a group become rows of one product
 
 
@@ -88,9 +91,20 @@ class AttendedLayer(Protocol):
         """Called with the rotated queries once the layer has attended."""
 
 
-def implementation_name(kernel: str) -> str:
-    """The name a kernel is registered under."""
-    return f"reasonkv_{kernel}"
+def base_kernel(config: PreTrainedConfig, requested: str | None = None) -> str:
+    """Return the attention kernel to drive: the requested one, or the one the model is set to.
+
+    Raises:
+        UnsupportedModelError: a kernel that cannot be driven.
+
+    """
+    kernel = requested or (text_config(config)._attn_implementation or "eager").removeprefix(PREFIX)
+    if kernel not in KERNELS:
+        raise UnsupportedModelError(
+            f"A compressed cache cannot drive the attention implementation {kernel!r}; "
+            f"load the model with one of {', '.join(KERNELS[:-1])}."
+        )
+    return kernel
 
 
 def naive_attention(
@@ -294,5 +308,5 @@ def _mask_function(kernel: str) -> Callable[..., Tensor | None]:
 
 
 for _kernel in KERNELS:
-    AttentionInterface.register(implementation_name(_kernel), _attention_function(_kernel))
-    AttentionMaskInterface.register(implementation_name(_kernel), _mask_function(_kernel))
+    AttentionInterface.register(PREFIX + _kernel, _attention_function(_kernel))
+    AttentionMaskInterface.register(PREFIX + _kernel, _mask_function(_kernel))

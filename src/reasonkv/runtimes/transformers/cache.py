@@ -24,6 +24,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from reasonkv.budget import Budget, BudgetError, BudgetFields
 from reasonkv.calibration import Calibration
 from reasonkv.methods import Method, Requirements, get_method, layer_budgets, refuse_future
+from reasonkv.numbers import whole_number, whole_numbers
 from reasonkv.resolve import (
     UnsupportedModelError,
     broadcast_per_prompt,
@@ -31,6 +32,7 @@ from reasonkv.resolve import (
     check_window,
     resolve_budget,
 )
+from reasonkv.rotary import Rotary
 from reasonkv.runtimes.transformers.attachment import Attachment
 from reasonkv.runtimes.transformers.events import compact_layers
 from reasonkv.runtimes.transformers.forward import ForwardPlan, SequenceState, fed_tokens
@@ -41,8 +43,7 @@ from reasonkv.runtimes.transformers.sequences import (
     make_groups,
     tokens_to_next_event,
 )
-from reasonkv.runtimes.transformers.session import Observer, Session, callbacks_of, weakly
-from reasonkv.runtimes.transformers.setup import load_statistics, rotary_of
+from reasonkv.runtimes.transformers.session import Observer, Session, callbacks_of, load_statistics, weakly
 from reasonkv.runtimes.transformers.sparse_read import SparseReader
 from reasonkv.runtimes.transformers.stats import CacheStats, collect_stats
 from reasonkv.runtimes.transformers.storage import LayerStorage
@@ -108,10 +109,13 @@ class CompressedCache(Cache):
         if reference is None:
             refuse_future(self.method)
         needs = self.method.needs
-        rotary = rotary_of(model) if needs.rotary or needs.observes or needs.calibration else None
+        rotary = None
+        if needs.rotary or needs.observes or needs.calibration:
+            rotary = Rotary.from_config(model.config, "full_attention").to(model.device)
         reader, self.budget = SparseReader.of(self.method, model, self.budget, rotary)
-        self.window_events, self.row_seeds, self.reopen_prompt = window_events, row_seeds, reopen_prompt
-        self.prompt_lengths = [prompt_lengths] if isinstance(prompt_lengths, int) else prompt_lengths
+        self.window_events, self.reopen_prompt = window_events, reopen_prompt
+        self.prompt_lengths = whole_numbers(prompt_lengths, "prompt_lengths")
+        self.row_seeds = whole_numbers(row_seeds, "row_seeds")
         self.layer_groups: list[LayerGroup] = []  # one, unless the method gives layers budgets of their own
         self.layers_done = self.bytes_peak = 0
         self.compaction_seconds = 0.0
@@ -119,14 +123,14 @@ class CompressedCache(Cache):
         self.session = Session(
             method=self.method,
             needs=needs,
-            seed=seed,
+            seed=whole_number(seed, "seed"),
             observer=observer,
             reference=reference,
             calibration=load_statistics(model, calibration) if needs.calibration else None,
             rotary=rotary,
             reader=reader,
             model_name=type(model).__name__,
-            max_length=max_length,
+            max_length=None if max_length is None else whole_number(max_length, "max_length", 1),
             **callbacks_of(self),
         )
         self.attach()

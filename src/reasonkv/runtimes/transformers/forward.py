@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import cached_property
-from typing import Any, TypeVar
+from functools import cached_property, wraps
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,21 @@ from reasonkv.resolve import UnsupportedModelError
 from reasonkv.slots import CompactionGroup
 
 T = TypeVar("T")
+P = ParamSpec("P")
+
+
+def _once(make: Callable[Concatenate[ForwardPlan, P], T]) -> Callable[Concatenate[ForwardPlan, P], T]:
+    """Make a forward's tensor when it is first asked for; all layers share it."""
+
+    @wraps(make)
+    def remembered(forward: ForwardPlan, *args: P.args, **kwargs: P.kwargs) -> T:
+        key = (make, args, *kwargs.items())
+        if key not in forward.made:
+            forward.made[key] = make(forward, *args, **kwargs)
+        found: T = forward.made[key]
+        return found
+
+    return remembered
 
 
 @dataclass
@@ -91,6 +106,7 @@ class ForwardPlan:
         after: every row's lengths after the forward, its compaction included.
         keep: slots a row's compaction keeps, or None.
         layers: compressed layers it is fed to.
+        made: tensors of the forward that its layers share.
 
     """
 
@@ -101,7 +117,7 @@ class ForwardPlan:
     after: list[schedule.Lengths]
     keep: list[int | None]
     layers: int = 1
-    _made: dict[object, Any] = field(default_factory=dict)
+    made: dict[object, Any] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -148,90 +164,63 @@ class ForwardPlan:
             for row, start, end in spans
         )
 
+    @_once
     def scatter(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return where every new token goes: its row, its column, its slot, its token index (int64 [n])."""
+        held_B, length_B = self._lengths(device)
+        valid = self._valid(device)
+        row, column = valid.nonzero(as_tuple=True)
+        rank = (valid.cumsum(-1) - 1)[row, column]
+        return row, column, held_B[row] + rank, length_B[row] + rank
 
-        def make() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-            held_B, length_B = self._lengths(device)
-            valid = self._valid(device)
-            row, column = valid.nonzero(as_tuple=True)
-            rank = (valid.cumsum(-1) - 1)[row, column]
-            return row, column, held_B[row] + rank, length_B[row] + rank
-
-        return self._once(("scatter", device), make)
-
+    @_once
     def destinations(self, heads: int, slots: int, device: torch.device) -> Tensor:
-        """Return the line of every row's one new token in a contiguous [B, heads, slots, D], int64 [B * heads].
+        """Return the line of every row's one new token in a contiguous [B, heads, slots, D], int64 [B * heads]."""
+        line = torch.arange(len(self.rows) * heads, device=device).view(-1, heads) * slots
+        return (line + self._lengths(device)[0][:, None]).flatten()
 
-        Made once per decode step and shared by all layers.
-        """
-
-        def make() -> Tensor:
-            line = torch.arange(len(self.rows) * heads, device=device).view(-1, heads) * slots
-            return (line + self._lengths(device)[0][:, None]).flatten()
-
-        return self._once(("destinations", heads, slots, device), make)
-
+    @_once
     def ring_lines(self, length: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """Return row, column and ring line of every token whose query is kept (int64 [n]); made once for all layers."""
+        """Return row, column and ring line of every token whose query is kept (int64 [n])."""
+        if self.is_one_token:
+            row = torch.arange(len(self.rows), device=device)
+            return row, row, row * length + self._lengths(device)[1] % length
+        row, column, _, token = self.scatter(device)
+        if self.columns > length:  # several tokens share a place in the ring: only the newest may write
+            ends = torch.tensor([state.logical for state in self.after], device=device)
+            newest = token >= (ends - length)[row]
+            row, column, token = row[newest], column[newest], token[newest]
+        return row, column, row * length + token % length
 
-        def make() -> tuple[Tensor, Tensor, Tensor]:
-            if self.is_one_token:
-                row = torch.arange(len(self.rows), device=device)
-                return row, row, row * length + self._lengths(device)[1] % length
-            row, column, _, token = self.scatter(device)
-            if self.columns > length:  # several tokens share a place in the ring: only the newest may write
-                ends = torch.tensor([state.logical for state in self.after], device=device)
-                newest = token >= (ends - length)[row]
-                row, column, token = row[newest], column[newest], token[newest]
-            return row, column, row * length + token % length
-
-        return self._once(("ring", length, device), make)
-
+    @_once
     def visible_Bq(self, device: torch.device) -> Tensor:
-        """How many of its row's slots every query may see; a padding query sees one, so that its softmax is finite."""
+        """Return how many of its row's slots every query may see; padding sees one, so that its softmax is finite."""
+        held = self._lengths(device)[0][:, None]
+        seen = held + 1 if self.is_one_token else held + self._valid(device).cumsum(-1)
+        return seen.clamp(min=1)
 
-        def make() -> Tensor:
-            held = self._lengths(device)[0][:, None]
-            seen = held + 1 if self.is_one_token else held + self._valid(device).cumsum(-1)
-            return seen.clamp(min=1)
-
-        return self._once(("visible", device), make)
-
+    @_once
     def token_indices(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return the token index of every column, int64 [B, q], and which columns hold a token, not padding."""
+        valid = self._valid(device)
+        return (self._lengths(device)[1][:, None] + valid.cumsum(-1) - 1).clamp(min=0), valid
 
-        def make() -> tuple[Tensor, Tensor]:
-            valid = self._valid(device)
-            return (self._lengths(device)[1][:, None] + valid.cumsum(-1) - 1).clamp(min=0), valid
-
-        return self._once(("indices", device), make)
-
+    @_once
     def in_prompt_Bq(self, device: torch.device) -> Tensor:
         """Return which columns hold a token of their row's prompt, bool [B, q]; anything at padding."""
+        index_Bq, _ = self.token_indices(device)
+        marked = torch.zeros_like(index_Bq, dtype=torch.bool)
+        for number, row in enumerate(self.rows):
+            for start, end in row.prompt_spans:
+                marked[number] |= (index_Bq[number] >= start) & (index_Bq[number] < end)
+        return marked
 
-        def make() -> Tensor:
-            index_Bq, _ = self.token_indices(device)
-            marked = torch.zeros_like(index_Bq, dtype=torch.bool)
-            for number, row in enumerate(self.rows):
-                for start, end in row.prompt_spans:
-                    marked[number] |= (index_Bq[number] >= start) & (index_Bq[number] < end)
-            return marked
-
-        return self._once(("prompt", device), make)
-
+    @_once
     def additive_mask(self, device: torch.device, dtype: torch.dtype, repeats: int = 1) -> Tensor:
-        """0 where a query may attend and -inf elsewhere: [B, 1, repeats * q, width], query index fastest.
-
-        Made once per forward and shared by all layers.
-        """
-
-        def make() -> Tensor:
-            slots = torch.arange(self.width, device=device)
-            hidden = slots >= self.visible_Bq(device).repeat(1, repeats)[:, None, :, None]
-            return torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, float("-inf"))
-
-        return self._once(("mask", device, dtype, repeats), make)
+        """Return 0 where a query may attend and -inf elsewhere: [B, 1, repeats * q, width], query index fastest."""
+        slots = torch.arange(self.width, device=device)
+        hidden = slots >= self.visible_Bq(device).repeat(1, repeats)[:, None, :, None]
+        return torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, float("-inf"))
 
     def groups(self, queries: int) -> list[CompactionGroup]:
         """Return the rows that are compacted, by slots held, slots kept and queries at hand: one plan each."""
@@ -275,16 +264,11 @@ class ForwardPlan:
             prompt_spans=[one.prompt_spans for one in own],
         )
 
-    def _once(self, key: object, make: Callable[[], T]) -> T:
-        if key not in self._made:
-            self._made[key] = make()
-        found: T = self._made[key]
-        return found
-
+    @_once
     def _lengths(self, device: torch.device) -> Tensor:
         """Physical and logical length of every row before the forward, int64 [2, B]."""
         numbers = [[row.state.physical for row in self.rows], [row.state.logical for row in self.rows]]
-        return self._once(("lengths", device), lambda: torch.tensor(numbers, device=device))
+        return torch.tensor(numbers, device=device)
 
     def _valid(self, device: torch.device) -> Tensor:
         if self.valid_Bq is None:

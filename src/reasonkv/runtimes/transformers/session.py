@@ -5,11 +5,13 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from reasonkv.calibration import Calibration
+from reasonkv.calibration import Calibration, find_calibration
 from reasonkv.methods import Method, Requirements
 from reasonkv.plan import Plan
 from reasonkv.rotary import Rotary
@@ -76,3 +78,15 @@ def weakly(method: Callable[..., None]) -> Callable[..., None]:
         bound(*args)
 
     return call
+
+
+def load_statistics(model: PreTrainedModel, given: Calibration | str | Path | None) -> Calibration:
+    """Return the statistics a method scores with, checked against the model and on its device.
+
+    Raises:
+        CalibrationError: none to be found, or another model's.
+
+    """
+    found = given if isinstance(given, Calibration) else find_calibration(model, given)
+    found.check(model.config)
+    return found.to(model.device)

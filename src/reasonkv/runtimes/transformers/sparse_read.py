@@ -29,16 +29,13 @@ class PageTable:
 
     Args:
         state: summaries of full pages by name, [B, H, pages allocated, ...]; zeros where a row has none yet.
-        slots_B: float64, slots read by decoded tokens, summed over them and over KV heads.
-        pages_B: float64, pages whose summaries they read, summed in the same way.
-        tokens_B: float64, decoded tokens.
+        read_B3: float64, sums over decoded tokens: slots they read per KV head, pages whose summaries they read, and
+            how many tokens there were; None before the first.
 
     """
 
     state: dict[str, Tensor] = field(default_factory=dict)
-    slots_B: Tensor | None = None
-    pages_B: Tensor | None = None
-    tokens_B: Tensor | None = None
+    read_B3: Tensor | None = None
 
     def write(self, row_n: Tensor, page_n: Tensor, pages: int, rows: int, summaries: dict[str, Tensor]) -> None:
         """Store summaries [n, H, ...] of pages that have become full; `pages` and `rows` are how many there are."""
@@ -51,11 +48,11 @@ class PageTable:
                 stored = self.state[name] = grown
             stored[row_n, :, page_n] = summary
 
-    def count(self, slots_B: Tensor, pages_B: Tensor, tokens_B: Tensor) -> None:
-        """Add what one forward read."""
-        for name, new in (("slots_B", slots_B), ("pages_B", pages_B), ("tokens_B", tokens_B)):
-            total = getattr(self, name)
-            setattr(self, name, new.double() if total is None else total + new)
+    def count(self, slots_Bq: Tensor, pages_Bq: Tensor, decoded_Bq: Tensor) -> None:
+        """Add what the decoded tokens of a forward read."""
+        per_token = torch.stack([slots_Bq.double(), pages_Bq.double(), torch.ones_like(slots_Bq).double()], -1)
+        new_B3 = (per_token * decoded_Bq[..., None]).sum(1)
+        self.read_B3 = new_B3 if self.read_B3 is None else self.read_B3 + new_B3
 
     def bytes_per_page(self) -> int:
         """Bytes of one page's summaries, of all KV heads."""
@@ -64,9 +61,8 @@ class PageTable:
     def select_rows(self, index: Tensor) -> None:
         """Reorder, repeat or drop rows."""
         self.state = {name: tensor.index_select(0, index.to(tensor.device)) for name, tensor in self.state.items()}
-        for name in ("slots_B", "pages_B", "tokens_B"):
-            total = getattr(self, name)
-            setattr(self, name, None if total is None else total.index_select(0, index.to(total.device)))
+        if self.read_B3 is not None:
+            self.read_B3 = self.read_B3.index_select(0, index.to(self.read_B3.device))
 
 
 class SparseReader:
@@ -85,8 +81,8 @@ class SparseReader:
     """
 
     def __init__(self, method: SelectionMethod, prepared: Prepared, budget: Budget, rotary: Rotary | None) -> None:
-        if isinstance(budget, Window):
-            raise BudgetError(f"{method.name} drops nothing, so it has no windows; give it a Budget.")
+        if isinstance(budget, Window) or budget.tokens is None:
+            raise BudgetError(f"{method.name} drops nothing, so it has no windows; give it a Budget in tokens.")
         always = method.first + method.last
         if budget.tokens < always * prepared.page_size:
             raise BudgetError(
@@ -164,15 +160,13 @@ class SparseReader:
             Slots per KV head, mean over layers; bytes over all KV heads and layers.
 
         """
-        slots = summaries = 0.0
-        heads = 0
+        slots, summaries = [], 0.0
         for table in self.tables.values():
-            if table.slots_B is None or table.pages_B is None or table.tokens_B is None or not table.tokens_B[row]:
-                continue
-            slots += float(table.slots_B[row] / table.tokens_B[row])
-            summaries += float(table.pages_B[row] / table.tokens_B[row]) * table.bytes_per_page()
-            heads += 1
-        return (slots / heads if heads else 0.0), summaries
+            slots_read, pages_read, tokens = (0.0, 0.0, 0.0) if table.read_B3 is None else table.read_B3[row].tolist()
+            if tokens:
+                slots.append(slots_read / tokens)
+                summaries += pages_read / tokens * table.bytes_per_page()
+        return (sum(slots) / len(slots) if slots else 0.0), summaries
 
     def bytes_held(self, held: int) -> int:
         """Bytes of the page summaries of a row that holds so many slots, in all layers."""
@@ -202,7 +196,7 @@ class SparseReader:
         decoded_Bq = valid_Bq & ~forward.in_prompt_Bq(device)[:, columns]
         table = self.tables.setdefault(layer, PageTable())
         if layer < self.method.dense or not table.state:  # not one page is full yet
-            self._count(table, (positions_Bq + 1), torch.zeros_like(positions_Bq), decoded_Bq)
+            table.count(positions_Bq + 1, torch.zeros_like(positions_Bq), decoded_Bq)
             return visible_BqN[:, None]
         pages = max(forward.held) // c
         view = PageView(
@@ -214,7 +208,7 @@ class SparseReader:
         B, heads = chosen_BHqP.shape[:2]
         union_BHqP = chosen_BHqP.view(B, kv_heads, heads // kv_heads, *chosen_BHqP.shape[2:]).any(2)
         slots_Bq = union_BHqP.sum(-1).double().mean(1) * c + positions_Bq % c + 1
-        self._count(table, slots_Bq, view.own_Bq, decoded_Bq)
+        table.count(slots_Bq, view.own_Bq, decoded_Bq)
         own_BqN = number_N // c == view.own_Bq[..., None]
         page_N = (number_N // c).clamp(max=pages - 1)  # beyond the last full page stands the query's own
         earlier_BqN = number_N < (view.own_Bq * c)[..., None]
@@ -223,8 +217,3 @@ class SparseReader:
         read_BHqN = chosen_BHqN | (own_BqN | ~decoded_Bq[..., None])[:, None]
         read_BHqN &= visible_BqN[:, None]
         return read_BHqN.repeat_interleave(queries_BHqqD.shape[1] // heads, dim=1)
-
-    @staticmethod
-    def _count(table: PageTable, slots_Bq: Tensor, pages_Bq: Tensor, decoded_Bq: Tensor) -> None:
-        totals = [(number * decoded_Bq).sum(-1) for number in (slots_Bq, pages_Bq, torch.ones_like(slots_Bq))]
-        table.count(*totals)

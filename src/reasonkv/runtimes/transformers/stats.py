@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from html import escape
+from operator import mul
 
-from reasonkv.runtimes.transformers.forward import SequenceState
 from reasonkv.runtimes.transformers.sequences import LayerGroup
 from reasonkv.runtimes.transformers.session import Session
 from reasonkv.runtimes.transformers.storage import LayerStorage
@@ -125,39 +126,36 @@ def collect_stats(
         is_bounded: the cache has a budget.
 
     """
+    if not groups:
+        return []
     slots = [sum(one.bytes_per_slot() for number, one in storages if number == group) for group in range(len(groups))]
     plain = sum(storage.bytes_per_token() for _, storage in storages)
     fixed = sum(storage.bytes_per_row() for _, storage in storages)
-    rows = range(len(groups[0].rows)) if groups else ()
-    return [_row_stats(session, groups, number, slots, plain, fixed, is_bounded) for number in rows]
+    return [_row_stats(session, groups, row, slots, plain, fixed, is_bounded) for row in range(len(groups[0].rows))]
 
 
 def _row_stats(
-    session: Session,
-    groups: Sequence[LayerGroup],
-    number: int,
-    slot_bytes: list[int],
-    plain: int,
-    fixed: int,
+    session: Session, groups: Sequence[LayerGroup], number: int, slot_bytes: list[int], plain: int, fixed: int,
     is_bounded: bool,
-) -> RowStats:
-    own, layers = [group.rows[number] for group in groups], sum(group.layers for group in groups)
+) -> RowStats:  # fmt: skip
+    own, shares = [group.rows[number] for group in groups], [group.layers for group in groups]
     first, reader = own[0], session.reader
 
-    def mean(values: list[int]) -> float:
-        total = sum(group.layers * value for group, value in zip(groups, values, strict=True))
+    def mean(values: Iterable[float]) -> float:
+        total, layers = sum(map(mul, shares, values)), sum(shares)
         return total // layers if total % layers == 0 else total / layers  # a whole number where all layers are alike
 
     def size(slots: list[int]) -> int:
-        return sum(count * slot for count, slot in zip(slots, slot_bytes, strict=True)) + fixed
+        return sum(map(mul, slots, slot_bytes)) + fixed
 
     held = [row.state.physical for row in own]
     allocated = [row.capacity(session.max_length) for row in own] if is_bounded else held
     fixed += 4 * first.state.logical if session.needs.token_ids else 0
     fixed += 0 if reader is None else reader.bytes_held(held[0])
+    fallbacks = {(name, event) for row in own for name, events in row.fallbacks.items() for event in events}
     slots_read, summaries_read = (None, 0.0) if reader is None else reader.read(number)
     attended, decoded = mean([row.attended for row in own]), first.decoded
-    passed = sum(group.layers * row.padding_passed for group, row in zip(groups, own, strict=True)) / layers
+    passed = mean(row.padding_passed for row in own)
     if passed or any(row.padding for row in own):
         slots_read = (attended - passed) / decoded if decoded else 0.0
     return RowStats(
@@ -168,24 +166,15 @@ def _row_stats(
         physical_terminal=mean(held),
         events=max(row.events for row in own),
         tokens_dropped=round(mean([row.dropped for row in own])),
-        tokens_folded=sum(group.layers * row.folded for group, row in zip(groups, own, strict=True)) / layers,
+        tokens_folded=mean(row.folded for row in own),
         bytes_held=size(allocated),
         bytes_peak=size([max(row.peak, slots) for row, slots in zip(own, allocated, strict=True)]),
         bytes_full=first.state.logical * plain,
-        fallbacks={name: len(events) for name, events in sorted(_fallbacks(own).items())},
+        fallbacks=dict(sorted(Counter(name for name, _ in fallbacks).items())),
         slots_read_mean=slots_read,
         bytes_read_mean=None if slots_read is None else slots_read * plain + summaries_read,
         bytes_in_use=size(held),
     )
-
-
-def _fallbacks(rows: list[SequenceState]) -> dict[str, set[int]]:
-    """Compactions at which a fallback of any layer decided."""
-    found: dict[str, set[int]] = {}
-    for row in rows:
-        for name, events in row.fallbacks.items():
-            found.setdefault(name, set()).update(events)
-    return found
 
 
 def _each(values: Iterable[int]) -> str:

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch import Tensor
 
 from reasonkv.resolve import UnsupportedModelError
 from reasonkv.runtimes.transformers.forward import ForwardPlan
@@ -51,13 +47,3 @@ class TokenLog:
         """Reorder, repeat or drop rows."""
         if self.ids is not None:
             self.ids = self.ids.index_select(0, index.to(self.ids.device))
-
-
-def listen(model: nn.Module, receive: Callable[[object, Tensor | None], None]) -> RemovableHandle:
-    """Call `receive(cache, input_ids)` before every forward of `model`, until the handle is removed."""
-
-    def announce(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        ids = kwargs.get("input_ids", args[0] if args else None)
-        receive(kwargs.get("past_key_values"), ids if isinstance(ids, Tensor) else None)
-
-    return model.register_forward_pre_hook(announce, with_kwargs=True)

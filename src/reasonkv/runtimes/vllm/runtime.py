@@ -262,7 +262,7 @@ class Runtime:
             logger.warning("Request %s is compressed: to keep full KV it needs --scheduler-cls %s.", name, SCHEDULER)
         if (
             budget.prompt == "keep"
-            and budget.keep is None
+            and budget.tokens is not None
             and prompt + max(budget.recent, engine_method.needs.recent) >= budget.tokens
         ):
             logger.warning(
