@@ -33,7 +33,7 @@ def from_file(app: App, commands: tuple[str, ...], arguments: ArgumentCollection
 
 
 def _read_options(name: str) -> dict[str, Any]:
-    import yaml  # type: ignore[import-untyped]
+    import yaml
 
     try:
         options = yaml.safe_load(read_text(name))

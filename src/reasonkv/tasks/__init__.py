@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import sys
+from collections.abc import Callable
 from dataclasses import fields
 from functools import partial
 from importlib.metadata import entry_points
@@ -76,7 +77,7 @@ def get_task(spec: str, options: TaskOptions | None = None) -> Task:
     if spec.endswith(SUFFIXES):
         rows, skipped = read_rows(Path(spec).expanduser())
         return data_task(spec, rows, options, skipped)
-    makers = {
+    makers: dict[str, Callable[[dict[str, str]], Task]] = {
         "hub": lambda given: hub_task(spec, options, given),
         "gym": lambda given: gym_task(spec, given, options.think_end),
         "niah": lambda given: needle_task(spec, given, options.think_end),

@@ -178,7 +178,8 @@ def compile_template(template: str) -> Callable[[Row], str]:
 
 
 def _read_lines(path: Path) -> tuple[list[Row], list[str]]:
-    rows, skipped = [], []
+    rows: list[Row] = []
+    skipped: list[str] = []
     with path.open(encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():

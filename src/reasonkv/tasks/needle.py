@@ -186,7 +186,7 @@ def needle_task(spec: str, options: Mapping[str, str], think_end: str = THINK_EN
     name, _, rest = spec.partition(":")
     kind = "niah_single" if name == "niah" else rest.partition(",")[0].strip()
     known = ("length", "depth", "needles")
-    numbers = {}
+    numbers: dict[str, Any] = {}
     for key, text in options.items():
         if key not in known or not text.isdigit() or len(text) > 9:
             raise TaskError(f"{name} takes {', '.join(known)} with whole numbers, not {key}={text}.")
