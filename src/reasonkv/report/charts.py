@@ -134,7 +134,8 @@ def facets(
     look = looks([one for one in names or data["method"].unique() if one in drawn], columns=4)
     heads = list(data[column].unique())
     if row:  # fullest first, so that every row's first panel is there to bear its title
-        heads.sort(key=lambda name: -data.loc[data[column].eq(name), row].nunique())
+        filled = data.groupby(column)[row].nunique()
+        heads.sort(key=lambda name: -int(filled[name]))
     rows = [data[row].eq(name) for name in data[row].unique()] if row else [data[column].notna()]
     panels: list[alt.Chart | alt.LayerChart] = []
     for at, here in enumerate(rows):

@@ -60,7 +60,7 @@
     return {
       background: "transparent", font, view: { stroke: null },
       axis: { labelColor: muted, titleColor: muted, gridColor: line, domainColor: muted, tickColor: muted, titleFontWeight: "normal", labelFontSize: 12, titleFontSize: 12 },
-      legend: { labelColor: ink, orient: "bottom", columns: 0, labelFontSize: 12, symbolStrokeColor: ink },
+      legend: { labelColor: ink, orient: "bottom", columns: innerWidth < 500 ? 3 : 5, labelFontSize: 12, symbolStrokeColor: ink },
     };
   };
   // black is the text's colour: it has to stand out on dark paper as well
