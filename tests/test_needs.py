@@ -234,7 +234,7 @@ def test_undeclared_and_misshapen_state_is_a_defect_of_the_method() -> None:
     model = tiny_model("llama")
     ids, mask, positions = batch([50])
     with CompressedCache(model, Watcher(undeclared=True), BUDGET) as cache:
-        with pytest.raises(UnsupportedModelError, match="log_mass without declaring"):
+        with pytest.raises(PlanError, match="log_mass without declaring"):
             run_compressed(model, cache, ids, mask, positions, PIECES["decode"])
     with pytest.raises(PlanError, match="log_mass must be"):
         Plan(torch.tensor([[[0, 1]]]), log_mass_BHK=torch.zeros(1, 1, 3)).check((1, 1, 5), 2)

@@ -60,6 +60,12 @@ class Plan:
         """State the plan rewrites, log mass included."""
         return self.state if self.log_mass_BHK is None else {**self.state, "log_mass": self.log_mass_BHK}
 
+    def merged_B(self) -> Tensor | None:
+        """Return how many slots of every row are merged into others, float32 mean over heads; None without a fold."""
+        if self.merge is None:
+            return None
+        return ((self.merge.into_BHN >= 0).sum(-1) - self.kept_BHK.shape[-1]).float().mean(-1)
+
     def check(self, shape_BHN: tuple[int, int, int], keep: int, is_protected_BHN: Tensor | None = None) -> None:
         """Check the invariants; one pass over indices, cheap beside the gather.
 

@@ -271,3 +271,23 @@ def make_view(kind: type[View], store: SlotStore, group: CompactionGroup, **runt
         row_state={name: stored[row_b] for name, stored in store.row_state.items()},
         **runtime,
     )
+
+
+def make_plans(method: Method, views: Sequence[SlotView], keep: int) -> list[Plan]:
+    """Return a method's plans for one group, one per layer, all of them checked.
+
+    Raises:
+        PlanError: a plan that cannot be carried out, a defect of the method.
+
+    """
+    with torch.autocast(views[0].positions_BHN.device.type, enabled=False):  # scores are float32 whoever calls
+        plans = method.plan_layers(views, keep)
+    for view, plan in zip(views, plans, strict=True):
+        B, H, N = view.positions_BHN.shape
+        plan.check((B, H, N), keep, view.is_protected_BHN)
+        if plan.merge is not None and not method.needs.merges:
+            raise PlanError(f"{method.name} merges slots without declaring Requirements(merges=True).")
+        unknown = sorted(set(plan.new_state) - set(method.needs.stored_state))
+        if unknown:
+            raise PlanError(f"{method.name} rewrites {', '.join(unknown)} without declaring it in its Requirements.")
+    return plans

@@ -71,7 +71,7 @@ def get_task(spec: str, options: TaskOptions | None = None) -> Task:
         return _family(name, rest)
     from .data import SUFFIXES, data_task, read_rows
     from .gym import gym_task
-    from .hub import hub_task, standard_task, standard_tasks
+    from .hub import hub_task, standard_tasks
     from .needle import needle_task
 
     if spec.endswith(SUFFIXES):
@@ -82,7 +82,7 @@ def get_task(spec: str, options: TaskOptions | None = None) -> Task:
         "gym": lambda given: gym_task(spec, given, options.think_end),
         "niah": lambda given: needle_task(spec, given, options.think_end),
         "ruler": lambda given: needle_task(spec, given, options.think_end),
-        **{known: lambda _, known=known: standard_task(known, options) for known in standard_tasks()},
+        **{known: partial(_standard, known, options) for known in standard_tasks()},
         **{point.name: partial(_installed, point, options) for point in entry_points(group=_GROUP)},
     }
     if name not in makers:
@@ -98,6 +98,14 @@ def get_task(spec: str, options: TaskOptions | None = None) -> Task:
         elif option != rest.split(",")[0].strip() or name not in {"hub", "gym", "ruler"}:
             raise TaskError(f"Write options of the task {name} as key=value, not {option!r}.")
     return makers[name](given)
+
+
+def _standard(name: str, options: TaskOptions, given: dict[str, str]) -> Task:
+    from .hub import standard_task
+
+    if given:
+        raise TaskError(f"The benchmark {name} takes no options, such as {next(iter(given))}.")
+    return standard_task(name, options)
 
 
 def _installed(point: Any, options: TaskOptions, given: dict[str, str]) -> Task:

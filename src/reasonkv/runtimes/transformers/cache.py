@@ -197,7 +197,7 @@ class CompressedCache(Cache):
         """Compact a layer that attended, or after the last layer all of them; then move the sequences on.
 
         Raises:
-            PlanError, UnsupportedModelError: a plan that cannot be carried out, a defect of the method.
+            PlanError: a plan that cannot be carried out, a defect of the method.
 
         """
         forward = layer.forward

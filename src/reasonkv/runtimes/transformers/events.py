@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-
 from reasonkv.methods import Method
 from reasonkv.plan import Plan
-from reasonkv.resolve import UnsupportedModelError
 from reasonkv.runtimes.transformers.forward import ForwardPlan, SequenceState
 from reasonkv.runtimes.transformers.layer import CompressedLayer
 from reasonkv.runtimes.transformers.session import Observer
-from reasonkv.slots import CompactionGroup
+from reasonkv.slots import CompactionGroup, make_plans
 from reasonkv.view import SlotView
 
 
@@ -24,18 +21,14 @@ def compact_layers(
     Nothing is rewritten before every plan was made and found sound.
 
     Raises:
-        PlanError, UnsupportedModelError: a plan that cannot be carried out, a defect of the method.
+        PlanError: a plan that cannot be carried out, a defect of the method.
 
     """
     done: list[list[tuple[CompactionGroup, Plan, SlotView]]] = [[] for _ in layers]
     for group in forward.groups(method.needs.queries):
         views = [layer.view(group) for layer in layers]
-        with torch.autocast(views[0].keys_BHND.device.type, enabled=False):  # scores are float32 whoever calls
-            plans = method.plan_layers(views, group.keep)
+        plans = make_plans(method, views, group.keep)
         for found, view, plan in zip(done, views, plans, strict=True):
-            B, H, N = view.positions_BHN.shape
-            plan.check((B, H, N), group.keep, view.is_protected_BHN)
-            _check_declared(method, plan)
             found.append((group, plan, view))
         _note([forward.rows[row] for row in group.rows], plans, forward.layers)
     if observer is not None:  # once every plan is known to be sound, and while the slots are still there
@@ -53,22 +46,11 @@ def _note(rows: list[SequenceState], plans: list[Plan], layers: int) -> None:
         for row in rows:
             for name in plan.fallbacks:
                 row.fallbacks.setdefault(name, set()).add(row.events)
-        if plan.merge is not None:
-            kept = plan.kept_BHK.shape[-1]
-            folded_B = ((plan.merge.into_BHN >= 0).sum(-1) - kept).float().mean(-1) / layers
-            for row, folded in zip(rows, folded_B.tolist(), strict=True):
-                row.folded += folded
+        merged_B = plan.merged_B()
+        if merged_B is not None:
+            for row, merged in zip(rows, (merged_B / layers).tolist(), strict=True):
+                row.folded += merged
         if plan.log_mass_BHK is not None:
             padding_B = plan.log_mass_BHK.isneginf().sum(-1).double().mean(-1)
             for row, padding in zip(rows, padding_B.tolist(), strict=True):
                 row.padding_left += padding
-
-
-def _check_declared(method: Method, plan: Plan) -> None:
-    if plan.merge is not None and not method.needs.merges:
-        raise UnsupportedModelError(f"{method.name} merges slots without declaring Requirements(merges=True).")
-    unknown = set(plan.new_state) - set(method.needs.stored_state)
-    if unknown:
-        raise UnsupportedModelError(
-            f"{method.name} rewrites {', '.join(sorted(unknown))} without declaring it in its Requirements."
-        )

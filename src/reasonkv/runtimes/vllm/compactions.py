@@ -17,12 +17,12 @@ from torch import Tensor
 
 from reasonkv.compaction import compact_pair, gather_slots
 from reasonkv.methods import Method
-from reasonkv.plan import Plan, PlanError
+from reasonkv.plan import Plan
 from reasonkv.rotary import Rotary
 from reasonkv.runtimes.vllm.layout import Kind, Layout
 from reasonkv.runtimes.vllm.metrics import Meter
 from reasonkv.runtimes.vllm.step import DueCompaction, RunningRequest, StepLayout
-from reasonkv.slots import CompactionGroup, SlotStore, make_view
+from reasonkv.slots import CompactionGroup, SlotStore, make_plans, make_view
 from reasonkv.view import LayerStatistics, Ranks, SlotView
 
 logger = logging.getLogger("vllm.reasonkv")
@@ -152,7 +152,7 @@ class Compactor:
         """
         method, keep = due[0].request.method, due[0].after.physical
         try:
-            return _checked_plans(method, views, keep)
+            return make_plans(method, views, keep)
         except Exception as error:
             if method is self.method or self.ranks is not None:
                 raise
@@ -163,7 +163,7 @@ class Compactor:
             )  # fmt: skip
             for one in due:
                 one.request.method = self.method
-            return _checked_plans(self.method, views, keep)
+            return make_plans(self.method, views, keep)
 
     def view(self, layer: Layer, due: list[DueCompaction], group: CompactionGroup, blocks_BM: Tensor) -> PagedView:
         """Return what a method may look at in one layer, after the step's attention."""
@@ -189,16 +189,6 @@ def _group(due: list[DueCompaction]) -> CompactionGroup:
         events=[one.compactions for one in requests], seeds=[one.seed for one in requests],
         prompt_spans=[[(0, one.before.prompt)] for one in due],
     )  # fmt: skip
-
-
-def _checked_plans(method: Method, views: list[PagedView], keep: int) -> list[Plan]:
-    plans = method.plan_layers(views, keep)
-    for view, plan in zip(views, plans, strict=True):
-        B, H, N = view.positions_BHN.shape
-        plan.check((B, H, N), keep, view.is_protected_BHN)
-        if plan.merge is not None and not method.needs.merges:
-            raise PlanError(f"{method.name} merges slots without declaring Requirements(merges=True).")
-    return plans
 
 
 def _rewrite(layer: Layer, blocks_BM: Tensor, plan: Plan, view: PagedView) -> None:

@@ -57,9 +57,8 @@ class Meter:
     def note_plans(self, plans: list[Plan], layers: int) -> None:
         """Count merged slots of one or all of so many layers."""
         for plan in plans:
-            if plan.merge is not None:
-                kept = plan.kept_BHK.shape[-1]
-                self.folded += float(((plan.merge.into_BHN >= 0).sum(-1) - kept).float().mean(-1).sum()) / layers
+            merged_B = plan.merged_B()
+            self.folded += 0.0 if merged_B is None else float(merged_B.sum()) / layers
 
     def note_step(self, step: StepLayout, seconds: float) -> None:
         """Count one finished step."""

@@ -203,8 +203,7 @@ class Runtime:
         if step is None:
             return
         start = time.perf_counter()
-        with torch.autocast(self.device.type, enabled=False):  # scores are float32 whoever calls
-            self.compactor.run(step, self.requests)
+        self.compactor.run(step, self.requests)
         self.meter.seconds += time.perf_counter() - start
 
     def _observe(self, step: StepLayout, layer: Layer, query: Tensor) -> None:
