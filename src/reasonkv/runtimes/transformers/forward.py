@@ -23,7 +23,7 @@ def _once(make: Callable[Concatenate[ForwardPlan, P], T]) -> Callable[Concatenat
     """Make a forward's tensor when it is first asked for; all layers share it."""
 
     @wraps(make)
-    def remembered(forward: ForwardPlan, *args: P.args, **kwargs: P.kwargs) -> T:
+    def remembered(forward: ForwardPlan, /, *args: P.args, **kwargs: P.kwargs) -> T:
         key = (make, args, *kwargs.items())
         if key not in forward.made:
             forward.made[key] = make(forward, *args, **kwargs)

@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from html import escape
-from operator import mul
 
 from reasonkv.runtimes.transformers.sequences import LayerGroup
 from reasonkv.runtimes.transformers.session import Session
@@ -142,11 +141,12 @@ def _row_stats(
     first, reader = own[0], session.reader
 
     def mean(values: Iterable[float]) -> float:
-        total, layers = sum(map(mul, shares, values)), sum(shares)
+        total = sum(share * value for share, value in zip(shares, values, strict=True))
+        layers = sum(shares)
         return total // layers if total % layers == 0 else total / layers  # a whole number where all layers are alike
 
     def size(slots: list[int]) -> int:
-        return sum(map(mul, slots, slot_bytes)) + fixed
+        return sum(count * slot for count, slot in zip(slots, slot_bytes, strict=True)) + fixed
 
     held = [row.state.physical for row in own]
     allocated = [row.capacity(session.max_length) for row in own] if is_bounded else held
