@@ -14,6 +14,7 @@ from reasonkv.cli.console import note, show
 from reasonkv.cli.flags import GROUPS, ConfigFile, ModelFlags, Without, command
 from reasonkv.cli.mistakes import UsageError
 from reasonkv.evaluate.job import BudgetOptions, TraceSettings
+from reasonkv.tasks.options import TaskOptions
 
 if TYPE_CHECKING:
     from reasonkv.report.inspector import Inspection
@@ -31,6 +32,7 @@ def inspect(
     method: str | None = None,
     budget: Annotated[BudgetOptions, Without(("mean_slots",))],
     traces: TraceSettings,
+    options: TaskOptions,
     generate: bool = False,
     seed: int = 0,
     model: Annotated[str | None, Parameter(group=GROUPS["ModelFlags"])] = None,
@@ -65,7 +67,9 @@ def inspect(
 
     if folder is None:
         loading = replace(loading, model=model or "testbed")
-        made = _inspect_new(loading, task or "program", example or 0, method or "rkv", budget, traces, generate, seed)
+        made = _inspect_new(
+            loading, task or "program", example or 0, method or "rkv", budget, traces, generate, seed, options
+        )
     else:
         if budget.window is not None or budget.keep or len(budget.tokens) > 1:
             raise UsageError("A results folder has its own budgets; choose one of its sizes by --budget TOKENS.")
@@ -90,6 +94,7 @@ def _inspect_new(
     traces: TraceSettings,
     generate: bool,
     seed: int,
+    options: TaskOptions,
 ) -> Inspection:
     from reasonkv.evaluate.cells import make_config
     from reasonkv.evaluate.traces import load_or_make_traces
@@ -98,7 +103,7 @@ def _inspect_new(
     from reasonkv.report.inspector import inspect_generation, inspect_replay
     from reasonkv.tasks import get_task
 
-    cell, family = make_config(method, budget), get_task(task)
+    cell, family = make_config(method, budget), get_task(task, options)
     family.problem(example, seed=seed)  # what is wrong with the choice is reported before the model loads
     if generate:
         refuse_future(cell.method)
@@ -106,9 +111,11 @@ def _inspect_new(
     with tempfile.TemporaryDirectory() as place, one_thread_if_small(loaded.model):
         (trace,) = load_or_make_traces(
             loaded.model, loaded.tokenizer, family, task_spec=task, examples=[example], seed=seed, settings=traces,
-            folder=Path(place), batch_size=1,
+            folder=Path(place), batch_size=1, options=options,
         )  # fmt: skip
-    return (inspect_generation if generate else inspect_replay)(loaded, trace, cell, task=task, seed=seed)
+    return (inspect_generation if generate else inspect_replay)(
+        loaded, trace, cell, task=task, seed=seed, options=options
+    )
 
 
 def _summary(data: Mapping[str, Any]) -> str:

@@ -18,7 +18,7 @@ from reasonkv.evaluate.traces import Trace, encode_prompts, file_name, load_or_m
 from reasonkv.methods import get_method
 from reasonkv.models import LoadedModel
 from reasonkv.report.inspector import Inspection, inspect_generation, inspect_replay
-from reasonkv.tasks import get_task
+from reasonkv.tasks import TaskOptions, get_task
 
 
 def inspect_folder(
@@ -57,16 +57,18 @@ def inspect_folder(
         )
     cell = [(one.method, one.options, one.budget, one.task) for one in fitting]
     record = min((one for one, own in zip(fitting, cell, strict=True) if own == cell[0]), key=_how_soon_wrong)
-    options = ",".join(f"{key}={value}" for key, value in record.options.items())
+    spec = ",".join(f"{key}={value}" for key, value in record.options.items())
     assert record.budget is not None  # only bounded runs fit
-    config = RunConfig(get_method(f"{record.method}:{options}"), Budget.from_dict(record.budget))
-    trace = _trace(folder, arguments, loaded, record)
+    config = RunConfig(get_method(f"{record.method}:{spec}"), Budget.from_dict(record.budget))
+    options = TaskOptions.from_dict(arguments.get("options", {}))
+    trace = _trace(folder, arguments, loaded, record, options)
     if not hasattr(record, "correct") and not generate:
-        return inspect_replay(loaded, trace, config, task=record.task, seed=record.seed)
+        return inspect_replay(loaded, trace, config, task=record.task, seed=record.seed, options=options)
     sampling = arguments.get("sampling")
     return inspect_generation(
         loaded, trace, config, task=record.task, seed=record.seed, sample=getattr(record, "sample", 0),
         sampling=Sampling(**sampling) if sampling else None, max_new_tokens=arguments.get("max_new_tokens"),
+        options=options,
     )  # fmt: skip
 
 
@@ -75,13 +77,13 @@ def _how_soon_wrong(record: Any) -> tuple[bool, bool, int]:
     return getattr(record, "correct", False), at is None, at or 0
 
 
-def _trace(folder: Path, arguments: Mapping[str, Any], loaded: LoadedModel, record: Any) -> Trace:
+def _trace(folder: Path, arguments: Mapping[str, Any], loaded: LoadedModel, record: Any, options: TaskOptions) -> Trace:
     """Return full KV's trace of a record, from the folder."""
-    family = get_task(record.task)
+    family = get_task(record.task, options).for_tokenizer(loaded.tokenizer)
     if not hasattr(record, "correct"):
         (trace,) = load_or_make_traces(
             loaded.model, loaded.tokenizer, family, task_spec=record.task, examples=[record.example], seed=record.seed,
-            settings=TraceSettings(**arguments["traces"]), folder=folder, batch_size=1,
+            settings=TraceSettings(**arguments["traces"]), folder=folder, batch_size=1, options=options,
         )  # fmt: skip
         return trace
     outputs = RecordFile(folder / f"outputs-{file_name(record.task)}.jsonl", FullOutput).records
@@ -89,7 +91,7 @@ def _trace(folder: Path, arguments: Mapping[str, Any], loaded: LoadedModel, reco
     if key not in outputs:
         raise ResultsError(f"{folder} lacks full KV's output of example {record.example}; run its command again.")
     problem, output_T = family.problem(record.example, seed=record.seed), torch.tensor(outputs[key].tokens)
-    (prompt_P,) = encode_prompts(loaded.model, loaded.tokenizer, family, [problem])
+    (prompt_P,) = encode_prompts(loaded.model, loaded.tokenizer, family, [problem], options)
     (teacher,) = reference_logprobs(loaded.model, [prompt_P], [output_T])
     right = family.check(problem, str(loaded.tokenizer.decode(output_T, skip_special_tokens=True)))
     return Trace(record.example, prompt_P, output_T, teacher, right)

@@ -37,7 +37,7 @@ from reasonkv.report.html import INSPECTOR_SCRIPTS, INSPECTOR_STYLES, render
 from reasonkv.report.packing import packed_attention, packed_fates, piece, token_pieces
 from reasonkv.report.wording import size_words
 from reasonkv.runtimes.transformers import CompressedCache, RowStats
-from reasonkv.tasks import get_task
+from reasonkv.tasks import TaskOptions, get_task
 
 FORMAT = 1
 FOLDER = "inspections"
@@ -61,7 +61,15 @@ class _Scores:
     stats: RowStats
 
 
-def inspect_replay(model: LoadedModel, trace: Trace, config: RunConfig, *, task: str, seed: int = 0) -> Inspection:
+def inspect_replay(
+    model: LoadedModel,
+    trace: Trace,
+    config: RunConfig,
+    *,
+    task: str,
+    seed: int = 0,
+    options: TaskOptions | None = None,
+) -> Inspection:
     """Feed full KV's trace through a cell and tell what became of every token.
 
     Args:
@@ -70,6 +78,7 @@ def inspect_replay(model: LoadedModel, trace: Trace, config: RunConfig, *, task:
         cell: method and budget.
         task: the trace's task, with its dials.
         seed: of the problem, and of methods that draw random numbers.
+        options: of the task.
 
     Raises:
         BudgetError, UnsupportedModelError, TaskError: the cell or task cannot be carried out.
@@ -79,8 +88,9 @@ def inspect_replay(model: LoadedModel, trace: Trace, config: RunConfig, *, task:
         attention = FullAttention.collect(model.model, [trace.row])
         scores = _score(model, trace, config, attention, trace.example, seed, recorder)
         data = inspection_data(
-            model, trace, config, scores, recorder.plans, attention, kind="replay", task=task, seed=seed
-        )
+            model, trace, config, scores, recorder.plans, attention,
+            kind="replay", task=task, seed=seed, options=options,
+        )  # fmt: skip
     return Inspection(data, recorder.plans)
 
 
@@ -94,6 +104,7 @@ def inspect_generation(
     sample: int = 0,
     sampling: Sampling | None = None,
     max_new_tokens: int | None = None,
+    options: TaskOptions | None = None,
 ) -> Inspection:
     """Let a cell write its own answer and tell what became of every token of it, beside full KV's trace.
 
@@ -121,14 +132,15 @@ def inspect_generation(
             (wrote,) = decode_batch(model.model, cache, [request], sampling=sampling, seed=seed)
         output_T = torch.tensor(wrote.tokens)
         text = str(model.tokenizer.decode(output_T, skip_special_tokens=True))
-        right = bool(get_task(task).check(get_task(task).problem(trace.example, seed=seed), text))
+        asked = get_task(task, options).for_tokenizer(model.tokenizer)
+        right = asked.check(asked.problem(trace.example, seed=seed), text)
         (teacher,) = reference_logprobs(model.model, [trace.prompt_P], [output_T])
         own = Trace(trace.example, trace.prompt_P, output_T, teacher, right)
         attention = FullAttention.collect(model.model, [own.row])
         scores = _score(model, own, config, attention, row, seed, None)
         data = inspection_data(
             model, own, config, scores, recorder.plans, attention,
-            kind="generation", task=task, seed=seed, full=trace, truncated=wrote.truncated,
+            kind="generation", task=task, seed=seed, full=trace, truncated=wrote.truncated, options=options,
         )  # fmt: skip
     return Inspection(data, recorder.plans)
 
@@ -146,6 +158,7 @@ def inspection_data(
     seed: int,
     full: Trace | None = None,
     truncated: bool = False,
+    options: TaskOptions | None = None,
 ) -> dict[str, Any]:
     """Everything the page needs, JSON-ready; arrays are base64 of little-endian integers.
 
@@ -167,7 +180,8 @@ def inspection_data(
     edges = [0, *found.lengths_E, len(ids) - 1]
     received = torch.stack([attention.received_by_event(layer, 0, edges) for layer in attention.layers]).cpu()
     heads = received.shape[2]
-    tokenizer, problem = model.tokenizer, get_task(task).problem(shown.example, seed=seed)
+    tokenizer = model.tokenizer
+    problem = get_task(task, options).for_tokenizer(tokenizer).problem(shown.example, seed=seed)
     best_T, told_T = shown.teacher.best_N(), _logprob_of(shown.teacher, shown.output_T)
     mismatch = _first(scores.top_T != best_T)
     trace = full or shown

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -32,6 +33,11 @@ class TaskOptions:
     system: str | None = None
     thinking: Literal["on", "off"] | None = None
     think_end: str = THINK_END
+
+    @classmethod
+    def from_dict(cls, given: Mapping[str, Any]) -> TaskOptions:
+        """Return the options that a manifest names."""
+        return cls(**{name: Path(value) if name == "data_dir" else value for name, value in given.items()})
 
     def to_dict(self) -> dict[str, Any]:
         """Return the options that are not the defaults, for manifests."""
