@@ -37,7 +37,10 @@ class TaskOptions:
     @classmethod
     def from_dict(cls, given: Mapping[str, Any]) -> TaskOptions:
         """Return the options that a manifest names."""
-        return cls(**{name: Path(value) if name == "data_dir" else value for name, value in given.items()})
+        values: dict[str, Any] = dict(given)
+        if "data_dir" in values:
+            values["data_dir"] = Path(values["data_dir"])
+        return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the options that are not the defaults, for manifests."""
