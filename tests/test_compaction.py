@@ -153,7 +153,7 @@ def test_folds_travel_through_a_cache_with_their_counts() -> None:
         torch.testing.assert_close(layer.values[row, 0, 0], everything.values[row, 0, :folded].mean(0))
         assert cache.stats().rows[row].tokens_folded > 0
     with torch.no_grad(), CompressedCache(model, FoldOldest(declare=False), budget) as cache:
-        with pytest.raises(UnsupportedModelError, match="merges=True"):
+        with pytest.raises(PlanError, match="merges=True"):
             model(ids, attention_mask=mask, past_key_values=cache)
         with pytest.raises(UnsupportedModelError, match="did not finish"):
             model(ids, attention_mask=mask, past_key_values=cache)

@@ -24,4 +24,4 @@ def test_the_notebook_runs_and_solves_its_problem(tmp_path: Path) -> None:
     assert any(text == "True" for text in texts), texts  # full KV solves it
     assert any(text.startswith("True") and "\n" in text for text in texts), texts  # and so does the bounded cache
     assert any("text/html" in output.get("data", {}) for output in outputs)
-    assert "right of 3" in texts[-1] or "tokens" in texts[-1]
+    assert "right of 2" in texts[-1] or "tokens" in texts[-1]

@@ -24,7 +24,7 @@ from reasonkv.report.report import glance, report_html, usable
 from reasonkv.report.terminal import answers_caption, figure_note
 
 BASIS = [
-    "--task", TASK, "--methods", "full,random,quest:page_size=8", "--budgets", "24", "--limit", "2", "--interval", "12",
+    "--task", TASK, "--prompt-policy", "count", "--methods", "full,random,quest:page_size=8", "--budgets", "24", "--limit", "2", "--interval", "12",
     "--sinks", "2", "--recent", "8", "--max-new-tokens", "40", "--batch-size", "2",
 ]  # fmt: skip
 
