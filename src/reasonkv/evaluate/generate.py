@@ -8,6 +8,7 @@ alone: not on the batch, its order, or any generator's state.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from reasonkv import noise
 from reasonkv.evaluate.job import Sampling
-from reasonkv.tasks.base import TaskError
+from reasonkv.tasks.base import Problem, Task, TaskError
 from reasonkv.tasks.options import THINK, TaskOptions
 
 _SAMPLING = -1  # stands where methods put their layer, so that no method draws the same numbers
@@ -117,3 +118,19 @@ def room(model: PreTrainedModel, prompt: int, limit: int) -> int:
     """Return how many tokens may follow a prompt of so many tokens: at most the limit, inside the context."""
     context = context_length(model)
     return limit if context is None else min(limit, context - prompt)
+
+
+def graded(
+    task: Task, problem: Problem, tokens: Sequence[int], tokenizer: PreTrainedTokenizerBase, options: TaskOptions
+) -> dict[str, Any]:
+    """Return the fields of an answer's record that its text decides: the text, its grade, its tokens of thinking."""
+    text = str(tokenizer.decode(tokens, skip_special_tokens=True))
+    grade = task.grade(problem, text)
+    return {
+        "output": text,
+        "correct": grade.score == 1,
+        "score": grade.score,
+        "extracted": grade.extracted,
+        "grader_error": grade.error,
+        "thinking_tokens": thinking_tokens(tokenizer, tokens, options.think_end),
+    }

@@ -11,12 +11,18 @@ import gzip
 import json
 import os
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from reasonkv.errors import ReasonKVError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from reasonkv.tasks import Problem
 
 RECORDS = "records.jsonl"
 R = TypeVar("R", bound="JsonlRecord")
@@ -170,6 +176,25 @@ class FullOutput(JsonlRecord):
     sample: int
     prompt_tokens: int
     tokens: list[int]
+
+
+@dataclass(frozen=True)
+class AnswerItem:
+    """One answer to write: the problem, its prompt's ids, and the sample's number."""
+
+    problem: Problem
+    prompt_P: Tensor
+    sample: int
+
+    @property
+    def example(self) -> int:
+        """Number of the problem."""
+        return self.problem.example
+
+    @property
+    def output_key(self) -> str:
+        """Key of full KV's output."""
+        return record_key(self.example, self.sample)
 
 
 class RecordFile(Generic[R]):

@@ -11,15 +11,22 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from torch import Tensor
-
 from reasonkv.calibration import Calibration, find_calibration
 from reasonkv.evaluate.cells import RunConfig, check_job, make_budgets, make_methods, plan_cells
 from reasonkv.evaluate.decoding import Request, decode_batch
-from reasonkv.evaluate.generate import room, row_seed, thinking_tokens
+from reasonkv.evaluate.generate import graded, room, row_seed
 from reasonkv.evaluate.job import GenerateJob, Job, ReplayJob
 from reasonkv.evaluate.manifest import Manifest, open_results
-from reasonkv.evaluate.records import RECORDS, AnswerRecord, FullOutput, Measured, RecordFile, ReplayRecord, record_key
+from reasonkv.evaluate.records import (
+    RECORDS,
+    AnswerItem,
+    AnswerRecord,
+    FullOutput,
+    Measured,
+    RecordFile,
+    ReplayRecord,
+    record_key,
+)
 from reasonkv.evaluate.replay import replay_batch
 from reasonkv.evaluate.text import first_divergence, repetition
 from reasonkv.evaluate.traces import Trace, encode_prompts, file_name, load_or_make_traces
@@ -27,7 +34,7 @@ from reasonkv.methods import Method, get_method
 from reasonkv.models import LoadedModel, one_thread_if_small
 from reasonkv.resolve import compressed_layers
 from reasonkv.runtimes.transformers import CompressedCache, RowStats
-from reasonkv.tasks import Problem, get_task
+from reasonkv.tasks import get_task
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how many of it are done, and how many there are."""
@@ -278,7 +285,7 @@ class GenerateTask(TaskRun):
         problems = [self.task.problem(example, seed=self.job.seed) for example in self.examples]
         prompts = encode_prompts(model.model, model.tokenizer, self.task, problems, self.job.options)
         pairs = zip(problems, prompts, strict=True)
-        items = [_Item(*pair, sample) for pair in pairs for sample in range(self.job.samples)]
+        items = [AnswerItem(*pair, sample) for pair in pairs for sample in range(self.job.samples)]
         items.sort(key=lambda item: (len(item.prompt_P), item.example, item.sample))
         self.longest = max(len(prompt_P) for prompt_P in prompts)
         self.in_batches(items)
@@ -288,11 +295,11 @@ class GenerateTask(TaskRun):
         self.limit = self.job.max_new_tokens or math.ceil(LONGER * max(len(one.tokens) for one in outputs)) + MORE
         self.rows = [(one.prompt_tokens, one.prompt_tokens + len(one.tokens) - 1) for one in outputs]
 
-    def is_whole(self, config: RunConfig, item: _Item) -> bool:
+    def is_whole(self, config: RunConfig, item: AnswerItem) -> bool:
         """Return whether full KV's record has its output in the folder."""
         return config.budget is not None or item.output_key in self.outputs.records
 
-    def execute(self, config: RunConfig, batch: Sequence[_Item]) -> list[AnswerRecord]:
+    def execute(self, config: RunConfig, batch: Sequence[AnswerItem]) -> list[AnswerRecord]:
         """Answer one batch."""
         model, began = self.session.model.model, time.perf_counter()
         method, calibration = self.runnable(config)
@@ -320,25 +327,17 @@ class GenerateTask(TaskRun):
             self.outputs.append(FullOutput(**one, tokens=own.tokens) for one, own in zip(places, answers, strict=True))
         records = []
         for item, place, answer in zip(batch, places, answers, strict=True):
-            text = str(self.session.model.tokenizer.decode(answer.tokens, skip_special_tokens=True))
-            full, grade = self.outputs.records[item.output_key].tokens, self.task.grade(item.problem, text)
+            full = self.outputs.records[item.output_key].tokens
             record = self.record(
                 config,
                 answer.stats,
                 seconds,
                 **place,
                 output_tokens=len(answer.tokens),
-                correct=grade.score == 1,
-                score=grade.score,
-                extracted=grade.extracted,
-                grader_error=grade.error,
-                thinking_tokens=thinking_tokens(
-                    self.session.model.tokenizer, answer.tokens, self.job.options.think_end
-                ),
                 truncated=answer.truncated,
                 repetition=repetition(answer.tokens),
                 first_divergence=first_divergence(answer.tokens, full),
-                output=text,
+                **graded(self.task, item.problem, answer.tokens, self.session.model.tokenizer, self.job.options),
             )
             records.append(record)
         return records
@@ -346,20 +345,3 @@ class GenerateTask(TaskRun):
 
 def _task_of(job: Job) -> type[TaskRun]:
     return GenerateTask if isinstance(job, GenerateJob) else ReplayTask
-
-
-@dataclass(frozen=True)
-class _Item:
-    """One answer to write: the problem, its prompt's ids, and the sample's number."""
-
-    problem: Problem
-    prompt_P: Tensor
-    sample: int
-
-    @property
-    def example(self) -> int:
-        return self.problem.example
-
-    @property
-    def output_key(self) -> str:
-        return record_key(self.example, self.sample)

@@ -59,17 +59,15 @@ class CompressedCache(Cache):
         method: a `Method`, or its spec (`"snapkv"`, `"rkv:window=16"`).
         budget: a `Budget`, or its `tokens`, or a `Window`; every field of `Budget` is also a keyword here. Methods that
             keep everything take none.
-        prompt_lengths: tokens of each row's prompt. Needed when a prompt is fed in several chunks; otherwise what the
-            first forward feeds is the prompt.
+        prompt_lengths: tokens of each row's prompt; unless given, what the first forward feeds.
         seed: seed of stochastic methods.
         row_seeds: a further seed per row (0 each unless given), for several samples of one prompt.
         max_length: most tokens a row will ever see, if known; storage is never larger.
         reopen_prompt: count what later turns feed in chunks of several tokens as prompt, too.
         kernel: attention kernel to drive ("sdpa", "eager", "flash_attention_2", "reference"); the model's by default.
-        observer: called as `observer(layer, rows, view, plan)` for every plan, before storage is rewritten. It must not
-            change what it is shown, and copies what it keeps. A deep copy of the cache calls the same observer.
-        reference: full KV's attention over the very rows that will be fed, in this order, for methods that look into
-            the future; see `reasonkv.evaluate.reference`.
+        observer: called as `observer(layer, rows, view, plan)` for every plan before storage is rewritten, which it
+            must not change.
+        reference: full KV's attention over the rows that will be fed, for methods that look into the future.
         window_events: (row, logical length) of every event, for a `Window` whose events a scheduler decides
             (`reasonkv.periodic.periodic_events`) instead of the rows' own lengths.
         calibration: statistics of the model's queries, or the file they are in, for methods that need them; looked up
@@ -77,8 +75,7 @@ class CompressedCache(Cache):
         fields: `tokens`, `keep`, `interval` and the other fields of `Budget`, instead of `budget`.
 
     Raises:
-        UnsupportedModelError: the model cannot be served; one sentence says why.
-        BudgetError, MethodError: what was asked for makes no sense; one sentence says why.
+        UnsupportedModelError, BudgetError, MethodError: the model or the choice cannot be served.
         CalibrationError: the method needs statistics that are missing or of another model.
 
     """
