@@ -60,8 +60,7 @@ class CompressedCache(Cache):
         budget: a `Budget`, or its `tokens`, or a `Window`; every field of `Budget` is also a keyword here. Methods that
             keep everything take none.
         prompt_lengths: tokens of each row's prompt; unless given, what the first forward feeds.
-        seed: seed of stochastic methods.
-        row_seeds: a further seed per row (0 each unless given), for several samples of one prompt.
+        seed, row_seeds: seed of stochastic methods, and a further one per row (0 each unless given).
         max_length: most tokens a row will ever see, if known; storage is never larger.
         reopen_prompt: count what later turns feed in chunks of several tokens as prompt, too.
         kernel: attention kernel to drive ("sdpa", "eager", "flash_attention_2", "reference"); the model's by default.
