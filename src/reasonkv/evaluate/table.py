@@ -1,7 +1,6 @@
 """Results as one pandas table: a row per record, and means with standard errors and paired differences over its cells.
 
-Examples are the unit everywhere: problems are independent of one another, the samples of one problem and the cells
-that ran on it are not. Standard errors are clustered by example, differences are paired by it, resampling draws it.
+Examples are the unit: standard errors are clustered by example, differences paired by it, resampling draws it.
 """
 
 from __future__ import annotations
@@ -232,8 +231,7 @@ def paired_difference(
 ) -> Difference | None:
     """Return the mean difference over the keys both have; None when they share none.
 
-    The interval is the percentile bootstrap's, which is a little short for few examples: for normal differences it
-    holds the truth in 94.4 % of experiments at n = 64 and in 91.3 % at n = 12.
+    The percentile bootstrap's interval holds the truth in 94.4 % of cases at n = 64 and 91.3 % at n = 12 (normal data).
 
     Args:
         ours: values by example, or by (example, sample); an example that is drawn brings all its samples.
