@@ -231,7 +231,7 @@ def paired_difference(
 ) -> Difference | None:
     """Return the mean difference over the keys both have; None when they share none.
 
-    The percentile bootstrap's interval holds the truth in 94.4 % of cases at n = 64 and 91.3 % at n = 12 (normal data).
+    The percentile bootstrap's interval holds the truth in 94.4 % of experiments at n = 64 and in 91.3 % at n = 12.
 
     Args:
         ours: values by example, or by (example, sample); an example that is drawn brings all its samples.
