@@ -59,17 +59,22 @@ def looks(names: Sequence[str], known: Mapping[str, Style] | None = None, column
 
 
 def lines(data: pd.DataFrame, x: alt.X, y: alt.Y, look: Mapping[str, Any], band: bool = True) -> alt.LayerChart:
-    """Return lines with marks and a band of one standard error, from columns x, y, low, high and method."""
+    """Return lines with marks and one standard error, from columns x, y, low, high and method.
+
+    The error is a band where a method has three points or more, and bars elsewhere: a band between two points says more
+    than was measured.
+    """
     base = alt.Chart(data).encode(x=x)
-    layers = [
+    layers: list[alt.Chart] = [
         base.mark_line(strokeWidth=1.6).encode(y=y, color=look["color"], strokeDash=look["strokeDash"]),
         base.mark_point(filled=True, size=_SIZE, opacity=1).encode(y=y, color=look["color"], shape=look["shape"]),
     ]
-    if band:
-        shade = base.mark_area(opacity=0.13).encode(
-            y=alt.Y("low:Q", title=y["title"]), y2="high:Q", color=look["color"], detail="method:N"
-        )
-        layers.insert(0, shade)
+    few = data.groupby("method")["x"].transform("nunique") < 3
+    for part, mark in ((data[~few], {"type": "area", "opacity": 0.13}), (data[few], {"type": "rule"})):
+        if band and len(part):
+            error = alt.Chart(part, mark=mark).encode(x=x, y=alt.Y("low:Q", title=y["title"]), y2="high:Q",
+                                                      color=look["color"], detail="method:N")  # fmt: skip
+            layers.insert(0, error)
     return alt.layer(*layers)
 
 
@@ -174,7 +179,8 @@ def chart_script() -> str:
 def report_chart(summary: pd.DataFrame, kind: str, baseline: pd.DataFrame | None) -> dict[str, Any]:
     """Return the report's chart of one cohort: a Vega-Lite specification, and what its switches offer.
 
-    The page's script sets the parameters `task`, `regime` and `metric` and the field of the x axis.
+    The page's script sets the parameters `task` and `metric` and the field of the x axis. Compressed and selecting
+    cells are filled marks on a line, those of other regimes hollow marks beside it.
 
     Args:
         summary: the cohort's, with regimes.
@@ -197,43 +203,37 @@ def report_chart(summary: pd.DataFrame, kind: str, baseline: pd.DataFrame | None
                 found |= {"bytes_held": _digits(row["bytes_held"] / 1024), "n": row["n"]}
                 found["mean"] = estimate_text(row, metric.key, metric.digits, metric.scale)
                 for other in ("full", "random"):
-                    found[f"to {other}"] = difference_text(
-                        row.get(f"{metric.key}_vs_{other}"), metric.digits, metric.scale
-                    )
+                    difference = row.get(f"{metric.key}_vs_{other}")
+                    found[f"to {other}"] = difference_text(difference, metric.digits, metric.scale)
             rows.append(found)
-    methods = list(summary.loc[summary["tokens"] > 0, "method"].unique())
-    known = styles(methods) | ({} if baseline is None else {"random, prompt kept": _BASELINE})
-    look = looks(list(known), known)
+    bounded = summary[summary["tokens"] > 0]
+    methods = list(bounded["method"].unique())
+    look = looks(methods, styles(methods) | ({} if baseline is None else {"random, prompt kept": _BASELINE}))
     here = "datum.task == task && datum.metric == metric && "
-    x = log_x("tokens:Q", None)
-    y = alt.Y("y:Q", scale=alt.Scale(zero=False), title=None)
-    points = alt.Chart().transform_filter(f"{here}datum.regime == regime && isValid(datum.tokens)").encode(x=x)
+    x, y = log_x("tokens:Q", None), alt.Y("y:Q", scale=alt.Scale(zero=False), title=None)
+    # a logarithmic axis has no place for 0, as of a method that never decoded
+    points = alt.Chart().transform_filter(f"{here}datum.regime != '{FULL_KV}' && datum.tokens > 0").encode(x=x)
+    drawn = "datum.regime == 'compressed' || datum.regime == 'selecting'"
+    cut, uncut = points.transform_filter(drawn), points.transform_filter(f"!({drawn})")
     picked = alt.selection_point(fields=["method"], bind="legend", name="picked")
     opacity = alt.condition(picked, alt.value(1), alt.value(0.07))
     told = {"method:N": "method", "tokens:Q": "budget, slots", "mean:N": "mean ± se", "to full:N": "to full KV",
-            "to random:N": "to random", "physical_mean:Q": "mean slots", "n:Q": "n"}  # fmt: skip
-    tooltip = [alt.Tooltip(field, title=title) for field, title in told.items()]
+            "to random:N": "to random", "physical_mean:Q": "mean slots", "n:Q": "n", "regime:N": "regime"}  # fmt: skip
+    mark = {"y": y, "color": look["color"], "opacity": opacity}
+    marks = mark | {"shape": look["shape"], "tooltip": [alt.Tooltip(one, title=title) for one, title in told.items()]}
     full = alt.Chart().transform_filter(f"{here}datum.regime == '{FULL_KV}'")
     chart = alt.layer(
         full.mark_rule(strokeDash=list(FULL_DASH), strokeWidth=1.4, color="#888888").encode(y=y),
-        points.mark_rule(strokeWidth=1.1).encode(
-            y=alt.Y("low:Q"), y2="high:Q", color=look["color"], opacity=opacity
-        ),
-        points.mark_line(strokeWidth=1.9).encode(
-            y=y, color=look["color"], strokeDash=look["strokeDash"], opacity=opacity
-        ),
-        points.mark_point(filled=True, size=_SIZE).encode(
-            y=y, color=look["color"], shape=look["shape"], opacity=opacity, tooltip=tooltip
-        ).add_params(picked),
+        points.mark_rule(strokeWidth=1.1).encode(**mark | {"y": alt.Y("low:Q"), "y2": alt.Y2("high:Q")}),
+        cut.mark_line(strokeWidth=1.9).encode(strokeDash=look["strokeDash"], **mark),
+        cut.mark_point(filled=True, size=_SIZE).encode(**marks).add_params(picked),
+        uncut.mark_point(filled=False, size=_SIZE).encode(**marks),
         data=alt.Data(values=rows),
-    ).add_params(*(alt.param(name=name, value="") for name in ("task", "regime", "metric")))  # fmt: skip
-    spec = chart.properties(width="container", height=290).to_dict()
-    bounded = summary[summary["tokens"] > 0]
+    ).add_params(*(alt.param(name=name, value="") for name in ("task", "metric")))
     return {
-        "spec": spec,
+        "spec": chart.properties(width="container", height=290).to_dict(),
         "metrics": [[one.key, one.title] for one in metrics],
         "tasks": list(bounded["task"].unique()),
-        "regimes": sorted(bounded["regime"].unique(), key=lambda one: one != "compressed"),
     }
 
 
