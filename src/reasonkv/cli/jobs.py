@@ -86,6 +86,7 @@ def run_and_show(
         name: the command that the folder is recorded under, if not the job's own.
     """
     from reasonkv.evaluate.cells import count_steps
+    from reasonkv.evaluate.published import with_published
     from reasonkv.evaluate.records import RECORDS
     from reasonkv.evaluate.run import run
     from reasonkv.evaluate.sanity import sanity_warnings
@@ -94,6 +95,7 @@ def run_and_show(
     from reasonkv.report.charts import replay_figure
     from reasonkv.report.wording import selecting
 
+    job = with_published(job, loaded)
     with progress_bars(count_steps(job)) as progress:
         frame = to_frame(run(job, loaded, out, progress, command=name))
     summary = summarize(frame)

@@ -25,10 +25,15 @@ def number(value: float, digits: int, sign: str = "") -> str:
 
 
 def estimate_text(row: Mapping[str, Any], metric: str, digits: int, scale: float = 1) -> str:
-    """Return `mean ±se` of a metric of a summary's row; `-` where it has none."""
+    """Return `mean ±se` of a metric of a summary's row, or `mean [low, high]` where it has an interval of its own.
+
+    Too few examples have the mean alone; a metric that does not exist is `-`.
+    """
     mean, se = row.get(metric, math.nan), row.get(f"{metric}_se", math.nan)
     if math.isnan(mean):
         return "-"
+    if f"{metric}_low" in row:
+        return with_interval(mean, row[f"{metric}_low"], row[f"{metric}_high"], digits, scale)
     return number(mean * scale, digits) + ("" if math.isnan(se) else f" ±{se * scale:,.{digits}f}")
 
 
@@ -36,8 +41,13 @@ def difference_text(one: Difference | None, digits: int, scale: float = 1) -> st
     """Return `mean [low, high]` with signs, or `-` where nothing was compared."""
     if not isinstance(one, Difference):
         return "-"
-    mean, low, high = (number(value * scale, digits, sign="+") for value in (one.mean, one.low, one.high))
-    return f"{mean} [{low}, {high}]"
+    return with_interval(one.mean, one.low, one.high, digits, scale, sign="+")
+
+
+def with_interval(mean: float, low: float, high: float, digits: int, scale: float = 1, sign: str = "") -> str:
+    """Return `mean [low, high]`; the mean alone where the ends are NaN."""
+    text, *ends = (number(value * scale, digits, sign) for value in (mean, low, high))
+    return text if math.isnan(low) else f"{text} [{', '.join(ends)}]"
 
 
 def listed(words: Sequence[str]) -> str:
