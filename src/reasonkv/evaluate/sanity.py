@@ -18,7 +18,7 @@ def sanity_warnings(frame: pd.DataFrame) -> list[str]:
     found = []
     for task, own in frame[frame["method"] == "full"].groupby("task", sort=False):
         n = len(own)
-        if own["kind"].iloc[0] == "replay":
+        if "correct" not in own or ("trace_correct" in own and own["trace_correct"].notna().all()):
             right = float(own["trace_correct"].astype(float).mean())
             if right < SOLVED:  # not so for traces from elsewhere, where it is NaN
                 found.append(

@@ -26,7 +26,7 @@ from reasonkv.evaluate.frontier import (
 from reasonkv.evaluate.statistics import LEAST
 from reasonkv.report.metrics import REGIMES, UNITS
 from reasonkv.report.terminal import make_table
-from reasonkv.report.wording import amount, difference_text, number, rule_words, selecting
+from reasonkv.report.wording import amount, interval_text, number, rule_words, selecting
 
 if TYPE_CHECKING:
     from reasonkv.evaluate.tune import Search
@@ -109,7 +109,7 @@ class Frontier:
                 one.label,
                 f"{one.ours.mean * scale:.{digits}f} : {one.theirs.mean * scale:.{digits}f}",
                 number(one.advantage.mean * scale, digits),
-                difference_text(one.advantage, digits, scale).partition(" ")[2] or "-",
+                interval_text(one.advantage.low, one.advantage.high, digits, scale) or "-",
                 str(one.advantage.pairs),
                 f"{one.p:.2g}",
                 "yes" if one.holds else "no",

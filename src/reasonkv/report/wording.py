@@ -33,7 +33,8 @@ def estimate_text(row: Mapping[str, Any], metric: str, digits: int, scale: float
     if math.isnan(mean):
         return "-"
     if f"{metric}_low" in row:
-        return with_interval(mean, row[f"{metric}_low"], row[f"{metric}_high"], digits, scale)
+        ends = interval_text(row[f"{metric}_low"], row[f"{metric}_high"], digits, scale)
+        return f"{number(mean * scale, digits)} {ends}".rstrip()
     return number(mean * scale, digits) + ("" if math.isnan(se) else f" ±{se * scale:,.{digits}f}")
 
 
@@ -41,13 +42,13 @@ def difference_text(one: Difference | None, digits: int, scale: float = 1) -> st
     """Return `mean [low, high]` with signs, or `-` where nothing was compared."""
     if not isinstance(one, Difference):
         return "-"
-    return with_interval(one.mean, one.low, one.high, digits, scale, sign="+")
+    ends = interval_text(one.low, one.high, digits, scale, sign="+")
+    return f"{number(one.mean * scale, digits, sign='+')} {ends}".rstrip()
 
 
-def with_interval(mean: float, low: float, high: float, digits: int, scale: float = 1, sign: str = "") -> str:
-    """Return `mean [low, high]`; the mean alone where the ends are NaN."""
-    text, *ends = (number(value * scale, digits, sign) for value in (mean, low, high))
-    return text if math.isnan(low) else f"{text} [{', '.join(ends)}]"
+def interval_text(low: float, high: float, digits: int, scale: float = 1, sign: str = "") -> str:
+    """Return `[low, high]`, or nothing where the ends are NaN."""
+    return "" if math.isnan(low) else f"[{', '.join(number(end * scale, digits, sign) for end in (low, high))}]"
 
 
 def listed(words: Sequence[str]) -> str:
