@@ -18,6 +18,7 @@ from reasonkv.errors import ReasonKVError
 from reasonkv.evaluate.chunks import feed_prompts
 from reasonkv.evaluate.generate import end_tokens, noisy_scores
 from reasonkv.evaluate.job import Sampling
+from reasonkv.offload import input_device
 from reasonkv.runtimes.transformers import CompressedCache, RowStats
 
 
@@ -75,7 +76,7 @@ def decode_batch(
     logits_BV, columns = torch.stack(last_logits), mask_BL.shape[1]
     padded = not bool(mask_BL.all())
     mask_BL = torch.cat([mask_BL, mask_BL.new_ones(len(requests), max(one.limit for one in requests))], dim=1)
-    row_seed_B = torch.tensor([one.row_seed for one in requests], device=model.device)
+    row_seed_B = torch.tensor([one.row_seed for one in requests], device=input_device(model))
     written: list[list[int]] = [[] for _ in requests]
     finished: dict[int, Generated] = {}
     alive = list(range(len(requests)))
@@ -95,7 +96,7 @@ def decode_batch(
             alive = [row for row, goes_on in zip(alive, going, strict=True) if goes_on]
             if not alive:
                 return [finished[row] for row in range(len(requests))]
-            keep = torch.tensor(going, device=model.device).nonzero()[:, 0]
+            keep = torch.tensor(going, device=input_device(model)).nonzero()[:, 0]
             cache.batch_select_indices(keep)
             chosen_B, row_seed_B, mask_BL = chosen_B[keep], row_seed_B[keep], mask_BL[keep]
         columns += 1
@@ -103,7 +104,7 @@ def decode_batch(
         logits_BV = model(
             chosen_B[:, None],
             attention_mask=mask_BL[:, :columns] if padded else None,
-            position_ids=torch.tensor(positions, device=model.device)[:, None],
+            position_ids=torch.tensor(positions, device=input_device(model))[:, None],
             past_key_values=cache,
             use_cache=True,
         ).logits[:, -1]
