@@ -33,6 +33,7 @@ NAMES = {
     "BudgetOptions.tokens": ("--budgets", "--budget", "--tokens"),
     "BudgetOptions.prompt": ("--prompt-policy",),
     "TraceSettings.source": ("--traces",),
+    "preset": ("--sampling",),
 }
 """Flags whose names differ from their fields', in all classes or in one."""
 
@@ -134,7 +135,7 @@ def _flags(cls: type, without: Sequence[str]) -> type[Any]:
         parameter = Parameter(
             group=GROUPS.get(cls.__name__, GROUPS[""]),
             name=NAMES.get(f"{cls.__name__}.{one.name}", NAMES.get(one.name, ())),
-            show_default=None if kind is not bool else False,
+            show_default=False if kind is bool or one.default == () else None,
         )
         parameter = Parameter.combine(parameter, SEVERAL if several else None)
         kept = field(default=one.default, default_factory=one.default_factory)

@@ -59,13 +59,13 @@ def _show_first_prompts(job: Job, loaded: LoadedModel) -> None:
 
     for spec in job.task:
         task = get_task(spec, job.options).for_tokenizer(loaded.tokenizer)
+        for sentence in task.skipped:
+            note(f"{spec}: skipped, {sentence}")
         if not task.chat:
             continue
         text, _ = render(loaded.tokenizer, task.problem(0, seed=job.seed).prompt, job.options)
         shown = text if len(text) <= SHOWN else f"{text[: SHOWN // 2]} ... {text[-SHOWN // 2 :]}"
         note(f"{spec}, the first prompt:\n{shown}")
-        for sentence in task.skipped:
-            note(f"{spec}: skipped, {sentence}")
 
 
 def load(model: ModelFlags, out: Path) -> LoadedModel:
@@ -101,7 +101,7 @@ def run_and_show(
     shown = [f"Records: {show(out / RECORDS)}"]
     if isinstance(job, GenerateJob):
         tables = terminal.answers_tables(summary)
-        caption = terminal.answers_caption(frame, job.sampling if job.sampling.temperature else None)
+        caption = terminal.answers_caption(frame, job.sampling if job.sampling.draws else None)
     else:
         tables = [*terminal.replay_tables(summary), *terminal.diagnostic_tables(summary)]
         caption = terminal.replay_caption(frame)

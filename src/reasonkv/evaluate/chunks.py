@@ -24,7 +24,7 @@ from reasonkv.offload import input_device
 MAX_CHUNK = 512
 """Most tokens of one forward after the prompt."""
 LOGIT_BYTES = 512 * 2**20
-"""Most bytes one chunk's float32 logits may take; the chunk is shortened to fit."""
+"""Most bytes one chunk's logits may take; the chunk is shortened to fit."""
 
 Distances = Callable[[], Sequence[int | None]]
 """Return, for each sequence, the tokens until its next compaction, or None."""
@@ -79,7 +79,7 @@ def feed(
     if score:
         yield from (Scored(number, 0, logits_V[None]) for number, logits_V in enumerate(logits))
         vocabulary = int(model.config.get_text_config().vocab_size)
-        max_piece = max(1, min(max_piece, LOGIT_BYTES // (4 * vocabulary * len(rows))))
+        max_piece = max(1, min(max_piece, LOGIT_BYTES // (model.dtype.itemsize * vocabulary * len(rows))))
     at = [len(prompt) for prompt in prompts]
     ids = [torch.cat([row.prompt_P, row.output_T[:-1]]) for row in rows]
     for fed, logits_BQV, _ in _forwards(model, cache, ids, at, mask_BL, distances, max_piece, keep=0 if score else 1):
