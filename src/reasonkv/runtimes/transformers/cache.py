@@ -26,6 +26,7 @@ from reasonkv.budget import Budget, BudgetError, BudgetFields
 from reasonkv.calibration import Calibration
 from reasonkv.methods import Method, Requirements, get_method, layer_budgets, refuse_future
 from reasonkv.numbers import whole_number, whole_numbers
+from reasonkv.offload import input_device
 from reasonkv.resolve import UnsupportedModelError, broadcast_per_prompt, check_model, check_window, resolve_budget
 from reasonkv.rotary import Rotary
 from reasonkv.runtimes.transformers.attachment import Attachment
@@ -95,7 +96,7 @@ class CompressedCache(Cache):
         needs = self.method.needs
         rotary = None
         if needs.rotary or needs.observes or needs.calibration:
-            rotary = Rotary.from_config(model.config, "full_attention").to(model.device)
+            rotary = Rotary.from_config(model.config, "full_attention").to(input_device(model))
         reader, self.budget = SparseReader.of(self.method, model, self.budget, rotary)
         self.window_events, self.reopen_prompt = window_events, reopen_prompt
         self.prompt_lengths = whole_numbers(prompt_lengths, "prompt_lengths")
