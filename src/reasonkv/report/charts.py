@@ -105,7 +105,7 @@ def save_png(chart: alt.TopLevelMixin, path: Path, note: str = "", scale: float 
 
 def facets(
     data: pd.DataFrame,
-    x: str,
+    x: str | Mapping[str, str],
     y: alt.Y,
     path: Path,
     *,
@@ -120,11 +120,11 @@ def facets(
 ) -> Path:
     """Draw panels of `lines`, one for each value of a column, and return the PNG's path; the legend stands below.
 
-    Rows whose x is 0 are full KV's, and drawn as a dashed line across the panel.
+    Rows whose x is 0 are lines across the panel: full KV's is dashed, that of the method `target` dotted.
 
     Args:
         data: columns x, y, low, high, method, and those that `column` and `row` name.
-        x: title of the x axis, which is logarithmic with a tick at every value.
+        x: title of the x axis, or that of each column; the axis is logarithmic with a tick at every value.
         y: the y axis; its title stands at the first panel of each row.
         path: PNG to write.
         column: what tells panels apart.
@@ -150,10 +150,12 @@ def facets(
             own["title"] = (str(data.loc[here, row].iloc[0]).split("\n") if row else y["title"]) if first else ""
             ticks = sorted(part.loc[part["x"] > 0, "x"].unique())
             bottom = at == len(rows) - 1 if row else len(panels) + columns >= len(heads)
-            chart = lines(part[part["x"] > 0], log_x("x:Q", x if bottom else "", ticks), own, look, band)
-            full = part[part["x"] == 0]
-            if len(full):
-                chart = alt.layer(rule(float(full["y"].iloc[0])), chart)
+            title = x if isinstance(x, str) else x[name]
+            chart = lines(part[part["x"] > 0], log_x("x:Q", title if bottom else "", ticks), own, look, band)
+            across = part[part["x"] == 0].drop_duplicates("method").set_index("method")["y"]
+            for method, value in across.items():
+                style = ((2, 3), "#AA3377") if method == "target" else (FULL_DASH, FULL_COLOUR)
+                chart = alt.layer(rule(float(value), *style), chart)
             if part.empty:
                 chart = alt.Chart(pd.DataFrame({"text": ["not run"]})).mark_text(color="#777777").encode(text="text:N")
             title = "" if row and at else str(name)
@@ -256,24 +258,17 @@ def replay_figure(
         note: a line under the figure.
         metrics: one row of panels each.
     """
-    axis = "physical_mean" if by_mean else "tokens"
-    bounded = summary[summary["tokens"] > 0]
-    look, titles = looks(list(bounded["method"].unique())), {one.key: one for one in METRICS["replay"]}
-    grid = []
-    for metric in (titles[name] for name in metrics):
-        panels: list[alt.Chart | alt.LayerChart] = []
-        for task in summary["task"].unique():
-            own = bounded[bounded["task"] == task]
-            full = summary[(summary["task"] == task) & (summary["tokens"] == 0)]
-            x = log_x("x:Q", UNITS[axis], sorted(own["tokens"].unique()) if axis == "tokens" else ())
-            y = alt.Y("y:Q", title=metric.title if not panels else None, scale=alt.Scale(zero=False))
-            panel = lines(_lines(own, own[axis], metric.key, metric.scale), x, y, look)
-            if len(full):
-                panel = alt.layer(rule(full[metric.key].iloc[0] * metric.scale), panel)
-            panels.append(panel.properties(title=task, width=300, height=220))
-        grid.append(alt.hconcat(*panels))
-    chart = alt.vconcat(*grid).resolve_scale(color="shared", shape="shared", strokeDash="shared")
-    return save_png(chart, path, f"Dashed: full KV. {note}")
+    axis, known = "physical_mean" if by_mean else "tokens", {one.key: one for one in METRICS["replay"]}
+    parts = []
+    for metric in (known[name] for name in metrics):
+        mean, se = (summary[name] * metric.scale for name in (metric.key, f"{metric.key}_se"))
+        ends = {"low": mean - se.fillna(0), "high": mean + se.fillna(0)}
+        x = summary[axis].where(summary["tokens"] > 0, 0)
+        parts.append(summary[["task", "method"]].assign(x=x, y=mean, **ends, metric=metric.title))
+    data = pd.concat(parts, ignore_index=True)
+    return facets(data, UNITS[axis], alt.Y("y:Q", scale=alt.Scale(zero=False)), path, column="task",
+                  columns=data["task"].nunique(), row="metric", width=300, height=220,
+                  note=f"Dashed: full KV. {note}")  # fmt: skip
 
 
 def frontier_figure(
@@ -300,42 +295,27 @@ def frontier_figure(
     if len(dense) < len(points):
         note += f"\nNot drawn: {len(points) - len(dense)} cells with fewer than half of their task's examples."
     words = rule_words([point.rule for point in dense])
-    # variants of a method: the method itself, then `method: rule` for its other rules
-    names = {(one.method, one.rule): one.method + (f": {words[one.rule]}" if words[one.rule] else "") for one in dense}
-    look = looks(list(names.values()))
     scale = 100.0 if metric in {"top1", "accuracy"} else 1.0
-    title = {one.key: one.title for kind in METRICS.values() for one in kind}[
-        "correct" if metric == "accuracy" else metric
-    ]
-    rows = []
+    known = {one.key: one.title for kind in METRICS.values() for one in kind}
+    title, unit, name = (
+        known["correct" if metric == "accuracy" else metric],
+        *byte_unit(max(p.bytes_held for p in dense)),
+    )
+    panels = {"against the budget": UNITS["tokens"], "against memory": f"{UNITS['bytes_held']}, {name}"}
+    rows: list[dict[str, Any]] = []
     for task in dict.fromkeys(point.task for point in dense):
         own = [point for point in dense if point.task == task]
-        data = pd.DataFrame([
-            {"method": names[one.method, one.rule], "tokens": one.tokens, "bytes_held": one.bytes_held,
-             "y": scale * one.mean, "se": scale * float(pd.Series(one.values).sem())}
-            for one in own
-        ])  # fmt: skip
-        data = data.assign(low=data["y"] - data["se"].fillna(0), high=data["y"] + data["se"].fillna(0))
-        full = pd.Series({key: value for one in own for key, value in one.full.items()})
-        panels: list[alt.Chart | alt.LayerChart] = []
-        for axis in ("tokens", "bytes_held"):
-            unit, name = byte_unit(data["bytes_held"].max()) if axis == "bytes_held" else (1, "")
-            x = log_x(
-                "x:Q", UNITS[axis] + (f", {name}" if name else ""), sorted(set(data["tokens"])) if not name else ()
-            )
-            y = alt.Y("y:Q", title=title if not panels else None, scale=alt.Scale(zero=False))
-            panel = lines(data.assign(x=data[axis] / unit), x, y, look)
-            if len(full):
-                panel = alt.layer(rule(scale * full.mean()), panel)
-                if target is not None:
-                    bar = target.value * (full.mean() if target.relative else 1.0)
-                    panel = alt.layer(rule(scale * bar, (2, 3), "#AA3377"), panel)
-            panels.append(panel.properties(title=task, width=360, height=230))
-        rows.append(alt.hconcat(*panels))
-    chart = alt.vconcat(*rows).resolve_scale(color="shared", shape="shared", strokeDash="shared")
-    return save_png(chart, path, "Dashed: full KV. " + note)
-
-
-def _lines(rows: pd.DataFrame, x: pd.Series, metric: str, scale: float) -> pd.DataFrame:
-    y, se = rows[metric] * scale, rows[f"{metric}_se"].fillna(0) * scale
-    return pd.DataFrame({"method": rows["method"], "x": x, "y": y, "low": y - se, "high": y + se})
+        full = {key: value for one in own for key, value in one.full.items()}
+        top = sum(full.values()) / len(full) if full else math.nan
+        across = {"full": top, "target": target.value * (top if target.relative else 1.0) if target else math.nan}
+        for panel, by_bytes in zip(panels, (False, True), strict=True):
+            place = {"row": f"{title}\n{task}", "panel": panel}
+            rows += [place | {"method": key, "x": 0, "y": scale * y} for key, y in across.items() if not math.isnan(y)]
+            for one in own:
+                # a method's other budget rules have names of their own
+                label = one.method + (f": {words[one.rule]}" if words[one.rule] else "")
+                y, se = scale * one.mean, scale * float(pd.Series(one.values).sem()) if len(one.values) > 1 else 0.0
+                x = one.bytes_held / unit if by_bytes else one.tokens
+                rows.append(place | {"method": label, "x": x, "y": y, "low": y - se, "high": y + se})
+    return facets(pd.DataFrame(rows), panels, alt.Y("y:Q", scale=alt.Scale(zero=False)), path, column="panel",
+                  columns=2, row="row", width=360, height=230, note="Dashed: full KV. " + note)  # fmt: skip
