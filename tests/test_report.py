@@ -6,6 +6,7 @@ import json
 import random
 import shlex
 import subprocess
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -268,6 +269,25 @@ def test_commands_of_the_demo_and_of_mean_slots_say_what_was_asked() -> None:
     solved = {"task": ["program"], "methods": ["rkv"], "budgets": [budget], "mean_slots": [60, 80]}
     line = command({"command": "evaluate", "arguments": solved})
     assert "--mean-slots 60,80" in line and "--recent 64" in line and "--budgets" not in line
+
+
+def test_commands_repeat_prompts_graders_sampling_and_ratios(tmp_path: Path) -> None:
+    options = {"prompt": "Q: {question}", "grade": "math", "shots": 2}
+    sampling = {"temperature": 0.6, "top_p": 0.95, "top_k": 20, "stop": ["a, b", "c"], "preset": "published"}
+    arguments = {
+        "task": ["gsm8k"],
+        "budgets": [{"tokens": None, "keep": 0.25}],
+        "options": options,
+        "sampling": sampling,
+    }
+    words = shlex.split(command({"command": "evaluate", "arguments": arguments}))
+    pairs = list(pairwise(words))
+    assert {("--prompt", "Q: {question}"), ("--grade", "math"), ("--shots", "2"), ("--keep", "0.25")} <= set(pairs)
+    assert {("--top-k", "20"), ("--stop", "a, b"), ("--stop", "c"), ("--sampling", "published")} <= set(pairs)
+    assert "--budgets" not in words
+    given = {"task": ["traces:t.jsonl"], "given": ["0"], "diagnostics": True, "traces": {"source": "t.jsonl"}}
+    line = command({"command": "replay", "arguments": given})
+    assert "--traces t.jsonl" in line and "--task" not in line and "--diagnostics" in line
 
 
 def test_answer_top1_is_shown_and_old_records_go_without_it(large: tuple[Path, Path], tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from reasonkv.evaluate.table import FULL_KV
 from reasonkv.files import write_atomically
 from reasonkv.report.metrics import METRICS, UNITS, shown_metrics
 from reasonkv.report.style import FULL_COLOUR, FULL_DASH, Style, styles
-from reasonkv.report.wording import byte_unit, difference_text, estimate_text, rule_words
+from reasonkv.report.wording import byte_unit, difference_text, ends, estimate_text, rule_words
 
 SHAPES = {
     "o": "circle", "s": "square", "^": "triangle-up", "v": "triangle-down", "D": "diamond", "P": "cross",
@@ -194,12 +194,11 @@ def report_chart(summary: pd.DataFrame, kind: str, baseline: pd.DataFrame | None
     rows = []
     for row in every.to_dict("records"):
         for metric in metrics:
-            mean, se = row[metric.key] * metric.scale, row[f"{metric.key}_se"] * metric.scale
-            if math.isnan(mean):
+            if math.isnan(row[metric.key]):
                 continue
-            se = 0.0 if math.isnan(se) else se
+            y, low, high = (_digits(one * metric.scale) for one in (row[metric.key], *ends(row, metric.key)))
             found = {"task": row["task"], "method": row["method"], "regime": row["regime"], "metric": metric.key}
-            found |= {"y": _digits(mean), "low": _digits(mean - se), "high": _digits(mean + se)}
+            found |= {"y": y, "low": low, "high": high}
             if row["regime"] != FULL_KV:
                 found |= {axis: _digits(row[axis]) for axis in ("tokens", "physical_mean")}
                 found |= {"bytes_held": _digits(row["bytes_held"] / 1024), "n": row["n"]}
@@ -219,7 +218,7 @@ def report_chart(summary: pd.DataFrame, kind: str, baseline: pd.DataFrame | None
     cut, uncut = points.transform_filter(drawn), points.transform_filter(f"!({drawn})")
     picked = alt.selection_point(fields=["method"], bind="legend", name="picked")
     opacity = alt.condition(picked, alt.value(1), alt.value(0.07))
-    told = {"method:N": "method", "tokens:Q": "budget, slots", "mean:N": "mean ± se", "to full:N": "to full KV",
+    told = {"method:N": "method", "tokens:Q": "budget, slots", "mean:N": "mean", "to full:N": "to full KV",
             "to random:N": "to random", "physical_mean:Q": "mean slots", "n:Q": "n", "regime:N": "regime"}  # fmt: skip
     mark = {"y": y, "color": look["color"], "opacity": opacity}
     marks = mark | {"shape": look["shape"], "tooltip": [alt.Tooltip(one, title=title) for one, title in told.items()]}

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from reasonkv.evaluate.table import FULL_KV
 from reasonkv.report.cohorts import Cohort
 from reasonkv.report.metrics import MAIN, Metric
-from reasonkv.report.wording import estimate_text
+from reasonkv.report.wording import ends, estimate_text
 
 NAMES = {"replay": "top-1 agreement", "evaluate": "accuracy"}
 """The main metric in words, by kind."""
@@ -64,18 +63,11 @@ class _Scale:
 
     @staticmethod
     def of(rows: Sequence[Mapping[str, Any]], kind: str) -> _Scale:
-        ends = [end for row in rows for end in _ends(row, MAIN[kind].key)]
-        return _Scale(min(ends, default=0.0), max(ends, default=1.0), MAIN[kind])
+        values = [end for row in rows for end in ends(row, MAIN[kind].key)]
+        return _Scale(min(values, default=0.0), max(values, default=1.0), MAIN[kind])
 
     def at(self, value: float) -> float:
         return round(100 * (min(max(value, self.low), self.high) - self.low) / (self.high - self.low), 1)
-
-
-def _ends(row: Mapping[str, Any], key: str) -> tuple[float, float]:
-    """The ends of a mean's interval, as far as there is one."""
-    mean, se = row[key], row[f"{key}_se"]
-    ends = row.get(f"{key}_low", mean - se), row.get(f"{key}_high", mean + se)
-    return (mean, mean) if math.isnan(ends[0]) else ends
 
 
 def _glance_row(
@@ -87,7 +79,7 @@ def _glance_row(
             cells.append(None)
             continue
         mean, _, error = estimate_text(row, main.key, main.digits, main.scale).partition(" ")
-        low, high = (scale.at(end) for end in _ends(row, main.key))
+        low, high = (scale.at(end) for end in ends(row, main.key))
         fewer = [f"n = {row['n']}"] if reference is not None and row["n"] < reference["n"] else []
         cells.append({
             "mean": mean, "error": error, "low": low, "width": round(high - low, 1), "at": scale.at(row[main.key]),

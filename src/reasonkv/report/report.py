@@ -174,7 +174,7 @@ def usable(cohort: Cohort) -> dict[str, Any]:
     # budgets that were solved for a mean length are compared by that length
     axis: Axis = "physical_mean" if cohort.folder.manifest.get("arguments", {}).get("mean_slots") else "tokens"
     notes = [f"Left out: {listed(chosen)}, whose budget is what is read and not kept."] if chosen else []
-    active = [one for one in measured_points(frame, target.metric) if one.regime == "compressed"]
+    active = [one for one in measured_points(frame, target.metric) if one.regime == "compressed"] if len(frame) else []
     if not active:
         return {"notes": [*notes, "No record is compressed, so there is nothing to compare."], "table": None}
     tested = len(pairs_to_test(active, axis))
