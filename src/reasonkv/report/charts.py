@@ -308,7 +308,7 @@ def frontier_figure(
         top = sum(full.values()) / len(full) if full else math.nan
         across = {"full": top, "target": target.value * (top if target.relative else 1.0) if target else math.nan}
         for panel, by_bytes in zip(panels, (False, True), strict=True):
-            place = {"row": f"{title}\n{task}", "panel": panel}
+            place: dict[str, Any] = {"row": f"{title}\n{task}", "panel": panel}
             rows += [place | {"method": key, "x": 0, "y": scale * y} for key, y in across.items() if not math.isnan(y)]
             for one in own:
                 # a method's other budget rules have names of their own
