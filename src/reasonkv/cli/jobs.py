@@ -61,7 +61,7 @@ def _show_first_prompts(job: Job, loaded: LoadedModel) -> None:
         task = get_task(spec, job.options).for_tokenizer(loaded.tokenizer)
         if not task.chat:
             continue
-        text, _ = render(loaded.tokenizer, task.problem(0, seed=job.seed).prompt, job.options)
+        text, _ = render(loaded.tokenizer, task.problem(0, seed=job.seed).prompt, task.prompt_options(job.options))
         shown = text if len(text) <= SHOWN else f"{text[: SHOWN // 2]} ... {text[-SHOWN // 2 :]}"
         note(f"{spec}, the first prompt:\n{shown}")
         for sentence in task.skipped:
