@@ -74,6 +74,10 @@ def get_task(spec: str, options: TaskOptions | None = None) -> Task:
     name, _, rest = spec.partition(":")
     if name in _FAMILIES:
         return _family(name, rest)
+    if name == "traces":
+        from .given import given_traces
+
+        return given_traces(rest, options)
     from .data import SUFFIXES, data_task, read_rows
     from .gym import gym_task
     from .hub import hub_task, standard_task, standard_tasks, yaml_task
