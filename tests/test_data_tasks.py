@@ -214,6 +214,17 @@ def _bytes(path: Path) -> bytes:
         return b""
 
 
+def test_a_dataset_without_network_is_one_sentence_that_names_the_file_to_give(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*given: object, **named: object) -> None:
+        raise ConnectionError("Couldn't reach 'openai/gsm8k' on the Hub (ConnectTimeout)\nand more")
+
+    monkeypatch.setattr("datasets.load_dataset", refused)
+    for spec in ("gsm8k", "longbench:qasper", "hub:openai/gsm8k,config=main"):
+        with pytest.raises(TaskError, match=r"--data-dir with a file (gsm8k|qasper)\.jsonl") as caught:
+            get_task(spec)
+        assert "\n" not in str(caught.value) and "Couldn't reach" in str(caught.value)
+
+
 def test_named_benchmarks_read_a_folder_where_there_is_no_network(tmp_path: Path) -> None:
     fixtures = {
         "gsm8k": {"question": "How many?", "answer": "Two and two.\n#### 1,200"},

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import tomllib
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -109,11 +112,17 @@ def test_a_wrong_choice_is_one_sentence_before_the_model_is_loaded(given: dict[s
         BoundedLM("nowhere/at-all", **given)
 
 
+def test_the_entry_point_names_the_model() -> None:
+    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
+    home, _, name = project["entry-points"]["lm_eval.models"]["reasonkv"].partition(":")
+    assert getattr(import_module(home), name) is BoundedLM
+
+
 def test_lm_evals_command_line_finds_the_model() -> None:
     command = [sys.executable, "-m", "reasonkv.lm_eval", "--model", "reasonkv", "--tasks", "gsm8k"]
     done = subprocess.run(
         [*command, "--model_args", "pretrained=nowhere/at-all,method=snapkv"], capture_output=True, text=True,
-        timeout=300, check=False, env={**__import__("os").environ, "HF_HUB_OFFLINE": "1"},
+        timeout=300, check=False, env={**os.environ, "HF_HUB_OFFLINE": "1"},
     )  # fmt: skip
     assert done.returncode == 1
     assert done.stderr.strip().splitlines()[-1].startswith("Error: snapkv needs a budget")
