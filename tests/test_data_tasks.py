@@ -114,6 +114,7 @@ def test_only_what_follows_thinking_is_graded(output: str, part: str | None) -> 
         (r"so \boxed{\frac{1}{2}} and", r"\frac{1}{2}", "2"),
         (r"\boxed{3} no, \boxed{4}", "4", "4"),
         (r"\boxed{5} then \boxed{6", "5", "6"),
+        (r"\boxed{\boxed{7}} } \fbox {8", "7", "8"),
         ("costs $1,234.50.", None, "1234.50"),
         ("about -7 or 1e3", None, "1e3"),
         ("none", None, None),
@@ -121,6 +122,10 @@ def test_only_what_follows_thinking_is_graded(output: str, part: str | None) -> 
 )
 def test_boxes_and_numbers_are_read(text: str, box: str | None, number: str | None) -> None:
     assert (last_box(text), last_number(text)) == (box, number)
+
+
+def test_a_loop_of_open_boxes_is_read_in_one_pass() -> None:
+    assert last_box(r"\boxed{9}" + r"\boxed{" * 200_000) == "9"  # a search from every box would take an hour
 
 
 @pytest.mark.parametrize(
