@@ -13,7 +13,7 @@ from typing import Any, cast
 from reasonkv.calibration import Calibration, find_calibration
 from reasonkv.evaluate.cells import RunConfig, check_job, make_budgets, make_methods, plan_cells
 from reasonkv.evaluate.decoding import Generated, Request, TextRules, decode_rows
-from reasonkv.evaluate.generate import graded, room, row_seed
+from reasonkv.evaluate.generate import graded, opens_thinking, room, row_seed
 from reasonkv.evaluate.job import GenerateJob, Job, ReplayJob, Sampling
 from reasonkv.evaluate.manifest import Manifest, open_results
 from reasonkv.evaluate.progress import Meter, Progress, silent
@@ -337,6 +337,7 @@ class GenerateTask(TaskRun):
             self.outputs.append([FullOutput(**place, tokens=answer.tokens)])
         full = self.outputs.records[item.output_key].tokens
         tokenizer, job = self.session.model.tokenizer, self.job
+        opened = opens_thinking(tokenizer, item.prompt_P, job.options.think_end)
         found: AnswerRecord = self.record(
             config,
             answer.stats,
@@ -346,7 +347,7 @@ class GenerateTask(TaskRun):
             truncated=answer.truncated,
             repetition=repetition(answer.tokens),
             first_divergence=first_divergence(answer.tokens, full),
-            **graded(self.task, item.problem, answer.tokens, tokenizer, job.options, job.sampling.stop),
+            **graded(self.task, item.problem, answer.tokens, tokenizer, job.options, job.sampling.stop, opened),
         )
         return found
 
