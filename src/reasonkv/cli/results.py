@@ -134,7 +134,6 @@ def demo(
     from reasonkv.cli.jobs import load, run_and_show
     from reasonkv.evaluate import demo
     from reasonkv.report.folder import inspect_folder
-    from reasonkv.report.inspector import save_inspection
     from reasonkv.report.report import write_report
 
     options = {"limit": limit, "seed": seed, "batch_size": batch_size}
@@ -146,7 +145,7 @@ def demo(
     found = {name: run_and_show(job, loaded, out / name, quiet=json, name="demo") for name, job in jobs.items()}
     chosen = {"task": demo.INSPECTED_TASK, "method": demo.INSPECTED_METHOD, "tokens": demo.INSPECTED_TOKENS}
     for name in jobs:  # of each a run that went wrong, if there is one
-        save_inspection(out / name, inspect_folder(out / name, loaded, chosen).data)
+        inspect_folder(out / name, loaded, chosen).save(out / name)
     page = write_report([out / "answers", out / "replay"], out / "report.html", title="reasonkv demo")
     if json:
         print_json({**found, "report": page})

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from reasonkv.offload import input_device
+
 MAX_CHUNK = 512
 """Most tokens of one forward after the prompt."""
 LOGIT_BYTES = 512 * 2**20
@@ -96,7 +98,7 @@ def feed_prompts(
     """
     at = [0] * len(prompts)
     logits = [torch.empty(0)] * len(prompts)
-    nothing_B0 = mask_BL = torch.zeros(len(prompts), 0, dtype=torch.long, device=model.device)
+    nothing_B0 = mask_BL = torch.zeros(len(prompts), 0, dtype=torch.long, device=input_device(model))
     for fed, logits_B1V, mask_BL in _forwards(model, cache, prompts, at, nothing_B0, distances, None, keep=1):  # noqa: B007
         for number, count in enumerate(fed):
             if count and at[number] == len(prompts[number]):
@@ -133,11 +135,11 @@ def _forwards(
             positions_BQ[row, columns] = torch.arange(start, start + count)  # pads keep 0, which nothing reads
             mask_BQ[row, columns] = 1
             at[row] += count
-        mask_BL = torch.cat([mask_BL, mask_BQ.to(model.device)], dim=1)
+        mask_BL = torch.cat([mask_BL, mask_BQ.to(input_device(model))], dim=1)
         logits = model(
-            ids_BQ.to(model.device),
+            ids_BQ.to(input_device(model)),
             attention_mask=mask_BL,
-            position_ids=positions_BQ.to(model.device),
+            position_ids=positions_BQ.to(input_device(model)),
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=keep,

@@ -19,6 +19,7 @@ from reasonkv.evaluate.chunks import feed_prompts
 from reasonkv.evaluate.generate import encode, end_tokens, opens_thinking
 from reasonkv.evaluate.sampling import next_tokens, penalised
 from reasonkv.evaluate.settings import Sampling
+from reasonkv.offload import input_device
 from reasonkv.runtimes.transformers import CompressedCache, RowStats
 from reasonkv.tasks.options import THINK, THINK_END
 
@@ -158,7 +159,7 @@ def decode_rows(
     logits_BV, columns = torch.stack(last_logits), mask_BL.shape[1]
     padded = not bool(mask_BL.all())
     mask_BL = torch.cat([mask_BL, mask_BL.new_ones(len(requests), max(one.limit for one in requests))], dim=1)
-    row_seed_B = torch.tensor([one.row_seed for one in requests], device=model.device)
+    row_seed_B = torch.tensor([one.row_seed for one in requests], device=input_device(model))
     rows = [_Writing(one, rules is not None and rules.thinks(one.prompt_P)) for one in requests]
     alive = list(range(len(requests)))
     seen_BV = _seen(requests, logits_BV) if drawing.repetition_penalty else None
@@ -176,7 +177,7 @@ def decode_rows(
         on_tokens(len(alive))
         whole = [rows[row].tokens[-1] in ends or (rules is not None and rules.stops(rows[row].tokens)) for row in alive]
         going = [not one and len(rows[row].tokens) < requests[row].limit for one, row in zip(whole, alive, strict=True)]
-        chosen_B = torch.tensor([rows[row].tokens[-1] for row in alive], device=model.device)
+        chosen_B = torch.tensor([rows[row].tokens[-1] for row in alive], device=input_device(model))
         if not all(going):
             stats = cache.stats().rows
             for place, row in enumerate(alive):
@@ -186,7 +187,7 @@ def decode_rows(
             alive = [row for row, goes_on in zip(alive, going, strict=True) if goes_on]
             if not alive:
                 return
-            keep = torch.tensor(going, device=model.device).nonzero()[:, 0]
+            keep = torch.tensor(going, device=input_device(model)).nonzero()[:, 0]
             cache.batch_select_indices(keep)
             chosen_B, row_seed_B, mask_BL = chosen_B[keep], row_seed_B[keep], mask_BL[keep]
             seen_BV = None if seen_BV is None else seen_BV[keep]
@@ -197,7 +198,7 @@ def decode_rows(
         logits_BV = model(
             chosen_B[:, None],
             attention_mask=mask_BL[:, :columns] if padded else None,
-            position_ids=torch.tensor(positions, device=model.device)[:, None],
+            position_ids=torch.tensor(positions, device=input_device(model))[:, None],
             past_key_values=cache,
             use_cache=True,
         ).logits[:, -1]

@@ -56,6 +56,11 @@ def listed(words: Sequence[str]) -> str:
     return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " and " + words[-1]
 
 
+def plural(count: int, word: str) -> str:
+    """Return `1 problem`, `2,000 problems`."""
+    return f"{count:,} {word}{'s' * (count != 1)}"
+
+
 def labels(frame: pd.DataFrame, where: pd.Series) -> list[str]:
     """Return the labels of the methods of some rows, each once."""
     return list(frame.loc[where, "label"].unique())
