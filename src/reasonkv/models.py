@@ -110,7 +110,10 @@ def load_model(
         quantised = not found.is_gguf and getattr(config, "quantization_config", None) is not None
         wanted: Any = DTYPES[dtype] if dtype != "auto" else _auto_dtype(found, config, place, has_bfloat16)
         model, report = _from_pretrained(found, wanted, {"": place} if quantised and placed is None else placed)
-        tokenizer = AutoTokenizer.from_pretrained(found.source, **found.options)
+        own = found.adapter is not None and (Path(found.adapter) / "tokenizer_config.json").is_file()
+        tokenizer = AutoTokenizer.from_pretrained(
+            found.adapter if own else found.source, **({} if own else found.options)
+        )
         if found.adapter is not None:
             model = _merge_adapter(model, found.adapter)
     except ModelError:

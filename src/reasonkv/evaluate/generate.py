@@ -13,6 +13,7 @@ from reasonkv.tasks.base import Problem, Task, TaskError
 from reasonkv.tasks.given import GivenTrace
 from reasonkv.tasks.options import THINK, TaskOptions
 
+
 def row_seed(example: int, sample: int = 0) -> int:
     """Return the seed of one sequence: the example below 2 ** 32, the sample above; sample 0 is the example."""
     return example + (sample << 32)
@@ -78,9 +79,7 @@ def thinking_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], t
     return min(len(tokens), len(encode(tokenizer, head + mark)))
 
 
-def encode_given(
-    tokenizer: PreTrainedTokenizerBase, trace: GivenTrace, options: TaskOptions
-) -> tuple[Tensor, Tensor]:
+def encode_given(tokenizer: PreTrainedTokenizerBase, trace: GivenTrace, options: TaskOptions) -> tuple[Tensor, Tensor]:
     """Return the int64 token ids of a trace from elsewhere: prompt [P] and output [T].
 
     Text is tokenized once as a whole, so that the boundary is the one the engine saw; where that changes the tokens of

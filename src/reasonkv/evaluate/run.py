@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,7 +19,14 @@ from reasonkv.evaluate.manifest import Manifest, open_results
 from reasonkv.evaluate.progress import Meter, Progress, silent
 from reasonkv.evaluate.published import with_published
 from reasonkv.evaluate.records import (
-    RECORDS, AnswerItem, AnswerRecord, FullOutput, Measured, RecordFile, ReplayRecord, record_key,
+    RECORDS,
+    AnswerItem,
+    AnswerRecord,
+    FullOutput,
+    Measured,
+    RecordFile,
+    ReplayRecord,
+    record_key,
 )  # fmt: skip
 from reasonkv.evaluate.replay import replay_batch
 from reasonkv.evaluate.text import first_divergence, repetition

@@ -61,7 +61,7 @@ class Sampling:
         check_choice("preset", self.preset, (None, "published"))
         for name, low, high, includes_low in _RANGES:
             value = getattr(self, name)
-            if value is not None and not (low <= value if includes_low else low < value) or not (value or 0) <= high:
+            if (value is not None and not (low <= value if includes_low else low < value)) or not (value or 0) <= high:
                 above = "at least" if includes_low else "above"
                 most = "" if high == sys.float_info.max else f" and at most {high:g}"
                 raise JobError(f"{name} must be {above} {low:g}{most}, not {value!r}.")

@@ -23,9 +23,9 @@ from reasonkv.errors import ReasonKVError
 from reasonkv.evaluate.chunks import TraceRow, feed
 from reasonkv.evaluate.decoding import OnTokens, Request, TextRules, decode_batch
 from reasonkv.evaluate.generate import context_length, encode, encode_given, end_tokens, render, room
-from reasonkv.evaluate.settings import TraceSettings
 from reasonkv.evaluate.manifest import ResultsError
 from reasonkv.evaluate.metrics import TeacherLogprobs
+from reasonkv.evaluate.settings import TraceSettings
 from reasonkv.files import write_atomically
 from reasonkv.runtimes.transformers import CompressedCache
 from reasonkv.tasks import Problem, Task, TaskOptions
