@@ -103,6 +103,7 @@ def run_and_show(
     """
     from reasonkv.evaluate.cells import count_steps
     from reasonkv.evaluate.endpoint import Endpoint
+    from reasonkv.evaluate.published import with_published
     from reasonkv.evaluate.records import RECORDS
     from reasonkv.evaluate.remote import run_remote
     from reasonkv.evaluate.run import run
@@ -116,6 +117,7 @@ def run_and_show(
         if isinstance(loaded, Endpoint):
             frame = to_frame(run_remote(cast(GenerateJob, job), loaded, out, progress, command=name))
         else:
+            job = with_published(job, loaded)
             frame = to_frame(run(job, loaded, out, progress, command=name))
     summary = summarize(frame)
     found: dict[str, Any] = {"out": str(out), "records": str(out / RECORDS), "rows": summary_dicts(summary)}

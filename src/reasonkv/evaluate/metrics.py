@@ -1,7 +1,7 @@
 """Fidelity of a bounded cache against the full-KV model, token by token, in float32.
 
-A vocabulary of 152k tokens costs more time than attention does, so logits are worked on in slices that stay in the CPU's
-cache, and each goes through one sum of exponentials: that of the tokens the full-KV model's top k leave over.
+Over a vocabulary of 152k tokens, a softmax costs as much as attention. So logits are worked on in slices that stay in
+the CPU's cache, with one sum of exponentials each: that of the tokens outside the full-KV model's top k.
 
 Legend: N output tokens of one row in one chunk, V vocabulary, k tokens stored per position.
 """

@@ -98,7 +98,7 @@ class TraceSettings(Sampling):
     Args:
         source: greedy or sampled generation by full KV, the task's own reference text, or a file with prompts and
             outputs of any engine (FILE.jsonl), which are replayed instead of a task.
-        max_new_tokens: Most output tokens of a trace. Unless given, 2,048, and all of a trace from a file.
+        max_new_tokens: Most output tokens of a trace that is written here.
         temperature: Of sampled traces, above 0. Unless given, 0.6.
 
     Raises:
@@ -106,7 +106,7 @@ class TraceSettings(Sampling):
     """
 
     source: str = "greedy"
-    max_new_tokens: int | None = None
+    max_new_tokens: int = 2048
 
     USUAL: ClassVar[Mapping[str, float]] = {"temperature": 0.6, "top_p": 0.95}
 
@@ -114,10 +114,7 @@ class TraceSettings(Sampling):
         super().__post_init__()
         if not self.is_file:
             check_choice("traces", self.source, ("greedy", "sampled", "reference", "or a file such as FILE.jsonl"))
-            if self.max_new_tokens is None:
-                object.__setattr__(self, "max_new_tokens", 2048)
-        if self.max_new_tokens is not None:
-            check_least("max_new_tokens", self.max_new_tokens)
+        check_least("max_new_tokens", self.max_new_tokens)
         if self.temperature == 0:
             raise JobError("A sampled trace needs a temperature above 0; for greedy traces choose source='greedy'.")
         if self.preset and self.source != "sampled":

@@ -29,8 +29,8 @@ from reasonkv.evaluate.settings import TraceSettings
 from reasonkv.files import write_atomically
 from reasonkv.runtimes.transformers import CompressedCache
 from reasonkv.tasks import Problem, Task, TaskOptions
-from reasonkv.tasks.base import END_THINK
 from reasonkv.tasks.given import GivenTraces
+from reasonkv.tasks.options import THINK_END
 
 WHOLE_VOCABULARY = 256
 """Vocabularies up to this size are stored whole."""
@@ -69,8 +69,11 @@ class Trace:
 
 
 def file_name(task: str) -> str:
-    """Return a task's name and dials as part of a file's name: a dash for everything but letters and digits."""
-    return re.sub(r"[^A-Za-z0-9]+", "-", task).strip("-")
+    """Return a task's name and dials as part of a file's name: a dash for everything but letters and digits.
+
+    Only the end of a long path is used, since file systems allow 255 characters.
+    """
+    return re.sub(r"[^A-Za-z0-9]+", "-", task).strip("-")[-150:]
 
 
 def load_or_make_traces(
@@ -119,12 +122,13 @@ def load_or_make_traces(
         found |= {trace.example: trace for trace in made}
         _write(path, [found[example] for example in sorted(found)], origin)
         on_done(len(found.keys() & set(examples)))
-    return [replace(found[one], answer_at=answer_start(tokenizer, found[one].output_T)) for one in examples]
+    end = options.think_end if options else THINK_END
+    return [replace(found[one], answer_at=answer_start(tokenizer, found[one].output_T, end)) for one in examples]
 
 
-def answer_start(tokenizer: PreTrainedTokenizerBase, output_T: Tensor) -> int | None:
-    """Return the index of the first token of `output_T` after the last `</think>`; None if nothing follows one."""
-    mark_M = encode(tokenizer, END_THINK)
+def answer_start(tokenizer: PreTrainedTokenizerBase, output_T: Tensor, think_end: str = THINK_END) -> int | None:
+    """Return the index of the first token of `output_T` after thinking ended last; None if nothing follows it."""
+    mark_M = encode(tokenizer, think_end)
     if len(mark_M) == 0 or len(output_T) <= len(mark_M):
         return None
     ends = (output_T.unfold(0, len(mark_M), 1) == mark_M).all(-1).nonzero()
@@ -195,10 +199,9 @@ def _make(
 ) -> list[Trace]:
     if isinstance(task, GivenTraces):
         pairs = [encode_given(tokenizer, task.traces[problem.example], options) for problem in problems]
-        prompts, outputs = [prompt_P for prompt_P, _ in pairs], [output_T for _, output_T in pairs]
+        prompts = [prompt_P for prompt_P, _ in pairs]
         _check_prompts(model, task, prompts)
-        most = [room(model, len(prompt_P), settings.max_new_tokens or len(output_T)) for prompt_P, output_T in pairs]
-        outputs = [output_T[:limit] for output_T, limit in zip(outputs, most, strict=True)]
+        outputs = [output_T[: room(model, len(prompt_P), len(output_T))] for prompt_P, output_T in pairs]
     else:
         prompts = encode_prompts(model, tokenizer, task, problems, options)
         outputs = _outputs(model, tokenizer, task, problems, prompts, seed, settings, options, on_tokens)
@@ -223,7 +226,7 @@ def _outputs(
     on_tokens: OnTokens,
 ) -> list[Tensor]:
     """Return what full KV writes, or the task's reference text."""
-    most = room(model, max(len(prompt) for prompt in prompts), settings.max_new_tokens or 0)
+    most = room(model, max(len(prompt) for prompt in prompts), settings.max_new_tokens)
     if settings.source == "reference":
         if task.chat:
             raise TraceError(f"The task {task.name} has no reference traces; use traces=greedy or sampled.")
