@@ -53,7 +53,7 @@ def test_a_gguf_file_is_a_whole_model_with_its_tokenizer_and_chat_template(loade
 def test_an_evaluation_asks_through_the_chat_template_and_full_kv_answers_as_generate_does(
     loaded: LoadedModel, questions: dict[str, object], tmp_path: Path
 ) -> None:
-    job = GenerateJob(methods=["snapkv:window=4"], max_new_tokens=24, **questions)
+    job = GenerateJob(methods=["snapkv:window=4"], max_new_tokens=12, **questions)
     records = run(job, loaded, tmp_path / "answers")
     assert [(one.method, one.example) for one in records] == [(m, e) for m in ("full", "snapkv") for e in (0, 1)]
     for record, question in zip(records[:2], QUESTIONS, strict=True):
@@ -61,7 +61,7 @@ def test_an_evaluation_asks_through_the_chat_template_and_full_kv_answers_as_gen
         inputs = loaded.tokenizer.apply_chat_template(
             chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
         )
-        output = loaded.model.generate(**inputs, max_new_tokens=24, do_sample=False)
+        output = loaded.model.generate(**inputs, max_new_tokens=12, do_sample=False)
         said = loaded.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         assert record.output == said
     assert records[0].correct
@@ -71,7 +71,7 @@ def test_an_evaluation_asks_through_the_chat_template_and_full_kv_answers_as_gen
 def test_a_replay_finds_full_kv_equal_to_itself_and_a_small_cache_near_it(
     loaded: LoadedModel, questions: dict[str, object], tmp_path: Path
 ) -> None:
-    job = ReplayJob(methods=["full", "random"], traces=TraceSettings(max_new_tokens=40), **questions)
+    job = ReplayJob(methods=["full", "random"], traces=TraceSettings(max_new_tokens=16), **questions)
     records = run(job, loaded, tmp_path / "replay")
     full, random = ([one for one in records if one.method == name] for name in ("full", "random"))
     assert all(one.top1 == 1 and abs(one.kl) < 1e-4 for one in full)
@@ -84,9 +84,9 @@ def test_attention_equals_full_attention_over_the_kept_slots_in_float64(loaded: 
     text = (
         "The cache keeps the keys and values of some tokens and evicts the others, one compaction after the other. " * 2
     )
-    ids = loaded.tokenizer(text, return_tensors="pt")["input_ids"][:, :44]
-    positions, mask = torch.arange(44)[None], torch.ones_like(ids)
-    pieces = [24, 4, 4, 4, 4, 1, 1, 1, 1]
+    ids = loaded.tokenizer(text, return_tensors="pt")["input_ids"][:, :33]
+    positions, mask = torch.arange(33)[None], torch.ones_like(ids)
+    pieces = [24, 4, 4, 1]
     statistics = calibration(model) if get_method(method).needs.calibration else None
     with CompressedCache(
         model,
@@ -96,7 +96,7 @@ def test_attention_equals_full_attention_over_the_kept_slots_in_float64(loaded: 
         calibration=statistics,
     ) as cache:
         compressed = run_compressed(model, cache, ids, mask, positions, pieces)
-    assert cache.rows[0].events > 3
+    assert cache.rows[0].events == 3
     attention, logits = differences(model, compressed, ids, mask, positions, pieces)
     assert attention <= 1e-10  # activations reach the hundreds, not 1 as those of random weights
     assert logits <= 1e-4

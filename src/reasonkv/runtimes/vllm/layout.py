@@ -78,8 +78,14 @@ class Layout:
                 )
         kv_cache[block].zero_()
         offset_HSD = {kind: offset.view(heads, S, head_dim) for kind, offset in found.items()}
-        is_rows = {kind: _is_rows(offset, kv_cache.stride(0)) for kind, offset in offset_HSD.items()}
-        return cls(offset_HSD, is_rows, {kind: _stride(offset) for kind, offset in offset_HSD.items()})
+        stride = {kind: _stride(offset) for kind, offset in offset_HSD.items()}
+        is_rows = {
+            kind: stride[kind] == 1
+            and not kv_cache.stride(0) % head_dim
+            and not bool((offset[:, :, 0] % head_dim).any())
+            for kind, offset in offset_HSD.items()
+        }
+        return cls(offset_HSD, is_rows, stride)
 
     def read(self, kind: Kind, kv_cache: Tensor, blocks_BM: Tensor, slots_BHK: Tensor) -> Tensor:
         """Return keys or values of some slots, every head its own: [B, H, K, D]; slot s is in block s // S."""
@@ -109,13 +115,6 @@ class Layout:
             return memory, (block_BHK + offset_HSD[:, :, 0].flatten()[slot_BHK]).flatten()
         offsets_nD = offset_HSD.view(-1, D).index_select(0, slot_BHK.flatten())
         return kv_cache.as_strided((last + 1,), (1,)), offsets_nD.add_(block_BHK.reshape(-1, 1)).flatten()
-
-
-def _is_rows(offset_HSD: Tensor, block_stride: int) -> bool:
-    """Return whether every slot is a row of D consecutive elements, at a multiple of D."""
-    D = offset_HSD.shape[2]
-    row_HSD = offset_HSD[:, :, :1] + torch.arange(D, device=offset_HSD.device)
-    return torch.equal(offset_HSD, row_HSD) and not bool((offset_HSD[:, :, 0] % D).any()) and block_stride % D == 0
 
 
 def _stride(offset_HSD: Tensor) -> int | None:
