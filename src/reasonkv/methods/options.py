@@ -31,8 +31,8 @@ Share = Annotated[float, Ge(0), Le(1)]
 
 _MUST_BE = {
     "int": "a whole number", "float": "a finite number", "finite": "a finite number", "bool": "true or false",
-    "string": "a text", "greater_than": "above {gt}", "greater_than_equal": "at least {ge}",
-    "less_than_equal": "at most {le}", "literal_error": "{expected}",
+    "string": "a text", "greater_than": "above {gt:g}", "greater_than_equal": "at least {ge:g}",
+    "less_than_equal": "at most {le:g}", "literal_error": "{expected}",
 }  # fmt: skip
 """Our words for pydantic's errors, by their type or its first word."""
 

@@ -28,7 +28,9 @@ def method_class(name: str) -> type[Method]:
         raise MethodError(f"The entry point {name!r} does not name a reasonkv Method class.")
     own = getattr(found, "name", None)
     if own != name:
-        raise MethodError(f"The entry point {name!r} gives a method that calls itself {own!r}; give both one name.")
+        raise MethodError(
+            f"The entry point {name!r} gives a method that calls itself {own!r}; give both the same name."
+        )
     return found
 
 
