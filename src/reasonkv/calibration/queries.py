@@ -22,6 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from reasonkv.calibration.horizon import HorizonSums, fit_horizon
 from reasonkv.calibration.statistics import Calibration, CalibrationError, head_dim_of, rope_type_of
 from reasonkv.identity import model_hash
+from reasonkv.offload import input_device
 from reasonkv.rotary import Rotary
 
 Watch = Callable[[int, Tensor, Tensor, dict[str, Any]], None]
@@ -61,7 +62,7 @@ def rotaries(model: PreTrainedModel) -> list[tuple[str, Rotary]]:
     if problems:
         raise UnsupportedModelError(problems[0])
     types = layer_types(model.config)
-    by_type = {one: Rotary.from_config(model.config, one).to(model.device) for one in dict.fromkeys(types)}
+    by_type = {one: Rotary.from_config(model.config, one).to(input_device(model)) for one in dict.fromkeys(types)}
     return [(one, by_type[one]) for one in types]
 
 
@@ -100,13 +101,14 @@ def collect(
     """
     rotary_L = _checked_rotaries(model)
     F = rotary_L[0].inv_freq.numel()
-    wide = torch.float32 if model.device.type == "mps" else torch.float64
     sums: dict[int, Tensor] = {}  # by layer, [4, Hq, F]: real and imaginary part, modulus, square
     phases = HorizonSums() if horizon else None
 
     def add(layer: int, query_BHqTD: Tensor, key_BHTD: Tensor, options: dict[str, Any]) -> None:
         (B, Hq, T, D), device, rotary = query_BHqTD.shape, query_BHqTD.device, rotary_L[layer]
-        total = sums.setdefault(layer, torch.zeros(4, Hq, F, dtype=wide, device=device))
+        if layer not in sums:
+            wide = torch.float32 if device.type == "mps" else torch.float64
+            sums[layer] = torch.zeros(4, Hq, F, dtype=wide, device=device)
         step = max(1, _TOKENS_AT_ONCE // B)
         for part_BHqtD, position_t in zip(
             torch.split(query_BHqTD, step, 2), torch.split(torch.arange(T, device=device), step), strict=True
@@ -115,7 +117,7 @@ def collect(
             real, imaginary = plain_BHqtD[..., :F], plain_BHqtD[..., F : 2 * F]
             square = real.square() + imaginary.square()
             for row, values in enumerate((real, imaginary, square.sqrt(), square)):
-                total[row] += values.sum((0, 2))
+                sums[layer][row] += values.sum((0, 2))
         if phases is not None:
             phases.add(layer, rotary, query_BHqTD, key_BHTD, options.get("scaling") or D**-0.5)
 
@@ -130,7 +132,7 @@ def collect(
                 raise CalibrationError(
                     f"A window has {T} tokens, but the model's context is {context}; use a smaller window."
                 )
-            decoder(input_ids=ids_BT.to(model.device), use_cache=False, **arguments)
+            decoder(input_ids=ids_BT.to(input_device(model)), use_cache=False, **arguments)
             done += ids_BT.numel()
             progress(done)
     if done == 0:
