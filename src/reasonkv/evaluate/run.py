@@ -17,6 +17,7 @@ from reasonkv.evaluate.decoding import Request, decode_batch
 from reasonkv.evaluate.generate import graded, room, row_seed
 from reasonkv.evaluate.job import GenerateJob, Job, ReplayJob
 from reasonkv.evaluate.manifest import Manifest, open_results
+from reasonkv.evaluate.merging import adopt
 from reasonkv.evaluate.records import (
     RECORDS,
     AnswerItem,
@@ -56,15 +57,16 @@ def run(
     progress: Progress = silent,
     *,
     command: str | None = None,
+    sources: Sequence[Path] = (),
 ) -> list[ReplayRecord] | list[AnswerRecord]:
     """Run a job into a results folder, or finish one that was stopped.
 
     Args:
-        job: what to run.
-        model: the model.
+        job, model: what to run, on which model.
         folder: results folder; new, or one that the same job began.
         progress: called after every batch.
         command: the name it is recorded under; "replay" or "evaluate" unless given.
+        sources: finished folders of parts of the job, whose records, traces and outputs are taken.
 
     Returns:
         Every record of the folder.
@@ -81,6 +83,7 @@ def run(
     arguments = {"budgets": [one.to_dict() for one in budgets], "mean_slots": list(job.budget.mean_slots)}
     named = command or ("evaluate" if isinstance(job, GenerateJob) else "replay")
     with open_session(job, methods, model, folder, progress, named, arguments) as session:
+        adopt(session.file, _task_of(job).kind, session.run, sources)
         for spec in job.task:
             task = session.task(spec)
             for config in plan_cells(methods, budgets, job.budget.mean_slots, task.rows, layers):
