@@ -17,7 +17,9 @@ import yaml
 from command_line import run, sentence
 from tiny import TASK, save_tiny
 
-from reasonkv.cli.run import make_groups
+from reasonkv.cli.plan import make_groups
+from reasonkv.evaluate.cells import make_budgets
+from reasonkv.evaluate.job import GenerateJob, ReplayJob
 from reasonkv.evaluate.plan import Cell, run_on_ray
 from reasonkv.evaluate.run import Progress, silent
 from reasonkv.evaluate.run import run as run_job
@@ -28,6 +30,7 @@ PLAN = {
     "batch-size": 2, "interval": 12, "sinks": 2, "recent": 8, "max-new-tokens": 40,
     "runs": [{"command": "replay", "seeds": 0}, {"command": "evaluate", "methods": "keydiff", "budgets": [24, 32]}],
 }  # fmt: skip
+EXAMPLES = Path(__file__).parent.parent / "examples"
 CELLS = 5 + 2 * 3
 
 
@@ -210,3 +213,26 @@ def test_a_wrong_plan_is_one_sentence(
     file = tmp_path / "plan.yaml"
     file.write_text(yaml.safe_dump(change(dict(PLAN))))
     assert words in sentence(run("run", file, "--out", tmp_path / "out"))
+
+
+def test_the_prompt_heavy_pack_has_the_eight_sets_with_both_baselines(tmp_path: Path) -> None:
+    pack = yaml.safe_load((EXAMPLES / "prompt_heavy.yaml").read_text())
+    groups = make_groups(pack, tmp_path, "pack")
+    tasks = {str(cell.job.task[0]) for group in groups for cell in group.cells}
+    names = ("qasper", "hotpotqa", "multi_news", "musique", "2wikimqa", "vcsum", "qmsum", "gov_report")
+    assert tasks == {f"longbench:{name}" for name in names}
+    for kind in (ReplayJob, GenerateJob):
+        own = [cell for group in groups for cell in group.cells if isinstance(cell.job, kind)]
+        labels = {cell.label for cell in own}
+        assert len(own) == 8 * (1 + 7 * 3)
+        assert {f"{name} @ {size}" for name in ("triattention", "triattention:variant=paper", "cask") for size in
+                (256, 384, 512)} < labels  # fmt: skip
+        budgets = [make_budgets(cell.job.budget)[0] for cell in own if cell.full]
+        assert {(one.prompt, one.sinks, one.recent, one.cut_prompt) for one in budgets} == {
+            ("count", 0, 0, "first_event")
+        }
+
+
+def test_the_example_plan_is_a_plan(tmp_path: Path) -> None:
+    groups = make_groups(yaml.safe_load((EXAMPLES / "plan.yaml").read_text()), tmp_path, "plan")
+    assert len({cell.folder for group in groups for cell in group.cells}) == 2 * 2 * 2 * (1 + 3 * 2)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from reasonkv.cli.console import print_json, print_tables, show
+from reasonkv.cli.console import print_json, print_tables, quiet_libraries, show
 from reasonkv.cli.flags import GROUPS, ConfigFile, Json, command
 from reasonkv.cli.mistakes import UsageError
 
@@ -59,6 +59,7 @@ def compare(
     cells = [part.strip() for part in between.split(">")] if between is not None else []
     if between is not None and (len(cells) != 2 or not all("@" in one for one in cells)):
         raise UsageError(f"--between takes two cells, as in 'cask@256 > triattention@512', not {between!r}.")
+    quiet_libraries()
     frame = bridge.read_answers_of(expanded(folders, "evaluate"))
     pairs = bridge.pair_outputs(frame, None if encoder == "none" else bridge.load_encoder(encoder))
     found = bridge.summarize_pairs(pairs)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,16 @@ def merge(job: ReplayJob | GenerateJob, folder: Path, sources: Sequence[Path]) -
         _copy_beside(source, folder)
     write_atomically(folder / RECORDS, b"".join(one.model_dump_json().encode() + b"\n" for one in records.values()))
     manifest.write(folder / MANIFEST)
+
+
+def without_full(progress: Callable[..., None]) -> Callable[..., None]:
+    """Return a progress that is silent about full KV's part, which is taken and no news."""
+
+    def advance(what: str, *counts: Any, **facts: Any) -> None:
+        if not what.endswith((": full", ": full-KV traces")):
+            progress(what, *counts, **facts)
+
+    return advance
 
 
 def _copy_beside(source: Path, folder: Path) -> None:

@@ -18,7 +18,7 @@ from typing import Any, Protocol, TypeVar
 from reasonkv.errors import ReasonKVError
 from reasonkv.evaluate.cells import make_budgets, make_methods
 from reasonkv.evaluate.job import BudgetOptions, GenerateJob, JobError, ReplayJob
-from reasonkv.evaluate.merging import merge
+from reasonkv.evaluate.merging import merge, without_full
 from reasonkv.evaluate.run import Progress, run, silent
 from reasonkv.evaluate.traces import file_name
 from reasonkv.files import write_atomically
@@ -73,12 +73,14 @@ class Cell:
 
     @property
     def digest(self) -> str:
-        """Identifies the model and the job."""
-        return hashlib.sha256(repr((self.source, self.job)).encode()).hexdigest()
+        """Identifies the model and the job; a batch's size changes nothing but rounding."""
+        return hashlib.sha256(repr((self.source, replace(self.job, batch_size=1))).encode()).hexdigest()
 
     def run(self, model: LoadedModel, progress: Progress = silent) -> list[Any]:
         """Run the cell, or finish it; return its records. Errors are those of `reasonkv.evaluate.run.run`."""
-        found = run(self.job, model, self.folder, progress, sources=[self.full] if self.full else [])
+        sources = [self.full] if self.full else []
+        shown = without_full(progress) if self.full else progress
+        found = run(self.job, model, self.folder, shown, sources=sources)
         write_atomically(self.folder / DONE, self.digest.encode())
         return list(found)
 
@@ -93,7 +95,7 @@ class Group:
 
     def merge(self) -> bool:
         """Write the group's folder from the finished cells; return whether there are any."""
-        finished = [cell.folder for cell in self.cells if (cell.folder / DONE).is_file()]
+        finished = [cell.folder for cell in self.cells if cell.is_done]
         if finished:
             merge(self.job, self.folder, finished)
         return bool(finished)
@@ -166,13 +168,16 @@ def load_once(source: ModelSource) -> LoadedModel:
     return source.load()
 
 
-def attempt(cell: Cell, failed_before: str | None = None, threads: int | None = None) -> str | None:
+def attempt(
+    cell: Cell, failed_before: str | None = None, threads: int | None = None, progress: Progress = silent
+) -> str | None:
     """Run a cell and return why it failed; None where it is done. Nothing is raised, so that other cells go on.
 
     Args:
         cell: what to run.
         failed_before: why full KV's cell failed, if it did.
         threads: of torch, in a worker that has so many cores.
+        progress: of this cell.
     """
     if failed_before is not None:
         return "full KV's cell of this task failed"
@@ -181,7 +186,7 @@ def attempt(cell: Cell, failed_before: str | None = None, threads: int | None = 
             import torch
 
             torch.set_num_threads(threads)
-        cell.run(load_once(cell.source))
+        cell.run(load_once(cell.source), progress)
     except ReasonKVError as error:
         return " ".join(str(error).split())
     except Exception as error:
@@ -196,11 +201,11 @@ Tell = Callable[[Cell, str | None], None]
 """Called when a cell has ended, with why it failed, or None."""
 
 
-def run_in_turn(cells: Sequence[Cell], tell: Tell) -> None:
+def run_in_turn(cells: Sequence[Cell], tell: Tell, progress: Progress = silent) -> None:
     """Run cells one after the other in this process; a cell that failed does not stop the others."""
     causes: dict[Path, str | None] = {}
     for cell in cells:
-        cause = causes[cell.folder] = attempt(cell, causes.get(cell.full) if cell.full else None)
+        cause = causes[cell.folder] = attempt(cell, causes.get(cell.full) if cell.full else None, progress=progress)
         tell(cell, cause)
 
 
@@ -215,8 +220,9 @@ def run_on_ray(cells: Sequence[Cell], tell: Tell, *, cores: int, address: str | 
     """
     import ray
 
-    local: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False} if address is None else {}
-    ray.init(address=address, logging_level="ERROR", **local)
+    # nothing goes through Ray's object store but a sentence for each cell
+    local: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False, "object_store_memory": 100_000_000}
+    ray.init(address=address or "local", logging_level="ERROR", **({} if address else local))
     try:
         on_gpus = ray.cluster_resources().get("GPU", 0) >= 1
         share: dict[str, Any] = {"num_gpus": 1} if on_gpus else {"num_cpus": cores}

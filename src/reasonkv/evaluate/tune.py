@@ -28,7 +28,7 @@ from reasonkv.evaluate.frontier import (
 )
 from reasonkv.evaluate.job import BudgetOptions, GenerateJob, ReplayJob, TraceSettings, TuneJob
 from reasonkv.evaluate.matching import selecting_method, smallest
-from reasonkv.evaluate.merging import merge
+from reasonkv.evaluate.merging import merge, without_full
 from reasonkv.evaluate.records import AnswerRecord, ReplayRecord
 from reasonkv.evaluate.run import Progress, run, silent
 from reasonkv.evaluate.table import Difference, holm, paired_difference, paired_p_value, to_frame
@@ -162,15 +162,10 @@ def tune(
 
             def run_cell(tokens: int, spec: Any = spec, method: Method = method, place: Path = place) -> Records:
                 name, size = method.spec(), _with_size(job.budget, tokens)
-
-                def advance(what: str, *counts: Any, **facts: Any) -> None:  # full KV's part is taken: no news
-                    if what.startswith(f"{spec}: {name} @"):
-                        progress(what, *counts, **facts)
-
                 folders.append(place / file_name(f"{name}-{tokens}"))
                 sizes.append(size)
                 own = replace(inner, task=(spec,), methods=("full", name), budget=size)
-                return run(own, model, folders[-1], advance, sources=[place / "full"])
+                return run(own, model, folders[-1], without_full(progress), sources=[place / "full"])
 
             low, high = budget_range(rule, method, full)
             found.append(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from reasonkv.cli.config import parse_options, read_options
-from reasonkv.cli.console import note, print_json, show
+from reasonkv.cli.console import note, print_json, print_tables, progress_bars, show
 from reasonkv.cli.flags import GROUPS, Json, ModelFlags, build, command
 from reasonkv.cli.mistakes import FAILED, UsageError
 from reasonkv.evaluate.job import GenerateJob, ReplayJob
@@ -50,8 +50,12 @@ def run(
             after the other; or the address of a Ray cluster.
         cores: Cores per cell where there is no GPU. Unless given, 8, or all of a smaller machine.
     """
-    options = read_options(str(plan), "a plan")
-    place = out or Path(options.get("out") or plan.stem)
+    import os
+
+    if cores is not None and not 1 <= cores <= (os.cpu_count() or 1):
+        raise UsageError(f"--cores must be 1 to {os.cpu_count()}, the cores of this machine, not {cores}.")
+    options = read_options(str(plan), "reasonkv run")
+    place = Path(out or options.get("out") or plan.stem).absolute()  # for workers in other folders
     groups = make_groups(options, place, str(plan))
     cells = list({cell.folder: cell for group in groups for cell in group.cells}.values())
     waiting = [cell for cell in cells if not cell.is_done]
@@ -160,14 +164,14 @@ def _run_cells(cells: Sequence[Cell], ray: str | None, cores: int) -> list[tuple
     if not cells:
         return failed
     if ray is None:
-        run_in_turn(cells, tell)
+        with progress_bars(sum(1 + (cell.full is None and isinstance(cell.job, ReplayJob)) for cell in cells)) as bars:
+            run_in_turn(cells, tell, bars)
     else:
         run_on_ray(cells, tell, cores=cores, address=None if ray == "auto" else ray)
     return failed
 
 
 def _print_results(groups: Sequence[Group]) -> None:
-    from reasonkv.cli.console import print_tables
     from reasonkv.evaluate.table import read_results, summarize
     from reasonkv.report import terminal
 
@@ -185,7 +189,6 @@ def _estimate(groups: Sequence[Group], workers: int, json: bool) -> int:
     """Print what is left of each group."""
     from dataclasses import asdict
 
-    from reasonkv.cli.console import print_tables
     from reasonkv.evaluate.estimate import estimate
     from reasonkv.report.terminal import make_table
     from reasonkv.report.wording import amount
