@@ -63,7 +63,7 @@ def replay(model: str, out: Path, /, **changes: object) -> Result:
         ({"task": "program:lines=999"}, "from 4 to 96"),
         ({"limit": 0}, "limit must be a whole number of at least 1"),
         ({"prompt_policy": "keepit"}, '"keepit" for --prompt-policy; choose from: "count", "keep", "on_top"'),
-        ({"traces": "stored"}, "--traces"),
+        ({"traces": "stored"}, "traces must be one of greedy, sampled, reference, or a file"),
         ({"dtype": "int8"}, "Unknown dtype 'int8'"),
         ({"device": "tpu:9"}, "The device 'tpu:9' is not available here"),
         ({"model": "/no/such/folder"}, "There is no folder /no/such/folder"),

@@ -17,7 +17,6 @@ from test_records import answer
 
 from reasonkv.budget import Budget
 from reasonkv.evaluate.compare import (
-    LEAST_PROBLEMS,
     CompareError,
     compare_cells,
     load_encoder,
@@ -27,7 +26,7 @@ from reasonkv.evaluate.compare import (
     summarize_pairs,
 )
 from reasonkv.evaluate.records import append_records
-from reasonkv.evaluate.table import to_frame
+from reasonkv.evaluate.table import LEAST, to_frame
 
 WORDS = ["So", "the", "train", "takes", "3", "hours", ",", "then", "210", "/", "3", "=", "70", "km/h", "."]
 
@@ -70,32 +69,30 @@ def test_rouge_l_is_the_rouge_packages() -> None:
 def test_a_copy_is_1_everywhere_and_other_text_is_not() -> None:
     found = {(one.method, one.tokens): one for one in summarize_pairs(pair_outputs(frame(10), fake_encoder))}
     copy, other = found["keydiff", 32], found["random", 32]
-    assert {mean for mean, _ in copy.measures.values()} == {1.0}
-    assert other.measures["same"][0] == 0.2
-    assert 0 < other.measures["rouge_l"][0] < 1
+    assert {one.mean for one in copy.measures.values()} == {1.0}
+    assert other.measures["same"].mean == 0.2
+    assert 0 < other.measures["rouge_l"].mean < 1
     assert (copy.n, copy.answers, other.score, other.full_score) == (10, 10, 0.2, 1.0)
-    assert copy.versus_full is not None
-    assert other.versus_full is not None
     assert copy.versus_full.mean == 0
     assert other.versus_full.mean == pytest.approx(-0.8)
     assert other.versus_full.high < 0
 
 
 def test_fewer_than_eight_problems_have_no_interval() -> None:
-    for problems, there in ((LEAST_PROBLEMS - 1, False), (LEAST_PROBLEMS, True)):
+    for problems, there in ((LEAST - 1, False), (LEAST, True)):
         found = summarize_pairs(pair_outputs(frame(problems)))
-        assert all((one.versus_full is not None) == there for one in found)
-        assert all((interval is not None) == there for one in found for _, interval in one.measures.values())
+        ends = [own.low for one in found for own in (one.versus_full, *one.measures.values())]
+        assert {not np.isnan(one) for one in ends} == {there}
         (crossing,) = compare_cells(pair_outputs(frame(problems)), "keydiff@32", "random@64")
-        assert (crossing.differences["rouge_l"] is not None) == there
-        assert crossing.means["rouge_l"] > 0
+        assert np.isnan(crossing.differences["rouge_l"].high) != there
+        assert crossing.differences["rouge_l"].mean > 0
 
 
 def test_samples_of_a_problem_count_once_for_the_interval() -> None:
     data = pd.concat([frame(7), frame(7).assign(sample=1)], ignore_index=True)
     found = summarize_pairs(pair_outputs(data))
     assert {(one.n, one.answers) for one in found} == {(7, 14)}
-    assert all(one.versus_full is None for one in found)
+    assert all(np.isnan(one.versus_full.low) for one in found)
 
 
 def test_records_whose_prompt_fills_the_budget_and_other_models_stand_apart() -> None:
@@ -166,6 +163,12 @@ def test_a_folder_of_folders_stands_for_its_evaluations(tmp_path: Path) -> None:
     folder(tmp_path / "plan" / "replay-tiny-seed0", command="replay")
     data = json.loads(run("compare", tmp_path / "plan", "--encoder", "none", "--json").stdout)
     assert {row["n"] for row in data["rows"]} == {9}
+
+
+def test_json_has_null_where_there_is_no_interval(tmp_path: Path) -> None:
+    text = run("compare", folder(tmp_path / "answers", problems=3), "--encoder", "none", "--json").stdout
+    assert "NaN" not in text
+    assert {row["versus_full"]["low"] for row in json.loads(text)["rows"]} == {None}
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from reasonkv.cli.plan import make_groups
 from reasonkv.evaluate.cells import make_budgets
 from reasonkv.evaluate.job import GenerateJob, ReplayJob
 from reasonkv.evaluate.plan import Cell, run_on_ray
-from reasonkv.evaluate.run import Progress, silent
+from reasonkv.evaluate.progress import Progress, silent
 from reasonkv.evaluate.run import run as run_job
 from reasonkv.models import LoadedModel, load_model
 

@@ -8,8 +8,8 @@ from importlib.util import find_spec
 
 import torch
 
+from reasonkv.checkpoints import ModelError, load_config
 from reasonkv.identity import TESTBED, device_words, package_versions
-from reasonkv.models import ModelError, load_config
 from reasonkv.resolve import TESTED, check_model
 
 _OPTIONAL = {"matplotlib": "figures", "vllm": "the vLLM runtime", "flash_attn": "flash attention kernels"}

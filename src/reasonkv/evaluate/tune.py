@@ -18,6 +18,7 @@ import pandas as pd
 from reasonkv.budget import Budget, Window
 from reasonkv.evaluate.cells import make_methods, make_rule
 from reasonkv.evaluate.frontier import (
+    DEFAULT_TARGETS,
     HIGHER_IS_BETTER,
     FrontierError,
     Point,
@@ -29,15 +30,14 @@ from reasonkv.evaluate.frontier import (
 from reasonkv.evaluate.job import BudgetOptions, GenerateJob, ReplayJob, TraceSettings, TuneJob
 from reasonkv.evaluate.matching import selecting_method, smallest
 from reasonkv.evaluate.merging import merge, without_full
+from reasonkv.evaluate.progress import Progress, silent
 from reasonkv.evaluate.records import AnswerRecord, ReplayRecord
-from reasonkv.evaluate.run import Progress, run, silent
+from reasonkv.evaluate.run import run
 from reasonkv.evaluate.table import Difference, holm, paired_difference, paired_p_value, to_frame
 from reasonkv.evaluate.traces import file_name
 from reasonkv.methods import Method
 from reasonkv.models import LoadedModel
 from reasonkv.tasks import get_task
-
-DEFAULT_TARGETS = {"top1": "0.95x", "accuracy": "0.95x", "nll": "1.05x", "kl": "0.05"}
 
 Records = Sequence[ReplayRecord] | Sequence[AnswerRecord]
 RunCell = Callable[[int], Records]

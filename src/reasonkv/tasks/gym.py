@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from reasonkv.tasks.base import Grade, Problem, Task, TaskError
-from reasonkv.tasks.grade import UNREAD, after_thinking, final_line
+from reasonkv.tasks.base import UNREAD, Grade, Problem, Task, TaskError
+from reasonkv.tasks.grade import after_thinking, final_line
 from reasonkv.tasks.options import THINK_END
 
 _ONE = "{question}\n\nThink step by step. End with one line that says: Answer: <your answer>"
