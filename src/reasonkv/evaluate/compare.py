@@ -145,7 +145,7 @@ def pair_outputs(frame: pd.DataFrame, encode: Encode | None = None) -> pd.DataFr
     if encode is not None:
         known = list(dict.fromkeys(text for pair in texts for text in pair))
         vectors = dict(zip(known, encode(known), strict=True))
-        pairs["semantic"] = [float(vectors[ours] @ vectors[theirs]) for ours, theirs in texts]
+        pairs["semantic"] = [min(1.0, float(vectors[ours] @ vectors[theirs])) for ours, theirs in texts]
     return pairs
 
 

@@ -121,8 +121,7 @@ def open_session(
         "budgets": [one.to_dict() for one in make_budgets(job.budget)],
         "mean_slots": list(job.budget.mean_slots),
     } | {"limit": job.limit, "seed": job.seed}
-    if job.options.to_dict():
-        arguments["options"] = job.options.to_dict()
+    arguments |= {"options": chosen} if (chosen := job.options.to_dict()) else {}
     if calibration is not None:
         arguments["calibration"] = calibration.digest
     if isinstance(job, GenerateJob):
