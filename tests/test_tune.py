@@ -174,7 +174,7 @@ def test_a_real_search_leaves_one_folder_and_resumes_without_recomputing(tmp_pat
 
     def search(**wanted: object) -> tuple[Search, list[str]]:
         said: list[str] = []
-        (found,) = tune(job(resolution=1.5, **wanted), model, out, lambda what, *_: said.append(what))
+        (found,) = tune(job(resolution=1.5, **wanted), model, out, lambda what, *_, **__: said.append(what))
         return found, said
 
     first, said = search(target="0.9x")
