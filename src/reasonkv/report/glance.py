@@ -57,9 +57,8 @@ class _Scale:
     def __init__(self, low: float, high: float, metric: Metric) -> None:
         spare = max(0.0, 2 / metric.scale - (high - low)) / 2 + 0.04 * (high - low)
         self.low, self.high = max(0.0, low - spare), min(1.0, high + spare)
-        self.words = (
-            f"scale {self.low * metric.scale:.{metric.digits}f} to {self.high * metric.scale:.{metric.digits}f}"
-        )
+        words = [f"{end * metric.scale:.{metric.digits}f}".removesuffix(".0") for end in (self.low, self.high)]
+        self.words = f"scale {words[0]} to {words[1]}"
 
     @staticmethod
     def of(rows: Sequence[Mapping[str, Any]], kind: str) -> _Scale:
