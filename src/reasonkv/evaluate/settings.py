@@ -113,7 +113,9 @@ class TraceSettings(Sampling):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.is_file:
-            check_choice("source (--traces)", self.source, ("greedy", "sampled", "reference", "or a file such as FILE.jsonl"))
+            check_choice(
+                "source (--traces)", self.source, ("greedy", "sampled", "reference", "or a file such as FILE.jsonl")
+            )
         check_least("max_new_tokens", self.max_new_tokens)
         if self.temperature == 0:
             raise JobError("A sampled trace needs a temperature above 0; for greedy traces choose source='greedy'.")
