@@ -115,7 +115,7 @@ def frontier(
     if figure is not None:
         from reasonkv.report.charts import frontier_figure
 
-        words = f"Band: one standard error over examples. Target: {found.target}. {found.left_out}"
+        words = f"Band or bar: one standard error over examples. Target: {found.target}. {found.left_out}"
         drawn = frontier_figure(found.points, figure, metrics[0], target=found.target, note=words)
     if json:
         others = {one.target.metric: one.to_dict() for one in more}
