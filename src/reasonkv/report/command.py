@@ -17,8 +17,8 @@ _PLAIN = {
 }
 _RULE = {"prompt": "--prompt-policy"}
 """Flags of a budget's fields that are not called as the field."""
-_SIZES = {"tokens": "--budgets", "keep": "--keep", "retention": "--retention"}
-"""Flags of a budget's size."""
+_SIZES = {"retention": "--retention", "keep": "--keep", "tokens": "--budgets"}
+"""Flags of a budget's size; a window has tokens, too, which follow from its retention."""
 _USUAL = {"temperature": 0.6, "top_p": 0.95}
 """What traces have where nothing was said; it plays no part unless they were sampled."""
 
@@ -27,31 +27,26 @@ def command(manifest: Mapping[str, Any]) -> str:
     """Return one line for a shell; the run it starts has the manifest's own identity.
 
     Args:
-        manifest: of a results folder of `replay`, `evaluate`, `demo` or `tune`.
+        manifest: of a results folder of `replay`, `evaluate` or `demo`; one of `tune` is that of its probes.
     """
     name, arguments = str(manifest["command"]), manifest.get("arguments", {})
     if name == "demo":
         return _line(["reasonkv", name], {"--limit": arguments.get("limit"), "--seed": arguments.get("seed")})
-    searched = "rule" in arguments  # a search finds its budgets itself, and says nothing of samples and temperature
     budgets, traces = arguments.get("budgets") or [], arguments.get("traces") or {}
     flags: dict[str, Any] = {"--model": manifest.get("model", {}).get("name", "testbed")}
-    flags |= {flag: arguments.get(key) for key, flag in _PLAIN.items() if not (searched and key == "samples")}
-    if searched:
-        name = "tune"
-        flags["--metric"] = "accuracy" if "samples" in arguments else "top1"
-    elif not arguments.get("mean_slots"):
-        for size, flag in _SIZES.items():
-            flags[flag] = [one[size] for one in budgets if one.get(size) is not None]
-    rule = arguments["rule"] if searched else budgets[0] if budgets else {}
+    flags |= {flag: arguments.get(key) for key, flag in _PLAIN.items()}
+    if not arguments.get("mean_slots"):
+        size = next((size for size in _SIZES if any(one.get(size) is not None for one in budgets)), "tokens")
+        flags[_SIZES[size]] = [one[size] for one in budgets]
+    rule = budgets[0] if budgets else {}
     if "size" in rule:  # the other fields of a window follow from these
         rule = {"window": rule["size"], "window_buffer": rule["buffer"]}
     flags |= {_RULE.get(key, _flag(key)): value for key, value in rule.items() if key not in _SIZES}
     if traces:
         flags["--max-new-tokens"] = traces.get("max_new_tokens")
-        if not searched:
-            source = flags["--traces"] = traces.get("source")
-            drawn = _USUAL | {key: value for key, value in traces.items() if key not in {"source", "max_new_tokens"}}
-            flags |= _drawn(drawn) if source == "sampled" or drawn != _USUAL else {}
+        source = flags["--traces"] = traces.get("source")
+        drawn = _USUAL | {key: value for key, value in traces.items() if key not in {"source", "max_new_tokens"}}
+        flags |= _drawn(drawn) if source == "sampled" or drawn != _USUAL else {}
     if "given" in arguments:  # traces of a file bring their own task
         flags["--task"] = None
     flags |= _drawn(arguments.get("sampling") or {}) | {"--diagnostics": arguments.get("diagnostics")}
