@@ -39,16 +39,15 @@ def read_corpus(
 ) -> tuple[Iterator[Passage], str]:
     """Return the sequences of a job, and a line for the record that says what they are.
 
-    The windows of a text are 4,096 tokens long with two bytes a number, or 2,048 with four. A quarter of that where
-    eager attention writes all its logits out.
+    The windows of a text are 4,096 tokens long, or 1,024 where eager attention writes all its logits out; never longer
+    than the model's context.
 
     Raises:
         CorpusError: the text is missing, empty, or not UTF-8 (when the first passage is asked for).
     """
     if job.text is not None:
         is_eager = model.config.get_text_config()._attn_implementation == "eager"
-        usual = min(8192 // model.dtype.itemsize // (4 if is_eager else 1), _context(model) or 4096)
-        window = job.window or usual
+        window = job.window or min(1024 if is_eager else 4096, _context(model) or 4096)
         return _text_passages(tokenizer, job, window), f"text {job.text.name} in windows of {window} tokens"
     found = task_passages(
         model, tokenizer, tasks, limit=job.limit, seed=job.seed, tokens=job.tokens, longest=job.window

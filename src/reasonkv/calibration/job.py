@@ -1,22 +1,15 @@
 """What to calibrate on: frozen dataclasses that Python, a configuration file and the command line fill alike.
 
-Nothing here imports torch before a job runs.
+Nothing here imports torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from reasonkv.errors import ReasonKVError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from reasonkv.calibration.corpus import ProblemSource
-    from reasonkv.calibration.statistics import Calibration
 
 _FILES = {"out": ".safetensors", "import_": "", "export": ".pt", "figure": ".png"}
 
@@ -35,8 +28,8 @@ class CorpusJob:
         limit: Problems per task.
         seed: Seed of the problems.
         tokens: Most tokens in all.
-        window: Most tokens of a sequence. Unless given, windows of a text need about 1 GB of work memory for an
-            8B model, and traces are as long as the model's context.
+        window: Most tokens of a sequence. Unless given, windows of a text have 4,096 tokens (1,024 with eager
+            attention), and traces are as long as the model's context.
 
     Raises:
         CorpusError: a number below 1, a wrong file ending, or not exactly one source of text.
@@ -83,59 +76,3 @@ class CalibrateJob(CorpusJob):
     out: Path | None = None
     export: Path | None = None
     figure: Path | None = None
-
-
-def run(
-    job: CalibrateJob,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    tasks: Sequence[ProblemSource] = (),
-    name: str | None = None,
-    progress: Callable[[int], None] = lambda done: None,
-) -> Calibration:
-    """Calibrate a model as a job without `import_` says; `write` writes the files.
-
-    Args:
-        job: what to average.
-        model: a causal language model.
-        tokenizer: its tokenizer.
-        tasks: the tasks that `job.task` names.
-        name: the model's name, for the record.
-        progress: called with the tokens done; `job.tokens` are the most there will be.
-
-    Raises:
-        CalibrationError, CorpusError, UnsupportedModelError, RotaryError: see `collect` and `text_passages`.
-    """
-    from reasonkv.calibration.corpus import batches, read_corpus
-    from reasonkv.calibration.queries import collect
-
-    passages, source = read_corpus(job, model, tokenizer, tasks)
-    rows = batches(passages, job.batch_size)
-    return collect(model, rows, horizon=job.horizon, progress=progress, name=name, source=source)
-
-
-def write(job: CalibrateJob, found: Calibration) -> dict[str, Path]:
-    """Write the files that a job asks for, and return them by what they are: calibration, export, figure.
-
-    Raises:
-        OSError: a file cannot be written.
-        ImportError: the figure needs the packages of `reasonkv[eval]`.
-    """
-    from reasonkv.calibration.files import cached_calibration, save_calibration
-
-    written = {}
-    out = job.out if job.import_ is not None or found.model is None else job.out or cached_calibration(found.model)
-    if out is not None:
-        save_calibration(out, found)
-        written["calibration"] = out
-    if job.export is not None:
-        from reasonkv.calibration.public import export_pt
-
-        export_pt(found, job.export)
-        written["export"] = job.export
-    if job.figure is not None:
-        from reasonkv.calibration.figure import concentration_figure
-
-        written["figure"] = concentration_figure(found, job.figure)
-    return written

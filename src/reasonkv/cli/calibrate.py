@@ -34,7 +34,7 @@ def calibrate(
     Args:
         model: The bundled testbed, a model folder, or a hub name; with --import, the model that the file must fit.
     """
-    from reasonkv.calibration.job import run, write
+    from reasonkv.calibration.run import run, write
 
     if job.import_ is not None:
         found = _read(job, model)

@@ -25,7 +25,7 @@ def train_gate(
     Quest on held-out text, by the share of attention that falls on equally many pages.
     """
     from reasonkv.models import one_thread_if_small
-    from reasonkv.seer.job import run
+    from reasonkv.seer.training import run
     from reasonkv.tasks import get_task
 
     tasks = [get_task(spec) for spec in job.task]
