@@ -179,6 +179,7 @@ def _heat(replay: pd.DataFrame, gains: pd.Series, policy: str, path: Path) -> No
     data = _log_ratios(kl, _rivals(replay)).clip(-2, 2).rename("ratio").to_frame()
     data["mark"] = gains.map(verdict).eq("undecided").reindex(data.index, fill_value=False).map({True: "·", False: ""})
     data = data.reset_index()
+    data["slots"], data["rank"] = data["size"].astype(int), data["method"].map(order.index)
     data = data[data["method"].ne(data["group"].map(_rivals(replay))) & data["method"].ne(RIVAL[policy])]
     ratio = alt.Color("ratio:Q", legend=alt.Legend(
         title=["KL over that of", RIVAL[policy]], titleLimit=300,
@@ -186,7 +187,7 @@ def _heat(replay: pd.DataFrame, gains: pd.Series, policy: str, path: Path) -> No
     ), scale=alt.Scale(scheme="redblue", reverse=True, domain=[-2, 2]))  # fmt: skip
     charts = []
     for group, part in data.groupby("group", sort=False):
-        base = alt.Chart(part).encode(
+        base = alt.Chart(part.sort_values(["slots", "rank"])[["size", "method", "ratio", "mark"]]).encode(
             x=alt.X("size:N", title=None, sort=sizes(part), axis=alt.Axis(labelAngle=-90, ticks=False)),
             y=alt.Y("method:N", title=None, sort=order, axis=None if charts else alt.Axis(ticks=False, labelLimit=260)),
         )
