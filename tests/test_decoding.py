@@ -14,8 +14,9 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from reasonkv import Budget, CompressedCache
 from reasonkv.evaluate.decoding import DecodingError, Generated, Request, decode_batch
-from reasonkv.evaluate.generate import end_tokens, noisy_scores, row_seed
+from reasonkv.evaluate.generate import end_tokens, row_seed
 from reasonkv.evaluate.job import Sampling
+from reasonkv.evaluate.sampling import next_tokens
 
 BUDGET = Budget(24, interval=12, sinks=2, recent=8, prompt="on_top")
 SAMPLING = Sampling(temperature=0.9, top_p=0.9)
@@ -30,8 +31,8 @@ def prompts(lengths: list[int], vocabulary: int = 150, seed: int = 0) -> list[to
 
 
 def draws(logits_V: torch.Tensor, sampling: Sampling, count: int) -> torch.Tensor:
-    scores = noisy_scores(sampling, logits_V.expand(count, -1), 3, seed=5, row_seed_B=torch.arange(count))
-    return torch.bincount(scores.argmax(-1), minlength=len(logits_V))
+    _, ids = next_tokens(sampling, logits_V.expand(count, -1), 3, seed=5, row_seed_B=torch.arange(count))
+    return torch.bincount(ids, minlength=len(logits_V))
 
 
 @pytest.mark.parametrize("temperature", [0.6, 1.0, 1.7])
@@ -56,7 +57,7 @@ def test_samples_of_steps_seeds_and_rows_are_independent() -> None:
     rows = torch.arange(4)
 
     def picks(step: int, seed: int) -> list[int]:
-        return noisy_scores(Sampling(1.0, 1.0), logits, step, seed=seed, row_seed_B=rows).argmax(-1).tolist()
+        return next_tokens(Sampling(1.0, 1.0), logits, step, seed=seed, row_seed_B=rows)[1].tolist()
 
     assert picks(0, 0) == picks(0, 0)
     assert len({tuple(picks(step, seed)) for step in range(4) for seed in range(4)}) == 16
@@ -113,7 +114,8 @@ class SamplingNoise(LogitsProcessor):
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         step = input_ids.shape[1] - self.columns
-        return noisy_scores(self.sampling, scores, step, seed=3, row_seed_B=self.row_seed_B)
+        _, chosen = next_tokens(self.sampling, scores, step, seed=3, row_seed_B=self.row_seed_B)
+        return torch.full_like(scores, -torch.inf).scatter(1, chosen[:, None], 0.0)
 
 
 def generate(

@@ -99,14 +99,34 @@ def test_usable_budgets_crossings_and_regimes_are_shown(results: Path) -> None:
     assert "Only compressed records count; left out: 16 uncompressed of 112 bounded records." in out
 
 
+def test_fidelity_is_measured_by_kl_and_top1_and_a_target_that_random_keeps_is_said(results: Path) -> None:
+    code, out, _ = frontier(results)
+    assert code == 0
+    assert out.index("usable budget for kl <= 0.05") < out.index("usable budget for top1 >= 0.99")
+    data = json.loads(frontier(results, "--json").stdout)
+    assert (data["target"], data["others"]["top1"]["target"]) == ("kl <= 0.05", "top1 >= 0.99")
+    assert "even random" not in frontier(results, "--target", "0.9").stdout
+    told = " ".join(frontier(results, "--target", "0.75").stdout.split())
+    assert re.search(r"On program even random keeps top1 >= 0.75 from 1[67]\d on", told)
+
+
+def test_fewer_than_eight_examples_have_no_interval(tmp_path: Path) -> None:
+    few = [*full()[:4], *cell("random", 64, 0.5)[:4], *cell("keydiff", 64, 0.7)[:4], *cell("keydiff", 128, 0.9)[:4]]
+    out = frontier(folder(tmp_path / "few", few), "--target", "0.8").stdout
+    assert re.search(r"keydiff\s+64 to 128\s+4\s+\d+\s+-\s+reached", out)
+    data = json.loads(frontier(tmp_path / "few", "--between", "keydiff > random", "--target", "0.8", "--json").stdout)
+    (pair,) = data["crossings"]
+    assert (pair["difference"]["low"], pair["difference"]["high"], pair["holds"]) == (None, None, False)
+
+
 def test_two_named_methods_are_compared_at_equal_and_smaller_budgets_only(results: Path) -> None:
-    code, out, err = frontier(results, "--between", "keydiff > random")
+    code, out, err = frontier(results, "--metric", "top1", "--between", "keydiff > random")
     assert (code, err) == (0, "")
     shown = re.findall(r"keydiff@\d+ > random@\d+", out)
     assert shown == [f"keydiff@{ours} > random@{theirs}" for ours in (64, 128, 256) for theirs in (64, 128, 256)
                      if ours <= theirs]  # fmt: skip
     assert "surely better than random in 3 of 3 pairs at the same budget, and in 1 of 3 pairs at a smaller one" in out
-    data = json.loads(frontier(results, "--between", "keydiff > random", "--json").stdout)
+    data = json.loads(frontier(results, "--metric", "top1", "--between", "keydiff > random", "--json").stdout)
     assert data["between"] == ["keydiff", "random"]
     losing = next(one for one in data["crossings"] if one["label"] == "keydiff@64 > random@128")
     assert not losing["holds"]
@@ -164,7 +184,7 @@ def test_the_figure_is_drawn_from_compressed_records_only(results: Path, tmp_pat
 
 
 def test_a_relative_target_where_full_kv_has_nothing_is_not_called_usable(tmp_path: Path) -> None:
-    code, out, _ = frontier(folder(tmp_path / "zero", [*full(top1=0.0), *cell("rkv", 64, 0.0)]))
+    code, out, _ = frontier(folder(tmp_path / "zero", [*full(top1=0.0), *cell("rkv", 64, 0.0)]), "--target", "0.95x")
     assert code == 0
     assert re.search(r"rkv\s+-\s+-\s+-\s+-\s+full KV's top1 is 0", out)
 
@@ -200,7 +220,8 @@ def test_mistakes_are_one_sentence(results: Path, arguments: str, words: str) ->
 
 def test_full_kv_alone_and_relative_targets_without_it_are_refused(tmp_path: Path) -> None:
     assert "full KV alone" in sentence(frontier(folder(tmp_path / "alone", full())))
-    assert "add full to --methods" in sentence(frontier(folder(tmp_path / "without", cell("rkv", 64, 0.5))))
+    without = folder(tmp_path / "without", cell("rkv", 64, 0.5))
+    assert "add full to --methods" in sentence(frontier(without, "--target", "0.95x"))
 
 
 def test_a_damaged_record_fails_with_1(results: Path) -> None:
@@ -230,7 +251,8 @@ def test_a_search_runs_reports_and_resumes(tmp_path: Path) -> None:
     assert data["searches"][0]["probes"][0]["tokens"] == 10
     assert (out / RECORDS).read_bytes() == lines
     assert frontier(out, "--json").exit_code == 0  # the folder is one like any other
-    assert "rule" in sentence(run(*command, 8))
+    assert said.count("CompressedCache(model, ") == sum(one["tokens"] is not None for one in data["searches"])
+    assert "interval=4" in sentence(run(*command, 8))
 
 
 # -- styles -----------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,26 +12,17 @@ import numpy as np
 import pytest
 import torch
 from browser import needs_browser, open_page
-from command_line import run, sentence
-from safetensors import safe_open
-from tiny import TASK, save_tiny, tiny_loaded
+from tiny import TASK, tiny_loaded
 
 from reasonkv import Budget, get_method
 from reasonkv.evaluate.cells import RunConfig
-from reasonkv.evaluate.fates import EventPlan, fates
+from reasonkv.evaluate.fates import fates
 from reasonkv.evaluate.job import TraceSettings
 from reasonkv.evaluate.manifest import ResultsError
 from reasonkv.evaluate.replay import replay_batch
 from reasonkv.evaluate.traces import Trace, load_or_make_traces
 from reasonkv.report.html import embedded_json, render
-from reasonkv.report.inspector import (
-    Inspection,
-    inspect_generation,
-    inspect_replay,
-    inspector_page,
-    load_inspections,
-    save_inspection,
-)
+from reasonkv.report.inspector import Inspection, Inspector, Subject, inspector_page, load_inspections, save_inspection
 from reasonkv.report.packing import token_pieces
 from reasonkv.tasks import get_task
 
@@ -48,14 +40,18 @@ def trace(tmp_path_factory: pytest.TempPathFactory) -> Trace:
     )[0]  # fmt: skip
 
 
+def inspector() -> Inspector:
+    return Inspector(tiny_loaded(), CELL)
+
+
 @pytest.fixture(scope="module")
 def replayed(trace: Trace) -> Inspection:
-    return inspect_replay(tiny_loaded(), trace, CELL, task=TASK)
+    return inspector().replay(trace.row, Subject.of_task(get_task(TASK), TASK, 1))
 
 
 @pytest.fixture(scope="module")
 def generated(trace: Trace) -> Inspection:
-    return inspect_generation(tiny_loaded(), trace, CELL, task=TASK, max_new_tokens=60)
+    return inspector().generation(trace.row, Subject.of_task(get_task(TASK), TASK, 1), max_new_tokens=60)
 
 
 def array(text: str, kind: str) -> np.ndarray:
@@ -273,75 +269,31 @@ def test_what_full_kv_looked_at_and_the_cache_had_dropped_is_named(tmp_path: Pat
         assert tab.evaluate("document.activeElement.dataset.i") == "10"
 
 
-SMALL = ["--interval", "12", "--sinks", "2", "--recent", "8", "--prompt-policy", "on_top", "--max-new-tokens", "40"]
+@needs_browser
+@pytest.mark.parametrize("kind", ["replay", "generation"])
+def test_a_run_that_never_parts_says_so_whatever_its_answer_is_worth(tmp_path: Path, kind: str) -> None:
+    data = big(600)
+    wrong = {"text": "7", "closed": True, "correct": False, "truncated": False}
+    data |= {"kind": kind, "first_mismatch": None, "answer": {"full": wrong, "shown": wrong}}
+    data["scores"]["differs"] = []
+    if kind == "generation":
+        data["full_pieces"] = data["pieces"][300:]
+    path = tmp_path / "page.html"
+    path.write_text(inspector_page(data))
+    with open_page(path) as tab:
+        text = tab.handle.locator(".inspector").inner_text()
+        assert "Nothing went wrong" not in text
+        assert ("Every token agrees" if kind == "replay" else "Both runs are equal") in text
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("models") / "tiny")
-
-
-def read_plans(path: Path) -> list[EventPlan]:
-    with safe_open(path, "pt") as file:
-        names, index = set(file.keys()), json.loads(file.metadata()["plans"])
-        return [
-            EventPlan(
-                layer=layer, row=row, event=event, length=length, positions_HN=file.get_tensor(f"{i}.positions"),
-                kept_HK=file.get_tensor(f"{i}.kept"),
-                into_HN=file.get_tensor(f"{i}.into") if f"{i}.into" in names else None,
-            )
-            for i, (layer, row, event, length) in enumerate(index)
-        ]  # fmt: skip
-
-
-def test_the_command_writes_a_page_two_lines_and_what_proves_its_fates(tmp_path: Path, model: Path) -> None:
-    html = tmp_path / "one.html"
-    code, stdout, _ = run(
-        "inspect", "--model", model, "--task", TASK, "--example", 2, "--method", "random", "--budget", 24, *SMALL,
-        "--generate", "--out", html, "--save", tmp_path / "kept",
-    )  # fmt: skip
-    assert code == 0
-    assert len(stdout.splitlines()) == 3
-    assert "random at 24 slots" in stdout and html.read_text().startswith("<!doctype html>")
-    (data,) = load_inspections(tmp_path / "kept").values()
-    (plans,) = (tmp_path / "kept" / "inspections").glob("*.plans.safetensors")
-    found = fates(read_plans(plans), len(data["pieces"]))
-    assert array(data["fates"]["dropped"], "<i2").tolist() == found.dropped_GHN.flatten().tolist()
-
-
-def test_the_oracle_may_be_inspected_in_a_replay(tmp_path: Path, model: Path) -> None:
-    code, stdout, _ = run(
-        "inspect", "--model", model, "--task", TASK, "--method", "oracle", "--budget", 24, *SMALL,
-        "--out", tmp_path / "page.html",
-    )  # fmt: skip
-    assert code == 0 and "oracle at 24 slots" in stdout
-
-
-def test_a_results_folder_gives_the_example_that_went_wrong_first(tmp_path: Path, model: Path) -> None:
-    folder = tmp_path / "results"
-    basis = ["--model", model, "--task", TASK, "--methods", "full,random", "--budgets", "24", "--limit", "2", *SMALL]
-    for command in ("replay", "evaluate"):
-        assert run(command, *basis, "--out", folder / command)[0] == 0
-        code, stdout, _ = run("inspect", folder / command, "--out", tmp_path / "page.html")
-        assert code == 0 and "random at 24 slots" in stdout
-        (data,) = load_inspections(folder / command).values()
-        lines = [json.loads(line) for line in (folder / command / "records.jsonl").read_text().splitlines()]
-        bounded = [line for line in lines if line["budget"]]
-        name = "first_mismatch" if command == "replay" else "first_divergence"
-        assert data[name] == min(line[name] for line in bounded if line[name] is not None)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["--method", "rkv"], "rkv needs one budget"),
-        (["--method", "full", "--budget", "64"], "takes no budget"),
-        (["--method", "oracle", "--budget", "128", "--generate"], "oracle"),
-        (["--budget", "9", "--recent", "16"], "cannot hold"),
-        (["--budget", "128", "--task", "programme"], "There is no task"),
-        (["--budget", "128", "--example", "-1"], "counted from 0"),
-        (["/no/such/folder"], "There is no results folder"),
-    ],
-)
-def test_a_mistake_is_one_sentence_and_exit_code_2(tmp_path: Path, arguments: list[str], words: str) -> None:
-    assert words in sentence(run("inspect", *arguments, "--out", tmp_path / "page.html"))
+@needs_browser
+def test_thirty_layers_keep_the_names_of_their_rows(tmp_path: Path) -> None:
+    path = tmp_path / "page.html"
+    path.write_text(inspector_page(big(1200, layers=30, heads=2)))
+    with open_page(path) as tab:
+        names = tab.evaluate("Array.from(document.querySelectorAll('.strip .rows span'), one => one.textContent)")
+        assert names[0] == "layer 0" and len(names) >= 5 and all(name.startswith("layer") for name in names)
+        boxes = tab.evaluate(
+            "Array.from(document.querySelectorAll('.strip .rows span'), one => { const b = one.getBoundingClientRect(); return [b.top, b.bottom]; })"
+        )
+        assert all(one[1] <= other[0] + 1 for one, other in pairwise(boxes))

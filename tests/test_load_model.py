@@ -1,15 +1,24 @@
-"""`load_model` chooses a dtype that fits the machine, and never another one for the bundled model."""
+"""`load_model`: a dtype that fits the machine, offloaded weights, adapters, and a sentence for what cannot be loaded."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import peft
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny import TASK, save_tiny
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from reasonkv import CompressedCache, checkpoints
+from reasonkv.calibration import CalibrationError
+from reasonkv.checkpoints import ModelError
+from reasonkv.evaluate.job import BudgetOptions, ReplayJob, TraceSettings
+from reasonkv.evaluate.run import run
 from reasonkv.models import load_model
-from reasonkv.testbed import testbed_path
+from reasonkv.testbed import testbed_path as bundled_folder
 
 
 def large_model(folder: Path, dtype: torch.dtype) -> str:
@@ -17,7 +26,7 @@ def large_model(folder: Path, dtype: torch.dtype) -> str:
     shape = {"vocab_size": 160_000, "hidden_size": 128, "intermediate_size": 64, "num_hidden_layers": 1}
     config = LlamaConfig(**shape, num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=True)
     LlamaForCausalLM(config).to(dtype).save_pretrained(folder)
-    for file in testbed_path().glob("token*"):
+    for file in bundled_folder().glob("token*"):
         (folder / file.name).write_bytes(file.read_bytes())
     return str(folder)
 
@@ -40,3 +49,94 @@ def test_auto_is_the_checkpoints_bfloat16_where_a_cpu_multiplies_in_it(
 
 def test_auto_leaves_small_models_on_a_cpu_in_float32() -> None:
     assert load_model("testbed", device="cpu", has_bfloat16=lambda: True).dtype == "float32"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "model").mkdir()
+    return save_tiny(tmp_path / "model")
+
+
+def generated(model: PreTrainedModel, method: str) -> tuple[list[int], list[Tensor]]:
+    """What a method writes after 60 tokens, and the slots it keeps at the end."""
+    ids = torch.arange(60)[None] % 50 + 5
+    with CompressedCache(model, method, tokens=24, interval=8, prompt="count", sinks=2, recent=8) as cache:
+        out = model.generate(ids, past_key_values=cache, max_new_tokens=40, min_new_tokens=40, do_sample=False)
+        positions = [row for layer in cache.compressed_layers for row in layer.slot_positions()]
+    return out[0].tolist(), positions
+
+
+@pytest.mark.parametrize("method", ["cask", "triattention", "defensivekv", "quest"])
+def test_offloaded_weights_change_nothing(folder: Path, method: str) -> None:
+    """Every weight is on disk, so it is a meta tensor whenever its module does not run."""
+    whole = load_model(str(folder), device="cpu")
+    away = load_model(str(folder), device_map='{"": "disk"}')
+    assert any(parameter.is_meta for parameter in away.model.parameters()) and away.hash == whole.hash
+    (text, kept), (text_away, kept_away) = generated(whole.model, method), generated(away.model, method)
+    assert text == text_away and all(map(torch.equal, kept, kept_away))
+
+
+def test_a_replay_runs_on_an_offloaded_model(folder: Path, tmp_path: Path) -> None:
+    job = ReplayJob(task=[TASK], methods=["full", "triattention"], budget=BudgetOptions(tokens=[64]), limit=2,
+                    traces=TraceSettings(max_new_tokens=24))  # fmt: skip
+    whole = run(job, load_model(str(folder), device="cpu"), tmp_path / "whole")
+    away = run(job, load_model(str(folder), device_map='{"": "disk"}'), tmp_path / "away")
+    assert [one.kl for one in whole] == [one.kl for one in away]
+
+
+def test_a_lora_folder_is_its_base_model_with_the_adapter_in_its_weights(folder: Path, tmp_path: Path) -> None:
+    plain = load_model(str(folder), device="cpu")
+    adapted = peft.get_peft_model(
+        AutoModelForCausalLM.from_pretrained(folder),
+        peft.LoraConfig(r=4, target_modules=["q_proj", "o_proj"], init_lora_weights=False),
+    ).eval()
+    adapted.save_pretrained(tmp_path / "lora")
+    ids = torch.arange(20)[None] + 5
+    with torch.no_grad():
+        expected = adapted(ids).logits
+        for found in (
+            load_model(str(tmp_path / "lora"), device="cpu"),  # which names its base model
+            load_model(str(folder), device="cpu", adapter=str(tmp_path / "lora")),
+        ):
+            assert type(found.model) is type(plain.model) and found.hash != plain.hash
+            torch.testing.assert_close(found.model(ids).logits, expected, rtol=1e-4, atol=1e-4)
+    assert (expected - plain.model(ids).logits).abs().max() > 1e-2
+    with pytest.raises(CalibrationError, match=f"--model {tmp_path / 'lora'}"):  # the base model's would be wrong
+        CompressedCache(load_model(str(tmp_path / "lora"), device="cpu").model, "triattention", tokens=64)
+
+
+def edited(folder: Path, name: str, **changes: object) -> None:
+    path = folder / name
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_what_cannot_be_loaded_is_one_sentence(folder: Path, tmp_path: Path) -> None:
+    lora = tmp_path / "lora"
+    lora.mkdir()
+    (lora / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "./gone"}')
+    (tmp_path / "bad.gguf").write_bytes(b"no such format")
+    for given, options, sentence in (
+        (tmp_path / "none.gguf", {}, "There is no file"),
+        (tmp_path / "bad.gguf", {}, "cannot be loaded"),
+        (lora, {}, "The base model of the adapter .* cannot be used: There is no folder ./gone"),
+        (lora, {"adapter": "x"}, "is an adapter itself"),
+        (folder, {"adapter": str(lora)}, "cannot be merged"),
+        (folder, {"device_map": "{model}"}, "no JSON object"),
+    ):
+        with pytest.raises(ModelError, match=sentence):
+            load_model(str(given), device="cpu", **options)
+    edited(folder, "config.json", quantization_config={"quant_method": "hqq", "quant_config": {}})
+    with pytest.raises(ModelError, match=r"needs a package that is not installed here \(ImportError: .*hqq"):
+        load_model(str(folder), device="cpu")
+
+
+@pytest.mark.parametrize("package", ["accelerate", "gguf", "peft"])
+def test_a_missing_package_is_named_with_its_extra(
+    folder: Path, tmp_path: Path, package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "any.gguf").touch()
+    given = {"accelerate": {"device_map": "auto"}, "gguf": {}, "peft": {"adapter": "x"}}[package]
+    found = checkpoints.find_spec
+    monkeypatch.setattr(checkpoints, "find_spec", lambda name: None if name == package else found(name))
+    with pytest.raises(ModelError, match=rf'needs the package {package}; run pip install "reasonkv\[models\]"'):
+        load_model(str(tmp_path / "any.gguf" if package == "gguf" else folder), **given)

@@ -12,12 +12,19 @@ from hypothesis import strategies as st
 
 from reasonkv.budget import Budget, BudgetError
 from reasonkv.evaluate.matching import attended_slots, budget_for_mean, mean_physical
-from reasonkv.evaluate.metrics import NonFiniteError, TeacherLogprobs, TraceScore, kl_divergence
+from reasonkv.evaluate.metrics import SLICE_ELEMENTS, NonFiniteError, TeacherLogprobs, TraceScore
 from reasonkv.schedule import Lengths, next_event, step
 
 
 def logits(*probabilities: float) -> list[float]:
     return [math.log(p) for p in probabilities]
+
+
+def kl(teacher: TeacherLogprobs, ours: torch.Tensor) -> torch.Tensor:
+    """KL of every position."""
+    score = TraceScore()
+    score.add(ours, torch.zeros(len(ours), dtype=torch.long), teacher)
+    return score._chunks[0][1]
 
 
 def test_metrics_equal_hand_computation() -> None:
@@ -40,16 +47,15 @@ def test_kl_over_the_top_tokens_puts_all_others_in_one_bucket() -> None:
     assert reference.ids_Nk is not None
     assert reference.ids_Nk.tolist() == [[0, 1]]
     expected = 0.5 * math.log(0.5 / 0.25) + 0.3 * math.log(0.3 / 0.25) + 0.2 * math.log(0.2 / 0.5)
-    assert kl_divergence(reference, ours.log_softmax(-1)).item() == pytest.approx(expected, abs=1e-6)
+    assert kl(reference, ours).item() == pytest.approx(expected, abs=1e-6)
 
 
 @given(st.integers(0, 1000), st.integers(1, 20))
 def test_coarser_kl_is_never_larger_and_never_negative(seed: int, k: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     full, ours = torch.randn(2, 3, 20, generator=generator) * 3
-    q = ours.log_softmax(-1)
-    whole = kl_divergence(TeacherLogprobs.from_logits(full, 20), q)
-    coarse = kl_divergence(TeacherLogprobs.from_logits(full, k), q)
+    whole = kl(TeacherLogprobs.from_logits(full, 20), ours)
+    coarse = kl(TeacherLogprobs.from_logits(full, k), ours)
     assert bool((coarse <= whole + 1e-4).all())
     assert bool((coarse >= -1e-6).all())
 
@@ -75,6 +81,30 @@ def test_a_trace_without_a_mismatch_says_none_and_cutting_it_changes_nothing() -
     assert whole.result() == pieces.result()
     assert whole.result().first_mismatch is None
     assert whole.result().kl == pytest.approx(0, abs=1e-7)
+
+
+def test_a_large_vocabulary_in_slices_gives_the_metrics_of_one_whole_softmax() -> None:
+    generator = torch.Generator().manual_seed(3)
+    vocabulary = SLICE_ELEMENTS // 3  # slices of three positions
+    full, ours = (2 * torch.randn(2, 8, vocabulary, generator=generator)).bfloat16()
+    tokens = torch.randint(0, vocabulary, (8,), generator=generator)
+    teacher = TeacherLogprobs.from_logits(full, 64)
+    p, q = full.double().log_softmax(-1), ours.double().log_softmax(-1)
+    assert teacher.ids_Nk is not None
+    torch.testing.assert_close(teacher.logprobs_Nk.double(), p.gather(1, teacher.ids_Nk), rtol=0, atol=1e-5)
+    left_p, left_q = (one.scatter(1, teacher.ids_Nk, -torch.inf).logsumexp(-1) for one in (p, q))
+    torch.testing.assert_close(teacher.rest_N.double(), left_p, rtol=0, atol=1e-5)
+    p, q = p.gather(1, teacher.ids_Nk), q.gather(1, teacher.ids_Nk)
+    expected = (p.exp() * (p - q)).sum(-1) + left_p.exp() * (left_p - left_q)
+    score = TraceScore()
+    score.add(ours, tokens, teacher)
+    found = score.result()
+    assert found.kl == pytest.approx(expected.mean().item(), abs=1e-5)
+    nll = -ours.double().log_softmax(-1).gather(1, tokens[:, None]).mean().item()
+    assert found.nll == pytest.approx(nll, abs=1e-5)
+    score = TraceScore()
+    score.add(full, tokens, teacher)  # bfloat16 has many equal logits, of which each is as good as the other
+    assert (score.result().top1, score.result().kl) == (1.0, pytest.approx(0, abs=1e-6))
 
 
 def test_scores_that_are_not_numbers_are_refused() -> None:

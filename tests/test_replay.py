@@ -192,7 +192,7 @@ def test_traces_cut_short_by_a_kill_are_finished_and_equal(tmp_path: Path) -> No
 
 
 def test_a_sampled_trace_is_the_same_in_any_batch(tmp_path: Path) -> None:
-    settings = TraceSettings("sampled", max_new_tokens=30)
+    settings = TraceSettings(source="sampled", max_new_tokens=30)
     found = []
     for size in (1, 4):
         (tmp_path / str(size)).mkdir()
@@ -214,7 +214,7 @@ def test_traces_of_other_settings_or_damaged_ones_are_refused(tmp_path: Path) ->
 
 def test_reference_traces_are_the_task_s_own_text_with_an_end(tmp_path: Path) -> None:
     loaded, task = tiny_loaded(), get_task(TASK)
-    trace = make(tmp_path, 1, settings=TraceSettings("reference"))[0]
+    trace = make(tmp_path, 1, settings=TraceSettings(source="reference"))[0]
     assert loaded.tokenizer.decode(trace.output_T[:-1]) == task.problem(0).trace
     assert trace.output_T[-1] == loaded.model.config.eos_token_id
     assert trace.correct

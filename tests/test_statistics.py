@@ -10,7 +10,15 @@ import pytest
 from numpy.typing import NDArray
 from scipy import stats
 
-from reasonkv.evaluate.table import bootstrap_means, clustered_mean, holm, paired_difference, paired_p_value
+from reasonkv.evaluate.statistics import (
+    LEAST,
+    bootstrap_means,
+    clustered_mean,
+    holm,
+    paired_difference,
+    paired_p_value,
+    wilson,
+)
 
 Array = NDArray[np.float64]
 Pair = Callable[[np.random.Generator, int], tuple[Array, Array]]
@@ -106,8 +114,13 @@ def test_a_paired_difference_uses_what_both_share_and_does_not_depend_on_order()
     ours = {"b": 2.0, "a": 1.0, "only ours": 50.0}
     found = paired_difference(ours, {"a": 0.5, "b": 0.5, "only theirs": 9.0})
     assert found is not None
-    assert (found.mean, found.pairs, found.low, found.high) == (1.0, 2, 0.5, 1.5)
-    assert found == paired_difference(dict(sorted(ours.items())), {"b": 0.5, "a": 0.5})
+    assert (found.mean, found.pairs) == (1.0, 2)
+    assert found.to_dict() == {"mean": 1.0, "low": None, "high": None, "pairs": 2}, "two examples have no interval"
+    many = {key: float(key) for key in range(LEAST)}
+    whole = paired_difference(many, dict.fromkeys(many, 0.5))
+    assert whole == paired_difference(dict(reversed(many.items())), dict.fromkeys(many, 0.5))
+    assert whole is not None
+    assert 0 < whole.low < whole.mean == 3.0 < whole.high
     assert paired_difference({0: 1.0}, {1: 1.0}) is None
 
 
@@ -117,6 +130,14 @@ def test_equal_seeds_draw_the_same_examples_and_the_draws_are_numpy_s() -> None:
     assert np.allclose(whole[0], bootstrap_means(values[0], seed=4, resamples=300), rtol=0, atol=1e-14)
     drawn = np.random.default_rng(4).integers(0, 50, size=(300, 50))
     assert np.allclose(whole, values[:, drawn].mean(-1), rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("n", [LEAST, 12, 64])
+def test_the_interval_of_a_rate_is_wilson_s_and_there_is_none_of_a_few_examples(n: int) -> None:
+    for right in (0, 1, n // 2, n):
+        expected = stats.binomtest(right, n).proportion_ci(method="wilson")
+        assert wilson(right / n, n) == pytest.approx((expected.low, expected.high), abs=1e-6)
+    assert all(math.isnan(end) for end in (*wilson(0.5, LEAST - 1), *wilson(math.nan, n)))
 
 
 # -- clusters ---------------------------------------------------------------------------------------------------------

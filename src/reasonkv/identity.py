@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from reasonkv.offload import loaded
+
 TESTBED = "testbed"
 TESTBED_FOLDER = Path(__file__).parent / "testbed" / "model"
 _PACKAGES = ("torch", "transformers", "numpy", "safetensors")
@@ -28,9 +30,12 @@ def model_hash(model: PreTrainedModel) -> str:
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name}{list(tensor.shape)}".encode())
         if "q_proj" in name or "qkv_proj" in name:
-            flat = tensor.detach().reshape(-1)
-            sample = flat[:: max(1, flat.numel() // _SAMPLED_VALUES)][:_SAMPLED_VALUES]
-            digest.update(sample.to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
+            owner, _, own = name.rpartition(".")
+            module = model.get_submodule(owner)
+            with loaded(module):
+                flat = (getattr(module, own) if tensor.is_meta else tensor).detach().reshape(-1)
+                sample = flat[:: max(1, flat.numel() // _SAMPLED_VALUES)][:_SAMPLED_VALUES]
+                digest.update(sample.to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

@@ -1,7 +1,11 @@
-"""`--model`: the bundled testbed, a folder, or a name on the Hugging Face hub; and what identifies its weights."""
+"""`--model`: the bundled testbed, a folder, a GGUF file, a LoRA adapter, or a name on the Hugging Face hub."""
 
 from __future__ import annotations
 
+import json
+import shutil
+import tempfile
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,7 +14,6 @@ from typing import Any
 
 import torch
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedConfig,
@@ -18,8 +21,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from reasonkv.errors import ReasonKVError
-from reasonkv.identity import TESTBED, device_words, model_hash
+from reasonkv.checkpoints import Checkpoint, ModelError, find_checkpoint, first_line, need_package, why_not_loaded
+from reasonkv.identity import device_words, model_hash
+from reasonkv.offload import input_device
 
 DTYPES = {
     "float32": torch.float32,
@@ -28,10 +32,6 @@ DTYPES = {
     "float64": torch.float64,
 }
 _SMALL = 20_000_000  # parameters; smaller models gain nothing from bfloat16 or from a second thread on a CPU
-
-
-class ModelError(ReasonKVError, ValueError):
-    """A model that cannot be loaded; the message says what was wrong with it and what to give instead."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class LoadedModel:
     @property
     def device_name(self) -> str:
         """The device in words."""
-        return device_words(self.model.device)
+        return device_words(input_device(self.model))
 
 
 def cpu_has_bfloat16() -> bool:
@@ -76,16 +76,24 @@ def load_model(
     device: str = "auto",
     calibration: Path | None = None,
     *,
+    revision: str | None = None,
+    adapter: str | None = None,
+    device_map: str | None = None,
     has_bfloat16: Callable[[], bool] = cpu_has_bfloat16,
 ) -> LoadedModel:
     """Load a model and its tokenizer.
 
     Args:
-        name: "testbed", a folder, or a hub name.
+        name: "testbed", a folder, a `.gguf` file (of the disk, or OWNER/NAME/FILE.gguf of the hub), a folder of a LoRA
+            adapter, or a hub name.
         dtype: "auto" or one of `DTYPES`. "auto" is the checkpoint's own on an accelerator. On a CPU it is bfloat16 for
-            a bfloat16 checkpoint of 20M parameters or more, if the CPU multiplies in it, and otherwise float32.
+            a bfloat16 or GGUF checkpoint of 20M parameters or more, if the CPU multiplies in it, and otherwise float32.
         device: "auto" (an accelerator if there is one) or a torch device.
         calibration: statistics of its queries, where they are not looked up beside it.
+        revision: branch, tag or commit on the hub.
+        adapter: folder or hub name of a LoRA adapter, which is merged into the weights.
+        device_map: as transformers takes it: "auto", "balanced", ..., or a JSON object from modules to devices, "cpu"
+            or "disk"; in place of `device`.
         has_bfloat16: says whether the CPU multiplies in bfloat16.
 
     Raises:
@@ -95,15 +103,23 @@ def load_model(
     place = _device(device)
     if dtype not in {"auto", *DTYPES}:
         raise ModelError(f"Unknown dtype {dtype!r}; choose one of auto, {', '.join(DTYPES)}.")
-    source = _source(name)
+    found = find_checkpoint(name, revision, adapter)
+    placed = _parsed_map(device_map)
     try:
-        wanted: Any = DTYPES[dtype] if dtype != "auto" else _auto_dtype(source, place, has_bfloat16)
-        model, report = AutoModelForCausalLM.from_pretrained(
-            source, dtype=wanted, output_loading_info=True, ignore_mismatched_sizes=True
+        config = found.config()
+        quantised = not found.is_gguf and getattr(config, "quantization_config", None) is not None
+        wanted: Any = DTYPES[dtype] if dtype != "auto" else _auto_dtype(found, config, place, has_bfloat16)
+        model, report = _from_pretrained(found, config, wanted, {"": place} if quantised and placed is None else placed)
+        own = found.adapter is not None and (Path(found.adapter) / "tokenizer_config.json").is_file()
+        tokenizer = AutoTokenizer.from_pretrained(
+            found.adapter if own else found.source, **({} if own else found.options)
         )
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        if found.adapter is not None:
+            model = _merge_adapter(model, found.adapter)
+    except ModelError:
+        raise
     except Exception as error:  # a damaged folder raises anything from KeyError to SafetensorError
-        raise ModelError(_sentence(name, error)) from None
+        raise ModelError(why_not_loaded(found, error)) from None
     misfits = sorted([*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])])
     if misfits:  # transformers would fill them with random numbers
         raise ModelError(
@@ -112,25 +128,14 @@ def load_model(
         )
     if len(tokenizer) <= len(tokenizer.all_special_ids):  # what transformers makes of a folder without one
         raise ModelError(f"{name} has no tokenizer; add its tokenizer files to the model folder.")
-    try:
-        model = model.to(place).eval()
-    except (RuntimeError, AssertionError) as error:
-        raise ModelError(f"{name} cannot be moved to {place} ({_first_line(error)}).") from None
-    return LoadedModel(name, model, tokenizer, model_hash(model), calibration)
-
-
-def load_config(name: str) -> PreTrainedConfig:
-    """A model's configuration alone.
-
-    Raises:
-        ModelError: one sentence.
-
-    """
-    source = _source(name)
-    try:
-        return AutoConfig.from_pretrained(source)
-    except Exception as error:
-        raise ModelError(_sentence(name, error)) from None
+    if getattr(model, "hf_device_map", None) is None:
+        try:
+            model = model.to(place)
+        except (RuntimeError, AssertionError) as error:
+            raise ModelError(f"{name} cannot be moved to {place} ({first_line(error)}).") from None
+    if found.is_gguf or found.adapter is not None:
+        model.name_or_path = name  # the folder around the file, or the base model, is something else
+    return LoadedModel(name, model.eval(), tokenizer, model_hash(model), calibration)
 
 
 @contextmanager
@@ -142,7 +147,7 @@ def one_thread_if_small(model: PreTrainedModel) -> Iterator[None]:
     then do not depend on the number of cores either.
     """
     threads = torch.get_num_threads()
-    small = model.device.type == "cpu" and model.num_parameters() < _SMALL
+    small = input_device(model).type == "cpu" and model.num_parameters() < _SMALL
     if small:
         torch.set_num_threads(1)
     try:
@@ -152,11 +157,60 @@ def one_thread_if_small(model: PreTrainedModel) -> Iterator[None]:
             torch.set_num_threads(threads)
 
 
-def _auto_dtype(source: str, place: torch.device, has_bfloat16: Callable[[], bool]) -> torch.dtype | str:
+def _from_pretrained(
+    found: Checkpoint, config: PreTrainedConfig, dtype: Any, device_map: Any
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    options: dict[str, Any] = dict(found.options)
+    if device_map is not None:
+        need_package("accelerate", "A device map or a quantised checkpoint")
+        options |= {"device_map": device_map, "offload_folder": tempfile.mkdtemp(prefix="reasonkv-offload-")}
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            found.source, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+    except BaseException:
+        shutil.rmtree(options.get("offload_folder", ""), ignore_errors=True)
+        raise
+    if "offload_folder" in options:  # holds weights that are not in a file of their own, as long as the model lives
+        weakref.finalize(model, shutil.rmtree, options["offload_folder"], ignore_errors=True)
+    return model, report
+
+
+def _merge_adapter(model: PreTrainedModel, adapter: str) -> PreTrainedModel:
+    """Return the model with a LoRA adapter in its weights, so that methods that read weights see what runs."""
+    need_package("peft", "A LoRA adapter")
+    from peft import PeftModel
+
+    try:
+        merged: PreTrainedModel = PeftModel.from_pretrained(model, adapter).merge_and_unload(safe_merge=True)
+    except Exception as error:
+        raise ModelError(
+            f"The adapter {adapter} cannot be merged into the model ({first_line(error)}); give a LoRA adapter that "
+            f"was trained on it."
+        ) from None
+    return merged
+
+
+def _parsed_map(given: str | None) -> Any:
+    """Return a device map as transformers takes it."""
+    if given is None or not given.lstrip().startswith("{"):
+        return given
+    try:
+        return dict(json.loads(given))
+    except ValueError:
+        raise ModelError(
+            f'The device map {given!r} is no JSON object such as {{"model": "cpu", "lm_head": 0}}.'
+        ) from None
+
+
+def _auto_dtype(
+    found: Checkpoint, config: PreTrainedConfig, place: torch.device, has_bfloat16: Callable[[], bool]
+) -> torch.dtype | str:
     if place.type != "cpu":
         return "auto"
-    config = AutoConfig.from_pretrained(source)
-    if config.get_text_config().dtype != torch.bfloat16 or not has_bfloat16():
+    # what rounds a GGUF file's weights to bfloat16 changes them less than their own few bits did
+    rounded = found.is_gguf or config.get_text_config().dtype == torch.bfloat16
+    if not rounded or not has_bfloat16():
         return torch.float32
     with torch.device("meta"):  # counts parameters without making them
         parameters = AutoModelForCausalLM.from_config(config).num_parameters()
@@ -173,41 +227,3 @@ def _device(name: str) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError):
         raise ModelError(f"The device {name!r} is not available here; use --device cpu or auto.") from None
     return device
-
-
-def _source(name: str) -> str:
-    """The folder or hub name behind `name`, with what is plainly wrong about a folder already said."""
-    folder = Path(name).expanduser()
-    if name == TESTBED:
-        from reasonkv.testbed import testbed_path
-
-        folder = testbed_path()
-        if not (folder / "config.json").is_file():
-            raise ModelError(f"The bundled model is missing from {folder}; reinstall reasonkv.")
-        return str(folder)
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise ModelError(f"{name} is not a model folder: it has no config.json.")
-        if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
-            raise ModelError(f"{name} is not a whole model folder: it has a config.json but no weights.")
-        return str(folder)
-    if folder.exists():
-        raise ModelError(f"{name} is a file; --model takes a model folder, a hub name, or {TESTBED!r}.")
-    if name.count("/") > 1 or name.startswith((".", "/", "~")):
-        raise ModelError(f"There is no folder {name}; --model takes a model folder, a hub name, or {TESTBED!r}.")
-    return name
-
-
-def _sentence(name: str, error: Exception) -> str:
-    if name != TESTBED and not Path(name).expanduser().is_dir():
-        return (
-            f"There is no folder {name}, and it could not be had from the Hugging Face hub either; "
-            f"check the name and the network, or give a local folder or {TESTBED!r}."
-        )
-    return f"The model folder {name} cannot be loaded ({_first_line(error)}); give a whole and undamaged one."
-
-
-def _first_line(error: Exception) -> str:
-    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    text = text.rstrip(".") if len(text) <= 200 else text[:197] + "..."
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -9,7 +9,10 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from reasonkv.evaluate.progress import Progress
 
 
 def print_json(data: Any) -> None:
@@ -43,35 +46,59 @@ def show(path: Path) -> str:
         return str(path)
 
 
+LINE_SECONDS = 30.0
+"""Time between two lines of progress where there is no terminal."""
+
+
 @contextmanager
-def progress_bars(total: int) -> Iterator[Callable[[str, int, int], None]]:
-    """Show progress on stderr: bars on a terminal, one line per finished step elsewhere.
+def progress_bars(total: int, clock: Callable[[], float] = time.perf_counter) -> Iterator[Progress]:
+    """Show progress on stderr: bars on a terminal; elsewhere a line per finished step, and one every 30 seconds.
 
     Args:
         total: steps in all.
+        clock: returns seconds.
 
     Yields:
-        A function of (what, done, of how many), called as a step advances.
+        What is called as a step advances.
     """
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+    from rich.progress import Progress as Bars
 
-    console, began = Console(stderr=True), time.perf_counter()
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
-        overall, current = bars.add_task("all steps", total=total), bars.add_task("", total=None)
+    console, finished, step, told = Console(stderr=True), 0, "", clock()
+    began = step_began = told
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[facts]}"))
+    with Bars(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+        overall = bars.add_task("all steps", total=total, facts="")
+        current = bars.add_task("", total=None, facts="")
 
-        def advance(what: str, done: int, of: int) -> None:
-            nonlocal began
-            bars.update(current, description=what, completed=done, total=of)
-            if done < of:
-                return
-            bars.advance(overall)
-            if not console.is_terminal:
-                note(f"{what}: {of} in {time.perf_counter() - began:.1f} s")
-                began = time.perf_counter()
+        def advance(what: str, done: int, of: int, *, tokens: int = 0, right: float | None = None) -> None:
+            nonlocal finished, step, step_began, told
+            now = clock()
+            if what != step:
+                step, step_began = what, now
+            facts = [f"{tokens / (now - step_began):,.0f} tokens/s"] if tokens and now > step_began else []
+            facts += [] if right is None else [f"{right:.0%} right"]
+            whole, share = done >= of, (finished + done / max(1, of)) / max(1, total)
+            left = f"{_span((now - began) * (1 - share) / share)} left" if 0 < share < 1 else ""
+            bars.update(current, description=what, completed=done, total=of, facts=", ".join(facts))
+            bars.update(overall, completed=finished + whole, facts=left)
+            if not console.is_terminal and (whole or now - told >= LINE_SECONDS):
+                amount = f"{of} in {now - step_began:.1f} s" if whole else f"{done} of {of}"
+                note(f"{what}: {', '.join(filter(None, [amount, *facts, left]))}")
+                told = now
+            if whole:
+                finished, step = finished + 1, ""
 
         yield advance
+
+
+def _span(seconds: float) -> str:
+    """Return a time in words, as in 40 s, 12 min, 3 h 20 min."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
 
 
 def quiet_libraries() -> None:

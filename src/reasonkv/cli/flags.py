@@ -33,6 +33,7 @@ NAMES = {
     "BudgetOptions.tokens": ("--budgets", "--budget", "--tokens"),
     "BudgetOptions.prompt": ("--prompt-policy",),
     "TraceSettings.source": ("--traces",),
+    "preset": ("--sampling",),
 }
 """Flags whose names differ from their fields', in all classes or in one."""
 
@@ -55,16 +56,23 @@ class ModelFlags:
     """Which model to load, and how.
 
     Args:
-        model: The bundled testbed, a model folder, or a name on the Hugging Face hub.
+        model: The bundled testbed, a model folder, a .gguf file, a folder of a LoRA adapter, or a name on the Hugging
+            Face hub.
         dtype: auto, float32, bfloat16, float16 or float64; of weights and cache.
         device: auto, cpu, cuda, cuda:1, ...
         calibration: Query statistics, made by `reasonkv calibrate`. Unless given, looked up for the model.
+        revision: Branch, tag or commit of the model on the hub.
+        adapter: LoRA adapter, a folder or a name on the hub; it is merged into the weights.
+        device_map: Where layers go, in place of --device: auto, balanced, or JSON such as {"model": 0, "lm_head": 1}.
     """
 
     model: str = "testbed"
     dtype: str = "auto"
     device: str = "auto"
     calibration: Path | None = None
+    revision: str | None = None
+    adapter: str | None = None
+    device_map: str | None = None
 
     def load(self) -> LoadedModel:
         """Load the model without the noise that its libraries make.
@@ -75,7 +83,10 @@ class ModelFlags:
         from reasonkv.models import load_model
 
         quiet_libraries()
-        return load_model(self.model, self.dtype, self.device, self.calibration)
+        return load_model(
+            self.model, self.dtype, self.device, self.calibration,
+            revision=self.revision, adapter=self.adapter, device_map=self.device_map,
+        )  # fmt: skip
 
 
 def command(function: Callable[..., int | None]) -> Callable[..., int | None]:
@@ -94,7 +105,7 @@ def command(function: Callable[..., int | None]) -> Callable[..., int | None]:
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> int | None:
         for name, (cls, given) in made.items():
-            kwargs[name] = _build(cls, kwargs.get(name) or given())
+            kwargs[name] = build(cls, kwargs.get(name) or given())
         return function(*args, **kwargs)
 
     signature = inspect.signature(function)
@@ -124,7 +135,7 @@ def _flags(cls: type, without: Sequence[str]) -> type[Any]:
         parameter = Parameter(
             group=GROUPS.get(cls.__name__, GROUPS[""]),
             name=NAMES.get(f"{cls.__name__}.{one.name}", NAMES.get(one.name, ())),
-            show_default=None if kind is not bool else False,
+            show_default=False if kind is bool or one.default == () else None,
         )
         parameter = Parameter.combine(parameter, SEVERAL if several else None)
         kept = field(default=one.default, default_factory=one.default_factory)
@@ -139,11 +150,11 @@ def _requires(cls: type) -> bool:
     return any(one.default is MISSING and one.default_factory is MISSING for one in fields(cls))
 
 
-def _build(cls: type, given: Any) -> Any:
+def build(cls: type, given: Any) -> Any:
     """Return the instance of `cls` that flags stand for; `cls` checks the values."""
     hints = get_type_hints(cls)
     values = {one.name: getattr(given, one.name) for one in fields(given)}
-    return cls(**{name: _build(hints[name], one) if is_dataclass(one) else one for name, one in values.items()})
+    return cls(**{name: build(hints[name], one) if is_dataclass(one) else one for name, one in values.items()})
 
 
 def _several(kind: Any, tokens: Sequence[Token]) -> tuple[Any, ...]:

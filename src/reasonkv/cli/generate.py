@@ -17,6 +17,7 @@ from reasonkv.tasks.options import TaskOptions
 
 if TYPE_CHECKING:
     from reasonkv.evaluate.cells import RunConfig
+    from reasonkv.evaluate.decoding import TextRules
     from reasonkv.models import LoadedModel
 
 WRITING = Parameter(group=GROUPS["Sampling"])
@@ -56,7 +57,9 @@ def generate(
         seed: Seed of problems, sampling and methods.
     """
     from reasonkv.evaluate.cells import make_config
+    from reasonkv.evaluate.decoding import TextRules
     from reasonkv.evaluate.generate import render
+    from reasonkv.evaluate.published import fill
     from reasonkv.tasks import get_task
 
     for name, value in (("--limit", limit), ("--max-new-tokens", max_new_tokens)):
@@ -74,11 +77,14 @@ def generate(
     family = None if task is None else get_task(task, options)
     problems: Sequence[Any] = [None] if family is None else [family.problem(i, seed=seed) for i in range(limit)]
     loaded = model.load()
+    sampling = fill(sampling, loaded, () if task is None else (task,), options.thinking)
+    rules = TextRules(loaded.tokenizer, sampling, options.think_end)
     rows = []
     for problem in problems:
         asked = str(words) if problem is None else problem.prompt
-        rendered = render(loaded.tokenizer, asked, options, from_data=family is None or family.chat)
-        row = _answer(loaded, rendered, cell, sampling, max_new_tokens, seed, getattr(problem, "example", 0))
+        own = options if family is None else family.prompt_options(options)
+        rendered = render(loaded.tokenizer, asked, own, from_data=family is None or family.chat)
+        row = _answer(loaded, rendered, cell, rules, max_new_tokens, seed, getattr(problem, "example", 0))
         row["correct"] = None if family is None else family.check(problem, row["output"])
         row["example"] = getattr(problem, "example", None)
         rows.append(row)
@@ -94,14 +100,14 @@ def _answer(
     loaded: LoadedModel,
     prompt: tuple[str, bool],
     cell: RunConfig,
-    sampling: Sampling,
+    rules: TextRules,
     max_new_tokens: int,
     seed: int,
     row_seed: int,
 ) -> dict[str, Any]:
     """Generate one answer; the text and what the cache held."""
     from reasonkv.evaluate.decoding import Request, decode_batch
-    from reasonkv.evaluate.generate import context_length, encode, room
+    from reasonkv.evaluate.generate import context_length, decode, encode, room
     from reasonkv.models import one_thread_if_small
     from reasonkv.runtimes.transformers import CompressedCache
 
@@ -123,11 +129,12 @@ def _answer(
             calibration=loaded.calibration_file,
         ) as cache,
     ):
-        (answer,) = decode_batch(loaded.model, cache, [Request(ids, most, row_seed)], sampling=sampling, seed=seed)
+        request = Request(ids, most, row_seed)
+        (answer,) = decode_batch(loaded.model, cache, [request], sampling=rules.sampling, seed=seed, rules=rules)
     stats = answer.stats
     return {
         "prompt": text,
-        "output": str(loaded.tokenizer.decode(answer.tokens, skip_special_tokens=True)),
+        "output": decode(loaded.tokenizer, answer.tokens, rules.sampling.stop),
         "truncated": answer.truncated,
         "output_tokens": len(answer.tokens),
         **{name: getattr(stats, name) for name in stats.__dataclass_fields__},

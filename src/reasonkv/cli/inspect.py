@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,6 +27,7 @@ def inspect(
     /,
     *,
     task: str | None = None,
+    text: Path | None = None,
     example: int | None = None,
     method: str | None = None,
     budget: Annotated[BudgetOptions, Without(("mean_slots",))],
@@ -46,12 +46,14 @@ def inspect(
     Example: `reasonkv inspect --task program --example 3 --method rkv --budget 128 --generate`
 
     Of a results folder without further choices: the first bounded method and budget, and the example that went wrong
-    first.
+    first. Without a task, `--prompt TEXT` (or @FILE) is a question that full KV answers, `--text FILE` is a text that
+    is fed as it stands, and `--traces FILE.jsonl` holds prompts and outputs of any engine (--example counts them).
 
     Args:
         folder: A results folder, whose traces and settings are used.
         task: A task, with dials; unless given, the folder's first, or program.
-        example: Number of the problem.
+        text: A text to feed instead of an answer of full KV; with --prompt, as the answer to it.
+        example: Number of the problem, or of the trace in a file.
         method: Method, with options; unless given, the folder's first, or rkv.
         generate: Let the compressed run write its own answer.
         seed: Seed of problems and methods.
@@ -59,17 +61,21 @@ def inspect(
         out: The page to write.
         save: Also keep the data and the plans in this folder.
     """
-    from reasonkv.evaluate.fates import save_plans
     from reasonkv.evaluate.table import read_manifest
     from reasonkv.files import write_atomically
     from reasonkv.report.folder import inspect_folder
-    from reasonkv.report.inspector import inspector_page, save_inspection
+    from reasonkv.report.inspector import inspector_page
 
+    if text is not None and (folder or task or generate or traces.is_file):
+        raise UsageError("--text is a trace of its own; leave the folder, --task, --traces and --generate out.")
+    if traces.is_file and (folder or task or options.prompt):
+        raise UsageError("A file of --traces has its own prompts; leave the folder, --task and --prompt out.")
     if folder is None:
         loading = replace(loading, model=model or "testbed")
-        made = _inspect_new(
-            loading, task or "program", example or 0, method or "rkv", budget, traces, generate, seed, options
-        )
+        task = f"traces:{traces.source}" if traces.is_file else task
+        question = options.prompt if task is None else None
+        found = _Wanted(task or "program", question, text, example or 0, generate, seed, traces, options)
+        made = _inspect_new(loading, method or "rkv", budget, found)
     else:
         if budget.window is not None or budget.keep or len(budget.tokens) > 1:
             raise UsageError("A results folder has its own budgets; choose one of its sizes by --budget TOKENS.")
@@ -78,61 +84,77 @@ def inspect(
         made = inspect_folder(folder, loaded, choices, generate=generate)
     write_atomically(out, inspector_page(made.data).encode())
     if (place := save or folder) is not None:
-        data = save_inspection(place, made.data)
-        save_plans(data.with_suffix(".plans.safetensors"), made.plans)
-        note(f"Data and plans: {show(data)}")
+        note(f"Data and plans: {show(made.save(place))}")
     print(show(out))
     print(_summary(made.data))
 
 
-def _inspect_new(
-    model: ModelFlags,
-    task: str,
-    example: int,
-    method: str,
-    budget: BudgetOptions,
-    traces: TraceSettings,
-    generate: bool,
-    seed: int,
-    options: TaskOptions,
-) -> Inspection:
+@dataclass(frozen=True)
+class _Wanted:
+    """Which trace: of a text, of a question, or of a task's problem."""
+
+    task: str
+    question: str | None
+    text: Path | None
+    example: int
+    generate: bool
+    seed: int
+    traces: TraceSettings
+    options: TaskOptions
+
+
+def _inspect_new(model: ModelFlags, method: str, budget: BudgetOptions, wanted: _Wanted) -> Inspection:
     from reasonkv.evaluate.cells import make_config
-    from reasonkv.evaluate.traces import load_or_make_traces
     from reasonkv.methods import refuse_future
-    from reasonkv.models import one_thread_if_small
-    from reasonkv.report.inspector import inspect_generation, inspect_replay
+    from reasonkv.report.inspector import Inspector
+    from reasonkv.report.sources import prompt_trace, task_trace, text_trace
     from reasonkv.tasks import get_task
 
-    cell, family = make_config(method, budget), get_task(task, options)
-    family.problem(example, seed=seed)  # what is wrong with the choice is reported before the model loads
-    if generate:
+    cell, options, seed = make_config(method, budget), wanted.options, wanted.seed
+    question = wanted.question
+    if question is not None:
+        question, options = _file_or_text(question), replace(options, prompt=None)
+    elif wanted.text is None:  # what is wrong with the choice is reported before the model loads
+        get_task(wanted.task, options).problem(wanted.example, seed=seed)
+    if wanted.generate:
         refuse_future(cell.method)
     loaded = model.load()
-    with tempfile.TemporaryDirectory() as place, one_thread_if_small(loaded.model):
-        (trace,) = load_or_make_traces(
-            loaded.model, loaded.tokenizer, family, task_spec=task, examples=[example], seed=seed, settings=traces,
-            folder=Path(place), batch_size=1, options=options,
-        )  # fmt: skip
-    return (inspect_generation if generate else inspect_replay)(
-        loaded, trace, cell, task=task, seed=seed, options=options
-    )
+    if wanted.text is not None:
+        row, subject = text_trace(loaded, wanted.text, question, options)
+    elif question is not None:
+        row, subject = prompt_trace(loaded, question, seed, wanted.traces, options)
+    else:
+        row, subject = task_trace(loaded, wanted.task, wanted.example, seed, wanted.traces, options)
+    inspector = Inspector(loaded, cell)
+    return inspector.generation(row, subject) if wanted.generate else inspector.replay(row, subject)
+
+
+def _file_or_text(given: str) -> str:
+    if not given.startswith("@"):
+        return given
+    try:
+        return Path(given[1:]).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"The prompt {given[1:]} cannot be read ({error}).") from None
 
 
 def _summary(data: Mapping[str, Any]) -> str:
     """Return two lines: what was kept, and what it did."""
-    from reasonkv.report.wording import size_words
+    from reasonkv.report.inspector import title_of
+    from reasonkv.report.wording import plural
 
-    what = "full KV" if data["budget"] is None else f"{data['method']} at {size_words(data['budget'])}"
-    kept = f"{what} on {data['task']}, example {data['example']}: {len(data['pieces']):,} tokens, "
-    kept += f"{len(data['events']['length'])} compactions, {data['stats']['mean']:,.0f} slots on average."
-    words = {True: "right", False: "wrong"}
+    tokens, compactions = plural(len(data["pieces"]), "token"), plural(len(data["events"]["length"]), "compaction")
+    kept = f"{title_of(data)}: {tokens}, {compactions}, {data['stats']['mean']:,.0f} slots on average."
     if data["kind"] == "generation":
         at = data["first_divergence"]
         part = "writes what full KV writes" if at is None else f"parts from full KV at output token {at:,}"
-        answer = f"The compressed run {part}; its answer is {words[data['answer']['shown']['correct']]}"
+        said = f"The compressed run {part}"
     else:
         at = data["first_mismatch"]
         part = "everywhere" if at is None else f"in {data['stats']['agreement']:.1%} of places"
-        answer = f"Next tokens agree with full KV's {part}"
-        answer += "" if at is None else f" and first differ at output token {at:,}"
-    return f"{kept}\n{answer}; full KV's answer is {words[data['answer']['full']['correct']]}."
+        said = f"Next tokens agree with full KV's {part}"
+        said += "" if at is None else f" and first differ at output token {at:,}"
+    words = {"full": "full KV's answer", "shown": "its answer"}
+    verdicts = [f"{words[name]} is {'right' if one['correct'] else 'wrong'}"
+                for name, one in reversed(data["answer"].items()) if one and one["correct"] is not None]  # fmt: skip
+    return f"{kept}\n{'; '.join([said, *verdicts])}."

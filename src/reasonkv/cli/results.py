@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -12,6 +13,28 @@ from reasonkv.cli.console import print_json, print_tables, show
 from reasonkv.cli.flags import GROUPS, ConfigFile, Json, command
 from reasonkv.cli.mistakes import UsageError
 from reasonkv.evaluate.job import GenerateJob, ReplayJob
+
+
+def expanded(folders: Sequence[Path], command: str | None = None) -> list[Path]:
+    """Return results folders; one that holds none itself stands for those directly in it, as `run` leaves them.
+
+    Args:
+        folders: as the user named them.
+        command: of those in a folder, only this command's.
+    """
+    found: list[Path] = []
+    for folder in folders:
+        inner = [one.parent for one in sorted(folder.glob("*/manifest.json"))]
+        if (folder / "manifest.json").is_file() or not inner:
+            found.append(folder)
+            continue
+        if command is not None:
+            from reasonkv.evaluate.table import read_manifest
+
+            inner = [one for one in inner if read_manifest(one)["command"] == command]
+        found += inner
+    return found
+
 
 Page = Annotated[Path, Parameter(group=GROUPS["output"], help="HTML file to write.")]
 
@@ -35,7 +58,7 @@ def report(*folders: Path, out: Page = Path("report.html"), title: str | None = 
         raise UsageError("Give at least one results folder, as in: reasonkv report results.")
     if out.is_dir():
         raise UsageError(f"{out} is a folder; give --out a file name, as in {out / 'report.html'}.")
-    path = write_report(folders, out, title=title or TITLE)
+    path = write_report(expanded(folders), out, title=title or TITLE)
     size = path.stat().st_size
     if json:
         print_json({"report": str(path), "bytes": size})
@@ -63,15 +86,15 @@ def frontier(
 
     Args:
         folders: Results folders of replay, evaluate or tune.
-        metric: Unless given, top1 of a replay and accuracy of an evaluation.
-        target: What has to be kept: 0.95 is absolute, 0.95x relative to full KV. Unless given, 0.95x (nll: 1.05x, kl:
-            0.05).
+        metric: Unless given, kl and top1 of a replay (top1 alone with --target) and accuracy of an evaluation.
+        target: What has to be kept: 0.95 is absolute, 0.95x relative to full KV. Unless given, kl 0.05, top1 0.99,
+            nll 1.05x, accuracy 0.95x.
         axis: What budgets are measured in: their tokens, mean slots, or bytes at the end.
         between: Two methods, 'cask > triattention': compare just these, at equal budgets and at smaller ones of the
             first.
         figure: Draw the frontier into this PNG.
     """
-    from reasonkv.evaluate.frontier import Target, read_comparable
+    from reasonkv.evaluate.frontier import DEFAULT_TARGETS, Target, read_comparable
     from reasonkv.methods import get_method
     from reasonkv.report.frontier import summarize_frontier
 
@@ -83,20 +106,23 @@ def frontier(
     if between is not None and (len(pair) != 2 or not all(pair)):
         raise UsageError(f"--between takes two methods, as in 'cask > triattention', not {between!r}.")
     ours_and_theirs = (get_method(pair[0]).spec(), get_method(pair[1]).spec()) if pair else None
-    frame = read_comparable(folders)
-    metric = metric or ("accuracy" if frame["kind"].iloc[0] == "evaluate" else "top1")
-    usual = {"nll": "1.05x", "kl": "0.05"}.get(metric, "0.95x")
-    found = summarize_frontier(frame, Target.parse(target or usual, metric), axis, pair=ours_and_theirs)
+    frame = read_comparable(expanded(folders))
+    answers = frame["kind"].iloc[0] == "evaluate"
+    metrics = [metric] if metric else ["accuracy"] if answers else ["kl", "top1"] if target is None else ["top1"]
+    targets = [Target.parse(target or DEFAULT_TARGETS[one], one) for one in metrics]
+    found, *more = (summarize_frontier(frame, one, axis, pair=ours_and_theirs) for one in targets)
     drawn = None
     if figure is not None:
         from reasonkv.report.charts import frontier_figure
 
         words = f"Band: one standard error over examples. Target: {found.target}. {found.left_out}"
-        drawn = frontier_figure(found.points, figure, metric, target=found.target, note=words)
+        drawn = frontier_figure(found.points, figure, metrics[0], target=found.target, note=words)
     if json:
-        print_json({"folders": list(folders), "figure": drawn, **found.to_dict()})
+        others = {one.target.metric: one.to_dict() for one in more}
+        print_json({"folders": list(folders), "figure": drawn, **found.to_dict(), "others": others})
         return
-    print_tables(found.tables(), *found.sentences())
+    for one in (found, *more):
+        print_tables(one.tables(), *one.sentences())
     if drawn:
         print(f"Figure:  {show(drawn)}")
 
@@ -131,7 +157,6 @@ def demo(
     from reasonkv.cli.jobs import load, run_and_show
     from reasonkv.evaluate import demo
     from reasonkv.report.folder import inspect_folder
-    from reasonkv.report.inspector import save_inspection
     from reasonkv.report.report import write_report
 
     options = {"limit": limit, "seed": seed, "batch_size": batch_size}
@@ -143,7 +168,7 @@ def demo(
     found = {name: run_and_show(job, loaded, out / name, quiet=json, name="demo") for name, job in jobs.items()}
     chosen = {"task": demo.INSPECTED_TASK, "method": demo.INSPECTED_METHOD, "tokens": demo.INSPECTED_TOKENS}
     for name in jobs:  # of each a run that went wrong, if there is one
-        save_inspection(out / name, inspect_folder(out / name, loaded, chosen).data)
+        inspect_folder(out / name, loaded, chosen).save(out / name)
     page = write_report([out / "answers", out / "replay"], out / "report.html", title="reasonkv demo")
     if json:
         print_json({**found, "report": page})

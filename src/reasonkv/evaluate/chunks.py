@@ -19,10 +19,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from reasonkv.offload import input_device
+
 MAX_CHUNK = 512
 """Most tokens of one forward after the prompt."""
 LOGIT_BYTES = 512 * 2**20
-"""Most bytes one chunk's float32 logits may take; the chunk is shortened to fit."""
+"""Most bytes one chunk's logits may take; the chunk is shortened to fit."""
 
 Distances = Callable[[], Sequence[int | None]]
 """Return, for each sequence, the tokens until its next compaction, or None."""
@@ -77,7 +79,7 @@ def feed(
     if score:
         yield from (Scored(number, 0, logits_V[None]) for number, logits_V in enumerate(logits))
         vocabulary = int(model.config.get_text_config().vocab_size)
-        max_piece = max(1, min(max_piece, LOGIT_BYTES // (4 * vocabulary * len(rows))))
+        max_piece = max(1, min(max_piece, LOGIT_BYTES // (model.dtype.itemsize * vocabulary * len(rows))))
     at = [len(prompt) for prompt in prompts]
     ids = [torch.cat([row.prompt_P, row.output_T[:-1]]) for row in rows]
     for fed, logits_BQV, _ in _forwards(model, cache, ids, at, mask_BL, distances, max_piece, keep=0 if score else 1):
@@ -96,7 +98,7 @@ def feed_prompts(
     """
     at = [0] * len(prompts)
     logits = [torch.empty(0)] * len(prompts)
-    nothing_B0 = mask_BL = torch.zeros(len(prompts), 0, dtype=torch.long, device=model.device)
+    nothing_B0 = mask_BL = torch.zeros(len(prompts), 0, dtype=torch.long, device=input_device(model))
     for fed, logits_B1V, mask_BL in _forwards(model, cache, prompts, at, nothing_B0, distances, None, keep=1):  # noqa: B007
         for number, count in enumerate(fed):
             if count and at[number] == len(prompts[number]):
@@ -133,11 +135,11 @@ def _forwards(
             positions_BQ[row, columns] = torch.arange(start, start + count)  # pads keep 0, which nothing reads
             mask_BQ[row, columns] = 1
             at[row] += count
-        mask_BL = torch.cat([mask_BL, mask_BQ.to(model.device)], dim=1)
+        mask_BL = torch.cat([mask_BL, mask_BQ.to(input_device(model))], dim=1)
         logits = model(
-            ids_BQ.to(model.device),
+            ids_BQ.to(input_device(model)),
             attention_mask=mask_BL,
-            position_ids=positions_BQ.to(model.device),
+            position_ids=positions_BQ.to(input_device(model)),
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=keep,

@@ -1,24 +1,30 @@
-"""Decoding a batch whose sequences leave it when they end, so that a sequence's cache and stats stop with its text.
+"""Batched generation: every sequence writes what it would write alone, and leaves the batch when it ends.
 
-`model.generate` feeds pads to sequences that have ended until the last one has. They would fill slots, cause
-compactions and enter the stats. Here a sequence that ended is taken out of the cache; its numbers are those of the
-sequence alone, and the rest of the batch gets faster.
+A sequence that has ended is dropped from the cache (`batch_select_indices`), so its statistics are those of its own
+length and the rest of the batch gets faster.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from reasonkv.errors import ReasonKVError
 from reasonkv.evaluate.chunks import feed_prompts
-from reasonkv.evaluate.generate import end_tokens, noisy_scores
-from reasonkv.evaluate.job import Sampling
+from reasonkv.evaluate.generate import encode, end_tokens, opens_thinking
+from reasonkv.evaluate.sampling import next_tokens, penalised
+from reasonkv.evaluate.settings import Sampling
+from reasonkv.offload import input_device
 from reasonkv.runtimes.transformers import CompressedCache, RowStats
+from reasonkv.tasks.options import THINK, THINK_END
+
+OnTokens = Callable[[int], None]
+"""Called after every step with the tokens it wrote or scored."""
 
 
 class DecodingError(ReasonKVError, RuntimeError):
@@ -39,17 +45,71 @@ class Generated:
     """What came of a request.
 
     Args:
-        tokens: ids up to and including the first end-of-sequence token.
-        truncated: whether the limit was met before that token.
+        tokens: ids up to and including the first end-of-sequence token, or the last one of a stop text.
+        truncated: whether the limit was met before that.
         stats: of the sequence at its end; the last token is written and never fed.
+        seconds: wall-clock seconds; every step's are divided among the sequences that were in it.
     """
 
     tokens: list[int]
     truncated: bool
     stats: RowStats
+    seconds: float = field(default=0.0, compare=False)
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class TextRules:
+    """What the text of an output decides: where it stops, and when its thinking is ended.
+
+    Args:
+        tokenizer: the model's.
+        sampling: stop texts and the budget of thinking.
+        think_end: text that ends thinking.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    sampling: Sampling
+    think_end: str = THINK_END
+
+    def tail(self, tokens: Sequence[int], text: str) -> str:
+        """Return the text of the newest tokens, in which `text` stands if the last one completed it."""
+        last = tokens[-len(text.encode()) :]  # a token that is part of a text has at least a byte of it
+        return str(self.tokenizer.decode(last, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    def stops(self, tokens: Sequence[int]) -> bool:
+        """Return whether an output ends with its newest token."""
+        return any(text in self.tail(tokens, text) for text in self.sampling.stop)
+
+    def thinks(self, prompt_P: Tensor) -> bool:
+        """Return whether thinking goes on from the first token: the prompt opened it, or it has marks of its own."""
+        if self.sampling.think_budget is None or self.think_end != THINK_END:
+            return self.sampling.think_budget is not None
+        return opens_thinking(self.tokenizer, prompt_P, self.think_end)
+
+
+@dataclass
+class _Writing:
+    """A sequence under way."""
+
+    request: Request
+    thinks: bool = False
+    tokens: list[int] = field(default_factory=list)
+    forced: list[int] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def write(self, token: int, rules: TextRules | None) -> None:
+        """Append a token, or the next one of the text that ends thinking once its budget is spent."""
+        self.tokens.append(self.forced.pop(0) if self.forced else token)
+        if rules is None or rules.sampling.think_budget is None:
+            return
+        if rules.think_end in rules.tail(self.tokens, rules.think_end):
+            self.thinks, self.forced = False, []
+        elif not self.thinks and THINK in rules.tail(self.tokens, THINK):
+            self.thinks = True
+        if self.thinks and not self.forced and len(self.tokens) >= rules.sampling.think_budget:
+            self.forced = encode(rules.tokenizer, rules.think_end).tolist()
+
+
 def decode_batch(
     model: PreTrainedModel,
     cache: CompressedCache,
@@ -57,53 +117,96 @@ def decode_batch(
     *,
     sampling: Sampling | None = None,
     seed: int = 0,
+    rules: TextRules | None = None,
+    on_tokens: OnTokens = lambda count: None,
 ) -> list[Generated]:
-    """Generate for a batch; a row writes what `model.generate` would write for it alone, up to rounding.
+    """Return what `decode_rows` yields, in the order of the requests."""
+    found = decode_rows(model, cache, requests, sampling=sampling, seed=seed, rules=rules, on_tokens=on_tokens)
+    return [one for _, one in sorted(found, key=lambda pair: pair[0])]
+
+
+@torch.no_grad()
+def decode_rows(
+    model: PreTrainedModel,
+    cache: CompressedCache,
+    requests: Sequence[Request],
+    *,
+    sampling: Sampling | None = None,
+    seed: int = 0,
+    rules: TextRules | None = None,
+    on_tokens: OnTokens = lambda count: None,
+) -> Iterator[tuple[int, Generated]]:
+    """Generate for a batch and yield (number of the request, what came of it) the moment a sequence ends.
+
+    A sequence writes what `model.generate` would write for it alone, up to rounding.
 
     Args:
         model: a causal language model.
         cache: empty, made with the requests' prompt lengths.
-        requests: the rows.
+        requests: the sequences.
         sampling: how tokens are drawn; None is greedy.
         seed: of sampling.
+        rules: needed where sampling has stop texts or a budget of thinking.
+        on_tokens: called after every step.
 
     Raises:
-        DecodingError: the logits hold NaN.
+        DecodingError: the logits hold NaN, or rules are missing.
     """
-    drawing, ends = sampling or Sampling(), set(end_tokens(model))
+    drawing, ends, began = sampling or Sampling(), set(end_tokens(model)), time.perf_counter()
+    if rules is None and (drawing.stop or drawing.think_budget):
+        raise DecodingError("Stop texts and a budget of thinking need a tokenizer; give rules=TextRules(...).")
     last_logits, mask_BL = feed_prompts(model, cache, [one.prompt_P for one in requests], cache.tokens_to_next_event)
     logits_BV, columns = torch.stack(last_logits), mask_BL.shape[1]
     padded = not bool(mask_BL.all())
     mask_BL = torch.cat([mask_BL, mask_BL.new_ones(len(requests), max(one.limit for one in requests))], dim=1)
-    row_seed_B = torch.tensor([one.row_seed for one in requests], device=model.device)
-    written: list[list[int]] = [[] for _ in requests]
-    finished: dict[int, Generated] = {}
+    row_seed_B = torch.tensor([one.row_seed for one in requests], device=input_device(model))
+    rows = [_Writing(one, rules is not None and rules.thinks(one.prompt_P)) for one in requests]
     alive = list(range(len(requests)))
+    seen_BV = _seen(requests, logits_BV) if drawing.repetition_penalty else None
     while True:
-        step = len(written[alive[0]])
-        best_B, chosen_B = noisy_scores(drawing, logits_BV, step, seed=seed, row_seed_B=row_seed_B).max(dim=-1)
+        if seen_BV is not None:
+            logits_BV = penalised(logits_BV, seen_BV, drawing.repetition_penalty or 1.0)
+        step = len(rows[alive[0]].tokens)
+        best_B, chosen_B = next_tokens(drawing, logits_BV, step, seed=seed, row_seed_B=row_seed_B)
         if bool(best_B.isnan().any()):
             raise DecodingError("Generation failed because the logits are not finite; try --dtype float32.")
+        now = time.perf_counter()
         for row, token in zip(alive, chosen_B.tolist(), strict=True):
-            written[row].append(token)
-        going = [written[row][-1] not in ends and len(written[row]) < requests[row].limit for row in alive]
+            rows[row].write(token, rules)
+            rows[row].seconds += (now - began) / len(alive)
+        on_tokens(len(alive))
+        whole = [rows[row].tokens[-1] in ends or (rules is not None and rules.stops(rows[row].tokens)) for row in alive]
+        going = [not one and len(rows[row].tokens) < requests[row].limit for one, row in zip(whole, alive, strict=True)]
+        chosen_B = torch.tensor([rows[row].tokens[-1] for row in alive], device=input_device(model))
         if not all(going):
             stats = cache.stats().rows
             for place, row in enumerate(alive):
                 if not going[place]:
-                    finished[row] = Generated(written[row], written[row][-1] not in ends, stats[place])
+                    yield row, Generated(rows[row].tokens, not whole[place], stats[place], rows[row].seconds)
+            now = time.perf_counter()  # what the caller does with a sequence is not decoding
             alive = [row for row, goes_on in zip(alive, going, strict=True) if goes_on]
             if not alive:
-                return [finished[row] for row in range(len(requests))]
-            keep = torch.tensor(going, device=model.device).nonzero()[:, 0]
+                return
+            keep = torch.tensor(going, device=input_device(model)).nonzero()[:, 0]
             cache.batch_select_indices(keep)
             chosen_B, row_seed_B, mask_BL = chosen_B[keep], row_seed_B[keep], mask_BL[keep]
-        columns += 1
-        positions = [len(requests[row].prompt_P) + len(written[row]) - 1 for row in alive]
+            seen_BV = None if seen_BV is None else seen_BV[keep]
+        if seen_BV is not None:
+            seen_BV[torch.arange(len(alive)), chosen_B] = True
+        columns, began = columns + 1, now
+        positions = [len(requests[row].prompt_P) + len(rows[row].tokens) - 1 for row in alive]
         logits_BV = model(
             chosen_B[:, None],
             attention_mask=mask_BL[:, :columns] if padded else None,
-            position_ids=torch.tensor(positions, device=model.device)[:, None],
+            position_ids=torch.tensor(positions, device=input_device(model))[:, None],
             past_key_values=cache,
             use_cache=True,
         ).logits[:, -1]
+
+
+def _seen(requests: Sequence[Request], logits_BV: Tensor) -> Tensor:
+    """Return the tokens of every prompt, bool [B, V]."""
+    seen_BV = torch.zeros_like(logits_BV, dtype=torch.bool)
+    for row, request in enumerate(requests):
+        seen_BV[row, request.prompt_P.to(logits_BV.device)] = True
+    return seen_BV

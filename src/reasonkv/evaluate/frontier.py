@@ -21,20 +21,20 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from reasonkv.evaluate.regime import regime
-from reasonkv.evaluate.table import (
+from reasonkv.evaluate.statistics import (
+    LEAST,
     Difference,
     bootstrap_means,
     holm,
     paired_difference,
     paired_p_value,
-    read_manifest,
-    read_results,
 )  # fmt: skip
-from reasonkv.evaluate.target import HIGHER_IS_BETTER, FrontierError, Target
+from reasonkv.evaluate.table import read_manifest, read_results
+from reasonkv.evaluate.target import DEFAULT_TARGETS, HIGHER_IS_BETTER, FrontierError, Target
 
 __all__ = [
-    "HIGHER_IS_BETTER", "Comparison", "FrontierError", "Point", "Target", "UsableBudget", "between", "crossings",
-    "measured_points", "pairs_to_test", "read_comparable", "regime", "usable_budget",
+    "DEFAULT_TARGETS", "HIGHER_IS_BETTER", "Comparison", "FrontierError", "Point", "Target", "UsableBudget", "between",
+    "crossings", "measured_points", "pairs_to_test", "read_comparable", "regime", "usable_budget",
 ]  # fmt: skip
 
 Axis = Literal["tokens", "physical_mean", "bytes_held"]
@@ -124,7 +124,8 @@ class UsableBudget:
             "not reached" by the largest.
         tokens: on the axis it was asked for; None when not reached.
         low: lower end of the 95 % interval; equal to `smallest` it means "or less". None: not reached either.
-        high: upper end; None where more than 2.5 % of resamples do not reach the target.
+        high: upper end; None where more than 2.5 % of resamples do not reach the target. Below `LEAST` examples there
+            is no interval, and both are None.
         smallest, largest: measured.
         examples: in all points together.
         fails_above: measured budgets above one that keeps the target, which do not keep it.
@@ -186,6 +187,8 @@ def usable_budget(
         status = "not reached"
     elif found <= x_B[0]:
         status = "at most"
+    if len(examples) < LEAST:
+        ends = [math.inf, math.inf]
     tokens, low, high = (None if math.isinf(one) else one for one in (found, *ends))
     return UsableBudget(status, tokens, low, high, float(x_B[0]), float(x_B[-1]), len(examples), fails)
 

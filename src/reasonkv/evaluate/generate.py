@@ -1,53 +1,17 @@
-"""Text in and out of a model, and sampling that does not depend on the batch.
-
-Sampling is greedy decoding of noisy scores: the largest of (logit / temperature + Gumbel noise) is an exact sample of
-the softmax. The noise is a hash of (seed, row seed, step, token id), so a sequence's text depends on its own numbers
-alone: not on the batch, its order, or any generator's state.
-"""
+"""Text in and out of a model: chat templates, token ids, limits and grades."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from reasonkv import noise
-from reasonkv.evaluate.job import Sampling
 from reasonkv.tasks.base import Problem, Task, TaskError
+from reasonkv.tasks.given import GivenTrace
 from reasonkv.tasks.options import THINK, TaskOptions
-
-_SAMPLING = -1  # stands where methods put their layer, so that no method draws the same numbers
-
-
-def noisy_scores(sampling: Sampling, logits_BV: Tensor, step: int, *, seed: int, row_seed_B: Tensor) -> Tensor:
-    """Return scores whose largest entry is the next token of every row.
-
-    Args:
-        sampling: temperature and nucleus; with a temperature of 0 the scores are the logits.
-        logits_BV: the model's logits, any float dtype.
-        step: number of the output token, from 0.
-        seed: the run's seed.
-        row_seed_B: int64, see `row_seed`.
-
-    Returns:
-        float32 [B, V], -inf outside the nucleus: the most likely tokens up to the first whose predecessors hold a share
-        `top_p` between them.
-    """
-    if sampling.temperature == 0:
-        return logits_BV.float()
-    scaled_BV = logits_BV.float() / sampling.temperature
-    if sampling.top_p < 1:
-        ordered = scaled_BV.sort(dim=-1, descending=True, stable=True)
-        share_BV = ordered.values.softmax(-1)
-        outside_BV = share_BV.cumsum(-1) - share_BV >= sampling.top_p
-        scaled_BV = scaled_BV.masked_fill(outside_BV.scatter(1, ordered.indices, outside_BV), -torch.inf)
-    tokens_V = torch.arange(logits_BV.shape[-1], device=logits_BV.device)
-    row_seed_B1 = row_seed_B.to(logits_BV.device)[:, None]
-    drawn_BV = noise.uniform(tokens_V, seed=seed, row_seed=row_seed_B1, layer=_SAMPLING, head=0, event=step)
-    return scaled_BV + noise.gumbel(drawn_BV)
 
 
 def row_seed(example: int, sample: int = 0) -> int:
@@ -58,6 +22,14 @@ def row_seed(example: int, sample: int = 0) -> int:
 def encode(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool = False) -> Tensor:
     """Return the int64 token ids [P] of a text; with `special`, what the tokenizer adds around a text, too."""
     return torch.tensor(tokenizer(text, add_special_tokens=special)["input_ids"], dtype=torch.long)
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], stop: Sequence[str] = ()) -> str:
+    """Return an output as text, without special tokens, up to the first of the stop texts."""
+    text = str(tokenizer.decode(tokens, skip_special_tokens=True))
+    for one in stop:
+        text = text.partition(one)[0]
+    return text
 
 
 def render(
@@ -78,25 +50,71 @@ def render(
     has_template = bool(getattr(tokenizer, "chat_template", None))
     if options.chat == "off" or (options.chat == "auto" and not (from_data and has_template)):
         return text, from_data
-    if not has_template:
-        raise TaskError("This model's tokenizer has no chat template; use --chat off.")
     system = [] if options.system is None else [{"role": "system", "content": options.system}]
+    return render_chat(tokenizer, [*system, {"role": "user", "content": text}], options), False
+
+
+def render_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, Any]], options: TaskOptions) -> str:
+    """Return messages in the tokenizer's chat template, up to where the model's answer begins.
+
+    Raises:
+        TaskError: the tokenizer has no template, or it refuses the messages.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise TaskError("This model's tokenizer has no chat template; use --chat off.")
     thinking = {} if options.thinking is None else {"enable_thinking": options.thinking == "on"}
-    messages = [*system, {"role": "user", "content": text}]
     try:
-        found = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **thinking)
+        found = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True, **thinking)
     except Exception as error:  # a template raises what its author chose
         raise TaskError(f"The model's chat template refuses these messages ({error}).") from None
-    return str(found), False
+    return str(found)
 
 
-def thinking_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], think_end: str) -> int:
-    """Return how many tokens of an output belong to thinking: up to its last end mark, or all if it never ends."""
+def opens_thinking(tokenizer: PreTrainedTokenizerBase, prompt_P: Tensor, think_end: str) -> bool:
+    """Return whether an output begins inside of thinking, because its prompt ends with thinking under way."""
+    prompt = str(tokenizer.decode(prompt_P, skip_special_tokens=False))
+    return prompt.rfind(THINK) > prompt.rfind(think_end)
+
+
+def thinking_tokens(
+    tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], think_end: str, opened: bool = False
+) -> int:
+    """Return how many tokens of an output belong to thinking: up to its last end mark, or all if it never ends.
+
+    Args:
+        tokenizer: the model's.
+        tokens: of the output.
+        think_end: the mark.
+        opened: the prompt opened thinking.
+    """
     text = str(tokenizer.decode(tokens, skip_special_tokens=False))
     head, mark, _ = text.rpartition(think_end)
     if not mark:
-        return len(tokens) if THINK in text else 0
+        return len(tokens) if opened or THINK in text else 0
     return min(len(tokens), len(encode(tokenizer, head + mark)))
+
+
+def encode_given(tokenizer: PreTrainedTokenizerBase, trace: GivenTrace, options: TaskOptions) -> tuple[Tensor, Tensor]:
+    """Return the int64 token ids of a trace from elsewhere: prompt [P] and output [T].
+
+    Text is tokenized once as a whole, so that the boundary is the one the engine saw; where that changes the tokens of
+    the prompt, the output is tokenized alone. Text holds no end-of-sequence token, so none is scored.
+    """
+    if trace.messages is None and not isinstance(trace.prompt, str):
+        prompt_P, prompt, special = torch.tensor(trace.prompt, dtype=torch.long), None, False
+    else:
+        chat = trace.messages
+        prompt = str(trace.prompt) if chat is None else render_chat(tokenizer, chat, options)
+        special = chat is None and not prompt.startswith(str(tokenizer.bos_token))
+        prompt_P = encode(tokenizer, prompt, special=special)
+    if not isinstance(trace.output, str):
+        return prompt_P, torch.tensor(trace.output, dtype=torch.long)
+    output = trace.output_text(prompt or "", options.think_end)
+    if prompt is not None:
+        whole_L = encode(tokenizer, prompt + output, special=special)
+        if torch.equal(whole_L[: len(prompt_P)], prompt_P):
+            return prompt_P, whole_L[len(prompt_P) :]
+    return prompt_P, encode(tokenizer, output)
 
 
 def end_tokens(model: PreTrainedModel) -> list[int]:
@@ -121,16 +139,25 @@ def room(model: PreTrainedModel, prompt: int, limit: int) -> int:
 
 
 def graded(
-    task: Task, problem: Problem, tokens: Sequence[int], tokenizer: PreTrainedTokenizerBase, options: TaskOptions
+    task: Task,
+    problem: Problem,
+    tokens: Sequence[int],
+    tokenizer: PreTrainedTokenizerBase,
+    options: TaskOptions,
+    stop: Sequence[str] = (),
+    opened: bool = False,
 ) -> dict[str, Any]:
-    """Return the fields of an answer's record that its text decides: the text, its grade, its tokens of thinking."""
-    text = str(tokenizer.decode(tokens, skip_special_tokens=True))
-    grade = task.grade(problem, text)
+    """Return the fields of an answer's record that its text decides: the text, its grade, its tokens of thinking.
+
+    With `opened`, the output continues the thinking of its prompt; if that never ends, there is no answer.
+    """
+    text = decode(tokenizer, tokens, stop)
+    grade = task.grade(problem, THINK + text if opened else text)
     return {
         "output": text,
         "correct": grade.score == 1,
         "score": grade.score,
         "extracted": grade.extracted,
         "grader_error": grade.error,
-        "thinking_tokens": thinking_tokens(tokenizer, tokens, options.think_end),
+        "thinking_tokens": thinking_tokens(tokenizer, tokens, options.think_end, opened),
     }

@@ -11,17 +11,17 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from reasonkv.budget import CutPrompt, PromptPolicy, Trigger, TriggerCounts
-from reasonkv.errors import ReasonKVError
+from reasonkv.evaluate.settings import JobError, Sampling, TraceSettings, check_choice, check_least
 from reasonkv.tasks.options import TaskOptions
 
+__all__ = [
+    "BudgetOptions", "GenerateJob", "Job", "JobError", "MethodLike", "Metric", "ReplayJob", "Sampling", "TraceSettings",
+    "TuneJob", "split_specs",
+]  # fmt: skip
+
 Metric = Literal["top1", "nll", "kl", "accuracy"]
-TraceSource = Literal["greedy", "sampled", "reference"]
 
 DEFAULT_METHODS = ("full", "random", "streaming", "snapkv", "rkv", "keydiff")
-
-
-class JobError(ReasonKVError, ValueError):
-    """A job whose fields contradict each other or are out of range; the message is one sentence."""
 
 
 class MethodLike(Protocol):
@@ -85,57 +85,6 @@ class BudgetOptions:
             raise JobError("A window needs at least one retention, as in 0.3.")
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How tokens are drawn.
-
-    Args:
-        temperature: 0 is greedy.
-        top_p: Nucleus: share of probability that may be drawn from, above 0 and at most 1.
-
-    Raises:
-        JobError: out of range.
-    """
-
-    temperature: float = 0.0
-    top_p: float = 0.95
-
-    def __post_init__(self) -> None:
-        _check_sampling(self.temperature, self.top_p)
-
-
-@dataclass(frozen=True)
-class TraceSettings:
-    """How the traces of a replay are made; a results folder belongs to these settings.
-
-    Args:
-        source: greedy or sampled generation by full KV, or the task's own reference text.
-        max_new_tokens: Most output tokens of a trace.
-        temperature: Of sampled traces, above 0.
-        top_p: Of sampled traces.
-
-    Raises:
-        JobError: out of range.
-    """
-
-    source: TraceSource = "greedy"
-    max_new_tokens: int = 2048
-    temperature: float = 0.6
-    top_p: float = 0.95
-
-    def __post_init__(self) -> None:
-        _check_choice("source", self.source, ("greedy", "sampled", "reference"))
-        _check_least("max_new_tokens", self.max_new_tokens)
-        _check_sampling(self.temperature, self.top_p)
-        if self.temperature == 0:
-            raise JobError("A sampled trace needs a temperature above 0; for greedy traces choose source='greedy'.")
-
-    @property
-    def sampling(self) -> Sampling:
-        """How `decode_batch` draws the tokens of a trace."""
-        return Sampling(self.temperature, self.top_p) if self.source == "sampled" else Sampling()
-
-
 @dataclass(frozen=True, kw_only=True)
 class Job:
     """What every job has: problems, methods and budgets.
@@ -166,8 +115,8 @@ class Job:
             object.__setattr__(self, name, split_specs(getattr(self, name)))
             if not getattr(self, name):
                 raise JobError(f"{name} names nothing; give at least one.")
-        _check_least("limit", self.limit)
-        _check_least("batch_size", self.batch_size)
+        check_least("limit", self.limit)
+        check_least("batch_size", self.batch_size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,6 +124,7 @@ class ReplayJob(Job):
     """Feed full KV's traces through bounded caches and score every token (teacher forcing).
 
     Args:
+        task: Tasks, with dials: program, recall:distance=900. None where the traces come from a file.
         traces: How traces are made.
         diagnostics: Also measure what was lost, against full KV's attention over the trace; takes about twice as long.
 
@@ -182,8 +132,19 @@ class ReplayJob(Job):
         JobError: fields that contradict each other or are out of range.
     """
 
+    task: Sequence[str] = ()
     traces: TraceSettings = field(default_factory=TraceSettings)
     diagnostics: bool = False
+
+    def __post_init__(self) -> None:
+        if self.traces.is_file:
+            own = f"traces:{self.traces.source}"
+            if self.task and tuple(self.task) != (own,):
+                raise JobError("Traces from a file bring their own prompts; leave the task out.")
+            object.__setattr__(self, "task", (own,))
+        elif not self.task:
+            raise JobError("A replay needs a task, as in program, or traces from a file.")
+        super().__post_init__()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,6 +156,9 @@ class GenerateJob(Job):
         sampling: How tokens are drawn.
         max_new_tokens: Most tokens of an answer. Unless given, 2,048 for full KV, and for the others 1.25 times its
             longest output of the task and 32 more. The model's context bounds both.
+        endpoint: URL of a server with the OpenAI API that answers instead of a model of this process. One that
+            `reasonkv serve` started answers twice: with full KV, and with its own method and budget.
+        concurrency: Requests that an endpoint gets at once.
 
     Raises:
         JobError: fields that contradict each other or are out of range.
@@ -203,13 +167,16 @@ class GenerateJob(Job):
     samples: int = 1
     sampling: Sampling = field(default_factory=Sampling)
     max_new_tokens: int | None = None
+    endpoint: str | None = None
+    concurrency: int = 256
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_least("samples", self.samples)
+        check_least("samples", self.samples)
+        check_least("concurrency", self.concurrency)
         if self.max_new_tokens is not None:
-            _check_least("max_new_tokens", self.max_new_tokens)
-        if self.samples > 1 and self.sampling.temperature == 0:
+            check_least("max_new_tokens", self.max_new_tokens)
+        if self.samples > 1 and not self.sampling.draws:
             raise JobError(
                 f"Greedy decoding writes {self.samples} equal samples; give a temperature above 0, or samples=1."
             )
@@ -222,8 +189,8 @@ class TuneJob(Job):
     Args:
         budget: The rule of the budgets; without sizes, since those are searched (of a window, its retention).
         metric: top1, nll or kl of a replay, or accuracy of generated answers.
-        target: What has to be kept: 0.95 is absolute, 0.95x relative to full KV. Unless given, 0.95x (nll: 1.05x, kl:
-            0.05).
+        target: What has to be kept: 0.95 is absolute, 0.95x relative to full KV. Unless given, kl 0.05, top1 0.99,
+            nll 1.05x, accuracy 0.95x.
         resolution: Stop when the bracket of budgets is this narrow, as a ratio above 1.
         max_new_tokens: Most output tokens, as in a replay or a generation.
 
@@ -238,9 +205,9 @@ class TuneJob(Job):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_choice("metric", self.metric, ("top1", "nll", "kl", "accuracy"))
+        check_choice("metric", self.metric, ("top1", "nll", "kl", "accuracy"))
         if self.max_new_tokens is not None:
-            _check_least("max_new_tokens", self.max_new_tokens)
+            check_least("max_new_tokens", self.max_new_tokens)
         if not 1 < self.resolution < float("inf"):
             raise JobError(f"resolution is a ratio of budgets above 1, as in 1.1, not {self.resolution:g}.")
         if self.budget.tokens or self.budget.keep or self.budget.mean_slots:
@@ -266,20 +233,3 @@ def split_specs(specs: str | Sequence[str | MethodLike]) -> tuple[str | MethodLi
                 own.append(part)
         found += own
     return tuple(dict.fromkeys(found))
-
-
-def _check_least(name: str, value: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise JobError(f"{name} must be a whole number of at least 1, not {value!r}.")
-
-
-def _check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
-    if value not in allowed:
-        raise JobError(f"{name} must be one of {', '.join(allowed)}, not {value!r}.")
-
-
-def _check_sampling(temperature: float, top_p: float) -> None:
-    if not 0 <= temperature < float("inf"):
-        raise JobError(f"temperature must be a number of at least 0, not {temperature!r}.")
-    if not 0 < top_p <= 1:
-        raise JobError(f"top_p must lie above 0 and be at most 1, not {top_p!r}.")

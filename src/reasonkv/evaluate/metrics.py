@@ -1,5 +1,8 @@
 """Fidelity of a bounded cache against the full-KV model, token by token, in float32.
 
+Over a vocabulary of 152k tokens, a softmax costs as much as attention. So logits are worked on in slices that stay in
+the CPU's cache, with one sum of exponentials each: that of the tokens outside the full-KV model's top k.
+
 Legend: N output tokens of one row in one chunk, V vocabulary, k tokens stored per position.
 """
 
@@ -11,6 +14,9 @@ import torch
 from torch import Tensor
 
 from reasonkv.errors import ReasonKVError
+
+SLICE_ELEMENTS = 1 << 20
+"""Logits worked on at once: 4 MiB of float32."""
 
 
 class NonFiniteError(ReasonKVError, RuntimeError):
@@ -35,11 +41,15 @@ class TeacherLogprobs:
     @classmethod
     def from_logits(cls, logits_NV: Tensor, k: int) -> TeacherLogprobs:
         """Reduce logits to the k most likely tokens and the rest."""
-        logprobs_NV = logits_NV.float().log_softmax(-1)
-        if k >= logprobs_NV.shape[-1]:
+        if k >= logits_NV.shape[-1]:
+            logprobs_NV = logits_NV.float().log_softmax(-1)
             return cls(None, logprobs_NV, logprobs_NV.new_full(logprobs_NV.shape[:1], -torch.inf))
-        top = logprobs_NV.topk(k, dim=-1)
-        return cls(top.indices, top.values, _rest(logprobs_NV, top.indices))
+        ids, taken, rests = [], [], []
+        for part_nV in logits_NV.split(_slice(logits_NV)):
+            top = part_nV.float().topk(k, dim=-1)
+            logprobs_nk, rest_n, _ = _split(part_nV, top.indices)
+            ids.append(top.indices), taken.append(logprobs_nk), rests.append(rest_n)
+        return cls(torch.cat(ids), torch.cat(taken), torch.cat(rests))
 
     def best_N(self) -> Tensor:
         """Return the most likely token at each position, int64."""
@@ -73,16 +83,32 @@ class TraceScore:
     def add(self, logits_NV: Tensor, tokens_N: Tensor, teacher: TeacherLogprobs) -> None:
         """Score N positions.
 
+        KL, in nats, is over the teacher's k tokens and one bucket for all others: never larger than over the whole
+        vocabulary, and equal to it when k is the whole vocabulary.
+
         Args:
             logits_NV: the bounded cache's logits, any float dtype.
             tokens_N: int64, the trace's tokens at those positions.
             teacher: the full-KV model's log-probabilities at the same positions.
         """
-        logprobs_NV = logits_NV.float().log_softmax(-1)
-        best_N1 = teacher.best_N()[:, None]
-        hits_N5 = logprobs_NV.topk(min(5, logprobs_NV.shape[-1]), dim=-1).indices == best_N1
-        nll_N = -logprobs_NV.gather(1, tokens_N[:, None])[:, 0]
-        found = (nll_N, kl_divergence(teacher, logprobs_NV), hits_N5[:, 0], hits_N5.any(-1))
+        for start in range(0, len(tokens_N), size := _slice(logits_NV)):
+            stop = start + size
+            own = teacher.rows(start, stop, logits_NV.device)
+            self._add(logits_NV[start:stop], tokens_N[start:stop, None], own)
+
+    def _add(self, logits_NV: Tensor, tokens_N1: Tensor, teacher: TeacherLogprobs) -> None:
+        scores_NV = logits_NV.float()
+        if teacher.ids_Nk is None:
+            logprobs_NV = scores_NV.log_softmax(-1)
+            kl_N, token_N1 = _cross(teacher.logprobs_Nk, logprobs_NV).sum(-1), logprobs_NV.gather(1, tokens_N1)
+        else:
+            logprobs_Nk, rest_N, mass_N1 = _split(scores_NV, teacher.ids_Nk)
+            kl_N = _cross(teacher.logprobs_Nk, logprobs_Nk).sum(-1) + _cross(teacher.rest_N, rest_N)
+            token_N1 = scores_NV.gather(1, tokens_N1) - mass_N1
+        # tokens as likely as the best one are no better; which of them a sort puts first is chance
+        better_NV = scores_NV > scores_NV.gather(1, teacher.best_N()[:, None])
+        rank_N = better_NV.sum(-1, dtype=torch.int32)
+        found = (-token_N1[:, 0], kl_N, rank_N < 1, rank_N < 5)
         self._chunks.append(tuple(one.cpu() for one in found))
 
     def result(self, answer_at: int | None = None) -> TraceMetrics:
@@ -110,27 +136,23 @@ class TraceScore:
         )
 
 
-def kl_divergence(teacher: TeacherLogprobs, logprobs_NV: Tensor) -> Tensor:
-    """Return the KL divergence [N], nats, over the teacher's k tokens and one bucket that holds all others.
-
-    Never larger than the divergence over the whole vocabulary, and equal to it when k is the whole vocabulary.
-
-    Args:
-        teacher: p.
-        logprobs_NV: float32, q over the whole vocabulary.
-    """
-    p_Nk = teacher.logprobs_Nk
-    if teacher.ids_Nk is None:
-        return _cross(p_Nk, logprobs_NV).sum(-1)
-    q_Nk = logprobs_NV.gather(1, teacher.ids_Nk)
-    return _cross(p_Nk, q_Nk).sum(-1) + _cross(teacher.rest_N, _rest(logprobs_NV, teacher.ids_Nk))
-
-
 def _cross(p: Tensor, q: Tensor) -> Tensor:
     """Return exp(p) (p - q), and 0 where p is -inf."""
     return torch.where(p == -torch.inf, torch.zeros_like(p), p.exp() * (p - q))
 
 
-def _rest(logprobs_NV: Tensor, ids_Nk: Tensor) -> Tensor:
-    # summed over what is left rather than 1 - the sum of what is taken, which cancels when the rest is small
-    return logprobs_NV.scatter(1, ids_Nk, -torch.inf).logsumexp(-1)
+def _split(scores_NV: Tensor, ids_Nk: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the log-probabilities of some tokens [N, k] and of all others together [N], and log sum exp [N, 1].
+
+    The rest is summed over what is left rather than 1 - the sum of what is taken, which cancels when it is small.
+    """
+    left_NV = scores_NV.to(torch.float32, copy=True)
+    taken_Nk = left_NV.gather(1, ids_Nk)
+    rest_N1 = left_NV.scatter_(1, ids_Nk, -torch.inf).logsumexp(-1, keepdim=True)
+    mass_N1 = torch.logaddexp(rest_N1, taken_Nk.logsumexp(-1, keepdim=True))
+    return taken_Nk - mass_N1, (rest_N1 - mass_N1)[:, 0], mass_N1
+
+
+def _slice(logits_NV: Tensor) -> int:
+    """Return how many positions are worked on at once."""
+    return max(1, SLICE_ELEMENTS // logits_NV.shape[-1])

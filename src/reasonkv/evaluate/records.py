@@ -110,7 +110,7 @@ class ReplayRecord(Measured):
     """What replaying one trace through one cache gave. All means run over the trace's output tokens.
 
     Args:
-        trace_correct: whether the trace, as full KV wrote it, gives the right answer.
+        trace_correct: whether the trace, as full KV wrote it, gives the right answer; None of traces from elsewhere.
         top1: share of output tokens where the most likely token is the full-KV model's.
         top5: share where the full-KV model's most likely token is among the five most likely.
         nll: mean negative log-likelihood of the trace's token, nats.
@@ -121,7 +121,7 @@ class ReplayRecord(Measured):
     """
 
     KEY = ("method", "options", "budget", "task", "example", "seed")
-    trace_correct: bool
+    trace_correct: bool | None
     top1: float
     top5: float
     nll: float

@@ -12,6 +12,7 @@ from reasonkv.calibration import Calibration
 from reasonkv.errors import ReasonKVError
 from reasonkv.evaluate.cells import RunConfig
 from reasonkv.evaluate.chunks import MAX_CHUNK, feed
+from reasonkv.evaluate.decoding import OnTokens
 from reasonkv.evaluate.diagnostics import Diagnostics
 from reasonkv.evaluate.metrics import NonFiniteError, TraceMetrics, TraceScore
 from reasonkv.evaluate.reference import FullAttention
@@ -49,6 +50,7 @@ def replay_batch(
     chunked: bool = True,
     calibration: Calibration | None = None,
     diagnostics: bool = False,
+    on_tokens: OnTokens = lambda count: None,
 ) -> list[Replayed]:
     """Replay a batch of traces.
 
@@ -68,6 +70,7 @@ def replay_batch(
         calibration: statistics of the model's queries, for methods that need them; looked up unless given.
         diagnostics: also measure what was lost, against full KV's attention over the trace; a bounded method then
             takes about twice as long.
+        on_tokens: called after every chunk.
 
     Raises:
         BudgetError: a prompt does not fit.
@@ -97,6 +100,7 @@ def replay_batch(
             trace, device = traces[scored.row], scored.logits_NV.device
             stop = scored.start + len(scored.logits_NV)
             tokens_N = trace.output_T[scored.start : stop].to(device)
+            on_tokens(len(tokens_N))
             scores[scored.row].add(scored.logits_NV, tokens_N, trace.teacher.rows(scored.start, stop, device))
         stats = cache.stats()
     seconds = (time.perf_counter() - began) / len(traces)

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import math
-import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 from reasonkv.calibration import Calibration, find_calibration
 from reasonkv.evaluate.cells import RunConfig, check_job, make_budgets, make_methods, plan_cells
-from reasonkv.evaluate.decoding import Request, decode_batch
-from reasonkv.evaluate.generate import graded, room, row_seed
-from reasonkv.evaluate.job import GenerateJob, Job, ReplayJob
+from reasonkv.evaluate.decoding import Generated, Request, TextRules, decode_rows
+from reasonkv.evaluate.generate import graded, opens_thinking, room, row_seed
+from reasonkv.evaluate.job import GenerateJob, Job, ReplayJob, Sampling
 from reasonkv.evaluate.manifest import Manifest, open_results
+from reasonkv.evaluate.merging import adopt
+from reasonkv.evaluate.progress import Meter, Progress, silent
+from reasonkv.evaluate.published import with_published
 from reasonkv.evaluate.records import (
     RECORDS,
     AnswerItem,
@@ -35,18 +37,12 @@ from reasonkv.models import LoadedModel, one_thread_if_small
 from reasonkv.resolve import compressed_layers
 from reasonkv.runtimes.transformers import CompressedCache, RowStats
 from reasonkv.tasks import get_task
-
-Progress = Callable[[str, int, int], None]
-"""Called with what is being done, how many of it are done, and how many there are."""
+from reasonkv.tasks.given import GivenTraces
 
 FULL_LIMIT = 2048
 """Most tokens full KV writes unless a limit is given."""
 LONGER, MORE = 1.25, 32
 """A method may write this many times full KV's longest output of the task, and this many tokens more."""
-
-
-def silent(what: str, done: int, total: int) -> None:
-    """Show no progress."""
 
 
 def run(
@@ -56,15 +52,16 @@ def run(
     progress: Progress = silent,
     *,
     command: str | None = None,
+    sources: Sequence[Path] = (),
 ) -> list[ReplayRecord] | list[AnswerRecord]:
     """Run a job into a results folder, or finish one that was stopped.
 
     Args:
-        job: what to run.
-        model: the model.
+        job, model: what to run, on which model.
         folder: results folder; new, or one that the same job began.
         progress: called after every batch.
         command: the name it is recorded under; "replay" or "evaluate" unless given.
+        sources: finished folders of parts of the job, whose records, traces and outputs are taken.
 
     Returns:
         Every record of the folder.
@@ -76,11 +73,12 @@ def run(
         ReplayError, DecodingError: numbers that cannot be trusted.
     """
     check_job(job)  # what is wrong with the arguments alone is reported before any work
+    job = with_published(job, model)
     methods, budgets = make_methods(job), make_budgets(job.budget)
     layers = compressed_layers(model.model.config)
-    arguments = {"budgets": [one.to_dict() for one in budgets], "mean_slots": list(job.budget.mean_slots)}
     named = command or ("evaluate" if isinstance(job, GenerateJob) else "replay")
-    with open_session(job, methods, model, folder, progress, named, arguments) as session:
+    with open_session(job, methods, model, folder, progress, named) as session:
+        adopt(session.file, _task_of(job).kind, session.run, sources)
         for spec in job.task:
             task = session.task(spec)
             for config in plan_cells(methods, budgets, job.budget.mean_slots, task.rows, layers):
@@ -107,19 +105,12 @@ class Session:
 
 @contextmanager
 def open_session(
-    job: Job,
-    methods: Sequence[Method],
-    model: LoadedModel,
-    folder: Path,
-    progress: Progress,
-    command: str,
-    sizes: dict[str, Any],
+    job: Job, methods: Sequence[Method], model: LoadedModel, folder: Path, progress: Progress, command: str
 ) -> Iterator[Session]:
     """Hold a results folder for one job and process; arguments and errors as in `run`.
 
     Args:
         methods: those of the job, as they run.
-        sizes: what the manifest says about budgets.
     """
     needed = any(method.needs.calibration for method in methods)
     calibration = find_calibration(model.model, model.calibration_file) if needed else None
@@ -127,17 +118,19 @@ def open_session(
         "dtype": model.dtype,
         "task": list(job.task),
         "methods": [method.spec() for method in methods],
-    }
-    arguments |= {**sizes, "limit": job.limit, "seed": job.seed}
-    if job.options.to_dict():
-        arguments["options"] = job.options.to_dict()
+        "budgets": [one.to_dict() for one in make_budgets(job.budget)],
+        "mean_slots": list(job.budget.mean_slots),
+    } | {"limit": job.limit, "seed": job.seed}
+    arguments |= {"options": chosen} if (chosen := job.options.to_dict()) else {}
     if calibration is not None:
         arguments["calibration"] = calibration.digest
     if isinstance(job, GenerateJob):
-        drawn = asdict(job.sampling) if job.sampling.temperature > 0 else None
+        drawn = job.sampling.to_dict() if job.sampling != Sampling() else None
         arguments |= {"samples": job.samples, "sampling": drawn, "max_new_tokens": job.max_new_tokens}
     elif isinstance(job, ReplayJob):
-        arguments |= {"traces": asdict(job.traces)} | ({"diagnostics": True} if job.diagnostics else {})
+        arguments |= {"traces": job.traces.to_dict()} | ({"diagnostics": True} if job.diagnostics else {})
+        if isinstance(task := get_task(job.task[0], job.options), GivenTraces):
+            arguments["given"] = task.digest
     named = {"name": model.name, "hash": model.hash}
     manifest = Manifest(command=command, arguments=arguments, model=named, device=model.device_name)
     with open_results(folder, manifest), one_thread_if_small(model.model):
@@ -155,6 +148,7 @@ class TaskRun(ABC):
 
     kind: type[Measured]
     batches: list[list[Any]]
+    meter: Meter
     rows: list[tuple[int, int]]
     """Of every item, tokens of the prompt and tokens that full KV fed in all."""
 
@@ -177,21 +171,27 @@ class TaskRun(ABC):
         """
         if config in self._finished:
             return self._finished[config]
-        file, found, total = self.session.file, list[Any](), sum(map(len, self.batches))
-        for batch in self.batches:
-            keys = [self.key(config, item) for item in batch]
-            if not all(
-                key in file.records and self.is_whole(config, item) for key, item in zip(keys, batch, strict=True)
-            ):
-                file.append(self.execute(config, batch))
-            found += [file.records[key] for key in keys]
-            self.session.progress(f"{self.spec}: {config.label}", len(found), total)
-        self._finished[config] = found
-        return found
+        records, total = self.session.file.records, sum(map(len, self.batches))
+        keys = [[self.key(config, item) for item in batch] for batch in self.batches]
+        self.meter = Meter(self.session.progress, f"{self.spec}: {config.label}", total)
+        for batch, own in zip(self.batches, keys, strict=True):
+            if not all(key in records and self.is_whole(config, item) for key, item in zip(own, batch, strict=True)):
+                for record in self.execute(config, batch):
+                    self.session.file.append([record])
+                    self._count(keys)
+            self._count(keys)
+        self._finished[config] = [records[key] for batch in keys for key in batch]
+        return self._finished[config]
+
+    def _count(self, keys: Sequence[Sequence[str]]) -> None:
+        """Show how many records are there, and how many of them are right."""
+        there = [one for batch in keys for key in batch if (one := self.session.file.records.get(key)) is not None]
+        scores = [one.correct if one.score is None else one.score for one in there if isinstance(one, AnswerRecord)]
+        self.meter.reach(len(there), sum(scores) / len(scores) if scores else None)
 
     @abstractmethod
-    def execute(self, config: RunConfig, batch: Sequence[Any]) -> list[Any]:
-        """Run one batch and return its records."""
+    def execute(self, config: RunConfig, batch: Sequence[Any]) -> Iterable[Any]:
+        """Run one batch and yield its records, each the moment it is known."""
 
     def is_whole(self, config: RunConfig, item: Any) -> bool:
         """Return whether all that belongs to a record in the folder is there, too."""
@@ -233,11 +233,11 @@ class ReplayTask(TaskRun):
     def __init__(self, session: Session, spec: str) -> None:
         super().__init__(session, spec)
         self.job, model = cast(ReplayJob, session.job), session.model
+        meter = Meter(session.progress, f"{spec}: full-KV traces", len(self.examples))
         traces = load_or_make_traces(
-            model.model, model.tokenizer, self.task, task_spec=spec, examples=self.examples,
-            seed=self.job.seed, settings=self.job.traces, folder=session.folder, batch_size=self.job.batch_size,
-            on_done=lambda done: session.progress(f"{spec}: full-KV traces", done, len(self.examples)),
-            options=self.job.options,
+            model.model, model.tokenizer, self.task, task_spec=spec, examples=self.examples, seed=self.job.seed,
+            settings=self.job.traces, folder=session.folder, batch_size=self.job.batch_size, on_done=meter.reach,
+            on_tokens=meter.add, options=self.job.options,
         )  # fmt: skip
         traces.sort(key=lambda trace: (len(trace.output_T), len(trace.prompt_P), trace.example))
         self.in_batches(traces)
@@ -253,6 +253,7 @@ class ReplayTask(TaskRun):
             seed=self.job.seed,
             calibration=calibration,
             diagnostics=self.job.diagnostics,
+            on_tokens=self.meter.add,
         )
         return [
             self.record(
@@ -271,7 +272,7 @@ class ReplayTask(TaskRun):
 
 
 class GenerateTask(TaskRun):
-    """The problems of one task, answered: by full KV first, which the others' limits and comparisons follow from.
+    """The problems of one task, answered; full KV's answers come first, since limits and comparisons follow from them.
 
     Prompts of similar length stand together, since they are padded to the longest.
     """
@@ -299,10 +300,9 @@ class GenerateTask(TaskRun):
         """Return whether full KV's record has its output in the folder."""
         return config.budget is not None or item.output_key in self.outputs.records
 
-    def execute(self, config: RunConfig, batch: Sequence[AnswerItem]) -> list[AnswerRecord]:
+    def execute(self, config: RunConfig, batch: Sequence[AnswerItem]) -> Iterator[AnswerRecord]:
         """Answer one batch."""
-        model, began = self.session.model.model, time.perf_counter()
-        method, calibration = self.runnable(config)
+        model, job, (method, calibration) = self.session.model.model, self.job, self.runnable(config)
         requests = [
             Request(item.prompt_P, room(model, len(item.prompt_P), self.limit), row_seed(item.example, item.sample))
             for item in batch
@@ -312,35 +312,37 @@ class GenerateTask(TaskRun):
             method,
             config.budget,
             prompt_lengths=[len(one.prompt_P) for one in requests],
-            seed=self.job.seed,
+            seed=job.seed,
             row_seeds=[one.row_seed for one in requests],
             # the task's longest, so that no byte count depends on a batch
             max_length=self.longest + room(model, self.longest, self.limit),
             calibration=calibration,
         ) as cache:
-            answers = decode_batch(model, cache, requests, sampling=self.job.sampling, seed=self.job.seed)
-        seconds = (time.perf_counter() - began) / len(batch)
-        places = [
-            {"example": item.example, "sample": item.sample, "prompt_tokens": len(item.prompt_P)} for item in batch
-        ]
-        if config.budget is None:  # before the records, so that a record never lacks its output
-            self.outputs.append(FullOutput(**one, tokens=own.tokens) for one, own in zip(places, answers, strict=True))
-        records = []
-        for item, place, answer in zip(batch, places, answers, strict=True):
-            full = self.outputs.records[item.output_key].tokens
-            record = self.record(
-                config,
-                answer.stats,
-                seconds,
-                **place,
-                output_tokens=len(answer.tokens),
-                truncated=answer.truncated,
-                repetition=repetition(answer.tokens),
-                first_divergence=first_divergence(answer.tokens, full),
-                **graded(self.task, item.problem, answer.tokens, self.session.model.tokenizer, self.job.options),
-            )
-            records.append(record)
-        return records
+            rules = TextRules(self.session.model.tokenizer, job.sampling, job.options.think_end)
+            for number, answer in decode_rows(
+                model, cache, requests, sampling=job.sampling, seed=job.seed, rules=rules, on_tokens=self.meter.add
+            ):
+                yield self.answer(config, batch[number], answer)
+
+    def answer(self, config: RunConfig, item: AnswerItem, answer: Generated) -> Any:
+        """Return the record of an answer; what full KV wrote is kept first, so that a record never lacks its output."""
+        place = {"example": item.example, "sample": item.sample, "prompt_tokens": len(item.prompt_P)}
+        if config.budget is None:
+            self.outputs.append([FullOutput(**place, tokens=answer.tokens)])
+        full = self.outputs.records[item.output_key].tokens
+        tokenizer, job = self.session.model.tokenizer, self.job
+        opened = opens_thinking(tokenizer, item.prompt_P, job.options.think_end)
+        return self.record(
+            config,
+            answer.stats,
+            answer.seconds,
+            **place,
+            output_tokens=len(answer.tokens),
+            truncated=answer.truncated,
+            repetition=repetition(answer.tokens),
+            first_divergence=first_divergence(answer.tokens, full),
+            **graded(self.task, item.problem, answer.tokens, tokenizer, job.options, job.sampling.stop, opened),
+        )
 
 
 def _task_of(job: Job) -> type[TaskRun]:

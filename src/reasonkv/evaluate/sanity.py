@@ -18,9 +18,9 @@ def sanity_warnings(frame: pd.DataFrame) -> list[str]:
     found = []
     for task, own in frame[frame["method"] == "full"].groupby("task", sort=False):
         n = len(own)
-        if "trace_correct" in own and own["trace_correct"].notna().all():
+        if "correct" not in own or ("trace_correct" in own and own["trace_correct"].notna().all()):
             right = float(own["trace_correct"].astype(float).mean())
-            if right < SOLVED:
+            if right < SOLVED:  # not so for traces from elsewhere, where it is NaN
                 found.append(
                     f"full KV's traces of {task} are {right:.0%} right (n = {n}), so agreement with them says little "
                     f"about answers. Try a stronger model, another prompt, or more output tokens."

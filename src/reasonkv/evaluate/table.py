@@ -5,31 +5,44 @@ Examples are the unit: standard errors are clustered by example, differences pai
 
 from __future__ import annotations
 
-import functools
 import gzip
 import json
 import math
-from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
-from scipy.special import stdtr
 
 from reasonkv.budget import Budget
 from reasonkv.evaluate.manifest import MANIFEST, ResultsError
 from reasonkv.evaluate.records import RECORDS, AnswerRecord, ReplayRecord, read_lines
 from reasonkv.evaluate.regime import PREFIX_GUARD, regime_of
+from reasonkv.evaluate.statistics import (
+    LEAST,
+    RESAMPLES,
+    Difference,
+    Estimate,
+    bootstrap_means,
+    clustered_mean,
+    holm,
+    paired_difference,
+    paired_p_value,
+    wilson,
+)  # fmt: skip
 from reasonkv.methods import MethodError, method_class
+
+__all__ = [
+    "COMPARED", "FULL_KV", "KEPT", "LEAST", "METRICS", "RESAMPLES", "Difference", "Estimate", "bootstrap_means",
+    "by_key", "clustered_mean", "diagnostics", "holm", "method_label", "paired_difference", "paired_p_value",
+    "read_folder_records", "read_manifest", "read_results", "summarize", "summary_dicts", "to_frame", "wilson",
+]  # fmt: skip
 
 KEPT = "records.parquet"
 """The compressed form of one or more results folders, as committed under docs/results."""
 FULL_KV = "full KV"
 """The regime column of full KV's own rows."""
-RESAMPLES = 5000
 _DERIVED = ("saved_bytes", "slots_read_mean", "bytes_read_mean", "bytes_held", "seconds")
 METRICS = {
     "replay": ("top1", "top5", "nll", "kl", "answer_top1", "physical_mean", "physical_peak", *_DERIVED),
@@ -39,23 +52,6 @@ METRICS = {
 }  # fmt: skip
 COMPARED = {"replay": ("top1", "nll", "kl"), "evaluate": ("correct",)}
 """The metrics that are compared with full KV's and random's."""
-
-
-class Estimate(NamedTuple):
-    """A mean and its standard error (NaN where one cluster gives none)."""
-
-    mean: float
-    se: float
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Mean of paired differences, ours minus theirs, with a 95 % bootstrap interval and the number of pairs."""
-
-    mean: float
-    low: float
-    high: float
-    pairs: int
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -191,98 +187,12 @@ def method_label(method: str, options: Mapping[str, Any]) -> str:
         return method + (":" + ",".join(f"{name}={one}" for name, one in options.items()) if options else "")
 
 
-def clustered_mean(values: Sequence[float], clusters: Sequence[Hashable]) -> Estimate:
-    """Return the mean of all values, and a standard error that lets values of one cluster depend on each other.
-
-    sqrt(G / (G - 1) * sum over clusters of (sum of (x - mean) of its members)^2) / n, for G clusters and n values.
-    NaN is left out; the mean of nothing is NaN.
-    """
-    array = np.asarray(values, dtype=np.float64)
-    there = ~np.isnan(array)
-    array = array[there]
-    if not len(array):
-        return Estimate(math.nan, math.nan)
-    codes, names = pd.factorize(pd.Series(clusters)[there])
-    mean, many = float(array.mean()), len(names)
-    sums_G = np.bincount(codes, weights=array - mean)
-    return Estimate(mean, math.sqrt(many / (many - 1) * float(sums_G @ sums_G)) / len(array) if many > 1 else math.nan)
-
-
-@functools.lru_cache(maxsize=2)
-def _counts(examples: int, seed: int, resamples: int) -> NDArray[np.float64]:
-    """How often each example is drawn, float64 [resamples, examples]; equal seeds draw the same ones."""
-    drawn_RN = np.random.default_rng(seed).integers(0, examples, size=(resamples, examples))
-    drawn_RN += examples * np.arange(resamples)[:, None]
-    counts = np.bincount(drawn_RN.ravel(), minlength=drawn_RN.size)
-    return counts.reshape(drawn_RN.shape).astype(np.float64)
-
-
-def bootstrap_means(
-    values_XN: NDArray[np.float64], *, seed: int = 0, resamples: int = RESAMPLES
-) -> NDArray[np.float64]:
-    """Return means over the last axis, float64 [..., R], once per bootstrap sample of its N examples."""
-    n = values_XN.shape[-1]
-    means: NDArray[np.float64] = values_XN @ _counts(n, seed, resamples).T / n
-    return means
-
-
-def paired_difference(
-    ours: Mapping[Any, float], theirs: Mapping[Any, float], *, seed: int = 0, resamples: int = RESAMPLES
-) -> Difference | None:
-    """Return the mean difference over the keys both have; None when they share none.
-
-    The percentile bootstrap's interval holds the truth in 94.4 % of experiments at n = 64 and in 91.3 % at n = 12.
-
-    Args:
-        ours: values by example, or by (example, sample); an example that is drawn brings all its samples.
-        theirs: the values they are compared with.
-        seed: of the resampling.
-        resamples: bootstrap samples.
-    """
-    shared = sorted(ours.keys() & theirs.keys())
-    if not shared:
-        return None
-    difference_N = np.array([ours[key] - theirs[key] for key in shared], dtype=np.float64)
-    codes, names = pd.factorize(np.array([key[0] if isinstance(key, tuple) else key for key in shared]))
-    sums_G, counts_G = (np.bincount(codes, x).astype(np.float64) for x in (difference_N, None))
-    if len(names) == len(shared):
-        means_R = bootstrap_means(sums_G, seed=seed, resamples=resamples)
-    else:
-        sums_R, counts_R = bootstrap_means(np.stack([sums_G, counts_G]), seed=seed, resamples=resamples)
-        means_R = sums_R / counts_R
-    low, high = np.percentile(means_R, [2.5, 97.5])
-    return Difference(float(difference_N.mean()), float(low), float(high), len(shared))
-
-
-def paired_p_value(differences: Sequence[float]) -> float:
-    """Return the two-sided p-value of the paired t test that the mean difference is 0; 1 for fewer than two.
-
-    Never below 2^(1 - n), the least that a test which flips signs can give with n examples; the t test's own value is 0
-    when all differences are equal.
-    """
-    array = np.asarray(differences, dtype=np.float64)
-    n = len(array)
-    if n < 2 or not array.any():
-        return 1.0
-    mean, se = float(array.mean()), float(array.std(ddof=1)) / math.sqrt(n)
-    p = 2 * float(stdtr(n - 1, -abs(mean / se))) if se > 1e-12 * abs(mean) else 0.0
-    return min(1.0, max(p, 2.0 ** (1 - n)))
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Return Holm's adjusted p-values: comparing them with 0.05 bounds the chance of any false finding by 5 %."""
-    order = np.argsort(p_values, kind="stable")
-    raised = np.asarray(p_values)[order] * np.arange(len(order), 0, -1)
-    adjusted = np.empty(len(order))
-    adjusted[order] = np.minimum(np.maximum.accumulate(raised), 1.0)
-    return [float(one) for one in adjusted]
-
-
 def summarize(frame: pd.DataFrame, *, regimes: bool = False, seed: int = 0) -> pd.DataFrame:
     """Return one row per task, method and budget: n, means, standard errors, and paired differences.
 
     Columns: `task`, `method` (its label), `rule`, `tokens`, `regime`, `n` (examples), `answers` (records), of every
-    metric that the records have its mean under its name and its standard error under `NAME_se`; of the metrics in
+    metric that the records have its mean under its name and its standard error under `NAME_se` (NaN below `LEAST`
+    examples), of `correct` the ends of its Wilson interval under `correct_low` and `correct_high`; of the metrics in
     `COMPARED` the differences to full KV and to random at the same budget under `NAME_vs_full` and `NAME_vs_random`
     (`Difference` or None). Rows stand in the order in which tasks and methods first occur, budgets ascending.
 
@@ -304,10 +214,13 @@ def summarize(frame: pd.DataFrame, *, regimes: bool = False, seed: int = 0) -> p
         row: dict[str, Any] = dict(zip(("task", "method", "rule", "tokens"), key, strict=False))
         found = part["regime"].unique()
         row |= {"regime": found[0] if len(found) == 1 else "mixed"}
-        row |= {"n": part["example"].nunique(), "answers": len(part)}
+        n = part["example"].nunique()
+        row |= {"n": n, "answers": len(part)}
         for metric in known:
-            row[metric], row[f"{metric}_se"] = clustered_mean(part[metric].to_numpy(float), part["example"])
+            row[metric], se = clustered_mean(part[metric].to_numpy(float), part["example"])
+            row[f"{metric}_se"] = se if n >= LEAST else math.nan
         if kind == "evaluate":
+            row["correct_low"], row["correct_high"] = wilson(row["correct"], n)
             row["median_divergence"] = part["first_divergence"].median()
         for metric in COMPARED[kind]:
             for other, theirs in (("full", full.get(key[0])), ("random", random.get((key[0], *key[2:])))):
@@ -340,10 +253,10 @@ def summary_dicts(summary: pd.DataFrame) -> list[dict[str, Any]]:
         for name, value in row.items():
             metric, _, other = name.rpartition("_vs_")
             if f"{name}_se" in row and not math.isnan(value):
-                se = row[f"{name}_se"]
-                data[name] = {"mean": value, "se": None if math.isnan(se) else se}
+                ends = {end: row[f"{name}_{end}"] for end in ("se", "low", "high") if f"{name}_{end}" in row}
+                data[name] = {"mean": value} | {end: None if math.isnan(one) else one for end, one in ends.items()}
             elif metric and isinstance(value, Difference):
-                data[f"versus_{other}"][metric] = vars(value)
+                data[f"versus_{other}"][metric] = value.to_dict()
             elif name == "median_divergence":
                 data[name] = None if math.isnan(value) else value
         found.append(data)

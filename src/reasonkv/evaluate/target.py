@@ -8,6 +8,8 @@ from typing import Any
 
 from reasonkv.errors import ReasonKVError
 
+DEFAULT_TARGETS = {"kl": "0.05", "top1": "0.99", "nll": "1.05x", "accuracy": "0.95x"}
+"""Of `reasonkv frontier`. A top-1 relative to full KV's own, which is 1, would say the same."""
 HIGHER_IS_BETTER = {"top1": True, "nll": False, "kl": False, "accuracy": True}
 
 

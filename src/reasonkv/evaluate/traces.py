@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +21,16 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from reasonkv.errors import ReasonKVError
 from reasonkv.evaluate.chunks import TraceRow, feed
-from reasonkv.evaluate.decoding import Request, decode_batch
-from reasonkv.evaluate.generate import context_length, encode, end_tokens, render, room
-from reasonkv.evaluate.job import TraceSettings
+from reasonkv.evaluate.decoding import OnTokens, Request, TextRules, decode_batch
+from reasonkv.evaluate.generate import context_length, encode, encode_given, end_tokens, render, room
 from reasonkv.evaluate.manifest import ResultsError
 from reasonkv.evaluate.metrics import TeacherLogprobs
+from reasonkv.evaluate.settings import TraceSettings
 from reasonkv.files import write_atomically
 from reasonkv.runtimes.transformers import CompressedCache
 from reasonkv.tasks import Problem, Task, TaskOptions
-from reasonkv.tasks.base import END_THINK
+from reasonkv.tasks.given import GivenTraces
+from reasonkv.tasks.options import THINK_END
 
 WHOLE_VOCABULARY = 256
 """Vocabularies up to this size are stored whole."""
@@ -50,7 +51,7 @@ class Trace:
         prompt_P: int64 token ids.
         output_T: int64 token ids.
         teacher: full KV's log-probabilities at the T positions that predict `output_T`.
-        correct: whether the task's checker accepts the output.
+        correct: whether the task's checker accepts the output; None where there is nothing to check it by.
         answer_at: index in `output_T` of the first token after the last `</think>`, or None if there is none.
     """
 
@@ -58,7 +59,7 @@ class Trace:
     prompt_P: Tensor
     output_T: Tensor
     teacher: TeacherLogprobs
-    correct: bool
+    correct: bool | None
     answer_at: int | None = None
 
     @property
@@ -68,8 +69,11 @@ class Trace:
 
 
 def file_name(task: str) -> str:
-    """Return a task's name and dials as part of a file's name: a dash for everything but letters and digits."""
-    return re.sub(r"[^A-Za-z0-9]+", "-", task).strip("-")
+    """Return a task's name and dials as part of a file's name: a dash for everything but letters and digits.
+
+    Only the end of a long path is used, since file systems allow 255 characters.
+    """
+    return re.sub(r"[^A-Za-z0-9]+", "-", task).strip("-")[-150:]
 
 
 def load_or_make_traces(
@@ -84,6 +88,7 @@ def load_or_make_traces(
     folder: Path,
     batch_size: int,
     on_done: Callable[[int], None] = lambda count: None,
+    on_tokens: OnTokens = lambda count: None,
     options: TaskOptions | None = None,
 ) -> list[Trace]:
     """Return a task's traces, from `folder` where they are and made where they are not.
@@ -99,6 +104,7 @@ def load_or_make_traces(
         folder: the results folder; `traces-<task>.safetensors` and `.json` are written there after every batch.
         batch_size: sequences generated at once.
         on_done: called with the number of traces that are there.
+        on_tokens: called after every step with the tokens it wrote.
         options: how problems become prompts.
 
     Raises:
@@ -106,21 +112,23 @@ def load_or_make_traces(
         ResultsError: the folder's traces are damaged or belong to other settings.
     """
     path = folder / f"traces-{file_name(task_spec)}.safetensors"
-    origin: dict[str, Any] = {"task": task_spec, "seed": seed, "settings": asdict(settings)}
+    origin: dict[str, Any] = {"task": task_spec, "seed": seed, "settings": settings.to_dict()}
     found = _read(path, origin)
     on_done(len(found.keys() & set(examples)))
     missing = [example for example in examples if example not in found]
     for first in range(0, len(missing), batch_size):
         batch = [task.problem(example, seed=seed) for example in missing[first : first + batch_size]]
-        found |= {trace.example: trace for trace in _make(model, tokenizer, task, batch, seed, settings, options)}
+        made = _make(model, tokenizer, task, batch, seed, settings, options or TaskOptions(), on_tokens)
+        found |= {trace.example: trace for trace in made}
         _write(path, [found[example] for example in sorted(found)], origin)
         on_done(len(found.keys() & set(examples)))
-    return [replace(found[one], answer_at=answer_start(tokenizer, found[one].output_T)) for one in examples]
+    end = options.think_end if options else THINK_END
+    return [replace(found[one], answer_at=answer_start(tokenizer, found[one].output_T, end)) for one in examples]
 
 
-def answer_start(tokenizer: PreTrainedTokenizerBase, output_T: Tensor) -> int | None:
-    """Return the index of the first token of `output_T` after the last `</think>`; None if nothing follows one."""
-    mark_M = encode(tokenizer, END_THINK)
+def answer_start(tokenizer: PreTrainedTokenizerBase, output_T: Tensor, think_end: str = THINK_END) -> int | None:
+    """Return the index of the first token of `output_T` after thinking ended last; None if nothing follows it."""
+    mark_M = encode(tokenizer, think_end)
     if len(mark_M) == 0 or len(output_T) <= len(mark_M):
         return None
     ends = (output_T.unfold(0, len(mark_M), 1) == mark_M).all(-1).nonzero()
@@ -140,8 +148,14 @@ def encode_prompts(
     Raises:
         TraceError: a prompt without tokens, or one that fills the model's context.
     """
-    rendered = [render(tokenizer, problem.prompt, options, from_data=task.chat) for problem in problems]
+    asked = task.prompt_options(options or TaskOptions())
+    rendered = [render(tokenizer, problem.prompt, asked, from_data=task.chat) for problem in problems]
     prompts = [encode(tokenizer, text, special=special) for text, special in rendered]
+    _check_prompts(model, task, prompts)
+    return prompts
+
+
+def _check_prompts(model: PreTrainedModel, task: Task, prompts: Sequence[Tensor]) -> None:
     limit, lengths = context_length(model), [len(prompt) for prompt in prompts]
     if min(lengths) == 0:
         raise TraceError(
@@ -152,7 +166,6 @@ def encode_prompts(
             f"A prompt of {task.name} has {max(lengths)} tokens, but the model's context is {limit}; "
             f"choose easier dials for the task or another model."
         )
-    return prompts
 
 
 def reference_logprobs(
@@ -182,27 +195,52 @@ def _make(
     problems: Sequence[Problem],
     seed: int,
     settings: TraceSettings,
-    options: TaskOptions | None = None,
+    options: TaskOptions,
+    on_tokens: OnTokens,
 ) -> list[Trace]:
-    prompts = encode_prompts(model, tokenizer, task, problems, options)
-    most = room(model, max(len(prompt) for prompt in prompts), settings.max_new_tokens)
-    if settings.source == "reference" and task.chat:
-        raise TraceError(f"The task {task.name} has no reference traces; use traces=greedy or sampled.")
-    if settings.source == "reference":
-        tail = torch.tensor(end_tokens(model)[:1], dtype=torch.long)
-        outputs = [torch.cat([encode(tokenizer, problem.trace), tail])[:most] for problem in problems]
+    if isinstance(task, GivenTraces):
+        pairs = [encode_given(tokenizer, task.traces[problem.example], options) for problem in problems]
+        prompts = [prompt_P for prompt_P, _ in pairs]
+        _check_prompts(model, task, prompts)
+        outputs = [output_T[: room(model, len(prompt_P), len(output_T))] for prompt_P, output_T in pairs]
     else:
-        requests = [Request(prompt, most, problem.example) for prompt, problem in zip(prompts, problems, strict=True)]
-        # with nothing evicted it writes what the stock cache writes, several times faster in large batches
-        with CompressedCache(model, "full", prompt_lengths=[len(prompt) for prompt in prompts]) as cache:
-            written = decode_batch(model, cache, requests, sampling=settings.sampling, seed=seed)
-        outputs = [torch.tensor(one.tokens) for one in written]
+        prompts = encode_prompts(model, tokenizer, task, problems, options)
+        outputs = _outputs(model, tokenizer, task, problems, prompts, seed, settings, options, on_tokens)
     teachers = reference_logprobs(model, prompts, outputs)
     traces = []
     for problem, prompt, output, teacher in zip(problems, prompts, outputs, teachers, strict=True):
         text = str(tokenizer.decode(output, skip_special_tokens=True))
-        traces.append(Trace(problem.example, prompt, output, teacher, task.check(problem, text)))
+        correct = None if isinstance(task, GivenTraces) else task.check(problem, text)
+        traces.append(Trace(problem.example, prompt, output, teacher, correct))
     return traces
+
+
+def _outputs(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    problems: Sequence[Problem],
+    prompts: Sequence[Tensor],
+    seed: int,
+    settings: TraceSettings,
+    options: TaskOptions,
+    on_tokens: OnTokens,
+) -> list[Tensor]:
+    """Return what full KV writes, or the task's reference text."""
+    most = room(model, max(len(prompt) for prompt in prompts), settings.max_new_tokens)
+    if settings.source == "reference":
+        if task.chat:
+            raise TraceError(f"The task {task.name} has no reference traces; use traces=greedy or sampled.")
+        tail = torch.tensor(end_tokens(model)[:1], dtype=torch.long)
+        return [torch.cat([encode(tokenizer, problem.trace), tail])[:most] for problem in problems]
+    requests = [Request(prompt, most, problem.example) for prompt, problem in zip(prompts, problems, strict=True)]
+    rules = TextRules(tokenizer, settings.sampling, options.think_end)
+    # with nothing evicted it writes what the stock cache writes, several times faster in large batches
+    with CompressedCache(model, "full", prompt_lengths=[len(prompt) for prompt in prompts]) as cache:
+        written = decode_batch(
+            model, cache, requests, sampling=settings.sampling, seed=seed, rules=rules, on_tokens=on_tokens
+        )
+    return [torch.tensor(one.tokens) for one in written]
 
 
 def _write(path: Path, traces: Sequence[Trace], origin: dict[str, Any]) -> None:
@@ -241,7 +279,7 @@ def _read(path: Path, origin: dict[str, Any]) -> dict[int, Trace]:
             ids = tensors[f"{name}.ids"].long() if f"{name}.ids" in tensors else None
             teacher = TeacherLogprobs(ids, tensors[f"{name}.logprobs"], tensors[f"{name}.rest"])
             prompt_P, output_T = tensors[f"{name}.prompt"].long(), tensors[f"{name}.output"].long()
-            found[name] = Trace(name, prompt_P, output_T, teacher, bool(one["correct"]))
+            found[name] = Trace(name, prompt_P, output_T, teacher, one["correct"])
         return found
     except (OSError, SafetensorError, KeyError, TypeError, json.JSONDecodeError):
         raise ResultsError(f"{path} is damaged; delete it to have its traces made again.") from None

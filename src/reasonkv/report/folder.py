@@ -10,15 +10,17 @@ import torch
 
 from reasonkv.budget import Budget
 from reasonkv.evaluate.cells import RunConfig
+from reasonkv.evaluate.chunks import TraceRow
+from reasonkv.evaluate.generate import row_seed
 from reasonkv.evaluate.job import Sampling, TraceSettings
 from reasonkv.evaluate.manifest import ResultsError
 from reasonkv.evaluate.records import FullOutput, RecordFile, record_key
 from reasonkv.evaluate.table import read_folder_records, read_manifest
-from reasonkv.evaluate.traces import Trace, encode_prompts, file_name, load_or_make_traces, reference_logprobs
+from reasonkv.evaluate.traces import encode_prompts, file_name, load_or_make_traces
 from reasonkv.methods import get_method
 from reasonkv.models import LoadedModel
-from reasonkv.report.inspector import Inspection, inspect_generation, inspect_replay
-from reasonkv.tasks import TaskOptions, get_task
+from reasonkv.report.inspector import Inspection, Inspector, Subject
+from reasonkv.tasks import Task, TaskOptions, get_task
 
 
 def inspect_folder(
@@ -59,17 +61,22 @@ def inspect_folder(
     record = min((one for one, own in zip(fitting, cell, strict=True) if own == cell[0]), key=_how_soon_wrong)
     spec = ",".join(f"{key}={value}" for key, value in record.options.items())
     assert record.budget is not None  # only bounded runs fit
-    config = RunConfig(get_method(f"{record.method}:{spec}"), Budget.from_dict(record.budget))
+    inspector = Inspector(loaded, RunConfig(get_method(f"{record.method}:{spec}"), Budget.from_dict(record.budget)))
     options = TaskOptions.from_dict(arguments.get("options", {}))
-    trace = _trace(folder, arguments, loaded, record, options)
-    if not hasattr(record, "correct") and not generate:
-        return inspect_replay(loaded, trace, config, task=record.task, seed=record.seed, options=options)
+    task = get_task(record.task, options).for_tokenizer(loaded.tokenizer)
+    row_of = row_seed(record.example, getattr(record, "sample", 0))
+    subject = Subject.of_task(task, record.task, record.example, record.seed, row_of, options.think_end)
+    answers = hasattr(record, "correct")
+    row = (_full_output if answers else _trace)(folder, arguments, loaded, record, task, options)
+    if not answers and not generate:
+        return inspector.replay(row, subject)
     sampling = arguments.get("sampling")
-    return inspect_generation(
-        loaded, trace, config, task=record.task, seed=record.seed, sample=getattr(record, "sample", 0),
-        sampling=Sampling(**sampling) if sampling else None, max_new_tokens=arguments.get("max_new_tokens"),
-        options=options,
-    )  # fmt: skip
+    return inspector.generation(
+        row,
+        subject,
+        sampling=Sampling(**sampling) if sampling else None,
+        max_new_tokens=arguments.get("max_new_tokens"),
+    )
 
 
 def _how_soon_wrong(record: Any) -> tuple[bool, bool, int]:
@@ -77,21 +84,25 @@ def _how_soon_wrong(record: Any) -> tuple[bool, bool, int]:
     return getattr(record, "correct", False), at is None, at or 0
 
 
-def _trace(folder: Path, arguments: Mapping[str, Any], loaded: LoadedModel, record: Any, options: TaskOptions) -> Trace:
-    """Return full KV's trace of a record, from the folder."""
-    family = get_task(record.task, options).for_tokenizer(loaded.tokenizer)
-    if not hasattr(record, "correct"):
-        (trace,) = load_or_make_traces(
-            loaded.model, loaded.tokenizer, family, task_spec=record.task, examples=[record.example], seed=record.seed,
-            settings=TraceSettings(**arguments["traces"]), folder=folder, batch_size=1, options=options,
-        )  # fmt: skip
-        return trace
+def _trace(
+    folder: Path, arguments: Mapping[str, Any], loaded: LoadedModel, record: Any, task: Task, options: TaskOptions
+) -> TraceRow:
+    """Return the trace of a replay's record, from the folder."""
+    (trace,) = load_or_make_traces(
+        loaded.model, loaded.tokenizer, task, task_spec=record.task, examples=[record.example], seed=record.seed,
+        settings=TraceSettings(**arguments["traces"]), folder=folder, batch_size=1, options=options,
+    )  # fmt: skip
+    return trace.row
+
+
+def _full_output(
+    folder: Path, arguments: Mapping[str, Any], loaded: LoadedModel, record: Any, task: Task, options: TaskOptions
+) -> TraceRow:
+    """Return full KV's answer to an answer record's problem, from the folder."""
     outputs = RecordFile(folder / f"outputs-{file_name(record.task)}.jsonl", FullOutput).records
     key = record_key(record.example, record.sample)
     if key not in outputs:
         raise ResultsError(f"{folder} lacks full KV's output of example {record.example}; run its command again.")
-    problem, output_T = family.problem(record.example, seed=record.seed), torch.tensor(outputs[key].tokens)
-    (prompt_P,) = encode_prompts(loaded.model, loaded.tokenizer, family, [problem], options)
-    (teacher,) = reference_logprobs(loaded.model, [prompt_P], [output_T])
-    right = family.check(problem, str(loaded.tokenizer.decode(output_T, skip_special_tokens=True)))
-    return Trace(record.example, prompt_P, output_T, teacher, right)
+    problem = task.problem(record.example, seed=record.seed)
+    (prompt_P,) = encode_prompts(loaded.model, loaded.tokenizer, task, [problem], options)
+    return TraceRow(prompt_P, torch.tensor(outputs[key].tokens))

@@ -23,9 +23,10 @@ from reasonkv.evaluate.frontier import (
     measured_points,
     usable_budget,
 )
+from reasonkv.evaluate.statistics import LEAST
 from reasonkv.report.metrics import REGIMES, UNITS
 from reasonkv.report.terminal import make_table
-from reasonkv.report.wording import amount, number, rule_words, selecting
+from reasonkv.report.wording import amount, interval_text, number, rule_words, selecting
 
 if TYPE_CHECKING:
     from reasonkv.evaluate.tune import Search
@@ -108,7 +109,7 @@ class Frontier:
                 one.label,
                 f"{one.ours.mean * scale:.{digits}f} : {one.theirs.mean * scale:.{digits}f}",
                 number(one.advantage.mean * scale, digits),
-                f"[{number(one.advantage.low * scale, digits)}, {number(one.advantage.high * scale, digits)}]",
+                interval_text(one.advantage.low, one.advantage.high, digits, scale) or "-",
                 str(one.advantage.pairs),
                 f"{one.p:.2g}",
                 "yes" if one.holds else "no",
@@ -127,9 +128,19 @@ class Frontier:
             "usable: from there on every measured budget keeps the target; linear in log(budget) between two of them; "
             "the interval is a bootstrap over examples. holds: the interval lies above 0 and p, corrected by Holm over "
             "every pair of a smaller and a larger cell, is below 0.05. n: examples, fewer where rows are too "
-            "short for the larger budgets.",
+            "short for the larger budgets; fewer than 8 have no interval.",
+            *self._random_sentences(),
             self._crossings_sentence(),
             self.left_out,
+        ]
+
+    def _random_sentences(self) -> list[str]:
+        """Say where a target is kept by random eviction, so that it separates no method from chance."""
+        return [
+            f"On {task} even random keeps {self.target} from {amount(found.tokens, self.axis)} on: above that the "
+            f"target separates no method from chance. Give a stricter --target, or measure smaller budgets."
+            for (task, method, _), found in self.usable.items()
+            if method == "random" and isinstance(found, UsableBudget) and found.tokens is not None
         ]
 
     def _crossings_sentence(self) -> str:
@@ -165,7 +176,13 @@ class Frontier:
 
 
 def summarize_frontier(
-    frame: pd.DataFrame, target: Target, axis: Axis = "tokens", *, pair: tuple[str, str] | None = None, seed: int = 0
+    frame: pd.DataFrame,
+    target: Target,
+    axis: Axis = "tokens",
+    *,
+    pair: tuple[str, str] | None = None,
+    compare: bool = True,
+    seed: int = 0,
 ) -> Frontier:
     """Return usable budgets and crossings of records that may be compared (`frontier.read_comparable`).
 
@@ -174,6 +191,7 @@ def summarize_frontier(
         target: what has to be kept; its metric is the one read.
         axis: what budgets are measured in.
         pair: labels of two methods: then these are compared, at equal and smaller budgets of the first.
+        compare: look for crossings; they take long where there are many cells.
         seed: of the bootstrap.
 
     Raises:
@@ -199,7 +217,7 @@ def summarize_frontier(
     )
     # every task's pairs stand in one family of tests, so that Holm's correction covers all that is shown
     if pair is None:
-        found = crossings(active, target.metric, axis=axis, seed=seed)
+        found = crossings(active, target.metric, axis=axis, seed=seed) if compare else []
     else:
         found = between(active, *pair, target.metric, axis=axis, seed=seed)
     return Frontier(target, axis, points, usable, found, counts, pair)
@@ -222,6 +240,8 @@ def usable_text(found: UsableBudget, axis: Axis) -> tuple[str, str, str]:
     words = _STATUS[found.status]
     if found.fails_above:
         words += "; missed again at " + ", ".join(amount(one, axis) for one in found.fails_above)
+    if found.examples < LEAST:
+        return text(found.tokens), "-", words
     low, high = text(found.low), text(found.high)
     return text(found.tokens), low if low == high and low[0] in "≤>" else f"[{low}, {high}]", words
 
@@ -286,7 +306,7 @@ def _comparison_dict(one: Comparison) -> dict[str, Any]:
         name: {"method": side.method, "tokens": side.tokens, "mean": side.mean}
         for name, side in (("smaller", one.ours), ("larger", one.theirs))
     }
-    rest = {"difference": vars(one.advantage), "p": one.p, "holds": one.holds}
+    rest = {"difference": one.advantage.to_dict(), "p": one.p, "holds": one.holds}
     return {"task": one.ours.task, "label": one.label, "rule": json.loads(one.ours.rule)} | sides | rest
 
 

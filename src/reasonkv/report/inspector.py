@@ -1,9 +1,9 @@
 """The trace inspector: a trace's text with the fate of every token in a compressed cache, as data and as a page.
 
-Two kinds. A *replay* feeds the cache full KV's own trace, so every token can be compared with what full KV would have
-said. A *generation* is what the compressed run wrote by itself, beside full KV's trace, up to the answer.
+Two kinds. A *replay* feeds the cache a text, mostly full KV's own trace, so every token can be compared with what full
+KV would have predicted. A *generation* is what the compressed run wrote by itself, beside full KV's trace.
 
-Legend: G layers, H KV heads, E events, N tokens (prompt and output), P of them prompt, T of them output.
+Legend: G layers, H KV heads, E compactions, N tokens (prompt and output), P of them prompt, T of them output.
 """
 
 from __future__ import annotations
@@ -11,33 +11,37 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from reasonkv.calibration import Calibration
 from reasonkv.evaluate.cells import RunConfig
-from reasonkv.evaluate.chunks import feed
-from reasonkv.evaluate.decoding import Request, decode_batch
-from reasonkv.evaluate.fates import EventPlan, PlanRecorder, fates
-from reasonkv.evaluate.generate import room, row_seed
+from reasonkv.evaluate.chunks import TraceRow, feed
+from reasonkv.evaluate.decoding import Request, TextRules, decode_batch
+from reasonkv.evaluate.fates import EventPlan, PlanRecorder, fates, save_plans
+from reasonkv.evaluate.generate import room
 from reasonkv.evaluate.job import Sampling
 from reasonkv.evaluate.manifest import ResultsError
 from reasonkv.evaluate.metrics import TeacherLogprobs
 from reasonkv.evaluate.reference import FullAttention
 from reasonkv.evaluate.text import first_divergence
-from reasonkv.evaluate.traces import Trace, reference_logprobs
+from reasonkv.evaluate.traces import reference_logprobs
 from reasonkv.files import write_atomically
 from reasonkv.methods import refuse_future
 from reasonkv.models import LoadedModel, one_thread_if_small
 from reasonkv.report.html import INSPECTOR_SCRIPTS, INSPECTOR_STYLES, render
 from reasonkv.report.packing import packed_attention, packed_fates, piece, token_pieces
-from reasonkv.report.wording import size_words
-from reasonkv.runtimes.transformers import CompressedCache, RowStats
-from reasonkv.tasks import TaskOptions, get_task
+from reasonkv.report.wording import plural, size_words
+from reasonkv.runtimes.transformers import CompressedCache
+from reasonkv.tasks import Task
+from reasonkv.tasks.given import GivenTraces
+from reasonkv.tasks.options import THINK_END
 
 FORMAT = 1
 FOLDER = "inspections"
@@ -46,185 +50,199 @@ FOLDER = "inspections"
 
 @dataclass(frozen=True)
 class Inspection:
-    """An inspection's JSON-ready data, and the plans its fates were computed from."""
+    """An inspection's JSON-ready data, and the plans its fates were computed from.
+
+    The last expression of a notebook's cell shows it (`_repr_html_`); `page` is the same as a file.
+    """
 
     data: dict[str, Any]
     plans: list[EventPlan]
 
+    def __repr__(self) -> str:
+        return f"<Inspection: {title_of(self.data)}, {plural(len(self.data['pieces']), 'token')}>"
+
+    def _repr_html_(self) -> str:
+        page = escape(inspector_page(self.data), quote=True)
+        return f'<iframe srcdoc="{page}" title="Trace inspector" style="width:100%;height:52rem;border:0"></iframe>'
+
+    def save(self, folder: Path) -> Path:
+        """Write data and plans into `folder/inspections`; return the path of the data."""
+        path = save_inspection(folder, self.data)
+        save_plans(path.with_suffix(".plans.safetensors"), self.plans)
+        return path
+
 
 @dataclass(frozen=True)
-class _Scores:
-    """What a cell said at every output position: float32 NLL of the shown token, int64 most likely token."""
-
-    nll_T: Tensor
-    top_T: Tensor
-    stats: RowStats
-
-
-def inspect_replay(
-    model: LoadedModel,
-    trace: Trace,
-    config: RunConfig,
-    *,
-    task: str,
-    seed: int = 0,
-    options: TaskOptions | None = None,
-) -> Inspection:
-    """Feed full KV's trace through a cell and tell what became of every token.
+class Subject:
+    """What a trace is about.
 
     Args:
-        model: the model that wrote the trace.
-        trace: full KV's trace.
-        cell: method and budget.
-        task: the trace's task, with its dials.
-        seed: of the problem, and of methods that draw random numbers.
-        options: of the task.
-
-    Raises:
-        BudgetError, UnsupportedModelError, TaskError: the cell or task cannot be carried out.
-    """
-    recorder = PlanRecorder()
-    with one_thread_if_small(model.model):
-        attention = FullAttention.collect(model.model, [trace.row])
-        scores = _score(model, trace, config, attention, trace.example, seed, recorder)
-        data = inspection_data(
-            model, trace, config, scores, recorder.plans, attention,
-            kind="replay", task=task, seed=seed, options=options,
-        )  # fmt: skip
-    return Inspection(data, recorder.plans)
-
-
-def inspect_generation(
-    model: LoadedModel,
-    trace: Trace,
-    config: RunConfig,
-    *,
-    task: str,
-    seed: int = 0,
-    sample: int = 0,
-    sampling: Sampling | None = None,
-    max_new_tokens: int | None = None,
-    options: TaskOptions | None = None,
-) -> Inspection:
-    """Let a cell write its own answer and tell what became of every token of it, beside full KV's trace.
-
-    Args:
-        model: the model that wrote the trace.
-        trace: full KV's trace of the same prompt.
-        cell: method and budget.
-        task: the trace's task, with its dials.
+        task: name of the task with its dials, or of the text.
+        example: number of the problem, or of the line.
         seed: of the problem, of sampling, and of methods that draw random numbers.
-        sample: number of the sample.
-        sampling: None for greedy.
-        max_new_tokens: most tokens to write; None: 1.25 times full KV's output and 32 more.
-
-    Raises:
-        MethodError: a method that needs to know the future.
-        BudgetError, UnsupportedModelError, TaskError, DecodingError: the cell or task cannot be carried out.
+        row_seed: a further one of the sequence; the example unless given.
+        expected: the right answer; None where there is none.
+        check: returns whether an output is right; None where nobody knows.
+        source: who wrote the output, for the page.
+        think_end: text that ends thinking.
     """
-    refuse_future(config.method)
-    recorder, prompt = PlanRecorder(), len(trace.prompt_P)
-    most = room(model.model, prompt, max_new_tokens or math.ceil(1.25 * len(trace.output_T)) + 32)
-    row = row_seed(trace.example, sample)
-    with one_thread_if_small(model.model):
-        with _cache(model, config, prompt, prompt + most, row, seed, observer=recorder) as cache:
-            request = Request(trace.prompt_P, most, row)
-            (wrote,) = decode_batch(model.model, cache, [request], sampling=sampling, seed=seed)
-        output_T = torch.tensor(wrote.tokens)
-        text = str(model.tokenizer.decode(output_T, skip_special_tokens=True))
-        asked = get_task(task, options).for_tokenizer(model.tokenizer)
-        right = asked.check(asked.problem(trace.example, seed=seed), text)
-        (teacher,) = reference_logprobs(model.model, [trace.prompt_P], [output_T])
-        own = Trace(trace.example, trace.prompt_P, output_T, teacher, right)
-        attention = FullAttention.collect(model.model, [own.row])
-        scores = _score(model, own, config, attention, row, seed, None)
-        data = inspection_data(
-            model, own, config, scores, recorder.plans, attention,
-            kind="generation", task=task, seed=seed, full=trace, truncated=wrote.truncated, options=options,
-        )  # fmt: skip
-    return Inspection(data, recorder.plans)
+
+    task: str
+    example: int = 0
+    seed: int = 0
+    row_seed: int | None = None
+    expected: str | None = None
+    check: Callable[[str], bool] | None = None
+    source: str = "full KV's trace"
+    think_end: str = THINK_END
+
+    @staticmethod
+    def of_task(
+        task: Task, spec: str, example: int, seed: int = 0, row_seed: int | None = None, think_end: str = THINK_END
+    ) -> Subject:
+        """Return a problem of a task (`get_task(...).for_tokenizer(...)`); `spec` is the task as the user wrote it."""
+        problem = task.problem(example, seed=seed)
+        if isinstance(task, GivenTraces):
+            return Subject(Path(task.name).name, example, seed, row_seed, source="the output of the file")
+        check = lambda output: task.check(problem, output)  # noqa: E731
+        return Subject(spec, example, seed, row_seed, problem.answer, check, think_end=think_end)
 
 
-def inspection_data(
-    model: LoadedModel,
-    shown: Trace,
-    config: RunConfig,
-    scores: _Scores,
-    plans: Sequence[EventPlan],
-    attention: FullAttention,
-    *,
-    kind: str,
-    task: str,
-    seed: int,
-    full: Trace | None = None,
-    truncated: bool = False,
-    options: TaskOptions | None = None,
-) -> dict[str, Any]:
-    """Everything the page needs, JSON-ready; arrays are base64 of little-endian integers.
+@dataclass(frozen=True)
+class Inspector:
+    """A method at a budget on a model, ready to inspect sequences.
 
     Args:
-        model: whose tokens they are.
-        shown: the trace whose tokens have fates, with full KV's opinion of them.
-        cell: method and budget.
-        scores: the cell's opinion of the same tokens.
-        plans: as carried out on these tokens.
-        attention: full KV's attention over these tokens (row 0).
-        kind: "replay" or "generation".
-        task: with its dials.
-        seed: of the problem.
-        full: full KV's trace, where it is not the one that is shown.
-        truncated: the shown output met a limit on its length.
+        model: the model.
+        config: method and budget.
+        calibration: statistics of the model's queries; looked up beside the model unless given.
     """
-    ids = torch.cat([shown.prompt_P, shown.output_T])
-    found = fates(plans, len(ids), layers=attention.layers)
-    edges = [0, *found.lengths_E, len(ids) - 1]
-    received = torch.stack([attention.received_by_event(layer, 0, edges) for layer in attention.layers]).cpu()
-    heads = received.shape[2]
-    tokenizer = model.tokenizer
-    problem = get_task(task, options).for_tokenizer(tokenizer).problem(shown.example, seed=seed)
-    best_T, told_T = shown.teacher.best_N(), _logprob_of(shown.teacher, shown.output_T)
-    mismatch = _first(scores.top_T != best_T)
-    trace = full or shown
-    texts = {name: str(tokenizer.decode(one.output_T, skip_special_tokens=True)) for name, one in
-             {"full": trace, "shown": shown}.items()}  # fmt: skip
-    return {
-        "format": FORMAT,
-        "kind": kind,
-        "model": model.name,
-        "method": config.method.spec(),
-        "budget": config.budget.to_dict() if config.budget else None,
-        "task": task,
-        "example": shown.example,
-        "seed": seed,
-        "prompt": len(shown.prompt_P),
-        "pieces": token_pieces(tokenizer, ids),
-        "layers": attention.layers,
-        "heads": heads,
-        "events": {"length": found.lengths_E, "before": found.before_E, "after": found.after_E},
-        "fates": packed_fates(found, heads),
-        "protected": _protected(config),
-        "attention": packed_attention(received.transpose(1, 2)),
-        "scores": {
-            "nll": _rounded(scores.nll_T),
-            "full_nll": _rounded(-told_T),
-            "top": [piece(tokenizer, None, token) for token in scores.top_T.tolist()],
-            "full_top": [piece(tokenizer, None, token) for token in best_T.tolist()],
-            "differs": (scores.top_T != best_T).nonzero()[:, 0].tolist(),
-        },
-        "first_mismatch": mismatch,
-        "first_divergence": None if full is None else first_divergence(shown.output_T.tolist(), full.output_T.tolist()),
-        "full_pieces": None if full is None else token_pieces(tokenizer, full.output_T),
-        "expected": problem.answer,
-        "answer": {"full": _answer(texts["full"], trace.correct)}
-        | ({} if full is None else {"shown": _answer(texts["shown"], shown.correct) | {"truncated": truncated}}),
-        "stats": {
-            "mean": round(scores.stats.physical_mean, 1),
-            "peak": scores.stats.physical_peak,
-            "held": scores.stats.physical_terminal,
-            "agreement": round(float((scores.top_T == best_T).double().mean()), 5),
-            "nll": round(float(scores.nll_T.double().mean()), 5),
-        },
-    }
+
+    model: LoadedModel
+    config: RunConfig
+    calibration: Calibration | None = None
+
+    def replay(self, row: TraceRow, subject: Subject) -> Inspection:
+        """Feed a trace through the cache and return what became of every token.
+
+        Args:
+            row: prompt and output.
+            subject: what the trace is about.
+
+        Raises:
+            BudgetError, UnsupportedModelError, CalibrationError: the method cannot run on this trace.
+        """
+        with one_thread_if_small(self.model.model):
+            recorder = PlanRecorder()
+            data = self._data(row, subject, recorder)
+            answer = self._answer(row.output_T, subject) if subject.check else None
+            return Inspection(data | {"kind": "replay", "answer": {"full": answer}}, recorder.plans)
+
+    def generation(
+        self, full: TraceRow, subject: Subject, *, sampling: Sampling | None = None, max_new_tokens: int | None = None
+    ) -> Inspection:
+        """Let the cache write its own answer and return what became of every token of it, beside full KV's trace.
+
+        Args:
+            full: full KV's trace of the same prompt.
+            subject: what the trace is about.
+            sampling: None for greedy.
+            max_new_tokens: most tokens to write; None: 1.25 times full KV's output and 32 more.
+
+        Raises:
+            MethodError: a method that needs to know the future.
+            BudgetError, UnsupportedModelError, CalibrationError, DecodingError: the method cannot run on this prompt.
+        """
+        refuse_future(self.config.method)
+        most = max_new_tokens or math.ceil(1.25 * len(full.output_T)) + 32
+        prompt_P, recorder = full.prompt_P, PlanRecorder()
+        most = room(self.model.model, len(prompt_P), most)
+        with one_thread_if_small(self.model.model):
+            with self._cache(len(prompt_P), len(prompt_P) + most, subject, recorder) as cache:
+                request = Request(prompt_P, most, _row_seed(subject))
+                rules = TextRules(self.model.tokenizer, sampling or Sampling(), subject.think_end)
+                (wrote,) = decode_batch(
+                    self.model.model, cache, [request], sampling=sampling, seed=subject.seed, rules=rules
+                )
+            shown = TraceRow(prompt_P, torch.tensor(wrote.tokens))
+            data = self._data(shown, subject, None, recorder.plans)
+        part = first_divergence(shown.output_T.tolist(), full.output_T.tolist())
+        return Inspection(data | {
+            "kind": "generation", "source": "written by the compressed run", "first_divergence": part,
+            "full_pieces": token_pieces(self.model.tokenizer, full.output_T),
+            "answer": {"full": self._answer(full.output_T, subject),
+                       "shown": self._answer(shown.output_T, subject) | {"truncated": wrote.truncated}},
+        }, recorder.plans)  # fmt: skip
+
+    def _cache(self, prompt: int, longest: int, subject: Subject, observer: Any, **options: Any) -> CompressedCache:
+        method, budget = self.config.method.for_tokenizer(self.model.tokenizer), self.config.budget
+        return CompressedCache(
+            self.model.model, method, budget, prompt_lengths=[prompt], seed=subject.seed,
+            row_seeds=[_row_seed(subject)], max_length=longest, observer=observer,
+            calibration=self.calibration or self.model.calibration_file, **options,
+        )  # fmt: skip
+
+    def _answer(self, output_T: Tensor, subject: Subject) -> dict[str, Any]:
+        """The end of an output, from where thinking ended last, and whether it is right, if known."""
+        text = str(self.model.tokenizer.decode(output_T, skip_special_tokens=True))
+        head, mark, tail = text.rpartition(subject.think_end)
+        correct = None if subject.check is None else subject.check(text)
+        return {"text": (tail if mark else head + tail)[-400:].strip(), "closed": bool(mark), "correct": correct}
+
+    def _data(
+        self, row: TraceRow, subject: Subject, recorder: PlanRecorder | None, plans: list[EventPlan] | None = None
+    ) -> dict[str, Any]:
+        """Return what the page needs of one trace, JSON-ready; arrays are base64 of little-endian integers.
+
+        Args:
+            row: the trace whose tokens have fates.
+            subject: what it is about.
+            recorder: observes the feeding; None where `plans` are known.
+            plans: as carried out while the trace was written.
+        """
+        model, tokenizer, method, budget = (
+            self.model.model, self.model.tokenizer, self.config.method, self.config.budget
+        )  # fmt: skip
+        attention = FullAttention.collect(model, [row])
+        (teacher,) = reference_logprobs(model, [row.prompt_P], [row.output_T])
+        future = attention if method.needs.future else None
+        nll, top = [], []
+        # in chunks that end at the compactions, as replay does
+        with self._cache(len(row.prompt_P), row.fed, subject, recorder, reference=future) as cache:
+            for scored in feed(model, cache, [row], distances=cache.tokens_to_next_event):
+                logprobs_NV = scored.logits_NV.float().log_softmax(-1)
+                tokens_N = row.output_T[scored.start : scored.start + len(logprobs_NV)].to(logprobs_NV.device)
+                nll.append(-logprobs_NV.gather(1, tokens_N[:, None])[:, 0].cpu())
+                top.append(logprobs_NV.argmax(-1).cpu())
+            stats = cache.stats().rows[0]
+        nll_T, top_T, best_T = torch.cat(nll), torch.cat(top), teacher.best_N()
+        ids = torch.cat([row.prompt_P, row.output_T])
+        found = fates(recorder.plans if recorder else plans or [], len(ids), layers=attention.layers)
+        edges = [0, *found.lengths_E, len(ids) - 1]
+        received = torch.stack([attention.received_by_event(layer, 0, edges) for layer in attention.layers]).cpu()
+        differs = (top_T != best_T).nonzero()[:, 0].tolist()
+        recent = 0 if budget is None else max(budget.recent, method.needs.recent)
+        return {
+            "format": FORMAT, "model": self.model.name, "method": method.spec(), "task": subject.task,
+            "budget": budget.to_dict() if budget else None, "example": subject.example, "seed": subject.seed,
+            "source": subject.source, "expected": subject.expected, "prompt": len(row.prompt_P),
+            "pieces": token_pieces(tokenizer, ids), "layers": attention.layers, "heads": received.shape[2],
+            "events": {"length": found.lengths_E, "before": found.before_E, "after": found.after_E},
+            "fates": packed_fates(found, received.shape[2]),
+            "protected": {"sinks": budget.sinks if budget else 0, "recent": recent,
+                          "prompt": budget is not None and budget.prompt != "count"},
+            "attention": packed_attention(received.transpose(1, 2)),
+            "scores": {
+                "nll": _rounded(nll_T), "full_nll": _rounded(_logprob_of(teacher, row.output_T)),
+                "top": [piece(tokenizer, None, token) for token in top_T.tolist()],
+                "full_top": [piece(tokenizer, None, token) for token in best_T.tolist()], "differs": differs,
+            },
+            "first_mismatch": differs[0] if differs else None, "first_divergence": None, "full_pieces": None,
+            "stats": {
+                "mean": round(stats.physical_mean, 1), "peak": stats.physical_peak, "held": stats.physical_terminal,
+                "agreement": round(1 - len(differs) / len(top_T), 5), "nll": round(float(nll_T.double().mean()), 5),
+            },
+        }  # fmt: skip
 
 
 def save_inspection(folder: Path, data: dict[str, Any]) -> Path:
@@ -255,49 +273,22 @@ def load_inspections(folder: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
+def title_of(data: dict[str, Any]) -> str:
+    """Return what was inspected, as in `rkv at 128 slots on program, example 3`."""
+    method = "full KV" if data["budget"] is None else f"{data['method']} at {size_words(data['budget'])}"
+    return f"{method} on {data['task']}, example {data['example']}"
+
+
 def inspector_page(data: dict[str, Any]) -> str:
-    """The inspector alone, as one self-contained HTML page."""
-    slots = "" if data["budget"] is None else f" at {size_words(data['budget'])}"
-    title = f"{data['method']}{slots} on {data['task']}, example {data['example']}"
+    """Return the inspector alone, as one self-contained HTML page."""
     return render(
         "inspector.html.j2", styles=INSPECTOR_STYLES, scripts=INSPECTOR_SCRIPTS, data={"inspection": data},
-        title=f"{title} - reasonkv", heading=title,
+        title=f"{title_of(data)} - reasonkv", heading=title_of(data),
     )  # fmt: skip
 
 
-def _cache(
-    model: LoadedModel, config: RunConfig, prompt: int, longest: int, row: int, seed: int, **options: Any
-) -> CompressedCache:
-    return CompressedCache(
-        model.model, config.method.for_tokenizer(model.tokenizer), config.budget,
-        prompt_lengths=[prompt], seed=seed, row_seeds=[row], max_length=longest,
-        calibration=model.calibration_file, **options,
-    )  # fmt: skip
-
-
-def _score(
-    model: LoadedModel,
-    trace: Trace,
-    config: RunConfig,
-    attention: FullAttention,
-    row: int,
-    seed: int,
-    observer: PlanRecorder | None,
-) -> _Scores:
-    """Feed a trace through a cell in pieces that end at its events, as replay does."""
-    rows = [trace.row]
-    future = attention if config.method.needs.future else None
-    nll, top = [], []
-    with _cache(
-        model, config, len(trace.prompt_P), rows[0].fed, row, seed, observer=observer, reference=future
-    ) as cache:
-        for scored in feed(model.model, cache, rows, distances=cache.tokens_to_next_event):
-            logprobs_NV = scored.logits_NV.float().log_softmax(-1)
-            tokens_N = trace.output_T[scored.start : scored.start + len(logprobs_NV)].to(logprobs_NV.device)
-            nll.append(-logprobs_NV.gather(1, tokens_N[:, None])[:, 0].cpu())
-            top.append(logprobs_NV.argmax(-1).cpu())
-        stats = cache.stats().rows[0]
-    return _Scores(torch.cat(nll), torch.cat(top), stats)
+def _row_seed(subject: Subject) -> int:
+    return subject.example if subject.row_seed is None else subject.row_seed
 
 
 def _logprob_of(teacher: TeacherLogprobs, tokens_T: Tensor) -> Tensor:
@@ -309,23 +300,5 @@ def _logprob_of(teacher: TeacherLogprobs, tokens_T: Tensor) -> Tensor:
     return torch.where(is_it_Tk.any(-1), stored_T, teacher.rest_N)
 
 
-def _protected(config: RunConfig) -> dict[str, Any]:
-    if config.budget is None:
-        return {"sinks": 0, "recent": 0, "prompt": False}
-    recent = max(config.budget.recent, config.method.needs.recent)
-    return {"sinks": config.budget.sinks, "recent": recent, "prompt": config.budget.prompt != "count"}
-
-
-def _answer(text: str, correct: bool) -> dict[str, Any]:
-    """The end of an output, from its last `</think>` where there is one."""
-    head, mark, tail = text.rpartition("</think>")
-    return {"text": (tail if mark else head + tail)[-400:].strip(), "closed": bool(mark), "correct": correct}
-
-
 def _rounded(values_T: Tensor) -> list[float]:
     return [round(min(value, 99.0), 3) for value in values_T.double().abs().tolist()]
-
-
-def _first(flags_T: Tensor) -> int | None:
-    where = flags_T.nonzero()
-    return int(where[0]) if len(where) else None

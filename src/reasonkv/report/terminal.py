@@ -107,7 +107,7 @@ def answers_tables(summary: pd.DataFrame) -> list[Table]:
     """Return one table per task of an evaluation's summary."""
     columns: dict[str, Callable[[Row], str]] = {
         "n": lambda row: str(row["n"]) if row["n"] == row["answers"] else f"{row['n']} ({row['answers']})",
-        "accuracy %": _text("correct", 1, 100),
+        "accuracy %": _text("correct", 1, 100),  # with its Wilson interval
         "vs full": lambda row: difference_text(row["correct_vs_full"], 0, 100),
         "vs random": lambda row: difference_text(row["correct_vs_random"], 0, 100),
         "cut off %": _mean("truncated", 0, 100), "tokens": _mean("output_tokens"),
@@ -132,7 +132,11 @@ def replay_caption(frame: pd.DataFrame) -> str:
         own = part.drop_duplicates("example")
         lengths.append(
             f"{task} {own['prompt_tokens'].mean():,.0f} + {own['output_tokens'].mean():,.0f} tokens, "
-            f"{own['trace_correct'].sum()} of {len(own)} traces answer right"
+            + (
+                f"{own['trace_correct'].sum()} of {len(own)} traces answer right"
+                if own["trace_correct"].notna().all()
+                else "not graded"
+            )
         )
     sentences = [f"± is one standard error over traces. Full KV's traces, prompt + output: {'; '.join(lengths)}."]
     if budget := budget_sentence(frame):
@@ -152,13 +156,15 @@ def answers_caption(frame: pd.DataFrame, sampling: Sampling | None = None) -> st
     if sampling is not None:
         samples = 1 + frame["sample"].max()
         many = f"{samples} samples each" if samples > 1 else "one sample each"
-        how = f"{many} at temperature {sampling.temperature:g}, top-p {sampling.top_p:g}"
+        own = [f"{name.replace('_', '-')} {value}" for name, value in sampling.to_dict().items() if value]
+        how = f"{many} at {', '.join(own)}"
     sentences = [
-        f"n: problems ({'; '.join(f'{task} {count}' for task, count in counts.items())}), {how}. ± is one standard "
-        "error, clustered by problem. vs: paired difference of accuracy on the same problems in points, to full KV and "
-        "to random at the same budget, with its 95 % bootstrap interval. cut off: stopped at the token limit. loops: "
-        "share of tokens in an n-gram that stands three times or more in a row. differ: outputs that are not full "
-        "KV's; first at: the median token at which they leave it."
+        f"n: problems ({'; '.join(f'{task} {count}' for task, count in counts.items())}), {how}. "
+        "accuracy: with its 95 % Wilson interval over problems. vs: paired difference of accuracy on the same problems "
+        "in points, to full KV and to random at the same budget, with its 95 % bootstrap interval. Fewer than 8 "
+        "problems have no interval. cut off: stopped at the token limit. loops: share of tokens in an n-gram that "
+        "stands three times or more in a row. differ: outputs that are not full KV's; first at: the median token at "
+        "which they leave it."
     ]
     return " ".join(filter(None, [*sentences, budget_sentence(frame), seeds_sentence(frame)]))
 
@@ -170,4 +176,4 @@ def figure_note(frame: pd.DataFrame) -> str:
     choosing = selecting(frame)
     if choosing and "on_top" in policies:
         words += f"; not drawn, as their budget is what is read in all: {listed(choosing)}"
-    return f"Band: one standard error over traces. {words[:1].upper()}{words[1:]}."
+    return f"Band or bar: one standard error over traces. {words[:1].upper()}{words[1:]}."

@@ -25,24 +25,47 @@ def number(value: float, digits: int, sign: str = "") -> str:
 
 
 def estimate_text(row: Mapping[str, Any], metric: str, digits: int, scale: float = 1) -> str:
-    """Return `mean ±se` of a metric of a summary's row; `-` where it has none."""
+    """Return `mean ±se` of a metric of a summary's row, or `mean [low, high]` where it has an interval of its own.
+
+    Too few examples have the mean alone; a metric that does not exist is `-`.
+    """
     mean, se = row.get(metric, math.nan), row.get(f"{metric}_se", math.nan)
     if math.isnan(mean):
         return "-"
+    if f"{metric}_low" in row:
+        ends = interval_text(row[f"{metric}_low"], row[f"{metric}_high"], digits, scale)
+        return f"{number(mean * scale, digits)} {ends}".rstrip()
     return number(mean * scale, digits) + ("" if math.isnan(se) else f" ±{se * scale:,.{digits}f}")
+
+
+def ends(row: Mapping[str, Any], metric: str) -> tuple[float, float]:
+    """Return the ends of a mean's interval: its own, or one standard error to each side; the mean where it has none."""
+    mean, se = row[metric], row[f"{metric}_se"]
+    low, high = row.get(f"{metric}_low", mean - se), row.get(f"{metric}_high", mean + se)
+    return (mean, mean) if math.isnan(low) else (low, high)
 
 
 def difference_text(one: Difference | None, digits: int, scale: float = 1) -> str:
     """Return `mean [low, high]` with signs, or `-` where nothing was compared."""
     if not isinstance(one, Difference):
         return "-"
-    mean, low, high = (number(value * scale, digits, sign="+") for value in (one.mean, one.low, one.high))
-    return f"{mean} [{low}, {high}]"
+    ends = interval_text(one.low, one.high, digits, scale, sign="+")
+    return f"{number(one.mean * scale, digits, sign='+')} {ends}".rstrip()
+
+
+def interval_text(low: float, high: float, digits: int, scale: float = 1, sign: str = "") -> str:
+    """Return `[low, high]`, or nothing where the ends are NaN."""
+    return "" if math.isnan(low) else f"[{', '.join(number(end * scale, digits, sign) for end in (low, high))}]"
 
 
 def listed(words: Sequence[str]) -> str:
     """Return `a`, `a and b`, `a, b and c`."""
     return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " and " + words[-1]
+
+
+def plural(count: int, word: str) -> str:
+    """Return `1 problem`, `2,000 problems`."""
+    return f"{count:,} {word}{'s' * (count != 1)}"
 
 
 def labels(frame: pd.DataFrame, where: pd.Series) -> list[str]:

@@ -30,6 +30,7 @@ _FAMILIES: dict[str, type[GeneratedTask]] = {
 _GROUP = "reasonkv.tasks"
 _FORMS = {
     "FILE.jsonl": "rows of a .jsonl, .json, .csv or .parquet file (--prompt, --answer, --grade)",
+    "FILE.yaml": "a file that names dataset, prompt, answer, grader and more, as the benchmarks below do",
     "hub:OWNER/NAME": "a dataset of the hub: config=..., split=test, revision=...",
     "gym:NAME": "a generator of reasoning-gym: per_prompt=4 puts several problems into one prompt",
     "niah": "one fact in a long text: length=4096, depth=50",
@@ -48,7 +49,10 @@ def task_catalogue() -> dict[str, str]:
 
     modules = {name: sys.modules[family.__module__].__doc__ or "" for name, family in _FAMILIES.items()}
     families = {name: text.splitlines()[0].partition(": ")[2] for name, text in modules.items()}
-    named = {name: declared["title"] for name, declared in standard_tasks().items()}
+    named = {
+        f"{name}:SET" if one.subsets else name: ": ".join(filter(None, (one.title, ", ".join(one.subsets))))
+        for name, one in standard_tasks().items()
+    }
     added = {point.name: point.value for point in entry_points(group=_GROUP)}
     return families | _FORMS | named | added
 
@@ -57,8 +61,9 @@ def get_task(spec: str, options: TaskOptions | None = None) -> Task:
     """Return the task for `NAME` or `NAME:key=value,key=value`.
 
     Args:
-        spec: a bundled family (`program:lines=48`), a file (`questions.jsonl`), `hub:OWNER/NAME`, `gym:NAME`, `niah`,
-            `ruler:KIND`, a named benchmark (`gsm8k`), or a name of the entry-point group `reasonkv.tasks`.
+        spec: a bundled family (`program:lines=48`), a file (`questions.jsonl`, `mine.yaml`), `hub:OWNER/NAME`,
+            `gym:NAME`, `niah`, `ruler:KIND`, a named benchmark (`gsm8k`, `longbench:qasper,length=8000`), or a name of
+            the entry-point group `reasonkv.tasks`.
         options: how data becomes prompts and how outputs are graded; the bundled families have none.
 
     Raises:
@@ -69,43 +74,48 @@ def get_task(spec: str, options: TaskOptions | None = None) -> Task:
     name, _, rest = spec.partition(":")
     if name in _FAMILIES:
         return _family(name, rest)
+    if name == "traces":
+        from .given import given_traces
+
+        return given_traces(rest, options)
     from .data import SUFFIXES, data_task, read_rows
     from .gym import gym_task
-    from .hub import hub_task, standard_tasks
+    from .hub import hub_task, standard_task, standard_tasks, yaml_task
     from .needle import needle_task
 
+    if spec.endswith((".yaml", ".yml")):
+        return yaml_task(Path(spec).expanduser(), options)
     if spec.endswith(SUFFIXES):
         rows, skipped = read_rows(Path(spec).expanduser())
         return data_task(spec, rows, options, skipped)
-    makers: dict[str, Callable[[dict[str, str]], Task]] = {
-        "hub": lambda given: hub_task(spec, options, given),
-        "gym": lambda given: gym_task(spec, given, options.think_end),
-        "niah": lambda given: needle_task(spec, given, options.think_end),
-        "ruler": lambda given: needle_task(spec, given, options.think_end),
-        **{known: partial(_standard, known, options) for known in standard_tasks()},
-        **{point.name: partial(_installed, point, options) for point in entry_points(group=_GROUP)},
-    }
-    if name not in makers:
-        near = difflib.get_close_matches(name, [*_FAMILIES, *makers], n=1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
-        known = f"{', '.join(_FAMILIES)}, a file such as questions.jsonl, and those of `reasonkv tasks`"
-        raise TaskError(f"There is no task {name!r}{hint}; the tasks are {known}.")
+    parts = [part.strip() for part in rest.split(",")]
+    has_subsets = name in {"hub", "gym", "ruler"} or name in standard_tasks()
+    subset = parts.pop(0) if has_subsets and "=" not in parts[0] else ""
     given: dict[str, str] = {}
-    for option in filter(None, (part.strip() for part in rest.split(","))):
+    for option in filter(None, parts):
         key, equals, value = option.partition("=")
-        if equals:
-            given[key] = value
-        elif option != rest.split(",")[0].strip() or name not in {"hub", "gym", "ruler"}:
+        if not equals:
             raise TaskError(f"Write options of the task {name} as key=value, not {option!r}.")
-    return makers[name](given)
-
-
-def _standard(name: str, options: TaskOptions, given: dict[str, str]) -> Task:
-    from .hub import standard_task
-
-    if given:
-        raise TaskError(f"The benchmark {name} takes no options, such as {next(iter(given))}.")
-    return standard_task(name, options)
+        given[key] = value
+    makers: dict[str, Callable[[], Task]] = {
+        "hub": lambda: hub_task(spec, options, given),
+        "gym": lambda: gym_task(spec, given, options.think_end),
+        "niah": lambda: needle_task(spec, given, options.think_end),
+        "ruler": lambda: needle_task(spec, given, options.think_end),
+        **{point.name: partial(_installed, point, options, given) for point in entry_points(group=_GROUP)},
+    }
+    if name in makers:
+        return makers[name]()
+    if name not in standard_tasks():
+        known = [*_FAMILIES, *makers, *standard_tasks()]
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        listed = f"{', '.join(_FAMILIES)}, a file such as questions.jsonl, and those of `reasonkv tasks`"
+        raise TaskError(f"There is no task {name!r}{hint}; the tasks are {listed}.")
+    if set(given) - {"length"}:
+        unknown = next(iter(set(given) - {"length"}))
+        raise TaskError(f"The benchmark {name} takes the option length=TOKENS, not {unknown}.")
+    return standard_task(name, options, subset, given.get("length"))
 
 
 def _installed(point: Any, options: TaskOptions, given: dict[str, str]) -> Task:

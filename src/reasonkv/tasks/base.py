@@ -16,12 +16,14 @@ import itertools
 import random
 import reprlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from enum import IntEnum
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from reasonkv.errors import ReasonKVError
+from reasonkv.tasks.options import TaskOptions
 
 LETTERS = tuple("abcdefghijklmnopqrstuvwxyz")
 LABELS = tuple(f"n{number:02d}" for number in range(96))
@@ -135,6 +137,10 @@ class Grade:
     error: str | None = None
 
 
+UNREAD = Grade(0.0, None)
+"""An output in which no answer can be read."""
+
+
 class Task(ABC):
     """Problems with a grader; every runner takes them from `problem` and hands outputs to `grade`."""
 
@@ -144,8 +150,14 @@ class Task(ABC):
     """Whether prompts are messages, for which the tokenizer's chat template is used where there is one."""
     size: int | None = None
     """Number of problems, or None where there is no last one."""
-    skipped: tuple[str, ...] = ()
+    skipped: Sequence[str] = ()
     """Parts of the data that could not be read, a sentence each."""
+    sampling: Mapping[str, float] = MappingProxyType({})
+    """What the task's authors draw with, by fields of `reasonkv.evaluate.job.Sampling`."""
+    stop: Sequence[str] = ()
+    """Texts that end an output."""
+    max_new_tokens: int | None = None
+    """The authors' limit, or None where they name none."""
 
     @abstractmethod
     def problem(self, example: int, *, seed: int = 0, split: str = "test") -> Problem:
@@ -167,6 +179,10 @@ class Task(ABC):
     def for_tokenizer(self, tokenizer: Any) -> Task:
         """Return the task with lengths that are counted in tokens filled in."""
         return self
+
+    def prompt_options(self, options: TaskOptions) -> TaskOptions:
+        """Return the options under which the task's prompts are rendered."""
+        return options
 
 
 @dataclass(frozen=True)

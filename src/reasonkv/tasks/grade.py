@@ -7,19 +7,20 @@ it read as the answer. `extracted` is None where no answer could be read: such o
 from __future__ import annotations
 
 import re
-import string
-from collections import Counter
+import threading
 from collections.abc import Callable, Mapping, Sequence
-from difflib import SequenceMatcher
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from reasonkv.tasks.base import Grade, TaskError
+from reasonkv.tasks.base import UNREAD, Grade, TaskError
+from reasonkv.tasks.code import grade_code, grade_livecodebench
+from reasonkv.tasks.longbench import RULES
 from reasonkv.tasks.options import THINK, THINK_END
 
 _NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?(?:[eE][-+]?\d+)?(?![\w])|[-+]?\.\d+")
-_CODE = re.compile(r"```(?:[Pp]ython3?|py)?[ \t]*\n(.*?)```", re.DOTALL)
+_BRACES = re.compile(r"\\(?:boxed|fbox)\s*\{|[{}]")
 _CHOICES = (
     re.compile(r"(?i:answer)\s*(?i:is)?\s*[:：]?\s*\**\s*\(?([A-J])\)?\b(?!')"),
     re.compile(r"\(([A-J])\)"),
@@ -29,8 +30,6 @@ _CHOICES = (
 
 Grader = Callable[[str, Sequence[str], Mapping[str, Any]], Grade]
 """Called as `grader(answer_part, accepted_answers, row_of_data)`."""
-
-UNREAD = Grade(0.0, None)
 
 
 def after_thinking(output: str, end: str = THINK_END, *, required: bool = False) -> str | None:
@@ -48,15 +47,20 @@ def after_thinking(output: str, end: str = THINK_END, *, required: bool = False)
     return None if required or THINK in output else output
 
 
+def boxes(text: str) -> list[str]:
+    r"""Return the contents of all closed `\boxed{...}` with balanced braces, in the order they open."""
+    found, opened = list[tuple[int, int]](), list[int]()  # one pass: a model in a loop writes thousands of open boxes
+    for match in _BRACES.finditer(text):
+        if match[0] != "}":
+            opened.append(match.end() if len(match[0]) > 1 else -1)
+        elif opened and (start := opened.pop()) >= 0:
+            found.append((start, match.start()))
+    return [text[start:end].strip() for start, end in sorted(found)]
+
+
 def last_box(text: str) -> str | None:
-    r"""Return the content of the last closed `\boxed{...}` with balanced braces, or None."""
-    for start in reversed([match.end() for match in re.finditer(r"\\(?:boxed|fbox)\s*\{", text)]):
-        depth = 1
-        for end in range(start, len(text)):
-            depth += {"{": 1, "}": -1}.get(text[end], 0)
-            if depth == 0:
-                return text[start:end].strip()
-    return None
+    r"""Return the content of the last closed `\boxed{...}`, or None."""
+    return next(reversed(boxes(text)), None)
 
 
 def last_number(text: str) -> str | None:
@@ -79,13 +83,18 @@ def final_line(text: str) -> str | None:
 
 def grade_math(output: str, answers: Sequence[str], row: Mapping[str, Any]) -> Grade:
     """Compare the last box, or else the last number, with the answer as mathematics (math-verify, 5 s each)."""
-    parse, verify = _math_verify()
+    from math_verify import parse, verify
+
     extracted = last_box(output) or last_number(output)
     if extracted is None:
         return UNREAD
-    found = parse(f"\\boxed{{{extracted}}}")
-    right = any(verify(parse(f"\\boxed{{{last_box(answer) or answer}}}"), found) for answer in answers)
-    return Grade(float(right), extracted)
+    # the library's limits are signals, which only the main thread receives
+    limit = 5 if threading.current_thread() is threading.main_thread() else None
+    found, *wanted = (
+        parse(f"\\boxed{{{text}}}", parsing_timeout=limit)
+        for text in (extracted, *(last_box(answer) or answer for answer in answers))
+    )
+    return Grade(float(any(verify(one, found, timeout_seconds=limit) for one in wanted)), extracted)
 
 
 def grade_number(output: str, answers: Sequence[str], row: Mapping[str, Any]) -> Grade:
@@ -124,47 +133,14 @@ def grade_contains(output: str, answers: Sequence[str], row: Mapping[str, Any]) 
     return Grade(sum(answer.casefold() in text for answer in answers) / len(answers), output.strip())
 
 
-def grade_f1(output: str, answers: Sequence[str], row: Mapping[str, Any]) -> Grade:
-    """Return the best F1 of words over the answers, without case, punctuation and articles (SQuAD, LongBench)."""
-    if not output.strip():
-        return UNREAD
-    words = _plain_words(output)
-    return Grade(max(_f1(words, _plain_words(answer)) for answer in answers), output.strip())
-
-
 def grade_rouge(output: str, answers: Sequence[str], row: Mapping[str, Any]) -> Grade:
     """Return the best ROUGE-L F-measure over the answers."""
     if not output.strip():
         return UNREAD
-    try:
-        from rouge_score.rouge_scorer import RougeScorer
-    except ImportError:
-        raise _missing("rouge", "rouge-score") from None
+    from rouge_score.rouge_scorer import RougeScorer
+
     scorer = RougeScorer(["rougeL"])
     return Grade(max(scorer.score(answer, output)["rougeL"].fmeasure for answer in answers), output.strip())
-
-
-def grade_edit(output: str, answers: Sequence[str], row: Mapping[str, Any]) -> Grade:
-    """Return the similarity of the first line of code to the answer, from 0 to 1 (LongBench's code completion)."""
-    lines = [line for line in output.lstrip("\n").split("\n") if not any(mark in line for mark in ("`", "#", "//"))]
-    if not lines:
-        return UNREAD
-    ratios = (SequenceMatcher(None, lines[0], answer, autojunk=False).ratio() for answer in answers)
-    return Grade(round(max(ratios), 2), lines[0])
-
-
-def grade_code(output: str, answers: Sequence[str], row: Mapping[str, Any], *, seconds: float = 20.0) -> Grade:
-    """Run the last block of Python code with the answer's test code after it, in a process with limits.
-
-    The process has no network, 20 s and 1 GiB. The score is 1 if it ends without an error.
-    """
-    from reasonkv.tasks.sandbox import run_python
-
-    blocks = _CODE.findall(output)
-    code = blocks[-1] if blocks else None
-    if code is None:
-        return UNREAD
-    return Grade(float(all(run_python(f"{code}\n\n{test}\n", seconds=seconds).ok for test in answers)), code.strip())
 
 
 GRADERS: dict[str, Grader] = {
@@ -173,11 +149,12 @@ GRADERS: dict[str, Grader] = {
     "exact": grade_exact,
     "choice": grade_choice,
     "contains": grade_contains,
-    "f1": grade_f1,
     "rouge": grade_rouge,
-    "edit": grade_edit,
     "code": grade_code,
+    "livecodebench": grade_livecodebench,
+    **RULES,
 }
+_NEEDS = {"math": "math_verify", "rouge": "rouge_score"}
 
 
 def get_grader(name: str) -> Grader:
@@ -191,6 +168,11 @@ def get_grader(name: str) -> Grader:
 
     """
     if name in GRADERS:
+        package = _NEEDS.get(name)
+        if package and find_spec(package) is None:
+            raise TaskError(
+                f'The grader {name!r} needs the package {package.replace("_", "-")}; run pip install "reasonkv[tasks]".'
+            )
         return GRADERS[name]
     path, _, function = name.rpartition(":")
     if path.endswith(".py") and function.isidentifier():
@@ -213,30 +195,5 @@ def _grade_by_file(path: str, function: str, output: str, answers: Sequence[str]
     return Grade(0.0, None, f"The grader {path}:{function} must return a score from 0 to 1, not {score!r}.")
 
 
-def _math_verify() -> tuple[Callable[..., Any], Callable[..., bool]]:
-    try:
-        from math_verify import parse, verify
-    except ImportError:
-        raise _missing("math", "math-verify") from None
-    return parse, verify
-
-
-def _missing(grader: str, package: str) -> TaskError:
-    return TaskError(f'The grader {grader!r} needs the package {package}; run pip install "reasonkv[tasks]".')
-
-
 def _folded(text: str) -> str:
     return " ".join(text.casefold().split())
-
-
-def _plain_words(text: str) -> list[str]:
-    text = "".join(letter for letter in text.lower() if letter not in string.punctuation)
-    return re.sub(r"\b(a|an|the)\b", " ", text).split()
-
-
-def _f1(found: Sequence[str], wanted: Sequence[str]) -> float:
-    common = sum((Counter(found) & Counter(wanted)).values())
-    if common == 0:
-        return 0.0
-    precision, recall = common / len(found), common / len(wanted)
-    return 2 * precision * recall / (precision + recall)

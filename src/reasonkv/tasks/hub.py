@@ -1,4 +1,4 @@
-"""Named benchmarks and hub datasets: each benchmark is a small YAML file beside this one (`standard/NAME.yaml`)."""
+"""Tasks with a declaration: named benchmarks (`standard/NAME.yaml`), YAML files of users, and hub datasets."""
 
 from __future__ import annotations
 
@@ -9,76 +9,67 @@ from pathlib import Path
 from typing import Any
 
 from reasonkv.tasks.base import Draw, TaskError
-from reasonkv.tasks.data import SUFFIXES, DataTask, Row, data_task, read_rows
+from reasonkv.tasks.data import DataTask, data_task
+from reasonkv.tasks.declaration import Declaration
 from reasonkv.tasks.options import TaskOptions
+from reasonkv.tasks.rows import SUFFIXES, Row, dataset_rows, read_rows
 
 _FOLDER = Path(__file__).parent / "standard"
 
 
 @cache
-def standard_tasks() -> dict[str, dict[str, Any]]:
+def standard_tasks() -> Mapping[str, Declaration]:
     """Return the declarations of all named benchmarks by name."""
-    import yaml
-
-    return {path.stem: yaml.safe_load(path.read_text(encoding="utf-8")) for path in sorted(_FOLDER.glob("*.yaml"))}
+    return {path.stem: Declaration.from_file(path) for path in sorted(_FOLDER.glob("*.yaml"))}
 
 
-def standard_task(name: str, options: TaskOptions) -> DataTask:
+def declaration_of(spec: str) -> Declaration | None:
+    """Return the declaration of a task by its name or YAML file; None for families, files of rows and generators.
+
+    Raises:
+        TaskError: the file cannot be read, or there is no such subset.
+
+    """
+    if spec.endswith((".yaml", ".yml")):
+        return Declaration.from_file(Path(spec).expanduser())
+    name, _, rest = spec.partition(":")
+    subset = rest.partition(",")[0]
+    return standard_tasks()[name].subset("" if "=" in subset else subset) if name in standard_tasks() else None
+
+
+def standard_task(name: str, options: TaskOptions, subset: str = "", length: str | None = None) -> DataTask:
     """Make a named benchmark; what `options` set replaces what its file says.
+
+    Args:
+        name: the benchmark.
+        options: of the run.
+        subset: one of its subsets, where it has some.
+        length: tokens that longer prompts are cut to, in the middle.
 
     Raises:
         TaskError: its data cannot be had.
 
     """
-    declared = standard_tasks()[name]
-    rows, skipped = dataset_rows(
-        declared["dataset"], declared.get("config"), declared["split"], declared.get("revision"), options.data_dir, name
-    )
-    if "shuffle_choices" in declared:
-        rows = [_with_choices(row, declared["shuffle_choices"], number) for number, row in enumerate(rows)]
-    given = {key: getattr(options, key) or declared[key] for key in ("prompt", "answer", "grade")}
-    return data_task(name, rows, replace(options, **given), skipped)
+    spec = ":".join(filter(None, (name, subset)))
+    declared = standard_tasks()[name].subset(subset)
+    if length is not None:
+        if not length.isdigit():
+            raise TaskError(f"length of {spec} must be a whole number of tokens, not {length!r}.")
+        declared, spec = replace(declared, length=int(length)), f"{spec},length={length}"
+    return _declared_task(spec, declared, options, subset or name)
 
 
-def dataset_rows(
-    dataset: str, config: str | None, split: str, revision: str | None, data_dir: Path | None, name: str
-) -> tuple[Sequence[Row], list[str]]:
-    """Return the rows of a hub dataset, from `data_dir` if it holds a file for it.
-
-    Args:
-        dataset: its name on the hub.
-        config: its configuration, or None.
-        split: its split.
-        revision: of the repository, or None for the newest.
-        data_dir: folder that may hold NAME.jsonl, .json, .csv or .parquet.
-        name: NAME; the last part of the dataset's name is looked for, too.
+def yaml_task(path: Path, options: TaskOptions) -> DataTask:
+    """Make the task that a YAML file declares; a dataset that is a file of rows is looked for beside it.
 
     Raises:
-        TaskError: neither the folder nor the hub has it.
+        TaskError: the file or its data cannot be read.
 
     """
-    if data_dir is not None:
-        folder = data_dir.expanduser()
-        for stem in (name, dataset.rpartition("/")[2]):
-            for suffix in SUFFIXES:
-                if (folder / f"{stem}{suffix}").is_file():
-                    return read_rows(folder / f"{stem}{suffix}")
-        raise TaskError(f"{folder} has no file {name}{SUFFIXES[0]}, {', '.join(SUFFIXES[1:-1])} or {SUFFIXES[-1]}.")
-    try:
-        from datasets import load_dataset
-    except ImportError:
-        raise TaskError(
-            f'{name} is read from the hub by the package datasets; run pip install "reasonkv[tasks]", or give '
-            f"--data-dir with a file {name}.jsonl."
-        ) from None
-    try:
-        return list(load_dataset(dataset, config, split=split, revision=revision)), []
-    except Exception as error:  # the library raises whatever the network or the repository's files bring about
-        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise TaskError(
-            f"The dataset {dataset} cannot be had from the hub ({first[:160]}); for work offline give --data-dir with "
-            f"a file {name}.jsonl."
-        ) from None
+    declared = Declaration.from_file(path)
+    if declared.dataset is None:
+        raise TaskError(f"{path} names no dataset; give a hub dataset, or a file such as questions.jsonl.")
+    return _declared_task(str(path), declared, options, path.stem, path.parent)
 
 
 def hub_task(spec: str, options: TaskOptions, given: Mapping[str, str]) -> DataTask:
@@ -92,11 +83,40 @@ def hub_task(spec: str, options: TaskOptions, given: Mapping[str, str]) -> DataT
     if unknown:
         raise TaskError(f"A hub dataset takes config, split and revision, not {unknown[0]}.")
     dataset = spec.partition(":")[2].partition(",")[0].strip()
-    name = dataset.rpartition("/")[2]
-    rows, skipped = dataset_rows(
-        dataset, given.get("config"), given.get("split", "test"), given.get("revision"), options.data_dir, name
+    declared = Declaration(
+        dataset=dataset, config=given.get("config"), split=given.get("split", "test"), revision=given.get("revision")
     )
-    return data_task(spec, rows, options, skipped)
+    return _declared_task(spec, declared, options, dataset.rpartition("/")[2])
+
+
+def _declared_task(
+    spec: str, declared: Declaration, options: TaskOptions, name: str, beside: Path | None = None
+) -> DataTask:
+    declared = declared.filled(options)
+    rows, skipped = _rows(declared, declared.split, options, name, beside)
+    if declared.shuffle_choices is not None:
+        rows = [_with_choices(row, declared.shuffle_choices, number) for number, row in enumerate(rows)]
+    shots: Sequence[Row] = ()
+    if declared.shots and options.shots_from is None and declared.shots_from is not None:
+        shots, _ = _rows(declared, declared.shots_from, options, f"{name}_{declared.shots_from}", beside)
+    return data_task(spec, rows, options, skipped, declared, shots)
+
+
+def _rows(
+    declared: Declaration, split: str, options: TaskOptions, name: str, beside: Path | None
+) -> tuple[Sequence[Row], list[str]]:
+    assert declared.dataset is not None
+    if beside is not None and declared.dataset.endswith(SUFFIXES):
+        own = declared.dataset if split == declared.split else split  # examples come from a file of their own
+        rows, skipped = read_rows(beside / own)
+    else:
+        names = [name] if split != declared.split else [name, declared.dataset.rpartition("/")[2]]
+        rows, skipped = dataset_rows(
+            declared.dataset, declared.config, split, declared.revision, options.data_dir, names
+        )  # fmt: skip
+    if not declared.rename:
+        return rows, skipped
+    return [{declared.rename.get(key, key): value for key, value in row.items()} for row in rows], skipped
 
 
 def _with_choices(row: Row, fields: Mapping[str, Any], number: int) -> Row:

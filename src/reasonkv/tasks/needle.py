@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
-from reasonkv.tasks.base import Draw, Grade, Problem, Task, TaskError
-from reasonkv.tasks.grade import UNREAD, after_thinking, grade_contains
+from reasonkv.tasks.base import UNREAD, Draw, Grade, Problem, Task, TaskError
+from reasonkv.tasks.grade import after_thinking, grade_contains
 from reasonkv.tasks.options import THINK_END
 
 KINDS = ("niah_single", "niah_multikey", "niah_multivalue", "niah_multiquery", "vt", "cwe", "fwe")

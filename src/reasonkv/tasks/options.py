@@ -18,6 +18,9 @@ class TaskOptions:
         prompt: Template of the prompt: text with {field}, Jinja with {{ field }}, or @FILE that holds one.
         answer: Field that holds the answer (a text, a number, or a list of accepted ones), or a Jinja template.
         grade: math, number, exact, choice, contains, f1, rouge, edit, code, or FILE.py:function.
+        extract: Regular expression that finds the answer in an output. Its last match counts, in it the first group.
+        shots: Worked examples before the question.
+        shots_from: File with the examples, in the form of the task's data. Unless given, as the task says.
         data_dir: Folder with the data of hub datasets, for machines without network: NAME.jsonl or NAME.parquet.
         chat: Use the tokenizer's chat template: auto - where there is one and the task comes from data; on; off.
         system: System message of the chat.
@@ -28,6 +31,9 @@ class TaskOptions:
     prompt: str | None = None
     answer: str | None = None
     grade: str | None = None
+    extract: str | None = None
+    shots: int | None = None
+    shots_from: Path | None = None
     data_dir: Path | None = None
     chat: Literal["auto", "on", "off"] = "auto"
     system: str | None = None
@@ -38,11 +44,12 @@ class TaskOptions:
     def from_dict(cls, given: Mapping[str, Any]) -> TaskOptions:
         """Return the options that a manifest names."""
         values: dict[str, Any] = dict(given)
-        if "data_dir" in values:
-            values["data_dir"] = Path(values["data_dir"])
+        for name in ("data_dir", "shots_from"):
+            if name in values:
+                values[name] = Path(values[name])
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the options that are not the defaults, for manifests."""
-        given = {one.name: getattr(self, one.name) for one in fields(self)}
-        return {one.name: str(given[one.name]) for one in fields(self) if given[one.name] != one.default}
+        given = {one.name: getattr(self, one.name) for one in fields(self) if getattr(self, one.name) != one.default}
+        return {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import IO, Any
 
 from reasonkv.tasks.base import TaskError
 
@@ -67,7 +67,8 @@ def run_python(code: str, stdin: str = "", *, seconds: float = 20.0, megabytes: 
 
     """
     prefix, user = _confinement()
-    with tempfile.TemporaryDirectory() as folder:
+    # files and not pipes: a limit holds for them, and children that outlive the process do not keep them open for us
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as errors:
         if user is not None:
             os.chown(folder, user, -1)
 
@@ -87,22 +88,20 @@ def run_python(code: str, stdin: str = "", *, seconds: float = 20.0, megabytes: 
             cwd=folder,
             env={"PATH": os.environ.get("PATH", ""), "HOME": folder, "OMP_NUM_THREADS": "1"},
             stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            errors="replace",
+            stdout=out,
+            stderr=errors,
             user=user,
             preexec_fn=limit,  # no threads of ours run in the child: it becomes Python at once
             start_new_session=True,
         )
         try:
-            out, error = process.communicate(stdin, timeout=seconds)
+            process.communicate(stdin.encode(), timeout=seconds)
         except subprocess.TimeoutExpired:
             return Finished(False, "", f"stopped after {seconds:g} s")
         finally:
             _kill(process)
-        last = error.strip().splitlines()[-1] if error.strip() else f"exit code {process.returncode}"
-        return Finished(process.returncode == 0, out[:_MEGABYTE], "" if process.returncode == 0 else last[:300])
+        written, last = _read(out), _read(errors).strip().splitlines()[-1:] or [f"exit code {process.returncode}"]
+        return Finished(process.returncode == 0, written, "" if process.returncode == 0 else last[0][:300])
 
 
 def call_function(path: str, function: str, arguments: Sequence[Any], *, seconds: float = 20.0) -> Any:
@@ -139,7 +138,12 @@ def _confinement() -> tuple[tuple[str, ...], int | None]:
     return (), None
 
 
-def _kill(process: subprocess.Popen[str]) -> None:
+def _read(file: IO[bytes]) -> str:
+    file.seek(0)
+    return file.read(_MEGABYTE).decode(errors="replace")
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()

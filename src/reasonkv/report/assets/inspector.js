@@ -36,11 +36,14 @@
       part("dd", "", text, item);
       if (more) part("dd", "more", more, item);
     };
-    const verdict = (answer) => (answer.correct ? "✓ right" : "✗ wrong") + (answer.truncated ? ", cut off" : "");
-    const quoted = (answer) => verdict(answer) + (answer.text ? `: ${answer.text}` : "");
-    fact("Expected", data.expected);
-    fact("Full KV", quoted(data.answer.full), data.answer.full.correct ? "good" : "bad");
-    if (data.answer.shown) fact("Compressed", quoted(data.answer.shown), data.answer.shown.correct ? "good" : "bad");
+    const { full, shown } = data.answer;
+    // nobody knows whether the answer to a prompt of one's own is right
+    const verdict = ({ correct, truncated }) => [correct === null ? "" : correct ? "✓ right" : "✗ wrong", truncated ? "cut off" : ""];
+    const quoted = (answer) => [verdict(answer).filter(Boolean).join(", "), answer.text].filter(Boolean).join(": ");
+    const colour = ({ correct }) => (correct === null ? "" : correct ? "good" : "bad");
+    if (data.expected !== null) fact("Expected", data.expected);
+    if (full) fact("Full KV", quoted(full), colour(full));
+    if (shown) fact("Compressed", quoted(shown), colour(shown));
     else fact("Same next token as full KV", `${(100 * data.stats.agreement).toFixed(1)} % of ${group(m.count - data.prompt)}, ${differs.size} differ`, differs.size ? "bad" : "good");
     fact("Slots per head", `${group(Math.round(data.stats.mean))} on average, ${group(data.stats.peak)} at most`, "", slotRule());
     function slotRule() {
@@ -95,9 +98,9 @@
     const markMode = choice("Colour", [["fate", "fate"], ["attention", "need"]], () => state.mode, (v) => (state.mode = v));
     choice("Layer", [["all", -1], ...data.layers.map((n, g) => [String(n), g])], () => state.layer, (v) => (state.layer = v));
     choice("KV head", [["all", -1], ...Array.from({ length: m.heads }, (_, h) => [String(h), h])], () => state.head, (v) => (state.head = v));
-    const jump = part("button", "primary", wrong < 0 ? "Nothing went wrong" : "Where the answer went wrong", row);
-    if (wrong >= 0 && data.kind === "replay") jump.textContent = "First token that differs";
-    if (wrong >= 0 && data.answer.full.correct && data.answer.shown && !data.answer.shown.correct) jump.textContent = "Where the answer went wrong";
+    const replay = data.kind === "replay";
+    const none = replay ? "Every token agrees" : "Both runs are equal";
+    const jump = part("button", "primary", wrong < 0 ? none : replay ? "First token that differs" : "Where the runs part", row);
     jump.type = "button";
     jump.disabled = wrong < 0;
     // the token was predicted by the query before it: the events that had happened by then are those that count
@@ -137,7 +140,7 @@
       }
     };
     block(`Prompt: ${group(data.prompt)} tokens`, 0, data.prompt);
-    const whose = data.kind === "generation" ? "written by the compressed run" : "full KV's trace";
+    const whose = data.source || (replay ? "full KV's trace" : "written by the compressed run");
     block(`Output: ${group(m.count - data.prompt)} tokens, ${whose}`, data.prompt, m.count);
     for (const i of differs) spans[i].classList.add("differs");
     if (wrong >= 0) spans[wrong].classList.add("wrong");
@@ -240,8 +243,8 @@
       }
       sign(`${need ? "a3" : "k2"} missed`, "evicted though needed");
       sign("unseen", "not seen yet");
-      sign("differs", data.kind === "generation" ? "full KV would write another" : "compressed says another");
-      if (wrong >= 0) sign("wrong", data.kind === "generation" ? "the runs part here" : "first that differs");
+      sign("differs", replay ? "compressed says another" : "full KV would write another");
+      if (wrong >= 0) sign("wrong", replay ? "first that differs" : "the runs part here");
     }
 
     // Pointing describes without a word to screen readers; a focused token says its own label.

@@ -30,10 +30,9 @@
     return (cells, state) => {
       const style = getComputedStyle(frame), ink = (name) => style.getPropertyValue(name).trim();
       const width = Math.max(1, Math.floor(map.clientWidth)), scale = window.devicePixelRatio || 1;
-      const rows = [], each = Math.ceil(cells.length / MOST_ROWS);
-      for (let k = 0; k < cells.length; k += each) rows.push(cells.slice(k, k + each));
+      const rows = inRows(cells);
       const tall = Math.max(3, Math.min(9, Math.floor(60 / rows.length))), high = tall * rows.length + 9;
-      nameRows(cells, each === 1 ? tall : 0);
+      nameRows(rows, tall);
       map.style.height = `${high}px`;
       map.width = width * scale;
       map.height = high * scale;
@@ -84,16 +83,31 @@
       }
     };
 
-    // one name per layer, where its rows are tall enough for it
-    function nameRows(cells, tall) {
+    // one row per head where they fit, else one per layer or per some neighbouring layers
+    function inRows(cells) {
       const layers = [...new Set(cells.map((cell) => Math.floor(cell / m.heads)))];
-      const each = layers.length ? (tall * cells.length) / layers.length : 0;
-      names.hidden = each < 9;
-      names.replaceChildren();
-      for (const g of names.hidden ? [] : layers) {
-        const name = names.appendChild(make("span", "", `layer ${data.layers[g]}`));
-        name.style.height = `${each}px`;
+      if (cells.length <= MOST_ROWS) return cells.map((cell) => [cell]);
+      const each = Math.ceil(layers.length / MOST_ROWS), rows = [];
+      for (let k = 0; k < layers.length; k += each) {
+        const here = new Set(layers.slice(k, k + each));
+        rows.push(cells.filter((cell) => here.has(Math.floor(cell / m.heads))));
       }
+      return rows;
+    }
+
+    // a name at the first row of a layer, as often as there is room for one
+    function nameRows(rows, tall) {
+      names.replaceChildren();
+      let last = -1, free = 0;
+      rows.forEach(([cell], r) => {
+        const g = Math.floor(cell / m.heads);
+        if (g !== last && r * tall >= free) {
+          const name = names.appendChild(make("span", "", `layer ${data.layers[g]}`));
+          name.style.top = `${r * tall}px`;
+          free = r * tall + 11;
+        }
+        last = g;
+      });
     }
   }
   Object.assign(window.reasonkv.inspector, { strip });

@@ -34,6 +34,11 @@ class Attachment:
         self._restore = "eager" if current == "reference" else current  # another open cache may drive our own kernel
         self._name = PREFIX + base_kernel(model.config, kernel)
 
+    @property
+    def model(self) -> PreTrainedModel | None:
+        """The model, unless it is gone."""
+        return self._model()
+
     def attach(self) -> None:
         """Set the model's attention to ours, in case another cache was attached or detached since."""
         model = self._model()

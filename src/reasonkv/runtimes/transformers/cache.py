@@ -10,6 +10,7 @@ holds, and only then compacts. After the last layer the sequences move on.
 from __future__ import annotations
 
 import copy
+import importlib
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,31 +19,21 @@ from typing import Any, Unpack
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache, DynamicLayer
 
 from reasonkv.budget import Budget, BudgetError, BudgetFields
 from reasonkv.calibration import Calibration
 from reasonkv.methods import Method, Requirements, get_method, layer_budgets, refuse_future
 from reasonkv.numbers import whole_number, whole_numbers
-from reasonkv.resolve import (
-    UnsupportedModelError,
-    broadcast_per_prompt,
-    check_model,
-    check_window,
-    resolve_budget,
-)
+from reasonkv.offload import input_device
+from reasonkv.resolve import UnsupportedModelError, broadcast_per_prompt, check_model, check_window, resolve_budget
 from reasonkv.rotary import Rotary
 from reasonkv.runtimes.transformers.attachment import Attachment
 from reasonkv.runtimes.transformers.events import compact_layers
 from reasonkv.runtimes.transformers.forward import ForwardPlan, SequenceState, fed_tokens
 from reasonkv.runtimes.transformers.layer import CompressedLayer
-from reasonkv.runtimes.transformers.sequences import (
-    LayerGroup,
-    check_first_forward,
-    make_groups,
-    tokens_to_next_event,
-)
+from reasonkv.runtimes.transformers.sequences import LayerGroup, check_first_forward, make_groups, tokens_to_next_event
 from reasonkv.runtimes.transformers.session import Observer, Session, callbacks_of, load_statistics, weakly
 from reasonkv.runtimes.transformers.sparse_read import SparseReader
 from reasonkv.runtimes.transformers.stats import CacheStats, collect_stats
@@ -76,7 +67,6 @@ class CompressedCache(Cache):
     Raises:
         UnsupportedModelError, BudgetError, MethodError: the model or the choice cannot be served.
         CalibrationError: the method needs statistics that are missing or of another model.
-
     """
 
     def __init__(
@@ -97,8 +87,7 @@ class CompressedCache(Cache):
         window_events: Sequence[tuple[int, int]] | None = None,
         **fields: Unpack[BudgetFields],
     ) -> None:
-        problems = check_model(model)
-        if problems:
+        if problems := check_model(model):
             raise UnsupportedModelError(problems[0])
         self.method, self.budget = resolve_budget(get_method(method), Budget.from_fields(budget, fields))
         check_window(self.budget, reopen_prompt=reopen_prompt, listed=window_events is not None)
@@ -107,7 +96,7 @@ class CompressedCache(Cache):
         needs = self.method.needs
         rotary = None
         if needs.rotary or needs.observes or needs.calibration:
-            rotary = Rotary.from_config(model.config, "full_attention").to(model.device)
+            rotary = Rotary.from_config(model.config, "full_attention").to(input_device(model))
         reader, self.budget = SparseReader.of(self.method, model, self.budget, rotary)
         self.window_events, self.reopen_prompt = window_events, reopen_prompt
         self.prompt_lengths = whole_numbers(prompt_lengths, "prompt_lengths")
@@ -167,7 +156,6 @@ class CompressedCache(Cache):
 
         Raises:
             UnsupportedModelError, BudgetError: the forward cannot be served.
-
         """
         if self.forward is not None and (self.layers_done or any(x.waiting for x in self.compressed_layers)):
             raise UnsupportedModelError(
@@ -194,7 +182,6 @@ class CompressedCache(Cache):
 
         Raises:
             PlanError: a plan that cannot be carried out, a defect of the method.
-
         """
         forward = layer.forward
         self.layers_done += 1
@@ -238,12 +225,26 @@ class CompressedCache(Cache):
     def _repr_html_(self) -> str:
         return self.stats()._repr_html_()
 
+    def inspect(self, output: Tensor, tokenizer: PreTrainedTokenizerBase, *, row: int = 0) -> Any:
+        """Feed a generated sequence again and return what became of every token; a notebook shows it as a page.
+
+        Args:
+            output: int64 [B, L] or [L], what `generate` returned with this cache, prompt included.
+            tokenizer: the model's.
+            row: batch row.
+
+        Raises:
+            InspectError: the output is not this cache's.
+        """
+        sources = importlib.import_module("reasonkv.report.sources")  # by name: it stands above the runtimes
+        return sources.inspect_cache(self, self._attachment.model, output, tokenizer, row)
+
     def slot_positions(self, layer: int) -> list[Tensor]:
         """Return the token index of every slot a layer holds now, int64 [H, P] per row."""
         found = self.layers[layer]
-        if not isinstance(found, CompressedLayer):
-            raise ValueError(f"Layer {layer} is not a compressed layer.")
-        return found.slot_positions()
+        if isinstance(found, CompressedLayer):
+            return found.slot_positions()
+        raise ValueError(f"Layer {layer} is not a compressed layer.")
 
     def reset(self) -> None:
         """Forget everything fed; the cache can then be used for another batch."""

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin
 
 from reasonkv.methods import Observed
+from reasonkv.offload import loaded
 from reasonkv.resolve import UnsupportedModelError
 from reasonkv.runtimes.transformers.attention import LogitRule, MaskLength
 from reasonkv.runtimes.transformers.forward import ForwardPlan
@@ -197,7 +198,8 @@ class CompressedLayer(CacheLayerMixin):
 def _output_projection(module: nn.Module, query_heads: int, head_dim: int) -> Tensor:
     """Return the columns of the output projection that each query head's output is multiplied with, [Hq, D, M]."""
     projection = getattr(module, "o_proj", None)
-    weight = getattr(projection, "weight", None)
+    with loaded(module if projection is None else projection):
+        weight = getattr(projection, "weight", None)
     if not isinstance(weight, Tensor) or weight.ndim != 2 or weight.shape[1] != query_heads * head_dim:
         raise UnsupportedModelError(
             f"{type(module).__name__} has no plain output projection `o_proj`, which this option of the method reads."

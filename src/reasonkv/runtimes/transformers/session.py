@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from reasonkv.calibration import Calibration, find_calibration
 from reasonkv.methods import Method, Requirements
+from reasonkv.offload import input_device
 from reasonkv.plan import Plan
 from reasonkv.rotary import Rotary
 from reasonkv.runtimes.transformers.sparse_read import SparseReader
@@ -89,4 +90,4 @@ def load_statistics(model: PreTrainedModel, given: Calibration | str | Path | No
     """
     found = given if isinstance(given, Calibration) else find_calibration(model, given)
     found.check(model.config)
-    return found.to(model.device)
+    return found.to(input_device(model))

@@ -1,0 +1,116 @@
+"""What a task of data is: the dataset, the prompt, the answer and the grader, as a YAML file declares them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from reasonkv.tasks.base import TaskError
+from reasonkv.tasks.options import TaskOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class Declaration:
+    """A task of data.
+
+    Args:
+        title: one line about it.
+        dataset: a hub dataset, or a file of rows beside the declaration.
+        config: configuration of the hub dataset.
+        split: split of the hub dataset.
+        revision: of the hub dataset; None is the newest.
+        prompt: template of the prompt; None guesses the field.
+        answer: field or template of the answer; None guesses the field.
+        grade: grader; None guesses it.
+        extract: regular expression; the first group that matched in its last match is the answer.
+        ignore: regular expressions whose matches are removed from the extracted and the accepted answers.
+        chat: the prompt is meant for the tokenizer's chat template.
+        shots: worked examples before the question.
+        shots_from: split or file that the examples come from.
+        shot: field or template of an example's answer; None is `answer`.
+        sampling: what the authors draw with, by fields of `reasonkv.evaluate.job.Sampling`.
+        stop: texts that end an output.
+        max_new_tokens: the authors' limit.
+        length: tokens that longer prompts are cut to, in the middle; None cuts nothing.
+        rename: new names of fields by their names in the dataset.
+        shuffle_choices: `right`, the field of the right choice, and `wrong`, the fields of the others.
+        subsets: fields that differ, by the subset's name, which is also the dataset's configuration.
+    """
+
+    title: str = ""
+    dataset: str | None = None
+    config: str | None = None
+    split: str = "test"
+    revision: str | None = None
+    prompt: str | None = None
+    answer: str | None = None
+    grade: str | None = None
+    extract: str | None = None
+    ignore: Sequence[str] = ()
+    chat: bool = True
+    shots: int = 0
+    shots_from: str | None = None
+    shot: str | None = None
+    sampling: Mapping[str, float] = field(default_factory=dict)
+    stop: Sequence[str] = ()
+    max_new_tokens: int | None = None
+    length: int | None = None
+    rename: Mapping[str, str] = field(default_factory=dict)
+    shuffle_choices: Mapping[str, Any] | None = None
+    subsets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for pattern in filter(None, (self.extract, *self.ignore)):
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise TaskError(f"{pattern!r} is no regular expression ({error}).") from None
+        if self.length is not None and self.length < 2:
+            raise TaskError(f"length must be at least 2 tokens, not {self.length}.")
+        if self.shots < 0:
+            raise TaskError(f"shots must be at least 0, not {self.shots}.")
+
+    @classmethod
+    def from_file(cls, path: Path) -> Declaration:
+        """Return the declaration of a YAML file.
+
+        Raises:
+            TaskError: no file, no YAML, or a key that there is not.
+        """
+        import yaml
+
+        try:
+            found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise TaskError(f"{path} cannot be read as YAML ({str(error).splitlines()[0]}).") from None
+        known = [one.name for one in fields(cls)]
+        if not isinstance(found, dict):
+            raise TaskError(f"{path} must hold keys and values, such as prompt: '{{question}}'.")
+        for key in found:
+            if key not in known:
+                raise TaskError(f"{path} has the key {key!r}; a task has {', '.join(known)}.")
+        return cls(**found)
+
+    def subset(self, name: str) -> Declaration:
+        """Return the declaration of one subset; the empty name is the whole where there are none.
+
+        Raises:
+            TaskError: there is no such subset.
+        """
+        if not self.subsets and not name:
+            return self
+        if name not in self.subsets:
+            known = f"its subsets are {', '.join(self.subsets)}" if self.subsets else "it has no subsets"
+            raise TaskError(f"The task has no subset {name!r}; {known}.")
+        return replace(self, config=name, subsets={}, **self.subsets[name])
+
+    def filled(self, options: TaskOptions) -> Declaration:
+        """Return the declaration with what `options` set in its place."""
+        names = ("prompt", "answer", "grade", "extract", "shots")
+        given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+        if options.shots_from is not None:
+            given["shots_from"] = str(options.shots_from)
+        return replace(self, **given)
