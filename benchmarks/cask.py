@@ -9,7 +9,6 @@ from pathlib import Path
 
 import altair as alt
 import pandas as pd
-from figures import panels, points
 from tables import (
     METRICS,
     Gains,
@@ -19,12 +18,14 @@ from tables import (
     markdown,
     means,
     plus_minus,
+    points,
     sizes,
     text,
     verdict,
     words,
 )
 
+from reasonkv.report.charts import facets
 from reasonkv.report.metrics import DIAGNOSTICS
 
 _FIDELITY = ("kl", "top1", "answer_top1")
@@ -103,7 +104,7 @@ are family x prompt policy x budget; a cell counts as decided when its interval 
 {_regimes(replay)}
 
 """)
-    note = "Band: one standard error."
+    note = "Bands and bars: one standard error."
     log = alt.Y("y:Q", title="KL from full KV, nats", scale=alt.Scale(type="log"),
                 axis=alt.Axis(values=[0.01, 0.1, 1], format="~g"))  # fmt: skip
     _figure(points(fidelity.drop("full", level="method"), "kl"), log, to / "replay.png", f"Full KV is at 0. {note}")
@@ -178,7 +179,7 @@ def _counted(found: Counter[str]) -> str:
 def _figure(data: pd.DataFrame, y: alt.Y, path: Path, note: str) -> None:
     """A panel per family and policy, a line per method, with a band of one standard error."""
     data = data[data["method"].isin(_FIGURE)].rename(columns={"group": "panel"})
-    panels(data, path, x="budget, slots per KV head", y=y, columns=3, names=_FIGURE, note=note)
+    facets(data, "budget, slots per KV head", y, path, column="panel", columns=3, names=_FIGURE, note=note)
 
 
 def build_prompt_share(source: Path, to: Path) -> None:

@@ -6,11 +6,10 @@ from pathlib import Path
 
 import altair as alt
 import pandas as pd
-from figures import panels, points
-from tables import POLICIES, load, markdown, means, plus_minus, sizes, text
+from tables import POLICIES, load, markdown, means, plus_minus, points, sizes, text
 
 from reasonkv.evaluate.table import clustered_mean
-from reasonkv.report.charts import looks, save_png
+from reasonkv.report.charts import facets, looks, save_png
 
 _DISTANCE = "recall:distance="
 
@@ -57,9 +56,9 @@ Spearman's rank correlation over cells (method x budget) of a family, both promp
         data = pd.concat(drawn)
         data = data[data["group"].str.endswith(POLICIES[policy])]
         data["panel"] = data["group"].str.partition(",")[0]
-        panels(data, to / name, x="budget, slots per KV head", y=alt.Y("y:Q"), columns=data["panel"].nunique(),
-               rows=True, width=130, height=130, names=list(replay.index.unique("method")), scale=2,
-               note=f"{POLICIES[policy].capitalize()}. Dashed: full KV. Band: one standard error.")  # fmt: skip
+        facets(data, "budget, slots per KV head", alt.Y("y:Q"), to / name, column="panel", row="row",
+               columns=data["panel"].nunique(), width=130, height=130, names=list(replay.index.unique("method")),
+               note=f"{POLICIES[policy].capitalize()}. Dashed: full KV. Bands, bars: one standard error.")  # fmt: skip
 
 
 def _named(frame: pd.DataFrame) -> pd.DataFrame:
@@ -135,8 +134,8 @@ def _by_distance(far: dict[str, pd.DataFrame], path: Path) -> str:
              "replay: answer tokens right": (replay, "answer_top1")}  # fmt: skip
     data = pd.concat([points(table, metric, 100).assign(panel=panel) for panel, (table, metric) in drawn.items()])
     data = data.assign(x=data["group"].map(distance)).sort_values("x", kind="stable")
-    panels(data, path, x="tokens of work between facts and questions", y=alt.Y("y:Q", title="%"), columns=2, width=360,
-           band=False, names=list(methods))  # fmt: skip
+    facets(data, "tokens of work between facts and questions", alt.Y("y:Q", title="%"), path, column="panel", columns=2,
+           width=360, band=False, names=list(methods))  # fmt: skip
     return f"""## `recall` against distance ({size} slots, prompt kept)
 
 Whole answers right in real generation, % / answer tokens right under replay, %.

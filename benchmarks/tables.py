@@ -129,6 +129,13 @@ def means(frame: pd.DataFrame, *metrics: str) -> pd.DataFrame:
     return found
 
 
+def points(table: pd.DataFrame, metric: str, scale: float = 1.0) -> pd.DataFrame:
+    """Return a row a cell for a figure: group, method, x (0 for full KV), y, and low and high, one standard error."""
+    y, error = scale * table[metric, "mean"], scale * table[metric, "sem"]
+    frame = pd.DataFrame({"y": y, "low": y - error, "high": y + error}).reset_index()
+    return frame.assign(x=pd.to_numeric(frame["size"].replace("", "0")))
+
+
 def plus_minus(table: pd.DataFrame, metric: str, digits: int = 3, scale: float = 1.0) -> pd.Series:
     """Return the texts of means and their standard errors; "-" where there is none."""
     return text(table[metric, "mean"], digits, scale) + (" +- " + text(table[metric, "sem"], digits, scale)).where(

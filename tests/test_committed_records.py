@@ -12,6 +12,7 @@ import pytest
 from report_folders import make_answer, make_folder, make_record
 
 from reasonkv.evaluate.table import read_results
+from reasonkv.report import charts
 
 ROOT = Path(__file__).parent.parent
 REPLAY, ANSWERS = "replay-program-on_top", "answers-program-on_top"
@@ -27,7 +28,7 @@ def tables(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def test_the_committed_tables_come_out_equal(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     build = importlib.import_module("results").BUILDERS[name]
-    for drawing in ("save_png", "panels", "_heat"):  # figures take most of the time
+    for drawing in ("save_png", "facets", "_heat"):  # figures take most of the time
         monkeypatch.setitem(build.__globals__, drawing, lambda *_, **__: None)
     build(ROOT / "docs" / "results" / name, tmp_path)
     assert (tmp_path / "tables.md").read_text() == (ROOT / "docs" / "results" / name / "tables.md").read_text()
@@ -38,8 +39,8 @@ def test_no_two_methods_of_a_figure_share_colour_and_marker(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    figures, module, drawn = importlib.import_module("figures"), importlib.import_module(name), []
-    monkeypatch.setattr(figures, "save_png", lambda chart, *_, **__: drawn.append(chart.to_dict()))
+    module, drawn = importlib.import_module(name), []
+    monkeypatch.setattr(charts, "save_png", lambda chart, *_, **__: drawn.append(chart.to_dict()))
     monkeypatch.setattr(module, "save_png", lambda *_, **__: None, raising=False)
     module.build(ROOT / "docs" / "results" / name, tmp_path)
     assert len(drawn) >= 2
