@@ -8,11 +8,12 @@ keys and values of all layers.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
-from common import by_turns, median, median_interval, options, publish
-from event_cost import KV_HEADS, LAYERS, QUERY_HEADS, D, cold_milliseconds
+from event_cost import KV_HEADS, QUERY_HEADS, D, cold_milliseconds
+from timing import by_turns, interval, median, median_interval, options, publish
 
 from reasonkv import Method, get_method
 from reasonkv.compaction import compact_pair
@@ -57,9 +58,9 @@ def carry_out(views: list[SlotView], plans: list[Plan]) -> None:
         compact_pair(view.keys_BHND, view.values_BHND, [0], plan, view.positions_BHN)
 
 
-def once(keep: int, rotary: Rotary) -> dict[str, float]:
+def once(keep: int, layers: int, rotary: Rotary) -> dict[str, float]:
     """Measure every method's compaction, and the parts they share, on fresh slots."""
-    views = [view_of(layer, keep + INTERVAL, INTERVAL, rotary) for layer in range(LAYERS)]
+    views = [view_of(layer, keep + INTERVAL, INTERVAL, rotary) for layer in range(layers)]
     timed = {
         "read": cold_milliseconds(lambda: [(view.keys_BHND.sum(), view.values_BHND.sum()) for view in views]),
         "scores": cold_milliseconds(lambda: [layer_scores(view) for view in views]),
@@ -73,31 +74,23 @@ def once(keep: int, rotary: Rotary) -> dict[str, float]:
     return timed
 
 
-def main() -> None:
-    given = options(__doc__, repeats=7, budgets=("384", "1024"))
+def main(argv: Sequence[str] | None = None) -> None:
+    small = {"repeats": 2, "layers": 2, "budgets": ["160"]}
+    given = options(__file__, __doc__, argv, small, repeats=7, layers=36, budgets=("384", "1024"))
     torch.manual_seed(0)
     rotary = Rotary(1.0 / THETA ** (torch.arange(0, D, 2) / D))
     rows = []
     for keep in map(int, given.budgets):
-        parts = by_turns({"": partial(once, keep, rotary)}, given.repeats)[""]
-        shared = [median(parts[name]) for name in ("scores", "vectors", "read")]
+        parts = by_turns({"": partial(once, keep, given.layers, rotary)}, given.repeats)[""]
         for spec in SPECS:
-            vectors = shared[1] if spec.startswith("cask") and "fold=none" not in spec else 0.0
-            row = [
-                *median_interval(parts[f"plan {spec}"]),
-                shared[0],
-                vectors,
-                median(parts[f"carry {spec}"]),
-                shared[2],
-            ]
-            rows.append([keep, spec, *row])
-    publish(
-        "calibrated_cost",
-        f"One compaction of all {LAYERS} layers at Qwen3-8B geometry, budget + {INTERVAL} -> budget, float32, batch 1",
-        ["budget", "method", "planning ms", "95 % low", "95 % high", "of it scores", "of it vectors", "carrying out",
-         "to read K and V once"],
-        rows, given,
-    )  # fmt: skip
+            compares = spec.startswith("cask") and "fold=none" not in spec
+            rows.append({
+                "budget": keep, "method": spec, **interval(median_interval(parts[f"plan {spec}"]), "planning ms"),
+                "of it scores": median(parts["scores"]), "of it vectors": median(parts["vectors"]) if compares else 0.0,
+                "carrying out": median(parts[f"carry {spec}"]), "to read K and V once": median(parts["read"]),
+            })  # fmt: skip
+    title = f"One compaction of {given.layers} layers at Qwen3-8B geometry, budget + {INTERVAL} -> budget, float32"
+    publish(given, f"{title}, batch 1", rows)
 
 
 if __name__ == "__main__":

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import copy
 import time
+from collections.abc import Sequence
 from functools import partial
 
 import torch
-from common import by_turns, median, options, publish, ratio
+from timing import by_turns, interval, median, options, publish, ratio
 from transformers import AutoModelForCausalLM, Cache, DynamicCache, LogitsProcessor, PreTrainedModel, Qwen3Config
 
 from reasonkv import Budget, CompressedCache
@@ -75,8 +76,10 @@ def decode_rate(
     return {"rate": len(ids) * (len(clock.times) - 1) / (clock.times[-1] - clock.times[0])}
 
 
-def main() -> None:
-    given = options(__doc__, tokens=2000, new=32, pairs=7, batch=8, method="snapkv")  # snapkv keeps its ring of queries
+def main(argv: Sequence[str] | None = None) -> None:
+    small = {"tokens": 40, "new": 4, "pairs": 2, "batch": 2}
+    # snapkv keeps its ring of queries
+    given = options(__file__, __doc__, argv, small, tokens=2000, new=32, pairs=7, batch=8, method="snapkv")
     prompt, rows, rates = given.tokens - given.new, [], {}
     for name, model in (("testbed, fp32", load_testbed()[0]), ("KV-heavy, bf16", kv_heavy())):
         ids = torch.randint(5, 100, (given.batch, prompt), generator=torch.Generator().manual_seed(0))
@@ -92,11 +95,12 @@ def main() -> None:
             for arm, method in (("stock", None), ("ours", given.method))
         }
         found = rates[name] = {arm: own["rate"] for arm, own in by_turns(arms, given.pairs).items()}
-        rows += [[name, label, *ratio(found[a], found[b]), median(found[a])] for label, (a, b) in RATIOS.items()]
-    publish(
-        "decode_overhead", f"Decode rate at {given.tokens} tokens, batch {given.batch}, {given.method}, no compaction",
-        ["model", "ratio", "median", "95 % low", "95 % high", "tokens/s"], rows, given, rates=rates,
-    )  # fmt: skip
+        rows += [
+            {"model": name, "ratio": label, **interval(ratio(found[a], found[b])), "tokens/s": median(found[a])}
+            for label, (a, b) in RATIOS.items()
+        ]
+    title = f"Decode rate at {given.tokens} tokens, batch {given.batch}, {given.method}, no compaction"
+    publish(given, title, rows, rates=rates)
 
 
 if __name__ == "__main__":

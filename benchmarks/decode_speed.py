@@ -10,10 +10,11 @@ queries of every step, selection methods, which evict nothing, full KV, and meth
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from functools import partial
 
 import torch
-from common import by_turns, median, median_interval, options, publish, ratio
+from timing import by_turns, interval, median, median_interval, options, publish, ratio
 from transformers import PreTrainedModel
 
 from reasonkv import Budget, CompressedCache, get_method
@@ -43,8 +44,10 @@ def decode(
     return {"rate": len(prompt_BL) * tokens / took, "share": 100 * inside / took, "event": each}
 
 
-def main() -> None:
-    given = options(__doc__, batch=16, tokens=2000, prompt=64, budget=256, interval=128, rounds=5, methods=("all",))
+def main(argv: Sequence[str] | None = None) -> None:
+    small = {"batch": 2, "tokens": 80, "prompt": 16, "budget": 48, "interval": 16, "rounds": 2, "methods": ["snapkv"]}
+    given = options(__file__, __doc__, argv, small, batch=16, tokens=2000, prompt=64, budget=256, interval=128,
+                    rounds=5, methods=("all",))  # fmt: skip
     budget = Budget(given.budget, interval=given.interval, prompt="count")
     specs = dict.fromkeys([BASE, *(methods() if given.methods == ["all"] else given.methods)])
     prompt = torch.randint(5, 100, (given.batch, given.prompt), generator=torch.Generator().manual_seed(0))
@@ -56,16 +59,17 @@ def main() -> None:
     rows = []
     for spec, own in found.items():
         beside = ratio(own["rate"], found[BASE]["rate"])
-        parts = (*median_interval(own["share"]), median(own["event"]))
-        rows.append([spec, median(own["rate"]), *beside, "yes" if beside[0] >= BOUND else "no", *parts])
-    publish(
-        "decode_speed",
+        share, low, high = median_interval(own["share"])
+        rows.append({
+            "method": spec, "tokens/s": median(own["rate"]), **interval(beside, f"of {BASE}"),
+            "within 10 %": "yes" if beside[0] >= BOUND else "no", "compactions, % of decoding": share, "low": low,
+            "high": high, "ms per compaction": median(own["event"]),
+        })  # fmt: skip
+    title = (
         f"Decoding {given.tokens} tokens, batch {given.batch}, budget {given.budget}, a compaction every "
-        f"{given.interval} tokens, testbed float32",
-        ["method", "tokens/s", f"of {BASE}", "95 % low", "95 % high", "within 10 %", "compactions, % of decoding",
-         "low", "high", "ms per compaction"],
-        rows, given, rounds=found,
-    )  # fmt: skip
+        f"{given.interval} tokens, testbed float32"
+    )
+    publish(given, title, rows, rounds=found)
 
 
 if __name__ == "__main__":

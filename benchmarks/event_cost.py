@@ -14,11 +14,11 @@ measured in the same run. `FORMULAS` says what was counted.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from common import median, median_interval, options, publish
+from timing import interval, median, median_interval, options, publish
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
@@ -29,7 +29,7 @@ from reasonkv.methods import Method, method_names
 from reasonkv.rotary import Rotary
 from reasonkv.runtimes.transformers.attention import LogitRule
 
-LAYERS, QUERY_HEADS, KV_HEADS, D, WIDTH = 36, 32, 8, 128, 4096
+QUERY_HEADS, KV_HEADS, D, WIDTH = 32, 8, 128, 4096
 HELD, KEEP = 1152, 1024
 FLUSH = 64 * 2**20
 FURTHER = (
@@ -103,19 +103,19 @@ def cold_milliseconds(work: Callable[[], object]) -> float:
     return 1e3 * (time.perf_counter() - start)
 
 
-def skeleton() -> PreTrainedModel:
+def skeleton(layers: int) -> PreTrainedModel:
     """A model of the right number of layers and heads that is never run: what caches are made for."""
     config = Qwen3Config(
-        vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=LAYERS, num_attention_heads=QUERY_HEADS,
+        vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=layers, num_attention_heads=QUERY_HEADS,
         num_key_value_heads=KV_HEADS, head_dim=D, rope_theta=1e6, max_position_embeddings=32768,
     )  # fmt: skip
     return Qwen3ForCausalLM(config).eval()
 
 
-def random_calibration() -> Calibration:
+def random_calibration(layers: int) -> Calibration:
     """Statistics of queries that point one way in some pairs and every way in others."""
-    mean = torch.randn(LAYERS, QUERY_HEADS, D // 2, dtype=torch.complex64)
-    modulus = mean.abs() + torch.rand(LAYERS, QUERY_HEADS, D // 2)
+    mean = torch.randn(layers, QUERY_HEADS, D // 2, dtype=torch.complex64)
+    modulus = mean.abs() + torch.rand(layers, QUERY_HEADS, D // 2)
     return Calibration(mean, modulus, modulus.square() * 1.2, head_dim=D)
 
 
@@ -132,25 +132,25 @@ class Feeder:
 
     Args:
         method, budget: the cache's.
-        model: `skeleton()`.
+        model: a `skeleton`.
         prompt: tokens of the prompt.
         dtype: of keys, values and queries.
     """
 
     def __init__(self, method: Method, model: PreTrainedModel, budget: Budget, prompt: int, dtype: torch.dtype) -> None:
-        needs = method.needs
+        needs, layers = method.needs, model.config.num_hidden_layers
         self.cache = CompressedCache(
             model, method, budget, prompt_lengths=[prompt], max_length=16 * HELD,
-            calibration=random_calibration() if needs.calibration else None,
+            calibration=random_calibration(layers) if needs.calibration else None,
         )  # fmt: skip
         self.module = Attention(dtype) if needs.output_projection else nn.Module()
         self.rotary, self.dtype, self.length = Rotary.from_config(model.config), dtype, 0
-        self.level_LHD = torch.randn(LAYERS, KV_HEADS, D)  # where each layer's keys have drifted to
+        self.level_LHD = torch.randn(layers, KV_HEADS, D)  # where each layer's keys have drifted to
 
     def feed(self, tokens: int) -> tuple[float, float]:
         """Feed one piece to all layers: milliseconds of the cache's compactions, and of all it does."""
         cache, before = self.cache, self.cache.compaction_seconds
-        pieces = [self._piece(layer, tokens) for layer in range(LAYERS)]
+        pieces = [self._piece(layer, tokens) for layer in range(len(self.level_LHD))]
         if cache.method.needs.token_ids:
             cache.token_ids.announced = torch.zeros(1, tokens, dtype=torch.int64)
 
@@ -215,10 +215,11 @@ def rates() -> tuple[float, float]:
     return 2 * 2048**3 / median(products), x.numel() / median(exponentials)
 
 
-def main() -> None:
-    given = options(__doc__, repeats=5, dtype="float32", methods=("all",))
+def main(argv: Sequence[str] | None = None) -> None:
+    small = {"layers": 1, "repeats": 1, "methods": ["snapkv", "kara"]}
+    given = options(__file__, __doc__, argv, small, layers=36, repeats=5, dtype="float32", methods=("all",))
     torch.manual_seed(0)
-    model, rows, evicting = skeleton(), [], (get_method(name) for name in method_names())
+    model, rows, evicting = skeleton(given.layers), [], (get_method(name) for name in method_names())
     # the others evict nothing, or look into the future
     every = [one.name for one in evicting if one.name != "full" and not (one.needs.selects or one.needs.future)]
     for spec in [*every, *FURTHER] if given.methods == ["all"] else given.methods:
@@ -227,18 +228,17 @@ def main() -> None:
         with torch.no_grad():
             flops, elements = rates()
             timed, plain, read = zip(*events(method, model, given.repeats, getattr(torch, given.dtype)), strict=True)
-        middle, low, high = median_interval(timed)
-        least = (median(read), LAYERS * counted.flops / flops, LAYERS * counted.elements / elements)
-        quadratic = "yes" if counted.quadratic else ""
-        rows.append([spec, middle, low, high, *least, middle / max(least), median(plain), quadratic])
+        least = (median(read), given.layers * counted.flops / flops, given.layers * counted.elements / elements)
+        middle = median(timed)
+        rows.append({
+            "method": spec, **interval(median_interval(timed), "ms"), "(a) ms to read K and V once": least[0],
+            "(b) ms of products": least[1], "(c) ms of exponentials": least[2],
+            "ratio to the largest": middle / max(least), "ms of a token without a compaction": median(plain),
+            "quadratic": "yes" if counted.quadratic else "",
+        })  # fmt: skip
         print(f"{spec:30s} {middle:8.1f} ms, {middle / max(least):5.2f} times the least", flush=True)
-    publish(
-        "event_cost" if given.dtype == "float32" else f"event_cost_{given.dtype}",
-        f"One compaction of {LAYERS} layers at Qwen3-8B geometry, {HELD} -> {KEEP} slots, {given.dtype}, one row, CPU",
-        ["method", "ms", "95 % low", "95 % high", "(a) ms to read K and V once", "(b) ms of products",
-         "(c) ms of exponentials", "ratio to the largest", "ms of a token without a compaction", "quadratic"],
-        rows, given,
-    )  # fmt: skip
+    geometry = f"{given.layers} layers at Qwen3-8B geometry, {HELD} -> {KEEP} slots, {given.dtype}"
+    publish(given, f"One compaction of {geometry}, one row, CPU", rows)
 
 
 if __name__ == "__main__":

@@ -6,9 +6,10 @@ Program traces of about 1,000 tokens, one method, one budget. Both ways must giv
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 import torch
-from common import options, publish
+from timing import options, publish
 
 from reasonkv import Budget, get_method
 from reasonkv.evaluate.cells import RunConfig
@@ -18,8 +19,9 @@ from reasonkv.tasks import get_task
 from reasonkv.testbed import load_testbed
 
 
-def main() -> None:
-    given = options(__doc__, method="snapkv", tokens=256, limit=16, lines=76)
+def main(argv: Sequence[str] | None = None) -> None:
+    small = {"tokens": 64, "limit": 2, "lines": 8}
+    given = options(__file__, __doc__, argv, small, method="snapkv", tokens=256, limit=16, lines=76)
     model, tokenizer = load_testbed()
     problems = [get_task(f"program:lines={given.lines}").problem(example) for example in range(given.limit)]
     prompts, outputs = (
@@ -39,13 +41,10 @@ def main() -> None:
 
     chunked, alone = times[1] - times[0], times[2] - times[1]
     fed = sum(len(trace.prompt_P) + len(trace.output_T) - 1 for trace in traces)
-    rows = [
-        ["token by token, batch 1", alone, fed / alone, 1.0],
-        [f"chunks, batch {len(traces)}", chunked, fed / chunked, alone / chunked],
-    ]
+    ways = (("token by token, batch 1", alone), (f"chunks, batch {len(traces)}", chunked))
+    rows = [{"way": way, "seconds": took, "tokens/s": fed / took, "times faster": alone / took} for way, took in ways]
     publish(
-        "replay_speed", f"Replay of {len(traces)} program traces through {config.label}",
-        ["way", "seconds", "tokens/s", "times faster"], rows, given,
+        given, f"Replay of {len(traces)} program traces through {config.label}", rows,
         output_tokens_mean=sum(len(t.output_T) for t in traces) / len(traces),
         prompt_tokens_mean=sum(len(t.prompt_P) for t in traces) / len(traces),
         largest_nll_gap=max(abs(a.metrics.nll - b.metrics.nll) for a, b in zip(fast, slow, strict=True)),

@@ -12,7 +12,7 @@ other fields. One results folder a part, policy and task. A part may add `method
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -81,17 +81,19 @@ def parts(experiment: dict[str, Any], limit: int | None = None, batch_size: int 
                 yield Part("-".join(filter(None, words)), job)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Parse and run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("experiment", choices=sorted(path.stem for path in EXPERIMENTS.glob("*.yaml")))
+    known = ", ".join(sorted(path.stem for path in EXPERIMENTS.glob("*.yaml")))
+    parser.add_argument("experiment", help=f"a file, or one of {known}")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--model", default="testbed")
     parser.add_argument("--limit", type=int, help="problems a folder, if not the experiment's own")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--part", default="", help="only folders whose name starts with this")
-    chosen = parser.parse_args()
-    experiment = yaml.safe_load((EXPERIMENTS / f"{chosen.experiment}.yaml").read_text())
+    chosen = parser.parse_args(argv)
+    path = EXPERIMENTS / f"{chosen.experiment}.yaml"
+    experiment = yaml.safe_load((path if path.exists() else Path(chosen.experiment)).read_text())
     console, model = Console(stderr=True), load_model(chosen.model)
     for part in parts(experiment, chosen.limit, chosen.batch_size):
         if part.folder.startswith(chosen.part):

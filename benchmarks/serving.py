@@ -1,6 +1,7 @@
 """Output tokens per second through vLLM on CPU, stock against compressed, on the same blocks.
 
     python benchmarks/serving.py --parts benchmarks/results/serving_parts.jsonl    # measures what is not there yet
+    python benchmarks/serving.py --small                                           # shows that it works
 
 The cache is given as many blocks as full KV needs for 8 sequences of 2,000 output tokens. 64 requests ask for 2,000
 tokens each: full KV starts more of them while they are short and preempts as they grow, a compressed cache runs as many
@@ -19,19 +20,19 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import multiprocessing
 import os
 import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import environment, options, publish, ratio
+from timing import environment, options, publish, ratio
 
 BLOCK, PROMPT, LONG_PROMPT = 128, 40, 1000
 METHODS = ("random", "vase-dkv", "kara", "cask:mass=none")
@@ -50,6 +51,10 @@ TURN = 100
 BATCHES = (1, 2, 4, 8, 16, 32, 42)
 HELD = {"stock": (LONG_PROMPT, 220), "random@256": (LONG_PROMPT,)}
 """Prompts before the steps that are timed by batch: half of a full text, and one after which 320 slots are held."""
+ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1",
+}  # fmt: skip
 WORKER = "reasonkv.runtimes.vllm.worker.Worker"
 SCHEDULER = "reasonkv.runtimes.vllm.scheduler.Scheduler"
 
@@ -69,7 +74,7 @@ def configuration(arm: str) -> dict[str, Any] | None:
     return given
 
 
-def make_kv_heavy(folder: Path) -> None:
+def make_kv_heavy(folder: str) -> None:
     """2 layers of 8 KV heads and 16 query heads of 128, narrow otherwise, with the bundled model's tokenizer."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -86,19 +91,19 @@ def make_kv_heavy(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def engine_of(arm: str, blocks: int, longest: int, requests: int) -> Iterator[Any]:
-    """vLLM in this process, with so many blocks; the model is the one that `in_own_process` names."""
+def engine_of(run: argparse.Namespace, arm: str, blocks: int, longest: int, requests: int) -> Iterator[Any]:
+    """vLLM in this process, with so many blocks."""
     from vllm import LLM
 
     from reasonkv.testbed import testbed_path
 
-    given, model = configuration(arm), os.environ.get("SERVING_MODEL") or str(testbed_path())
+    given, model = configuration(arm), run.model or str(testbed_path())
     options = {} if given is None else {"worker_cls": WORKER, "additional_config": {"reasonkv": given}}
     if given is not None and "window" in given:
         options["scheduler_cls"] = SCHEDULER
     llm = LLM(
         model, max_model_len=-(-longest // BLOCK) * BLOCK, max_num_seqs=requests, dtype="float32",
-        enforce_eager="SERVING_EAGER" in os.environ, block_size=BLOCK, num_gpu_blocks_override=blocks + 1,
+        enforce_eager=run.eager, block_size=BLOCK, num_gpu_blocks_override=blocks + 1,
         enable_prefix_caching=False, disable_log_stats=True, **options,
     )  # fmt: skip
     try:
@@ -173,13 +178,14 @@ def serve(llm: Any, ids: list[list[int]], tokens: int) -> Serving:
     return serving
 
 
-def throughput(arms: list[str], requests: int, tokens: int, at_once: int) -> list[dict[str, Any]]:
-    """All requests on the blocks of a few full ones, in an engine of each arm, by turns."""
-    blocks = at_once * -(-(PROMPT + tokens) // BLOCK)
+def throughput(run: argparse.Namespace, arms: list[str], number: int) -> list[dict[str, Any]]:
+    """All requests on the blocks of a few full ones, in an engine of each arm, by turns; `number` is the round's."""
+    requests, tokens = run.requests, run.tokens
+    blocks = run.at_once * -(-(PROMPT + tokens) // BLOCK)
     meters, servings = {}, {}
     with contextlib.ExitStack() as stack:
         for arm in arms:
-            llm = stack.enter_context(engine_of(arm, blocks, PROMPT + tokens, requests))
+            llm = stack.enter_context(engine_of(run, arm, blocks, PROMPT + tokens, requests))
             serve(llm, prompts(llm, 4, PROMPT), 8)  # warms up
             worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
             runtime = getattr(worker, "runtime", None)
@@ -210,11 +216,11 @@ def summary(arm: str, serving: Serving, tokens: int, blocks: int, meter: Any) ->
     }  # fmt: skip
 
 
-def steps_by_batch(arm: str, prompt: int, tokens: int, most: int) -> dict[str, Any]:
+def steps_by_batch(run: argparse.Namespace, arms: list[str], prompt: int) -> dict[str, Any]:
     """Median milliseconds of a decode step by running requests, after prompts of one length."""
-    longest = prompt + tokens
-    found: dict[int, float] = {}
-    with engine_of(arm, most * -(-longest // BLOCK), longest, most) as llm:
+    (arm,), tokens, most = arms, min(200, run.tokens), min(max(BATCHES), run.requests)
+    longest, found = prompt + tokens, dict[int, float]()
+    with engine_of(run, arm, most * -(-longest // BLOCK), longest, most) as llm:
         for batch in (one for one in BATCHES if one <= most):
             taken = serve(llm, prompts(llm, batch, prompt), tokens).steps
             whole = [one for running, _, one in taken if running == batch]  # the first steps fill, the last ones drain
@@ -222,16 +228,17 @@ def steps_by_batch(arm: str, prompt: int, tokens: int, most: int) -> dict[str, A
     return {"arm": arm, "prompt": prompt, "step_ms": found}
 
 
-def first_tokens(arm: str, repeats: int) -> dict[str, Any]:
+def first_tokens(run: argparse.Namespace, arms: list[str], number: int) -> dict[str, Any]:
     """Milliseconds to the first token of a lone request, and from it to the second, which waits for the prompt's cut;
     stock and compressed by turns in one process.
     """
+    (arm,) = arms
     took: dict[str, list[tuple[float, float]]] = {"stock": [], arm: []}
     longest = LONG_PROMPT + 8
     with contextlib.ExitStack() as stack:
         blocks = 2 * -(-longest // BLOCK)
-        engines = {name: stack.enter_context(engine_of(name, blocks, longest, 2)) for name in took}
-        for repeat in range(repeats + 1):
+        engines = {name: stack.enter_context(engine_of(run, name, blocks, longest, 2)) for name in took}
+        for repeat in range(run.repeats + 1):
             for name, llm in engines.items():
                 served = serve(llm, prompts(llm, 1, LONG_PROMPT), 2)
                 (first,) = served.first
@@ -243,43 +250,35 @@ def first_tokens(arm: str, repeats: int) -> dict[str, Any]:
             "ratio_high": high, "stock_second_ms": second_ms["stock"], "second_ms": second_ms[arm]}  # fmt: skip
 
 
-def in_own_process(part: str, arms: list[str], given: argparse.Namespace, number: int) -> Any:
-    """One measurement, in a process of its own; one that an earlier run finished is read from `--parts`."""
+PARTS: dict[str, Callable[[argparse.Namespace, list[str], int], Any]] = {
+    "steps": steps_by_batch, "first": first_tokens, "throughput": throughput,
+}  # fmt: skip
+
+
+def measured(given: argparse.Namespace, part: str, arms: list[str], number: int) -> Any:
+    """Return one measurement, made in a process of its own, or read from `--parts` if an earlier run finished it."""
     key = [part, arms, number, given.kv_heavy, given.eager, given.requests, given.tokens, given.at_once, given.repeats]
-    kept = kept_part(given.parts, key)
-    if kept is not None:
-        return kept
-    variables = os.environ | {
-        "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR",
-        "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "SERVING_MODEL": given.model,
-        **({"SERVING_EAGER": "1"} if given.eager else {}),
-    }  # fmt: skip
-    command = [sys.executable, __file__, "--part", part, "--arms", *arms, "--number", str(number)]
-    for name in ("requests", "tokens", "at_once", "repeats"):
-        command += [f"--{name.replace('_', '-')}", str(getattr(given, name))]
-    with tempfile.TemporaryFile("w+") as log:
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=log, text=True, env=variables, check=False)
-        line = next((one for one in done.stdout.splitlines() if one.startswith("RESULT ")), "")
-        if not line:
-            log.seek(0)
-            sys.exit(f"{part} of {', '.join(arms)} failed:\n{log.read()[-3000:]}")
-    found = json.loads(line.removeprefix("RESULT "))
-    print(part, found, flush=True)
-    keep_part(given.parts, key, found)
-    return found
+    return kept(given.parts, key, lambda: alone(PARTS[part], given, arms, number))
 
 
-def kept_part(parts: str, key: list[Any]) -> Any:
-    """Return what an earlier run measured."""
+def alone(work: Callable[..., Any], *arguments: Any) -> Any:
+    """Return what a function returns in a new process, where no engine has left anything behind."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(work, *arguments).result()
+
+
+def kept(parts: str, key: list[Any], measure: Callable[[], Any]) -> Any:
+    """Return what a file of measurements has under a key, or measure it and add it there."""
     lines = Path(parts).read_text().splitlines() if parts and Path(parts).exists() else ()
-    return next((one["found"] for one in map(json.loads, lines) if one["key"] == key), None)
-
-
-def keep_part(parts: str, key: list[Any], found: Any) -> None:
-    """Remember it for later runs."""
+    for line in map(json.loads, lines):
+        if line["key"] == key:
+            return line["found"]
+    found = json.loads(json.dumps(measure()))
+    print(key[0], found, flush=True)
     if parts:
         with Path(parts).open("a") as out:
             out.write(json.dumps({"key": key, "found": found}) + "\n")
+    return found
 
 
 def median_of(arm: str, rounds: list[list[dict[str, Any]]]) -> dict[str, Any]:
@@ -292,57 +291,44 @@ def median_of(arm: str, rounds: list[list[dict[str, Any]]]) -> dict[str, Any]:
     return {"arm": arm, **found, "rounds": [one for one, _ in pairs]}
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     # at_once: sequences of full KV that the blocks hold; rounds: of stock against the arms at 256; repeats: of the time
-    # to the first token; parts: a file that finished measurements are kept in, and read from; part and number: what a
-    # process of its own measures
+    # to the first token; parts: a file that finished measurements are kept in, and read from
+    small = {"arms": ["stock", "random@256"], "requests": 4, "tokens": 300, "at_once": 2, "rounds": 1, "repeats": 1,
+             "eager": True}  # fmt: skip
     given = options(
-        __doc__, arms=tuple(ARMS), requests=64, tokens=2000, at_once=8, rounds=3, repeats=30, parts="",
-        kv_heavy=False, eager=False, part="", number=0,
+        __file__, __doc__, argv, small, arms=tuple(ARMS), requests=64, tokens=2000, at_once=8, rounds=3, repeats=30,
+        parts="", kv_heavy=False, eager=False,
     )  # fmt: skip
-    if given.part:
-        arm, most = given.arms[0], min(max(BATCHES), given.requests)
-        measured = {
-            "throughput": lambda: throughput(given.arms, given.requests, given.tokens, given.at_once),
-            "steps": lambda: steps_by_batch(arm, given.number, min(200, given.tokens), most),
-            "first": lambda: first_tokens(arm, given.repeats),
-        }[given.part]()
-        print("RESULT", json.dumps(measured))
-        return
+    if given.out is not None and (given.kv_heavy or given.eager) and not given.small:
+        given.out = given.out.with_stem(given.out.stem + "_kv_heavy" * given.kv_heavy + "_eager" * given.eager)
+    os.environ |= ENVIRONMENT
     with tempfile.TemporaryDirectory() as folder:
         given.model = folder if given.kv_heavy else ""
         if given.kv_heavy:
-            make_kv_heavy(Path(folder))
-        measure(given)
-
-
-def measure(given: argparse.Namespace) -> None:
-    """Every part, and the table."""
-    compressed = [arm for arm in given.arms if arm != "stock"]
-    where = kept_part(given.parts, ["environment"])
-    if where is None:
-        where = environment()
-        keep_part(given.parts, ["environment"], where)
-    steps = [in_own_process("steps", [arm], given, prompt) for arm, every in HELD.items() for prompt in every]
-    first = [in_own_process("first", [arm], given, 0) for arm in compressed[:2]]
-    repeated = [arm for arm in compressed if arm in REPEATED]
-    lines = [repeated] * given.rounds + [[arm for arm in compressed if arm not in REPEATED]]
-    rounds = [in_own_process("throughput", ["stock", *arms], given, n) for n, arms in enumerate(lines) if arms]
-    found = [median_of(arm, rounds) for arm in given.arms]
-    model = "a KV-heavy model" if given.kv_heavy else "the bundled model"
+            make_kv_heavy(folder)
+        compressed = [arm for arm in given.arms if arm != "stock"]
+        where = kept(given.parts, ["environment"], environment)
+        held = {arm: every for arm, every in HELD.items() if arm in given.arms}
+        steps = [measured(given, "steps", [arm], prompt) for arm, every in held.items() for prompt in every]
+        first = [measured(given, "first", [arm], 0) for arm in compressed[:2]]
+        repeated = [arm for arm in compressed if arm in REPEATED]
+        lines = [repeated] * given.rounds + [[arm for arm in compressed if arm not in REPEATED]]
+        rounds = [measured(given, "throughput", ["stock", *arms], n) for n, arms in enumerate(lines) if arms]
     columns = {
         "arm": "arm", "running, peak": "running_peak", "running, mean": "running_mean", "tokens/s": "tokens_per_second",
         "over stock": "over_stock", "95 % low": "over_stock_low", "95 % high": "over_stock_high",
         "tokens/s while requests wait": "busy_tokens_per_second", "step p50 ms": "step_p50_ms",
         "step p99 ms": "step_p99_ms", "longest ms": "step_longest_ms", "compactions, share of step time": "event_share",
     }  # fmt: skip
-    publish(
-        "serving" + "_kv_heavy" * given.kv_heavy + "_eager" * given.eager,
+    found = [median_of(arm, rounds) for arm in given.arms]
+    rows: list[Mapping[str, Any]] = [{name: one.get(key) for name, key in columns.items()} for one in found]
+    title = (
         f"{given.requests} requests of {given.tokens} output tokens on the blocks of {given.at_once} full sequences, "
-        f"{model}, float32, {'eager' if given.eager else 'compiled'}",
-        list(columns), [[one.get(key) for key in columns.values()] for one in found], given,
-        arms=found, steps_by_batch=steps, first_token=first, prompt=PROMPT, block=BLOCK, measured_on=where,
-    )  # fmt: skip
+        f"{'a KV-heavy' if given.kv_heavy else 'the bundled'} model, float32, {'eager' if given.eager else 'compiled'}"
+    )
+    publish(given, title, rows, arms=found, steps_by_batch=steps, first_token=first, prompt=PROMPT, block=BLOCK,
+            measured_on=where)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -8,11 +8,12 @@ policy), every so many steps a few rows are compacted. The same tokens are fed t
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
 import torch
-from common import by_turns, options, publish
+from timing import by_turns, options, publish
 
 from reasonkv import CompressedCache, get_method
 from reasonkv.budget import Window
@@ -59,8 +60,9 @@ def decode(apart: int, events: Events | None, method: str, steps: int) -> dict[s
     return found | {"compactions": before, "stopped": stopped, "held": held}
 
 
-def main() -> None:
-    given = options(__doc__, method="kara", rounds=3, steps=1500)
+def main(argv: Sequence[str] | None = None) -> None:
+    small = {"rounds": 1, "steps": 150}
+    given = options(__file__, __doc__, argv, small, method="kara", rounds=3, steps=1500)
     period = WINDOW.size + 1
     listed = {
         most: periodic_events(WINDOW, [PROMPT] * ROWS, [PROMPT + given.steps] * ROWS, period, most)
@@ -75,15 +77,14 @@ def main() -> None:
     rows = []
     for name, found in by_turns(arms, given.rounds, warm_up=0).items():
         median_S = np.array([np.median(values) for key, values in found.items() if key.startswith(STEP)])
-        rate = 1e3 * ROWS * given.steps / median_S.sum()
-        facts = [found[key][-1] for key in ("compactions", "stopped", "held")]
-        rows.append([name, *map(float, np.percentile(median_S, [50, 99, 99.9, 100])), float(rate), *facts])
-    publish(
-        "stalls", f"Decode steps of {ROWS} rows, {given.method}, windows of {WINDOW.size} kept to {WINDOW.tokens}",
-        ["schedule", "p50 ms", "p99 ms", "p99.9 ms", "longest ms", "tokens/s", "compactions", "steps with one",
-         "mean slots kept"],
-        rows, given, window=WINDOW.to_dict(), period=period,
-    )  # fmt: skip
+        percentiles = map(float, np.percentile(median_S, [50, 99, 99.9, 100]))
+        rows.append({
+            "schedule": name, **dict(zip(("p50 ms", "p99 ms", "p99.9 ms", "longest ms"), percentiles, strict=True)),
+            "tokens/s": float(1e3 * ROWS * given.steps / median_S.sum()), "compactions": found["compactions"][-1],
+            "steps with one": found["stopped"][-1], "mean slots kept": found["held"][-1],
+        })  # fmt: skip
+    title = f"Decode steps of {ROWS} rows, {given.method}, windows of {WINDOW.size} kept to {WINDOW.tokens}"
+    publish(given, title, rows, window=WINDOW.to_dict(), period=period)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 from pathlib import Path
 from types import ModuleType
 
@@ -11,35 +12,52 @@ import pytest
 from report_folders import make_answer, make_folder, make_record
 
 from reasonkv.evaluate.table import read_results
+from reasonkv.report import charts
 
 ROOT = Path(__file__).parent.parent
 REPLAY, ANSWERS = "replay-program-on_top", "answers-program-on_top"
 
 
 @pytest.fixture
-def cells(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def tables(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    return importlib.import_module("cells")
+    return importlib.import_module("tables")
 
 
-@pytest.mark.parametrize("name", ["claims", "families", "cask", "league"])
+@pytest.mark.parametrize("name", ["claims", "families", "cask", "league", "prompt_share"])
 def test_the_committed_tables_come_out_equal(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    module = importlib.import_module(f"{name}_tables")
+    build = importlib.import_module("results").BUILDERS[name]
     for drawing in ("save_png", "facets", "_heat"):  # figures take most of the time
-        if hasattr(module, drawing):
-            monkeypatch.setattr(module, drawing, lambda *_, **__: None)
+        monkeypatch.setitem(build.__globals__, drawing, lambda *_, **__: None)
+    build(ROOT / "docs" / "results" / name, tmp_path)
+    assert (tmp_path / "tables.md").read_text() == (ROOT / "docs" / "results" / name / "tables.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["cask", "families"])
+def test_no_two_methods_of_a_figure_share_colour_and_marker(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    module, drawn = importlib.import_module(name), []
+    monkeypatch.setattr(charts, "save_png", lambda chart, *_, **__: drawn.append(chart.to_dict()))
+    monkeypatch.setattr(module, "save_png", lambda *_, **__: None, raising=False)
     module.build(ROOT / "docs" / "results" / name, tmp_path)
-    for path in tmp_path.glob("*.md"):
-        assert path.read_text() == (ROOT / "docs" / "results" / name / path.name).read_text()
+    assert len(drawn) >= 2
+    for chart in drawn:
+        text = json.dumps(chart)
+        scales = [re.search(rf'"{channel}": {{"field": "method".*?"domain": (\[.*?\]), "range": (\[.*?\])', text)
+                  for channel in ("color", "shape")]  # fmt: skip
+        (names, colours), (_, markers) = (map(json.loads, found.groups()) for found in scales if found)
+        assert len(set(zip(colours, markers, strict=True))) == len(names) > 5
 
 
-def test_the_records_are_small_and_keep_their_manifests(cells: ModuleType) -> None:
+def test_the_records_are_small_and_keep_their_manifests(tables: ModuleType) -> None:
     folders = [path.parent for path in (ROOT / "docs" / "results").glob("*/records.parquet")]
-    assert len(folders) == 5
+    assert len(folders) == 6
     assert sum((folder / "records.parquet").stat().st_size for folder in folders) < 2 * 2**20
     for folder in folders:
-        about = cells.manifests(folder)
+        about = tables.manifests(folder)
         assert set(read_results([folder])["folder"]) == set(about)
         for manifest in about.values():
             assert {"command", "arguments", "model", "device", "versions", "date", "run"} <= set(manifest)
@@ -53,36 +71,67 @@ def experiment(folder: Path, methods: tuple[str, ...], limit: int = 3) -> Path:
     return folder
 
 
-def test_kept_records_give_the_means_of_the_results_without_their_texts(tmp_path: Path, cells: ModuleType) -> None:
+def test_kept_records_give_the_means_of_the_results_without_their_texts(tmp_path: Path, tables: ModuleType) -> None:
     folder, to = experiment(tmp_path / "run", ("random", "snapkv")), tmp_path / "kept"
-    cells.keep([folder], to)
+    tables.keep([folder], to)
     kept = read_results([to])
     assert "output" not in kept
-    assert cells.manifests(to)[f"run/{REPLAY}"] == json.loads((folder / REPLAY / "manifest.json").read_text())
+    assert tables.manifests(to)[f"run/{REPLAY}"] == json.loads((folder / REPLAY / "manifest.json").read_text())
     for name, metric in ((REPLAY, "top1"), (ANSWERS, "correct")):
         own, back = read_results([folder / name]), kept[kept["folder"] == f"run/{name}"]
         for column in {metric, "kl", "tokens", "example", "events"} & set(own):
             assert back[column].astype(float).tolist() == pytest.approx(own[column].astype(float).tolist(), rel=1e-6)
         for column in ("label", "regime"):
             assert back[column].tolist() == own[column].tolist()
-    found = cells.load_cells(to)
-    (group,) = found.replays
-    assert str(group) == "program, prompt kept"
-    assert set(found.replays[group]) == {("full", ""), *((m, s) for m in ("random", "snapkv") for s in ("64", "128"))}
+    cells = set(tables.load(to)["replay"][tables.CELL].itertuples(index=False, name=None))
+    group = "program, prompt kept"
+    assert cells == {(group, "full", ""), *((group, m, s) for m in ("random", "snapkv") for s in ("64", "128"))}
 
 
-def test_a_later_folder_replaces_an_earlier_one_cell_by_cell(tmp_path: Path, cells: ModuleType) -> None:
+def test_a_later_folder_replaces_an_earlier_one_cell_by_cell(tmp_path: Path, tables: ModuleType) -> None:
     old, new, to = experiment(tmp_path / "a", ("random", "snapkv")), tmp_path / "b", tmp_path / "kept"
     new.mkdir()
     make_folder(new / REPLAY, "replay", make_record, ["program"], ("snapkv",), (64,), 2)
-    cells.keep([old], to)
-    cells.keep([new], to)  # what was kept stays
-    found = cells.load_cells(to)
-    (group,) = found.replays
-    assert len(found.replays[group]["snapkv", "64"]) == 2  # whole: an example that only the first has is gone
-    assert len(found.replays[group]["snapkv", "128"]) == len(found.replays[group]["random", "64"]) == 3
+    tables.keep([old], to)
+    tables.keep([new], to)  # what was kept stays
+    many = tables.load(to)["replay"].groupby(["method", "size"])["example"].nunique()
+    assert many["snapkv", "64"] == 2  # whole: an example that only the first has is gone
+    assert many["snapkv", "128"] == many["random", "64"] == many["full", ""] == 3
 
 
-def test_a_folder_without_results_is_named(tmp_path: Path, cells: ModuleType) -> None:
+def test_a_folder_without_results_is_named(tmp_path: Path, tables: ModuleType) -> None:
     with pytest.raises(SystemExit, match="no results folders there"):
-        cells.keep([tmp_path], tmp_path / "to")
+        tables.keep([tmp_path], tmp_path / "to")
+
+
+def script(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return importlib.import_module(name)
+
+
+def test_an_experiment_of_one_small_part_runs_and_its_records_can_be_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = script("run", monkeypatch)
+    plan = {"methods": ["full", "random"], "parts": [
+        {"kind": kind, "policies": ["on_top"], "tasks": ["program:lines=4"], "tokens": [32]} for kind in ("replay", "answers")
+    ]}  # fmt: skip
+    (tmp_path / "tiny.yaml").write_text(json.dumps(plan))
+    run.main([str(tmp_path / "tiny.yaml"), "--out", str(tmp_path / "tiny"), "--limit", "2"])
+    tables = script("tables", monkeypatch)
+    tables.keep([tmp_path / "tiny"], tmp_path / "kept")
+    found = tables.means(tables.load(tmp_path / "kept")["replay"], "top1")
+    assert found.index.tolist() == [
+        ("program:lines=4, prompt kept", *cell) for cell in (("full", ""), ("random", "32"))
+    ]
+    assert found["top1", "mean"].iloc[0] == 1
+
+
+@pytest.mark.parametrize(
+    "name", ["calibrated_cost", "decode_overhead", "decode_speed", "event_cost", "replay_speed", "stalls"]
+)
+def test_a_timing_script_finishes_in_its_small_mode(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script(name, monkeypatch).main(["--small", "--out", str(tmp_path / "found.json")])
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["rows"]
+    assert {"device", "threads", "torch", "commit"} <= set(found["environment"])

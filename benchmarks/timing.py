@@ -1,4 +1,4 @@
-"""What the timing scripts share: flags, rounds by turns, medians with intervals, and a table beside a JSON file."""
+"""The harness of the timing scripts: options, rounds by turns, medians with intervals, a table and a JSON file."""
 
 from __future__ import annotations
 
@@ -24,13 +24,25 @@ Measures = dict[str, list[float]]
 """Values by what was measured, one a round."""
 
 
-def options(doc: str | None, **defaults: Any) -> argparse.Namespace:
+def options(
+    file: str, doc: str | None, argv: Sequence[str] | None, small: Mapping[str, Any], **defaults: Any
+) -> argparse.Namespace:
     """Return a script's options: a flag for each default, of its type; a tuple takes several words.
 
-    `--threads` and `--name` (of the JSON file) are everybody's.
+    `--threads`, `--small` and `--out` belong to every script. Without `--out`, the JSON file is `results/SCRIPT.json`;
+    a small run writes none.
+
+    Args:
+        file: the script.
+        doc: its docstring.
+        argv: its arguments; those of the command line if None.
+        small: defaults of `--small`, a run of seconds that shows that the script works, and measures nothing.
+        defaults: all others.
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    defaults = {"threads": torch.get_num_threads(), "name": ""} | defaults
+    parser.add_argument("--small", action="store_true", help="a run of seconds that shows that the script works")
+    parser.add_argument("--out", type=Path, help="JSON file to write (default: results/SCRIPT.json)")
+    defaults = {"threads": torch.get_num_threads()} | defaults
     for name, default in defaults.items():
         flag, shown = "--" + name.replace("_", "-"), f"default: {default}"
         if isinstance(default, bool):
@@ -39,7 +51,11 @@ def options(doc: str | None, **defaults: Any) -> argparse.Namespace:
             parser.add_argument(flag, nargs="+", default=list(default), help="several words")
         else:
             parser.add_argument(flag, type=type(default), default=default, help=shown)
-    given = parser.parse_args()
+    if parser.parse_known_args(argv)[0].small:
+        parser.set_defaults(**small)
+    given = parser.parse_args(argv)
+    if given.out is None and not given.small:
+        given.out = RESULTS / f"{Path(file).stem}.json"
     torch.set_num_threads(given.threads)
     return given
 
@@ -97,18 +113,20 @@ def environment() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def publish(
-    name: str, title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], given: Any, **extra: Any
-) -> None:
-    """Print a table and write `results/NAME.json` with it, the options, the environment and `extra`."""
-    table = Table(*columns, title=title)
+def publish(given: argparse.Namespace, title: str, rows: Sequence[Mapping[str, Any]], **extra: Any) -> None:
+    """Print a table, a column a key of its rows, and write it with options, environment and `extra` to `given.out`."""
+    table = Table(*rows[0], title=title)
     for row in rows:
-        table.add_row(*(f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row))
-    data = {
-        "title": title, "environment": environment(), "options": {k: v for k, v in vars(given).items() if k != "name"},
-        "rows": [dict(zip(columns, row, strict=True)) for row in rows], **extra,
-    }  # fmt: skip
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{given.name or name}.json"
-    write_atomically(path, (json.dumps(data, indent=1, default=str) + "\n").encode())
-    Console().print(table, f"written to {path}")
+        table.add_row(*(f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row.values()))
+    Console().print(table)
+    if given.out is not None:
+        chosen = {name: value for name, value in vars(given).items() if name not in ("out", "small")}
+        data = {"title": title, "environment": environment(), "options": chosen, "rows": rows, **extra}
+        given.out.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(given.out, (json.dumps(data, indent=1, default=str) + "\n").encode())
+        print(f"written to {given.out}")
+
+
+def interval(values: tuple[float, float, float], name: str = "median") -> dict[str, float]:
+    """Return the columns of a median and its 95 % interval."""
+    return dict(zip((name, "95 % low", "95 % high"), values, strict=True))
