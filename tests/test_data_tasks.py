@@ -290,9 +290,11 @@ def test_generators_of_reasoning_gym_score_their_own_answers() -> None:
     many = gym_task("gym:gsm_symbolic,per_prompt=4", {"per_prompt": "4"})
     problem = many.problem(1)
     answers = problem.answer.split("\n")
-    said = "\n".join(f"Answer {n}: **{answer}**" for n, answer in enumerate(answers, 1))
-    assert many.grade(problem, f"Answer 1: 77\n{said}").score == 1  # the last answer with a number counts
-    assert many.grade(problem, f"Answer 2: {answers[1]}").score == 0.25
+    said = [f"\\boxed{{{answer}}}" for answer in answers]
+    assert many.grade(problem, "\n".join(said)).score == 1
+    assert many.grade(problem, "\n".join([r"\boxed{77}", *said[1:], *said])).score == 1  # the repeated answers count
+    assert many.grade(problem, "\n".join([*said, *said[:2]])).score == 1  # cut off while it repeats
+    assert many.grade(problem, rf"\boxed{{-77}} \boxed{{{answers[1]} \text{{ apples}}}}").score == 0.25
     for spec, given, words in (("gym:foo", {}, "'foo'"), ("gym:chain_sum", {"x": "1"}, "these options")):
         with pytest.raises(TaskError, match=words):
             gym_task(spec, given)

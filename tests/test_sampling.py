@@ -149,9 +149,9 @@ def test_a_task_s_own_sampling_counts_where_the_family_has_none(monkeypatch: pyt
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"min_p": 2.0}, "min_p must be at least 0 and at most 1"),
+        ({"min_p": 2.0}, "min_p must be a number of at least 0 and at most 1"),
         ({"top_k": 0}, "top_k must be a whole number"),
-        ({"repetition_penalty": 0.0}, "repetition_penalty must be above 0"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty must be a number above 0"),
         ({"think_budget": 0}, "think_budget must be"),
         ({"stop": ("",)}, "at least one character"),
         ({"temperature": float("nan")}, "temperature must be"),

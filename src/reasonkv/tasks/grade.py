@@ -47,15 +47,20 @@ def after_thinking(output: str, end: str = THINK_END, *, required: bool = False)
     return None if required or THINK in output else output
 
 
-def last_box(text: str) -> str | None:
-    r"""Return the content of the last closed `\boxed{...}` with balanced braces, or None."""
-    found, opened = (-1, -1), list[int]()  # one pass: a model in a loop writes thousands of open boxes
+def boxes(text: str) -> list[str]:
+    r"""Return the contents of all closed `\boxed{...}` with balanced braces, in the order they open."""
+    found, opened = list[tuple[int, int]](), list[int]()  # one pass: a model in a loop writes thousands of open boxes
     for match in _BRACES.finditer(text):
         if match[0] != "}":
             opened.append(match.end() if len(match[0]) > 1 else -1)
-        elif opened:
-            found = max(found, (opened.pop(), match.start()))
-    return text[slice(*found)].strip() if found[0] >= 0 else None
+        elif opened and (start := opened.pop()) >= 0:
+            found.append((start, match.start()))
+    return [text[start:end].strip() for start, end in sorted(found)]
+
+
+def last_box(text: str) -> str | None:
+    r"""Return the content of the last closed `\boxed{...}`, or None."""
+    return next(reversed(boxes(text)), None)
 
 
 def last_number(text: str) -> str | None:
