@@ -253,7 +253,7 @@ def _answers_by(answer: str) -> Callable[[Row], list[str]]:
 
 def _last_match(pattern: str, text: str) -> str | None:
     """Return the first group that matched in the last match of a pattern, or the match where it has no groups."""
-    found = None
+    found: re.Match[str] | None = None
     for found in re.finditer(pattern, text):  # noqa: B007 - the last one is wanted
         pass
     if found is None:
