@@ -19,7 +19,8 @@ import pytest
 import yaml
 
 from reasonkv.tasks import TaskOptions, get_task
-from reasonkv.tasks.base import Task, TaskError
+from reasonkv.tasks.base import TaskError
+from reasonkv.tasks.data import DataTask
 from reasonkv.tasks.grade import GRADERS
 from reasonkv.tasks.hub import standard_tasks
 
@@ -39,10 +40,12 @@ def saved(folder: Path, name: str, rows: Sequence[dict[str, Any]]) -> None:
     (folder / f"{name}.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def made(folder: Path, spec: str, rows: Sequence[dict[str, Any]], **options: Any) -> Task:
+def made(folder: Path, spec: str, rows: Sequence[dict[str, Any]], **options: Any) -> DataTask:
     """The task on a folder that holds these rows."""
     saved(folder, spec.partition(":")[2].partition(",")[0] or spec, rows)
-    return get_task(spec, TaskOptions(data_dir=folder, **options))
+    task = get_task(spec, TaskOptions(data_dir=folder, **options))
+    assert isinstance(task, DataTask)
+    return task
 
 
 def lm_eval_folder() -> Path:
@@ -92,7 +95,7 @@ def test_longbench_prompts_and_limits_are_the_published_ones(subset: str, tmp_pa
     loader.add_constructor("!function", lambda one, node: one.construct_scalar(node))
     theirs = yaml.load((lm_eval_folder() / "longbench" / f"{subset}.yaml").read_text(), loader)
     task, rows = made(tmp_path, f"longbench:{subset}", longbench_rows(subset)), longbench_rows(subset)
-    assert task.size == N and task.max_new_tokens == theirs["generation_kwargs"]["max_gen_toks"]
+    assert task.size == N and task.declared.max_new_tokens == theirs["generation_kwargs"]["max_gen_toks"]
     for example, row in enumerate(rows):
         wanted = theirs["doc_to_text"].replace("{{context}}", row["context"]).replace("{{question}}", row["input"])
         assert task.problem(example).prompt.split() == wanted.split()
@@ -271,7 +274,7 @@ def test_gsm8k_with_examples_is_asked_and_read_as_lm_eval_does(tmp_path: Path) -
         scores.append(ours.grade(problem, output).score)
         assert scores[-1] == float(wanted), output
     assert 0 < sum(scores) < N
-    assert list(ours.stop) == declared["generation_kwargs"]["until"]
+    assert list(ours.declared.stop) == declared["generation_kwargs"]["until"]
 
 
 def test_examples_come_from_a_file_and_never_hold_the_question_itself(tmp_path: Path) -> None:
@@ -309,9 +312,10 @@ def test_a_yaml_file_declares_a_task_over_a_file_beside_it(tmp_path: Path) -> No
         "extract: 'is ([0-9,]+)'\nsampling: {temperature: 0.5}\nmax_new_tokens: 9\nchat: false\n"
     )
     task = get_task(str(tmp_path / "mine.yaml"))
+    assert isinstance(task, DataTask)
     assert task.problem(0).prompt == "Say Tom has 0 boxes with 900 apples. How many?" and task.size == N
     assert task.check(task.problem(2), "it is 1,804, not 7") and not task.check(task.problem(2), "1,804")
-    assert (task.sampling, task.max_new_tokens) == ({"temperature": 0.5}, 9)
+    assert (task.declared.sampling, task.declared.max_new_tokens) == ({"temperature": 0.5}, 9)
     for text, words in (
         ("dataset: rows.jsonl\nprompts: a", "key 'prompts'"), ("prompt: a", "names no dataset"), ("[1]", "keys and values"),
         ("dataset: none.jsonl", "no file"), ("a: [", "as YAML"), ("dataset: rows.jsonl\nextract: '('", "regular expression"),

@@ -76,7 +76,8 @@ class BoundedLM(HFLM):
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **generation: Any) -> Tensor:
         if (generation.get("num_beams") or 1) > 1:
             raise ReasonKVError("Beams share a cache, so no stats of one sequence exist; leave num_beams out.")
-        return super()._model_generate(context, max_length, stop, custom_generate=self._decode, **generation)
+        out: Tensor = super()._model_generate(context, max_length, stop, custom_generate=self._decode, **generation)
+        return out
 
     def _decode(
         self,
@@ -99,11 +100,13 @@ class BoundedLM(HFLM):
         self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
         """Return, for each request, the continuation's log-likelihood and whether it is what greedy decoding writes."""
+        found: list[tuple[float, bool]]
         if not self.method.bounded:
-            return super()._loglikelihood_tokens(requests, disable_tqdm=disable_tqdm, override_bs=override_bs)
+            found = super()._loglikelihood_tokens(requests, disable_tqdm=disable_tqdm, override_bs=override_bs)
+            return found
         size = override_bs or (self.batch_size if isinstance(self.batch_size, int) else _AUTO_BATCH)
         order = sorted(range(len(requests)), key=lambda at: -len(requests[at][1]) - len(requests[at][2]))
-        found: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
+        found = [(0.0, True)] * len(requests)
         bar = tqdm(total=len(requests), disable=disable_tqdm or self.rank != 0, desc="Replaying loglikelihood requests")
         for start in range(0, len(order), size):
             batch = order[start : start + size]
@@ -150,7 +153,7 @@ class BoundedLM(HFLM):
         return info | {"reasonkv": held}
 
 
-class _Ends(StoppingCriteriaList):  # type: ignore[misc]
+class _Ends(StoppingCriteriaList):
     """Stopping criteria that keep the stats of a sequence when it ends: later tokens of it are padding."""
 
     cache: CompressedCache

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -58,21 +58,6 @@ class DataTask(Task):
     def size(self) -> int:  # type: ignore[override]
         """Number of problems."""
         return len(self.rows)
-
-    @property
-    def sampling(self) -> Mapping[str, float]:  # type: ignore[override]
-        """What the task's authors draw with."""
-        return self.declared.sampling
-
-    @property
-    def stop(self) -> Sequence[str]:  # type: ignore[override]
-        """Texts that end an output."""
-        return tuple(self.declared.stop)
-
-    @property
-    def max_new_tokens(self) -> int | None:  # type: ignore[override]
-        """The authors' limit."""
-        return self.declared.max_new_tokens
 
     def for_tokenizer(self, tokenizer: Any) -> DataTask:
         """Return the task with a tokenizer that counts the tokens of prompts."""
@@ -268,7 +253,7 @@ def _answers_by(answer: str) -> Callable[[Row], list[str]]:
 
 def _last_match(pattern: str, text: str) -> str | None:
     """Return the first group that matched in the last match of a pattern, or the match where it has no groups."""
-    found = None
+    found: re.Match[str] | None = None
     for found in re.finditer(pattern, text):  # noqa: B007 - the last one is wanted
         pass
     if found is None:

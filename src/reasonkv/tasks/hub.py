@@ -106,6 +106,7 @@ def _rows(
     declared: Declaration, split: str, options: TaskOptions, name: str, beside: Path | None
 ) -> tuple[Sequence[Row], list[str]]:
     assert declared.dataset is not None
+    rows: Sequence[Row]
     if beside is not None and declared.dataset.endswith(SUFFIXES):
         own = declared.dataset if split == declared.split else split  # examples come from a file of their own
         rows, skipped = read_rows(beside / own)
