@@ -107,7 +107,7 @@ def test_three_random_kills_leave_the_records_of_an_uninterrupted_plan(whole: Pa
         wanted = draw.randrange(third * CELLS // 3 + 1, (third + 1) * CELLS // 3)
         process = subprocess.Popen(start, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while process.poll() is None and len(list(out.glob("cells/**/records.jsonl"))) < wanted:
-            time.sleep(0.002)
+            time.sleep(0.02)
         time.sleep(draw.uniform(0, 0.05))
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL, "the plan must not have ended by itself"
@@ -235,4 +235,4 @@ def test_the_prompt_heavy_pack_has_the_eight_sets_with_both_baselines(tmp_path: 
 
 def test_the_example_plan_is_a_plan(tmp_path: Path) -> None:
     groups = make_groups(yaml.safe_load((EXAMPLES / "plan.yaml").read_text()), tmp_path, "plan")
-    assert len({cell.folder for group in groups for cell in group.cells}) == 2 * 2 * 2 * (1 + 3 * 2)
+    assert len({cell.folder for group in groups for cell in group.cells}) == 2 * (1 + 3 * 2)
