@@ -200,7 +200,10 @@ def test_a_dry_run_says_what_is_left_and_runs_nothing(whole: Path, model: str, t
         (lambda one: one | {"command": "measure", "runs": []}, "command in"),
         (lambda one: one | {"tsks": ["program"]}, "[tsks]"),
         (lambda one: one | {"methods": ["rvk"]}, "did you mean 'rkv'"),
-        (lambda one: one | {"budgets": [], "runs": []}, "has bounded methods and no budget"),
+        (
+            lambda one: {key: value for key, value in one.items() if key not in ("runs", "budgets")},
+            "has bounded methods and no budget",
+        ),
         (lambda one: one | {"seeds": ["first"], "runs": []}, "seeds in"),
         (lambda one: one | {"runs": ["replay"]}, "takes a list of options"),
         (lambda one: one | {"runs": [{}, {}]}, "would write one folder"),
