@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from reasonkv.cli.console import note, print_json, print_tables, progress_bars, show
 from reasonkv.cli.flags import ConfigFile, Json, ModelFlags, Out, Without, command
 from reasonkv.evaluate.job import GenerateJob, Job, ReplayJob, TuneJob
 
 if TYPE_CHECKING:
+    from reasonkv.evaluate.endpoint import Endpoint
     from reasonkv.models import LoadedModel
 
 FIGURE = "frontier.png"
@@ -44,12 +45,27 @@ def evaluate(*, job: GenerateJob, out: Out, model: ModelFlags, json: Json = Fals
 def _run(job: ReplayJob | GenerateJob, out: Path, model: ModelFlags, json: bool) -> None:
     from reasonkv.evaluate.cells import check_job
 
-    check_job(job)  # what is wrong with it is reported before the model takes its time to load
-    loaded = load(model, out)
-    _show_first_prompts(job, loaded)
+    loaded: LoadedModel | Endpoint
+    if isinstance(job, GenerateJob) and job.endpoint is not None:
+        job, loaded = _connect(job, model, out)
+    else:
+        check_job(job)  # what is wrong with it is reported before the model takes its time to load
+        loaded = load(model, out)
+        _show_first_prompts(job, loaded)
     result = run_and_show(job, loaded, out, quiet=json)
     if json:
         print_json(result)
+
+
+def _connect(job: GenerateJob, model: ModelFlags, out: Path) -> tuple[GenerateJob, Endpoint]:
+    """Return a job as a server runs it, and the server."""
+    from reasonkv.evaluate.endpoint import Endpoint
+
+    assert job.endpoint is not None
+    endpoint = Endpoint.connect(job.endpoint, model.model)
+    job = endpoint.fitted(job)
+    note(f"{endpoint.name} at {endpoint.url}: {', '.join(map(str, job.methods))}; results in {show(out)}")
+    return job, endpoint
 
 
 def _show_first_prompts(job: Job, loaded: LoadedModel) -> None:
@@ -63,7 +79,7 @@ def _show_first_prompts(job: Job, loaded: LoadedModel) -> None:
             note(f"{spec}: skipped, {sentence}")
         if not task.chat:
             continue
-        text, _ = render(loaded.tokenizer, task.problem(0, seed=job.seed).prompt, job.options)
+        text, _ = render(loaded.tokenizer, task.problem(0, seed=job.seed).prompt, task.prompt_options(job.options))
         shown = text if len(text) <= SHOWN else f"{text[: SHOWN // 2]} ... {text[-SHOWN // 2 :]}"
         note(f"{spec}, the first prompt:\n{shown}")
 
@@ -76,18 +92,20 @@ def load(model: ModelFlags, out: Path) -> LoadedModel:
 
 
 def run_and_show(
-    job: ReplayJob | GenerateJob, loaded: LoadedModel, out: Path, *, quiet: bool, name: str | None = None
+    job: ReplayJob | GenerateJob, loaded: LoadedModel | Endpoint, out: Path, *, quiet: bool, name: str | None = None
 ) -> dict[str, Any]:
     """Run a job into a folder and, unless `quiet`, print its tables; return what `--json` prints.
 
     Args:
-        job, loaded, out: what to run, on which model, into which folder.
+        job, loaded, out: what to run, on which model or server, into which folder.
         quiet: print nothing on stdout.
         name: the command that the folder is recorded under, if not the job's own.
     """
     from reasonkv.evaluate.cells import count_steps
+    from reasonkv.evaluate.endpoint import Endpoint
     from reasonkv.evaluate.published import with_published
     from reasonkv.evaluate.records import RECORDS
+    from reasonkv.evaluate.remote import run_remote
     from reasonkv.evaluate.run import run
     from reasonkv.evaluate.sanity import sanity_warnings
     from reasonkv.evaluate.table import summarize, summary_dicts, to_frame
@@ -95,9 +113,12 @@ def run_and_show(
     from reasonkv.report.charts import replay_figure
     from reasonkv.report.wording import selecting
 
-    job = with_published(job, loaded)
     with progress_bars(count_steps(job)) as progress:
-        frame = to_frame(run(job, loaded, out, progress, command=name))
+        if isinstance(loaded, Endpoint):
+            frame = to_frame(run_remote(cast(GenerateJob, job), loaded, out, progress, command=name))
+        else:
+            job = with_published(job, loaded)
+            frame = to_frame(run(job, loaded, out, progress, command=name))
     summary = summarize(frame)
     found: dict[str, Any] = {"out": str(out), "records": str(out / RECORDS), "rows": summary_dicts(summary)}
     shown = [f"Records: {show(out / RECORDS)}"]

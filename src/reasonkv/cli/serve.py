@@ -113,7 +113,7 @@ def _model_folder(model: str) -> str:
 
 def _statistics(given: Path | None, folder: str, name: str) -> Path:
     """Return the file of query statistics for the engine."""
-    from reasonkv.calibration.lookup import FILE
+    from reasonkv.calibration.files import FILE
 
     if given is not None and not given.is_file():
         raise UsageError(f"There is no file {show(given)} for --calibration.")

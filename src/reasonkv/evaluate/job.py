@@ -156,6 +156,9 @@ class GenerateJob(Job):
         sampling: How tokens are drawn.
         max_new_tokens: Most tokens of an answer. Unless given, 2,048 for full KV, and for the others 1.25 times its
             longest output of the task and 32 more. The model's context bounds both.
+        endpoint: URL of a server with the OpenAI API that answers instead of a model of this process. One that
+            `reasonkv serve` started answers twice: with full KV, and with its own method and budget.
+        concurrency: Requests that an endpoint gets at once.
 
     Raises:
         JobError: fields that contradict each other or are out of range.
@@ -164,10 +167,13 @@ class GenerateJob(Job):
     samples: int = 1
     sampling: Sampling = field(default_factory=Sampling)
     max_new_tokens: int | None = None
+    endpoint: str | None = None
+    concurrency: int = 256
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_least("samples", self.samples)
+        check_least("concurrency", self.concurrency)
         if self.max_new_tokens is not None:
             check_least("max_new_tokens", self.max_new_tokens)
         if self.samples > 1 and not self.sampling.draws:

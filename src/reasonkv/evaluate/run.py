@@ -13,7 +13,7 @@ from typing import Any, cast
 from reasonkv.calibration import Calibration, find_calibration
 from reasonkv.evaluate.cells import RunConfig, check_job, make_budgets, make_methods, plan_cells
 from reasonkv.evaluate.decoding import Generated, Request, TextRules, decode_rows
-from reasonkv.evaluate.generate import graded, room, row_seed
+from reasonkv.evaluate.generate import graded, opens_thinking, room, row_seed
 from reasonkv.evaluate.job import GenerateJob, Job, ReplayJob, Sampling
 from reasonkv.evaluate.manifest import Manifest, open_results
 from reasonkv.evaluate.merging import adopt
@@ -28,7 +28,7 @@ from reasonkv.evaluate.records import (
     RecordFile,
     ReplayRecord,
     record_key,
-)  # fmt: skip
+)
 from reasonkv.evaluate.replay import replay_batch
 from reasonkv.evaluate.text import first_divergence, repetition
 from reasonkv.evaluate.traces import Trace, encode_prompts, file_name, load_or_make_traces
@@ -129,8 +129,8 @@ def open_session(
         arguments |= {"samples": job.samples, "sampling": drawn, "max_new_tokens": job.max_new_tokens}
     elif isinstance(job, ReplayJob):
         arguments |= {"traces": job.traces.to_dict()} | ({"diagnostics": True} if job.diagnostics else {})
-        given = [task.digest for spec in job.task if isinstance(task := get_task(spec, job.options), GivenTraces)]
-        arguments |= {"given": given} if given else {}
+        if isinstance(task := get_task(job.task[0], job.options), GivenTraces):
+            arguments["given"] = task.digest
     named = {"name": model.name, "hash": model.hash}
     manifest = Manifest(command=command, arguments=arguments, model=named, device=model.device_name)
     with open_results(folder, manifest), one_thread_if_small(model.model):
@@ -171,9 +171,9 @@ class TaskRun(ABC):
         """
         if config in self._finished:
             return self._finished[config]
-        records = self.session.file.records
+        records, total = self.session.file.records, sum(map(len, self.batches))
         keys = [[self.key(config, item) for item in batch] for batch in self.batches]
-        self.meter = Meter(self.session.progress, f"{self.spec}: {config.label}", sum(map(len, keys)))
+        self.meter = Meter(self.session.progress, f"{self.spec}: {config.label}", total)
         for batch, own in zip(self.batches, keys, strict=True):
             if not all(key in records and self.is_whole(config, item) for key, item in zip(own, batch, strict=True)):
                 for record in self.execute(config, batch):
@@ -272,7 +272,7 @@ class ReplayTask(TaskRun):
 
 
 class GenerateTask(TaskRun):
-    """The problems of one task, answered: by full KV first, which the others' limits and comparisons follow from.
+    """The problems of one task, answered; full KV's answers come first, since limits and comparisons follow from them.
 
     Prompts of similar length stand together, since they are padded to the longest.
     """
@@ -302,8 +302,7 @@ class GenerateTask(TaskRun):
 
     def execute(self, config: RunConfig, batch: Sequence[AnswerItem]) -> Iterator[AnswerRecord]:
         """Answer one batch."""
-        model, job = self.session.model.model, self.job
-        method, calibration = self.runnable(config)
+        model, job, (method, calibration) = self.session.model.model, self.job, self.runnable(config)
         requests = [
             Request(item.prompt_P, room(model, len(item.prompt_P), self.limit), row_seed(item.example, item.sample))
             for item in batch
@@ -325,14 +324,15 @@ class GenerateTask(TaskRun):
             ):
                 yield self.answer(config, batch[number], answer)
 
-    def answer(self, config: RunConfig, item: AnswerItem, answer: Generated) -> AnswerRecord:
+    def answer(self, config: RunConfig, item: AnswerItem, answer: Generated) -> Any:
         """Return the record of an answer; what full KV wrote is kept first, so that a record never lacks its output."""
         place = {"example": item.example, "sample": item.sample, "prompt_tokens": len(item.prompt_P)}
         if config.budget is None:
             self.outputs.append([FullOutput(**place, tokens=answer.tokens)])
         full = self.outputs.records[item.output_key].tokens
         tokenizer, job = self.session.model.tokenizer, self.job
-        found: AnswerRecord = self.record(
+        opened = opens_thinking(tokenizer, item.prompt_P, job.options.think_end)
+        return self.record(
             config,
             answer.stats,
             answer.seconds,
@@ -341,9 +341,8 @@ class GenerateTask(TaskRun):
             truncated=answer.truncated,
             repetition=repetition(answer.tokens),
             first_divergence=first_divergence(answer.tokens, full),
-            **graded(self.task, item.problem, answer.tokens, tokenizer, job.options, job.sampling.stop),
+            **graded(self.task, item.problem, answer.tokens, tokenizer, job.options, job.sampling.stop, opened),
         )
-        return found
 
 
 def _task_of(job: Job) -> type[TaskRun]:
