@@ -264,5 +264,5 @@ def test_a_budget_that_was_found_is_a_line_to_paste(
         parses(command)
     if python != "# " and not get_method(method).needs.calibration:  # the tiny model has none
         made = eval(line, {name: getattr(reasonkv, name) for name in reasonkv.__all__}, {"model": tiny_loaded().model})
-        assert made.method.spec() == method
+        assert made.method.name == get_method(method).name  # a window may shrink what a method reads
         made.detach()
