@@ -26,12 +26,12 @@ from reasonkv.evaluate.run import run as run_job
 from reasonkv.models import LoadedModel, load_model
 
 PLAN = {
-    "tasks": [TASK], "methods": ["random", "keydiff"], "budgets": [24, 32], "seeds": [0, 1], "limit": 2,
+    "tasks": [TASK], "methods": ["random", "keydiff"], "budgets": 24, "seeds": [0, 1], "limit": 2,
     "batch-size": 2, "interval": 12, "sinks": 2, "recent": 8, "max-new-tokens": 40,
-    "runs": [{"command": "replay", "seeds": 0}, {"command": "evaluate", "methods": "keydiff", "budgets": [24, 32]}],
+    "runs": [{"command": "replay"}, {"command": "evaluate", "methods": "keydiff", "budgets": [24, 32]}],
 }  # fmt: skip
 EXAMPLES = Path(__file__).parent.parent / "examples"
-CELLS = 5 + 2 * 3
+CELLS = 12
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def whole(model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     result = run("run", plan(folder, model), "--out", folder / "out", "--ray", "off", "--json")
     assert result.exit_code == 0, result.stderr
     assert "One cell after the other." in result.stderr
-    assert len(json.loads(result.stdout)["folders"]) == 3
+    assert len(json.loads(result.stdout)["folders"]) == 4
     return folder / "out"
 
 
@@ -71,7 +71,7 @@ def test_every_cell_is_a_results_folder_with_full_kv_which_ran_once(whole: Path)
     cells = [path.parent for path in whole.glob("cells/**/records.jsonl")]
     assert len(cells) == CELLS
     full = {path.name: path for path in whole.glob("cells/full/*")}
-    assert len(full) == 3  # replay and evaluate of seed 0, evaluate of seed 1
+    assert len(full) == 4  # of replay and evaluate, for each seed
     for cell in cells:
         lines = [json.loads(line) for line in (cell / "records.jsonl").read_text().splitlines()]
         assert {line["run"] for line in lines} == {json.loads((cell / "manifest.json").read_text())["run"]}
@@ -86,10 +86,10 @@ def _seconds(folder: Path) -> set[float]:
 
 
 def test_the_merged_folder_is_what_one_command_would_leave(whole: Path, model: str) -> None:
-    (group,) = [one for one in make_groups({**PLAN, "models": model}, whole, "plan") if "replay" in one.folder.name]
+    group, *_ = make_groups({**PLAN, "models": model}, whole, "plan")
     before = (group.folder / "records.jsonl").read_bytes()
     found = run_job(group.job, load_model(model), group.folder)
-    assert len(found) == 2 * 5
+    assert len(found) == 2 * 3
     assert (group.folder / "records.jsonl").read_bytes() == before  # nothing was missing
     for command in ("report", "frontier"):
         words = ["--out", whole / "page.html"] if command == "report" else []
@@ -107,7 +107,7 @@ def test_three_random_kills_leave_the_records_of_an_uninterrupted_plan(whole: Pa
         wanted = draw.randrange(third * CELLS // 3 + 1, (third + 1) * CELLS // 3)
         process = subprocess.Popen(start, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while process.poll() is None and len(list(out.glob("cells/**/records.jsonl"))) < wanted:
-            time.sleep(0.002)
+            time.sleep(0.02)
         time.sleep(draw.uniform(0, 0.05))
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL, "the plan must not have ended by itself"
@@ -187,7 +187,7 @@ def test_a_dry_run_says_what_is_left_and_runs_nothing(whole: Path, model: str, t
     assert not list(out.rglob("records.jsonl"))
     data = json.loads(run("run", file, "--out", out, "--ray", "off", "--dry-run", "--json").stdout)
     replay = data["groups"][0]
-    assert (replay["cells"], replay["output_tokens"]) == (5, 2 * 40)
+    assert (replay["cells"], replay["output_tokens"]) == (3, 2 * 40)
     assert replay["bytes_peak"] > 0
     assert data["hours"] > 0
     done = json.loads(run("run", plan(tmp_path, model), "--out", whole, "--ray", "off", "--dry-run", "--json").stdout)
@@ -200,7 +200,10 @@ def test_a_dry_run_says_what_is_left_and_runs_nothing(whole: Path, model: str, t
         (lambda one: one | {"command": "measure", "runs": []}, "command in"),
         (lambda one: one | {"tsks": ["program"]}, "[tsks]"),
         (lambda one: one | {"methods": ["rvk"]}, "did you mean 'rkv'"),
-        (lambda one: one | {"budgets": [], "runs": []}, "has bounded methods and no budget"),
+        (
+            lambda one: {key: value for key, value in one.items() if key not in ("runs", "budgets")},
+            "has bounded methods and no budget",
+        ),
         (lambda one: one | {"seeds": ["first"], "runs": []}, "seeds in"),
         (lambda one: one | {"runs": ["replay"]}, "takes a list of options"),
         (lambda one: one | {"runs": [{}, {}]}, "would write one folder"),
@@ -235,4 +238,4 @@ def test_the_prompt_heavy_pack_has_the_eight_sets_with_both_baselines(tmp_path: 
 
 def test_the_example_plan_is_a_plan(tmp_path: Path) -> None:
     groups = make_groups(yaml.safe_load((EXAMPLES / "plan.yaml").read_text()), tmp_path, "plan")
-    assert len({cell.folder for group in groups for cell in group.cells}) == 2 * 2 * 2 * (1 + 3 * 2)
+    assert len({cell.folder for group in groups for cell in group.cells}) == 2 * (1 + 3 * 2)

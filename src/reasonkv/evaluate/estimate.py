@@ -8,15 +8,15 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from reasonkv.evaluate.cells import make_budgets
+from reasonkv.evaluate.cells import make_budgets, make_methods
 from reasonkv.evaluate.decoding import Request, decode_batch
 from reasonkv.evaluate.generate import room
 from reasonkv.evaluate.job import GenerateJob, ReplayJob
 from reasonkv.evaluate.plan import Cell, Group, load_once
+from reasonkv.evaluate.published import with_published
 from reasonkv.evaluate.records import RECORDS, AnswerRecord, ReplayRecord, read_lines
 from reasonkv.evaluate.run import FULL_LIMIT
 from reasonkv.evaluate.traces import encode_prompts
-from reasonkv.methods import get_method
 from reasonkv.models import LoadedModel, one_thread_if_small
 from reasonkv.runtimes.transformers import CompressedCache
 from reasonkv.schedule import bound
@@ -82,7 +82,8 @@ def estimate(group: Group) -> Estimate:
     Raises:
         ReasonKVError: a task or the model cannot be had.
     """
-    model, rates = load_once(group.cells[0].source), None
+    model = load_once(group.cells[0].source)
+    rates: Rates | None = None
     prefilled = decoded = peak = left = 0
     by_task: dict[str, list[Tensor]] = {}
     for cell in group.cells:
@@ -111,13 +112,13 @@ def _prompts(model: LoadedModel, job: ReplayJob | GenerateJob) -> list[Tensor]:
 
 def _tokens(cell: Cell, model: LoadedModel, prompts: Sequence[Tensor]) -> tuple[int, int, int]:
     """Return the tokens a cell feeds at once and decodes one by one, and the slots its longest sequence needs."""
-    job, longest = cell.job, max(map(len, prompts))
-    limit = job.traces.max_new_tokens if isinstance(job, ReplayJob) else job.max_new_tokens or FULL_LIMIT
-    lengths = _known_outputs(cell) or [room(model.model, len(one), limit) for one in prompts]
+    job, longest = with_published(cell.job, model), max(map(len, prompts))
+    limit = job.traces.max_new_tokens if isinstance(job, ReplayJob) else job.max_new_tokens
+    lengths = _known_outputs(cell) or [room(model.model, len(one), limit or FULL_LIMIT) for one in prompts]
     written = round(sum(lengths) / len(lengths) * len(prompts))
     whole = longest + max(lengths)
-    budgets = [] if cell.full is None or get_method(job.methods[-1]).needs.selects else make_budgets(job.budget)
-    slots = bound(budgets[0], longest, whole) if budgets else whole  # type: ignore[arg-type]
+    keeps_all = cell.full is None or make_methods(job)[-1].needs.selects
+    slots = whole if keeps_all else bound(make_budgets(job.budget)[0], longest, whole)
     if job.budget.mean_slots:
         slots = min(whole, job.budget.mean_slots[0] + job.budget.interval)
     total = sum(map(len, prompts))
