@@ -27,7 +27,7 @@ from reasonkv.runtimes.vllm.config import EngineConfig, ServingError
 
 COMMANDS = (
     "demo", "methods", "doctor", "generate", "replay", "evaluate", "tune", "frontier", "report", "inspect", "calibrate",
-    "train-gate", "serve",
+    "train-gate", "serve", "run", "compare",
 )  # fmt: skip
 SMALL = ["--interval", "12", "--sinks", "2", "--recent", "8", "--prompt-policy", "on_top", "--max-new-tokens", "40"]
 
@@ -233,6 +233,7 @@ def _fields(cls: type) -> list[str]:
 )
 def test_every_field_of_a_job_is_a_flag_with_help(command: str, job: type) -> None:
     renamed = {"tokens": "budgets", "prompt": "prompt-policy", "source": "traces", "import_": "import"}
+    renamed |= {"preset": "sampling"}
     given = cli.make_app()[command].assemble_argument_collection(parse_docstring=True)
     shown = {name: argument for argument in given for name in argument.names}
     searched = {"tokens", "keep", "mean_slots"} if job is TuneJob else set()

@@ -8,14 +8,16 @@ from typing import Any
 
 import pandas as pd
 import pytest
+import torch
 from command_line import run as run_command
 
-from reasonkv.evaluate.generate import render, thinking_tokens
+from reasonkv.evaluate.generate import graded, opens_thinking, render, thinking_tokens
 from reasonkv.evaluate.job import BudgetOptions, GenerateJob, JobError, ReplayJob
 from reasonkv.evaluate.run import run
 from reasonkv.evaluate.sanity import sanity_warnings
 from reasonkv.models import load_model
 from reasonkv.tasks import TaskError, TaskOptions, get_task, task_catalogue
+from reasonkv.tasks.data import data_task
 
 BUDGET = BudgetOptions(tokens=(96,), interval=32, recent=16)
 DATA = TaskOptions(prompt="{question}", answer="answer", grade="exact")
@@ -119,6 +121,20 @@ def test_a_question_reaches_the_model_in_its_chat_template(
 ) -> None:
     tokenizer: Any = _Tokenizer()
     assert render(tokenizer, "hi", options, from_data=from_data) == expected
+
+
+def test_thinking_that_the_prompt_opened_and_that_never_ends_is_no_answer() -> None:
+    tokenizer: Any = _Tokenizer()
+    task = data_task("t", [{"question": "6 x 7?", "answer": "42"}], TaskOptions(grade="number"))
+    ids = tokenizer("so it is 42", add_special_tokens=False)["input_ids"]
+    for prompt, opened in (("<think>", True), ("<think>x</think>", False), ("hi", False)):
+        assert opens_thinking(tokenizer, torch.tensor(list(map(ord, prompt))), "</think>") is opened
+        found = graded(task, task.problem(0), ids, tokenizer, TaskOptions(), opened=opened)
+        assert (found["output"], found["thinking_tokens"]) == ("so it is 42", len(ids) * opened)
+        assert found["score"] == (0 if opened else 1)
+    ended = tokenizer("so</think>42", add_special_tokens=False)["input_ids"]
+    found = graded(task, task.problem(0), ended, tokenizer, TaskOptions(), opened=True)
+    assert (found["score"], found["thinking_tokens"]) == (1, len("so</think>"))
 
 
 def test_a_template_that_refuses_is_one_sentence() -> None:

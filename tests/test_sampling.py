@@ -20,6 +20,7 @@ from reasonkv.evaluate.published import DIRECT, OPEN, THINKING, fill, with_publi
 from reasonkv.evaluate.sampling import FIRST, likely_tokens
 from reasonkv.models import LoadedModel
 from reasonkv.tasks import get_task
+from reasonkv.tasks.declaration import Declaration
 
 WARPERS = {"top_k": TopKLogitsWarper, "top_p": TopPLogitsWarper, "min_p": MinPLogitsWarper}
 
@@ -128,16 +129,16 @@ def test_published_sampling_is_that_of_the_model_s_authors(model: LoadedModel, t
 
 
 def test_a_task_s_own_sampling_counts_where_the_family_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    declared = {"first": {"sampling": {"temperature": 0.8, "top_k": 5}, "max_new_tokens": 99}}
-    monkeypatch.setattr("reasonkv.evaluate.published.standard_tasks", lambda: declared)
+    declared = {"first": Declaration(sampling={"temperature": 0.8, "top_k": 5}, max_new_tokens=99, stop=["Q:"])}
+    monkeypatch.setattr("reasonkv.evaluate.published.declaration_of", declared.get)
     asked = Sampling(preset="published")
     job = GenerateJob(task="first", samples=2, sampling=asked, methods="full")
     found = with_published(job, named("own"))
-    assert (found.sampling, found.max_new_tokens) == (Sampling(0.8, top_k=5), 99)
+    assert (found.sampling, found.max_new_tokens) == (Sampling(0.8, top_k=5, stop=("Q:",)), 99)
     traces = ReplayJob(task="first", traces=TraceSettings(source="sampled", preset="published"))
-    assert with_published(traces, named("own")).traces.sampling == Sampling(0.8, top_k=5)
+    assert with_published(traces, named("own")).traces.sampling == Sampling(0.8, top_k=5, stop=("Q:",))
     assert fill(asked, named("x/r1-distill-y"), ["first"]).temperature == 0.6
-    declared["second"] = {"sampling": {"temperature": 0.1}}
+    declared["second"] = Declaration(sampling={"temperature": 0.1})
     for others in (["first", "program"], ["first", "second"]):
         with pytest.raises(JobError, match="one by one"):
             fill(asked, named("own"), others)
@@ -148,9 +149,9 @@ def test_a_task_s_own_sampling_counts_where_the_family_has_none(monkeypatch: pyt
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"min_p": 2.0}, "min_p must be at least 0 and at most 1"),
+        ({"min_p": 2.0}, "min_p must be a number of at least 0 and at most 1"),
         ({"top_k": 0}, "top_k must be a whole number"),
-        ({"repetition_penalty": 0.0}, "repetition_penalty must be above 0"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty must be a number above 0"),
         ({"think_budget": 0}, "think_budget must be"),
         ({"stop": ("",)}, "at least one character"),
         ({"temperature": float("nan")}, "temperature must be"),

@@ -82,7 +82,8 @@ def generate(
     rows = []
     for problem in problems:
         asked = str(words) if problem is None else problem.prompt
-        rendered = render(loaded.tokenizer, asked, options, from_data=family is None or family.chat)
+        own = options if family is None else family.prompt_options(options)
+        rendered = render(loaded.tokenizer, asked, own, from_data=family is None or family.chat)
         row = _answer(loaded, rendered, cell, rules, max_new_tokens, seed, getattr(problem, "example", 0))
         row["correct"] = None if family is None else family.check(problem, row["output"])
         row["example"] = getattr(problem, "example", None)

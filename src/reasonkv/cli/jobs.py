@@ -79,7 +79,7 @@ def _show_first_prompts(job: Job, loaded: LoadedModel) -> None:
             note(f"{spec}: skipped, {sentence}")
         if not task.chat:
             continue
-        text, _ = render(loaded.tokenizer, task.problem(0, seed=job.seed).prompt, job.options)
+        text, _ = render(loaded.tokenizer, task.problem(0, seed=job.seed).prompt, task.prompt_options(job.options))
         shown = text if len(text) <= SHOWN else f"{text[: SHOWN // 2]} ... {text[-SHOWN // 2 :]}"
         note(f"{spec}, the first prompt:\n{shown}")
 
@@ -158,8 +158,10 @@ def tune(
 
     Example: `reasonkv tune --task program --methods random,rkv --target 0.95x --limit 16 --out search`
 
-    Another --target, --resolution or replay --metric reuses what --out holds; `reasonkv frontier` reads it, too.
+    Prints each budget found as a line of Python and a command to serve it. Another --target, --resolution or replay
+    --metric reuses what --out holds; `reasonkv frontier` and `report` read it, too.
     """
+    from reasonkv.cli.ready import python_line, serve_line
     from reasonkv.evaluate.matching import sized
     from reasonkv.evaluate.tune import check_search, tune
     from reasonkv.report.frontier import SEARCH_SENTENCE, search_tables
@@ -177,9 +179,19 @@ def tune(
 
     with progress_bars(len(job.task) * (1 + 6 * len(methods))) as progress:
         found = tune(job, loaded, out, progress, on_probe=tell)
+    lines = [
+        [python_line(one.method, job.budget, one.tokens), serve_line(loaded.name, one.method, job.budget, one.tokens)]
+        if one.tokens is not None
+        else []
+        for one in found
+    ]
     if json:
+        searches = [one.to_dict() | {"use": own} for one, own in zip(found, lines, strict=True)]
         print_json({"out": out, "target": str(target), "resolution": job.resolution, "metric": job.metric,
-                    "searches": [one.to_dict() for one in found]})  # fmt: skip
+                    "searches": searches})  # fmt: skip
         return
     print_tables(search_tables(found, job.budget.window), SEARCH_SENTENCE)
+    for one, own in zip(found, lines, strict=True):
+        if own:
+            print("\n".join([f"{one.task}, {one.method}:", *(f"  {line}" for line in own)]))
     print(f"Records: {show(out)}")

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from reasonkv.errors import ReasonKVError
 from reasonkv.evaluate.chunks import feed_prompts
-from reasonkv.evaluate.generate import encode, end_tokens
+from reasonkv.evaluate.generate import encode, end_tokens, opens_thinking
 from reasonkv.evaluate.sampling import next_tokens, penalised
 from reasonkv.evaluate.settings import Sampling
 from reasonkv.offload import input_device
@@ -81,11 +81,10 @@ class TextRules:
         return any(text in self.tail(tokens, text) for text in self.sampling.stop)
 
     def thinks(self, prompt_P: Tensor) -> bool:
-        """Return whether an output begins inside of thinking: its prompt opened it, or other marks are in use."""
+        """Return whether thinking goes on from the first token: the prompt opened it, or it has marks of its own."""
         if self.sampling.think_budget is None or self.think_end != THINK_END:
             return self.sampling.think_budget is not None
-        prompt = str(self.tokenizer.decode(prompt_P, skip_special_tokens=False))
-        return prompt.rfind(THINK) > prompt.rfind(self.think_end)
+        return opens_thinking(self.tokenizer, prompt_P, self.think_end)
 
 
 @dataclass

@@ -70,12 +70,27 @@ def render_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[s
     return str(found)
 
 
-def thinking_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], think_end: str) -> int:
-    """Return how many tokens of an output belong to thinking: up to its last end mark, or all if it never ends."""
+def opens_thinking(tokenizer: PreTrainedTokenizerBase, prompt_P: Tensor, think_end: str) -> bool:
+    """Return whether an output begins inside of thinking, because its prompt ends with thinking under way."""
+    prompt = str(tokenizer.decode(prompt_P, skip_special_tokens=False))
+    return prompt.rfind(THINK) > prompt.rfind(think_end)
+
+
+def thinking_tokens(
+    tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], think_end: str, opened: bool = False
+) -> int:
+    """Return how many tokens of an output belong to thinking: up to its last end mark, or all if it never ends.
+
+    Args:
+        tokenizer: the model's.
+        tokens: of the output.
+        think_end: the mark.
+        opened: the prompt opened thinking.
+    """
     text = str(tokenizer.decode(tokens, skip_special_tokens=False))
     head, mark, _ = text.rpartition(think_end)
     if not mark:
-        return len(tokens) if THINK in text else 0
+        return len(tokens) if opened or THINK in text else 0
     return min(len(tokens), len(encode(tokenizer, head + mark)))
 
 
@@ -130,15 +145,19 @@ def graded(
     tokenizer: PreTrainedTokenizerBase,
     options: TaskOptions,
     stop: Sequence[str] = (),
+    opened: bool = False,
 ) -> dict[str, Any]:
-    """Return the fields of an answer's record that its text decides: the text, its grade, its tokens of thinking."""
+    """Return the fields of an answer's record that its text decides: the text, its grade, its tokens of thinking.
+
+    With `opened`, the output continues the thinking of its prompt; if that never ends, there is no answer.
+    """
     text = decode(tokenizer, tokens, stop)
-    grade = task.grade(problem, text)
+    grade = task.grade(problem, THINK + text if opened else text)
     return {
         "output": text,
         "correct": grade.score == 1,
         "score": grade.score,
         "extracted": grade.extracted,
         "grader_error": grade.error,
-        "thinking_tokens": thinking_tokens(tokenizer, tokens, options.think_end),
+        "thinking_tokens": thinking_tokens(tokenizer, tokens, options.think_end, opened),
     }

@@ -189,8 +189,8 @@ class TuneJob(Job):
     Args:
         budget: The rule of the budgets; without sizes, since those are searched (of a window, its retention).
         metric: top1, nll or kl of a replay, or accuracy of generated answers.
-        target: What has to be kept: 0.95 is absolute, 0.95x relative to full KV. Unless given, 0.95x (nll: 1.05x, kl:
-            0.05).
+        target: What has to be kept: 0.95 is absolute, 0.95x relative to full KV. Unless given, kl 0.05, top1 0.99,
+            nll 1.05x, accuracy 0.95x.
         resolution: Stop when the bracket of budgets is this narrow, as a ratio above 1.
         max_new_tokens: Most output tokens, as in a replay or a generation.
 

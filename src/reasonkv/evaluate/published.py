@@ -9,7 +9,7 @@ from typing import TypeVar
 from reasonkv.evaluate.job import GenerateJob, JobError, ReplayJob
 from reasonkv.evaluate.settings import Sampling
 from reasonkv.models import LoadedModel
-from reasonkv.tasks.hub import standard_tasks
+from reasonkv.tasks.hub import declaration_of
 
 S = TypeVar("S", bound=Sampling)
 J = TypeVar("J", ReplayJob, GenerateJob)
@@ -37,7 +37,7 @@ def with_published(job: J, model: LoadedModel) -> J:
         return replace(job, traces=fill(job.traces, model, job.task, thinking))
     if job.sampling.preset is None:
         return job
-    limits = [standard_tasks()[spec]["max_new_tokens"] for spec in job.task if spec in standard_tasks()]
+    limits = [one.max_new_tokens for one in map(declaration_of, job.task) if one and one.max_new_tokens]
     limit = job.max_new_tokens or max(limits, default=None)
     return replace(job, sampling=fill(job.sampling, model, job.task, thinking), max_new_tokens=limit)
 
@@ -58,7 +58,10 @@ def fill(sampling: S, model: LoadedModel, tasks: Sequence[str] = (), thinking: s
     """
     if sampling.preset is None:
         return sampling
-    declared = [standard_tasks()[spec].get("sampling") for spec in tasks if spec in standard_tasks()]
+    files = [one for one in map(declaration_of, tasks) if one is not None]
+    declared, stops = [one.sampling for one in files], {tuple(one.stop) for one in files}
+    if len(stops) == 1 and not sampling.stop:
+        sampling = replace(sampling, stop=stops.pop())
     found = family_sampling(model, thinking)
     if found is None and any(declared):
         if any(one != declared[0] for one in declared) or len(declared) < len(tasks):

@@ -13,9 +13,10 @@ from typing import Any, cast
 from reasonkv.calibration import Calibration, find_calibration
 from reasonkv.evaluate.cells import RunConfig, check_job, make_budgets, make_methods, plan_cells
 from reasonkv.evaluate.decoding import Generated, Request, TextRules, decode_rows
-from reasonkv.evaluate.generate import graded, room, row_seed
+from reasonkv.evaluate.generate import graded, opens_thinking, room, row_seed
 from reasonkv.evaluate.job import GenerateJob, Job, ReplayJob, Sampling
 from reasonkv.evaluate.manifest import Manifest, open_results
+from reasonkv.evaluate.merging import adopt
 from reasonkv.evaluate.progress import Meter, Progress, silent
 from reasonkv.evaluate.published import with_published
 from reasonkv.evaluate.records import (
@@ -27,7 +28,7 @@ from reasonkv.evaluate.records import (
     RecordFile,
     ReplayRecord,
     record_key,
-)  # fmt: skip
+)
 from reasonkv.evaluate.replay import replay_batch
 from reasonkv.evaluate.text import first_divergence, repetition
 from reasonkv.evaluate.traces import Trace, encode_prompts, file_name, load_or_make_traces
@@ -51,15 +52,16 @@ def run(
     progress: Progress = silent,
     *,
     command: str | None = None,
+    sources: Sequence[Path] = (),
 ) -> list[ReplayRecord] | list[AnswerRecord]:
     """Run a job into a results folder, or finish one that was stopped.
 
     Args:
-        job: what to run.
-        model: the model.
+        job, model: what to run, on which model.
         folder: results folder; new, or one that the same job began.
         progress: called after every batch.
         command: the name it is recorded under; "replay" or "evaluate" unless given.
+        sources: finished folders of parts of the job, whose records, traces and outputs are taken.
 
     Returns:
         Every record of the folder.
@@ -74,9 +76,9 @@ def run(
     job = with_published(job, model)
     methods, budgets = make_methods(job), make_budgets(job.budget)
     layers = compressed_layers(model.model.config)
-    arguments = {"budgets": [one.to_dict() for one in budgets], "mean_slots": list(job.budget.mean_slots)}
     named = command or ("evaluate" if isinstance(job, GenerateJob) else "replay")
-    with open_session(job, methods, model, folder, progress, named, arguments) as session:
+    with open_session(job, methods, model, folder, progress, named) as session:
+        adopt(session.file, _task_of(job).kind, session.run, sources)
         for spec in job.task:
             task = session.task(spec)
             for config in plan_cells(methods, budgets, job.budget.mean_slots, task.rows, layers):
@@ -103,19 +105,12 @@ class Session:
 
 @contextmanager
 def open_session(
-    job: Job,
-    methods: Sequence[Method],
-    model: LoadedModel,
-    folder: Path,
-    progress: Progress,
-    command: str,
-    sizes: dict[str, Any],
+    job: Job, methods: Sequence[Method], model: LoadedModel, folder: Path, progress: Progress, command: str
 ) -> Iterator[Session]:
     """Hold a results folder for one job and process; arguments and errors as in `run`.
 
     Args:
         methods: those of the job, as they run.
-        sizes: what the manifest says about budgets.
     """
     needed = any(method.needs.calibration for method in methods)
     calibration = find_calibration(model.model, model.calibration_file) if needed else None
@@ -123,10 +118,10 @@ def open_session(
         "dtype": model.dtype,
         "task": list(job.task),
         "methods": [method.spec() for method in methods],
-    }
-    arguments |= {**sizes, "limit": job.limit, "seed": job.seed}
-    if job.options.to_dict():
-        arguments["options"] = job.options.to_dict()
+        "budgets": [one.to_dict() for one in make_budgets(job.budget)],
+        "mean_slots": list(job.budget.mean_slots),
+    } | {"limit": job.limit, "seed": job.seed}
+    arguments |= {"options": chosen} if (chosen := job.options.to_dict()) else {}
     if calibration is not None:
         arguments["calibration"] = calibration.digest
     if isinstance(job, GenerateJob):
@@ -134,8 +129,8 @@ def open_session(
         arguments |= {"samples": job.samples, "sampling": drawn, "max_new_tokens": job.max_new_tokens}
     elif isinstance(job, ReplayJob):
         arguments |= {"traces": job.traces.to_dict()} | ({"diagnostics": True} if job.diagnostics else {})
-        given = [task.digest for spec in job.task if isinstance(task := get_task(spec, job.options), GivenTraces)]
-        arguments |= {"given": given} if given else {}
+        if isinstance(task := get_task(job.task[0], job.options), GivenTraces):
+            arguments["given"] = task.digest
     named = {"name": model.name, "hash": model.hash}
     manifest = Manifest(command=command, arguments=arguments, model=named, device=model.device_name)
     with open_results(folder, manifest), one_thread_if_small(model.model):
@@ -176,9 +171,9 @@ class TaskRun(ABC):
         """
         if config in self._finished:
             return self._finished[config]
-        records = self.session.file.records
+        records, total = self.session.file.records, sum(map(len, self.batches))
         keys = [[self.key(config, item) for item in batch] for batch in self.batches]
-        self.meter = Meter(self.session.progress, f"{self.spec}: {config.label}", sum(map(len, keys)))
+        self.meter = Meter(self.session.progress, f"{self.spec}: {config.label}", total)
         for batch, own in zip(self.batches, keys, strict=True):
             if not all(key in records and self.is_whole(config, item) for key, item in zip(own, batch, strict=True)):
                 for record in self.execute(config, batch):
@@ -277,7 +272,7 @@ class ReplayTask(TaskRun):
 
 
 class GenerateTask(TaskRun):
-    """The problems of one task, answered: by full KV first, which the others' limits and comparisons follow from.
+    """The problems of one task, answered; full KV's answers come first, since limits and comparisons follow from them.
 
     Prompts of similar length stand together, since they are padded to the longest.
     """
@@ -307,8 +302,7 @@ class GenerateTask(TaskRun):
 
     def execute(self, config: RunConfig, batch: Sequence[AnswerItem]) -> Iterator[AnswerRecord]:
         """Answer one batch."""
-        model, job = self.session.model.model, self.job
-        method, calibration = self.runnable(config)
+        model, job, (method, calibration) = self.session.model.model, self.job, self.runnable(config)
         requests = [
             Request(item.prompt_P, room(model, len(item.prompt_P), self.limit), row_seed(item.example, item.sample))
             for item in batch
@@ -330,14 +324,15 @@ class GenerateTask(TaskRun):
             ):
                 yield self.answer(config, batch[number], answer)
 
-    def answer(self, config: RunConfig, item: AnswerItem, answer: Generated) -> AnswerRecord:
+    def answer(self, config: RunConfig, item: AnswerItem, answer: Generated) -> Any:
         """Return the record of an answer; what full KV wrote is kept first, so that a record never lacks its output."""
         place = {"example": item.example, "sample": item.sample, "prompt_tokens": len(item.prompt_P)}
         if config.budget is None:
             self.outputs.append([FullOutput(**place, tokens=answer.tokens)])
         full = self.outputs.records[item.output_key].tokens
         tokenizer, job = self.session.model.tokenizer, self.job
-        found: AnswerRecord = self.record(
+        opened = opens_thinking(tokenizer, item.prompt_P, job.options.think_end)
+        return self.record(
             config,
             answer.stats,
             answer.seconds,
@@ -346,9 +341,8 @@ class GenerateTask(TaskRun):
             truncated=answer.truncated,
             repetition=repetition(answer.tokens),
             first_divergence=first_divergence(answer.tokens, full),
-            **graded(self.task, item.problem, answer.tokens, tokenizer, job.options, job.sampling.stop),
+            **graded(self.task, item.problem, answer.tokens, tokenizer, job.options, job.sampling.stop, opened),
         )
-        return found
 
 
 def _task_of(job: Job) -> type[TaskRun]:

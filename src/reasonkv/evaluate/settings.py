@@ -64,7 +64,7 @@ class Sampling:
             if (value is not None and not (low <= value if includes_low else low < value)) or not (value or 0) <= high:
                 above = "at least" if includes_low else "above"
                 most = "" if high == sys.float_info.max else f" and at most {high:g}"
-                raise JobError(f"{name} must be {above} {low:g}{most}, not {value!r}.")
+                raise JobError(f"{name} must be a number {'of ' * includes_low}{above} {low:g}{most}, not {value!r}.")
         for name in ("top_k", "think_budget"):
             if getattr(self, name) is not None:
                 check_least(name, getattr(self, name))
@@ -113,7 +113,9 @@ class TraceSettings(Sampling):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.is_file:
-            check_choice("traces", self.source, ("greedy", "sampled", "reference", "or a file such as FILE.jsonl"))
+            check_choice(
+                "source (--traces)", self.source, ("greedy", "sampled", "reference", "or a file such as FILE.jsonl")
+            )
         check_least("max_new_tokens", self.max_new_tokens)
         if self.temperature == 0:
             raise JobError("A sampled trace needs a temperature above 0; for greedy traces choose source='greedy'.")
