@@ -163,7 +163,7 @@ class RemoteTask(TaskRun):
 
     def _prompt(self, problem: Problem) -> Asked:
         """Return a prompt as the server takes it; vLLM makes its token ids."""
-        options, ask = self.job.options, self.endpoint.ask
+        options, ask = self.task.prompt_options(self.job.options), self.endpoint.ask
         system = [] if options.system is None else [{"role": "system", "content": options.system}]
         chat: dict[str, Any] = {"messages": [*system, {"role": "user", "content": problem.prompt}]}
         if options.thinking is not None:
