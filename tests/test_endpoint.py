@@ -180,12 +180,8 @@ def our_reply(path: str, body: dict[str, Any]) -> tuple[int, Any]:
         words = body["messages"][-1]["content"] if "messages" in body else body["prompt"]
         return 200, {"count": len(words.split()), "tokens": list(range(len(words.split())))}
     if path == "/detokenize":
-        whole = (
-            {2: "Say 4.", 30: "so 4 </think> is 4" if body["tokens"][2] == 2 else "<think> 7"}
-            if body["tokens"][1:]
-            else {}
-        )
-        return 200, {"prompt": whole.get(len(body["tokens"]), "")}
+        ends = "so 4 </think> is 4" if body["tokens"][2:3] == [2] else "<think> 7"
+        return 200, {"prompt": ends if len(body["tokens"]) == 30 else "Say 4."}
     wish = json.loads(body.get("vllm_xargs", {}).get("reasonkv", "{}"))
     tokens = list(range(30)) if wish.get("enabled") is False else [0, 1, *range(50, 78)]
     choice = {"text": "so 4 </think> is 4" if wish.get("enabled") is False else "7", "finish_reason": "length"}
