@@ -179,6 +179,9 @@ def our_reply(path: str, body: dict[str, Any]) -> tuple[int, Any]:
     if path == "/tokenize":
         words = body["messages"][-1]["content"] if "messages" in body else body["prompt"]
         return 200, {"count": len(words.split()), "tokens": list(range(len(words.split())))}
+    if path == "/detokenize":
+        ends = "so 4 </think> is 4" if body["tokens"][2:3] == [2] else "<think> 7"
+        return 200, {"prompt": ends if len(body["tokens"]) == 30 else "Say 4."}
     wish = json.loads(body.get("vllm_xargs", {}).get("reasonkv", "{}"))
     tokens = list(range(30)) if wish.get("enabled") is False else [0, 1, *range(50, 78)]
     choice = {"text": "so 4 </think> is 4" if wish.get("enabled") is False else "7", "finish_reason": "length"}
@@ -201,6 +204,7 @@ def test_our_server_answers_twice_and_says_what_it_runs(job: GenerateJob, tmp_pa
     full, random = ({one.example: one for one in records if one.method == name} for name in ("full", "random"))
     assert len(full) == len(random) == 8 and full[4].correct and full[4].thinking_tokens == 3
     assert (full[4].physical_terminal, full[4].bytes_full, full[4].events) == (31, 3100, 0)
+    assert random[4].thinking_tokens == 30  # it never ends
     assert random[4].first_divergence == 2 and random[4].budget == OURS["budget"]
     assert random[4].events == 0 and random[4].physical_peak == 31  # 32 slots would be compacted
     wishes = [one["vllm_xargs"]["reasonkv"] for one in bodies if "vllm_xargs" in one]

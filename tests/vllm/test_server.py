@@ -156,7 +156,9 @@ SAME = ("output_tokens", "truncated", "first_divergence", "correct", "score", "e
 def check_same_answers(url: str, method: str, folder: Path) -> None:
     """An evaluation by a server equals one in this process, record by record."""
     budget = BudgetOptions(tokens=[64], interval=32, sinks=4, recent=16, prompt="count")
-    job = GenerateJob(task=["program", "recall"], methods=["full", method], budget=budget, limit=6, seed=7)
+    job = GenerateJob(
+        task=["program", "recall"], methods=["full", method], budget=budget, limit=6, seed=7, max_new_tokens=250
+    )
     theirs = run_remote(job, Endpoint.connect(url), folder / "server")
     mine = run(job, load_model("testbed", "float32", "cpu"), folder / "process")
     assert len(theirs) == len(mine) == 24 and isinstance(mine[0], AnswerRecord)

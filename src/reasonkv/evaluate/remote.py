@@ -32,7 +32,8 @@ from reasonkv.evaluate.text import first_divergence, repetition
 from reasonkv.evaluate.traces import TraceError, file_name
 from reasonkv.methods import get_method
 from reasonkv.schedule import Lengths, next_event, step
-from reasonkv.tasks import Problem, Task, TaskError, get_task
+from reasonkv.tasks import Problem, TaskError, get_task
+from reasonkv.tasks.needle import NeedleTask
 from reasonkv.tasks.options import THINK
 
 
@@ -96,6 +97,7 @@ class Asked:
     prompt: Mapping[str, Any]  # the fields of the request that hold it
     prompt_tokens: int | None = None  # where the server tells before
     sample: int = 0
+    opened: bool = False  # the prompt ends with thinking under way
 
     @property
     def example(self) -> int:
@@ -116,7 +118,7 @@ class RemoteTask(TaskRun):
     def __init__(self, session: Session, spec: str) -> None:
         self.endpoint, self.job = cast(Endpoint, session.model), cast(GenerateJob, session.job)
         task = get_task(spec, self.job.options)
-        if self.endpoint.tokenizer is None and type(task).for_tokenizer is not Task.for_tokenizer:
+        if self.endpoint.tokenizer is None and isinstance(task, NeedleTask):
             raise TaskError(f"{spec} counts in tokens; give the folder of the server's tokenizer as --model.")
         super().__init__(session, spec)
         self.outputs = RecordFile(session.folder / f"outputs-{file_name(spec)}.jsonl", FullOutput)
@@ -161,7 +163,7 @@ class RemoteTask(TaskRun):
 
     def _prompt(self, problem: Problem) -> Asked:
         """Return a prompt as the server takes it; vLLM makes its token ids."""
-        options, ask = self.job.options, self.endpoint.ask
+        options, ask = self.task.prompt_options(self.job.options), self.endpoint.ask
         system = [] if options.system is None else [{"role": "system", "content": options.system}]
         chat: dict[str, Any] = {"messages": [*system, {"role": "user", "content": problem.prompt}]}
         if options.thinking is not None:
@@ -183,7 +185,9 @@ class RemoteTask(TaskRun):
                 f"A prompt of {self.task.name} has {found['count']} tokens, but the server takes {context} in all; "
                 "choose easier dials for the task, or start the server with a larger --max-model-len."
             )
-        return Asked(problem, "/completions", {"prompt": found["tokens"]}, int(found["count"]))
+        whole = str(ask("/detokenize", named | {"tokens": found["tokens"]}, root=True)["prompt"])
+        opened = whole.rfind(THINK) > whole.rfind(options.think_end)
+        return Asked(problem, "/completions", {"prompt": found["tokens"]}, int(found["count"]), opened=opened)
 
     def _ask(self, config: RunConfig, item: Asked) -> Answer:
         """Send one request."""
@@ -213,18 +217,24 @@ class RemoteTask(TaskRun):
             body["vllm_xargs"] = {"reasonkv": json.dumps(wish)}
         found = Answer.of(endpoint.ask(item.path, body), self.job.options.think_end, item.prompt_tokens)
         found = replace(found, seconds=time.perf_counter() - began)
-        if found.thinking_tokens is not None or not endpoint.is_vllm:
+        if not endpoint.is_vllm:
             return found
-        head, mark, _ = found.text.rpartition(self.job.options.think_end)
-        words = {"model": endpoint.name, "prompt": head + mark, "add_special_tokens": False}
-        counted = int(endpoint.ask("/tokenize", words, root=True)["count"])
+        # marks of thinking may be special tokens, which the text of an answer leaves out
+        named = {"model": endpoint.name}
+        whole = str(endpoint.ask("/detokenize", named | {"tokens": found.tokens}, root=True)["prompt"])
+        head, mark, _ = whole.rpartition(self.job.options.think_end)
+        if not mark:
+            return replace(found, thinking_tokens=found.output_tokens if item.opened or THINK in whole else 0)
+        words = {"prompt": head + mark, "add_special_tokens": False}
+        counted = int(endpoint.ask("/tokenize", named | words, root=True)["count"])
         return replace(found, thinking_tokens=min(found.output_tokens, counted))
 
     def _record(self, config: RunConfig, item: Asked, answer: Answer) -> AnswerRecord:
         place = {"example": item.example, "sample": item.sample, "prompt_tokens": answer.prompt_tokens}
         if config.budget is None:  # before the record, so that a record never lacks its output
             self.outputs.append([FullOutput(**place, tokens=answer.tokens)])
-        full, grade = self.outputs.records[item.output_key].tokens, self.task.grade(item.problem, answer.text)
+        full = self.outputs.records[item.output_key].tokens
+        grade = self.task.grade(item.problem, THINK + answer.text if item.opened else answer.text)
         slot_bytes = 0 if self.endpoint.served is None else self.endpoint.served.slot_bytes
         return AnswerRecord(
             **self.identity(config),

@@ -94,9 +94,8 @@ class CompressedCache(Cache):
         if reference is None:
             refuse_future(self.method)
         needs = self.method.needs
-        rotary = None
-        if needs.rotary or needs.observes or needs.calibration:
-            rotary = Rotary.from_config(model.config, "full_attention").to(input_device(model))
+        rotates = needs.rotary or needs.observes or needs.calibration
+        rotary = Rotary.from_config(model.config, "full_attention").to(input_device(model)) if rotates else None
         reader, self.budget = SparseReader.of(self.method, model, self.budget, rotary)
         self.window_events, self.reopen_prompt = window_events, reopen_prompt
         self.prompt_lengths = whole_numbers(prompt_lengths, "prompt_lengths")
