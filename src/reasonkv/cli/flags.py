@@ -63,7 +63,7 @@ class ModelFlags:
         calibration: Query statistics, made by `reasonkv calibrate`. Unless given, looked up for the model.
         revision: Branch, tag or commit of the model on the hub.
         adapter: LoRA adapter, a folder or a name on the hub; it is merged into the weights.
-        device_map: Where layers go, in place of --device: auto, balanced, or JSON such as {"model": 0, "lm_head": "cpu"}.
+        device_map: Where layers go, in place of --device: auto, balanced, or JSON as in {"model": 0, "lm_head": "cpu"}.
     """
 
     model: str = "testbed"

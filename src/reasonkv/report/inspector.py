@@ -23,7 +23,7 @@ from torch import Tensor
 from reasonkv.calibration import Calibration
 from reasonkv.evaluate.cells import RunConfig
 from reasonkv.evaluate.chunks import TraceRow, feed
-from reasonkv.evaluate.decoding import Request, decode_batch
+from reasonkv.evaluate.decoding import Request, TextRules, decode_batch
 from reasonkv.evaluate.fates import EventPlan, PlanRecorder, fates, save_plans
 from reasonkv.evaluate.generate import room
 from reasonkv.evaluate.job import Sampling
@@ -151,7 +151,10 @@ class Inspector:
         with one_thread_if_small(self.model.model):
             with self._cache(len(prompt_P), len(prompt_P) + most, subject, recorder) as cache:
                 request = Request(prompt_P, most, _row_seed(subject))
-                (wrote,) = decode_batch(self.model.model, cache, [request], sampling=sampling, seed=subject.seed)
+                rules = TextRules(self.model.tokenizer, sampling or Sampling())
+                (wrote,) = decode_batch(
+                    self.model.model, cache, [request], sampling=sampling, seed=subject.seed, rules=rules
+                )
             shown = TraceRow(prompt_P, torch.tensor(wrote.tokens))
             data = self._data(shown, subject, None, recorder.plans)
         part = first_divergence(shown.output_T.tolist(), full.output_T.tolist())

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from reasonkv.errors import ReasonKVError
 from reasonkv.evaluate.cells import RunConfig
 from reasonkv.evaluate.chunks import TraceRow
-from reasonkv.evaluate.decoding import Request, decode_batch
+from reasonkv.evaluate.decoding import Request, TextRules, decode_batch
 from reasonkv.evaluate.generate import context_length, encode, end_tokens, render, room
 from reasonkv.evaluate.job import TraceSettings
 from reasonkv.evaluate.traces import load_or_make_traces
@@ -61,7 +61,8 @@ def prompt_trace(
         CompressedCache(loaded.model, "full", prompt_lengths=[len(prompt_P)]) as cache,
     ):
         request = Request(prompt_P, most)
-        (wrote,) = decode_batch(loaded.model, cache, [request], sampling=settings.sampling, seed=seed)
+        rules = TextRules(loaded.tokenizer, settings.sampling, options.think_end)
+        (wrote,) = decode_batch(loaded.model, cache, [request], sampling=settings.sampling, seed=seed, rules=rules)
     return TraceRow(prompt_P, torch.tensor(wrote.tokens)), Subject("a prompt", seed=seed)
 
 
