@@ -45,7 +45,9 @@ INF = float("inf")
 def test_the_shared_top_k_equals_kvpress(case: dict[str, Any]) -> None:
     scores, masked, counts = (TENSORS[case[name]["tensor"]] for name in ("base_score", "masked", "kept_per_head"))
     assert case["margin_flattened"] > 1e-6
-    chosen = shared_top_k(scores, case["n_kept"], int(case["options"]["alpha_safeguard"] * case["n_kept"]))
+    chosen = shared_top_k(
+        scores, case["n_kept"], int(case["options"]["alpha_safeguard"] * case["n_kept"]), torch.zeros_like(scores) > 0
+    )
     assert int(case["options"]["alpha_safeguard"] * case["n_kept"]) == case["n_safe"]
     assert torch.equal(~chosen, masked.bool())
     assert torch.equal(chosen.sum(-1), counts.long())
@@ -123,14 +125,14 @@ def test_a_layer_attends_to_its_share_and_every_head_to_what_it_is_sure_of(
 
 
 def test_heads_with_equal_scores_share_evenly_and_the_newer_slots_win() -> None:
-    chosen = shared_top_k(torch.zeros(1, 3, 10), 4, 0)
+    chosen = shared_top_k(torch.zeros(1, 3, 10), 4, 0, torch.zeros(1, 3, 10) > 0)
     assert chosen[0].tolist() == [[False] * 6 + [True] * 4] * 3
 
 
 def test_a_head_with_much_attention_gets_more_and_the_rule_is_not_that_of_single_heads() -> None:
     scores = torch.rand(1, 2, 40, generator=torch.Generator().manual_seed(0))
     scores[0, 1] += 1
-    assert shared_top_k(scores, 15, 3)[0].sum(-1).tolist() == [3, 27]
+    assert shared_top_k(scores, 15, 3, scores.isnan())[0].sum(-1).tolist() == [3, 27]
     capped = shared_top_k(scores, 25, 3, torch.zeros(1, 2, 40, dtype=torch.bool))
     assert capped[0].sum(-1).tolist() == [10, 40]
 
@@ -154,7 +156,7 @@ def test_nan_is_an_error_and_not_a_winner() -> None:
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("adakv:alpha=1.5", "adakv: alpha must be between 0 and 1, not 1.5."),
+        ("adakv:alpha=1.5", "adakv: alpha must be at most 1, not 1.5."),
         ("adakv:stretch=0.5", "adakv: stretch must be at least 1, not 0.5."),
         ("adakv:base=cask", "adakv: base must be a method that scores slots, not cask."),
         (

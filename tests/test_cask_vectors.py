@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cask_reference import CaskReference
 from cask_views import DATA, Recorded
 from numpy.typing import NDArray
 from torch.testing import assert_close
@@ -17,7 +18,6 @@ from reasonkv import Budget
 from reasonkv.calibration import import_pt
 from reasonkv.compaction import compact_pair
 from reasonkv.methods.cask import CASK, CaskPlan, Row
-from reasonkv.methods.reference.cask import CaskReference
 from reasonkv.runtimes.transformers import CompressedCache
 
 REFERENCE = Recorded()

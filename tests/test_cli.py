@@ -27,7 +27,7 @@ from reasonkv.runtimes.vllm.config import EngineConfig, ServingError
 
 COMMANDS = (
     "demo", "methods", "doctor", "generate", "replay", "evaluate", "tune", "frontier", "report", "inspect", "calibrate",
-    "train-gate", "serve",
+    "train-gate", "serve", "run", "compare",
 )  # fmt: skip
 SMALL = ["--interval", "12", "--sinks", "2", "--recent", "8", "--prompt-policy", "on_top", "--max-new-tokens", "40"]
 

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from reasonkv.tasks.base import TaskError
+from reasonkv.tasks import get_task
+from reasonkv.tasks.base import UNREAD, TaskError
 from reasonkv.tasks.data import compile_template, data_task, read_rows
-from reasonkv.tasks.grade import UNREAD, after_thinking, get_grader, last_box, last_number
+from reasonkv.tasks.grade import GRADERS, after_thinking, get_grader, last_box, last_number
 from reasonkv.tasks.hub import standard_task, standard_tasks
 from reasonkv.tasks.needle import KINDS, needle_task
 from reasonkv.tasks.options import TaskOptions
-from reasonkv.tasks.sandbox import run_python
+from reasonkv.tasks.sandbox import call_function, run_python
 
 
 def test_a_line_that_is_no_json_is_skipped_and_named(tmp_path: Path) -> None:
@@ -110,6 +114,7 @@ def test_only_what_follows_thinking_is_graded(output: str, part: str | None) -> 
         (r"so \boxed{\frac{1}{2}} and", r"\frac{1}{2}", "2"),
         (r"\boxed{3} no, \boxed{4}", "4", "4"),
         (r"\boxed{5} then \boxed{6", "5", "6"),
+        (r"\boxed{\boxed{7}} } \fbox {8", "7", "8"),
         ("costs $1,234.50.", None, "1234.50"),
         ("about -7 or 1e3", None, "1e3"),
         ("none", None, None),
@@ -117,6 +122,10 @@ def test_only_what_follows_thinking_is_graded(output: str, part: str | None) -> 
 )
 def test_boxes_and_numbers_are_read(text: str, box: str | None, number: str | None) -> None:
     assert (last_box(text), last_number(text)) == (box, number)
+
+
+def test_a_loop_of_open_boxes_is_read_in_one_pass() -> None:
+    assert last_box(r"\boxed{9}" + r"\boxed{" * 200_000) == "9"  # a search from every box would take an hour
 
 
 @pytest.mark.parametrize(
@@ -146,6 +155,12 @@ def test_graders(grader: str, output: str, answers: list[str], score: float) -> 
     assert grade.extracted is not None
 
 
+def test_mathematics_is_graded_outside_the_main_thread_too() -> None:
+    with ThreadPoolExecutor() as pool:
+        grade = pool.submit(get_grader("math"), r"\boxed{\frac{2}{4}}", ["0.5"], {}).result()
+    assert (grade.score, grade.error) == (1.0, None)
+
+
 @pytest.mark.parametrize("grader", ["math", "number", "exact", "choice", "contains", "f1", "rouge", "code"])
 def test_an_output_without_an_answer_is_unread_and_not_wrong(grader: str) -> None:
     assert get_grader(grader)("", ["1"], {}) == UNREAD
@@ -171,14 +186,22 @@ def test_a_grader_of_a_file_scores_and_its_failure_is_a_note(tmp_path: Path) -> 
         "while True: pass",
         "import subprocess, sys\nsubprocess.Popen([sys.executable, '-c', 'while True: pass'])\nwhile True: pass",
         "block = bytearray(2 ** 31)",
+        "import os\nwhile True: os.fork()",
         "import socket\nsocket.create_connection(('192.0.2.1', 80), timeout=1)",
         "open('/tmp/reasonkv-big', 'wb').write(bytes(2 ** 25))",
     ],
-    ids=["loops", "children", "memory", "network", "files"],
+    ids=["loops", "children", "memory", "forks", "network", "files"],
 )
 def test_unread_code_cannot_hang_the_run_or_reach_the_network(code: str) -> None:
     finished = run_python(code, seconds=2, megabytes=512)
     assert not finished.ok and finished.error
+
+
+def test_a_grader_that_hangs_and_code_that_writes_without_end_cost_their_time_and_no_memory(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("def hangs(*given):\n    while True: pass\n")
+    with pytest.raises(TaskError, match="stopped after 1 s"):
+        call_function(str(tmp_path / "mine.py"), "hangs", [], seconds=1)
+    assert len(run_python("while True: print('x' * 10000)", seconds=2).output) <= 2**20
 
 
 def test_what_unread_code_forks_ends_with_it() -> None:
@@ -194,6 +217,17 @@ def _bytes(path: Path) -> bytes:
         return path.read_bytes()
     except OSError:  # it has just ended
         return b""
+
+
+def test_a_dataset_without_network_is_one_sentence_that_names_the_file_to_give(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*given: object, **named: object) -> None:
+        raise ConnectionError("Couldn't reach 'openai/gsm8k' on the Hub (ConnectTimeout)\nand more")
+
+    monkeypatch.setattr("datasets.load_dataset", refused)
+    for spec in ("gsm8k", "longbench:qasper", "hub:openai/gsm8k,config=main"):
+        with pytest.raises(TaskError, match=r"--data-dir with a file (gsm8k|qasper)\.jsonl") as caught:
+            get_task(spec)
+        assert "\n" not in str(caught.value) and "Couldn't reach" in str(caught.value)
 
 
 def test_named_benchmarks_read_a_folder_where_there_is_no_network(tmp_path: Path) -> None:
@@ -256,9 +290,39 @@ def test_generators_of_reasoning_gym_score_their_own_answers() -> None:
     many = gym_task("gym:gsm_symbolic,per_prompt=4", {"per_prompt": "4"})
     problem = many.problem(1)
     answers = problem.answer.split("\n")
-    said = "\n".join(f"Answer {n}: **{answer}**" for n, answer in enumerate(answers, 1))
-    assert many.grade(problem, f"Answer 1: 77\n{said}").score == 1  # the last answer with a number counts
-    assert many.grade(problem, f"Answer 2: {answers[1]}").score == 0.25
+    said = [f"\\boxed{{{answer}}}" for answer in answers]
+    assert many.grade(problem, "\n".join(said)).score == 1
+    assert many.grade(problem, "\n".join([r"\boxed{77}", *said[1:], *said])).score == 1  # the repeated answers count
+    assert many.grade(problem, "\n".join([*said, *said[:2]])).score == 1  # cut off while it repeats
+    assert many.grade(problem, rf"\boxed{{-77}} \boxed{{{answers[1]} \text{{ apples}}}}").score == 0.25
     for spec, given, words in (("gym:foo", {}, "'foo'"), ("gym:chain_sum", {"x": "1"}, "these options")):
         with pytest.raises(TaskError, match=words):
             gym_task(spec, given)
+
+
+def test_rows_that_cannot_be_asked_or_graded_are_left_out_and_named(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [{"question": f"{n}?", "answer": n} for n in range(20)]
+    rows[2] = {"question": "2?"}
+    rows[5], rows[7] = {"answer": 5}, {"answer": 7}
+    rows[9]["answer"], rows[11]["answer"] = " ", []
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = get_task(str(tmp_path / "rows.jsonl"), TaskOptions(prompt="{question}", answer="answer", grade="exact"))
+    assert task.size == 15
+    assert [sentence.partition(":")[0] for sentence in task.skipped] == [
+        "row 3",
+        "row 6 and 1 more",
+        "row 10",
+        "row 12",
+    ]
+    assert [task.problem(example).prompt for example in range(3)] == ["0?", "1?", "3?"]
+
+
+@pytest.mark.parametrize(
+    "raised", [lambda: 1 / 0, lambda: (_ for _ in ()).throw(TaskError("The package is gone."))], ids=["defect", "refusal"]
+)  # fmt: skip
+def test_what_a_grader_raises_is_a_note_of_one_output(raised: Callable[[], Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:  # fmt: skip
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"question": "a", "answer": "b"}))
+    monkeypatch.setitem(GRADERS, "exact", lambda *_: raised())
+    task = get_task(str(tmp_path / "rows.jsonl"), TaskOptions(grade="exact"))
+    grade = task.grade(task.problem(0), "b")
+    assert grade.score == 0.0 and grade.error is not None and grade.extracted is None

@@ -104,7 +104,7 @@ def test_task_examples_are_what_get_task_gives() -> None:
 
 @pytest.mark.parametrize("family", task_names())
 def test_dial_tables_are_the_dataclasses(family: str) -> None:
-    section = TASKS.split(f"\n## {family}\n")[1].split("\n## ")[0]
+    section = TASKS.split(f"\n### {family}\n")[1].split("\n### ")[0]
     rows = re.findall(r"^\| `(\w+)` \| (.*?) \| (.*?) \| (.*?) \|$", section, re.M)
     expected = []
     for one in fields(get_task(family)):

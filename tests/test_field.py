@@ -21,7 +21,7 @@ from reasonkv.methods.curdkv import CurDKV
 from reasonkv.methods.defensivekv import DefensiveKV, projected_norms
 from reasonkv.methods.h2o import H2O
 from reasonkv.methods.lagkv import LagKV
-from reasonkv.methods.random_attention import RandomAttention
+from reasonkv.methods.random import RandomAttention
 from reasonkv.methods.snapkv import SnapKV
 from reasonkv.methods.tova import TOVA
 from reasonkv.plan import Plan, PlanError

@@ -21,7 +21,7 @@ from reasonkv.methods.curdkv import CurDKV
 from reasonkv.methods.defensivekv import DefensiveKV
 from reasonkv.methods.h2o import H2O
 from reasonkv.methods.lagkv import LagKV
-from reasonkv.methods.random_attention import RandomAttention
+from reasonkv.methods.random import RandomAttention
 from reasonkv.methods.tova import TOVA
 from reasonkv.rotary import Rotary
 

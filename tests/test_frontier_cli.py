@@ -251,7 +251,8 @@ def test_a_search_runs_reports_and_resumes(tmp_path: Path) -> None:
     assert data["searches"][0]["probes"][0]["tokens"] == 10
     assert (out / RECORDS).read_bytes() == lines
     assert frontier(out, "--json").exit_code == 0  # the folder is one like any other
-    assert "rule" in sentence(run(*command, 8))
+    assert said.count("CompressedCache(model, ") == sum(one["tokens"] is not None for one in data["searches"])
+    assert "interval=4" in sentence(run(*command, 8))
 
 
 # -- styles -----------------------------------------------------------------------------------------------------------

@@ -125,6 +125,30 @@ def test_a_text_is_fed_as_it_stands_after_a_prompt_or_alone(tmp_path: Path, mode
     assert "no tokens" in sentence(run(*common, "--text", text))
 
 
+def test_a_trace_of_another_engine_is_taken_from_its_file(tmp_path: Path, model: Path) -> None:
+    file = tmp_path / "traces.jsonl"
+    lines = [{"prompt": "n08 5 : n08 q ;", "output": " n09 q ;" * n} for n in (4, 20)]
+    file.write_text("\n".join(map(json.dumps, lines)))
+    common = [
+        "inspect",
+        "--model",
+        model,
+        "--method",
+        "random",
+        "--budget",
+        24,
+        *SMALL,
+        "--out",
+        tmp_path / "page.html",
+    ]
+    done = run(*common, "--traces", file, "--example", 1, "--save", tmp_path / "kept")
+    assert done.exit_code == 0 and "traces.jsonl, example 1: 66 tokens" in done.stdout, done.output
+    (data,) = load_inspections(tmp_path / "kept").values()
+    assert data["source"] == "the output of the file" and data["answer"] == {"full": None}
+    assert "no trace 2" in sentence(run(*common, "--traces", file, "--example", 2))
+    assert "has its own prompts" in sentence(run(*common, "--traces", file, "--task", "recall"))
+
+
 def test_a_cache_shows_what_it_did_and_goes_on(model: Path) -> None:
     loaded = tiny_loaded()
     tokenizer, own = loaded.tokenizer, loaded.model
@@ -145,11 +169,9 @@ def test_a_cache_shows_what_it_did_and_goes_on(model: Path) -> None:
             assert np.array_equal(shown, found.dropped_GHN.numpy())
         assert made._repr_html_().startswith("<iframe srcdoc=") and "random at 16 slots on generate" in repr(made)
         before = cache.columns_seen
-        own(
-            output[:, -1:],
-            past_key_values=cache,
-            attention_mask=torch.cat([mask, torch.ones(2, 40, dtype=torch.long)], 1),
-        )
+        longer = torch.cat([mask, torch.ones(2, 40, dtype=torch.long)], 1)
+        with torch.no_grad():
+            own(output[:, -1:], past_key_values=cache, attention_mask=longer)
         assert cache.columns_seen == before + 1
         with pytest.raises(ReasonKVError, match="give what generate returned"):
             cache.inspect(output[:, :-5], tokenizer)

@@ -19,9 +19,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from reasonkv import Budget, CompressedCache, Plan, SlotView
 from reasonkv.budget import Window
 from reasonkv.evaluate.chunks import TraceRow, feed
-from reasonkv.methods.kara import Kara
+from reasonkv.methods.kara import Kara, accept_chunks, chunked_top_k
 from reasonkv.methods.ops import top_k_slots
-from reasonkv.methods.token2chunk import accept_chunks, chunked_top_k
 
 WINDOW = Window(16, 5, 0.4)  # 6 of 16 slots stay
 PROMPT, LENGTH = 11, 11 + 16 * 3 + 5 + 4

@@ -18,7 +18,7 @@ from reasonkv.checkpoints import ModelError
 from reasonkv.evaluate.job import BudgetOptions, ReplayJob, TraceSettings
 from reasonkv.evaluate.run import run
 from reasonkv.models import load_model
-from reasonkv.testbed import testbed_path
+from reasonkv.testbed import testbed_path as bundled_folder
 
 
 def large_model(folder: Path, dtype: torch.dtype) -> str:
@@ -26,7 +26,7 @@ def large_model(folder: Path, dtype: torch.dtype) -> str:
     shape = {"vocab_size": 160_000, "hidden_size": 128, "intermediate_size": 64, "num_hidden_layers": 1}
     config = LlamaConfig(**shape, num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=True)
     LlamaForCausalLM(config).to(dtype).save_pretrained(folder)
-    for file in testbed_path().glob("token*"):
+    for file in bundled_folder().glob("token*"):
         (folder / file.name).write_bytes(file.read_bytes())
     return str(folder)
 

@@ -128,7 +128,7 @@ def test_the_catalogue_says_what_the_classes_say(name: str) -> None:
 
 
 def test_the_catalogue_is_read_without_torch() -> None:
-    code = "import sys, reasonkv.methods.catalogue as c; c.method_names(); sys.exit('torch' in sys.modules)"
+    code = "import sys, reasonkv.methods.catalogue as c; c.method_names(); sys.exit(bool({'torch', 'pydantic'} & set(sys.modules)))"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -180,40 +180,37 @@ def test_every_method_has_a_page_a_title_and_a_paper(name: str) -> None:
     [
         ("snapkv:window=0", "snapkv: window must be at least 1, not 0."),
         ("snapkv:kernel=4", "snapkv: kernel must be an odd number of slots, not 4."),
-        ("snapkv:pooling=sum", "snapkv: pooling must be avg or max, not 'sum'."),
-        ("snapkv:denominator=new", "snapkv: denominator must be all or old, not 'new'."),
-        ("rkv:variant=official", "rkv: variant must be paper or vase, not 'official'."),
-        ("rkv:form=port", "rkv: form is now called variant; write variant=vase."),
+        ("snapkv:pooling=sum", "snapkv: pooling must be avg or max, not sum."),
+        ("snapkv:denominator=new", "snapkv: denominator must be all or old, not new."),
+        ("rkv:variant=official", "rkv: variant must be paper or vase, not official."),
         ("rkv:window=-1", "rkv: window must be at least 1, not -1."),
         ("rkv:kernel=2", "rkv: kernel must be an odd number of slots, not 2."),
-        ("rkv:weight=1.5", "rkv: weight must be between 0 and 1, not 1.5."),
-        ("rkv:threshold=-0.5", "rkv: threshold must be between 0 and 1, not -0.5."),
-        ("rkv:retain=middle", "rkv: retain must be last or first, not 'middle'."),
-        ("oracle:reduce=mean", "oracle: reduce must be sum or max, not 'mean'."),
+        ("rkv:weight=1.5", "rkv: weight must be at most 1, not 1.5."),
+        ("rkv:threshold=-0.5", "rkv: threshold must be at least 0, not -0.5."),
+        ("rkv:retain=middle", "rkv: retain must be last or first, not middle."),
+        ("oracle:reduce=mean", "oracle: reduce must be sum or max, not mean."),
         ("tova:window=0", "tova: window must be at least 1, not 0."),
         ("lagkv:lag=1", "lagkv: lag must be at least 2, not 1."),
         ("lagkv:sinks=-1", "lagkv: sinks must be at least 0, not -1."),
-        ("lagkv:value_ratio=-1", "lagkv: value_ratio must be at least 0, not -1.0."),
+        ("lagkv:value_ratio=-1", "lagkv: value_ratio must be at least 0, not -1."),
         ("lagkv:value_ratio=inf", "lagkv: value_ratio must be a finite number, not inf."),
-        ("curdkv:leverage=norm", "curdkv: leverage must be kv_product, kv_avg, key or value, not 'norm'."),
+        ("curdkv:leverage=norm", "curdkv: leverage must be kv_product, kv_avg, key or value, not norm."),
         ("curdkv:window=-1", "curdkv: window must be at least 0, not -1."),
         ("chunkkv:chunk=0", "chunkkv: chunk must be at least 1, not 0."),
         ("chunkkv:base=full", "chunkkv: base must be a method that scores slots, not full."),
         ("h2o:window=0", "h2o: window must be at least 1, not 0."),
-        ("h2o:recent_share=1.5", "h2o: recent_share must be between 0 and 1, not 1.5."),
-        ("defensivekv:mass=2", "defensivekv: mass must be between 0 and 1, not 2.0."),
-        ("defensivekv:form=public", "defensivekv: form is now called variant; write variant=paper."),
-        ("pyramidkv:form=public", "pyramidkv: form is now called variant; write variant=kvpress."),
+        ("h2o:recent_share=1.5", "h2o: recent_share must be at most 1, not 1.5."),
+        ("defensivekv:mass=2", "defensivekv: mass must be at most 1, not 2."),
         ("beaconkv:beacons=0", "beaconkv: beacons must be at least 1, not 0."),
-        ("beaconkv:beacons=4.5", "beaconkv: beacons must be a whole number, not '4.5'."),
-        ("random-attention:prompt=some", "random-attention: prompt must be all, cap or none, not 'some'."),
-        ("random-attention:shared=maybe", "random-attention: shared must be true or false, not 'maybe'."),
-        ("vase-attnv:variant=kvpress", "vase-attnv: variant must be corrected or paper, not 'kvpress'."),
+        ("beaconkv:beacons=4.5", "beaconkv: beacons must be a whole number, not 4.5."),
+        ("random-attention:prompt=some", "random-attention: prompt must be all, cap or none, not some."),
+        ("random-attention:shared=maybe", "random-attention: shared must be true or false, not maybe."),
+        ("vase-attnv:variant=kvpress", "vase-attnv: variant must be corrected or paper, not kvpress."),
         ("vase-attnv:n_large=-2", "vase-attnv: n_large must be at least -1, not -2."),
-        ("vase-attnv:temperature=0", "vase-attnv: temperature must be above 0, not 0.0."),
+        ("vase-attnv:temperature=0", "vase-attnv: temperature must be above 0, not 0."),
         ("vase-dkv:projection=-1", "vase-dkv: projection must be at least 0, not -1."),
-        ("expected:epsilon=-1", "expected: epsilon must be at least 0, not -1.0."),
-        ("expected:covariance=half", "expected: covariance must be bands, full or none, not 'half'."),
+        ("expected:epsilon=-1", "expected: epsilon must be at least 0, not -1."),
+        ("expected:covariance=half", "expected: covariance must be bands, full or none, not half."),
     ],
 )
 def test_a_bad_option_is_one_sentence(spec: str, message: str) -> None:

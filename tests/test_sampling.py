@@ -16,12 +16,13 @@ from reasonkv import CompressedCache
 from reasonkv.evaluate.decoding import DecodingError, Generated, Request, TextRules, decode_batch
 from reasonkv.evaluate.generate import decode as text_of
 from reasonkv.evaluate.generate import encode
-from reasonkv.evaluate.job import BudgetOptions, GenerateJob, JobError, ReplayJob, Sampling, TraceSettings
+from reasonkv.evaluate.job import GenerateJob, JobError, ReplayJob, Sampling, TraceSettings
 from reasonkv.evaluate.published import DIRECT, OPEN, THINKING, fill, with_published
 from reasonkv.evaluate.run import run
 from reasonkv.evaluate.sampling import FIRST, likely_tokens
 from reasonkv.models import LoadedModel
 from reasonkv.tasks import TaskOptions, get_task
+from reasonkv.tasks.declaration import Declaration
 
 WARPERS = {"top_k": TopKLogitsWarper, "top_p": TopPLogitsWarper, "min_p": MinPLogitsWarper}
 
@@ -124,43 +125,42 @@ def named(name: str, kind: str | None = None, **own: object) -> LoadedModel:
 )
 def test_published_sampling_is_that_of_the_model_s_authors(model: LoadedModel, thinking: str, expected: dict) -> None:
     asked = Sampling(preset="published", min_p=0.1)
-    options = TaskOptions(thinking=thinking)
-    assert fill(asked, model, options=options) == Sampling(**expected, min_p=0.1)
-    assert fill(Sampling(temperature=0.3, preset="published"), model, options=options).temperature == 0.3
+    assert fill(asked, model, thinking=thinking) == Sampling(**expected, min_p=0.1)
+    assert fill(Sampling(temperature=0.3, preset="published"), model, thinking=thinking).temperature == 0.3
     assert fill(Sampling(0.3), model) == Sampling(0.3)
 
 
-def declare(path: Path, text: str) -> str:
-    (path.parent / "rows.jsonl").write_text('{"question": "w", "answer": "x"}\n')
-    path.write_text(f"dataset: rows.jsonl\nprompt: '{{question}}'\nanswer: answer\ngrade: exact\n{text}")
-    return str(path)
-
-
-def test_a_task_s_own_sampling_counts_where_the_family_has_none(tmp_path: Path) -> None:
-    first = declare(tmp_path / "first.yaml", "sampling: {temperature: 0.8, top_k: 5}\n")
-    second = declare(tmp_path / "second.yaml", "sampling: {temperature: 0.1}\n")
+def test_a_task_s_own_sampling_counts_where_the_family_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    declared = {"first": Declaration(sampling={"temperature": 0.8, "top_k": 5}, max_new_tokens=99, stop=["Q:"])}
+    monkeypatch.setattr("reasonkv.evaluate.published.declaration_of", declared.get)
     asked = Sampling(preset="published")
-    job = GenerateJob(task=first, samples=2, sampling=asked, methods="full")
-    assert with_published(job, named("own")).sampling == Sampling(0.8, top_k=5)
-    traces = ReplayJob(task=first, traces=TraceSettings(source="sampled", preset="published"))
-    assert with_published(traces, named("own")).traces.sampling == Sampling(0.8, top_k=5)
-    assert fill(asked, named("x/r1-distill-y"), [first]).temperature == 0.6
-    for others in ([first, TASK], [first, second]):
+    job = GenerateJob(task="first", samples=2, sampling=asked, methods="full")
+    found = with_published(job, named("own"))
+    assert (found.sampling, found.max_new_tokens) == (Sampling(0.8, top_k=5, stop=("Q:",)), 99)
+    traces = ReplayJob(task="first", traces=TraceSettings(source="sampled", preset="published"))
+    assert with_published(traces, named("own")).traces.sampling == Sampling(0.8, top_k=5, stop=("Q:",))
+    assert fill(asked, named("x/r1-distill-y"), ["first"]).temperature == 0.6
+    declared["second"] = Declaration(sampling={"temperature": 0.1})
+    for others in (["first", "program"], ["first", "second"]):
         with pytest.raises(JobError, match="one by one"):
             fill(asked, named("own"), others)
     with pytest.raises(JobError, match="Nobody publishes sampling for own"):
-        fill(asked, named("own"), [TASK])
+        fill(asked, named("own"), ["program"])
 
 
 def test_a_task_s_own_limit_and_stop_texts_count(tmp_path: Path) -> None:
-    loaded, budget = tiny_loaded(), BudgetOptions(tokens=(24,), interval=12, sinks=2, recent=8)
-    task = declare(tmp_path / "task.yaml", "chat: false\nmax_new_tokens: 20\n")
-    shared = {"methods": "full", "budget": budget, "options": TaskOptions(chat="off")}
-    (plain,) = run(GenerateJob(task=task, **shared), loaded, tmp_path / "plain")
+    def task(text: str = "") -> str:
+        (tmp_path / "rows.jsonl").write_text('{"question": "w", "answer": "x"}\n')
+        fields = "dataset: rows.jsonl\nprompt: '{question}'\nanswer: answer\ngrade: exact\nmax_new_tokens: 20\n"
+        (tmp_path / "task.yaml").write_text(fields + text)
+        return str(tmp_path / "task.yaml")
+
+    loaded, options = tiny_loaded(), TaskOptions(chat="off")
+    (plain,) = run(GenerateJob(task=task(), methods="full", options=options), loaded, tmp_path / "plain")
     assert plain.output_tokens == 20
     word = plain.output.split()[5]
-    task = declare(tmp_path / "task.yaml", f"chat: false\nmax_new_tokens: 20\nstop: ['{word}']\n")
-    (stopped,) = run(GenerateJob(task=task, **shared), loaded, tmp_path / "stopped")
+    job = GenerateJob(task=task(f"stop: ['{word}']\n"), methods="full", options=options)
+    (stopped,) = run(job, loaded, tmp_path / "stopped")
     assert (stopped.output, stopped.truncated) == (plain.output.partition(word)[0], False)
 
 

@@ -24,7 +24,7 @@ from reasonkv.methods.sparse_read import FullPages, PageView
 from reasonkv.models import load_model
 from reasonkv.rotary import Rotary
 from reasonkv.seer.gate import FILE, GateError, find_gate, load_gate, random_gate, save_gate
-from reasonkv.seer.recipe import GateRecipe
+from reasonkv.seer.job import GateRecipe
 from reasonkv.seer.training import kept_attention, train_gate
 from reasonkv.tasks import get_task
 

@@ -20,7 +20,8 @@ from reasonkv.evaluate.table import read_results, to_frame
 from reasonkv.evaluate.tune import check_search
 from reasonkv.methods import get_method
 from reasonkv.report.cohorts import cohorts, read_folders
-from reasonkv.report.report import glance, report_html, usable
+from reasonkv.report.glance import glance
+from reasonkv.report.report import report_html, usable
 from reasonkv.report.terminal import answers_caption, figure_note
 
 BASIS = [

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from snippets import parses
 from test_records import record
 from tiny import TASK, tiny_loaded
 
+import reasonkv
 from reasonkv.budget import Budget
+from reasonkv.cli.ready import python_line, serve_line
 from reasonkv.evaluate.frontier import FrontierError, Target
-from reasonkv.evaluate.job import BudgetOptions, TuneJob
+from reasonkv.evaluate.job import BudgetOptions, ReplayJob, TraceSettings, TuneJob
 from reasonkv.evaluate.records import ReplayRecord, read_answers, read_records
+from reasonkv.evaluate.run import run
 from reasonkv.evaluate.tune import Search, budget_range, check_search, find_usable_budget, tune
 from reasonkv.methods import get_method
 
@@ -146,6 +152,14 @@ def job(**changes: object) -> TuneJob:
     return TuneJob(**(values | changes))  # type: ignore[arg-type]
 
 
+def merged_job(sizes: set[int]) -> ReplayJob:
+    one = job()
+    return ReplayJob(
+        task=TASK, methods="full,streaming", limit=2, batch_size=2, traces=TraceSettings(max_new_tokens=40),
+        budget=replace(one.budget, tokens=sorted(sizes)),
+    )  # fmt: skip
+
+
 def test_the_range_holds_what_is_protected_and_drops_nothing_at_its_end() -> None:
     full = [record(0, method="full", budget=None, prompt_tokens=90, output_tokens=50)]
     method = get_method("snapkv:window=16")
@@ -160,7 +174,7 @@ def test_a_real_search_leaves_one_folder_and_resumes_without_recomputing(tmp_pat
 
     def search(**wanted: object) -> tuple[Search, list[str]]:
         said: list[str] = []
-        (found,) = tune(job(resolution=1.5, **wanted), model, out, lambda what, *_: said.append(what))
+        (found,) = tune(job(resolution=1.5, **wanted), model, out, lambda what, *_, **__: said.append(what))
         return found, said
 
     first, said = search(target="0.9x")
@@ -171,18 +185,18 @@ def test_a_real_search_leaves_one_folder_and_resumes_without_recomputing(tmp_pat
     assert {one.budget["tokens"] for one in records if one.budget} == probed
     assert sum(one.budget is None for one in records) == 2
     manifest = json.loads((out / "manifest.json").read_text())
-    assert manifest["command"] == "frontier"
-    assert manifest["arguments"]["rule"] == {k: v for k, v in RULE.to_dict().items() if k != "tokens"}
-    assert "budgets" not in manifest["arguments"]
+    assert manifest["command"] == "replay"
+    assert manifest["arguments"]["budgets"] == [{**RULE.to_dict(), "tokens": size} for size in sorted(probed)]
     assert {one.run for one in records} == {manifest["run"]}
+    assert records == run(merged_job(probed), model, out)  # an ordinary folder: nothing is missing
 
     assert search(target="0.9x")[0] == first
-    assert (out / "records.jsonl").read_bytes() == lines  # nothing was run again
-
+    assert (out / "records.jsonl").read_bytes() == lines
+    times = {path: path.stat().st_mtime_ns for path in out.glob("cells/*/*/records.jsonl")}
     other, _ = search(metric="nll", target="1.2x")  # another target shares what it meets again
-    grown = read_records(out / "records.jsonl")
-    assert grown[: len(records)] == records
-    assert {one.budget["tokens"] for one in grown if one.budget} == probed | {probe.tokens for probe in other.probes}
+    both = probed & {probe.tokens for probe in other.probes}
+    assert both
+    assert all(path.stat().st_mtime_ns == times[path] for path in times)  # nothing was run again
     json.dumps([first.to_dict(), other.to_dict()])
 
 
@@ -222,3 +236,35 @@ def test_full_kv_at_zero_is_no_yardstick() -> None:
     assert {probe.tokens > 100: probe.keeps for probe in found.probes} == {False: False, True: None}
     with pytest.raises(FrontierError, match="top1 is 0 on program"):
         find_usable_budget(cell, 200, 1000, TARGET)
+
+
+@pytest.mark.parametrize(
+    ("method", "rule", "python", "serve"),
+    [
+        ("snapkv:window=16", {"interval": 64},
+         "CompressedCache(model, SnapKV(window=16), tokens=96, interval=64)",
+         "reasonkv serve some/model --method snapkv:window=16 --budget 96 --interval 64"),
+        ("cask", {"prompt": "count"},
+         "CompressedCache(model, CASK(), tokens=96, prompt='count')",
+         "reasonkv serve some/model --method cask:mass=none --budget 96 --prompt-policy count"),
+        ("kara", {"window": 128},
+         "CompressedCache(model, Kara(), Window(size=128, buffer=64, retention=0.75))",
+         "reasonkv serve some/model --method kara --window 128 --window-buffer 64 --retention 0.75"),
+        ("h2o", {}, "CompressedCache(model, H2O(), tokens=96)", "# "),
+        ("oracle", {}, "# ", "# "),
+    ],
+)  # fmt: skip
+def test_a_budget_that_was_found_is_a_line_to_paste(
+    method: str, rule: dict[str, object], python: str, serve: str
+) -> None:
+    budget = BudgetOptions(**rule)  # type: ignore[arg-type]
+    line, command = python_line(method, budget, 96), serve_line("some/model", method, budget, 96)
+    assert line == python if python != "# " else line.startswith("# ")
+    assert command == serve if serve != "# " else command.startswith("# ")
+    if serve != "# ":
+        parses(command)
+        assert f"{shlex.split(command)[2]}" == "some/model"
+    if python != "# ":
+        made = eval(line, {name: getattr(reasonkv, name) for name in reasonkv.__all__}, {"model": tiny_loaded().model})
+        assert made.method.spec() == method
+        made.detach()

@@ -26,8 +26,7 @@ if TYPE_CHECKING:
     from reasonkv.methods.oracle import Oracle
     from reasonkv.methods.pyramidkv import PyramidKV
     from reasonkv.methods.quest import Quest
-    from reasonkv.methods.random import RandomEviction
-    from reasonkv.methods.random_attention import RandomAttention
+    from reasonkv.methods.random import RandomAttention, RandomEviction
     from reasonkv.methods.rkv import RKV
     from reasonkv.methods.seer import SeerAttention
     from reasonkv.methods.snapkv import SnapKV

@@ -12,7 +12,10 @@ from reasonkv.checkpoints import ModelError, load_config
 from reasonkv.identity import TESTBED, device_words, package_versions
 from reasonkv.resolve import TESTED, check_model
 
-_OPTIONAL = {"matplotlib": "figures", "vllm": "the vLLM runtime", "flash_attn": "flash attention kernels"}
+_OPTIONAL = {
+    "accelerate": "device maps, GGUF files and quantised weights", "gguf": "GGUF files", "peft": "LoRA adapters",
+    "vllm": "the vLLM runtime", "flash_attn": "flash attention kernels",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ def examine(model: str | None = None) -> Report:
     """Look at this installation, and at a model's configuration if one is named.
 
     Args:
-        model: "testbed", a folder, or a hub name; only its configuration is read.
+        model: as `load_model` takes it; only its configuration is read.
 
     """
     versions = package_versions()
@@ -75,6 +78,10 @@ def _model_facts(name: str) -> tuple[dict[str, str], list[str]]:
         "shape": f"{getattr(decoder, 'num_hidden_layers', '?')} layers, {heads} KV heads",
         "supported": "no" if reasons else "yes",
     }
+    quantised = getattr(config, "quantization_config", None)
+    if quantised:  # a dictionary in a file, an object from a GGUF file
+        found = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
+        facts["weights"] = f"quantised ({getattr(found, 'value', found)})"
     return facts, reasons
 
 

@@ -109,8 +109,11 @@ def load_model(
         config = found.config()
         quantised = not found.is_gguf and getattr(config, "quantization_config", None) is not None
         wanted: Any = DTYPES[dtype] if dtype != "auto" else _auto_dtype(found, config, place, has_bfloat16)
-        model, report = _from_pretrained(found, wanted, {"": place} if quantised and placed is None else placed)
-        tokenizer = AutoTokenizer.from_pretrained(found.source, **found.options)
+        model, report = _from_pretrained(found, config, wanted, {"": place} if quantised and placed is None else placed)
+        own = found.adapter is not None and (Path(found.adapter) / "tokenizer_config.json").is_file()
+        tokenizer = AutoTokenizer.from_pretrained(
+            found.adapter if own else found.source, **({} if own else found.options)
+        )
         if found.adapter is not None:
             model = _merge_adapter(model, found.adapter)
     except ModelError:
@@ -154,14 +157,16 @@ def one_thread_if_small(model: PreTrainedModel) -> Iterator[None]:
             torch.set_num_threads(threads)
 
 
-def _from_pretrained(found: Checkpoint, dtype: Any, device_map: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
+def _from_pretrained(
+    found: Checkpoint, config: PreTrainedConfig, dtype: Any, device_map: Any
+) -> tuple[PreTrainedModel, dict[str, Any]]:
     options: dict[str, Any] = dict(found.options)
     if device_map is not None:
         need_package("accelerate", "A device map or a quantised checkpoint")
         options |= {"device_map": device_map, "offload_folder": tempfile.mkdtemp(prefix="reasonkv-offload-")}
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
-            found.source, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
+            found.source, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
     except BaseException:
         shutil.rmtree(options.get("offload_folder", ""), ignore_errors=True)

@@ -16,8 +16,9 @@ from transformers import PreTrainedModel
 
 def input_device(model: PreTrainedModel) -> torch.device:
     """Return the device that token ids go to, even where the embedding's weight is offloaded."""
-    if model.device.type != "meta":
-        return model.device
+    own: torch.device = model.device
+    if own.type != "meta":
+        return own
     hook = getattr(model.get_input_embeddings(), "_hf_hook", None)
     return torch.device("cpu" if hook is None else hook.execution_device)
 

@@ -67,6 +67,7 @@ def names(cls: Any) -> set[str]:
         (KVCacheSpecRegistry.register, "kvcache_spec_cls manager_class uniform_type_base_spec"),
         (StockScheduler.add_request, "self request"),
         (StockScheduler._reserve_prefill_lookahead, "self request num_computed_tokens num_new_tokens"),
+        (StockScheduler._free_request, "self request delay_free_blocks"),
         (Worker.execute_model, "self scheduler_output"),
         (Worker.initialize_from_config, "self kv_cache_config"),
         (Worker.get_kv_cache_spec, "self"),
@@ -107,6 +108,11 @@ def test_what_we_subclass_and_register_by_is_still_there() -> None:
     assert not cpu_attn.CPUAttentionBackend.forward_includes_kv_cache_update
     assert "validate_params" in vars(LogitsProcessor)
     assert {"get_attn_backend", "get_kv_cache_spec"} <= set(vars(Attention))
+
+
+def test_what_the_freeing_of_a_request_returns_is_in_its_response() -> None:
+    source = inspect.getsource(StockScheduler.update_from_output)
+    assert "kv_transfer_params, ec_transfer_params = self._free_request(request)" in source
 
 
 def test_the_scheduler_asks_last_how_long_a_piece_may_be() -> None:

@@ -59,6 +59,7 @@ def writer(place: Place) -> Callable[[Tensor, Tensor, Tensor, Tensor], None]:
 def test_what_is_written_is_read_back_bit_for_bit(place: Place, dtype: torch.dtype) -> None:
     layout = check_reading(torch.zeros(BLOCKS, H, S, 2 * D, dtype=dtype), writer(place))
     assert layout.is_rows == {"keys": place is plain, "values": place not in (in_groups, in_pairs, scrambled)}
+    assert layout.stride["keys"] == {plain: 1, transposed: S, in_groups: 8}.get(place)  # what is regular needs no index
 
 
 def check_reading(cache: Tensor, write: Write) -> Layout:

@@ -10,6 +10,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,14 @@ import openai
 import pytest
 from engines import full_kv, prompts
 
-GIVEN = ["--method", "random", "--budget", "64", "--interval", "32", "--sinks", "4", "--recent", "16", "--prompt-policy", "count",
+from reasonkv.evaluate.endpoint import Endpoint
+from reasonkv.evaluate.job import BudgetOptions, GenerateJob
+from reasonkv.evaluate.records import AnswerRecord, FullOutput, read_lines
+from reasonkv.evaluate.remote import run_remote
+from reasonkv.evaluate.run import run
+from reasonkv.models import load_model
+
+GIVEN = ["--budget", "64", "--interval", "32", "--sinks", "4", "--recent", "16", "--prompt-policy", "count",
          "--seed", "7", "--log-requests"]  # fmt: skip
 CHAT = "{% for message in messages %}{{ message.content }} {% endfor %}<think>"
 
@@ -27,13 +35,13 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("log") / "server.log"
 
 
-@pytest.fixture(scope="module")
-def server(log: Path) -> Iterator[str]:
+@contextmanager
+def serving(method: str, log: Path) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [
-        str(Path(sys.executable).with_name("reasonkv")), "serve", "testbed", *GIVEN,
+        str(Path(sys.executable).with_name("reasonkv")), "serve", "testbed", "--method", method, *GIVEN,
         "--max-model-len", "1024", "--max-num-seqs", "8", "--dtype", "float32", "--enforce-eager",
         "--chat-template", CHAT, "--port", str(port), "--host", "127.0.0.1",
     ]  # fmt: skip
@@ -57,6 +65,12 @@ def server(log: Path) -> Iterator[str]:
         finally:
             process.terminate()
             process.wait(120)
+
+
+@pytest.fixture(scope="module")
+def server(log: Path) -> Iterator[str]:
+    with serving("random", log) as url:
+        yield url
 
 
 @pytest.fixture
@@ -133,3 +147,45 @@ def test_the_log_says_what_a_request_held(client: openai.OpenAI, log: Path) -> N
     ask(client, max_tokens=1)  # the worker hears of a request's end with the next step
     said = f"Request {request}.* ended: 179 tokens, 60 of them its prompt's; 3 compactions; 83 slots held, 96 at most"
     assert re.search(said, log.read_text())
+
+
+SAME = ("output_tokens", "truncated", "first_divergence", "correct", "score", "extracted", "thinking_tokens",
+        "physical_mean", "physical_peak", "physical_terminal", "events", "tokens_dropped", "options", "budget")  # fmt: skip
+
+
+def check_same_answers(url: str, method: str, folder: Path) -> None:
+    """An evaluation by a server equals one in this process, record by record."""
+    budget = BudgetOptions(tokens=[64], interval=32, sinks=4, recent=16, prompt="count")
+    job = GenerateJob(task=["program", "recall"], methods=["full", method], budget=budget, limit=6, seed=7)
+    theirs = run_remote(job, Endpoint.connect(url), folder / "server")
+    mine = run(job, load_model("testbed", "float32", "cpu"), folder / "process")
+    assert len(theirs) == len(mine) == 24 and isinstance(mine[0], AnswerRecord)
+    for task in job.task:
+        theirs_full, mine_full = (
+            {one.key: one.tokens for one in read_lines(folder / where / f"outputs-{task}.jsonl", FullOutput)}
+            for where in ("server", "process")
+        )
+        assert theirs_full == mine_full
+    by_key = {one.key: one for one in theirs}
+    for one in mine:
+        assert isinstance(one, AnswerRecord)
+        other = by_key[one.key]
+        assert other.output.split() == one.output.split()
+        assert {name: getattr(other, name) for name in SAME} == {name: getattr(one, name) for name in SAME}
+    assert any(one.events for one in theirs) and any(one.first_divergence is not None for one in theirs)
+
+
+def test_an_evaluation_by_the_server_is_that_of_the_transformers_runtime(server: str, tmp_path: Path) -> None:
+    check_same_answers(server, "random", tmp_path)
+
+
+def test_so_it_is_with_streaming(tmp_path: Path) -> None:
+    with serving("streaming", tmp_path / "server.log") as url:
+        check_same_answers(url, "streaming", tmp_path)
+
+
+def test_a_response_says_what_its_request_held(client: openai.OpenAI) -> None:
+    held = ask(client).model_dump()["kv_transfer_params"]["reasonkv"]
+    assert (held["tokens"], held["slots"], held["method"], held["seed"]) == (179, 83, "random", 7)
+    full = ask(client, extra_body={"vllm_xargs": {"reasonkv": '{"enabled": false}'}}).model_dump()
+    assert full["kv_transfer_params"]["reasonkv"]["slots"] == 179

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import product
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from reasonkv.calibration.corpus_job import CorpusError, CorpusJob
+from reasonkv.calibration.job import CorpusError, CorpusJob
 
 _CHARACTERS = 64
 """Characters read per token wanted: more than any tokenizer puts into one on average."""
@@ -37,16 +36,20 @@ def read_corpus(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     tasks: Sequence[ProblemSource] = (),
-    *,
-    batch_size: int = 1,
 ) -> tuple[Iterator[Passage], str]:
-    """Return the sequences of a job, and a line for the record that says what they are."""
-    from reasonkv.calibration.averages import fitting_window
+    """Return the sequences of a job, and a line for the record that says what they are.
 
+    The windows of a text are 4,096 tokens long with two bytes a number, or 2,048 with four. A quarter of that where
+    eager attention writes all its logits out.
+
+    Raises:
+        CorpusError: the text is missing, empty, or not UTF-8 (when the first passage is asked for).
+    """
     if job.text is not None:
-        window = job.window or fitting_window(model, batch_size)
-        found = text_passages(tokenizer, job.text, tokens=job.tokens, window=window)
-        return found, f"text {job.text.name} in windows of {window} tokens"
+        is_eager = model.config.get_text_config()._attn_implementation == "eager"
+        usual = min(8192 // model.dtype.itemsize // (4 if is_eager else 1), _context(model) or 4096)
+        window = job.window or usual
+        return _text_passages(tokenizer, job, window), f"text {job.text.name} in windows of {window} tokens"
     found = task_passages(
         model, tokenizer, tasks, limit=job.limit, seed=job.seed, tokens=job.tokens, longest=job.window
     )
@@ -54,15 +57,14 @@ def read_corpus(
     return found, f"reference traces of {job.limit} training problems each (seed {job.seed}): {names}"
 
 
-def text_passages(tokenizer: PreTrainedTokenizerBase, path: Path, *, tokens: int, window: int) -> Iterator[Passage]:
+def _text_passages(tokenizer: PreTrainedTokenizerBase, job: CorpusJob, window: int) -> Iterator[Passage]:
     """Yield the first tokens of a text file as windows; the last window may be shorter.
 
     Each window begins with the token that the tokenizer puts before every text (such as `<s>`), if there is one. The
     first half of a window counts as prompt (SeerAttention-R).
-
-    Raises:
-        CorpusError: the file is missing, empty, or not UTF-8.
     """
+    path, tokens = job.text, job.tokens
+    assert path is not None
     try:
         with path.open(encoding="utf-8") as file:
             text = file.read(_CHARACTERS * tokens)
@@ -107,7 +109,7 @@ def task_passages(
     """
     own = model.generation_config.eos_token_id if model.generation_config is not None else None
     end = [] if own is None else [own] if isinstance(own, int) else list(own[:1])
-    longest = longest or getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = longest or _context(model)
     for example, task in product(range(limit), tasks):
         problem = task.problem(example, seed=seed, split=split)
         prompt = len(tokenizer(problem.prompt, add_special_tokens=False)["input_ids"])
@@ -130,3 +132,7 @@ def batches(passages: Iterable[Passage], size: int) -> Iterator[Tensor]:
         waiting.append(ids_L)
     if waiting:
         yield torch.stack(waiting)
+
+
+def _context(model: PreTrainedModel) -> int | None:
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)

@@ -23,7 +23,6 @@ def concentration_figure(calibration: Calibration, path: Path | str) -> Path:
     Args:
         calibration: the statistics.
         path: PNG to write.
-
     """
     name = calibration.name or "unnamed model"
     tokens = None if calibration.tokens is None else f"{calibration.tokens:,} tokens"

@@ -1,4 +1,4 @@
-"""Calibration files: their format, and the `.pt` files of the public code.
+"""Calibration files, and where a model's file is found.
 
 A calibration file is safetensors. It holds `mean_real`, `mean_imag`, `modulus` and, where known, `square`, each float32
 [layers, query heads, rotary pairs], and, where fitted, `horizon` [layers, query heads, distances]. Everything else is
@@ -7,25 +7,26 @@ text in the header.
 
 from __future__ import annotations
 
-import io
-import pickle
-import re
+import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from reasonkv.calibration.statistics import Calibration, CalibrationError
-from reasonkv.calibration.tensors import read_tensors, write_tensors
+from reasonkv.errors import ReasonKVError
 from reasonkv.files import write_atomically
+from reasonkv.identity import TESTBED_FOLDER, model_hash, shown_name
 
+FILE = "reasonkv_calibration.safetensors"
+"""Name of a calibration file inside a model folder."""
+_VERSION = 1
 _TEXTS = ("model", "rope_type", "date", "name", "source")
-_PT_NAMES = {
-    "mean_real": "q_mean_real", "mean_imag": "q_mean_imag", "modulus": "q_abs_mean", "square": "q_sq_abs_mean",
-    "horizon": "oracle_pi",
-}  # fmt: skip
-_PT_VERSION_WITH_SQUARES = 3
 
 
 def save_calibration(path: Path | str, calibration: Calibration) -> None:
@@ -39,7 +40,7 @@ def save_calibration(path: Path | str, calibration: Calibration) -> None:
         "verified": str(calibration.verified).lower(), "tokens": calibration.tokens,
         **{name: getattr(calibration, name) for name in _TEXTS},
     }  # fmt: skip
-    write_tensors(path, "calibration", _parts(calibration), facts)
+    write_tensors(path, "calibration", parts_of(calibration), facts)
 
 
 def load_calibration(path: Path | str) -> Calibration:
@@ -51,103 +52,74 @@ def load_calibration(path: Path | str) -> Calibration:
     hint = f"; import it with `reasonkv calibrate --import {path}`" if Path(path).suffix == ".pt" else ""
     header, parts = read_tensors(path, "calibration", CalibrationError, hint)
     try:
-        return _assembled(
-            parts, int(header["head_dim"]), verified=header["verified"] == "true",
-            tokens=int(header["tokens"]) if "tokens" in header else None,
-            **{name: header.get(name) for name in _TEXTS},
-        )  # fmt: skip
+        tokens = int(header["tokens"]) if "tokens" in header else None
+        facts = {name: header.get(name) for name in _TEXTS}
+        return assembled(parts, int(header["head_dim"]), verified=header["verified"] == "true", tokens=tokens, **facts)
     except CalibrationError:
         raise
     except (KeyError, ValueError, RuntimeError):  # a tensor or a fact is missing, or of the wrong kind
         raise CalibrationError(f"{path} is damaged: its header and its tensors do not fit together.") from None
 
 
-def import_pt(path: Path | str) -> Calibration:
-    """Read a `.pt` file of the public TriAttention or CASK code; nothing in it is executed.
+def find_calibration(model: PreTrainedModel, explicit: Path | str | None = None) -> Calibration:
+    """Return a model's calibration, checked against its configuration and its hash.
 
-    The result is unverified: such a file names no model by its weights.
+    Looked for in this order: `explicit`; `reasonkv_calibration.safetensors` in the model's folder; the user's cache,
+    under the model's hash; the bundled model's own, which also serves copies of that model elsewhere.
 
     Raises:
-        CalibrationError: it is missing or damaged, is not in the half-split layout, or lacks heads.
+        CalibrationError: there is none (the message is the command that makes one), or what was found is damaged or
+            another model's.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise CalibrationError(f"There is no calibration file {path}.")
-    try:
-        data = torch.load(path, map_location="cpu", weights_only=True)
-        metadata, entries = dict(data["metadata"]), dict(data["stats"])
-    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError):
+    digest = model_hash(model)
+    path = find_file(model, digest, FILE, load_calibration, explicit, cached_calibration(digest))
+    if path is None:
         raise CalibrationError(
-            f"{path} cannot be read as a .pt calibration: it is damaged, holds more than tensors and plain values, or "
-            "lacks its two parts, metadata and stats."
-        ) from None
-    style = metadata.get("rope_style", "half")
-    if style != "half":
-        raise CalibrationError(f"{path} was made for RoPE layout {style!r}; only 'half' is supported.")
-    heads = {}
-    for key, entry in entries.items():
-        match = re.fullmatch(r"layer(\d+)_head(\d+)", str(key))
-        if match is None or not isinstance(entry, dict):
-            raise CalibrationError(f"{path} has an entry {key!r}; entries are named layer00_head00 and so on.")
-        heads[int(match[1]), int(match[2])] = entry
-    if not heads:
-        raise CalibrationError(f"{path} holds no head's statistics.")
-    layers, query_heads = (1 + max(key[axis] for key in heads) for axis in (0, 1))
-    places = [(i, h) for i in range(layers) for h in range(query_heads)]
-    missing = [place for place in places if place not in heads]
-    if missing:
-        raise CalibrationError(
-            f"{path} lacks {len(missing)} of {layers} x {query_heads} heads (layer {missing[0][0]}, head "
-            f"{missing[0][1]} first)."
+            f"There is no calibration for this model; make one with "
+            f"`reasonkv calibrate --model {shown_name(model)} --text FILE`, where FILE is any long plain text."
         )
-    parts = {}
-    for name, theirs in _PT_NAMES.items():
-        if name in ("square", "horizon") and theirs not in heads[0, 0]:
-            continue
-        try:
-            stacked = torch.stack([heads[place][theirs].float() for place in places])
-        except (KeyError, AttributeError, RuntimeError, TypeError):
-            raise CalibrationError(f"{path} is damaged: {theirs} is missing, no tensor, or unequally long.") from None
-        parts[name] = stacked.view(layers, query_heads, -1)
-    head_dim = int(metadata.get("head_dim", 2 * parts["modulus"].shape[2]))
-    texts = {name: metadata.get(theirs) for name, theirs in (("rope_type", "rope_type"), ("name", "model_name"))}
-    return _assembled(
-        parts, head_dim, source=f"imported from {path.name}",
-        **{name: None if value is None else str(value) for name, value in texts.items()},
-    )  # fmt: skip
+    found = load_calibration(path)
+    try:
+        found.check(model.config, digest)
+    except CalibrationError as error:
+        sentence = str(error)
+        raise CalibrationError(f"{path} does not fit this model: {sentence[0].lower()}{sentence[1:]}") from None
+    return found
 
 
-def export_pt(calibration: Calibration, path: Path | str) -> None:
-    """Write a `.pt` file that the public TriAttention and CASK loaders read, whole or not at all.
+def cached_calibration(digest: str) -> Path:
+    """Return where the user's cache keeps the calibration of the model with this hash, whether or not it exists.
 
-    Raises:
-        OSError: it cannot be written.
+    The cache is `REASONKV_CACHE` if set, otherwise `reasonkv` in `XDG_CACHE_HOME` or `~/.cache`.
     """
-    heads = [[i, h] for i in range(calibration.layers) for h in range(calibration.query_heads)]
-    metadata: dict[str, Any] = {"head_dim": calibration.head_dim, "rope_style": "half", "sampled_heads": heads}
-    if calibration.rope_type is not None:
-        metadata["rope_type"] = calibration.rope_type
-    if calibration.name is not None:
-        metadata["model_name"] = calibration.name
-    if calibration.square_LHqF is not None:
-        metadata["stats_version"] = _PT_VERSION_WITH_SQUARES
-    if calibration.horizon_LHqJ is not None:
-        offsets = [2**j for j in range(calibration.horizon_LHqJ.shape[-1])]
-        metadata |= {"build_variational_horizon": True, "oracle_offsets": offsets}
-    parts = _parts(calibration)
-    # each head a tensor of its own: a view would take the whole storage into the file with it
-    entries = {
-        f"layer{i:02d}_head{h:02d}": {_PT_NAMES[name]: tensor[i, h].clone() for name, tensor in parts.items()}
-        for i, h in heads
-    }
-    buffer = io.BytesIO()
-    torch.save({"metadata": metadata, "stats": entries}, buffer)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(Path(path), buffer.getvalue())
+    own, shared = os.environ.get("REASONKV_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    root = Path(own).expanduser() if own else (Path(shared) if shared else Path.home() / ".cache") / "reasonkv"
+    return root / "calibration" / f"{digest}.safetensors"
 
 
-def _parts(calibration: Calibration) -> dict[str, Tensor]:
-    """The statistics as float32 tensors by name."""
+def find_file(
+    model: PreTrainedModel,
+    digest: str,
+    name: str,
+    load: Callable[[Path], Any],
+    explicit: Path | str | None = None,
+    cached: Path | None = None,
+) -> Path | None:
+    """Return `explicit`, or else the first file there is: in the model's folder, `cached`, the bundled model's own.
+
+    The bundled one counts if its `model` is the model's hash `digest`. None: there is none.
+    """
+    if explicit is not None:
+        return Path(explicit).expanduser()
+    bundled = TESTBED_FOLDER / name
+    for path in (Path(str(model.name_or_path)).expanduser() / name, cached, bundled):
+        if path is not None and path.is_file() and (path != bundled or load(path).model == digest):
+            return path
+    return None
+
+
+def parts_of(calibration: Calibration) -> dict[str, Tensor]:
+    """Return the statistics as float32 tensors by their names in files."""
     found = {
         "mean_real": calibration.mean_LHqF.real, "mean_imag": calibration.mean_LHqF.imag,
         "modulus": calibration.modulus_LHqF, "square": calibration.square_LHqF, "horizon": calibration.horizon_LHqJ,
@@ -155,8 +127,46 @@ def _parts(calibration: Calibration) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in found.items() if tensor is not None}
 
 
-def _assembled(parts: dict[str, Tensor], head_dim: int, **facts: Any) -> Calibration:
-    return Calibration(
-        torch.complex(parts["mean_real"], parts["mean_imag"]), parts["modulus"], parts.get("square"),
-        horizon_LHqJ=parts.get("horizon"), head_dim=head_dim, **facts,
-    )  # fmt: skip
+def assembled(parts: Mapping[str, Tensor], head_dim: int, **facts: Any) -> Calibration:
+    """Return the statistics that `parts_of` took apart; raises KeyError where one is missing."""
+    mean, horizon = torch.complex(parts["mean_real"], parts["mean_imag"]), parts.get("horizon")
+    return Calibration(mean, parts["modulus"], parts.get("square"), horizon_LHqJ=horizon, head_dim=head_dim, **facts)
+
+
+# ----------------------------------------------------------------------- safetensors whose header names their format
+
+
+def write_tensors(path: Path | str, what: str, tensors: dict[str, Tensor], facts: Mapping[str, object]) -> None:
+    """Write a file of the format `reasonkv-{what}`, whole or not at all; facts that are None are left out.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    header = {"format": f"reasonkv-{what}", "version": _VERSION, **facts}
+    data = save(tensors, metadata={name: str(value) for name, value in header.items() if value is not None})
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(Path(path), data)
+
+
+def read_tensors(
+    path: Path | str, what: str, error: type[ReasonKVError], hint: str = ""
+) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Return header and tensors of a file of the format `reasonkv-{what}`.
+
+    Raises:
+        error: it is missing, damaged (the message then ends with `hint`), something else, or of a later version.
+    """
+    if not Path(path).is_file():
+        raise error(f"There is no {what} file {path}.")
+    try:
+        with safe_open(path, "pt") as file:
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in list(file.keys())}
+    except (OSError, SafetensorError):
+        raise error(f"{path} cannot be read as a {what} file{hint}.") from None
+    if header.get("format") != f"reasonkv-{what}":
+        raise error(f"{path} is a safetensors file, but not a {what} of reasonkv.")
+    version = header.get("version", "")
+    if version.isdigit() and int(version) > _VERSION:
+        raise error(f"{path} has format version {version}, but this reasonkv reads versions up to {_VERSION}.")
+    return header, tensors

@@ -17,7 +17,7 @@ from torch import Tensor
 from reasonkv.rotary import Rotary
 
 SAMPLES = 128
-"""Queries of a row and forward that are looked at, evenly spread."""
+"""Queries of a sequence that are looked at, evenly spread."""
 STEPS = 4000
 """Gradient steps of the fit; J is 17, so they are cheap."""
 
@@ -28,33 +28,20 @@ def future_distances(longest: int = 65536) -> Tensor:
 
 
 class HorizonSums:
-    """Running sums of attention-weighted phases, for each of some layers per query head."""
+    """Running sums of attention-weighted phases, by layer and query head."""
 
-    def __init__(self, layers: int) -> None:
-        self._sums: list[tuple[Tensor, Tensor] | None] = [None] * layers  # complex128 [Hq, F], float64 [Hq]
+    def __init__(self) -> None:
+        self._sums: dict[int, tuple[Tensor, Tensor]] = {}  # complex128 [Hq, F], float64 [Hq]
 
-    def add(
-        self, layer: int, rotary: Rotary, queries_BHqTD: Tensor, keys_BHKD: Tensor, scaling: float, start: int
-    ) -> None:
-        """Add sampled queries of a forward.
-
-        Args:
-            layer: index.
-            rotary: the layer's.
-            queries_BHqTD: rotated queries of the tokens start .. start + T - 1.
-            keys_BHKD: rotated keys of the tokens 0 .. K - 1, K = start + T.
-            scaling: of query-key products.
-            start: position of the first query.
-
-        """
-        (B, Hq, T, D), (H, K) = queries_BHqTD.shape, keys_BHKD.shape[1:3]
-        device = queries_BHqTD.device
-        at_S = torch.linspace(0, T - 1, min(T, SAMPLES), device=device).round().long()
-        position_S, position_K = start + at_S, torch.arange(K, device=device)
+    def add(self, layer: int, rotary: Rotary, queries_BHqKD: Tensor, keys_BHKD: Tensor, scaling: float) -> None:
+        """Add sampled queries of whole sequences: their rotated queries and keys, and the factor on the products."""
+        (B, Hq, K, D), H, device = queries_BHqKD.shape, keys_BHKD.shape[1], queries_BHqKD.device
+        position_S = torch.linspace(0, K - 1, min(K, SAMPLES), device=device).round().long()
+        position_K = torch.arange(K, device=device)
         phase_KF = position_K[:, None].double() * rotary.inv_freq.to(device).double()
         turn_KF = torch.polar(torch.ones_like(phase_KF), phase_KF)
         later_SK, own_SK = position_K > position_S[:, None], position_K == position_S[:, None]
-        queries_BHgSD = queries_BHqTD[:, :, at_S].float().view(B, H, Hq // H, len(at_S), D)
+        queries_BHgSD = queries_BHqKD[:, :, position_S].float().view(B, H, Hq // H, len(position_S), D)
         phases_HgF = torch.zeros(H, Hq // H, rotary.inv_freq.numel(), dtype=torch.complex128, device=device)
         mass_Hg = torch.zeros(H, Hq // H, dtype=torch.float64, device=device)
         for row in range(B):
@@ -64,17 +51,16 @@ class HorizonSums:
                 back_gSF = attention_gSK.to(turn_KF) @ turn_KF.conj()
                 phases_HgF[head] += (back_gSF * turn_KF[position_S]).sum(1)
                 mass_Hg[head] += attention_gSK.double().sum((1, 2))
-        phases, mass = self._sums[layer] or (0, 0)
+        phases, mass = self._sums.get(layer, (0, 0))
         self._sums[layer] = phases + phases_HgF.flatten(0, 1), mass + mass_Hg.flatten()
 
     def tau_HqF(self, layer: int) -> Tensor:
         """Return the mean phases of a layer that was observed, complex128; 0 where a head never looked back."""
-        sums = self._sums[layer]
-        assert sums is not None, f"layer {layer} was not observed"
-        return sums[0] / sums[1].clamp(min=1e-12)[:, None]
+        phases_HqF, mass_Hq = self._sums[layer]
+        return phases_HqF / mass_Hq.clamp(min=1e-12)[:, None]
 
 
-def fit_horizon(tau_HqF: Tensor, mean_HqF: Tensor, inv_freq_F: Tensor, offsets_J: Tensor) -> Tensor:
+def fit_horizon(tau_HqF: Tensor, mean_HqF: Tensor, inv_freq_F: Tensor) -> Tensor:
     """Return the weights pi of every head, float64 [Hq, J], each row on the simplex (see the module's formula).
 
     A convex quadratic over the simplex, by accelerated projected gradients with restarts, for all heads at once.
@@ -83,10 +69,8 @@ def fit_horizon(tau_HqF: Tensor, mean_HqF: Tensor, inv_freq_F: Tensor, offsets_J
         tau_HqF: complex, mean phases.
         mean_HqF: complex, mean queries mu.
         inv_freq_F: frequencies w.
-        offsets_J: distances d.
-
     """
-    phase_FJ = inv_freq_F.double()[:, None] * offsets_J.double()
+    phase_FJ = inv_freq_F.double()[:, None] * future_distances()
     turn_FJ = torch.polar(torch.ones_like(phase_FJ), phase_FJ)
     weight_HqF = mean_HqF.to(torch.complex128).abs()
     weight_HqF = weight_HqF / weight_HqF.sum(-1, keepdim=True).clamp(min=1e-12)
@@ -94,8 +78,7 @@ def fit_horizon(tau_HqF: Tensor, mean_HqF: Tensor, inv_freq_F: Tensor, offsets_J
     square_HqJJ = (turn_FJ.mH @ weighted_HqFJ).real  # of the objective pi' square pi - 2 linear' pi
     linear_HqJ = (weighted_HqFJ.conj() * tau_HqF[..., None]).sum(1).real
     step_Hq1 = 1.0 / torch.linalg.matrix_norm(square_HqJJ, 2).clamp(min=1e-12)[:, None]
-    J = len(offsets_J)
-    pi_HqJ = torch.full_like(linear_HqJ, 1.0 / J)
+    pi_HqJ = torch.full_like(linear_HqJ, 1.0 / linear_HqJ.shape[-1])
     ahead_HqJ, momentum_Hq1 = pi_HqJ, torch.ones_like(step_Hq1)
     for _ in range(STEPS):
         gradient_HqJ = (square_HqJJ @ ahead_HqJ[..., None])[..., 0] - linear_HqJ

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from reasonkv.calibration.corpus_job import CorpusJob
+from reasonkv.errors import ReasonKVError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -18,8 +18,48 @@ if TYPE_CHECKING:
     from reasonkv.calibration.corpus import ProblemSource
     from reasonkv.calibration.statistics import Calibration
 
-FEW_TOKENS = 2048
-"""Averages over fewer tokens are rough."""
+_FILES = {"out": ".safetensors", "import_": "", "export": ".pt", "figure": ".png"}
+
+
+class CorpusError(ReasonKVError, ValueError):
+    """A text that cannot be read, or a job whose fields contradict each other; the message is one sentence."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusJob:
+    """A job that runs a model over a text, or over prompts and reference traces of tasks.
+
+    Args:
+        text: Plain text file in UTF-8.
+        task: Tasks instead of a text, with dials: program, recall:distance=900. Problems are of the training split.
+        limit: Problems per task.
+        seed: Seed of the problems.
+        tokens: Most tokens in all.
+        window: Most tokens of a sequence. Unless given, windows of a text need about 1 GB of work memory for an
+            8B model, and traces are as long as the model's context.
+
+    Raises:
+        CorpusError: a number below 1, a wrong file ending, or not exactly one source of text.
+    """
+
+    text: Path | None = None
+    task: Sequence[str] = ()
+    limit: int = 16
+    seed: int = 0
+    tokens: int = 32768
+    window: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "task", (self.task,) if isinstance(self.task, str) else tuple(self.task))
+        sources = {name: getattr(self, name) for name in ("text", "task", "import_") if hasattr(self, name)}
+        if sum(bool(source) for source in sources.values()) != 1:
+            names = " and ".join(name.strip("_") for name in sources)
+            raise CorpusError(f"Give exactly one of {names}.")
+        for name, value in vars(self).items():
+            if isinstance(value, int) and value < 1 and name not in ("seed", "horizon", "warmup"):
+                raise CorpusError(f"{name} must be at least 1, not {value}.")
+            if isinstance(value, Path) and value.suffix != _FILES.get(name, "") != "":
+                raise CorpusError(f"{name} writes a {_FILES[name]} file, not {value.name}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,10 +94,10 @@ def run(
     name: str | None = None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Calibration:
-    """Calibrate a model as a job says; `write` writes the files.
+    """Calibrate a model as a job without `import_` says; `write` writes the files.
 
     Args:
-        job: what to average, without `import_`.
+        job: what to average.
         model: a causal language model.
         tokenizer: its tokenizer.
         tasks: the tasks that `job.task` names.
@@ -67,10 +107,10 @@ def run(
     Raises:
         CalibrationError, CorpusError, UnsupportedModelError, RotaryError: see `collect` and `text_passages`.
     """
-    from reasonkv.calibration.averages import collect
     from reasonkv.calibration.corpus import batches, read_corpus
+    from reasonkv.calibration.queries import collect
 
-    passages, source = read_corpus(job, model, tokenizer, tasks, batch_size=job.batch_size)
+    passages, source = read_corpus(job, model, tokenizer, tasks)
     rows = batches(passages, job.batch_size)
     return collect(model, rows, horizon=job.horizon, progress=progress, name=name, source=source)
 
@@ -82,17 +122,18 @@ def write(job: CalibrateJob, found: Calibration) -> dict[str, Path]:
         OSError: a file cannot be written.
         ImportError: the figure needs the packages of `reasonkv[eval]`.
     """
-    from reasonkv.calibration.files import export_pt, save_calibration
-    from reasonkv.calibration.lookup import cached_calibration
+    from reasonkv.calibration.files import cached_calibration, save_calibration
 
     written = {}
     out = job.out if job.import_ is not None or found.model is None else job.out or cached_calibration(found.model)
     if out is not None:
-        written["calibration"] = out
         save_calibration(out, found)
+        written["calibration"] = out
     if job.export is not None:
-        written["export"] = job.export
+        from reasonkv.calibration.public import export_pt
+
         export_pt(found, job.export)
+        written["export"] = job.export
     if job.figure is not None:
         from reasonkv.calibration.figure import concentration_figure
 

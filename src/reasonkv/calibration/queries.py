@@ -1,32 +1,36 @@
-"""How calibration and gate training get at a model's queries: an attention function that shows them and then attends.
+"""Collect the statistics of a model's queries from windows of tokens, with running sums only.
 
-There are two public ways to the queries. Forward hooks see the output of `q_proj`, `q_norm` or a fused `qkv_proj`, and
-must know for each model family which of them comes last, how its output is laid out and what the attention module still
-does to it; where that knowledge is wrong they return wrong numbers silently. The attention function that transformers
-lets anyone register is given the very queries the layer attends with, in one layout for every family. Only the rotation
-has to be undone, which is exact because positions are known. This file takes the second way.
+The queries are those that the model's attention function is given: an attention function registered with transformers
+shows them and then attends. They have one layout for every model family, unlike what forward hooks on projections and
+norms see. Only the rotation has to be undone, which is exact because positions are known.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from reasonkv.calibration.horizon import HorizonSums, fit_horizon
+from reasonkv.calibration.statistics import Calibration, CalibrationError, head_dim_of, rope_type_of
+from reasonkv.identity import model_hash
 from reasonkv.offload import input_device
 from reasonkv.rotary import Rotary
 
 Watch = Callable[[int, Tensor, Tensor, dict[str, Any]], None]
-"""Called with a layer's index, its rotated queries [B, Hq, T, D] and keys [B, H, L, D], and its attention's options."""
+"""Called with a layer's index, its rotated queries [B, Hq, T, D] and keys [B, H, T, D], and its attention's options."""
 
-KERNELS = ("sdpa", "eager", "flash_attention_2", "flash_attention_3")
+_KERNELS = ("sdpa", "eager", "flash_attention_2", "flash_attention_3")
 _ARGUMENT, _PREFIX = "reasonkv_watch", "reasonkv_watched_"
+_TOKENS_AT_ONCE = 512  # whose un-rotated queries are held in float32
 
 
 @contextmanager
@@ -38,7 +42,7 @@ def watched(model: PreTrainedModel, watch: Watch) -> Iterator[dict[str, Any]]:
     """
     before = model.get_decoder().config._attn_implementation or "eager"
     kernel = before.removeprefix("reasonkv_")
-    model.set_attn_implementation(_PREFIX + (kernel if kernel in KERNELS else "sdpa"))
+    model.set_attn_implementation(_PREFIX + (kernel if kernel in _KERNELS else "sdpa"))
     try:
         yield {_ARGUMENT: watch}
     finally:
@@ -62,6 +66,111 @@ def rotaries(model: PreTrainedModel) -> list[tuple[str, Rotary]]:
     return [(one, by_type[one]) for one in types]
 
 
+@torch.no_grad()
+def collect(
+    model: PreTrainedModel,
+    batches: Iterable[Tensor],
+    *,
+    horizon: bool = False,
+    progress: Callable[[int], None] = lambda done: None,
+    name: str | None = None,
+    source: str | None = None,
+) -> Calibration:
+    """Average the queries of every layer over all tokens of `batches` (TriAttention, calibration).
+
+    Every row is a text of its own, from position 0 on. The result does not depend on how rows are batched, up to
+    rounding. Nothing of size (tokens) is kept between batches. Un-rotating costs one rounding of a query in the model's
+    dtype, of random sign, which the mean over thousands of tokens removes.
+
+    Args:
+        model: a causal language model; its dtype, device and attention kernel are used and not changed.
+        batches: int64 ids [B, T], unpadded; T may differ from batch to batch.
+        horizon: also fit weights of the future distances (`reasonkv.calibration.horizon`). No distance longer than a
+            window is learned.
+        progress: called with the number of tokens done after every batch.
+        name: the model's name, for the record.
+        source: what `batches` are, in words, for the record.
+
+    Returns:
+        Statistics on the CPU, with the model's hash, RoPE type and the date.
+
+    Raises:
+        CalibrationError: no tokens, a window beyond the model's context, layers that differ in their rotary pairs, or
+            rotary frequencies that were rounded to half precision.
+        UnsupportedModelError, RotaryError: see `rotaries`.
+    """
+    rotary_L = _checked_rotaries(model)
+    F = rotary_L[0].inv_freq.numel()
+    sums: dict[int, Tensor] = {}  # by layer, [4, Hq, F]: real and imaginary part, modulus, square
+    phases = HorizonSums() if horizon else None
+
+    def add(layer: int, query_BHqTD: Tensor, key_BHTD: Tensor, options: dict[str, Any]) -> None:
+        (B, Hq, T, D), device, rotary = query_BHqTD.shape, query_BHqTD.device, rotary_L[layer]
+        if layer not in sums:
+            wide = torch.float32 if device.type == "mps" else torch.float64
+            sums[layer] = torch.zeros(4, Hq, F, dtype=wide, device=device)
+        step = max(1, _TOKENS_AT_ONCE // B)
+        for part_BHqtD, position_t in zip(
+            torch.split(query_BHqTD, step, 2), torch.split(torch.arange(T, device=device), step), strict=True
+        ):
+            plain_BHqtD = rotary.unrotate(part_BHqtD.float(), position_t)
+            real, imaginary = plain_BHqtD[..., :F], plain_BHqtD[..., F : 2 * F]
+            square = real.square() + imaginary.square()
+            for row, values in enumerate((real, imaginary, square.sqrt(), square)):
+                sums[layer][row] += values.sum((0, 2))
+        if phases is not None:
+            phases.add(layer, rotary, query_BHqTD, key_BHTD, options.get("scaling") or D**-0.5)
+
+    config, decoder, done = model.config.get_text_config(), model.get_decoder(), 0
+    context = getattr(config, "max_position_embeddings", None)
+    with watched(model, add) as arguments:
+        for ids_BT in batches:
+            if ids_BT.ndim != 2 or ids_BT.numel() == 0:
+                raise CalibrationError(f"A batch must be token ids [rows, tokens], not {list(ids_BT.shape)}.")
+            T = ids_BT.shape[1]
+            if context is not None and context < T:
+                raise CalibrationError(
+                    f"A window has {T} tokens, but the model's context is {context}; use a smaller window."
+                )
+            decoder(input_ids=ids_BT.to(input_device(model)), use_cache=False, **arguments)
+            done += ids_BT.numel()
+            progress(done)
+    if done == 0:
+        raise CalibrationError("There is no text to calibrate on; give at least one token.")
+    missing = sorted(set(range(len(rotary_L))) - set(sums))
+    if missing:
+        raise CalibrationError(f"Layer {missing[0]} does not call attention through AttentionInterface.")
+    totals = torch.stack([sums[layer].cpu().double() for layer in range(len(rotary_L))], 1)
+    real, imaginary, modulus, square = (totals / done).float()
+    mean_LHqF, horizon_LHqJ = torch.complex(real, imaginary), None
+    if phases is not None:
+        found = [
+            fit_horizon(phases.tau_HqF(layer).cpu(), mean_HqF, rotary_L[layer].inv_freq.cpu())
+            for layer, mean_HqF in enumerate(mean_LHqF)
+        ]
+        horizon_LHqJ = torch.stack(found).float()
+    return Calibration(
+        mean_LHqF, modulus, square, horizon_LHqJ=horizon_LHqJ, head_dim=head_dim_of(config), tokens=done,
+        model=model_hash(model), rope_type=rope_type_of(config), verified=True, name=name, source=source,
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+    )  # fmt: skip
+
+
+def _checked_rotaries(model: PreTrainedModel) -> list[Rotary]:
+    found = rotaries(model)
+    rounded = [name for name, buffer in model.named_buffers() if "inv_freq" in name and buffer.dtype.itemsize < 4]
+    if rounded:
+        raise CalibrationError(
+            f"The model's rotary frequencies ({rounded[0]}) are in half precision, as model.to(dtype) makes them, so "
+            "its queries cannot be un-rotated exactly; load it with from_pretrained(..., dtype=...)."
+        )
+    pairs = {kind: rotary.inv_freq.numel() for kind, rotary in found}
+    if len(set(pairs.values())) > 1:
+        listed = ", ".join(f"{count} in {kind} layers" for kind, count in pairs.items())
+        raise CalibrationError(f"The model's layers differ in their number of rotary pairs ({listed}).")
+    return [rotary for _, rotary in found]
+
+
 def _attention(kernel: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
     def forward(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
@@ -78,6 +187,6 @@ def _attention(kernel: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
     return forward
 
 
-for _kernel in KERNELS:
+for _kernel in _KERNELS:
     AttentionInterface.register(_PREFIX + _kernel, _attention(_kernel))
     AttentionMaskInterface.register(_PREFIX + _kernel, ALL_MASK_ATTENTION_FUNCTIONS[_kernel])

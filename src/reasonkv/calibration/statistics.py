@@ -20,8 +20,6 @@ from reasonkv.errors import ReasonKVError
 from reasonkv.rotary import Rotary
 from reasonkv.view import LayerStatistics
 
-__all__ = ["Calibration", "CalibrationError", "LayerStatistics"]
-
 _PARTS = {
     "mean_LHqF": torch.complex64, "modulus_LHqF": torch.float32, "square_LHqF": torch.float32,
     "horizon_LHqJ": torch.float32,

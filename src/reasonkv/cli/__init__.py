@@ -17,8 +17,8 @@ __all__ = ["main", "make_app", "run"]
 COMMANDS = {
     "Start here": ("results:demo", "info:methods", "info:tasks", "info:doctor"),
     "Use a model": ("generate:generate", "serve:serve", "calibrate:calibrate", "train_gate:train_gate"),
-    "Measure": ("jobs:replay", "jobs:evaluate", "jobs:tune"),
-    "Read results": ("results:report", "results:frontier", "inspect:inspect"),
+    "Measure": ("jobs:replay", "jobs:evaluate", "jobs:tune", "plan:run"),
+    "Read results": ("results:report", "results:frontier", "inspect:inspect", "compare:compare"),
 }
 
 

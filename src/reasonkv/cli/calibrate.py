@@ -13,6 +13,8 @@ from reasonkv.cli.flags import GROUPS, ConfigFile, Json, ModelFlags, Without, co
 if TYPE_CHECKING:
     from reasonkv.calibration import Calibration
 
+_FEW_TOKENS = 2048
+
 
 @command
 def calibrate(
@@ -32,7 +34,7 @@ def calibrate(
     Args:
         model: The bundled testbed, a model folder, or a hub name; with --import, the model that the file must fit.
     """
-    from reasonkv.calibration.job import FEW_TOKENS, run, write
+    from reasonkv.calibration.job import run, write
 
     if job.import_ is not None:
         found = _read(job, model)
@@ -51,7 +53,7 @@ def calibrate(
                 bar("tokens", min(done, job.tokens), job.tokens)
 
             found = run(job, loaded.model, loaded.tokenizer, tasks=tasks, name=loaded.name, progress=progress)
-        if (found.tokens or 0) < FEW_TOKENS:
+        if (found.tokens or 0) < _FEW_TOKENS:
             note(f"Only {found.tokens:,} tokens were averaged; some thousands give steadier statistics.")
     written = write(job, found)
     if json:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +30,36 @@ def from_file(app: App, commands: tuple[str, ...], arguments: ArgumentCollection
     given = arguments.get("--config", None)
     if given is not None and given.tokens:
         name = given.tokens[-1].value
-        Dict({commands[0]: _read_options(name)}, source=name)(app, commands[:1], arguments)
+        Dict({commands[0]: read_options(name)}, source=name)(app, commands[:1], arguments)
 
 
-def _read_options(name: str) -> dict[str, Any]:
+def read_options(name: str, what: str = "--config") -> dict[str, Any]:
+    """Return the options in a YAML or JSON file.
+
+    Raises:
+        UsageError: the file cannot be read, or holds something else than options.
+    """
     import yaml
 
     try:
         options = yaml.safe_load(read_text(name))
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UsageError(f"--config cannot read {name}: {getattr(error, 'strerror', None) or error}.") from None
+        reason = " ".join(str(getattr(error, "strerror", None) or error).split())
+        raise UsageError(f"{what} cannot read {name}: {reason}.") from None
     if not isinstance(options, dict):
-        raise UsageError(f"--config takes a YAML or JSON file of options, as in `task: program`, but {name} has none.")
+        raise UsageError(f"{what} takes a YAML or JSON file of options, as in `task: program`, but {name} has none.")
     return options
+
+
+def parse_options(command: str, options: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Return the arguments that a command would be called with, if its `--config` file held these options.
+
+    Raises:
+        CycloptsError: an option that the command does not have, or a value that does not fit.
+    """
+    from reasonkv.cli import make_app
+
+    app = make_app()
+    app.config = (Dict({command: dict(options)}, source=source),)
+    _, bound, _ = app.parse_args([command, "--out", "."], exit_on_error=False, print_error=False)
+    return dict(bound.arguments)

@@ -63,7 +63,7 @@ class ModelFlags:
         calibration: Query statistics, made by `reasonkv calibrate`. Unless given, looked up for the model.
         revision: Branch, tag or commit of the model on the hub.
         adapter: LoRA adapter, a folder or a name on the hub; it is merged into the weights.
-        device_map: Where layers go, in place of --device: auto, balanced, or JSON as in {"model": 0, "lm_head": "cpu"}.
+        device_map: Where layers go, in place of --device: auto, balanced, or JSON such as {"model": 0, "lm_head": 1}.
     """
 
     model: str = "testbed"
@@ -105,7 +105,7 @@ def command(function: Callable[..., int | None]) -> Callable[..., int | None]:
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> int | None:
         for name, (cls, given) in made.items():
-            kwargs[name] = _build(cls, kwargs.get(name) or given())
+            kwargs[name] = build(cls, kwargs.get(name) or given())
         return function(*args, **kwargs)
 
     signature = inspect.signature(function)
@@ -150,11 +150,11 @@ def _requires(cls: type) -> bool:
     return any(one.default is MISSING and one.default_factory is MISSING for one in fields(cls))
 
 
-def _build(cls: type, given: Any) -> Any:
+def build(cls: type, given: Any) -> Any:
     """Return the instance of `cls` that flags stand for; `cls` checks the values."""
     hints = get_type_hints(cls)
     values = {one.name: getattr(given, one.name) for one in fields(given)}
-    return cls(**{name: _build(hints[name], one) if is_dataclass(one) else one for name, one in values.items()})
+    return cls(**{name: build(hints[name], one) if is_dataclass(one) else one for name, one in values.items()})
 
 
 def _several(kind: Any, tokens: Sequence[Token]) -> tuple[Any, ...]:

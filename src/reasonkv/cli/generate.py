@@ -77,13 +77,14 @@ def generate(
     family = None if task is None else get_task(task, options)
     problems: Sequence[Any] = [None] if family is None else [family.problem(i, seed=seed) for i in range(limit)]
     loaded = model.load()
-    sampling = fill(sampling, loaded, () if task is None else (task,), options)
+    sampling = fill(sampling, loaded, () if task is None else (task,), options.thinking)
     sampling = sampling.stopping(() if family is None else family.stop)
     rules = TextRules(loaded.tokenizer, sampling, options.think_end)
     rows = []
     for problem in problems:
         asked = str(words) if problem is None else problem.prompt
-        rendered = render(loaded.tokenizer, asked, options, from_data=family is None or family.chat)
+        own = options if family is None else family.prompt_options(options)
+        rendered = render(loaded.tokenizer, asked, own, from_data=family is None or family.chat)
         row = _answer(loaded, rendered, cell, rules, max_new_tokens, seed, getattr(problem, "example", 0))
         row["correct"] = None if family is None else family.check(problem, row["output"])
         row["example"] = getattr(problem, "example", None)

@@ -46,14 +46,14 @@ def inspect(
     Example: `reasonkv inspect --task program --example 3 --method rkv --budget 128 --generate`
 
     Of a results folder without further choices: the first bounded method and budget, and the example that went wrong
-    first. Without a task, `--prompt TEXT` (or @FILE) is a question that full KV answers, and `--text FILE` is a text
-    that is fed as it stands.
+    first. Without a task, `--prompt TEXT` (or @FILE) is a question that full KV answers, `--text FILE` is a text that
+    is fed as it stands, and `--traces FILE.jsonl` holds prompts and outputs of any engine (--example counts them).
 
     Args:
         folder: A results folder, whose traces and settings are used.
         task: A task, with dials; unless given, the folder's first, or program.
         text: A text to feed instead of an answer of full KV; with --prompt, as the answer to it.
-        example: Number of the problem.
+        example: Number of the problem, or of the trace in a file.
         method: Method, with options; unless given, the folder's first, or rkv.
         generate: Let the compressed run write its own answer.
         seed: Seed of problems and methods.
@@ -66,10 +66,13 @@ def inspect(
     from reasonkv.report.folder import inspect_folder
     from reasonkv.report.inspector import inspector_page
 
-    if text is not None and (folder or task or generate):
-        raise UsageError("--text is a trace of its own; leave the folder, --task and --generate out.")
+    if text is not None and (folder or task or generate or traces.is_file):
+        raise UsageError("--text is a trace of its own; leave the folder, --task, --traces and --generate out.")
+    if traces.is_file and (folder or task or options.prompt):
+        raise UsageError("A file of --traces has its own prompts; leave the folder, --task and --prompt out.")
     if folder is None:
         loading = replace(loading, model=model or "testbed")
+        task = f"traces:{traces.source}" if traces.is_file else task
         question = options.prompt if task is None else None
         found = _Wanted(task or "program", question, text, example or 0, generate, seed, traces, options)
         made = _inspect_new(loading, method or "rkv", budget, found)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from reasonkv.cli.console import note, print_json, print_tables, progress_bars, show
 from reasonkv.cli.flags import ConfigFile, Json, ModelFlags, Out, Without, command
 from reasonkv.evaluate.job import GenerateJob, Job, ReplayJob, TuneJob
 
 if TYPE_CHECKING:
+    from reasonkv.evaluate.endpoint import Endpoint
     from reasonkv.models import LoadedModel
 
 FIGURE = "frontier.png"
@@ -44,12 +45,27 @@ def evaluate(*, job: GenerateJob, out: Out, model: ModelFlags, json: Json = Fals
 def _run(job: ReplayJob | GenerateJob, out: Path, model: ModelFlags, json: bool) -> None:
     from reasonkv.evaluate.cells import check_job
 
-    check_job(job)  # what is wrong with it is reported before the model takes its time to load
-    loaded = load(model, out)
-    _show_first_prompts(job, loaded)
+    loaded: LoadedModel | Endpoint
+    if isinstance(job, GenerateJob) and job.endpoint is not None:
+        job, loaded = _connect(job, model, out)
+    else:
+        check_job(job)  # what is wrong with it is reported before the model takes its time to load
+        loaded = load(model, out)
+        _show_first_prompts(job, loaded)
     result = run_and_show(job, loaded, out, quiet=json)
     if json:
         print_json(result)
+
+
+def _connect(job: GenerateJob, model: ModelFlags, out: Path) -> tuple[GenerateJob, Endpoint]:
+    """Return a job as a server runs it, and the server."""
+    from reasonkv.evaluate.endpoint import Endpoint
+
+    assert job.endpoint is not None
+    endpoint = Endpoint.connect(job.endpoint, model.model)
+    job = endpoint.fitted(job)
+    note(f"{endpoint.name} at {endpoint.url}: {', '.join(map(str, job.methods))}; results in {show(out)}")
+    return job, endpoint
 
 
 def _show_first_prompts(job: Job, loaded: LoadedModel) -> None:
@@ -63,7 +79,7 @@ def _show_first_prompts(job: Job, loaded: LoadedModel) -> None:
             note(f"{spec}: skipped, {sentence}")
         if not task.chat:
             continue
-        text, _ = render(loaded.tokenizer, task.problem(0, seed=job.seed).prompt, job.options)
+        text, _ = render(loaded.tokenizer, task.problem(0, seed=job.seed).prompt, task.prompt_options(job.options))
         shown = text if len(text) <= SHOWN else f"{text[: SHOWN // 2]} ... {text[-SHOWN // 2 :]}"
         note(f"{spec}, the first prompt:\n{shown}")
 
@@ -76,18 +92,20 @@ def load(model: ModelFlags, out: Path) -> LoadedModel:
 
 
 def run_and_show(
-    job: ReplayJob | GenerateJob, loaded: LoadedModel, out: Path, *, quiet: bool, name: str | None = None
+    job: ReplayJob | GenerateJob, loaded: LoadedModel | Endpoint, out: Path, *, quiet: bool, name: str | None = None
 ) -> dict[str, Any]:
     """Run a job into a folder and, unless `quiet`, print its tables; return what `--json` prints.
 
     Args:
-        job, loaded, out: what to run, on which model, into which folder.
+        job, loaded, out: what to run, on which model or server, into which folder.
         quiet: print nothing on stdout.
         name: the command that the folder is recorded under, if not the job's own.
     """
     from reasonkv.evaluate.cells import count_steps
+    from reasonkv.evaluate.endpoint import Endpoint
     from reasonkv.evaluate.published import with_published
     from reasonkv.evaluate.records import RECORDS
+    from reasonkv.evaluate.remote import run_remote
     from reasonkv.evaluate.run import run
     from reasonkv.evaluate.sanity import sanity_warnings
     from reasonkv.evaluate.table import summarize, summary_dicts, to_frame
@@ -95,9 +113,12 @@ def run_and_show(
     from reasonkv.report.charts import replay_figure
     from reasonkv.report.wording import selecting
 
-    job = with_published(job, loaded)
     with progress_bars(count_steps(job)) as progress:
-        frame = to_frame(run(job, loaded, out, progress, command=name))
+        if isinstance(loaded, Endpoint):
+            frame = to_frame(run_remote(cast(GenerateJob, job), loaded, out, progress, command=name))
+        else:
+            job = with_published(job, loaded)
+            frame = to_frame(run(job, loaded, out, progress, command=name))
     summary = summarize(frame)
     found: dict[str, Any] = {"out": str(out), "records": str(out / RECORDS), "rows": summary_dicts(summary)}
     shown = [f"Records: {show(out / RECORDS)}"]
@@ -137,8 +158,10 @@ def tune(
 
     Example: `reasonkv tune --task program --methods random,rkv --target 0.95x --limit 16 --out search`
 
-    Another --target, --resolution or replay --metric reuses what --out holds; `reasonkv frontier` reads it, too.
+    Prints each budget found as a line of Python and a command to serve it. Another --target, --resolution or replay
+    --metric reuses what --out holds; `reasonkv frontier` and `report` read it, too.
     """
+    from reasonkv.cli.ready import python_line, serve_line
     from reasonkv.evaluate.matching import sized
     from reasonkv.evaluate.tune import check_search, tune
     from reasonkv.report.frontier import SEARCH_SENTENCE, search_tables
@@ -156,9 +179,19 @@ def tune(
 
     with progress_bars(len(job.task) * (1 + 6 * len(methods))) as progress:
         found = tune(job, loaded, out, progress, on_probe=tell)
+    lines = [
+        [python_line(one.method, job.budget, one.tokens), serve_line(loaded.name, one.method, job.budget, one.tokens)]
+        if one.tokens is not None
+        else []
+        for one in found
+    ]
     if json:
+        searches = [one.to_dict() | {"use": own} for one, own in zip(found, lines, strict=True)]
         print_json({"out": out, "target": str(target), "resolution": job.resolution, "metric": job.metric,
-                    "searches": [one.to_dict() for one in found]})  # fmt: skip
+                    "searches": searches})  # fmt: skip
         return
     print_tables(search_tables(found, job.budget.window), SEARCH_SENTENCE)
+    for one, own in zip(found, lines, strict=True):
+        if own:
+            print("\n".join([f"{one.task}, {one.method}:", *(f"  {line}" for line in own)]))
     print(f"Records: {show(out)}")

@@ -14,8 +14,9 @@ REPLACED = {
     "train-testbed": "The bundled model is trained in a checkout now: python -m tools.testbed.",
     "frontier --task": "`reasonkv tune` searches for budgets now; frontier reads finished results folders.",
 }
-EXTRA = {"pandas", "pyarrow", "scipy", "pydantic", "jinja2", "altair", "vl_convert"}
-"""Modules of the optional dependencies `eval`."""
+EXTRA = dict.fromkeys(("pandas", "pyarrow", "scipy", "pydantic", "jinja2", "altair", "vl_convert"), "eval")
+EXTRA |= {"rapidfuzz": "compare", "sentence_transformers": "compare", "ray": "ray"}
+"""Modules of optional dependencies, with the extra that installs them."""
 
 
 class UsageError(ReasonKVError, ValueError):
@@ -37,7 +38,7 @@ def explain(error: Exception, tokens: Sequence[str]) -> tuple[str, int]:
     if isinstance(error, CycloptsError):
         return _wrong_flag(error, tokens), USAGE
     if isinstance(error, ModuleNotFoundError) and error.name in EXTRA:
-        return f"This needs {error.name}; install it with: pip install 'reasonkv[eval]'.", FAILED
+        return f"This needs {error.name}; install it with: pip install 'reasonkv[{EXTRA[error.name]}]'.", FAILED
     if type(error).__name__ == "OutOfMemoryError":
         return "The device ran out of memory; lower --batch-size, or use --dtype bfloat16.", FAILED
     if isinstance(error, OSError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -12,6 +13,28 @@ from reasonkv.cli.console import print_json, print_tables, show
 from reasonkv.cli.flags import GROUPS, ConfigFile, Json, command
 from reasonkv.cli.mistakes import UsageError
 from reasonkv.evaluate.job import GenerateJob, ReplayJob
+
+
+def expanded(folders: Sequence[Path], command: str | None = None) -> list[Path]:
+    """Return results folders; one that holds none itself stands for those directly in it, as `run` leaves them.
+
+    Args:
+        folders: as the user named them.
+        command: of those in a folder, only this command's.
+    """
+    found: list[Path] = []
+    for folder in folders:
+        inner = [one.parent for one in sorted(folder.glob("*/manifest.json"))]
+        if (folder / "manifest.json").is_file() or not inner:
+            found.append(folder)
+            continue
+        if command is not None:
+            from reasonkv.evaluate.table import read_manifest
+
+            inner = [one for one in inner if read_manifest(one)["command"] == command]
+        found += inner
+    return found
+
 
 Page = Annotated[Path, Parameter(group=GROUPS["output"], help="HTML file to write.")]
 
@@ -35,7 +58,7 @@ def report(*folders: Path, out: Page = Path("report.html"), title: str | None = 
         raise UsageError("Give at least one results folder, as in: reasonkv report results.")
     if out.is_dir():
         raise UsageError(f"{out} is a folder; give --out a file name, as in {out / 'report.html'}.")
-    path = write_report(folders, out, title=title or TITLE)
+    path = write_report(expanded(folders), out, title=title or TITLE)
     size = path.stat().st_size
     if json:
         print_json({"report": str(path), "bytes": size})
@@ -83,7 +106,7 @@ def frontier(
     if between is not None and (len(pair) != 2 or not all(pair)):
         raise UsageError(f"--between takes two methods, as in 'cask > triattention', not {between!r}.")
     ours_and_theirs = (get_method(pair[0]).spec(), get_method(pair[1]).spec()) if pair else None
-    frame = read_comparable(folders)
+    frame = read_comparable(expanded(folders))
     answers = frame["kind"].iloc[0] == "evaluate"
     metrics = [metric] if metric else ["accuracy"] if answers else ["kl", "top1"] if target is None else ["top1"]
     targets = [Target.parse(target or DEFAULT_TARGETS[one], one) for one in metrics]

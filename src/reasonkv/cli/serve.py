@@ -8,7 +8,6 @@ import shlex
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +16,7 @@ from cyclopts import Parameter
 from reasonkv.cli.console import show
 from reasonkv.cli.flags import Without, command
 from reasonkv.cli.mistakes import UsageError
+from reasonkv.cli.ready import rule_fields
 from reasonkv.evaluate.job import BudgetOptions
 
 OURS = ("--worker-cls", "--additional-config", "--scheduler-cls")
@@ -97,12 +97,7 @@ def _budget_fields(options: BudgetOptions) -> dict[str, Any]:
         sizes = [{"window": window | {"retention": one}} for one in options.retention]
     if len(sizes) != 1:
         raise UsageError("Give one budget: --budget TOKENS, --keep SHARE, or --window SIZE with one --retention.")
-    if options.window is not None:
-        return sizes[0]
-    rule = ("interval", "sinks", "recent", "prompt", "trigger", "trigger_counts", "cut_prompt", "prefill_chunk")
-    chosen = {one.name: getattr(options, one.name) for one in fields(options) if one.name in rule}
-    usual = {one.name: one.default for one in fields(options)}
-    return sizes[0] | {name: chosen[name] for name in rule if chosen[name] != usual[name]}
+    return sizes[0] if options.window is not None else sizes[0] | rule_fields(options)
 
 
 def _model_folder(model: str) -> str:
@@ -118,7 +113,7 @@ def _model_folder(model: str) -> str:
 
 def _statistics(given: Path | None, folder: str, name: str) -> Path:
     """Return the file of query statistics for the engine."""
-    from reasonkv.calibration.lookup import FILE
+    from reasonkv.calibration.files import FILE
 
     if given is not None and not given.is_file():
         raise UsageError(f"There is no file {show(given)} for --calibration.")

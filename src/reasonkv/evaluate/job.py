@@ -156,6 +156,9 @@ class GenerateJob(Job):
         sampling: How tokens are drawn.
         max_new_tokens: Most tokens of an answer. Unless given, the task's own limit or 2,048 for full KV, and for the
             others 1.25 times its longest output of the task and 32 more. The model's context bounds both.
+        endpoint: URL of a server with the OpenAI API that answers instead of a model of this process. One that
+            `reasonkv serve` started answers twice: with full KV, and with its own method and budget.
+        concurrency: Requests that an endpoint gets at once.
 
     Raises:
         JobError: fields that contradict each other or are out of range.
@@ -164,10 +167,13 @@ class GenerateJob(Job):
     samples: int = 1
     sampling: Sampling = field(default_factory=Sampling)
     max_new_tokens: int | None = None
+    endpoint: str | None = None
+    concurrency: int = 256
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_least("samples", self.samples)
+        check_least("concurrency", self.concurrency)
         if self.max_new_tokens is not None:
             check_least("max_new_tokens", self.max_new_tokens)
         if self.samples > 1 and not self.sampling.draws:
@@ -183,8 +189,8 @@ class TuneJob(Job):
     Args:
         budget: The rule of the budgets; without sizes, since those are searched (of a window, its retention).
         metric: top1, nll or kl of a replay, or accuracy of generated answers.
-        target: What has to be kept: 0.95 is absolute, 0.95x relative to full KV. Unless given, 0.95x (nll: 1.05x, kl:
-            0.05).
+        target: What has to be kept: 0.95 is absolute, 0.95x relative to full KV. Unless given, kl 0.05, top1 0.99,
+            nll 1.05x, accuracy 0.95x.
         resolution: Stop when the bracket of budgets is this narrow, as a ratio above 1.
         max_new_tokens: Most output tokens, as in a replay or a generation.
 

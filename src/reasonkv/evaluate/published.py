@@ -9,7 +9,7 @@ from typing import TypeVar
 from reasonkv.evaluate.job import GenerateJob, JobError, ReplayJob
 from reasonkv.evaluate.settings import Sampling
 from reasonkv.models import LoadedModel
-from reasonkv.tasks import TaskOptions, get_task
+from reasonkv.tasks.hub import declaration_of
 
 S = TypeVar("S", bound=Sampling)
 J = TypeVar("J", ReplayJob, GenerateJob)
@@ -25,39 +25,48 @@ _FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
 def with_published(job: J, model: LoadedModel) -> J:
-    """Return a job whose sampling is filled in.
+    """Return a job whose sampling is filled in, and the limit on outputs with the tasks' where none is given.
 
     Raises:
         JobError: published sampling is asked for, and nobody publishes any.
     """
+    thinking = job.options.thinking
     if isinstance(job, ReplayJob):
-        return replace(job, traces=fill(job.traces, model, job.task, job.options))
-    return replace(job, sampling=fill(job.sampling, model, job.task, job.options))
+        if job.traces.preset is None:
+            return job
+        return replace(job, traces=fill(job.traces, model, job.task, thinking))
+    if job.sampling.preset is None:
+        return job
+    limits = [one.max_new_tokens for one in map(declaration_of, job.task) if one and one.max_new_tokens]
+    limit = job.max_new_tokens or max(limits, default=None)
+    return replace(job, sampling=fill(job.sampling, model, job.task, thinking), max_new_tokens=limit)
 
 
-def fill(sampling: S, model: LoadedModel, tasks: Sequence[str] = (), options: TaskOptions | None = None) -> S:
+def fill(sampling: S, model: LoadedModel, tasks: Sequence[str] = (), thinking: str | None = None) -> S:
     """Return sampling whose fields that are not given are published ones; those without a preset are returned as given.
 
-    The model's family decides, then the tasks' authors, then the model's generation_config.json.
+    The model's family decides, then the files of the tasks, then the model's generation_config.json.
 
     Args:
         sampling: what is given.
         model: the model.
         tasks: as the user wrote them.
-        options: of the tasks; whether the model thinks.
+        thinking: on, off, or None for the chat template's default.
 
     Raises:
         JobError: there is nothing of the kind, or the tasks differ.
     """
     if sampling.preset is None:
         return sampling
-    options = options or TaskOptions()
-    found = family_sampling(model, options.thinking)
-    if found is None:
-        declared = [get_task(spec, options).sampling for spec in tasks]
-        if any(one != declared[0] for one in declared):
+    files = [one for one in map(declaration_of, tasks) if one is not None]
+    declared, stops = [one.sampling for one in files], {tuple(one.stop) for one in files}
+    if len(stops) == 1 and not sampling.stop:
+        sampling = replace(sampling, stop=stops.pop())
+    found = family_sampling(model, thinking)
+    if found is None and any(declared):
+        if any(one != declared[0] for one in declared) or len(declared) < len(tasks):
             raise JobError(f"The tasks {', '.join(tasks)} publish different sampling; run them one by one.")
-        found = declared[0] if declared else None
+        found = declared[0]
     found = found or own_sampling(model)
     if not found:
         raise JobError(f"Nobody publishes sampling for {model.name}; give --temperature and --top-p.")

@@ -16,6 +16,7 @@ from reasonkv.evaluate.decoding import Generated, Request, TextRules, decode_row
 from reasonkv.evaluate.generate import graded, opens_thinking, room, row_seed
 from reasonkv.evaluate.job import GenerateJob, Job, ReplayJob, Sampling
 from reasonkv.evaluate.manifest import Manifest, open_results
+from reasonkv.evaluate.merging import adopt
 from reasonkv.evaluate.progress import Meter, Progress, silent
 from reasonkv.evaluate.published import with_published
 from reasonkv.evaluate.records import (
@@ -51,15 +52,16 @@ def run(
     progress: Progress = silent,
     *,
     command: str | None = None,
+    sources: Sequence[Path] = (),
 ) -> list[ReplayRecord] | list[AnswerRecord]:
     """Run a job into a results folder, or finish one that was stopped.
 
     Args:
-        job: what to run.
-        model: the model.
+        job, model: what to run, on which model.
         folder: results folder; new, or one that the same job began.
         progress: called after every batch.
         command: the name it is recorded under; "replay" or "evaluate" unless given.
+        sources: finished folders of parts of the job, whose records, traces and outputs are taken.
 
     Returns:
         Every record of the folder.
@@ -74,9 +76,9 @@ def run(
     job = with_published(job, model)
     methods, budgets = make_methods(job), make_budgets(job.budget)
     layers = compressed_layers(model.model.config)
-    arguments = {"budgets": [one.to_dict() for one in budgets], "mean_slots": list(job.budget.mean_slots)}
     named = command or ("evaluate" if isinstance(job, GenerateJob) else "replay")
-    with open_session(job, methods, model, folder, progress, named, arguments) as session:
+    with open_session(job, methods, model, folder, progress, named) as session:
+        adopt(session.file, _task_of(job).kind, session.run, sources)
         for spec in job.task:
             task = session.task(spec)
             for config in plan_cells(methods, budgets, job.budget.mean_slots, task.rows, layers):
@@ -103,26 +105,23 @@ class Session:
 
 @contextmanager
 def open_session(
-    job: Job,
-    methods: Sequence[Method],
-    model: LoadedModel,
-    folder: Path,
-    progress: Progress,
-    command: str,
-    sizes: dict[str, Any],
+    job: Job, methods: Sequence[Method], model: LoadedModel, folder: Path, progress: Progress, command: str
 ) -> Iterator[Session]:
     """Hold a results folder for one job and process; arguments and errors as in `run`.
 
     Args:
         methods: those of the job, as they run.
-        sizes: what the manifest says about budgets.
     """
     needed = any(method.needs.calibration for method in methods)
     calibration = find_calibration(model.model, model.calibration_file) if needed else None
-    specs = {"task": list(job.task), "methods": [method.spec() for method in methods]}
-    arguments: dict[str, Any] = {"dtype": model.dtype, **specs, **sizes, "limit": job.limit, "seed": job.seed}
-    if job.options.to_dict():
-        arguments["options"] = job.options.to_dict()
+    arguments: dict[str, Any] = {
+        "dtype": model.dtype,
+        "task": list(job.task),
+        "methods": [method.spec() for method in methods],
+        "budgets": [one.to_dict() for one in make_budgets(job.budget)],
+        "mean_slots": list(job.budget.mean_slots),
+    } | {"limit": job.limit, "seed": job.seed}
+    arguments |= {"options": chosen} if (chosen := job.options.to_dict()) else {}
     if calibration is not None:
         arguments["calibration"] = calibration.digest
     if isinstance(job, GenerateJob):

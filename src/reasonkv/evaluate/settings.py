@@ -84,7 +84,7 @@ class Sampling:
 
     def stopping(self, texts: Sequence[str]) -> Self:
         """Return these settings with further stop texts, such as a task's own."""
-        return replace(self, stop=(*self.stop, *texts)) if texts else self
+        return replace(self, stop=tuple(dict.fromkeys((*self.stop, *texts)))) if texts else self
 
     def to_dict(self) -> dict[str, Any]:
         """Return what manifests say: fields without a default, and those that are set."""

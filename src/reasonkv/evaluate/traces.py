@@ -148,7 +148,8 @@ def encode_prompts(
     Raises:
         TraceError: a prompt without tokens, or one that fills the model's context.
     """
-    rendered = [render(tokenizer, problem.prompt, options, from_data=task.chat) for problem in problems]
+    asked = task.prompt_options(options or TaskOptions())
+    rendered = [render(tokenizer, problem.prompt, asked, from_data=task.chat) for problem in problems]
     prompts = [encode(tokenizer, text, special=special) for text, special in rendered]
     _check_prompts(model, task, prompts)
     return prompts

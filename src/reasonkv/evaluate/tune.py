@@ -1,16 +1,14 @@
 """Find the smallest budget that keeps a target, by bisection over real runs.
 
 Budgets are probed at midpoints in log(budget), between the smallest that holds what may never be evicted and the length
-of the longest sequence, where nothing is evicted; of a `Window`, the slots kept of each window, up to its size. All
-probes go into one results folder, whose manifest names the methods and the budget rule but no budgets and no target:
-the same search continues where it stopped, and one for another target or resolution reuses what it meets.
+of the longest sequence, where nothing is evicted; of a `Window`, the slots kept of each window, up to its size.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal
@@ -18,8 +16,9 @@ from typing import Any, Literal
 import pandas as pd
 
 from reasonkv.budget import Budget, Window
-from reasonkv.evaluate.cells import RunConfig, make_methods, make_rule
+from reasonkv.evaluate.cells import make_methods, make_rule
 from reasonkv.evaluate.frontier import (
+    DEFAULT_TARGETS,
     HIGHER_IS_BETTER,
     FrontierError,
     Point,
@@ -28,17 +27,17 @@ from reasonkv.evaluate.frontier import (
     measured_points,
     usable_budget,
 )
-from reasonkv.evaluate.job import GenerateJob, ReplayJob, TraceSettings, TuneJob
-from reasonkv.evaluate.matching import selecting_method, sized, smallest
+from reasonkv.evaluate.job import BudgetOptions, GenerateJob, ReplayJob, TraceSettings, TuneJob
+from reasonkv.evaluate.matching import selecting_method, smallest
+from reasonkv.evaluate.merging import merge, without_full
+from reasonkv.evaluate.progress import Progress, silent
 from reasonkv.evaluate.records import AnswerRecord, ReplayRecord
-from reasonkv.evaluate.run import Progress, open_session, silent
+from reasonkv.evaluate.run import run
 from reasonkv.evaluate.table import Difference, holm, paired_difference, paired_p_value, to_frame
-from reasonkv.methods import Method, get_method
+from reasonkv.evaluate.traces import file_name
+from reasonkv.methods import Method
 from reasonkv.models import LoadedModel
 from reasonkv.tasks import get_task
-
-COMMAND = "frontier"  # what the manifest of a search is recorded under
-DEFAULT_TARGETS = {"top1": "0.95x", "accuracy": "0.95x", "nll": "1.05x", "kl": "0.05"}
 
 Records = Sequence[ReplayRecord] | Sequence[AnswerRecord]
 RunCell = Callable[[int], Records]
@@ -141,8 +140,9 @@ def tune(
 ) -> list[Search]:
     """Find the usable budget of every bounded method of a job on every task of it.
 
-    Full KV runs in any case: it gives the lengths and what a relative target refers to. A search that was stopped, or
-    one for another target, continues in its folder. Arguments and errors are those of `reasonkv.evaluate.run.run`.
+    Full KV runs in any case: it gives the lengths and what a relative target refers to. Every probe is a results folder
+    in `folder/cells`, so a search that was stopped, or one for another target, continues; `folder` itself holds what
+    `run` would leave for the probes of this search. Arguments and errors are those of `reasonkv.evaluate.run.run`.
 
     Args:
         on_probe: called with every probe.
@@ -151,25 +151,44 @@ def tune(
         FrontierError: a job that cannot be searched.
     """
     target, rule, methods = check_search(job)
-    inner = _inner_job(job)
-    fields = {name: value for name, value in rule.to_dict().items() if name not in {"tokens", "retention"}}
-    found = []
-    with open_session(inner, make_methods(inner), model, folder, progress, COMMAND, {"rule": fields}) as session:
-        for spec in job.task:
-            task = session.task(spec)
-            full = task.run(RunConfig(get_method("full"), None))
-            for method in methods:
+    inner, cells, found = _inner_job(job), folder / "cells", list[Search]()
+    folders, sizes = list[Path](), list[BudgetOptions]()
+    for spec in job.task:
+        place = cells / file_name(str(spec))
+        alone = replace(inner, task=(spec,), methods=("full",), budget=BudgetOptions())
+        full = run(alone, model, place / "full", progress)
+        folders.append(place / "full")
+        for method in methods:
 
-                def run_cell(tokens: int, method: Method = method) -> Records:
-                    return [*full, *task.run(RunConfig(method, sized(rule, tokens)))]  # noqa: B023
+            def run_cell(tokens: int, spec: Any = spec, method: Method = method, place: Path = place) -> Records:
+                name, size = method.spec(), _with_size(job.budget, tokens)
+                folders.append(place / file_name(f"{name}-{tokens}"))
+                sizes.append(size)
+                own = replace(inner, task=(spec,), methods=("full", name), budget=size)
+                return run(own, model, folders[-1], without_full(progress), sources=[place / "full"])
 
-                low, high = budget_range(rule, method, full)
-                found.append(
-                    find_usable_budget(
-                        run_cell, low, high, target, resolution=job.resolution, seed=job.seed, on_probe=on_probe
-                    )
+            low, high = budget_range(rule, method, full)
+            found.append(
+                find_usable_budget(
+                    run_cell, low, high, target, resolution=job.resolution, seed=job.seed, on_probe=on_probe
                 )
+            )
+    names = ("full", *(method.spec() for method in methods))
+    merge(replace(inner, methods=names, budget=_together(sizes)), folder, folders)
     return found
+
+
+def _with_size(budget: BudgetOptions, tokens: int) -> BudgetOptions:
+    """Return the rule at one size, which of a window is the slots kept of it."""
+    if budget.window is not None:
+        return replace(budget, retention=(tokens / budget.window,))
+    return replace(budget, tokens=(tokens,))
+
+
+def _together(sizes: Sequence[BudgetOptions]) -> BudgetOptions:
+    """Return the rule with all sizes that were run."""
+    tokens, shares = ([one for size in sizes for one in getattr(size, name)] for name in ("tokens", "retention"))
+    return replace(sizes[0], tokens=sorted(set(tokens)), retention=sorted(set(shares)))
 
 
 def check_search(job: TuneJob) -> tuple[Target, Budget, list[Method]]:

@@ -9,8 +9,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from reasonkv.methods.catalogue import CATALOGUE as CATALOGUE
+from reasonkv.methods.catalogue import MethodError as MethodError
 from reasonkv.methods.catalogue import method_names as method_names
-from reasonkv.methods.options import MethodError as MethodError
 
 if TYPE_CHECKING:
     from reasonkv.methods.base import Method as Method

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 import torch
 from annotated_types import Ge
@@ -31,16 +31,13 @@ class AdaKV(ScoreWrapper):
     3. The rest of the H x a goes to the best scores of all heads together.
     4. What is stored and not attended is padding: log mass -inf, until the next compaction evicts it first.
 
-    So a head attends to at most `stretch` times the mean, and the padding is the price. Scores of different heads are
-    compared as they are: a base whose scores are shares of attention suits it, one whose scores are ranks does not.
+    Scores of different heads are compared as they are: a base whose scores are shares of attention suits it.
 
     Args:
-        base: the method whose scores are compared, with its options as in `snapkv:window=32;kernel=7` (semicolons).
+        base: the method whose scores are compared; see `ScoreWrapper`.
         alpha: part of the mean that every head is sure of; protected slots count in it. The published safeguard is 0.2.
         stretch: slots stored per slot attended; 1 is the base method, every head with the same number.
     """
-
-    name: ClassVar[str] = "adakv"
 
     alpha: Share = 0.2
     stretch: Annotated[float, Ge(1)] = 1.5
@@ -69,7 +66,7 @@ class AdaKV(ScoreWrapper):
         return Plan(kept_BHK, log_mass_BHK=log_mass_BHK)
 
 
-def shared_top_k(scores_BHN: Tensor, mean: int, safe: int, forced_BHN: Tensor | None = None) -> Tensor:
+def shared_top_k(scores_BHN: Tensor, mean: int, safe: int, forced_BHN: Tensor) -> Tensor:
     """Return the slots with the highest scores of all heads together, H x `mean` of them, bool [B, H, N].
 
     More only where the safeguard alone asks for more; fewer only where fewer are not -inf. In every head these are its
@@ -82,8 +79,6 @@ def shared_top_k(scores_BHN: Tensor, mean: int, safe: int, forced_BHN: Tensor | 
         forced_BHN: bool, slots chosen whatever their score.
     """
     B, H, N = scores_BHN.shape
-    if forced_BHN is None:
-        forced_BHN = torch.zeros_like(scores_BHN, dtype=torch.bool)
     can_BHN = ~scores_BHN.isneginf() | forced_BHN
     scores_BHN = forced_first(scores_BHN, forced_BHN)
     first_BHN = (largest(scores_BHN, min(safe, N)) & can_BHN) | forced_BHN

@@ -9,15 +9,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
 
 from reasonkv.budget import Budget, BudgetError, Window
-from reasonkv.methods.catalogue import CATALOGUE
+from reasonkv.methods.catalogue import CATALOGUE, MethodError
 from reasonkv.methods.ops import top_k_slots
-from reasonkv.methods.options import MethodError, options_of
+from reasonkv.methods.options import checked
 from reasonkv.plan import Plan
 from reasonkv.rotary import Rotary
 from reasonkv.view import SlotView
@@ -110,11 +110,11 @@ class Observed:
 
 @dataclass(frozen=True)
 class Method(ABC):
-    """Chooses which slots are kept at a compaction. Subclasses set `name` and implement `plan`.
+    """Chooses which slots are kept at a compaction. Subclasses implement `plan`.
 
     Fields are options, checked against their annotations: `window: Annotated[int, Ge(1)] = 64`, `Literal["a", "b"]`
     (`reasonkv.methods.options` has names for common ones). Deliberate differences from the paper are values of one
-    option `variant`, the first field. Built-in methods have their title and paper in the catalogue.
+    option `variant`, the first field. Built-in methods have name, title and paper in the catalogue, others set them.
 
     Raises:
         MethodError: an option of the wrong type or out of range.
@@ -131,16 +131,15 @@ class Method(ABC):
     """By variant, the values of options whose default is `OF_VARIANT`."""
 
     def __init_subclass__(cls) -> None:
-        entry = CATALOGUE.get(cls.__dict__.get("name", ""))
-        if entry is not None and entry.path == f"{cls.__module__}:{cls.__name__}":
-            cls.title, cls.paper = entry.title, entry.paper
+        for name, entry in CATALOGUE.items():
+            if entry.path == f"{cls.__module__}:{cls.__name__}":
+                cls.name, cls.title, cls.paper = name, entry.title, entry.paper
 
     def __post_init__(self) -> None:
         of_variant = self._of_variant()
-        for option in options_of(type(self)).values():
-            value = getattr(self, option.name)
-            value = of_variant.get(option.name) if value is None else value
-            object.__setattr__(self, option.name, option.check(self.name, value))  # the dataclass is frozen
+        for name, value in self.options().items():
+            value = of_variant.get(name) if value is None else value
+            object.__setattr__(self, name, checked(self, name, value))  # the dataclass is frozen
         self.check_options()
 
     def check_options(self) -> None:  # noqa: B027 - most methods have nothing to check
@@ -181,11 +180,11 @@ class Method(ABC):
         """Update `state` in place by one forward's queries; the result must not depend on how tokens are divided."""
         raise NotImplementedError(f"{self.name} observes but does not say how.")
 
-    def for_tokenizer(self, tokenizer: Any) -> Method:
+    def for_tokenizer(self, tokenizer: Any) -> Self:
         """Return the method with what an option leaves to the tokenizer filled in; records keep the option."""
         return self
 
-    def for_budget(self, budget: Budget) -> Method:
+    def for_budget(self, budget: Budget) -> Self:
         """Return the method with what an option leaves to the budget filled in; records keep the option.
 
         Raises:
@@ -256,13 +255,12 @@ def layer_budgets(
     """
     if budget is None or not method.needs.layer_budgets:
         return [budget] * layers
-    sinks, recent = budget.protected(method.needs.recent)
     if isinstance(budget, Window):
         raise BudgetError(f"{method.name} divides tokens among layers, which a Window has none of; give it a Budget.")
     if method.needs.scope == "model":
         raise BudgetError(f"{method.name} plans all layers at once, so they cannot have budgets of their own.")
-    least = sinks + recent
-    protected = f"{sinks} sinks and {recent} recent tokens"
+    sinks, recent = budget.protected(method.needs.recent)
+    least, protected = sinks + recent, f"{sinks} sinks and {recent} recent tokens"
     if budget.prompt == "keep" and prompt is not None:
         least = max(least, prompt + recent + 1)
         protected = f"a prompt of {prompt} tokens, {recent} recent ones and one more"

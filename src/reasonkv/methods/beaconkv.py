@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -25,18 +24,14 @@ class BeaconKV(ScorerMethod):
     position and the newest queries keep theirs. A slot's score is the maximum of the softmaxed attention over all
     of these queries and over the query heads of the group.
 
-    The paper chooses the first beacons from the whole prompt and stops choosing near the cap, where it collects the
-    newest queries instead. Here beacons are thinned at every multiple of `beacons` tokens, prompt included, so that
-    they do not depend on how tokens are divided into forwards, and the newest queries stand in a ring of their own;
-    some may be in both. The paper shrinks to 7/8 of the cap: a budget with an interval of a seventh of its tokens.
+    The paper chooses the first beacons from the whole prompt. Here they are thinned at every multiple of `beacons`
+    tokens, prompt included, so that they do not depend on how tokens are divided into forwards.
 
     Args:
         beacons: past queries stored per query head, and as many that wait to be compared.
         window: newest queries that vote beside the beacons.
         recent: newest tokens that are always kept.
     """
-
-    name: ClassVar[str] = "beaconkv"
 
     beacons: Size = 16
     window: Size = 16
@@ -89,17 +84,10 @@ class BeaconKV(ScorerMethod):
 
 
 def farthest(points_XnD: Tensor, count: int) -> Tensor:
-    """Return `count` of n points by farthest-point sampling on the cosine, for many sets at once.
+    """Return `count` of n points by farthest-point sampling on the cosine, for many sets at once: [..., count, D].
 
     First the point with the least mean similarity to all, then always the one whose similarity to the nearest chosen
     point is least. Of equals the first; a point that is not finite comes last.
-
-    Args:
-        points_XnD: sets of points, [..., n, D].
-        count: at most n.
-
-    Returns:
-        [..., count, D], in the order of the choice.
     """
     unit_XnD = functional.normalize(points_XnD, dim=-1)
     cosine_Xnn = (unit_XnD @ unit_XnD.mT).nan_to_num(nan=2.0)  # more alike than anything

@@ -86,7 +86,7 @@ class CASK(Method):
        log of their number on its logits.
 
     `variant="paper"` merges until everything fits, weighs values by tokens times support, adds nothing to logits and
-    compares raw scores of all heads (docs/methods/cask.md; `reasonkv.methods.reference.cask` is the public code).
+    compares raw scores of all heads (docs/methods/cask.md).
 
     Args:
         variant: "corrected" or "paper".
@@ -103,10 +103,8 @@ class CASK(Method):
             Unless given: log, paper none.
         markers: token ids that end a phase, "198;271;12-13" for three, the last of two tokens; or "none". Unless given,
             `for_tokenizer` fills in the paper's.
-
     """
 
-    name: ClassVar[str] = "cask"
     variants: ClassVar[dict[str, dict[str, object]]] = {
         "corrected": {"prompt_share": 0.9, "fold": "similar", "mass": "log"},
         "paper": {"prompt_share": 1.0, "fold": "neighbours", "mass": "none"},
@@ -124,7 +122,6 @@ class CASK(Method):
     markers: str = ""
 
     def check_options(self) -> None:
-        """Check that the markers can be read."""
         parse_markers(self.markers)
 
     @property
@@ -142,7 +139,6 @@ class CASK(Method):
         return self if self.markers else replace(self, markers=phase_markers(tokenizer) or "none")
 
     def plan(self, view: SlotView, keep: int) -> Plan:
-        """Plan one layer alone."""
         return self.plan_layers([view], keep)[0]
 
     def prompt_stage(self, row: Row, keep: int, recent: int, coverage: float = COVERAGE) -> Bools:

@@ -11,7 +11,11 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import NamedTuple
 
-from reasonkv.methods.options import MethodError
+from reasonkv.errors import ReasonKVError
+
+
+class MethodError(ReasonKVError, ValueError):
+    """An unknown method or option, or a value that an option does not allow."""
 
 
 class Entry(NamedTuple):
@@ -35,14 +39,14 @@ CATALOGUE = {row.pop("name"): Entry(**row) for row in _ROWS}
 """The built-in methods by name."""
 
 
-def method_names() -> list[str]:
-    """Return the names of the built-in methods, then of those that installed packages add."""
-    return [*CATALOGUE, *sorted(installed())]
-
-
 def installed() -> dict[str, EntryPoint]:
     """Return the entry points of methods of other packages by name."""
     return {point.name: point for point in entry_points(group="reasonkv.methods") if point.name not in CATALOGUE}
+
+
+def method_names() -> list[str]:
+    """Return the names of the built-in methods, then of those that installed packages add."""
+    return [*CATALOGUE, *sorted(installed())]
 
 
 def known_name(name: str) -> str:
@@ -51,13 +55,13 @@ def known_name(name: str) -> str:
     Raises:
         MethodError: no such method; the message names the nearest.
     """
-    classes = {_plain(entry.path.split(":")[1]): known for known, entry in CATALOGUE.items()}
-    found = (classes | {_plain(known): known for known in CATALOGUE}).get(_plain(name))
+    spellings = {_plain(entry.path.split(":")[1]): known for known, entry in CATALOGUE.items()}
+    names = list(CATALOGUE)
+    if _plain(name) not in spellings | {_plain(known): known for known in names}:
+        names = method_names()  # looking for other packages takes a while
+    found = (spellings | {_plain(known): known for known in names}).get(_plain(name))
     if found is None:
-        added = installed()
-        found = name if name in added else {_plain(known): known for known in added}.get(_plain(name))
-    if found is None:
-        raise MethodError(unknown("method", name, method_names()))
+        raise MethodError(unknown("method", name, names))
     return found
 
 
@@ -65,8 +69,8 @@ def unknown(kind: str, name: str, known: list[str]) -> str:
     """Return the sentence for a name that does not exist, with the nearest one that does."""
     nearest = difflib.get_close_matches(name.lower(), known, n=1)
     hint = f"; did you mean {nearest[0]!r}?" if nearest else "."
-    options = f" Known: {', '.join(known)}." if known else " It takes none."
-    return f"Unknown {kind} {name!r}{hint}{options}"
+    options = f"Known: {', '.join(known)}." if known else "It takes none."
+    return f"Unknown {kind} {name!r}{hint} {options}"
 
 
 def _plain(name: str) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -23,19 +22,14 @@ class ChunkKV(ScoreWrapper, ScorerMethod):
     KV Cache Compression for Efficient Long-Context LLM Inference", arXiv 2502.00299).
 
     A base method scores slots; scores are summed over the KV heads of the layer and averaged over chunks of `chunk`
-    consecutive tokens; the best chunks are kept in every head. Chunks are counted by token index, so that a chunk is
-    the same tokens at every compaction. Slots the budget protects do not count in their chunk's mean.
-
-    The public code wastes what is left of the budget when no further whole chunk fits. Here exactly the budget is kept:
-    of the last chunk, the slots with the best scores. Each sequence has its own chunks; the public code takes row 0's.
+    consecutive tokens, which are the same tokens at every compaction. The best chunks are kept in every head; of the
+    last one, the slots with the best scores. Slots the budget protects do not count in their chunk's mean.
 
     Args:
-        base: the method whose scores are summed, with its options as in `snapkv:window=32;kernel=7` (semicolons).
+        base: the method whose scores are summed; see `ScoreWrapper`.
         chunk: tokens of a chunk.
         reuse: layers that share the choice of the first of them (the paper's index reuse); 1: none.
     """
-
-    name: ClassVar[str] = "chunkkv"
 
     chunk: Size = 10
     reuse: Size = 1

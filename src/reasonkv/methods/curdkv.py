@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -21,8 +21,7 @@ class CurDKV(ScorerMethod):
     Compression for LLMs via Approximated CUR Decomposition", arXiv 2509.15038).
 
     The leverage of a token is taken as the squared norm of its key, or value, as a share of its window's; a token's
-    score is the product of both. Squared norms are leverage scores only where columns are orthonormal. A model that
-    normalises its keys (Qwen3) has nearly equal norms, and the score is then the value's.
+    score is the product of both. A model that normalises its keys (Qwen3) leaves the value's alone to decide.
 
     Args:
         leverage: "kv_product", "kv_avg" (mean of both), "key" or "value".
@@ -33,8 +32,6 @@ class CurDKV(ScorerMethod):
             per sequence, layer and KV head that never changes; 0 takes the norms themselves.
         sinks: first tokens, which rank highest.
     """
-
-    name: ClassVar[str] = "curdkv"
 
     leverage: Literal["kv_product", "kv_avg", "key", "value"] = "kv_product"
     window: Count = 16

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -28,8 +28,7 @@ class DefensiveKV(Method):
     3. Times r / sum r, r the L1 norm of the value's contribution to the output, mean over the group (CriticalKV).
     4. The tokens that cover 90 % of the mean attention, the window's included, come before all others.
 
-    Here every KV head keeps the same number of slots; the paper also divides the budget of a layer, or of the model,
-    among heads.
+    The paper also divides the budget of a layer, or of the model, among heads.
 
     Args:
         variant: "corrected" - as above; "paper" - the authors' code where it differs: it normalises r over KV heads
@@ -40,8 +39,6 @@ class DefensiveKV(Method):
         mass: share of attention that step 4 covers; 0 turns it off.
         output_norm: step 3. It reads the layer's output projection, once for every token.
     """
-
-    name: ClassVar[str] = "defensivekv"
 
     variant: Literal["corrected", "paper"] = "corrected"
     window: Size = 32

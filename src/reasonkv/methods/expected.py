@@ -28,22 +28,11 @@ class ExpectedAttention(ScorerMethod):
     3. Expected attention of a slot: softmax over slots of log E exp(q.k / sqrt D) = A mu.k / sqrt D + k.A S A'k / 2D.
     4. Times the norm of the value; mean over the query heads of a KV head.
 
-    `variant="corrected"` takes the statistics of every query since the start, stored as sums beside the cache, and the
-    true next positions. The others are here for comparison:
-
-    * "kvpress" (the authors' code): the same with the whole covariance; the keys of the first `sinks` tokens are kept
-      and stay outside the softmax. It compresses a prompt once; at later compactions the statistics here include what
-      was decoded.
-    * "cask" (the baseline in CASK's code): the statistics of the newest `window` queries alone, of which the first
-      `sinks` are cut where the window is longer: four queries at its defaults. The next position is taken to be the
-      number of kept slots, which after the first compaction it is not. The window's tokens are always kept.
-
-    Float64 sums per query head and sequence, which do not depend on how tokens are divided into forwards: 2.5 D numbers
-    for "bands", D + D * D for "full", D for "none", and 8 bytes each; at Qwen3-8B geometry 3, 153 and 1.2 MB for all
-    layers, beside 151 MB of bf16 keys and values at 1,024 slots.
-
     Args:
-        variant: "corrected", "kvpress" or "cask".
+        variant: "corrected" - statistics of every query since the start, and the true next positions; "kvpress" - the
+            same with the whole covariance, and the first `sinks` tokens are kept and stay outside the softmax (the
+            authors' code); "cask" - statistics of the newest `window` queries without the first `sinks` of them, and
+            the next position is the number of kept slots (the baseline in CASK's code).
         covariance: "bands" - within each rotary pair (dimensions without RoPE: their variances); "full" - all pairs
             of dimensions; "none" - the mean alone. Unless given: "bands" of "corrected", "full" of the others.
         future: positions averaged over.
@@ -53,7 +42,6 @@ class ExpectedAttention(ScorerMethod):
         window: newest queries of "cask".
     """
 
-    name: ClassVar[str] = "expected"
     variants: ClassVar[dict[str, dict[str, object]]] = {
         "corrected": {"covariance": "bands"},
         "kvpress": {"covariance": "full"},

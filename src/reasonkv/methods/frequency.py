@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from reasonkv.calibration.horizon import future_distances
-from reasonkv.methods.ops import head_blocks, upcast
-from reasonkv.methods.options import MethodError
+from reasonkv.methods.catalogue import MethodError
+from reasonkv.methods.ops import by_head
 from reasonkv.rotary import Rotary
 from reasonkv.view import LayerStatistics, SlotView
 
@@ -47,7 +47,6 @@ class FrequencyOptions:
             calibration brings (`LayerStatistics.horizon_HqJ`).
         norm: "tri" - alpha as above; "rms2" - (mean of |q_f|^2 - |mu_f|^2) / (mean of |q_f| + |mu_f|).
         norm_lambda: factor on alpha.
-
     """
 
     aggregation: Aggregation = "mean"
@@ -73,8 +72,7 @@ def frequency_scores(
 ) -> Tensor:
     """Score every slot for every query head of one layer (see the module's formula).
 
-    One product of [g, D] with the cached keys per KV head and one of [g, F] with their moduli, a block of heads at a
-    time: the keys are read once, and nothing of their size is kept. Dimensions that RoPE leaves alone do not count.
+    Dimensions that RoPE leaves alone do not count.
 
     Args:
         keys_BHND: rotated keys, any float dtype.
@@ -84,12 +82,10 @@ def frequency_scores(
         options: see `FrequencyOptions`; its defaults if None.
 
     Returns:
-        float32 (float64 for float64 keys) [B, Hq, N] on the scale of raw query-key products (no 1 / sqrt(D)). Query
-        head h belongs to KV head h // g.
+        float32 (float64 for float64 keys) [B, Hq, N] on the scale of raw query-key products (no 1 / sqrt(D)).
 
     Raises:
         MethodError: the statistics lack what an option needs, or have another number of pairs or heads.
-
     """
     options = options or FrequencyOptions()
     B, H, N, _ = keys_BHND.shape
@@ -101,25 +97,23 @@ def frequency_scores(
         )
     dtype, device = torch.promote_types(keys_BHND.dtype, torch.float32), keys_BHND.device
     alpha_HgF = (rotary.scaling * alpha(statistics, options)).to(device, dtype).view(H, Hq // H, F)
-    query_BHqjD = future_queries(statistics, rotary, length_B.to(device), options, dtype) if options.trig else None
+    queries_BHmD: list[Tensor] = []  # m = g x J'
+    if options.trig:
+        query_BqjD = future_queries(statistics, rotary, length_B.to(device), options, dtype)
+        queries_BHmD = [query_BqjD.reshape(B, H, -1, 2 * F)]
 
-    keys_RND = keys_BHND.flatten(0, 1)
-    head = torch.arange(B * H, device=device) % H
-    query_RmD = None if query_BHqjD is None else query_BHqjD.reshape(B * H, -1, 2 * F)  # m = g x J'
-    out_RgN = torch.empty(B * H, Hq // H, N, dtype=dtype, device=device)
-    for block in head_blocks(B * H, keys_RND[0].numel(), device):
-        keys_rNd = upcast(keys_RND[block])[..., : 2 * F]
+    def of_heads(keys_rND: Tensor, alpha_rgF: Tensor, *query_rmD: Tensor) -> Tensor:
+        keys_rNd = keys_rND[..., : 2 * F]
         modulus_rNF = torch.hypot(keys_rNd[..., :F], keys_rNd[..., F:])
-        alpha_rFg = alpha_HgF[head[block]].mT
         # Long times short: on CPUs four times as fast as the transposed product.
-        if query_RmD is None:
-            out_RgN[block] = (modulus_rNF @ alpha_rFg).mT
-            continue
-        score_rNm = keys_rNd @ query_RmD[block].mT
+        if not query_rmD:
+            return (modulus_rNF @ alpha_rgF.mT).mT
+        score_rNm = keys_rNd @ query_rmD[0].mT
         if options.aggregation == "max":
             score_rNm = score_rNm.view(len(score_rNm), N, Hq // H, -1).amax(-1)
-        out_RgN[block] = torch.baddbmm(score_rNm, modulus_rNF, alpha_rFg).mT
-    return out_RgN.view(B, Hq, N)
+        return torch.baddbmm(score_rNm, modulus_rNF, alpha_rgF.mT).mT
+
+    return by_head(of_heads, keys_BHND, alpha_HgF.expand(B, -1, -1, -1), *queries_BHmD).flatten(1, 2)
 
 
 def alpha(statistics: LayerStatistics, options: FrequencyOptions) -> Tensor:
@@ -127,7 +121,6 @@ def alpha(statistics: LayerStatistics, options: FrequencyOptions) -> Tensor:
 
     Raises:
         MethodError: `norm="rms2"` without the mean squares.
-
     """
     mean_HqF, modulus_HqF = statistics.mean_HqF.to(torch.complex128).abs(), statistics.modulus_HqF.double()
     if options.norm == "rms2":
@@ -147,8 +140,7 @@ def future_queries(
     """Return the mean query, rotated to the future as the model will rotate it, times the rotary scaling.
 
     [B, Hq, J', 2F] in the half-split layout: J' = 1, the mean over the distances, or J for `aggregation="max"`. Angles
-    are computed in `dtype`, float32 as in the model (at position 65,536 their rounding turns the fastest pair by up to
-    0.004 rad) or float64.
+    are computed in `dtype`, float32 as in the model, or float64.
     """
     inv_freq_F = rotary.inv_freq.to(length_B.device, dtype)
     offsets_J, length_B = future_distances().to(length_B.device, dtype), length_B.to(dtype)
@@ -171,7 +163,6 @@ def horizon_weights(statistics: LayerStatistics, inv_freq_F: Tensor, options: Fr
 
     Raises:
         MethodError: `horizon="variational"` without weights in the calibration, or with another number of them.
-
     """
     offsets_J = future_distances().to(inv_freq_F.device)
     J = offsets_J.numel()

@@ -16,7 +16,6 @@ from reasonkv.view import SlotView
 class FullKV(Method):
     """Keep every slot. It takes no budget, so no event ever asks it for a plan."""
 
-    name: ClassVar[str] = "full"
     bounded: ClassVar[bool] = False
 
     def plan(self, view: SlotView, keep: int) -> Plan:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -23,22 +22,18 @@ class H2O(Method):
     """Keep the slots with the largest accumulated attention, and the newest (Zhang et al., 2023, "H2O: Heavy-Hitter
     Oracle for Efficient Generative Inference of Large Language Models", arXiv 2306.14048, section 4).
 
-    Every slot carries the sum of the attention that all queries since it was written have paid to it. The paper adds
-    to it and evicts one slot at every step. Here a compaction adds for all queries since the last one: in between
-    nothing is evicted, so each query's softmax over the slots it could see is known exactly. A KV head's attention is
-    the mean over its query heads, as in kvpress.
+    Every slot carries the sum of the attention that all queries since it was written have paid to it, mean over a KV
+    head's query heads. The paper adds and evicts at every step. Here a compaction adds for all queries since the last
+    one: nothing was evicted in between, so each query's softmax is known exactly.
 
-    What is counted: the queries in a ring of `window`, and all queries of the newest forward if that fed more. So the
-    sums are exact if no compaction comes more than `window` tokens after the one before it, and the first one either no
-    more than `window` tokens after the start or right after a prompt fed in one forward. Queries that are neither do
-    not count: of a prompt that fits into the budget only the last ones, unless `window` spans the budget.
+    Counted are the queries in a ring of `window`, and all queries of the newest forward if that fed more. So sums are
+    exact where no compaction comes more than `window` tokens after the one before it, and the first one right after a
+    prompt fed in one forward, or no more than `window` tokens after the start.
 
     Args:
         window: newest queries that can be counted at a compaction; at least the budget's interval.
         recent_share: share of the kept slots that goes to the newest tokens; the paper's half.
     """
-
-    name: ClassVar[str] = "h2o"
 
     window: Size = 128
     recent_share: Share = 0.5

@@ -1,18 +1,16 @@
-"""Kara: compress a window once by attention inside it, and keep chunks of tokens whole."""
+"""Kara: compress a window once by attention inside it, and keep chunks of tokens whole (Token2Chunk)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from reasonkv.budget import Budget, Window
 from reasonkv.methods.base import Method, Requirements
-from reasonkv.methods.ops import attend, head_blocks, top_k_slots
+from reasonkv.methods.ops import attend, head_blocks, top_k_mask, top_k_slots
 from reasonkv.methods.options import Count, Share, Size
-from reasonkv.methods.token2chunk import chunked_top_k
 from reasonkv.plan import Plan
 from reasonkv.view import SlotView
 
@@ -23,10 +21,9 @@ class Kara(Method):
     tokens (Han et al., 2026, "Kara: Sliding-Window KV Cache Compression for Efficient Serving of Reasoning LLMs under
     Memory Constraints", arXiv 2607.01237).
 
-    Made for `reasonkv.Window`, whose compactions show exactly one window as slots that are not protected. There is no
-    public code; what public descriptions of the paper leave open is settled here and listed in `docs/methods/kara.md`.
-    Under an ordinary `Budget` the window is every slot that may be evicted, earlier survivors included: nothing is
-    frozen then, and queries that are no longer in the ring do not vote.
+    Made for `reasonkv.Window`, whose compactions show exactly one window as slots that are not protected. Under a
+    `Budget` the window is every slot that may be evicted, and queries that are no longer in the ring do not vote. There
+    is no public code; `docs/methods/kara.md` lists what was settled here.
 
     Args:
         gamma: most tokens that a chunk spans, its two ends included.
@@ -36,8 +33,6 @@ class Kara(Method):
         buffer_votes: the queries after the window vote, too.
         queries: queries kept in the ring; 0: as many as `size + buffer` of a `Window`, or `interval + recent`.
     """
-
-    name: ClassVar[str] = "kara"
 
     gamma: Size = 8
     alpha: Share = 0.5
@@ -73,16 +68,12 @@ class Kara(Method):
     def score(self, view: SlotView, window_BHM: Tensor, filler_BHM: Tensor) -> Tensor:
         """Return s_j = mean over the group's query heads and the window's tokens i of softmax over j of q_i . k_j.
 
-        Keys outside the window are not in the softmax. A window whose own queries are all gone from the ring is scored
-        by those at hand, which are later.
+        A window whose own queries are all gone from the ring is scored by those at hand, which are later.
 
         Args:
             view: one layer's slots, with queries.
             window_BHM: int64, slots of the window, ascending, and fillers behind them.
-            filler_BHM: bool, entries of `window_BHM` that are no part of it; every head has others.
-
-        Returns:
-            float32 [B, H, M], 0 for fillers.
+            filler_BHM: bool, entries of `window_BHM` that are no part of it; every head has others. They score 0.
         """
         assert view.query_positions_BT is not None
         B, H, M = window_BHM.shape
@@ -146,3 +137,62 @@ def open_slots(open_BHN: Tensor) -> Tensor:
         return open_BHN[0, 0].nonzero()[:, 0].expand(*open_BHN.shape[:2], -1)
     most = int(open_BHN.sum(-1).max())
     return open_BHN.to(torch.uint8).sort(dim=-1, descending=True, stable=True).indices[..., :most]
+
+
+def chunked_top_k(
+    scores_BHM: Tensor, positions_BHM: Tensor, keep: int, forced_BHM: Tensor, *, gamma: int, alpha: float
+) -> Tensor:
+    """Return the slots of accepted chunks of the best tokens, then the best tokens left: int64 [B, H, keep], ascending.
+
+    Args:
+        scores_BHM: scores of a window's slots.
+        positions_BHM: their tokens, ascending but for forced slots behind them.
+        keep: slots to return.
+        forced_BHM: bool, slots returned whatever happens, which are no part of the window.
+        gamma, alpha: see `Kara`.
+    """
+    candidate_BHM = top_k_mask(scores_BHM, keep, forced_BHM) & ~forced_BHM
+    start_BHM, accepted_BHM = accept_chunks(scores_BHM, positions_BHM, candidate_BHM, gamma=gamma, alpha=alpha)
+    # Count up where chunks begin and down behind their ends: slots inside one stand above zero.
+    edges_BHM = torch.zeros_like(start_BHM).scatter_add_(2, start_BHM, accepted_BHM.long())
+    edges_BHM[..., 1:] -= accepted_BHM[..., :-1].long()
+    whole_BHM = edges_BHM.cumsum(-1) > 0
+    return top_k_slots(scores_BHM.masked_fill(~candidate_BHM, float("-inf")), keep, whole_BHM | forced_BHM)
+
+
+def accept_chunks(
+    scores_BHM: Tensor, positions_BHM: Tensor, candidate_BHM: Tensor, *, gamma: int, alpha: float
+) -> tuple[Tensor, Tensor]:
+    """Return the start of the pair of candidates that ends at every slot (0: none), and whether it becomes a chunk.
+
+    A pair spans a chunk if slots lie between its ends and it spans at most `gamma` tokens. Pairs are taken in
+    descending order of their lower end's score, newer ones first among equals, as long as the slots between ends are at
+    most alpha x candidates and all slots of chunks at most as many as there are candidates.
+    """
+    M = scores_BHM.shape[-1]
+    slot_BHM = torch.arange(M, device=scores_BHM.device).expand(scores_BHM.shape)
+    newest_BHM = torch.where(candidate_BHM, slot_BHM, -1).cummax(-1).values
+    start_BHM = newest_BHM.roll(1, -1)
+    start_BHM[..., 0] = -1
+    is_pair_BHM = candidate_BHM & (start_BHM >= 0)
+    start_BHM = start_BHM.clamp(min=0)
+    between_BHM = slot_BHM - start_BHM - 1
+    span_BHM = positions_BHM - positions_BHM.gather(2, start_BHM) + 1
+    is_pair_BHM &= (between_BHM > 0) & (span_BHM <= gamma)
+
+    value_BHM = torch.minimum(scores_BHM, scores_BHM.gather(2, start_BHM)).masked_fill(~is_pair_BHM, float("-inf"))
+    # Stable, and over the slots in reverse, so that of equal values the newer pair comes first.
+    order_BHM = M - 1 - value_BHM.flip(-1).sort(dim=-1, descending=True, stable=True).indices
+    rank_BHM = torch.empty_like(order_BHM).scatter_(2, order_BHM, slot_BHM).masked_fill(~is_pair_BHM, M)
+
+    # A candidate that ends one pair and starts the next takes a slot once: when the better of the two is accepted.
+    as_start_BHM = torch.full_like(rank_BHM, M).scatter_reduce_(2, start_BHM, rank_BHM, "amin")
+    joins_BHM = torch.minimum(rank_BHM, as_start_BHM)
+    ends_BHM = rank_BHM.new_zeros(*rank_BHM.shape[:2], M + 1).scatter_add_(2, joins_BHM, torch.ones_like(joins_BHM))
+    inner_BHM = (between_BHM * is_pair_BHM).gather(2, order_BHM)
+    inner_sum_BHM, all_sum_BHM = inner_BHM.cumsum(-1), (inner_BHM + ends_BHM[..., :M]).cumsum(-1)
+    candidates_BH1 = candidate_BHM.sum(-1, keepdim=True)
+    fits_BHM = (inner_sum_BHM <= alpha * candidates_BH1) & (all_sum_BHM <= candidates_BH1)
+    # Both sums only grow: the first pair that does not fit ends the list.
+    accepted_BHM = is_pair_BHM & fits_BHM.gather(2, rank_BHM.clamp(max=M - 1))
+    return start_BHM, accepted_BHM

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -19,11 +18,8 @@ class KeyDiff(ScorerMethod):
     """Keep keys that point away from the mean direction (Park et al., 2025, "KeyDiff: Key Similarity-Based KV Cache
     Eviction", arXiv 2504.15364).
 
-    The anchor is the mean of the NORMALISED keys of a KV head, over all slots held. The paper applies this block by
-    block to a prompt under a hard cap, which is what events do during decode.
+    The anchor is the mean of the normalised keys of a KV head, over all kept slots.
     """
-
-    name: ClassVar[str] = "keydiff"
 
     def score(self, view: SlotView) -> Tensor:
         """-cos(k, anchor)."""

@@ -20,7 +20,6 @@ def comparison_vectors(views: Sequence[SlotView]) -> Tensor:
 
     Args:
         views: layers whose heads hold the same tokens.
-
     """
     first = views[0]
     dtype = torch.promote_types(first.keys_BHND.dtype, torch.float32)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -18,11 +17,8 @@ class Knorm(ScorerMethod):
     """Keep LOW key norms (Devoto et al., 2024, "A Simple and Effective L2 Norm-Based Strategy for KV Cache
     Compression", arXiv 2406.11430).
 
-    The paper leaves the first two layers uncompressed; here all layers share one budget. RoPE does not change a norm.
-    Models that normalise keys (Qwen3) have nearly constant norms, so expect little there.
+    The paper leaves the first two layers uncompressed. Models that normalise keys (Qwen3) have nearly constant norms.
     """
-
-    name: ClassVar[str] = "knorm"
 
     def score(self, view: SlotView) -> Tensor:
         """-||k||."""

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from reasonkv.methods.ops import head_blocks, upcast
+from reasonkv.methods.ops import by_head, upcast
 from reasonkv.rotary import Rotary
 
 
@@ -92,28 +92,26 @@ def rotated(moments: Moments, turn_BF: Tensor) -> Moments:
 
 def expected_logits(keys_BHND: Tensor, moments: Moments, scaling: float) -> Tensor:
     """Return log E exp(scaling q.k) of every slot for normal queries of these (rotated) moments, float32 [B, Hq, N]."""
-    B, H, N, D = keys_BHND.shape
+    H, N, D = keys_BHND.shape[1:]
     g = moments.mean_BqD.shape[1] // H
     dtype = torch.promote_types(keys_BHND.dtype, torch.float32)
-    mean_RgD = (scaling * moments.mean_BqD).to(dtype).view(B * H, g, D)
     # E of the square of scaling q.k / sqrt 2, in parts
-    full, variance, cross = (
-        None if part is None else (0.5 * scaling**2 * part).to(dtype).view(B * H, g, *part.shape[2:])
-        for part in moments[1:]
-    )
-    keys_RND = keys_BHND.flatten(0, 1)
-    parts = []
-    for block in head_blocks(B * H, (g if full is not None else 1) * N * D, keys_RND.device):
-        keys = upcast(keys_RND[block])
-        logits_rgN = mean_RgD[block] @ keys.mT
-        if full is not None:
-            logits_rgN += ((keys[:, None] @ full[block]) * keys[:, None]).sum(-1)
-        if variance is not None and cross is not None:
-            F = cross.shape[-1]
-            logits_rgN += variance[block] @ keys.square().mT
-            logits_rgN += 2 * cross[block] @ (keys[..., :F] * keys[..., F : 2 * F]).mT
-        parts.append(logits_rgN)
-    return torch.cat(parts).view(B, H * g, N)
+    squares = [(0.5 * scaling**2 * part).to(dtype) for part in moments[1:] if part is not None]
+
+    def of_heads(keys_rND: Tensor, mean_rgD: Tensor, *parts: Tensor) -> Tensor:
+        logits_rgN = mean_rgD @ keys_rND.mT
+        if len(parts) == 1:
+            logits_rgN += ((keys_rND[:, None] @ parts[0]) * keys_rND[:, None]).sum(-1)
+        elif parts:
+            variance_rgD, cross_rgF = parts
+            F = cross_rgF.shape[-1]
+            logits_rgN += variance_rgD @ keys_rND.square().mT
+            logits_rgN += 2 * cross_rgF @ (keys_rND[..., :F] * keys_rND[..., F : 2 * F]).mT
+        return logits_rgN
+
+    parts = [torch.unflatten(x, 1, (H, g)) for x in ((scaling * moments.mean_BqD).to(dtype), *squares)]
+    elements = (1 if moments.full_BqDD is None else g) * N * D
+    return by_head(of_heads, keys_BHND, *parts, elements=elements).flatten(1, 2)
 
 
 def _turned(x: Tensor, turn: Tensor) -> Tensor:

@@ -27,15 +27,12 @@ def upcast(x: Tensor) -> Tensor:
 
 
 def top_k_slots(scores_BHN: Tensor, keep: int, forced_BHN: Tensor | None = None) -> Tensor:
-    """Return the `keep` slots with the highest scores, forced ones first; of equal scores the newer slot wins.
+    """Return the `keep` slots with the highest scores, int64 [B, H, keep], ascending; of equal scores the newer wins.
 
     Args:
         scores_BHN: scores; infinities are allowed.
         keep: slots to return per KV head.
         forced_BHN: bool, slots returned whatever their score.
-
-    Returns:
-        int64 [B, H, keep], strictly ascending.
 
     Raises:
         PlanError: a score is NaN, `keep` is not within 0..N, or a row forces more than `keep` slots.
@@ -55,11 +52,7 @@ def top_k_mask(scores_BHN: Tensor, keep: int, forced_BHN: Tensor | None = None) 
 
 
 def refuse_nan(scores: Tensor) -> None:
-    """Check scores.
-
-    Raises:
-        PlanError: one is NaN.
-    """
+    """Raise PlanError if a score is NaN."""
     if bool(torch.isnan(scores).any()):
         raise PlanError("A score is NaN, so the slots have no order.")
 
@@ -125,7 +118,7 @@ def group_mean(x_BHgN: Tensor) -> Tensor:
 def fill_window(scores_BHn: Tensor, slots: int) -> Tensor:
     """Return scores of the older slots [B, H, n] extended to all slots [B, H, N] by each head's own maximum.
 
-    The newest slots are protected, so what they score decides nothing; the maximum keeps plots of scores readable.
+    The newest slots are protected, so their scores decide nothing.
     """
     filler_BH1 = scores_BHn.amax(-1, keepdim=True)
     return torch.cat([scores_BHn, filler_BH1.expand(-1, -1, slots - scores_BHn.shape[-1])], dim=-1)
@@ -135,9 +128,7 @@ def fill_window(scores_BHn: Tensor, slots: int) -> Tensor:
 
 
 def window_attention(view: SlotView, *, over: Literal["all", "old"] = "all", merge_logits: bool = False) -> Tensor:
-    """Return the attention of the newest T queries to every slot, averaged over the queries.
-
-    Slots that weigh more or less than one token (log mass) do so here as they do in the model.
+    """Return the attention of the newest T queries to every slot, averaged over the queries; log mass counts.
 
     Args:
         view: one layer's slots, with queries.
@@ -201,9 +192,9 @@ def attend(
         reduce: called with a block of the R heads and its attention, float32 (float64 for float64 keys) [r, g, T, N],
             which the next block overwrites; returns [r, ...].
         later_BHTt: bool, which of the last t slots come after a query, which then does not see them.
-        merge_logits: replace the logits of a group's query heads by their maximum, so that g is 1.
+        merge_logits: as in `window_attention`; g is then 1.
         adjust: called with a block and its logits [r, g, T, N], to change them in place before the softmax.
-        blocks: which heads to take at once; what `head_blocks` finds best unless given.
+        blocks: which heads to take at once, unless as `head_blocks` says.
 
     Returns:
         What `reduce` returned, [B, H, ...].
@@ -239,12 +230,8 @@ def squared_norms(x_BHND: Tensor, projection_BHDp: Tensor | None = None) -> Tens
         dtype = upcast(x_BHND[:0]).dtype
         norms_BHN: Tensor = torch.linalg.vector_norm(x_BHND, dim=-1, dtype=dtype)
         return norms_BHN.square()
-    projection_RpD, x_RND = projection_BHDp.flatten(0, 1).mT, x_BHND.flatten(0, 1)
-    parts = []
-    for block in head_blocks(len(x_RND), x_RND[0].numel(), x_RND.device):
-        x_RDN = upcast(x_RND[block]).mT  # entries before slots, so that the sum runs over long rows
-        parts.append((projection_RpD[block].to(x_RDN.dtype) @ x_RDN).square().sum(1))
-    return torch.cat(parts).view(x_BHND.shape[:3])
+    # entries before slots, so that the sum runs over long rows
+    return by_head(lambda x_RND, G_RDp: (G_RDp.mT.to(x_RND.dtype) @ x_RND.mT).square().sum(1), x_BHND, projection_BHDp)
 
 
 def random_projection(
@@ -264,18 +251,28 @@ def random_projection(
     return torch.div(normals, columns**0.5)
 
 
-def by_head(function: Callable[[Tensor], Tensor], x_BHND: Tensor) -> Tensor:
-    """Return a function of single heads, [R', N, D] to [R', N], applied in float32 to blocks of heads: [B, H, N]."""
-    x_RND = x_BHND.flatten(0, 1)
-    blocks = head_blocks(len(x_RND), x_RND[0].numel(), x_RND.device)
-    return torch.cat([function(upcast(x_RND[block])) for block in blocks]).view(x_BHND.shape[:3])
+def by_head(function: Callable[..., Tensor], *given: Tensor, elements: int | None = None) -> Tensor:
+    """Return a function of single heads applied to blocks of heads at a time.
+
+    Args:
+        function: of tensors [r, ...], float32 (float64 for float64), to one tensor [r, ...].
+        given: tensors [B, H, ...].
+        elements: what one head needs, for `head_blocks`; unless given, those of the first tensor.
+
+    Returns:
+        What the function returned, [B, H, ...].
+    """
+    of_heads = [x.flatten(0, 1) for x in given]
+    blocks = head_blocks(len(of_heads[0]), elements or of_heads[0][0].numel(), given[0].device)
+    parts = [function(*(upcast(x[block]) for x in of_heads)) for block in blocks]
+    return torch.unflatten(torch.cat(parts), 0, given[0].shape[:2])
 
 
 def head_blocks(heads: int, elements: int, device: torch.device) -> Iterator[slice]:
     """Yield slices over `heads` that bound what is worked on at once, given the elements one head needs.
 
-    On a CPU a block fits a core's cache (1 MiB of float32), which is faster than all heads at once. It has a head for
-    every thread, because threads share a product of one head badly. An accelerator takes 256 MiB.
+    On a CPU a block fits a core's cache (1 MiB of float32), but has a head for every thread, because threads share a
+    product of one head badly. An accelerator takes 256 MiB.
     """
     is_cpu = device.type == "cpu"
     step = max(torch.get_num_threads() if is_cpu else 1, (1 << 18 if is_cpu else 1 << 26) // max(1, elements))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 from torch import Tensor
 
@@ -15,16 +15,13 @@ from reasonkv.view import SlotView
 class Oracle(ScorerMethod):
     """Keep the tokens that full KV's queries still to come pay the most attention to.
 
-    It looks into the future, so it works in replay only, where the trace is known. It is a reference line and not a
-    bound: a token that is rarely attended to may decide the answer, values differ in what they contribute, each head
-    is judged by itself, and eviction changes what later queries attend to. Scores that read no queries have beaten it.
+    It works in replay only, where the trace is known. It is a reference line and not a bound: scores that read no
+    queries have beaten it.
 
     Args:
         reduce: over the queries still to come: "sum" - all attention a token will get; "max" - the most that any one
             query pays. Where none is to come all scores are 0, and the newest slots are kept.
     """
-
-    name: ClassVar[str] = "oracle"
 
     reduce: Literal["sum", "max"] = "sum"
 

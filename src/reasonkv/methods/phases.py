@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from reasonkv.methods.options import MethodError
+from reasonkv.methods.catalogue import MethodError
 
 PAPER_MARKERS = ("\n", "\n\n", "Therefore", " Therefore", "So", " So", "Hence", " Hence")
 """Texts that end a phase in CASK's code, each tokenised without special tokens."""
@@ -44,7 +44,6 @@ def phases_of_tokens(ids_L: NDArray[np.int64], prompt: int, markers: Iterable[Se
         ids_L: every token of the sequence.
         prompt: tokens of the prompt.
         markers: token-id sequences.
-
     """
     decoded = ids_L[prompt:]
     ends = np.zeros(len(decoded), dtype=bool)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Literal
 
 from reasonkv.budget import Budget
 from reasonkv.methods.base import Requirements
@@ -17,8 +17,7 @@ class PyramidKV(SnapKV):
     "PyramidKV: Dynamic KV Cache Compression based on Pyramidal Information Funneling", arXiv 2406.02069).
 
     What every layer protects is set apart; of the b slots per layer beyond it, the last layer gets b / beta, the first
-    2b - b / beta, those between lie on a line. Shares are rounded so that the layers together have exactly
-    layers x `tokens`. Every layer then follows its own schedule.
+    2b - b / beta, those between lie on a line. The layers together have exactly layers x `tokens`.
 
     Args:
         window, kernel, pooling, denominator: SnapKV's.
@@ -27,8 +26,6 @@ class PyramidKV(SnapKV):
             one, so that their sum may miss, and where the last layer would get less than the window all layers get
             the same.
     """
-
-    name: ClassVar[str] = "pyramidkv"
 
     beta: Size = 20
     variant: Literal["corrected", "kvpress"] = "corrected"
@@ -51,8 +48,7 @@ class PyramidKV(SnapKV):
 def pyramid(mean: int, layers: int, beta: int) -> list[int]:
     """Return shares on a line from 2 mean - mean / beta down to mean / beta, which sum to exactly layers x mean.
 
-    Shares are rounded down, and what is left goes to the largest remainders, of equal ones the lower layer's. They
-    never rise from one layer to the next. Integers throughout, so every machine divides alike.
+    Integers throughout, so every machine divides alike: what rounding down leaves goes to the largest remainders.
     """
     if layers == 1:
         return [mean]

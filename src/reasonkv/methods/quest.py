@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -19,19 +19,15 @@ class Quest(SelectionMethod):
     Efficient Long-Context LLM Inference", arXiv 2406.10774, section 3.3).
 
     1. Of every full page keep the smallest and the largest value of each key channel: k lies in that box.
-    2. The bound of a page for a query is the largest product any key in the box could have with it: channel by channel
-       max(q_i low_i, q_i high_i), summed.
-    3. Attend to the pages with the highest bounds, and to nothing else.
+    2. A page's bound is the largest product of any key in the box with the query: sum of max(q_i low_i, q_i high_i).
+    3. Attend to the pages with the highest bounds.
 
     Args:
         page_size: tokens of a page (published: 16).
-        share: what query heads of a KV head do: "max" and "sum" of their bounds choose one set for all of them;
-            "none" lets each choose its own, as published for models without groups, so that a KV head is read wherever
-            one of them wants.
+        share: "max" and "sum" of the bounds of a KV head's query heads choose one set for all of them; "none" lets each
+            choose its own, as published for models without groups.
         first, last, dense: see `SelectionMethod`; published: 0, 1, 2.
     """
-
-    name: ClassVar[str] = "quest"
 
     page_size: Size = 16
     share: Literal["max", "sum", "none"] = "max"

@@ -8,11 +8,8 @@ from importlib import import_module
 from typing import Any
 
 from reasonkv.methods.base import Method
-from reasonkv.methods.catalogue import CATALOGUE, installed, known_name, method_names, unknown
-from reasonkv.methods.options import MethodError, options_of
-
-_RENAMED = {"ours": "corrected", "default": "corrected", "official": "paper", "port": "vase", "public": "paper"}
-"""Values of the former options `form` and `profile` that have other names as values of `variant`."""
+from reasonkv.methods.catalogue import CATALOGUE, MethodError, installed, known_name, method_names, unknown
+from reasonkv.methods.options import checked, options_of
 
 
 def method_class(name: str) -> type[Method]:
@@ -23,24 +20,23 @@ def method_class(name: str) -> type[Method]:
     """
     name = known_name(name)
     if name in CATALOGUE:
-        module, attribute = CATALOGUE[name].path.split(":")
+        module, _, attribute = CATALOGUE[name].path.partition(":")
         found = getattr(import_module(module), attribute)
     else:
         found = installed()[name].load()
     if not (isinstance(found, type) and issubclass(found, Method)):
         raise MethodError(f"The entry point {name!r} does not name a reasonkv Method class.")
-    if getattr(found, "name", None) != name:
+    own = getattr(found, "name", None)
+    if own != name:
         raise MethodError(
-            f"The entry point {name!r} gives a method that calls itself {getattr(found, 'name', None)!r}; "
-            f"give both the same name."
+            f"The entry point {name!r} gives a method that calls itself {own!r}; give both the same name."
         )
     return found
 
 
 def method_classes() -> Iterator[type[Method]]:
     """Yield every method class, built-in ones first."""
-    for name in method_names():
-        yield method_class(name)
+    return map(method_class, method_names())
 
 
 def get_method(spec: str | Method) -> Method:
@@ -55,14 +51,14 @@ def get_method(spec: str | Method) -> Method:
         raise MethodError(f"A method is a name such as 'snapkv' or an object such as SnapKV(window=16), not {spec!r}.")
     name, _, text = spec.partition(":")
     cls = method_class(name.strip())
-    given: dict[str, str] = {}
+    given: dict[str, Any] = {}
     for item in filter(None, (part.strip() for part in text.split(","))):
         key, equals, value = item.partition("=")
         if not equals:
             raise MethodError(f"Write options of {cls.name} as key=value, not {item!r}.")
-        given[key] = value
-    options = _known(cls, given)
-    return _made(cls.name, lambda: cls(**{key: options[key].parse(cls.name, value) for key, value in given.items()}))
+        _check_known(cls, key)
+        given[key] = checked(cls, key, value, is_text=True)
+    return _made(cls.name, lambda: cls(**given))
 
 
 def with_options(method: Method, options: Mapping[str, Any]) -> Method:
@@ -71,22 +67,15 @@ def with_options(method: Method, options: Mapping[str, Any]) -> Method:
     Raises:
         MethodError: as `get_method`.
     """
-    known = _known(type(method), options)
-    return _made(
-        method.name,
-        lambda: replace(method, **{key: known[key].check(method.name, value) for key, value in options.items()}),
-    )
+    for key in options:
+        _check_known(type(method), key)
+    return _made(method.name, lambda: replace(method, **options))
 
 
-def _known(cls: type[Method], given: Mapping[str, object]) -> dict[str, Any]:
+def _check_known(cls: type[Method], key: str) -> None:
     known = options_of(cls)
-    for key, value in given.items():
-        if key in ("form", "profile") and "variant" in known:
-            now = "kvpress" if cls.name == "pyramidkv" else _RENAMED.get(str(value), value)
-            raise MethodError(f"{cls.name}: {key} is now called variant; write variant={now}.")
-        if key not in known:
-            raise MethodError(unknown(f"option of {cls.name}", str(key), list(known)))
-    return known
+    if key not in known:
+        raise MethodError(unknown(f"option of {cls.name}", str(key), list(known)))
 
 
 def _made(name: str, make: Callable[[], Method]) -> Method:

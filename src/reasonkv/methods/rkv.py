@@ -25,22 +25,19 @@ class RKV(ScorerMethod):
 
     score = weight * importance - (1 - weight) * redundancy, both softmaxes over slots.
 
-    `variant="paper"` is the authors' code; `variant="vase"` is the one in VaSE's harness, which most published
-    comparisons ran. They differ in more than numbers: see the two methods below. The authors' code computes the
-    redundancy of batch row 0 and uses it for every row; here every row has its own.
+    The authors' code uses the redundancy of batch row 0 for every row; here every row has its own.
 
     Args:
-        variant: "paper" or "vase".
+        variant: "paper" - the authors' code; "vase" - VaSE's harness, which most published comparisons ran; see
+            `importance` and `redundancy`.
         window: newest queries that vote; their tokens are always kept. Unless given: 8, vase 64.
         kernel: slots pooled together, odd. Unless given: 7 (maximum), vase 5 (mean).
-        weight: the paper's lambda. Unless given: 0.1 (comparisons by others run the authors' code with 0.1; the default
-            of their class is 0.07), vase 0.5.
+        weight: the paper's lambda. Unless given: 0.1, vase 0.5.
         threshold: paper; cosine above which two keys count as duplicates.
-        retain: paper; "last" - the newest duplicate of each key is spared; "first" - slot 0 is spared instead, whatever
-            the threshold (a slip of the authors' code, for comparison only).
+        retain: paper; "last" - the newest duplicate of each key is spared; "first" - slot 0 is spared instead (a slip
+            of the authors' code, for comparison only).
     """
 
-    name: ClassVar[str] = "rkv"
     variants: ClassVar[dict[str, dict[str, object]]] = {
         "paper": {"window": 8, "kernel": 7, "weight": 0.1},
         "vase": {"window": 64, "kernel": 5, "weight": 0.5},
@@ -121,7 +118,7 @@ def spared_columns(unit_RND: Tensor, threshold: float | None) -> tuple[Tensor, T
         threshold: at least 0; None names column 0 for every row.
 
     Returns:
-        int64 [R, N], the column of each row; [R, N], the cosine there (0 on the diagonal).
+        int64 [R, N], the columns; [R, N], the cosines there (0 on the diagonal).
     """
     R, N, _ = unit_RND.shape
     unit_rD = unit_RND.flatten(0, 1)  # r = R x N, the rows of all heads

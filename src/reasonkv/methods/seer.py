@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -34,8 +33,6 @@ class SeerAttention(SelectionMethod):
         gate: a gate's file; unless given, `reasonkv_gate.safetensors` in the model's folder.
         first, last, dense: see `SelectionMethod`; published: 0, 1, 0.
     """
-
-    name: ClassVar[str] = "seer"
 
     gate: str = ""
 

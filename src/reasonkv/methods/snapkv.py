@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 from torch import Tensor
 
@@ -18,8 +18,8 @@ class SnapKV(ScorerMethod):
     """Keep what the newest queries attend to, smoothed over neighbours (Li et al., 2024, "SnapKV: LLM Knows What You
     are Looking for Before Generation", arXiv 2404.14469, section 4).
 
-    The paper compresses once, after the prompt, and per query head. Here every compaction does, each KV head keeps one
-    set, and the scores of its query heads are averaged. Mean instead of sum over the window: the same order.
+    The paper compresses once, after the prompt, and per query head. Here every compaction does, and a KV head keeps one
+    set by the mean over its query heads.
 
     Args:
         window: newest queries that vote; their tokens are always kept.
@@ -28,8 +28,6 @@ class SnapKV(ScorerMethod):
         denominator: "all" - the softmax runs over all slots as in the model (the paper); "old" - only over the slots
             before the window (VaSE's decode harness).
     """
-
-    name: ClassVar[str] = "snapkv"
 
     window: Size = 64
     kernel: Kernel = 5

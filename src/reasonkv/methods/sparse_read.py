@@ -1,10 +1,9 @@
 """Selection methods: every slot is kept, and each query reads a few pages of them.
 
-They evict nothing, so they make no plan: bytes held are full KV's (and a little more, the pages' summaries), and the
-budget's `tokens` are slots *read* per decoded token, with `prompt="on_top"` as many more as the prompt has tokens: what
-an evicting method may hold, and so read, at the same budget. A page is `page_size` consecutive tokens of a sequence,
-the first of them at a multiple of `page_size`. It is summarised once, when it is full; the page of a query's own token
-is always read. So what a query reads depends on the tokens before it alone, not on how they are divided into forwards.
+They evict nothing. The budget's `tokens` are slots *read* per decoded token, with `prompt="on_top"` as many more as the
+prompt has tokens: what an evicting method may hold, and so read, at the same budget. A page is `page_size` consecutive
+tokens, the first of them at a multiple of `page_size`. It is summarised once, when it is full; the page of a query's
+own token is always read. So what a query reads depends on the tokens before it alone.
 
 Legend: B rows, H KV heads, g query heads per KV head, Hq = H x g, q query tokens, P full pages, c tokens of a page,
 D head_dim, n pages summarised together.
@@ -33,12 +32,7 @@ Parameters = Mapping[str, Tensor]
 
 
 class Prepared(NamedTuple):
-    """What a selection method works with on one model.
-
-    Args:
-        page_size: tokens of a page.
-        layers: parameters of every layer of the model, or None for a method without any.
-    """
+    """What a selection method works with on one model: tokens of a page, and the layers' parameters or None."""
 
     page_size: int
     layers: Sequence[Parameters] | None = None
@@ -130,14 +124,11 @@ class SelectionMethod(Method):
         """
 
     def select(self, view: PageView, pages_B: Sequence[int]) -> Tensor:
-        """Choose among the pages before each query's own.
+        """Choose among the pages before each query's own: bool [B, H or Hq, q, P].
 
         Args:
             view: one layer's queries and pages.
             pages_B: pages each row reads per head, the query's own included; at least `first + last`.
-
-        Returns:
-            bool [B, H or Hq, q, P]; a query's own page, which is read in any case, is left out.
 
         Raises:
             PlanError: a score is NaN.
@@ -155,16 +146,13 @@ class SelectionMethod(Method):
 
 
 def best_pages(scores_BHqP: Tensor, pages_B: Sequence[int], allowed_B1qP: Tensor, forced_B1qP: Tensor) -> Tensor:
-    """Return the allowed pages with the highest scores, as many as a row reads or there are; of equals the newer.
+    """Return the allowed pages with the highest scores, bool; of equals the newer.
 
     Args:
         scores_BHqP: scores; those of pages that are not allowed are ignored.
-        pages_B: how many in each row, at least the forced ones.
+        pages_B: how many in each row, at least the forced ones and at most those there are.
         allowed_B1qP: bool, pages there are.
         forced_B1qP: bool, allowed pages that are chosen whatever their score.
-
-    Returns:
-        bool, in the shape of the scores.
 
     Raises:
         PlanError: the score of an allowed page is NaN.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
@@ -18,14 +17,11 @@ class TOVA(ScorerMethod):
     """Keep what the newest query attends to, averaged over all query heads of the layer (Oren et al., 2024,
     "Transformers are Multi-State RNNs", arXiv 2401.06104: Token Omission Via Attention).
 
-    The paper evicts the lowest slot at every step; that is `interval=1` in the budget. With a longer interval one query
-    decides for the whole interval, which is what public decode harnesses run.
+    The paper evicts the lowest slot at every step: `interval=1` in the budget.
 
     Args:
         window: newest queries whose attention is averaged; the paper uses one. Their tokens are always kept.
     """
-
-    name: ClassVar[str] = "tova"
 
     window: Size = 1
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from reasonkv.budget import Budget
 from reasonkv.methods.base import OF_VARIANT, Method, Requirements
+from reasonkv.methods.catalogue import MethodError
 from reasonkv.methods.frequency import (
     Aggregation,
     FrequencyOptions,
@@ -20,7 +21,6 @@ from reasonkv.methods.frequency import (
     layer_scores,
 )
 from reasonkv.methods.ops import top_k_slots
-from reasonkv.methods.options import MethodError
 from reasonkv.plan import Plan
 from reasonkv.view import SlotView
 
@@ -34,7 +34,6 @@ def paper_budget(tokens: int, entry: Literal["command_line", "library"] = "comma
         tokens: slots that are kept, prompt included.
         entry: "command_line" - their `run-one` and workers, behind the published results; "library" - their functions
             called directly, and CASK's replay harness.
-
     """
     budget = Budget(tokens, interval=128, sinks=0, recent=0, cut_prompt="first_event", prompt="count")
     return budget if entry == "command_line" else replace(budget, trigger="grid", trigger_counts="decode")
@@ -50,21 +49,10 @@ class TriAttention(Method):
     2. `normalize`: z-score each query head's scores over the candidates, the slots that nothing protects.
     3. Reduce over heads and layers as `mode` says, and take the best.
 
-    The default is the published setting: `mode="per_head"` with z-scores. KV heads may hold different tokens, and every
-    head's scores are averaged over the layers.
-
-    `variant="paper"` is the public code with its default, a pinned prompt. Which budget it ran with depends on the
-    entry point (`paper_budget`; sinks and recent are 0 in all of them):
-
-    | entry point | method | budget: interval 128, prompt count, cut_prompt first_event, and |
-    |---|---|---|
-    | command line (published results) | `variant=paper` | trigger occupancy |
-    | library, replay harness | `variant=paper,mode=global,normalize=false` | trigger grid, trigger_counts decode |
-    | either, `allow_prefill_compression` | without `variant` | the same |
-
-    A quirk of the public code is kept under `pin_prompt`: once the prompt alone fills the budget, every compaction
-    keeps the first slots of the cache and nothing else. Two differences remain: kept slots ascend (those of the public
-    per-head modes are in order of score), and ties go to the newer slot (the public code adds noise of 1e-6).
+    The default is the published setting. `variant="paper"` is the public code with its default, a pinned prompt; as
+    there, once the prompt alone fills the budget, every compaction keeps the first slots of the cache and nothing else.
+    `paper_budget` has the budgets it ran with; its library and replay harness ran `mode=global,normalize=false`. Ties
+    go to the newer slot (the public code adds noise of 1e-6).
 
     Args:
         variant: "corrected" or "paper".
@@ -77,10 +65,8 @@ class TriAttention(Method):
         aggregation, mlr, trig, horizon, norm, norm_lambda: of the score, see `FrequencyOptions`.
         noise: break ties by hashed noise of up to 1e-6 instead of by age.
         pin_prompt: prompt slots are kept whatever the budget's prompt policy. Unless given: false, paper true.
-
     """
 
-    name: ClassVar[str] = "triattention"
     variants: ClassVar[dict[str, dict[str, object]]] = {
         "corrected": {"pin_prompt": False},
         "paper": {"pin_prompt": True},
@@ -101,7 +87,6 @@ class TriAttention(Method):
     pin_prompt: bool = OF_VARIANT
 
     def check_options(self) -> None:
-        """Refuse combinations that have no meaning."""
         if self.mode == "global" and self.group != "max":
             raise MethodError("triattention: mode=global takes the maximum over all heads, so it needs group=max.")
         if self.aggregation == "max" and self.horizon != "fixed":
@@ -127,7 +112,6 @@ class TriAttention(Method):
         )
 
     def plan(self, view: SlotView, keep: int) -> Plan:
-        """Plan one layer alone."""
         return self.plan_layers([view], keep)[0]
 
     def plan_layers(self, views: Sequence[SlotView], keep: int) -> list[Plan]:
@@ -185,7 +169,6 @@ def standardize(scores: Tensor, is_candidate: Tensor, least: float = 1e-6) -> Te
 
     Returns:
         Of slots that are no candidates: the same map applied, which decides nothing.
-
     """
     count = is_candidate.sum(-1, keepdim=True).clamp(min=1)
     centred = scores - (scores * is_candidate).sum(-1, keepdim=True) / count

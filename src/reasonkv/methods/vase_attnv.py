@@ -34,17 +34,13 @@ class VaseAttnV(Method):
     Stochastic KV Cache Eviction for Reasoning Models", arXiv 2606.03928, the variant VaSE-AttnV; in the authors' code
     the mode `range_sink_sample_attn`).
 
-    The paper's budget leaves the prompt compressible (`prompt="count"`); whatever the budget protects is kept, counts
-    in `keep`, and is not drawn.
-
-    A first layer's value depends on its token alone, so that all slots of one word have the same range, and rounding,
-    which differs between batches and kernels, would choose among them. Here magnitudes are compared at 12 bits, and of
-    equal ones the newer slot is reserved.
+    The paper's budget leaves the prompt compressible (`prompt="count"`). In the first layer all slots of one word have
+    the same value, so that rounding would choose among them. Here magnitudes are compared at 12 bits, and of equal ones
+    the newer slot is reserved.
 
     Args:
-        variant: "corrected" - slots in the order of their tokens, no pooling, near-equal magnitudes equal; "paper" -
-            attention is pooled in the order the authors' code holds its slots in: reserved ones by value range, then
-            drawn ones as drawn, then new ones.
+        variant: "corrected" - no pooling, near-equal magnitudes equal; "paper" - attention is pooled in the order the
+            authors' code holds its slots in: reserved ones by value range, then drawn ones as drawn, then new ones.
         window: newest queries that vote; their tokens are always kept (the public code's residual length).
         n_large: reserved slots, the sinks among them; -1 stands for a quarter of the budget, the paper's choice, where
             protected slots before the window are not counted (but for `n_sink` of them).
@@ -59,7 +55,6 @@ class VaseAttnV(Method):
             opposite of the reserve).
     """
 
-    name: ClassVar[str] = "vase-attnv"
     variants: ClassVar[dict[str, dict[str, object]]] = {"corrected": {"kernel": 1}, "paper": {"kernel": 5}}
 
     variant: Literal["corrected", "paper"] = "corrected"
@@ -158,12 +153,8 @@ def evened(magnitude: Tensor) -> Tensor:
 def sampling_keys(weights_BHn: Tensor, uniform_BHn: Tensor) -> Tensor:
     """Return numbers whose k largest are k draws without replacement with chances proportional to the weights.
 
-    The Gumbel top-k trick: log weight plus Gumbel noise. In descending order the draws are those of drawing one after
-    the other. Weights of 0 count as 1e-20, so that k slots can be drawn however few have a weight.
-
-    Args:
-        weights_BHn: at least 0.
-        uniform_BHn: float32 in (0, 1), independent.
+    The Gumbel top-k trick: log weight plus Gumbel noise, of independent uniform numbers in (0, 1). In descending order
+    the draws are those of drawing one after the other.
     """
     return (weights_BHn + _LEAST_WEIGHT).log() + gumbel(uniform_BHn)
 
@@ -178,7 +169,7 @@ def authors_order(kept_BHK: Tensor, forced_BHN: Tensor, magnitude_BHn: Tensor, r
         rank_BHn: what the others were chosen by.
 
     Returns:
-        int32 [B, H, K], a permutation of 0..K-1. Slots that come later have their token index, which is larger.
+        int32 [B, H, K], a permutation. Slots that come later have their token index, which is larger.
     """
     N, n = forced_BHN.shape[-1], magnitude_BHn.shape[-1]
     value_BHn = torch.where(forced_BHN[..., :n], magnitude_BHn, rank_BHn)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -20,9 +19,8 @@ class VaseDKV(ScorerMethod):
     Stochastic KV Cache Eviction for Reasoning Models", arXiv 2606.03928, the variant VaSE-DKV; in the authors' code the
     mode `cur_resample_gauss`).
 
-    No queries and no attention. The expected score is ||k||^2 ||v||^2 (1 + 2 cos(k, v)^2 / p); the draw adds noise of
-    some tens of per cent, alike for tokens that point the same way, so that what is evicted changes between
-    compactions. The paper's budget leaves the prompt compressible (`prompt="count"`).
+    The expected score is ||k||^2 ||v||^2 (1 + 2 cos(k, v)^2 / p); the draw adds noise of some tens of per cent, so that
+    what is evicted changes between compactions. The paper's budget leaves the prompt compressible (`prompt="count"`).
 
     Args:
         window: newest tokens that are always kept (the public code's residual length).
@@ -31,8 +29,6 @@ class VaseDKV(ScorerMethod):
         redraw: True - a fresh G at every compaction; False - one G per sequence and layer for ever, which is CurDKV as
             VaSE's authors compare with it (an ablation).
     """
-
-    name: ClassVar[str] = "vase-dkv"
 
     window: Count = 64
     n_sink: Count = 4

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from reasonkv.methods.base import Method, Observed, ScorerMethod
-from reasonkv.methods.options import MethodError
+from reasonkv.methods.catalogue import MethodError
 from reasonkv.methods.registry import get_method
 
 

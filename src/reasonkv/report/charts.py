@@ -20,7 +20,7 @@ from reasonkv.evaluate.table import FULL_KV
 from reasonkv.files import write_atomically
 from reasonkv.report.metrics import METRICS, UNITS, shown_metrics
 from reasonkv.report.style import FULL_COLOUR, FULL_DASH, Style, styles
-from reasonkv.report.wording import byte_unit, difference_text, estimate_text, rule_words
+from reasonkv.report.wording import byte_unit, difference_text, ends, estimate_text, rule_words
 
 SHAPES = {
     "o": "circle", "s": "square", "^": "triangle-up", "v": "triangle-down", "D": "diamond", "P": "cross",
@@ -59,17 +59,22 @@ def looks(names: Sequence[str], known: Mapping[str, Style] | None = None, column
 
 
 def lines(data: pd.DataFrame, x: alt.X, y: alt.Y, look: Mapping[str, Any], band: bool = True) -> alt.LayerChart:
-    """Return lines with marks and a band of one standard error, from columns x, y, low, high and method."""
+    """Return lines with marks and one standard error, from columns x, y, low, high and method.
+
+    The error is a band where a method has three points or more, and bars elsewhere: a band between two points says more
+    than was measured.
+    """
     base = alt.Chart(data).encode(x=x)
-    layers = [
+    layers: list[alt.Chart] = [
         base.mark_line(strokeWidth=1.6).encode(y=y, color=look["color"], strokeDash=look["strokeDash"]),
         base.mark_point(filled=True, size=_SIZE, opacity=1).encode(y=y, color=look["color"], shape=look["shape"]),
     ]
-    if band:
-        shade = base.mark_area(opacity=0.13).encode(
-            y=alt.Y("low:Q", title=y["title"]), y2="high:Q", color=look["color"], detail="method:N"
-        )
-        layers.insert(0, shade)
+    few = data.groupby("method")["x"].transform("nunique") < 3
+    for part, mark in ((data[~few], {"type": "area", "opacity": 0.13}), (data[few], {"type": "rule"})):
+        if band and len(part):
+            error = alt.Chart(part, mark=mark).encode(x=x, y=alt.Y("low:Q", title=y["title"]), y2="high:Q",
+                                                      color=look["color"], detail="method:N")  # fmt: skip
+            layers.insert(0, error)
     return alt.layer(*layers)
 
 
@@ -100,7 +105,7 @@ def save_png(chart: alt.TopLevelMixin, path: Path, note: str = "", scale: float 
 
 def facets(
     data: pd.DataFrame,
-    x: str,
+    x: str | Mapping[str, str],
     y: alt.Y,
     path: Path,
     *,
@@ -115,11 +120,11 @@ def facets(
 ) -> Path:
     """Draw panels of `lines`, one for each value of a column, and return the PNG's path; the legend stands below.
 
-    Rows whose x is 0 are full KV's, and drawn as a dashed line across the panel.
+    Rows whose x is 0 are lines across the panel: full KV's is dashed, that of the method `target` dotted.
 
     Args:
         data: columns x, y, low, high, method, and those that `column` and `row` name.
-        x: title of the x axis, which is logarithmic with a tick at every value.
+        x: title of the x axis, or that of each column; the axis is logarithmic with a tick at every value.
         y: the y axis; its title stands at the first panel of each row.
         path: PNG to write.
         column: what tells panels apart.
@@ -145,10 +150,12 @@ def facets(
             own["title"] = (str(data.loc[here, row].iloc[0]).split("\n") if row else y["title"]) if first else ""
             ticks = sorted(part.loc[part["x"] > 0, "x"].unique())
             bottom = at == len(rows) - 1 if row else len(panels) + columns >= len(heads)
-            chart = lines(part[part["x"] > 0], log_x("x:Q", x if bottom else "", ticks), own, look, band)
-            full = part[part["x"] == 0]
-            if len(full):
-                chart = alt.layer(rule(float(full["y"].iloc[0])), chart)
+            title = x if isinstance(x, str) else x[name]
+            chart = lines(part[part["x"] > 0], log_x("x:Q", title if bottom else "", ticks), own, look, band)
+            across = part[part["x"] == 0].drop_duplicates("method").set_index("method")["y"]
+            for method, value in across.items():
+                style = ((2, 3), "#AA3377") if method == "target" else (FULL_DASH, FULL_COLOUR)
+                chart = alt.layer(rule(float(value), *style), chart)
             if part.empty:
                 chart = alt.Chart(pd.DataFrame({"text": ["not run"]})).mark_text(color="#777777").encode(text="text:N")
             title = "" if row and at else str(name)
@@ -174,7 +181,8 @@ def chart_script() -> str:
 def report_chart(summary: pd.DataFrame, kind: str, baseline: pd.DataFrame | None) -> dict[str, Any]:
     """Return the report's chart of one cohort: a Vega-Lite specification, and what its switches offer.
 
-    The page's script sets the parameters `task`, `regime` and `metric` and the field of the x axis.
+    The page's script sets the parameters `task` and `metric` and the field of the x axis. Compressed and selecting
+    cells are filled marks on a line, those of other regimes hollow marks beside it.
 
     Args:
         summary: the cohort's, with regimes.
@@ -186,54 +194,47 @@ def report_chart(summary: pd.DataFrame, kind: str, baseline: pd.DataFrame | None
     rows = []
     for row in every.to_dict("records"):
         for metric in metrics:
-            mean, se = row[metric.key] * metric.scale, row[f"{metric.key}_se"] * metric.scale
-            if math.isnan(mean):
+            if math.isnan(row[metric.key]):
                 continue
-            se = 0.0 if math.isnan(se) else se
+            y, low, high = (_digits(one * metric.scale) for one in (row[metric.key], *ends(row, metric.key)))
             found = {"task": row["task"], "method": row["method"], "regime": row["regime"], "metric": metric.key}
-            found |= {"y": _digits(mean), "low": _digits(mean - se), "high": _digits(mean + se)}
+            found |= {"y": y, "low": low, "high": high}
             if row["regime"] != FULL_KV:
                 found |= {axis: _digits(row[axis]) for axis in ("tokens", "physical_mean")}
                 found |= {"bytes_held": _digits(row["bytes_held"] / 1024), "n": row["n"]}
                 found["mean"] = estimate_text(row, metric.key, metric.digits, metric.scale)
                 for other in ("full", "random"):
-                    found[f"to {other}"] = difference_text(
-                        row.get(f"{metric.key}_vs_{other}"), metric.digits, metric.scale
-                    )
+                    difference = row.get(f"{metric.key}_vs_{other}")
+                    found[f"to {other}"] = difference_text(difference, metric.digits, metric.scale)
             rows.append(found)
-    methods = list(summary.loc[summary["tokens"] > 0, "method"].unique())
-    known = styles(methods) | ({} if baseline is None else {"random, prompt kept": _BASELINE})
-    look = looks(list(known), known)
+    bounded = summary[summary["tokens"] > 0]
+    methods = list(bounded["method"].unique())
+    look = looks(methods, styles(methods) | ({} if baseline is None else {"random, prompt kept": _BASELINE}))
     here = "datum.task == task && datum.metric == metric && "
-    x = log_x("tokens:Q", None)
-    y = alt.Y("y:Q", scale=alt.Scale(zero=False), title=None)
-    points = alt.Chart().transform_filter(f"{here}datum.regime == regime && isValid(datum.tokens)").encode(x=x)
+    x, y = log_x("tokens:Q", None), alt.Y("y:Q", scale=alt.Scale(zero=False), title=None)
+    # a logarithmic axis has no place for 0, as of a method that never decoded
+    points = alt.Chart().transform_filter(f"{here}datum.regime != '{FULL_KV}' && datum.tokens > 0").encode(x=x)
+    drawn = "datum.regime == 'compressed' || datum.regime == 'selecting'"
+    cut, uncut = points.transform_filter(drawn), points.transform_filter(f"!({drawn})")
     picked = alt.selection_point(fields=["method"], bind="legend", name="picked")
     opacity = alt.condition(picked, alt.value(1), alt.value(0.07))
-    told = {"method:N": "method", "tokens:Q": "budget, slots", "mean:N": "mean ± se", "to full:N": "to full KV",
-            "to random:N": "to random", "physical_mean:Q": "mean slots", "n:Q": "n"}  # fmt: skip
-    tooltip = [alt.Tooltip(field, title=title) for field, title in told.items()]
+    told = {"method:N": "method", "tokens:Q": "budget, slots", "mean:N": "mean", "to full:N": "to full KV",
+            "to random:N": "to random", "physical_mean:Q": "mean slots", "n:Q": "n", "regime:N": "regime"}  # fmt: skip
+    mark = {"y": y, "color": look["color"], "opacity": opacity}
+    marks = mark | {"shape": look["shape"], "tooltip": [alt.Tooltip(one, title=title) for one, title in told.items()]}
     full = alt.Chart().transform_filter(f"{here}datum.regime == '{FULL_KV}'")
     chart = alt.layer(
         full.mark_rule(strokeDash=list(FULL_DASH), strokeWidth=1.4, color="#888888").encode(y=y),
-        points.mark_rule(strokeWidth=1.1).encode(
-            y=alt.Y("low:Q"), y2="high:Q", color=look["color"], opacity=opacity
-        ),
-        points.mark_line(strokeWidth=1.9).encode(
-            y=y, color=look["color"], strokeDash=look["strokeDash"], opacity=opacity
-        ),
-        points.mark_point(filled=True, size=_SIZE).encode(
-            y=y, color=look["color"], shape=look["shape"], opacity=opacity, tooltip=tooltip
-        ).add_params(picked),
+        points.mark_rule(strokeWidth=1.1).encode(**mark | {"y": alt.Y("low:Q"), "y2": alt.Y2("high:Q")}),
+        cut.mark_line(strokeWidth=1.9).encode(strokeDash=look["strokeDash"], **mark),
+        cut.mark_point(filled=True, size=_SIZE).encode(**marks).add_params(picked),
+        uncut.mark_point(filled=False, size=_SIZE).encode(**marks),
         data=alt.Data(values=rows),
-    ).add_params(*(alt.param(name=name, value="") for name in ("task", "regime", "metric")))  # fmt: skip
-    spec = chart.properties(width="container", height=290).to_dict()
-    bounded = summary[summary["tokens"] > 0]
+    ).add_params(*(alt.param(name=name, value="") for name in ("task", "metric")))
     return {
-        "spec": spec,
+        "spec": chart.properties(width="container", height=290).to_dict(),
         "metrics": [[one.key, one.title] for one in metrics],
         "tasks": list(bounded["task"].unique()),
-        "regimes": sorted(bounded["regime"].unique(), key=lambda one: one != "compressed"),
     }
 
 
@@ -256,24 +257,17 @@ def replay_figure(
         note: a line under the figure.
         metrics: one row of panels each.
     """
-    axis = "physical_mean" if by_mean else "tokens"
-    bounded = summary[summary["tokens"] > 0]
-    look, titles = looks(list(bounded["method"].unique())), {one.key: one for one in METRICS["replay"]}
-    grid = []
-    for metric in (titles[name] for name in metrics):
-        panels: list[alt.Chart | alt.LayerChart] = []
-        for task in summary["task"].unique():
-            own = bounded[bounded["task"] == task]
-            full = summary[(summary["task"] == task) & (summary["tokens"] == 0)]
-            x = log_x("x:Q", UNITS[axis], sorted(own["tokens"].unique()) if axis == "tokens" else ())
-            y = alt.Y("y:Q", title=metric.title if not panels else None, scale=alt.Scale(zero=False))
-            panel = lines(_lines(own, own[axis], metric.key, metric.scale), x, y, look)
-            if len(full):
-                panel = alt.layer(rule(full[metric.key].iloc[0] * metric.scale), panel)
-            panels.append(panel.properties(title=task, width=300, height=220))
-        grid.append(alt.hconcat(*panels))
-    chart = alt.vconcat(*grid).resolve_scale(color="shared", shape="shared", strokeDash="shared")
-    return save_png(chart, path, f"Dashed: full KV. {note}")
+    axis, known = "physical_mean" if by_mean else "tokens", {one.key: one for one in METRICS["replay"]}
+    parts = []
+    for metric in (known[name] for name in metrics):
+        mean, se = (summary[name] * metric.scale for name in (metric.key, f"{metric.key}_se"))
+        ends = {"low": mean - se.fillna(0), "high": mean + se.fillna(0)}
+        x = summary[axis].where(summary["tokens"] > 0, 0)
+        parts.append(summary[["task", "method"]].assign(x=x, y=mean, **ends, metric=metric.title))
+    data = pd.concat(parts, ignore_index=True)
+    return facets(data, UNITS[axis], alt.Y("y:Q", scale=alt.Scale(zero=False)), path, column="task",
+                  columns=data["task"].nunique(), row="metric", width=300, height=220,
+                  note=f"Dashed: full KV. {note}")  # fmt: skip
 
 
 def frontier_figure(
@@ -300,42 +294,27 @@ def frontier_figure(
     if len(dense) < len(points):
         note += f"\nNot drawn: {len(points) - len(dense)} cells with fewer than half of their task's examples."
     words = rule_words([point.rule for point in dense])
-    # variants of a method: the method itself, then `method: rule` for its other rules
-    names = {(one.method, one.rule): one.method + (f": {words[one.rule]}" if words[one.rule] else "") for one in dense}
-    look = looks(list(names.values()))
     scale = 100.0 if metric in {"top1", "accuracy"} else 1.0
-    title = {one.key: one.title for kind in METRICS.values() for one in kind}[
-        "correct" if metric == "accuracy" else metric
-    ]
-    rows = []
+    known = {one.key: one.title for kind in METRICS.values() for one in kind}
+    title, unit, name = (
+        known["correct" if metric == "accuracy" else metric],
+        *byte_unit(max(p.bytes_held for p in dense)),
+    )
+    panels = {"against the budget": UNITS["tokens"], "against memory": f"{UNITS['bytes_held']}, {name}"}
+    rows: list[dict[str, Any]] = []
     for task in dict.fromkeys(point.task for point in dense):
         own = [point for point in dense if point.task == task]
-        data = pd.DataFrame([
-            {"method": names[one.method, one.rule], "tokens": one.tokens, "bytes_held": one.bytes_held,
-             "y": scale * one.mean, "se": scale * float(pd.Series(one.values).sem())}
-            for one in own
-        ])  # fmt: skip
-        data = data.assign(low=data["y"] - data["se"].fillna(0), high=data["y"] + data["se"].fillna(0))
-        full = pd.Series({key: value for one in own for key, value in one.full.items()})
-        panels: list[alt.Chart | alt.LayerChart] = []
-        for axis in ("tokens", "bytes_held"):
-            unit, name = byte_unit(data["bytes_held"].max()) if axis == "bytes_held" else (1, "")
-            x = log_x(
-                "x:Q", UNITS[axis] + (f", {name}" if name else ""), sorted(set(data["tokens"])) if not name else ()
-            )
-            y = alt.Y("y:Q", title=title if not panels else None, scale=alt.Scale(zero=False))
-            panel = lines(data.assign(x=data[axis] / unit), x, y, look)
-            if len(full):
-                panel = alt.layer(rule(scale * full.mean()), panel)
-                if target is not None:
-                    bar = target.value * (full.mean() if target.relative else 1.0)
-                    panel = alt.layer(rule(scale * bar, (2, 3), "#AA3377"), panel)
-            panels.append(panel.properties(title=task, width=360, height=230))
-        rows.append(alt.hconcat(*panels))
-    chart = alt.vconcat(*rows).resolve_scale(color="shared", shape="shared", strokeDash="shared")
-    return save_png(chart, path, "Dashed: full KV. " + note)
-
-
-def _lines(rows: pd.DataFrame, x: pd.Series, metric: str, scale: float) -> pd.DataFrame:
-    y, se = rows[metric] * scale, rows[f"{metric}_se"].fillna(0) * scale
-    return pd.DataFrame({"method": rows["method"], "x": x, "y": y, "low": y - se, "high": y + se})
+        full = {key: value for one in own for key, value in one.full.items()}
+        top = sum(full.values()) / len(full) if full else math.nan
+        across = {"full": top, "target": target.value * (top if target.relative else 1.0) if target else math.nan}
+        for panel, by_bytes in zip(panels, (False, True), strict=True):
+            place = {"row": f"{title}\n{task}", "panel": panel}
+            rows += [place | {"method": key, "x": 0, "y": scale * y} for key, y in across.items() if not math.isnan(y)]
+            for one in own:
+                # a method's other budget rules have names of their own
+                label = one.method + (f": {words[one.rule]}" if words[one.rule] else "")
+                y, se = scale * one.mean, scale * float(pd.Series(one.values).sem()) if len(one.values) > 1 else 0.0
+                x = one.bytes_held / unit if by_bytes else one.tokens
+                rows.append(place | {"method": label, "x": x, "y": y, "low": y - se, "high": y + se})
+    return facets(pd.DataFrame(rows), panels, alt.Y("y:Q", scale=alt.Scale(zero=False)), path, column="panel",
+                  columns=2, row="row", width=360, height=230, note="Dashed: full KV. " + note)  # fmt: skip

@@ -1,10 +1,8 @@
-"""What may be compared: the records of one folder and one budget rule, and their tables for the page's script."""
+"""What may be compared: the records of one folder and one budget rule."""
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,16 +10,9 @@ from typing import Any
 import pandas as pd
 
 from reasonkv.evaluate.manifest import ResultsError
-from reasonkv.evaluate.table import COMPARED, Difference, read_manifest, read_results, summarize
-from reasonkv.report.metrics import shown_metrics
+from reasonkv.evaluate.table import read_manifest, read_results, summarize
 
-TAIL = 120
-"""Characters of an output's end that the record table shows."""
 _POLICIES = {"count": ", prompt compressible", "keep": ", prompt kept", "on_top": ", prompt kept on top", "": ""}
-_TASK = ("task", "task", "task family, with the dials that were given")
-_METHOD = ("method", "method", "method, with the options that are not its defaults")
-_BUDGET = ("tokens", "budget", "slots per KV head and layer that stay after a compaction")
-Column = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -77,6 +68,12 @@ def read_folders(folders: Sequence[Path]) -> list[Folder]:
     ]
 
 
+def model_name(manifest: Mapping[str, Any]) -> str:
+    """Return the model's name; of one in a folder the folder's last part."""
+    name = str(manifest.get("model", {}).get("name", "an unnamed model"))
+    return Path(name).name if name.startswith(("/", "~", ".")) else name
+
+
 def job_words(kind: str, prompt: str) -> str:
     """Return the job and how the prompt is treated, in a few words."""
     return ("Answers" if kind == "evaluate" else "Replay") + _POLICIES[prompt]
@@ -106,104 +103,3 @@ def same_problems(one: Cohort, other: Cohort) -> bool:
     arguments = [[each.get("arguments", {}).get(name) for name in names] for each in (mine, theirs)]
     model = [each.get("model", {}).get("hash") for each in (mine, theirs)]
     return one.kind == other.kind and arguments[0] == arguments[1] and model[0] == model[1]
-
-
-def summary_columns(cohort: Cohort) -> list[Column]:
-    """Return the columns of a cohort's summary, for the page's script."""
-    rows, kind = cohort.summary, cohort.kind
-    unit = "problems" if kind == "evaluate" else "traces"
-    columns = [
-        _words(*_TASK, rows["task"]),
-        _words(*_METHOD, rows["method"]),
-        _words("regime", "regime", "how the budget met the trace; means never cross regimes", rows["regime"]),
-        _numbers(*_BUDGET, rows["tokens"].replace(0, math.nan)),
-        _numbers("n", "n", f"{unit} in the mean", rows["n"]),
-    ]
-    for metric in shown_metrics(kind, rows):
-        look = {"digits": metric.digits, "scale": metric.scale}
-        values = {"values": _short(rows[metric.key]), "se": _short(rows[f"{metric.key}_se"])}
-        columns.append(_column(metric.key, metric.label, metric.meaning, "estimate", **look, **values))
-        if metric.key in COMPARED[kind] and metric.key != "nll":
-            for other, name in (("full", "full KV"), ("random", "random")):
-                found = [one if isinstance(one, Difference) else None for one in rows[f"{metric.key}_vs_{other}"]]
-                meaning = (
-                    f"{metric.label}, paired difference to {name} on the same problems, with a 95 % bootstrap interval"
-                )
-                ends = {
-                    key: _short(pd.Series([math.nan if one is None else getattr(one, part) for one in found]))
-                    for key, part in (("values", "mean"), ("low", "low"), ("high", "high"))
-                }
-                key, label = f"{metric.key}_versus_{other}", f"Δ {metric.label} to {name}"
-                columns.append(_column(key, label, meaning, "difference", **look, **ends))
-    return columns
-
-
-def record_columns(frame: pd.DataFrame) -> list[Column]:
-    """Return the columns of every record of one folder, for the page's script."""
-    answers = "correct" in frame
-    columns = [
-        _words(*_TASK, frame["task"]),
-        _words(*_METHOD, frame["label"]),
-        _words("prompt", "prompt", "what the budget counts of the prompt", frame["prompt"].replace("", "-")),
-        _numbers(*_BUDGET, frame["tokens"].replace(0, math.nan)),
-        _words("regime", "regime", "how the budget met the trace", frame["regime"]),
-    ]
-    if answers:
-        verdicts = ["right" if right else "truncated" if cut else "wrong"
-                    for right, cut in zip(frame["correct"], frame["truncated"], strict=True)]  # fmt: skip
-        columns.append(_words("answer", "answer", "what the task's checker says of the whole answer", verdicts))
-    for key, label, meaning, digits, scale in _RECORD_NUMBERS:
-        if key in frame and frame[key].notna().any() and (answers or key != "sample"):
-            columns.append(_numbers(key, label, meaning, frame[key], digits, scale))
-    if (frame["guards"] != "{}").any():
-        texts = [", ".join(f"{name} {n}" for name, n in json.loads(one).items()) or "-" for one in frame["guards"]]
-        columns.append(_words("fallbacks", "fallbacks", "how often a method used a fallback rule, by name", texts))
-    if answers:
-        tails = frame["output"].str[-TAIL:]
-        columns.append(_words("output", "end of the output", f"its last {TAIL} characters", tails))
-    return columns
-
-
-# fmt: off
-_RECORD_NUMBERS = (
-    ("example", "example", "number of the problem; also the row seed of random methods", 0, 1),
-    ("sample", "sample", "number of the sample of that problem", 0, 1),
-    ("prompt_tokens", "prompt tokens", "tokens of the prompt", 0, 1),
-    ("output_tokens", "output tokens", "tokens of the output", 0, 1),
-    ("repetition", "in loops %", "share of output tokens in a loop", 1, 100),
-    ("first_divergence", "first divergence", "first output token that differs from full KV's", 0, 1),
-    ("top1", "top-1 %", "share of output tokens where the most likely token is full KV's", 1, 100),
-    ("answer_top1", "answer top-1 %", "top-1 on the answer's tokens alone", 1, 100),
-    ("kl", "KL", "mean divergence from full KV, nats", 3, 1),
-    ("nll", "NLL", "mean negative log-likelihood of the trace's tokens, nats", 3, 1),
-    ("first_mismatch", "first mismatch", "first output token that counts against top-1", 0, 1),
-    ("physical_mean", "mean slots", "slots kept per output token", 0, 1),
-    ("physical_peak", "peak slots", "most slots kept at once", 0, 1),
-    ("bytes_held", "KiB kept", "in use at the end, method state included", 0, 1 / 1024),
-    ("bytes_full", "KiB full KV", "what full KV would use at the end", 0, 1 / 1024),
-    ("events", "compactions", "how often the method ran", 0, 1),
-    ("tokens_dropped", "evicted", "tokens whose slots were given up", 0, 1),
-    ("seed", "seed", "the run's seed", 0, 1),
-)
-# fmt: on
-
-
-def _column(key: str, label: str, meaning: str, kind: str, **rest: Any) -> Column:
-    return {"key": key, "label": label, "meaning": meaning, "kind": kind, **rest}
-
-
-def _words(key: str, label: str, meaning: str, values: Sequence[str] | pd.Series) -> Column:
-    at, words = pd.factorize(pd.Series(values, dtype=object))
-    return _column(key, label, meaning, "words", words=list(words), at=at.tolist())
-
-
-def _numbers(key: str, label: str, meaning: str, values: pd.Series, digits: int = 0, scale: float = 1.0) -> Column:
-    return _column(key, label, meaning, "number", digits=digits, scale=scale, values=_short(values))
-
-
-def _short(values: pd.Series) -> list[float | None]:
-    """Seven significant digits; JSON has no number that is not finite, so those become null."""
-    return [
-        None if not math.isfinite(one) else int(one) if one.is_integer() else float(f"{one:.7g}")
-        for one in values.astype(float)
-    ]

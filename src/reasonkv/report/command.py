@@ -17,6 +17,8 @@ _PLAIN = {
 }
 _RULE = {"prompt": "--prompt-policy"}
 """Flags of a budget's fields that are not called as the field."""
+_SIZES = {"tokens": "--budgets", "keep": "--keep", "retention": "--retention"}
+"""Flags of a budget's size."""
 _USUAL = {"temperature": 0.6, "top_p": 0.95}
 """What traces have where nothing was said; it plays no part unless they were sampled."""
 
@@ -37,24 +39,28 @@ def command(manifest: Mapping[str, Any]) -> str:
     if searched:
         name = "tune"
         flags["--metric"] = "accuracy" if "samples" in arguments else "top1"
-    elif any("retention" in one for one in budgets):
-        if not arguments.get("mean_slots"):
-            flags["--retention"] = [one["retention"] for one in budgets]
     elif not arguments.get("mean_slots"):
-        flags["--budgets"] = [one["tokens"] for one in budgets]
+        for size, flag in _SIZES.items():
+            flags[flag] = [one[size] for one in budgets if one.get(size) is not None]
     rule = arguments["rule"] if searched else budgets[0] if budgets else {}
     if "size" in rule:  # the other fields of a window follow from these
         rule = {"window": rule["size"], "window_buffer": rule["buffer"]}
-    flags |= {_RULE.get(key, _flag(key)): value for key, value in rule.items() if key != "tokens"}
+    flags |= {_RULE.get(key, _flag(key)): value for key, value in rule.items() if key not in _SIZES}
     if traces:
         flags["--max-new-tokens"] = traces.get("max_new_tokens")
         if not searched:
-            flags["--traces"] = traces.get("source")
-            drawn = {key: traces.get(key, usual) for key, usual in _USUAL.items()}
-            if traces.get("source") == "sampled" or drawn != _USUAL:
-                flags |= {_flag(key): value for key, value in drawn.items()}
-    flags |= {_flag(key): value for key, value in (arguments.get("sampling") or {}).items()}
+            source = flags["--traces"] = traces.get("source")
+            drawn = _USUAL | {key: value for key, value in traces.items() if key not in {"source", "max_new_tokens"}}
+            flags |= _drawn(drawn) if source == "sampled" or drawn != _USUAL else {}
+    if "given" in arguments:  # traces of a file bring their own task
+        flags["--task"] = None
+    flags |= _drawn(arguments.get("sampling") or {}) | {"--diagnostics": arguments.get("diagnostics")}
+    flags |= {_flag(key): value for key, value in arguments.get("options", {}).items()}
     return _line(["reasonkv", name], {**flags, "--dtype": arguments.get("dtype"), "--out": "results"})
+
+
+def _drawn(sampling: Mapping[str, Any]) -> dict[str, Any]:
+    return {"--sampling" if key == "preset" else _flag(key): value for key, value in sampling.items()}
 
 
 def _flag(name: str) -> str:
@@ -64,6 +70,10 @@ def _flag(name: str) -> str:
 def _line(words: list[str], flags: Mapping[str, Any]) -> str:
     """Flags without a value, and those with an empty list, are left to their defaults."""
     for flag, value in flags.items():
-        if value is not None and value != []:
+        if value is True:
+            words = [*words, flag]
+        elif flag == "--stop":  # a text may hold a comma
+            words = [*words, *(word for text in value for word in (flag, text))]
+        elif value is not None and value != []:
             words = [*words, flag, ",".join(map(str, value)) if isinstance(value, list) else str(value)]
     return shlex.join(words)

@@ -65,7 +65,7 @@ def inspect_folder(
     options = TaskOptions.from_dict(arguments.get("options", {}))
     task = get_task(record.task, options).for_tokenizer(loaded.tokenizer)
     row_of = row_seed(record.example, getattr(record, "sample", 0))
-    subject = Subject.of_task(task, record.task, record.example, record.seed, row_of)
+    subject = Subject.of_task(task, record.task, record.example, record.seed, row_of, options.think_end)
     answers = hasattr(record, "correct")
     row = (_full_output if answers else _trace)(folder, arguments, loaded, record, task, options)
     if not answers and not generate:

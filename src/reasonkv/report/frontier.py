@@ -176,7 +176,13 @@ class Frontier:
 
 
 def summarize_frontier(
-    frame: pd.DataFrame, target: Target, axis: Axis = "tokens", *, pair: tuple[str, str] | None = None, seed: int = 0
+    frame: pd.DataFrame,
+    target: Target,
+    axis: Axis = "tokens",
+    *,
+    pair: tuple[str, str] | None = None,
+    compare: bool = True,
+    seed: int = 0,
 ) -> Frontier:
     """Return usable budgets and crossings of records that may be compared (`frontier.read_comparable`).
 
@@ -185,6 +191,7 @@ def summarize_frontier(
         target: what has to be kept; its metric is the one read.
         axis: what budgets are measured in.
         pair: labels of two methods: then these are compared, at equal and smaller budgets of the first.
+        compare: look for crossings; they take long where there are many cells.
         seed: of the bootstrap.
 
     Raises:
@@ -210,7 +217,7 @@ def summarize_frontier(
     )
     # every task's pairs stand in one family of tests, so that Holm's correction covers all that is shown
     if pair is None:
-        found = crossings(active, target.metric, axis=axis, seed=seed)
+        found = crossings(active, target.metric, axis=axis, seed=seed) if compare else []
     else:
         found = between(active, *pair, target.metric, axis=axis, seed=seed)
     return Frontier(target, axis, points, usable, found, counts, pair)

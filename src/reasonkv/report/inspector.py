@@ -40,6 +40,8 @@ from reasonkv.report.packing import packed_attention, packed_fates, piece, token
 from reasonkv.report.wording import plural, size_words
 from reasonkv.runtimes.transformers import CompressedCache
 from reasonkv.tasks import Task
+from reasonkv.tasks.given import GivenTraces
+from reasonkv.tasks.options import THINK_END
 
 FORMAT = 1
 FOLDER = "inspections"
@@ -82,6 +84,7 @@ class Subject:
         expected: the right answer; None where there is none.
         check: returns whether an output is right; None where nobody knows.
         source: who wrote the output, for the page.
+        think_end: text that ends thinking.
     """
 
     task: str
@@ -91,12 +94,18 @@ class Subject:
     expected: str | None = None
     check: Callable[[str], bool] | None = None
     source: str = "full KV's trace"
+    think_end: str = THINK_END
 
     @staticmethod
-    def of_task(task: Task, spec: str, example: int, seed: int = 0, row_seed: int | None = None) -> Subject:
+    def of_task(
+        task: Task, spec: str, example: int, seed: int = 0, row_seed: int | None = None, think_end: str = THINK_END
+    ) -> Subject:
         """Return a problem of a task (`get_task(...).for_tokenizer(...)`); `spec` is the task as the user wrote it."""
         problem = task.problem(example, seed=seed)
-        return Subject(spec, example, seed, row_seed, problem.answer, lambda output: task.check(problem, output))
+        if isinstance(task, GivenTraces):
+            return Subject(Path(task.name).name, example, seed, row_seed, source="the output of the file")
+        check = lambda output: task.check(problem, output)  # noqa: E731
+        return Subject(spec, example, seed, row_seed, problem.answer, check, think_end=think_end)
 
 
 @dataclass(frozen=True)
@@ -151,7 +160,7 @@ class Inspector:
         with one_thread_if_small(self.model.model):
             with self._cache(len(prompt_P), len(prompt_P) + most, subject, recorder) as cache:
                 request = Request(prompt_P, most, _row_seed(subject))
-                rules = TextRules(self.model.tokenizer, sampling or Sampling())
+                rules = TextRules(self.model.tokenizer, sampling or Sampling(), subject.think_end)
                 (wrote,) = decode_batch(
                     self.model.model, cache, [request], sampling=sampling, seed=subject.seed, rules=rules
                 )
@@ -174,9 +183,9 @@ class Inspector:
         )  # fmt: skip
 
     def _answer(self, output_T: Tensor, subject: Subject) -> dict[str, Any]:
-        """The end of an output, from its last `</think>` where there is one, and whether it is right, if known."""
+        """The end of an output, from where thinking ended last, and whether it is right, if known."""
         text = str(self.model.tokenizer.decode(output_T, skip_special_tokens=True))
-        head, mark, tail = text.rpartition("</think>")
+        head, mark, tail = text.rpartition(subject.think_end)
         correct = None if subject.check is None else subject.check(text)
         return {"text": (tail if mark else head + tail)[-400:].strip(), "closed": bool(mark), "correct": correct}
 

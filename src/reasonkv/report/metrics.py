@@ -86,6 +86,24 @@ METRICS = {
         *_MEMORY,
     ),
 }
+_OF_RECORDS = (
+    Metric("example", "example", "number of the problem; also the row seed of random methods"),
+    Metric("sample", "sample", "number of the sample of that problem"),
+    Metric("prompt_tokens", "prompt tokens", "tokens of the prompt"),
+    Metric("first_divergence", "first divergence", "first output token that differs from full KV's"),
+    Metric("first_mismatch", "first mismatch", "first output token that counts against top-1"),
+    Metric("bytes_full", "KiB full KV", "what full KV would use at the end", 1 / 1024),
+    Metric("events", "compactions", "how often the method ran"),
+    Metric("tokens_dropped", "evicted", "tokens whose slots were given up"),
+    Metric("seed", "seed", "the run's seed"),
+)
+_KNOWN = {one.key: one for kind in METRICS.values() for one in kind} | {one.key: one for one in _OF_RECORDS}
+RECORD_METRICS = tuple(_KNOWN[key] for key in (
+    "example", "sample", "prompt_tokens", "output_tokens", "repetition", "first_divergence", "top1", "answer_top1",
+    "kl", "nll", "first_mismatch", "physical_mean", "physical_peak", "bytes_held", "bytes_full", "events",
+    "tokens_dropped", "seed",
+))
+"""The numbers of one record, in the order of the record table."""
 MAIN = {kind: metrics[0] for kind, metrics in METRICS.items()}
 """By kind: the metric that is looked at first."""
 UNITS = {

@@ -11,46 +11,34 @@ from typing import Any
 
 import pandas as pd
 
-from reasonkv.evaluate.frontier import (
-    Axis,
-    FrontierError,
-    Point,
-    Target,
-    UsableBudget,
-    crossings,
-    measured_points,
-    pairs_to_test,
-    usable_budget,
-)
-from reasonkv.evaluate.table import FULL_KV
+from reasonkv.evaluate.frontier import Axis, FrontierError, Target, UsableBudget, measured_points, pairs_to_test
+from reasonkv.evaluate.sanity import sanity_warnings
 from reasonkv.files import write_atomically
 from reasonkv.report.charts import chart_script, report_chart
-from reasonkv.report.cohorts import (
-    Cohort,
-    Folder,
-    cohorts,
-    job_words,
-    read_folders,
-    record_columns,
-    same_problems,
-    summary_columns,
-)
+from reasonkv.report.cohorts import Cohort, Folder, cohorts, job_words, model_name, read_folders, same_problems
+from reasonkv.report.columns import record_columns, summary_columns
 from reasonkv.report.command import command
-from reasonkv.report.frontier import usable_text
+from reasonkv.report.frontier import Frontier, summarize_frontier, usable_text
+from reasonkv.report.glance import NAMES, glance
 from reasonkv.report.html import INSPECTOR_SCRIPTS, INSPECTOR_STYLES, render
 from reasonkv.report.inspector import load_inspections
-from reasonkv.report.metrics import MAIN, REGIMES, UNITS
-from reasonkv.report.wording import budget_sentence, difference_text, estimate_text, listed, seeds_sentence, selecting
+from reasonkv.report.metrics import REGIMES, UNITS
+from reasonkv.report.wording import (
+    budget_sentence,
+    difference_text,
+    listed,
+    plural,
+    seeds_sentence,
+    selecting,
+)  # fmt: skip
 
 TITLE = "What the cache kept, and what that did"
-_TARGET = "0.95x"
 _CROSSINGS = 112
 """Crossings in the page; all but the first 12 fold out."""
 _MOST_PAIRS = 10_000
 """Above this many pairs of cells crossings are left to `reasonkv frontier`, so that a report is written in seconds."""
-_METRIC = {"replay": "top1", "evaluate": "accuracy"}
-_NAME = {"replay": "top-1 agreement", "evaluate": "accuracy"}
-_UNIT = {"replay": "traces", "evaluate": "problems"}
+_TARGET = {"replay": ("0.99", "top1"), "evaluate": ("0.95x", "accuracy")}
+_UNIT = {"replay": "trace", "evaluate": "problem"}
 
 
 def write_report(folders: Sequence[Path], path: Path, *, title: str = TITLE) -> Path:
@@ -85,7 +73,7 @@ def report_html(folders: Sequence[Path], *, title: str = TITLE) -> str:
     bounded = any(one.prompt for one in groups)
     report = {
         "cohorts": [
-            {"label": one.name, "kind": one.kind, "rows": len(one.summary), "columns": columns}
+            {"label": one.name, "rows": len(one.summary), "columns": columns, "kind": one.kind}
             | {"chart": report_chart(one.summary, one.kind, _baseline(one, groups)) if one.prompt else None}
             for one, columns in zip(groups, summaries, strict=True)
         ],
@@ -106,6 +94,7 @@ def report_html(folders: Sequence[Path], *, title: str = TITLE) -> str:
         data=data,
         title=title,
         ran=[_what_ran(one) for one in read],
+        warnings=list(dict.fromkeys(text for one in read for text in sanity_warnings(one.frame))),
         cohorts=[_cohort_view(one) for one in groups],
         bounded=bounded,
         inspections=list(inspections),
@@ -129,29 +118,32 @@ def _baseline(cohort: Cohort, groups: Sequence[Cohort]) -> pd.DataFrame | None:
 
 def _what_ran(folder: Folder) -> str:
     """One sentence: model, job, tasks, problems, methods, budgets, seeds."""
-    frame, model = folder.frame, folder.manifest.get("model", {}).get("name", "an unnamed model")
+    frame = folder.frame
     problems = len(frame[["task", "example"]].drop_duplicates())
     bounded = frame[frame["tokens"] > 0]
-    did = f"replayed {problems:,} traces that full KV had written"
+    did = f"replayed {plural(problems, 'trace')} of full KV"
     if "correct" in frame:
         samples = frame["sample"].nunique()
-        did = f"wrote answers to {problems:,} problems ({'greedy' if samples == 1 else f'{samples} samples each'})"
-    methods, budgets = bounded["label"].nunique(), sorted(bounded["tokens"].unique())
-    cells = f"full KV and {methods} method{'s' if methods != 1 else ''}"
+        did = f"answered {plural(problems, 'problem')} ({'greedy' if samples == 1 else f'{samples} samples each'})"
+    budgets = sorted(bounded["tokens"].unique())
+    cells = f"full KV and {plural(bounded['label'].nunique(), 'method')}"
     if budgets:
         few = len(budgets) < 6
         cells += f" at {listed([f'{one:,}' for one in budgets])} slots" if few else f" at {len(budgets)} budgets"
         cells += " per KV head" if few else f" from {budgets[0]:,} to {budgets[-1]:,} slots"
     tasks = listed(list(frame["task"].unique()))
-    return f"The model {model} {did}, of {tasks}: {cells}, {len(frame):,} records. {seeds_sentence(frame)}"
+    ran = f"{model_name(folder.manifest)} {did}, of {tasks}: {cells}, {plural(len(frame), 'record')}."
+    return f"{ran} {seeds_sentence(frame)}"
 
 
 def _cohort_view(cohort: Cohort) -> dict[str, Any]:
+    tabs = glance(cohort)
     return {
         "name": cohort.name,
         "budget": budget_sentence(cohort.frame),
         "tasks": list(cohort.summary["task"].unique()),
-        "tabs": glance(cohort),
+        "tabs": tabs,
+        "open": max(range(len(tabs)), key=lambda at: tabs[at]["apart"]),
         "usable": usable(cohort) if cohort.prompt else None,
     }
 
@@ -164,64 +156,12 @@ def _folder_view(folder: Folder, facts: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _facts(manifest: Mapping[str, Any]) -> dict[str, str]:
-    model = manifest.get("model", {})
     return {
-        "model": f"{model.get('name', '?')}, weights {model.get('hash', '?')}",
+        "model": f"{model_name(manifest)}, weights {manifest.get('model', {}).get('hash', '?')}",
         "arithmetic": str(manifest.get("arguments", {}).get("dtype", "?")),
         "device": str(manifest.get("device", "?")),
         **{name: str(text) for name, text in manifest.get("versions", {}).items()},
     }
-
-
-# -- at a glance ------------------------------------------------------------------------------------------------------
-
-
-def glance(cohort: Cohort) -> list[dict[str, Any]]:
-    """Return the main metric of every method on every task, a table per budget.
-
-    Of methods that evict, compressed records only, and below them those that keep everything and select. Budgets that
-    were solved for a mean differ by task, so tables go by rank: each task's smallest budget first.
-    """
-    rows = cohort.summary.to_dict("records")
-    full = {row["task"]: row for row in rows if row["regime"] == FULL_KV}
-    tasks = list(cohort.summary["task"].unique())
-    active = [row for regime in ("compressed", "selecting") for row in rows if row["regime"] == regime]
-    budgets = {task: sorted({row["tokens"] for row in active if row["task"] == task}) for task in tasks}
-    tabs = []
-    for rank in range(max(1, *map(len, budgets.values()))):
-        tokens = {task: own[rank] for task, own in budgets.items() if rank < len(own)}
-        here = {(row["method"], row["task"]): row for row in active if tokens.get(row["task"]) == row["tokens"]}
-        title = _span(list(tokens.values()), "{:,}") + " slots" if tokens else ""
-        evicting = [row for row in here.values() if row["regime"] == "compressed"]
-        lines = [_glance_row("full KV", [full.get(task) for task in tasks], full, cohort.kind)]
-        for method in dict.fromkeys(method for method, _ in here):
-            lines.append(_glance_row(method, [here.get((method, task)) for task in tasks], full, cohort.kind))
-        saved = [_span([row["saved_bytes"] for row in evicting if row["task"] == task], "{:.0%}") for task in tasks]
-        caption = f"{_NAME[cohort.kind]}, % ± one standard error" + (f", at {title}" if title else "")
-        tabs.append({"title": title, "caption": caption, "rows": lines, "saved": saved if evicting else []})
-    return tabs
-
-
-def _glance_row(label: str, rows: Sequence[Any], full: Mapping[str, Any], kind: str) -> dict[str, Any]:
-    main = MAIN[kind]
-    cells: list[dict[str, str] | None] = []
-    for row in rows:
-        if row is None:
-            cells.append(None)
-            continue
-        mean, _, error = estimate_text(row, main.key, main.digits, main.scale).partition(" ")
-        top = full[row["task"]][main.key] if row["task"] in full else 1.0
-        cells.append({"mean": mean, "error": error, "width": f"{100 * row[main.key]:.1f}", "full": f"{100 * top:.1f}"})
-    read = [row["slots_read_mean"] for row in rows if row and row["regime"] == "selecting"]
-    aside = f"keeps all, reads {_span(read, '{:,.0f}')} slots" if read else ""
-    return {"label": label, "full": label == "full KV", "aside": aside, "cells": cells}
-
-
-def _span(values: Sequence[float], form: str) -> str:
-    if not values:
-        return "–"
-    low, high = form.format(min(values)), form.format(max(values))
-    return low if low == high else f"{low} to {high}"
 
 
 # -- usable budgets and crossings -------------------------------------------------------------------------------------
@@ -229,70 +169,67 @@ def _span(values: Sequence[float], form: str) -> str:
 
 def usable(cohort: Cohort) -> dict[str, Any]:
     """Return usable budgets and crossings of one cohort from its compressed records, or notes on why there are none."""
-    metric, chosen = _METRIC[cohort.kind], selecting(cohort.frame)
+    chosen, target = selecting(cohort.frame), Target.parse(*_TARGET[cohort.kind])
+    frame = cohort.frame[~cohort.frame["label"].isin(chosen)]
     # budgets that were solved for a mean length are compared by that length
     axis: Axis = "physical_mean" if cohort.folder.manifest.get("arguments", {}).get("mean_slots") else "tokens"
-    points = [one for one in measured_points(cohort.frame, metric) if one.method not in chosen]
-    active = [one for one in points if one.regime == "compressed"]
     notes = [f"Left out: {listed(chosen)}, whose budget is what is read and not kept."] if chosen else []
+    active = [one for one in measured_points(frame, target.metric) if one.regime == "compressed"] if len(frame) else []
     if not active:
         return {"notes": [*notes, "No record is compressed, so there is nothing to compare."], "table": None}
-    return {"notes": notes, "metric": _NAME[cohort.kind]} | _usable(cohort, points, active, axis, notes) | _crossings(
-        active, metric, axis, _UNIT[cohort.kind]
-    )  # fmt: skip
-
-
-def _usable(
-    cohort: Cohort, points: Sequence[Point], active: Sequence[Point], axis: Axis, notes: list[str]
-) -> dict[str, Any]:
-    target, found = Target.parse(_TARGET, _METRIC[cohort.kind]), dict[tuple[str, str], UsableBudget]()
+    tested = len(pairs_to_test(active, axis))
     try:
-        for key in dict.fromkeys((one.task, one.method) for one in active):
-            found[key] = usable_budget([one for one in active if (one.task, one.method) == key], target, axis=axis)
+        found = summarize_frontier(frame, target, axis, compare=tested <= _MOST_PAIRS)
     except FrontierError as error:
-        notes.append(f"Usable budgets are missing. {error}")
-        return {"table": None}
-    low, high = min(one.smallest for one in found.values()), max(one.largest for one in found.values())
+        return {"notes": [*notes, f"Usable budgets are missing. {error}"], "table": None}
+    return (
+        {"notes": notes, "metric": NAMES[cohort.kind], "target": str(target)}
+        | _usable_table(found, list(cohort.summary["task"].unique()))
+        | _crossings(found, tested, _UNIT[cohort.kind])
+    )
+
+
+def _usable_table(found: Frontier, tasks: Sequence[str]) -> dict[str, Any]:
+    budgets = {key: one for key, one in found.usable.items() if isinstance(one, UsableBudget)}
+    low = min((one.smallest for one in budgets.values()), default=1.0)
+    high = max((one.largest for one in budgets.values()), default=1.0)
     span = math.log(high / low)
 
     def place(value: float | None) -> float:
-        return 50.0 if not span else 100 * math.log((high if value is None else value) / low) / span
+        return 50.0 if not span else round(100 * math.log((high if value is None else value) / low) / span, 1)
 
-    def cell(one: UsableBudget | None) -> dict[str, Any]:
-        if one is None:
-            return {"value": ""}
-        value, interval, status = usable_text(one, axis)
-        left, width = round(place(one.low), 1), round(place(one.high) - place(one.low), 1)
-        at = None if one.tokens is None else round(place(one.tokens), 1)
-        return {"value": value, "interval": interval, "status": status, "low": left, "width": width, "at": at}
+    def cell(one: UsableBudget | str | None) -> dict[str, Any]:
+        if not isinstance(one, UsableBudget):
+            return {"value": "", "status": one or "not run"}
+        value, interval, status = usable_text(one, found.axis)
+        at = None if one.tokens is None else place(one.tokens)
+        return {"value": value, "interval": interval, "status": status, "low": place(one.low), "at": at,
+                "width": round(place(one.high) - place(one.low), 1)}  # fmt: skip
 
-    tasks = cohort.summary["task"].unique()
-    table = {
-        method: [cell(found.get((task, method))) for task in tasks]
-        for method in dict.fromkeys(one.method for one in points)
-    }
+    table: dict[str, list[Any]] = {}
+    for task, method, rule in found.usable:
+        table.setdefault(method, [cell(None)] * len(tasks))[tasks.index(task)] = cell(found.usable[task, method, rule])
     scale = f"; lines run from {low:,.0f} to {high:,.0f}, logarithmic" if span else ""
-    return {"table": table, "caption": f"{UNITS[axis]} [95 % interval]{scale}"}
+    return {"table": table, "caption": f"{UNITS[found.axis]} [95 % interval]{scale}"}
 
 
-def _crossings(active: Sequence[Point], metric: str, axis: Axis, unit: str) -> dict[str, Any]:
-    tested = len(pairs_to_test(active, axis))
+def _crossings(found: Frontier, tested: int, unit: str) -> dict[str, Any]:
     if not tested:
         words = "No method was measured at a smaller budget than another, so nothing can cross."
         return {"tested": words, "crossings": []}
     if tested > _MOST_PAIRS:
         words = f"{tested:,} pairs are more than the {_MOST_PAIRS:,} a report compares; "
         return {"tested": words + "reasonkv frontier compares them all.", "crossings": []}
-    held = [one for one in crossings(active, metric, axis=axis) if one.holds]
-    words = f"{tested:,} pair{'s' if tested > 1 else ''} tested, {f'{len(held):,} hold' if held else 'none holds'}."
-    most = max(len(one.values) for one in active)
+    held = [one for one in found.crossings if one.holds]
+    words = f"{plural(tested, 'pair')} tested, {f'{len(held):,} hold' if held else 'none holds'}."
+    most = max(len(one.values) for one in found.points)
     # a test that flips signs cannot go below this, and Holm multiplies the least of all by their number
     if not held and tested * 2.0 ** (1 - most) >= 0.05:
-        words += f" None could: {most} {unit} a cell are too few."
+        words += f" None could: {plural(most, unit)} a cell {'is' if most == 1 else 'are'} too few."
     rows = []
     for one in held[:_CROSSINGS]:
         gain, _, interval = difference_text(one.advantage, 1, 100).partition(" ")
-        sides = [{"method": side.method, "at": f"{side.x(axis):,.0f}", "mean": f"{100 * side.mean:.1f}"}
+        sides = [{"method": side.method, "at": f"{side.x(found.axis):,.0f}", "mean": f"{100 * side.mean:.1f}"}
                  for side in (one.ours, one.theirs)]  # fmt: skip
         rows.append({"task": one.ours.task, "sides": sides, "gain": gain, "interval": interval,
                      "n": one.advantage.pairs, "p": f"{one.p:.2g}"})  # fmt: skip
@@ -303,24 +240,23 @@ def _crossings(active: Sequence[Point], metric: str, axis: Axis, unit: str) -> d
 
 
 def _regimes(folders: Sequence[Folder]) -> dict[str, Any]:
-    """Bounded records by job, task and regime; budgets that did the same are one row."""
+    """Bounded records by job, task and regime, and how often methods used fallbacks."""
     frame = pd.concat([one.frame for one in folders])
     fallbacks: Counter[str] = Counter()
     for text, count in frame["guards"].value_counts().items():
         fallbacks.update({name: int(count) * times for name, times in json.loads(text).items()})
     frame = frame[frame["tokens"] > 0]
     names = [name for name in REGIMES if name != "selecting" or (frame["regime"] == name).any()]
-    rows: dict[tuple[Any, ...], list[Any]] = {}
-    for (kind, prompt, task, tokens), part in frame.groupby(["kind", "prompt", "task", "tokens"], sort=False):
-        counts = [int((part["regime"] == name).sum()) for name in names]
-        sizes, sums = rows.setdefault((job_words(kind, prompt), task, *map(bool, counts)), [[], [0] * len(names)])
-        sizes.append(tokens)
-        sums[:] = [a + b for a, b in zip(sums, counts, strict=True)]
+    rows = [
+        {
+            "job": job_words(kind, prompt),
+            "task": task,
+            "counts": [int((part["regime"] == name).sum()) for name in names],
+        }
+        for (kind, prompt, task), part in frame.groupby(["kind", "prompt", "task"], sort=False)
+    ]
     return {
         "regime_words": {name: REGIMES[name] for name in names},
         "fallbacks": ", ".join(f"{name} {count:,}" for name, count in fallbacks.items()),
-        "regime_rows": [
-            {"job": key[0], "task": key[1], "budgets": ", ".join(f"{one:,}" for one in sorted(sizes)), "counts": sums}
-            for key, (sizes, sums) in rows.items()
-        ],
+        "regime_rows": rows,
     }

@@ -40,7 +40,7 @@ def task_trace(
             loaded.model, loaded.tokenizer, task, task_spec=spec, examples=[example], seed=seed, settings=settings,
             folder=Path(place), batch_size=1, options=options,
         )  # fmt: skip
-    return trace.row, Subject.of_task(task, spec, example, seed)
+    return trace.row, Subject.of_task(task, spec, example, seed, None, options.think_end)
 
 
 def prompt_trace(
@@ -60,10 +60,10 @@ def prompt_trace(
         one_thread_if_small(loaded.model),
         CompressedCache(loaded.model, "full", prompt_lengths=[len(prompt_P)]) as cache,
     ):
-        request = Request(prompt_P, most)
-        rules = TextRules(loaded.tokenizer, settings.sampling, options.think_end)
-        (wrote,) = decode_batch(loaded.model, cache, [request], sampling=settings.sampling, seed=seed, rules=rules)
-    return TraceRow(prompt_P, torch.tensor(wrote.tokens)), Subject("a prompt", seed=seed)
+        sampling, request = settings.sampling, Request(prompt_P, most)
+        rules = TextRules(loaded.tokenizer, sampling, options.think_end)
+        (wrote,) = decode_batch(loaded.model, cache, [request], sampling=sampling, seed=seed, rules=rules)
+    return TraceRow(prompt_P, torch.tensor(wrote.tokens)), Subject("a prompt", seed=seed, think_end=options.think_end)
 
 
 def text_trace(loaded: LoadedModel, file: Path, prompt: str | None, options: TaskOptions) -> tuple[TraceRow, Subject]:

@@ -176,4 +176,4 @@ def figure_note(frame: pd.DataFrame) -> str:
     choosing = selecting(frame)
     if choosing and "on_top" in policies:
         words += f"; not drawn, as their budget is what is read in all: {listed(choosing)}"
-    return f"Band: one standard error over traces. {words[:1].upper()}{words[1:]}."
+    return f"Band or bar: one standard error over traces. {words[:1].upper()}{words[1:]}."

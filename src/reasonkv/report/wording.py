@@ -38,6 +38,13 @@ def estimate_text(row: Mapping[str, Any], metric: str, digits: int, scale: float
     return number(mean * scale, digits) + ("" if math.isnan(se) else f" ±{se * scale:,.{digits}f}")
 
 
+def ends(row: Mapping[str, Any], metric: str) -> tuple[float, float]:
+    """Return the ends of a mean's interval: its own, or one standard error to each side; the mean where it has none."""
+    mean, se = row[metric], row[f"{metric}_se"]
+    low, high = row.get(f"{metric}_low", mean - se), row.get(f"{metric}_high", mean + se)
+    return (mean, mean) if math.isnan(low) else (low, high)
+
+
 def difference_text(one: Difference | None, digits: int, scale: float = 1) -> str:
     """Return `mean [low, high]` with signs, or `-` where nothing was compared."""
     if not isinstance(one, Difference):

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from reasonkv.calibration.tensors import read_tensors, write_tensors
-from reasonkv.identity import TESTBED_FOLDER, model_hash, shown_name
+from reasonkv.calibration.files import find_file, read_tensors, write_tensors
+from reasonkv.identity import model_hash, shown_name
 from reasonkv.methods import MethodError
 
 FILE = "reasonkv_gate.safetensors"
@@ -31,12 +31,10 @@ class Gate:
     """The trained part of SeerAttention-R on one model.
 
     Args:
-        layers: by index in the model, `query`, `key`, `query_norm` and `key_norm`, float32 (bfloat16 in the file);
-            empty for layers without full attention.
+        layers: `query`, `key`, `query_norm` and `key_norm` of every layer, float32; empty without full attention.
         page_size: tokens of the pages it was trained for.
         model: hash of the model it was trained on.
         source: what it was trained on, in words.
-
     """
 
     layers: Sequence[Mapping[str, Tensor]]
@@ -62,16 +60,7 @@ class Gate:
 def random_gate(
     shapes: Sequence[tuple[int, int, int] | None], page_size: int, model: str, *, seed: int = 0, source: str = "random"
 ) -> Gate:
-    """Return a gate before training, with normal weights of variance 1 / inputs.
-
-    Args:
-        shapes: see `Gate.shapes`.
-        page_size: tokens of a page.
-        model: the model's hash.
-        seed: of the weights.
-        source: for the record.
-
-    """
+    """Return a gate of `Gate.shapes` before training, with normal weights of variance 1 / inputs."""
     generator = torch.Generator().manual_seed(seed)
 
     def of(shape: tuple[int, int, int] | None) -> dict[str, Tensor]:
@@ -125,20 +114,13 @@ def find_gate(model: PreTrainedModel, explicit: Path | str | None = None) -> Gat
     Looked for in this order: `explicit`; `reasonkv_gate.safetensors` in the model's folder; the bundled model's own,
     which also serves copies of that model elsewhere.
 
-    Args:
-        model: a causal language model.
-        explicit: a gate's file; then no other place is looked at.
-
     Raises:
         GateError: there is none (the message is the command that trains one), or it is damaged or another model's.
     """
-    digest, bundled = model_hash(model), TESTBED_FOLDER / FILE
+    digest = model_hash(model)
     command = f"`reasonkv train-gate --model {shown_name(model)} --text FILE --out {FILE}`"
-    path = Path(str(model.name_or_path) if explicit is None else explicit).expanduser()
-    path = path / FILE if explicit is None else path
-    if explicit is None and not path.is_file() and bundled.is_file() and load_gate(bundled).model == digest:
-        path = bundled
-    if explicit is None and not path.is_file():
+    path = find_file(model, digest, FILE, load_gate, explicit)
+    if path is None:
         raise GateError(f"There is no gate for this model; train one with {command}.")
     found = load_gate(path)
     if found.model != digest:

@@ -5,13 +5,14 @@ Nothing here imports torch before a job runs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from reasonkv.calibration.corpus_job import CorpusError, CorpusJob
-from reasonkv.seer.recipe import GateRecipe
+from reasonkv.calibration.job import CorpusError, CorpusJob
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -24,11 +25,38 @@ _PAGES = (4, 8, 16)
 
 
 @dataclass(frozen=True, kw_only=True)
+class GateRecipe:
+    """How a gate is trained; the defaults are the paper's, except for `queries` and what a sequence is.
+
+    Args:
+        page_size: Tokens of a page.
+        steps: Optimizer steps.
+        rows: Sequences of one step.
+        queries: Most queries of a sequence that are trained on, spread evenly over those after its prompt.
+        rate: Peak of the learning rate, reached after the warmup and followed by a cosine down to a hundredth.
+        warmup: Steps of the warmup.
+        seed: Seed of the first weights, and of the problems of tasks.
+    """
+
+    page_size: int = 64
+    steps: int = 800
+    rows: int = 16
+    queries: int = 256
+    rate: float = 1e-3
+    warmup: int = 20
+    seed: int = 0
+
+    def rate_at(self, step: int) -> float:
+        """Return the learning rate of a step, counted from 0."""
+        if step < self.warmup:
+            return self.rate * (step + 1) / self.warmup
+        done = (step - self.warmup) / max(1, self.steps - self.warmup)
+        return self.rate * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainGateJob(GateRecipe, CorpusJob):
     """Train the gate that the method `seer` chooses pages with; the model itself is not changed.
-
-    The gate learns to predict the model's own attention. Afterwards it is compared with an untrained gate and with
-    Quest on held-out text, by the share of attention that falls on equally many pages.
 
     Args:
         limit: Problems per task.
@@ -72,7 +100,7 @@ def run(
         model: a causal language model.
         tokenizer: its tokenizer.
         tasks: the tasks that `job.task` names.
-        progress: called with the steps done and the mean loss of the last 20.
+        progress: called with the steps done and the mean loss of the last 20 of them.
 
     Raises:
         CorpusError: the text cannot be read, or fills no two windows.
@@ -105,12 +133,10 @@ def run(
     untrained = random_gate(gate.shapes, gate.page_size, gate.model, seed=job.seed)
     kept: dict[int, dict[str, float]] = {}
     for pages in _PAGES:
-        try:
+        with suppress(GateError):  # no sequence has so many pages
             kept[pages] = {
                 "gate": kept_attention(model, held_out, SeerAttention(), pages, gate=gate),
                 "untrained gate": kept_attention(model, held_out, SeerAttention(), pages, gate=untrained),
                 "quest": kept_attention(model, held_out, Quest(page_size=gate.page_size), pages),
             }
-        except GateError:  # no sequence has so many pages
-            continue
     return TrainedGate(gate, source, sum(losses) / len(losses), kept)

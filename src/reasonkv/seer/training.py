@@ -25,7 +25,7 @@ from reasonkv.methods.seer import gate_keys, gate_logits, gate_queries
 from reasonkv.methods.sparse_read import FullPages, PageView, Parameters, Prepared, SelectionMethod
 from reasonkv.rotary import Rotary
 from reasonkv.seer.gate import Gate, GateError, random_gate
-from reasonkv.seer.recipe import GateRecipe
+from reasonkv.seer.job import GateRecipe
 
 
 def train_gate(
@@ -46,7 +46,7 @@ def train_gate(
         model: a causal language model; it is not changed.
         rows: sequences, begun again when they run out.
         recipe: how.
-        source: what `rows` are, for the record.
+        source: what `rows` are.
         on_step: called with the number of steps done and the step's loss, mean over layers.
 
     Raises:
@@ -59,16 +59,14 @@ def train_gate(
         for row in islice(repeated, recipe.rows):
             seen = _observe(model, row, recipe.queries)
             if gate is None:
-                shapes = [
-                    seen[i].shape if i in seen else None
-                    for i in range(model.config.get_text_config().num_hidden_layers)
-                ]
+                layers = range(model.config.get_text_config().num_hidden_layers)
+                shapes = [seen[i].shape if i in seen else None for i in layers]
                 gate = random_gate(shapes, recipe.page_size, model_hash(model), seed=recipe.seed, source=source)
                 gate = gate.to(model.device)
                 trained = [tensor.requires_grad_() for layer in gate.layers for tensor in layer.values()]
                 optimizer = torch.optim.AdamW(trained, lr=recipe.rate, weight_decay=0.0)
-            layers = [_loss(gate.layers[number], layer, recipe.page_size) for number, layer in seen.items()]
-            found = [loss for loss in layers if loss is not None]
+            of_layer = (_loss(gate.layers[number], layer, recipe.page_size) for number, layer in seen.items())
+            found = [loss for loss in of_layer if loss is not None]
             if found:
                 loss = torch.stack(found).sum() / recipe.rows
                 loss.backward()  # type: ignore[no-untyped-call]

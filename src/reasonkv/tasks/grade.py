@@ -20,6 +20,7 @@ from reasonkv.tasks.longbench import RULES
 from reasonkv.tasks.options import THINK, THINK_END
 
 _NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?(?:[eE][-+]?\d+)?(?![\w])|[-+]?\.\d+")
+_BRACES = re.compile(r"\\(?:boxed|fbox)\s*\{|[{}]")
 _CHOICES = (
     re.compile(r"(?i:answer)\s*(?i:is)?\s*[:：]?\s*\**\s*\(?([A-J])\)?\b(?!')"),
     re.compile(r"\(([A-J])\)"),
@@ -46,15 +47,20 @@ def after_thinking(output: str, end: str = THINK_END, *, required: bool = False)
     return None if required or THINK in output else output
 
 
+def boxes(text: str) -> list[str]:
+    r"""Return the contents of all closed `\boxed{...}` with balanced braces, in the order they open."""
+    found, opened = list[tuple[int, int]](), list[int]()  # one pass: a model in a loop writes thousands of open boxes
+    for match in _BRACES.finditer(text):
+        if match[0] != "}":
+            opened.append(match.end() if len(match[0]) > 1 else -1)
+        elif opened and (start := opened.pop()) >= 0:
+            found.append((start, match.start()))
+    return [text[start:end].strip() for start, end in sorted(found)]
+
+
 def last_box(text: str) -> str | None:
-    r"""Return the content of the last closed `\boxed{...}` with balanced braces, or None."""
-    for start in reversed([match.end() for match in re.finditer(r"\\(?:boxed|fbox)\s*\{", text)]):
-        depth = 1
-        for end in range(start, len(text)):
-            depth += {"{": 1, "}": -1}.get(text[end], 0)
-            if depth == 0:
-                return text[start:end].strip()
-    return None
+    r"""Return the content of the last closed `\boxed{...}`, or None."""
+    return next(reversed(boxes(text)), None)
 
 
 def last_number(text: str) -> str | None:

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import re
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from reasonkv.tasks.base import UNREAD, Grade, Problem, Task, TaskError
-from reasonkv.tasks.grade import after_thinking, final_line
+from reasonkv.tasks.grade import after_thinking, boxes, final_line, last_number
 from reasonkv.tasks.options import THINK_END
 
-_ONE = "{question}\n\nThink step by step. End with one line that says: Answer: <your answer>"
+# Small models answer at once where a prompt shows an answer line, and reason where it asks for a box.
+_ONE = "{question}\n\nReason step by step, and put the final answer in \\boxed{{}}."
 _MANY = (
-    "Solve these {count} problems one after another. Think step by step and end each with a line that says "
-    "Answer N: <your answer>, where N is the problem's number. When all are solved, repeat all {count} answers, one a "
-    "line, in the same form.\n\n{questions}"
+    "Solve the following {count} problems one after another. For each problem, write its number, reason step by step, "
+    "and put its final answer in \\boxed{{}}. At the end, repeat all {count} boxed answers in order.\n\n{questions}"
 )
 
 
@@ -59,16 +59,17 @@ class GymTask(Task):
         return Problem(self.spec, example, seed, split, prompt, "", answer)
 
     def grade(self, problem: Problem, output: str) -> Grade:
-        """Return the mean of the generator's own scores; the last answer with each number counts."""
+        """Return the mean of the generator's own scores; of several problems, the last whole round of boxes."""
         part = after_thinking(output, self.think_end)
         if part is None:
             return UNREAD
         items = self._items(problem.example, problem.seed)
         if self.per_prompt == 1:
-            found = [final_line(part)]
+            found: list[str | None] = [final_line(part)]
         else:
-            named = dict(re.findall(r"(?im)\banswer\s+(\d+)\s*[:：]\s*\**\s*(\S[^\n]*)", part))
-            found = [_clean(named[str(n)]) if str(n) in named else None for n in range(1, len(items) + 1)]
+            boxed = boxes(part)
+            start = max(0, len(boxed) // self.per_prompt - 1) * self.per_prompt
+            found = [*boxed[start:], *[None] * self.per_prompt][: self.per_prompt]
         if all(one is None for one in found):
             return UNREAD
         scores = [self._score(item, text) for item, text in zip(items, found, strict=True)]
@@ -83,9 +84,10 @@ class GymTask(Task):
     def _score(self, item: dict[str, Any], text: str | None) -> float:
         if text is None:
             return 0.0
-        # most scorers give 0.01 to a wrong answer in the right form
-        score = float(_create(self.dataset, {**self.config, "seed": 0, "size": 1}).score_answer(text, item))
-        return score if score >= 0.1 else 0.0
+        dataset = _create(self.dataset, {**self.config, "seed": 0, "size": 1})
+        number = last_number(text) if _is_number(item["answer"]) else None  # "17 pencils" is 17
+        score = max(float(dataset.score_answer(one, item)) for one in (text, number) if one is not None)
+        return score if score >= 0.1 else 0.0  # most scorers give 0.01 to a wrong answer in the right form
 
 
 def gym_task(spec: str, options: Mapping[str, str], think_end: str = THINK_END) -> GymTask:
@@ -144,6 +146,8 @@ def _value(text: str) -> Any:
     return text
 
 
-def _clean(text: str) -> str:
-    boxed = re.search(r"\\boxed\{([^{}]*)\}", text)
-    return (boxed[1] if boxed else text).strip().strip("*$").strip().rstrip(".")
+def _is_number(answer: Any) -> bool:
+    try:
+        return math.isfinite(float(answer))
+    except (TypeError, ValueError):
+        return False

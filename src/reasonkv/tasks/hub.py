@@ -23,6 +23,20 @@ def standard_tasks() -> Mapping[str, Declaration]:
     return {path.stem: Declaration.from_file(path) for path in sorted(_FOLDER.glob("*.yaml"))}
 
 
+def declaration_of(spec: str) -> Declaration | None:
+    """Return the declaration of a task by its name or YAML file; None for families, files of rows and generators.
+
+    Raises:
+        TaskError: the file cannot be read, or there is no such subset.
+
+    """
+    if spec.endswith((".yaml", ".yml")):
+        return Declaration.from_file(Path(spec).expanduser())
+    name, _, rest = spec.partition(":")
+    subset = rest.partition(",")[0]
+    return standard_tasks()[name].subset("" if "=" in subset else subset) if name in standard_tasks() else None
+
+
 def standard_task(name: str, options: TaskOptions, subset: str = "", length: str | None = None) -> DataTask:
     """Make a named benchmark; what `options` set replaces what its file says.
 

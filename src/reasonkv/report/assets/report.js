@@ -42,8 +42,8 @@
     const tables = [...element.children];
     if (tables.length < 2) continue;
     const show = (at) => tables.forEach((one, index) => (one.hidden = String(index) !== at));
-    element.prepend(choice("Budget", tables.map((one, index) => [String(index), one.dataset.budget]), "0", show));
-    show("0");
+    element.prepend(choice("Budget", tables.map((one, index) => [String(index), one.dataset.budget]), element.dataset.glances, show));
+    show(element.dataset.glances); // where methods lie farthest apart
   }
 
   const AXES = [
@@ -75,16 +75,16 @@
     const state = { cohort: cohorts[0], axis: "tokens", metrics: {} };
     const controls = make("div", { class: "switches" });
     const panels = make("div", { class: "panels" });
-    const aside = make("p", { class: "muted note" });
-    root.append(controls, panels, aside);
+    root.append(controls, panels);
 
     const draw = (area, metric, title) => {
       const { spec, ...offer } = state.cohort.chart;
       const ink = getComputedStyle(document.documentElement).getPropertyValue("--ink").trim();
       const own = { ...inked({ ...spec, datasets: undefined, data: undefined }, ink), data: spec.data, datasets: spec.datasets };
-      own.params = own.params.map((one) => ({ task: state.task, regime: state.regime, metric }[one.name] === undefined ? one : { ...one, value: { task: state.task, regime: state.regime, metric }[one.name] }));
+      const set = { task: state.task, metric };
+      own.params = own.params.map((one) => (one.name in set ? { ...one, value: set[one.name] } : one));
       own.description = `${title} of every method against ${AXES.find(([key]) => key === state.axis)[2]}, ${state.task}`;
-      const rows = (spec.data.values || []).filter((one) => one.task === state.task && one.metric === metric && one.regime === state.regime);
+      const rows = (spec.data.values || []).filter((one) => one.task === state.task && one.metric === metric);
       const ticks = [...new Set(rows.map((one) => one[state.axis]).filter((one) => one))].sort((a, b) => a - b);
       for (const layer of own.layer) {
         if (!layer.encoding.x) continue;
@@ -94,8 +94,6 @@
       }
       // interpreted, not compiled: the page's policy allows no code made from text
       window.vegaEmbed(area, own, { ast: true, actions: false, renderer: "svg", config: theme() });
-      const elsewhere = new Set((spec.data.values || []).filter((one) => one.task === state.task && one.tokens && one.regime !== state.regime).map((one) => `${one.method} ${one.tokens} ${one.regime}`)).size;
-      aside.textContent = elsewhere ? `${elsewhere} cell${elsewhere === 1 ? "" : "s"} of this task ${elsewhere === 1 ? "is" : "are"} in another regime and not drawn here.` : "";
     };
 
     const redraw = () => {
@@ -114,16 +112,14 @@
     };
 
     const setUp = () => {
-      const { tasks, regimes } = state.cohort.chart;
+      const { tasks } = state.cohort.chart;
       if (!tasks.includes(state.task)) state.task = tasks[0];
-      if (!regimes.includes(state.regime)) state.regime = regimes[0];
       const set = (name) => (value) => { state[name] = value; redraw(); };
       const same = (names) => names.map((one) => [one, one]);
       controls.replaceChildren(
         choice("Results", cohorts.map((one) => [one.label, one.label]), state.cohort.label, (value) => { state.cohort = cohorts.find((one) => one.label === value); setUp(); }),
         choice("Task", same(tasks), state.task, set("task")),
         choice("Against", AXES.map(([key, name]) => [key, name]), state.axis, set("axis")),
-        choice("Regime", same(regimes), state.regime, set("regime")),
       );
       redraw();
     };

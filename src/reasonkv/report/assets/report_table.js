@@ -14,37 +14,16 @@ window.reasonkv = window.reasonkv || {};
     return element;
   };
 
-  const number = (value, digits, sign = false) => {
-    const text = Math.abs(value).toLocaleString("en-US", { minimumFractionDigits: digits, maximumFractionDigits: digits });
-    const zero = !/[1-9]/.test(text);
-    return (zero ? "" : value < 0 ? "\u2212" : sign ? "+" : "") + text;
-  };
+  const raw = (column, row) => column.texts[column.at[row]];
 
-  const raw = (column, row) => (column.kind === "words" ? column.words[column.at[row]] : column.values[row]);
-
-  // what a cell says, as [value, aside]
-  const cellText = (column, row) => {
-    const value = raw(column, row);
-    if (value === null || value === undefined) return ["\u2013", ""];
-    if (column.kind === "words") return [value, ""];
-    const scaled = value * column.scale;
-    if (column.kind === "number") return [number(scaled, column.digits), ""];
-    if (column.kind === "estimate") {
-      const se = column.se[row];
-      return [number(scaled, column.digits), se === null ? "" : `\u00b1${number(se * column.scale, column.digits)}`];
-    }
-    const ends = [column.low[row], column.high[row]].map((end) => number(end * column.scale, column.digits, true));
-    return [number(scaled, column.digits, true), `[${ends.join(", ")}]`];
-  };
-
-  const compare = (column) => {
-    if (column.kind === "words") {
-      const order = column.words.map((word, index) => [word, index]).sort((a, b) => a[0].localeCompare(b[0], "en", { numeric: true }));
-      const rank = [];
-      order.forEach(([, index], place) => (rank[index] = place));
-      return (a, b) => rank[column.at[a]] - rank[column.at[b]];
-    }
-    return (a, b) => column.values[a] - column.values[b];
+  // rows in the order of a column's texts; by their first number where the column is one
+  const order = (column) => {
+    const value = (text) => parseFloat(text.replace(/,/g, ""));
+    const compare = column.words ? (a, b) => a.localeCompare(b, "en", { numeric: true }) : (a, b) => value(a) - value(b);
+    const places = column.texts.map((text, index) => index).sort((a, b) => compare(column.texts[a], column.texts[b]));
+    const rank = [];
+    places.forEach((index, place) => (rank[index] = place));
+    return (row) => (raw(column, row) === "-" && !column.words ? null : rank[column.at[row]]);
   };
 
   const mountTable = (root, table, { label, filters = [], search = false, page = 50 }) => {
@@ -59,18 +38,17 @@ window.reasonkv = window.reasonkv || {};
     const visible = () => {
       const rows = [];
       const words = state.words.toLowerCase();
-      const texts = columns.filter((column) => column.kind === "words");
+      const texts = columns.filter((column) => column.words);
       for (let row = 0; row < table.rows; row += 1) {
         let keep = true;
-        for (const [key, wanted] of state.chosen) if (String(raw(byKey.get(key), row)) !== wanted) keep = false;
-        if (keep && words) keep = texts.some((column) => column.words[column.at[row]].toLowerCase().includes(words));
+        for (const [key, wanted] of state.chosen) if (raw(byKey.get(key), row) !== wanted) keep = false;
+        if (keep && words) keep = texts.some((column) => raw(column, row).toLowerCase().includes(words));
         if (keep) rows.push(row);
       }
       if (state.sort) {
-        const column = state.sort;
-        const order = compare(column);
-        const missing = (row) => column.kind !== "words" && column.values[row] === null;
-        rows.sort((a, b) => missing(a) - missing(b) || (missing(a) ? 0 : order(a, b) * (state.descending ? -1 : 1)) || a - b);
+        const rank = order(state.sort), sign = state.descending ? -1 : 1;
+        const missing = (row) => rank(row) === null;
+        rows.sort((a, b) => missing(a) - missing(b) || (missing(a) ? 0 : sign * (rank(a) - rank(b))) || a - b);
       }
       return rows;
     };
@@ -84,9 +62,10 @@ window.reasonkv = window.reasonkv || {};
             "tr",
             {},
             ...columns.map((column, index) => {
-              const [value, aside] = cellText(column, row);
+              const text = raw(column, row), end = column.words ? -1 : text.indexOf(" ");
+              const [value, aside] = end < 0 ? [text, ""] : [text.slice(0, end), text.slice(end + 1)];
               const tag = index === 1 ? "th" : "td";
-              const cell = make(tag, { class: column.kind === "words" ? "words" : "number", scope: tag === "th" ? "row" : null, text: value });
+              const cell = make(tag, { class: column.words ? "words" : "number", scope: tag === "th" ? "row" : null, text: value });
               if (aside) cell.append(" ", make("small", { text: aside }));
               return cell;
             }),
@@ -94,8 +73,8 @@ window.reasonkv = window.reasonkv || {};
         ),
       );
       const many = state.order.length;
-      const words = many === table.rows ? "" : ` of ${number(table.rows, 0)}`;
-      count.textContent = many > page ? `Rows ${number(from + 1, 0)} to ${number(Math.min(many, from + page), 0)} of ${number(many, 0)}` : `${number(many, 0)}${words} rows`;
+      const group = (n) => n.toLocaleString("en"), whole = many === table.rows ? "" : ` of ${group(table.rows)}`;
+      count.textContent = many > page ? `Rows ${group(from + 1)} to ${group(Math.min(many, from + page))} of ${group(many)}` : `${group(many)}${whole} rows`;
       pager.hidden = many <= page;
       const last = Math.max(0, Math.ceil(many / page) - 1);
       buttons.forEach(([button, target]) => (button.disabled = target(last) === state.page));
@@ -124,14 +103,14 @@ window.reasonkv = window.reasonkv || {};
     for (const key of filters) {
       const column = byKey.get(key);
       if (!column) continue;
-      const values = [...new Set(Array.from({ length: table.rows }, (_, row) => raw(column, row)))].filter((value) => value !== null);
+      const values = column.texts.filter((text) => text !== "-");
       if (values.length < 2) continue;
-      if (column.kind !== "words") values.sort((a, b) => a - b);
+      if (!column.words) values.sort((a, b) => parseFloat(a.replace(/,/g, "")) - parseFloat(b.replace(/,/g, "")));
       const select = make("select", { "data-filter": key, onchange: () => {
         if (select.value === "") state.chosen.delete(key);
         else state.chosen.set(key, select.value);
         refresh();
-      } }, make("option", { value: "", text: "all" }), ...values.map((value) => make("option", { value: String(value), text: column.kind === "words" ? value : number(value, 0) })));
+      } }, make("option", { value: "", text: "all" }), ...values.map((value) => make("option", { value, text: value })));
       tools.append(make("label", {}, make("span", { text: column.label }), select));
     }
     if (search) {
@@ -143,9 +122,9 @@ window.reasonkv = window.reasonkv || {};
     }
 
     const heads = columns.map((column) => {
-      const head = make("th", { scope: "col", "aria-sort": "none", "data-key": column.key, class: column.kind === "words" ? "words" : "number" });
+      const head = make("th", { scope: "col", "aria-sort": "none", "data-key": column.key, class: column.words ? "words" : "number" });
       head.append(make("button", { type: "button", class: "sort", title: column.meaning, text: column.label, onclick: () => {
-        state.descending = state.sort === column ? !state.descending : column.kind !== "words" && column.key !== "tokens";
+        state.descending = state.sort === column ? !state.descending : !column.words && column.key !== "tokens";
         state.sort = column;
         for (const other of heads) other.setAttribute("aria-sort", other === head ? (state.descending ? "descending" : "ascending") : "none");
         refresh();
@@ -157,5 +136,5 @@ window.reasonkv = window.reasonkv || {};
     refresh();
   };
 
-  Object.assign(window.reasonkv, { make, number, cellText, mountTable });
+  Object.assign(window.reasonkv, { make, mountTable });
 })();

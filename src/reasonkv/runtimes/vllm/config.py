@@ -85,6 +85,10 @@ class EngineConfig:
         assert budget is not None  # None only for a method that keeps everything, which is refused above
         return cls(method, budget, seed, calibration, log_requests)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return what responses say about the engine."""
+        return {"method": self.method.spec(), "budget": self.budget.to_dict(), "seed": self.seed}
+
     def describe(self) -> str:
         """Return one line for the log: method, budget and seed."""
         kept = self.budget

@@ -36,11 +36,13 @@ class Layout:
     Args:
         offset_HSD: by kind, int64, elements from the start of the block.
         is_rows: by kind: every slot is a row of D elements at a multiple of D, which is copied several times faster.
+        stride: by kind, elements from one dimension of every slot to its next; None where it is not the same.
 
     """
 
     offset_HSD: dict[Kind, Tensor]
     is_rows: dict[Kind, bool]
+    stride: dict[Kind, int | None]
 
     @classmethod
     def probe(cls, kv_cache: Tensor, block: int, heads: int, head_dim: int, write: Write) -> Layout:
@@ -76,12 +78,21 @@ class Layout:
                 )
         kv_cache[block].zero_()
         offset_HSD = {kind: offset.view(heads, S, head_dim) for kind, offset in found.items()}
-        return cls(offset_HSD, {kind: _is_rows(offset, kv_cache.stride(0)) for kind, offset in offset_HSD.items()})
+        stride = {kind: _stride(offset) for kind, offset in offset_HSD.items()}
+        is_rows = {
+            kind: stride[kind] == 1
+            and not kv_cache.stride(0) % head_dim
+            and not bool((offset[:, :, 0] % head_dim).any())
+            for kind, offset in offset_HSD.items()
+        }
+        return cls(offset_HSD, is_rows, stride)
 
     def read(self, kind: Kind, kv_cache: Tensor, blocks_BM: Tensor, slots_BHK: Tensor) -> Tensor:
         """Return keys or values of some slots, every head its own: [B, H, K, D]; slot s is in block s // S."""
         memory, lines = self._lines(kind, kv_cache, blocks_BM, slots_BHK)
-        return memory.index_select(0, lines).view(*slots_BHK.shape, -1)
+        # a CPU copies rows fastest by index_select, and what is strided by an index
+        found = memory.index_select(0, lines) if memory.is_contiguous() else memory[lines]
+        return found.view(*slots_BHK.shape, -1)
 
     def write_front(self, kind: Kind, kv_cache: Tensor, blocks_BM: Tensor, x_BHKD: Tensor) -> None:
         """Write keys or values to the first K slots of every row."""
@@ -90,7 +101,7 @@ class Layout:
         memory.index_copy_(0, lines, x_BHKD.reshape(-1, *memory.shape[1:]))
 
     def _lines(self, kind: Kind, kv_cache: Tensor, blocks_BM: Tensor, slots_BHK: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the cache's memory as rows of D or as single elements, and which of them some slots are."""
+        """Return the cache's memory as vectors of D or as single elements, and which of them some slots are."""
         H, S, D = (offset_HSD := self.offset_HSD[kind]).shape
         last = sum((size - 1) * stride for size, stride in zip(kv_cache.shape, kv_cache.stride(), strict=True))
         block_BHK = blocks_BM.long().gather(1, (slots_BHK // S).flatten(1)).view(slots_BHK.shape) * kv_cache.stride(0)
@@ -99,12 +110,16 @@ class Layout:
             memory = kv_cache.as_strided(((last + 1) // D, D), (D, 1))
             first_BHK = offset_HSD[:, :, 0].flatten()[slot_BHK]
             return memory, ((block_BHK + first_BHK) // D).flatten()
+        if (stride := self.stride[kind]) is not None:
+            memory = kv_cache.as_strided((last + 1 - (D - 1) * stride, D), (1, stride))
+            return memory, (block_BHK + offset_HSD[:, :, 0].flatten()[slot_BHK]).flatten()
         offsets_nD = offset_HSD.view(-1, D).index_select(0, slot_BHK.flatten())
         return kv_cache.as_strided((last + 1,), (1,)), offsets_nD.add_(block_BHK.reshape(-1, 1)).flatten()
 
 
-def _is_rows(offset_HSD: Tensor, block_stride: int) -> bool:
-    """Return whether every slot is a row of D consecutive elements, at a multiple of D."""
+def _stride(offset_HSD: Tensor) -> int | None:
+    """Return the elements between two neighbouring dimensions of a slot, or None where they differ."""
     D = offset_HSD.shape[2]
-    row_HSD = offset_HSD[:, :, :1] + torch.arange(D, device=offset_HSD.device)
-    return torch.equal(offset_HSD, row_HSD) and not bool((offset_HSD[:, :, 0] % D).any()) and block_stride % D == 0
+    stride = int(offset_HSD[0, 0, 1] - offset_HSD[0, 0, 0]) if D > 1 else 1
+    vector_HSD = offset_HSD[:, :, :1] + stride * torch.arange(D, device=offset_HSD.device)
+    return stride if stride > 0 and torch.equal(offset_HSD, vector_HSD) else None

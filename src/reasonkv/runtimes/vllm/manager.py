@@ -77,6 +77,7 @@ class BoundedManager(FullAttentionManager):  # type: ignore[misc]
         super().__init__(*args, **kwargs)
         self.allocations: dict[str, RequestAllocation] = {}
         self.prompts: OrderedDict[str, int] = OrderedDict()
+        self.layers = 0  # of the model; our scheduler shows them
         self.steps = 0  # with at least one token, so far
 
     def get_num_blocks_to_allocate(
@@ -158,6 +159,18 @@ class BoundedManager(FullAttentionManager):  # type: ignore[misc]
         state = one.now
         boundary = schedule.next_event(one.budget, state)
         return None if boundary is None else boundary - state.logical
+
+    def held(self, request_id: str) -> dict[str, int] | None:
+        """Return what a request holds that is about to be freed, and the bytes of a slot in all of this rank's layers.
+
+        None: it has had no step.
+        """
+        one = self.allocations.get(request_id)
+        if one is None:
+            return None
+        state = one.now
+        slot_bytes = self.kv_cache_spec.page_size_bytes * self.layers // self.block_size
+        return {"tokens": state.logical, "slots": state.physical, "slot_bytes": slot_bytes}
 
     def _new_allocation(self, request_id: str, num_tokens: int) -> RequestAllocation:
         longest, budget = self.kv_cache_spec.max_length, schedule.row_budget(self.kv_cache_spec.budget)

@@ -1,7 +1,8 @@
-"""vLLM's scheduler with two additions: `--scheduler-cls reasonkv.runtimes.vllm.scheduler.Scheduler`.
+"""vLLM's scheduler with three additions: `--scheduler-cls reasonkv.runtimes.vllm.scheduler.Scheduler`.
 
 It shows the manager of blocks what a request asked for, so a request may opt out of compression. It feeds no chunk
 across a compaction, so a preempted request, or one with a long prompt, has its compactions where it has them otherwise.
+A response says what its request held.
 Without `"reasonkv"` in `--additional-config` it is the stock scheduler.
 """
 
@@ -15,7 +16,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler as StockAsyncSched
 from vllm.v1.core.sched.scheduler import Scheduler as StockScheduler
 from vllm.v1.request import Request
 
-from reasonkv.runtimes.vllm.config import has_scheduler
+from reasonkv.runtimes.vllm.config import KEY, EngineConfig, has_scheduler
 from reasonkv.runtimes.vllm.manager import BoundedManager
 from reasonkv.runtimes.vllm.options import RequestConfig
 
@@ -36,8 +37,10 @@ class Scheduler(StockScheduler):  # type: ignore[misc]
         managers = self.kv_cache_manager.coordinator.single_type_managers
         bounded = [one for one in managers if isinstance(one, BoundedManager) and has_scheduler(vllm_config)]
         self._bounded: BoundedManager | None = bounded[0] if bounded else None
+        self._compression = EngineConfig.of(vllm_config)
         if self._bounded is not None:
             self._bounded.requests = self.requests
+            self._bounded.layers = sum(len(one.layer_names) for one in self.kv_cache_config.kv_cache_groups)
 
     def add_request(self, request: Request) -> None:
         """Take a new request; one with full KV gets no more tokens than the cache holds when it is alone."""
@@ -56,6 +59,15 @@ class Scheduler(StockScheduler):  # type: ignore[misc]
             self.grammar_compile_error_reqs.add(request.request_id)  # vLLM ends these so after the next step
         elif request.max_tokens > room and self.max_model_len > slots:
             request.max_tokens = room
+
+    def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> tuple[dict[str, Any] | None, ...]:
+        """Free a request that ended; its response says under `kv_transfer_params` what it held."""
+        held = None if self._bounded is None else self._bounded.held(request.request_id)
+        transfer, *others = super()._free_request(request, *args, **kwargs)
+        if held is not None:
+            assert self._compression is not None
+            transfer = {**(transfer or {}), KEY: self._compression.to_dict() | held}
+        return transfer, *others
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         """Schedule a step, and note the compactions that its number brings."""

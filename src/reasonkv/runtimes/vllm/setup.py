@@ -10,8 +10,7 @@ from torch import Tensor
 from vllm.distributed import get_tp_group
 
 from reasonkv.calibration import Calibration, CalibrationError
-from reasonkv.calibration.files import load_calibration
-from reasonkv.calibration.lookup import FILE
+from reasonkv.calibration.files import FILE, load_calibration
 from reasonkv.methods import Method, Requirements
 from reasonkv.resolve import check_model
 from reasonkv.rotary import Rotary, RotaryError

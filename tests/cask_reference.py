@@ -62,7 +62,6 @@ class CaskReference(CASK):
         promotion: scratch with this part of the core's lowest score joins the core; 0 is off (`promotion_score_ratio`).
         mass_gate: largest sum of scores of a pair, in mean scores of the best; 0 is off. It is dropped once phases were
             and no pair is left (`merge_score_mass_ratio_threshold`).
-
     """
 
     variant: Literal["corrected", "paper"] = "paper"

@@ -1,0 +1,64 @@
+"""A budget that was found, as a line of Python and a command: what to paste."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import fields
+from typing import Any
+
+from reasonkv.cli.flags import NAMES
+from reasonkv.errors import ReasonKVError
+from reasonkv.evaluate.job import BudgetOptions
+
+_RULE = ("interval", "sinks", "recent", "prompt", "trigger", "trigger_counts", "cut_prompt", "prefill_chunk")
+
+
+def python_line(method: str, budget: BudgetOptions, tokens: int) -> str:
+    """Return a `CompressedCache(...)` for a method's spec at a size; or why a cache cannot have it.
+
+    Args:
+        method: its spec.
+        budget: the rule.
+        tokens: the size; of a window, the slots kept of it.
+    """
+    from reasonkv.methods import get_method, refuse_future
+
+    chosen = get_method(method)
+    try:
+        refuse_future(chosen)
+    except ReasonKVError as error:
+        return f"# {error}"
+    usual = type(chosen)().options()
+    options = ", ".join(f"{name}={value!r}" for name, value in chosen.options().items() if value != usual[name])
+    made = f"{type(chosen).__name__}({options})"
+    if budget.window is not None:
+        size = f"Window(size={budget.window}, buffer={budget.window_buffer}, retention={tokens / budget.window:g})"
+        return f"CompressedCache(model, {made}, {size})"
+    rule = "".join(f", {name}={value!r}" for name, value in rule_fields(budget).items())
+    return f"CompressedCache(model, {made}, tokens={tokens}{rule})"
+
+
+def serve_line(model: str, method: str, budget: BudgetOptions, tokens: int) -> str:
+    """Return the `reasonkv serve` command for a method's spec at a size; or why vLLM does not run it."""
+    from reasonkv.methods import get_method
+    from reasonkv.runtimes.vllm.config import vllm_variant
+
+    try:
+        served = vllm_variant(get_method(method)).spec()
+    except ReasonKVError as error:
+        return f"# {error}"
+    words = ["reasonkv", "serve", model, "--method", served]
+    if budget.window is not None:
+        words += ["--window", str(budget.window), "--window-buffer", str(budget.window_buffer)]
+        words += ["--retention", f"{tokens / budget.window:g}"]
+    else:
+        words += ["--budget", str(tokens)]
+        for name, value in rule_fields(budget).items():
+            words += [NAMES.get(f"BudgetOptions.{name}", (f"--{name.replace('_', '-')}",))[0], str(value)]
+    return shlex.join(words)
+
+
+def rule_fields(budget: BudgetOptions) -> dict[str, Any]:
+    """Return the fields of the rule that are not the defaults."""
+    usual = {one.name: one.default for one in fields(budget)}
+    return {name: getattr(budget, name) for name in _RULE if getattr(budget, name) != usual[name]}

@@ -1,0 +1,324 @@
+"""`evaluate --endpoint URL`: a task answered by a server, by full KV first and then as the server compresses.
+
+Requests are sent at once, up to `concurrency`, so that the server runs its largest batch; a record is written the
+moment its answer comes. What a request held follows from lengths alone, so it is computed here and not measured.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+from typing import Any, cast
+
+from reasonkv.budget import Budget
+from reasonkv.evaluate.cells import RunConfig, make_budgets, make_methods, plan_cells
+from reasonkv.evaluate.endpoint import Endpoint, EndpointError
+from reasonkv.evaluate.generate import row_seed
+from reasonkv.evaluate.job import GenerateJob
+from reasonkv.evaluate.manifest import Manifest, open_results
+from reasonkv.evaluate.matching import attended_slots
+from reasonkv.evaluate.progress import Progress, silent
+from reasonkv.evaluate.records import RECORDS, AnswerRecord, FullOutput, RecordFile, record_key
+from reasonkv.evaluate.run import FULL_LIMIT, LONGER, MORE, Session, TaskRun
+from reasonkv.evaluate.settings import Sampling
+from reasonkv.evaluate.text import first_divergence, repetition
+from reasonkv.evaluate.traces import TraceError, file_name
+from reasonkv.methods import get_method
+from reasonkv.schedule import Lengths, next_event, step
+from reasonkv.tasks import Problem, Task, TaskError, get_task
+from reasonkv.tasks.options import THINK
+
+
+def run_remote(
+    job: GenerateJob, endpoint: Endpoint, folder: Path, progress: Progress = silent, *, command: str | None = None
+) -> list[AnswerRecord]:
+    """Run a job on a server into a results folder, or finish one that was stopped.
+
+    Args:
+        job: what to run; its methods and budget are the server's (`Endpoint.fitted`).
+        endpoint: the server.
+        folder: results folder; new, or one that the same job began.
+        progress: called as answers come.
+        command: the name it is recorded under; "evaluate" unless given.
+
+    Returns:
+        Every record of the folder.
+
+    Raises:
+        EndpointError: the server is away, or refused requests; what it answered is in the folder.
+        JobError, TaskError, TraceError: arguments that cannot be carried out.
+        ResultsError, RecordError: the folder belongs to something else, or is damaged.
+
+    """
+    job = endpoint.fitted(job)
+    methods, budgets = make_methods(job), make_budgets(job.budget)
+    arguments: dict[str, Any] = {
+        "endpoint": "reasonkv" if endpoint.served else "vllm" if endpoint.is_vllm else "openai",
+        "task": list(job.task),
+        "methods": [method.spec() for method in methods],
+        "budgets": [one.to_dict() for one in budgets],
+        "limit": job.limit,
+        "seed": job.seed,
+        "samples": job.samples,
+        "sampling": job.sampling.to_dict() if job.sampling != Sampling() else None,
+        "max_new_tokens": job.max_new_tokens,
+    }
+    if endpoint.served is not None:
+        arguments["server_seed"] = endpoint.served.seed
+    if job.options.to_dict():
+        arguments["options"] = job.options.to_dict()
+    # weights cannot be seen from here; a replica at another URL may go on with a folder
+    named = {"name": endpoint.name, "hash": hashlib.sha256(endpoint.name.encode()).hexdigest()[:16]}
+    manifest = Manifest(command=command or "evaluate", arguments=arguments, model=named, device=endpoint.url)
+    with open_results(folder, manifest):
+        file = RecordFile(folder / RECORDS, AnswerRecord)
+        session = Session(job, cast(Any, endpoint), folder, progress, manifest.run, file, None)
+        for spec in job.task:
+            task = RemoteTask(session, spec)
+            for config in plan_cells(methods, budgets):
+                task.run(config)
+        return list(file.records.values())
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One answer to write: the problem, the sample's number, and the prompt as the server takes it."""
+
+    problem: Problem
+    path: str  # of the API
+    prompt: Mapping[str, Any]  # the fields of the request that hold it
+    prompt_tokens: int | None = None  # where the server tells before
+    sample: int = 0
+
+    @property
+    def example(self) -> int:
+        """Number of the problem."""
+        return self.problem.example
+
+    @property
+    def output_key(self) -> str:
+        """Key of full KV's output."""
+        return record_key(self.example, self.sample)
+
+
+class RemoteTask(TaskRun):
+    """The problems of one task, answered by a server."""
+
+    kind = AnswerRecord
+
+    def __init__(self, session: Session, spec: str) -> None:
+        self.endpoint, self.job = cast(Endpoint, session.model), cast(GenerateJob, session.job)
+        task = get_task(spec, self.job.options)
+        if self.endpoint.tokenizer is None and type(task).for_tokenizer is not Task.for_tokenizer:
+            raise TaskError(f"{spec} counts in tokens; give the folder of the server's tokenizer as --model.")
+        super().__init__(session, spec)
+        self.outputs = RecordFile(session.folder / f"outputs-{file_name(spec)}.jsonl", FullOutput)
+        problems = [self.task.problem(example, seed=self.job.seed) for example in self.examples]
+        with ThreadPool(self.job.concurrency) as pool:
+            asked = pool.map(self._prompt, problems)
+        self.batches = [[replace(one, sample=sample) for one in asked for sample in range(self.job.samples)]]
+        self.limit = self.job.max_new_tokens or FULL_LIMIT
+        self.run(RunConfig(get_method("full"), None))
+        longest = max(len(self.outputs.records[item.output_key].tokens) for item in self.batches[0])
+        self.limit = self.job.max_new_tokens or math.ceil(LONGER * longest) + MORE
+
+    def is_whole(self, config: RunConfig, item: Asked) -> bool:
+        """Return whether full KV's record has its output in the folder."""
+        return config.budget is not None or item.output_key in self.outputs.records
+
+    def execute(self, config: RunConfig, batch: Sequence[Asked]) -> Iterator[AnswerRecord]:
+        """Ask for what is missing of a batch, all at once, and yield records as answers come."""
+        there = self.session.file.records
+        missing = [one for one in batch if self.key(config, one) not in there or not self.is_whole(config, one)]
+        refused, failed = list[EndpointError](), list[EndpointError]()
+
+        def ask(item: Asked) -> tuple[Asked, Answer | EndpointError]:
+            try:
+                return item, failed[0] if failed else self._ask(config, item)
+            except EndpointError as error:
+                return item, error
+
+        with ThreadPool(max(1, min(self.job.concurrency, len(missing)))) as pool:
+            for item, answer in pool.imap_unordered(ask, missing):
+                if isinstance(answer, EndpointError):  # what is on its way is waited for, and nothing else is sent
+                    (refused if answer.refused else failed).append(answer)
+                    continue
+                self.meter.add(len(answer.tokens))
+                yield self._record(config, item, answer)
+        if failed:
+            raise failed[0]
+        if refused:
+            raise EndpointError(
+                f"The server refused {len(refused)} of {len(missing)} requests, the first one so: {refused[0]}"
+            )
+
+    def _prompt(self, problem: Problem) -> Asked:
+        """Return a prompt as the server takes it; vLLM makes its token ids."""
+        options, ask = self.job.options, self.endpoint.ask
+        system = [] if options.system is None else [{"role": "system", "content": options.system}]
+        chat: dict[str, Any] = {"messages": [*system, {"role": "user", "content": problem.prompt}]}
+        if options.thinking is not None:
+            chat["chat_template_kwargs"] = {"enable_thinking": options.thinking == "on"}
+        chats = options.chat == "on" or (options.chat == "auto" and self.task.chat)
+        if not self.endpoint.is_vllm:
+            plain = {"prompt": problem.prompt}
+            return Asked(problem, "/chat/completions", chat) if chats else Asked(problem, "/completions", plain)
+        named, plain = {"model": self.endpoint.name}, {"prompt": problem.prompt, "add_special_tokens": self.task.chat}
+        try:
+            found = ask("/tokenize", named | (chat if chats else plain), root=True)
+        except EndpointError as error:
+            if not (error.refused and chats and options.chat == "auto"):
+                raise
+            found = ask("/tokenize", named | plain, root=True)  # the tokenizer has no chat template
+        context = self.endpoint.context
+        if context is not None and found["count"] >= context:
+            raise TraceError(
+                f"A prompt of {self.task.name} has {found['count']} tokens, but the server takes {context} in all; "
+                "choose easier dials for the task, or start the server with a larger --max-model-len."
+            )
+        return Asked(problem, "/completions", {"prompt": found["tokens"]}, int(found["count"]))
+
+    def _ask(self, config: RunConfig, item: Asked) -> Answer:
+        """Send one request."""
+        sampling, endpoint, began = self.job.sampling, self.endpoint, time.perf_counter()
+        room = None if endpoint.context is None or item.prompt_tokens is None else endpoint.context - item.prompt_tokens
+        # what a server takes unless told otherwise may come from the model's generation_config.json
+        usual = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0} if endpoint.is_vllm else {}
+        given = {name: getattr(sampling, name) for name in ("top_k", "min_p", "repetition_penalty")}
+        body: dict[str, Any] = {
+            "model": endpoint.name,
+            **item.prompt,
+            "max_tokens": self.limit if room is None else min(self.limit, room),
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p if sampling.draws else 1.0,
+            **usual,
+            **{name: value for name, value in given.items() if value is not None},
+        }
+        if sampling.stop:
+            body["stop"] = list(sampling.stop)
+        own = row_seed(item.example, item.sample)
+        if sampling.draws:
+            body["seed"] = zlib.crc32(f"{self.job.seed} {own}".encode())
+        if endpoint.is_vllm:
+            body["return_token_ids"] = True
+        if endpoint.served is not None:
+            wish = {"seed": own} if config.budget is not None else {"enabled": False}
+            body["vllm_xargs"] = {"reasonkv": json.dumps(wish)}
+        found = Answer.of(endpoint.ask(item.path, body), self.job.options.think_end, item.prompt_tokens)
+        found = replace(found, seconds=time.perf_counter() - began)
+        if found.thinking_tokens is not None or not endpoint.is_vllm:
+            return found
+        head, mark, _ = found.text.rpartition(self.job.options.think_end)
+        words = {"model": endpoint.name, "prompt": head + mark, "add_special_tokens": False}
+        counted = int(endpoint.ask("/tokenize", words, root=True)["count"])
+        return replace(found, thinking_tokens=min(found.output_tokens, counted))
+
+    def _record(self, config: RunConfig, item: Asked, answer: Answer) -> AnswerRecord:
+        place = {"example": item.example, "sample": item.sample, "prompt_tokens": answer.prompt_tokens}
+        if config.budget is None:  # before the record, so that a record never lacks its output
+            self.outputs.append([FullOutput(**place, tokens=answer.tokens)])
+        full, grade = self.outputs.records[item.output_key].tokens, self.task.grade(item.problem, answer.text)
+        slot_bytes = 0 if self.endpoint.served is None else self.endpoint.served.slot_bytes
+        return AnswerRecord(
+            **self.identity(config),
+            **place,
+            **held(config.budget, answer.prompt_tokens, answer.prompt_tokens + answer.output_tokens - 1, slot_bytes),
+            output_tokens=answer.output_tokens,
+            seconds=round(answer.seconds, 4),
+            truncated=answer.truncated,
+            repetition=repetition(answer.tokens),
+            first_divergence=first_divergence(answer.tokens, full),
+            output=answer.text,
+            correct=grade.score == 1,
+            score=grade.score,
+            extracted=grade.extracted,
+            grader_error=grade.error,
+            thinking_tokens=answer.thinking_tokens,
+        )
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer of a server.
+
+    Args:
+        text: with its thinking.
+        tokens: ids, or where the server gives none, a hash of every word, which tells loops and differences as well.
+        prompt_tokens, output_tokens: as the server counts them.
+        truncated: whether the limit ended it.
+        thinking_tokens: None where the server does not tell.
+        seconds: from the request to the answer.
+
+    """
+
+    text: str
+    tokens: list[int]
+    prompt_tokens: int
+    output_tokens: int
+    truncated: bool
+    thinking_tokens: int | None
+    seconds: float = 0.0
+
+    @classmethod
+    def of(cls, response: Mapping[str, Any], think_end: str, prompt_tokens: int | None) -> Answer:
+        """Read a response of either kind.
+
+        Raises:
+            EndpointError: it is none.
+
+        """
+        try:
+            choice, usage = response["choices"][0], response.get("usage") or {}
+            message = choice.get("message")
+            text = str(choice["text"] if message is None else message.get("content") or "")
+        except (KeyError, IndexError, TypeError, AttributeError):
+            raise EndpointError("The server's answer has no text; see that its URL is of the OpenAI API.") from None
+        thought = (message or {}).get("reasoning_content") or (message or {}).get("reasoning")
+        if thought:  # which some servers take out of the text
+            text = f"{THINK}{thought}{think_end}{text}"
+        tokens = choice.get("token_ids") or [zlib.crc32(word.encode()) for word in text.split()]
+        output_tokens = int(usage.get("completion_tokens") or max(1, len(tokens)))
+        thinking = (usage.get("completion_tokens_details") or {}).get("reasoning_tokens") or None
+        if thinking is None and think_end not in text:
+            thinking = output_tokens if THINK in text else 0
+        prompt_tokens = int(prompt_tokens or usage.get("prompt_tokens") or 1)
+        return cls(text, tokens, prompt_tokens, output_tokens, choice.get("finish_reason") == "length", thinking)
+
+
+def held(budget: Budget | None, prompt: int, fed: int, slot_bytes: int) -> dict[str, Any]:
+    """Return what a sequence held, as `Measured` records have it; a policy of lengths alone decides all of it.
+
+    Args:
+        budget: None for full KV.
+        prompt: tokens of the prompt.
+        fed: tokens fed in all, prompt included.
+        slot_bytes: of one slot in all layers; 0 where it is not known.
+
+    """
+    state, peak, events = Lengths(prompt=prompt), 0, 0
+    while state.logical < fed:
+        end = prompt if state.logical < prompt else fed
+        event = next_event(budget, state)
+        n = min(end, end if event is None else event) - state.logical
+        peak = max(peak, state.physical + n)
+        state, kept = step(budget, state, n)
+        events += kept is not None
+    after = fed - prompt
+    return {
+        "physical_mean": attended_slots(budget, prompt, fed) / after if after else 0.0,
+        "physical_peak": float(peak),
+        "physical_terminal": float(state.physical),
+        "saved_ratio_terminal": 1 - state.physical / fed,
+        "bytes_held": state.physical * slot_bytes,
+        "bytes_peak": peak * slot_bytes,
+        "bytes_full": fed * slot_bytes,
+        "events": events,
+        "tokens_dropped": fed - state.physical,
+    }
