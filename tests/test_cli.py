@@ -173,7 +173,7 @@ def test_generate_says_what_is_wrong_in_one_sentence(model: str, arguments: list
     [
         (["replya"], 'Unknown command "replya"; did you mean "replay"; see `reasonkv --help`.'),
         (["replay", "--task", "program"], "Give --out a value; see `reasonkv replay --help`."),
-        (["replay", "--tsk", "program"], "did you mean --task instead of --tsk; see `reasonkv replay --help`."),
+        (["evaluate", "--tsk", "program"], "did you mean --task instead of --tsk; see `reasonkv evaluate --help`."),
         (["replay", "--task"], "Give --task a value"),
         (["demo", "--limit", "many"], 'Invalid value for --limit: unable to convert "many" into int'),
         (["methods", "rkv", "snapkv"], "Unexpected argument 'snapkv'"),

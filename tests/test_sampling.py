@@ -4,6 +4,7 @@ published settings."""
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,9 +18,10 @@ from reasonkv.evaluate.generate import decode as text_of
 from reasonkv.evaluate.generate import encode
 from reasonkv.evaluate.job import GenerateJob, JobError, ReplayJob, Sampling, TraceSettings
 from reasonkv.evaluate.published import DIRECT, OPEN, THINKING, fill, with_published
+from reasonkv.evaluate.run import run
 from reasonkv.evaluate.sampling import FIRST, likely_tokens
 from reasonkv.models import LoadedModel
-from reasonkv.tasks import get_task
+from reasonkv.tasks import TaskOptions, get_task
 from reasonkv.tasks.declaration import Declaration
 
 WARPERS = {"top_k": TopKLogitsWarper, "top_p": TopPLogitsWarper, "min_p": MinPLogitsWarper}
@@ -144,6 +146,22 @@ def test_a_task_s_own_sampling_counts_where_the_family_has_none(monkeypatch: pyt
             fill(asked, named("own"), others)
     with pytest.raises(JobError, match="Nobody publishes sampling for own"):
         fill(asked, named("own"), ["program"])
+
+
+def test_a_task_s_own_limit_and_stop_texts_count(tmp_path: Path) -> None:
+    def task(text: str = "") -> str:
+        (tmp_path / "rows.jsonl").write_text('{"question": "w", "answer": "x"}\n')
+        fields = "dataset: rows.jsonl\nprompt: '{question}'\nanswer: answer\ngrade: exact\nmax_new_tokens: 20\n"
+        (tmp_path / "task.yaml").write_text(fields + text)
+        return str(tmp_path / "task.yaml")
+
+    loaded, options = tiny_loaded(), TaskOptions(chat="off")
+    (plain,) = run(GenerateJob(task=task(), methods="full", options=options), loaded, tmp_path / "plain")
+    assert plain.output_tokens == 20
+    word = plain.output.split()[5]
+    job = GenerateJob(task=task(f"stop: ['{word}']\n"), methods="full", options=options)
+    (stopped,) = run(job, loaded, tmp_path / "stopped")
+    assert (stopped.output, stopped.truncated) == (plain.output.partition(word)[0], False)
 
 
 @pytest.mark.parametrize(

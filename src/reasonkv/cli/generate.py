@@ -78,6 +78,7 @@ def generate(
     problems: Sequence[Any] = [None] if family is None else [family.problem(i, seed=seed) for i in range(limit)]
     loaded = model.load()
     sampling = fill(sampling, loaded, () if task is None else (task,), options.thinking)
+    sampling = sampling.stopping(() if family is None else family.stop)
     rules = TextRules(loaded.tokenizer, sampling, options.think_end)
     rows = []
     for problem in problems:

@@ -154,8 +154,8 @@ class GenerateJob(Job):
     Args:
         samples: Answers per problem; more than one needs a temperature.
         sampling: How tokens are drawn.
-        max_new_tokens: Most tokens of an answer. Unless given, 2,048 for full KV, and for the others 1.25 times its
-            longest output of the task and 32 more. The model's context bounds both.
+        max_new_tokens: Most tokens of an answer. Unless given, the task's own limit or 2,048 for full KV, and for the
+            others 1.25 times its longest output of the task and 32 more. The model's context bounds both.
         endpoint: URL of a server with the OpenAI API that answers instead of a model of this process. One that
             `reasonkv serve` started answers twice: with full KV, and with its own method and budget.
         concurrency: Requests that an endpoint gets at once.

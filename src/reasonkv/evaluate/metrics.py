@@ -44,12 +44,13 @@ class TeacherLogprobs:
         if k >= logits_NV.shape[-1]:
             logprobs_NV = logits_NV.float().log_softmax(-1)
             return cls(None, logprobs_NV, logprobs_NV.new_full(logprobs_NV.shape[:1], -torch.inf))
-        ids, taken, rests = [], [], []
-        for part_nV in logits_NV.split(_slice(logits_NV)):
-            top = part_nV.float().topk(k, dim=-1)
-            logprobs_nk, rest_n, _ = _split(part_nV, top.indices)
-            ids.append(top.indices), taken.append(logprobs_nk), rests.append(rest_n)
-        return cls(torch.cat(ids), torch.cat(taken), torch.cat(rests))
+        parts = []
+        for start in range(0, len(logits_NV), size := _slice(logits_NV)):
+            scores_nV = logits_NV[start : start + size].to(torch.float32, copy=True)
+            ids_nk = scores_nV.topk(k, dim=-1).indices
+            logprobs_nk, rest_n, _ = _split(scores_nV, ids_nk)
+            parts.append((ids_nk, logprobs_nk, rest_n))
+        return cls(*map(torch.cat, zip(*parts, strict=True)))
 
     def best_N(self) -> Tensor:
         """Return the most likely token at each position, int64."""
@@ -97,17 +98,18 @@ class TraceScore:
             self._add(logits_NV[start:stop], tokens_N[start:stop, None], own)
 
     def _add(self, logits_NV: Tensor, tokens_N1: Tensor, teacher: TeacherLogprobs) -> None:
-        scores_NV = logits_NV.float()
+        scores_NV = logits_NV.to(torch.float32, copy=True)
+        # tokens as likely as the best one are no better; which of them a sort puts first is chance
+        better_NV = scores_NV > scores_NV.gather(1, teacher.best_N()[:, None])
+        rank_N = better_NV.sum(-1, dtype=torch.int32)
         if teacher.ids_Nk is None:
             logprobs_NV = scores_NV.log_softmax(-1)
             kl_N, token_N1 = _cross(teacher.logprobs_Nk, logprobs_NV).sum(-1), logprobs_NV.gather(1, tokens_N1)
         else:
+            token_N1 = scores_NV.gather(1, tokens_N1)
             logprobs_Nk, rest_N, mass_N1 = _split(scores_NV, teacher.ids_Nk)
             kl_N = _cross(teacher.logprobs_Nk, logprobs_Nk).sum(-1) + _cross(teacher.rest_N, rest_N)
-            token_N1 = scores_NV.gather(1, tokens_N1) - mass_N1
-        # tokens as likely as the best one are no better; which of them a sort puts first is chance
-        better_NV = scores_NV > scores_NV.gather(1, teacher.best_N()[:, None])
-        rank_N = better_NV.sum(-1, dtype=torch.int32)
+            token_N1 = token_N1 - mass_N1
         found = (-token_N1[:, 0], kl_N, rank_N < 1, rank_N < 5)
         self._chunks.append(tuple(one.cpu() for one in found))
 
@@ -145,10 +147,13 @@ def _split(scores_NV: Tensor, ids_Nk: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the log-probabilities of some tokens [N, k] and of all others together [N], and log sum exp [N, 1].
 
     The rest is summed over what is left rather than 1 - the sum of what is taken, which cancels when it is small.
+
+    Args:
+        scores_NV: float32 logits, which are overwritten.
+        ids_Nk: the tokens.
     """
-    left_NV = scores_NV.to(torch.float32, copy=True)
-    taken_Nk = left_NV.gather(1, ids_Nk)
-    rest_N1 = left_NV.scatter_(1, ids_Nk, -torch.inf).logsumexp(-1, keepdim=True)
+    taken_Nk = scores_NV.gather(1, ids_Nk)
+    rest_N1 = scores_NV.scatter_(1, ids_Nk, -torch.inf).logsumexp(-1, keepdim=True)
     mass_N1 = torch.logaddexp(rest_N1, taken_Nk.logsumexp(-1, keepdim=True))
     return taken_Nk - mass_N1, (rest_N1 - mass_N1)[:, 0], mass_N1
 

@@ -9,7 +9,7 @@ from typing import Protocol
 class Progress(Protocol):
     """Called after every decode step or chunk, and whenever a sequence ends."""
 
-    def __call__(self, what: str, done: int, total: int, *, tokens: int = 0, right: float | None = None) -> None:
+    def __call__(self, what: str, done: int, total: int, /, *, tokens: int = 0, right: float | None = None) -> None:
         """Show what is being done.
 
         Args:

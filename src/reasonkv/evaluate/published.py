@@ -12,7 +12,7 @@ from reasonkv.models import LoadedModel
 from reasonkv.tasks.hub import declaration_of
 
 S = TypeVar("S", bound=Sampling)
-J = TypeVar("J", ReplayJob, GenerateJob)
+J = TypeVar("J", bound=ReplayJob | GenerateJob)
 
 THINKING = {"temperature": 0.6, "top_p": 0.95, "top_k": 20}
 DIRECT = {"temperature": 0.7, "top_p": 0.8, "top_k": 20}

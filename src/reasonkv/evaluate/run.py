@@ -40,7 +40,7 @@ from reasonkv.tasks import get_task
 from reasonkv.tasks.given import GivenTraces
 
 FULL_LIMIT = 2048
-"""Most tokens full KV writes unless a limit is given."""
+"""Most tokens full KV writes unless the job or the task has a limit."""
 LONGER, MORE = 1.25, 32
 """A method may write this many times full KV's longest output of the task, and this many tokens more."""
 
@@ -139,12 +139,7 @@ def open_session(
 
 
 class TaskRun(ABC):
-    """One task of a job: its items (traces, or answers to write) in batches, and what ran on them.
-
-    Args:
-        session: what the tasks share.
-        spec: the task.
-    """
+    """One task of a job: its items (traces, or answers to write) in batches, and what ran on them."""
 
     kind: type[Measured]
     batches: list[list[Any]]
@@ -290,7 +285,8 @@ class GenerateTask(TaskRun):
         items.sort(key=lambda item: (len(item.prompt_P), item.example, item.sample))
         self.longest = max(len(prompt_P) for prompt_P in prompts)
         self.in_batches(items)
-        self.limit = self.job.max_new_tokens or FULL_LIMIT
+        self.sampling = self.job.sampling.stopping(self.task.stop)
+        self.limit = self.job.max_new_tokens or self.task.max_new_tokens or FULL_LIMIT
         self.run(RunConfig(get_method("full"), None))
         outputs = [self.outputs.records[item.output_key] for item in items]
         self.limit = self.job.max_new_tokens or math.ceil(LONGER * max(len(one.tokens) for one in outputs)) + MORE
@@ -318,9 +314,9 @@ class GenerateTask(TaskRun):
             max_length=self.longest + room(model, self.longest, self.limit),
             calibration=calibration,
         ) as cache:
-            rules = TextRules(self.session.model.tokenizer, job.sampling, job.options.think_end)
+            rules = TextRules(self.session.model.tokenizer, self.sampling, job.options.think_end)
             for number, answer in decode_rows(
-                model, cache, requests, sampling=job.sampling, seed=job.seed, rules=rules, on_tokens=self.meter.add
+                model, cache, requests, sampling=self.sampling, seed=job.seed, rules=rules, on_tokens=self.meter.add
             ):
                 yield self.answer(config, batch[number], answer)
 
@@ -330,8 +326,8 @@ class GenerateTask(TaskRun):
         if config.budget is None:
             self.outputs.append([FullOutput(**place, tokens=answer.tokens)])
         full = self.outputs.records[item.output_key].tokens
-        tokenizer, job = self.session.model.tokenizer, self.job
-        opened = opens_thinking(tokenizer, item.prompt_P, job.options.think_end)
+        tokenizer, options = self.session.model.tokenizer, self.job.options
+        opened = opens_thinking(tokenizer, item.prompt_P, options.think_end)
         return self.record(
             config,
             answer.stats,
@@ -341,7 +337,7 @@ class GenerateTask(TaskRun):
             truncated=answer.truncated,
             repetition=repetition(answer.tokens),
             first_divergence=first_divergence(answer.tokens, full),
-            **graded(self.task, item.problem, answer.tokens, tokenizer, job.options, job.sampling.stop, opened),
+            **graded(self.task, item.problem, answer.tokens, tokenizer, options, self.sampling.stop, opened),
         )
 
 

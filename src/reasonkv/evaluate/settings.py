@@ -53,7 +53,8 @@ class Sampling:
     USUAL: ClassVar[Mapping[str, float]] = {"temperature": 0.0, "top_p": 0.95}
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        stop: Any = self.stop
+        object.__setattr__(self, "stop", (stop,) if isinstance(stop, str) else tuple(stop))
         if self.preset is None:
             for name, value in self.USUAL.items():
                 if getattr(self, name) is None:
@@ -80,6 +81,10 @@ class Sampling:
         """Return these settings with what is not given taken from published values."""
         given = {name: value for name, value in published.items() if getattr(self, name) is None}
         return replace(self, preset=None, **given)  # type: ignore[arg-type]
+
+    def stopping(self, texts: Sequence[str]) -> Self:
+        """Return these settings with further stop texts, such as a task's own."""
+        return replace(self, stop=tuple(dict.fromkeys((*self.stop, *texts)))) if texts else self
 
     def to_dict(self) -> dict[str, Any]:
         """Return what manifests say: fields without a default, and those that are set."""
@@ -113,9 +118,8 @@ class TraceSettings(Sampling):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.is_file:
-            check_choice(
-                "source (--traces)", self.source, ("greedy", "sampled", "reference", "or a file such as FILE.jsonl")
-            )
+            known = ("greedy", "sampled", "reference", "or a file such as FILE.jsonl")
+            check_choice("traces", self.source, known)
         check_least("max_new_tokens", self.max_new_tokens)
         if self.temperature == 0:
             raise JobError("A sampled trace needs a temperature above 0; for greedy traces choose source='greedy'.")

@@ -234,12 +234,11 @@ def _outputs(
         tail = torch.tensor(end_tokens(model)[:1], dtype=torch.long)
         return [torch.cat([encode(tokenizer, problem.trace), tail])[:most] for problem in problems]
     requests = [Request(prompt, most, problem.example) for prompt, problem in zip(prompts, problems, strict=True)]
-    rules = TextRules(tokenizer, settings.sampling, options.think_end)
+    sampling = settings.sampling.stopping(task.stop)
+    rules = TextRules(tokenizer, sampling, options.think_end)
     # with nothing evicted it writes what the stock cache writes, several times faster in large batches
     with CompressedCache(model, "full", prompt_lengths=[len(prompt) for prompt in prompts]) as cache:
-        written = decode_batch(
-            model, cache, requests, sampling=settings.sampling, seed=seed, rules=rules, on_tokens=on_tokens
-        )
+        written = decode_batch(model, cache, requests, sampling=sampling, seed=seed, rules=rules, on_tokens=on_tokens)
     return [torch.tensor(one.tokens) for one in written]
 
 
