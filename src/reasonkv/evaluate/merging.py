@@ -55,7 +55,7 @@ def merge(job: ReplayJob | GenerateJob, folder: Path, sources: Sequence[Path]) -
     arguments |= {"budgets": [one.to_dict() for one in make_budgets(job.budget)]}
     arguments |= {"mean_slots": list(job.budget.mean_slots)}
     manifest = manifests[0].model_copy(update={"arguments": arguments})
-    records = {}
+    records: dict[str, Any] = {}
     for source in sources:
         for record in read_lines(source / RECORDS, kind):
             records.setdefault(record.key, record.model_copy(update={"run": manifest.run}))

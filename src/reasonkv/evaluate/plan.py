@@ -39,6 +39,8 @@ class ModelSource(Protocol):
         """The model's name."""
         ...
 
+    def __hash__(self) -> int: ...
+
     def load(self) -> LoadedModel:
         """Load it."""
         ...
@@ -156,7 +158,8 @@ def split_sizes(budget: BudgetOptions) -> list[BudgetOptions]:
     """Return one budget for each size of a budget with several; none without sizes."""
     names = ("retention",) if budget.window is not None and not budget.mean_slots else ("tokens", "keep", "mean_slots")
     axis = next((name for name in names if getattr(budget, name)), None)
-    return [] if axis is None else [replace(budget, **{axis: (size,)}) for size in getattr(budget, axis)]
+    one: list[dict[str, Any]] = [] if axis is None else [{axis: (size,)} for size in getattr(budget, axis)]
+    return [replace(budget, **fields) for fields in one]
 
 
 def _size_words(size: BudgetOptions) -> str:

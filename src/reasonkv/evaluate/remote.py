@@ -170,9 +170,11 @@ class RemoteTask(TaskRun):
             chat["chat_template_kwargs"] = {"enable_thinking": options.thinking == "on"}
         chats = options.chat == "on" or (options.chat == "auto" and self.task.chat)
         if not self.endpoint.is_vllm:
-            plain = {"prompt": problem.prompt}
-            return Asked(problem, "/chat/completions", chat) if chats else Asked(problem, "/completions", plain)
-        named, plain = {"model": self.endpoint.name}, {"prompt": problem.prompt, "add_special_tokens": self.task.chat}
+            if chats:
+                return Asked(problem, "/chat/completions", chat)
+            return Asked(problem, "/completions", {"prompt": problem.prompt})
+        named: dict[str, Any] = {"model": self.endpoint.name}
+        plain: dict[str, Any] = {"prompt": problem.prompt, "add_special_tokens": self.task.chat}
         try:
             found = ask("/tokenize", named | (chat if chats else plain), root=True)
         except EndpointError as error:
@@ -230,7 +232,7 @@ class RemoteTask(TaskRun):
         return replace(found, thinking_tokens=min(found.output_tokens, counted))
 
     def _record(self, config: RunConfig, item: Asked, answer: Answer) -> AnswerRecord:
-        place = {"example": item.example, "sample": item.sample, "prompt_tokens": answer.prompt_tokens}
+        place: dict[str, Any] = {"example": item.example, "sample": item.sample, "prompt_tokens": answer.prompt_tokens}
         if config.budget is None:  # before the record, so that a record never lacks its output
             self.outputs.append([FullOutput(**place, tokens=answer.tokens)])
         full = self.outputs.records[item.output_key].tokens

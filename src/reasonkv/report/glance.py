@@ -38,7 +38,7 @@ def glance(cohort: Cohort) -> list[dict[str, Any]]:
         lines = [("full KV", [full.get(task) for task in tasks])]
         lines += [(name, [here.get((name, task)) for task in tasks]) for name in methods]
         lines = [lines[0], *((name, cells) for name, cells in lines[1:] if any(cells))]
-        scales = [_Scale.of([cells[at] for _, cells in lines if cells[at]], kind) for at in range(len(tasks))]
+        scales = [_Scale.of([row for _, cells in lines if (row := cells[at])], kind) for at in range(len(tasks))]
         means = [[row[main] for row in evicting if row["task"] == task] for task in tasks]
         saved = [_span([row["saved_bytes"] for row in evicting if row["task"] == task], "{:.0%}") for task in tasks]
         interval = "its 95 % interval" if "correct_low" in cohort.summary else "one standard error"

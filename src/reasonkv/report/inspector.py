@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -273,7 +273,7 @@ def load_inspections(folder: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
-def title_of(data: dict[str, Any]) -> str:
+def title_of(data: Mapping[str, Any]) -> str:
     """Return what was inspected, as in `rkv at 128 slots on program, example 3`."""
     method = "full KV" if data["budget"] is None else f"{data['method']} at {size_words(data['budget'])}"
     return f"{method} on {data['task']}, example {data['example']}"

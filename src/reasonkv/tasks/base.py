@@ -16,9 +16,10 @@ import itertools
 import random
 import reprlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from enum import IntEnum
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from reasonkv.errors import ReasonKVError
@@ -151,6 +152,12 @@ class Task(ABC):
     """Number of problems, or None where there is no last one."""
     skipped: Sequence[str] = ()
     """Parts of the data that could not be read, a sentence each."""
+    sampling: Mapping[str, float] = MappingProxyType({})
+    """What the task's authors draw with, by fields of `reasonkv.evaluate.job.Sampling`."""
+    stop: Sequence[str] = ()
+    """Texts that end an output."""
+    max_new_tokens: int | None = None
+    """The authors' limit, or None where they name none."""
 
     @abstractmethod
     def problem(self, example: int, *, seed: int = 0, split: str = "test") -> Problem:

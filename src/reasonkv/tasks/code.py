@@ -83,11 +83,11 @@ def read_tests(row: Mapping[str, Any]) -> list[dict[str, str]]:
     try:
         public, private = json.loads(row["public_test_cases"]), row["private_test_cases"]
         try:
-            return public + json.loads(private)
+            return [*public, *json.loads(private)]
         except ValueError:
             packed = zlib.decompress(base64.b64decode(private))
         text = next(value for code, value, _ in pickletools.genops(packed) if "UNICODE" in code.name)
-        return public + json.loads(str(text))
+        return [*public, *json.loads(str(text))]
     except (KeyError, ValueError, TypeError, StopIteration, zlib.error) as error:
         raise TaskError(f"The tests of a LiveCodeBench problem cannot be read ({error}).") from None
 

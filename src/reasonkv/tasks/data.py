@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -58,6 +58,21 @@ class DataTask(Task):
     def size(self) -> int:  # type: ignore[override]
         """Number of problems."""
         return len(self.rows)
+
+    @property
+    def sampling(self) -> Mapping[str, float]:  # type: ignore[override]
+        """What the task's authors draw with."""
+        return self.declared.sampling
+
+    @property
+    def stop(self) -> Sequence[str]:  # type: ignore[override]
+        """Texts that end an output."""
+        return tuple(self.declared.stop)
+
+    @property
+    def max_new_tokens(self) -> int | None:  # type: ignore[override]
+        """The authors' limit."""
+        return self.declared.max_new_tokens
 
     def for_tokenizer(self, tokenizer: Any) -> DataTask:
         """Return the task with a tokenizer that counts the tokens of prompts."""

@@ -78,14 +78,14 @@ class Layout:
                 )
         kv_cache[block].zero_()
         offset_HSD = {kind: offset.view(heads, S, head_dim) for kind, offset in found.items()}
-        stride = {kind: _stride(offset) for kind, offset in offset_HSD.items()}
+        strides = {kind: _stride(offset) for kind, offset in offset_HSD.items()}
         is_rows = {
-            kind: stride[kind] == 1
+            kind: strides[kind] == 1
             and not kv_cache.stride(0) % head_dim
             and not bool((offset[:, :, 0] % head_dim).any())
             for kind, offset in offset_HSD.items()
         }
-        return cls(offset_HSD, is_rows, stride)
+        return cls(offset_HSD, is_rows, strides)
 
     def read(self, kind: Kind, kv_cache: Tensor, blocks_BM: Tensor, slots_BHK: Tensor) -> Tensor:
         """Return keys or values of some slots, every head its own: [B, H, K, D]; slot s is in block s // S."""
