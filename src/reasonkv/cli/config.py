@@ -51,15 +51,18 @@ def read_options(name: str, what: str = "--config") -> dict[str, Any]:
     return options
 
 
-def parse_options(command: str, options: Mapping[str, Any], source: str) -> dict[str, Any]:
+def parse_options(app: App, command: str, options: Mapping[str, Any], source: str) -> dict[str, Any]:
     """Return the arguments that a command would be called with, if its `--config` file held these options.
+
+    Args:
+        app: a new application, which is then of no further use.
+        command: its name.
+        options: as in the file.
+        source: where they come from, for errors.
 
     Raises:
         CycloptsError: an option that the command does not have, or a value that does not fit.
     """
-    from reasonkv.cli import make_app
-
-    app = make_app()
     app.config = (Dict({command: dict(options)}, source=source),)
     _, bound, _ = app.parse_args([command, "--out", "."], exit_on_error=False, print_error=False)
     return dict(bound.arguments)

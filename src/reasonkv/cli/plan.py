@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
+from reasonkv.cli import make_app
 from reasonkv.cli.config import parse_options, read_options
 from reasonkv.cli.console import note, print_json, print_tables, progress_bars, show
 from reasonkv.cli.flags import GROUPS, Json, ModelFlags, build, command
@@ -103,7 +104,7 @@ def make_groups(plan: Mapping[str, Any], out: Path, name: str) -> list[Group]:
         for model in _listed(own.get("models")) or ["testbed"]:
             flags = model if isinstance(model, dict) else {"model": model}
             options = {key: value for key, value in own.items() if key not in SETTINGS} | flags
-            given = parse_options(kind, options, name)
+            given = parse_options(make_app(), kind, options, name)
             source, job = build(ModelFlags, given["model"]), build(JOBS[kind], given["job"])
             for seed in _listed(own.get("seeds")) or [job.seed]:
                 if not isinstance(seed, int):
