@@ -1,6 +1,6 @@
 """Make every table and figure of docs/results again from the records that are kept there.
 
-python benchmarks/results.py                     # all; or some: families league cask claims prompt_share
+python benchmarks/results.py                     # all; or some: families league cask claims prompt_share pretrained
 python benchmarks/results.py --to elsewhere      # the same, beside the committed ones
 python benchmarks/results.py keep league results/league    # first keep what run.py left there
 """
@@ -14,6 +14,7 @@ import cask
 import claims
 import families
 import league
+import pretrained
 from tables import RESULTS, keep
 
 BUILDERS = {
@@ -22,6 +23,7 @@ BUILDERS = {
     "cask": cask.build,
     "league": league.build,
     "prompt_share": cask.build_prompt_share,
+    "pretrained": pretrained.build,
 }
 
 

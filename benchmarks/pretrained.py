@@ -1,0 +1,60 @@
+"""docs/results/pretrained: a pretrained model's own traces and answers, by method and budget."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import altair as alt
+import pandas as pd
+from tables import METRICS, Gains, load, manifests, markdown, means, plus_minus, points, sizes, text, words
+
+from reasonkv.report.charts import facets
+
+_FIRST = ["full", "random", "oracle"]  # the ceiling, the floor, and what choosing by the future gives
+
+
+def build(source: Path, to: Path) -> None:
+    """Write the table and the figure of `source` into `to`."""
+    records = load(source)
+    replay, answers = means(records["replay"], "kl", "top1", "physical_mean"), means(records["answers"], "correct")
+    names = sorted(replay.index.unique("method"), key=lambda one: _FIRST.index(one) if one in _FIRST else len(_FIRST))
+    about = next(iter(manifests(source).values()))
+    parts = [
+        "Made by `python benchmarks/results.py pretrained` from the records of docs/your-model.md; see README.md.\n",
+        f"Model {about['model']['name']}, {about['device']}, {about['arguments']['dtype']}.\n",
+    ]
+    for group in replay.index.unique("group"):
+        parts.append(_table(group, names, replay, answers, records))
+    (to / "tables.md").write_text("\n".join(parts))
+    drawn = [
+        points(replay.drop("full", level="method"), "kl").assign(row="KL from full KV, nats"),
+        points(answers, "correct", 100).assign(row="answers right, %"),
+    ]
+    data = pd.concat(drawn)
+    data = data.assign(panel=data["row"], row="")
+    facets(
+        data, "budget, slots per KV head beside the prompt", alt.Y("y:Q"), to / "pretrained.png", column="panel",
+        columns=2, width=300, height=190, names=names, note="Dashed: full KV. Bars: one standard error.",
+    )  # fmt: skip
+
+
+def _table(
+    group: str, names: list[str], replay: pd.DataFrame, answers: pd.DataFrame, records: dict[str, pd.DataFrame]
+) -> str:
+    """Return one row a method; of every budget KL, top-1, mean slots and answers right."""
+    budgets, kl, right = sizes(replay), plus_minus(replay, "kl", 4), plus_minus(answers, "correct", 0, 100)
+    top1, slots = plus_minus(replay, "top1", 1, METRICS["top1"][0]), text(replay["physical_mean", "mean"])
+    gain = Gains(records["replay"], "kl").over("random")
+    rows = []
+    for name in names:
+        row = [name]
+        for size in budgets if name != "full" else [""] * len(budgets):
+            cell = (group, name, size)
+            row += [series.get(cell, "-") for series in (kl, top1, slots)] + [words(gain.get(cell), 4)]
+            row.append(right.get(cell, "-"))
+        rows.append(row)
+    columns = "KL | top-1, % | mean slots | KL less than random | right, %"
+    n = {kind: own["example"].nunique() for kind, own in records.items()}
+    heads = [" | ".join(f"{size}: {one}" for one in columns.split(" | ")) for size in budgets]
+    counts = f"{n['replay']} traces and {n['answers']} answers a cell; +- is one standard error, brackets are 95 %."
+    return f"**{group}**\n\n{markdown(['method', *heads], rows)}\n\n{counts}\n"
