@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +163,16 @@ def test_numpy_numbers_become_python_numbers_and_other_types_are_refused() -> No
     for value in (0.5, "16", True, None):
         with pytest.raises(MethodError, match="snapkv: window must be a whole number, not"):
             SnapKV(window=value)  # type: ignore[arg-type]
+
+
+def test_a_method_may_hold_objects_that_no_option_can_describe() -> None:
+    @dataclass(frozen=True)
+    class Told(SnapKV):
+        views: dict[int, SlotView] = field(default_factory=dict)
+
+    views: dict[int, SlotView] = {3: random_view(N=4)}
+    made = Told(window=np.int64(8), views=views)
+    assert made.views is views and made.window == 8
 
 
 @pytest.mark.parametrize("name", CATALOGUE)

@@ -1,6 +1,6 @@
 """The model `reasonkv` of lm-evaluation-harness: its own `hf` model with a bounded KV cache.
 
-    python -m reasonkv.lm_eval --model reasonkv --model_args pretrained=Qwen/Qwen3-4B,method=cask,tokens=1024 --tasks gsm8k
+    python -m reasonkv.lm_eval --model reasonkv --model_args pretrained=MODEL,method=cask,tokens=1024 --tasks gsm8k
 
 Generation goes through `model.generate` as before, with a `CompressedCache`. Log-likelihoods come from a replay: the
 context is the prompt, and the continuation is fed through the bounded cache.

@@ -11,8 +11,8 @@ from typing import Annotated, Any, get_type_hints
 
 import numpy as np
 from annotated_types import Ge, Le
-from pydantic import AfterValidator, ConfigDict, TypeAdapter, ValidationError
-from pydantic_core import PydanticCustomError
+from pydantic import AfterValidator, ConfigDict, PydanticUserError, TypeAdapter, ValidationError
+from pydantic_core import PydanticCustomError, SchemaError
 
 from reasonkv.methods.catalogue import MethodError
 
@@ -41,8 +41,14 @@ _MUST_BE = {
 def options_of(cls: type) -> dict[str, TypeAdapter[Any]]:
     """Return what checks the options of a method class, by name, in the order of its fields."""
     hints = get_type_hints(cls, include_extras=True)
-    config = ConfigDict(allow_inf_nan=False, arbitrary_types_allowed=True)
-    return {one.name: TypeAdapter(hints[one.name], config=config) for one in fields(cls)}
+    return {one.name: _checker(hints[one.name]) for one in fields(cls)}
+
+
+def _checker(hint: Any) -> TypeAdapter[Any]:
+    try:
+        return TypeAdapter(hint, config=ConfigDict(allow_inf_nan=False, arbitrary_types_allowed=True))
+    except (PydanticUserError, SchemaError):  # an object that is no option of a command line, taken as it is
+        return TypeAdapter(Any)
 
 
 def checked(method: Any, name: str, value: Any, *, is_text: bool = False) -> Any:
