@@ -64,6 +64,7 @@ def test_without_a_terminal_a_line_comes_every_30_seconds_and_when_a_step_ends(
     with progress_bars(4, clock=lambda: next(times)) as progress:
         for done, tokens in ((0, 0), (1, 100), (1, 290), (2, 310), (2, 400), (4, 1000)):
             progress("program: rkv @ 64", done, 4, tokens=tokens, right=0.5 if done else None)
+        progress("program: rkv @ 64", 4, 4, tokens=1000, right=0.5)  # once more, with its batch
         progress("program: rkv @ 128", 4, 4)
     assert capsys.readouterr().err.splitlines() == [
         "program: rkv @ 64: 2 of 4, 10 tokens/s, 50% right, 4 min left",

@@ -65,7 +65,7 @@ def progress_bars(total: int, clock: Callable[[], float] = time.perf_counter) ->
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
     from rich.progress import Progress as Bars
 
-    console, finished, step, told = Console(stderr=True), 0, "", clock()
+    console, finished, step, ended, told = Console(stderr=True), 0, "", "", clock()
     began = step_began = told
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[facts]}"))
     with Bars(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
@@ -73,7 +73,9 @@ def progress_bars(total: int, clock: Callable[[], float] = time.perf_counter) ->
         current = bars.add_task("", total=None, facts="")
 
         def advance(what: str, done: int, of: int, *, tokens: int = 0, right: float | None = None) -> None:
-            nonlocal finished, step, step_began, told
+            nonlocal finished, step, step_began, ended, told
+            if done >= of and what == ended:
+                return  # a step may report its end twice: with its last record, and with its last batch
             now = clock()
             if what != step:
                 step, step_began = what, now
@@ -88,7 +90,7 @@ def progress_bars(total: int, clock: Callable[[], float] = time.perf_counter) ->
                 note(f"{what}: {', '.join(filter(None, [amount, *facts, left]))}")
                 told = now
             if whole:
-                finished, step = finished + 1, ""
+                finished, step, ended = finished + 1, "", what
 
         yield advance
 
