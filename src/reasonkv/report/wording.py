@@ -9,6 +9,7 @@ from typing import Any
 
 import pandas as pd
 
+from reasonkv.budget import Budget
 from reasonkv.evaluate.table import Difference
 
 PROMPT_WORDS = {
@@ -107,9 +108,13 @@ def budget_sentence(frame: pd.DataFrame) -> str:
             f"{budget['buffer']} newest and the prompt stay besides. {reads}"
         )
     rule = "every" if budget["trigger"] == "occupancy" else "on the grid of"
+    protected = (Budget.from_dict(json.loads(one)).protected() for one in bounded["budget"].unique())
+    sinks, recent = (
+        f"{min(own)} to {max(own)}" if len(set(own)) > 1 else f"{own[0]}" for own in zip(*protected, strict=True)
+    )
     return (
         f"Budget: slots per KV head and layer that stay after a compaction ({rule} {budget['interval']} tokens), "
-        f"{budget['sinks']} sinks and the {budget['recent']} newest among them; {PROMPT_WORDS[budget['prompt']]}. "
+        f"{sinks} sinks and the {recent} newest among them; {PROMPT_WORDS[budget['prompt']]}. "
         f"{reads}"
     )
 
