@@ -33,8 +33,8 @@ def build(source: Path, to: Path) -> None:
     data = pd.concat(drawn)
     data = data.assign(panel=data["row"], row="")
     facets(
-        data, "budget, slots per KV head beside the prompt", alt.Y("y:Q"), to / "pretrained.png", column="panel",
-        columns=2, width=300, height=190, names=names, note="Dashed: full KV. Bars: one standard error.",
+        data, "budget, slots per KV head beside the prompt", alt.Y("y:Q", title=""), to / "pretrained.png",
+        column="panel", columns=2, width=300, height=190, names=names, note="Dashed: full KV. Bars: one standard error.",
     )  # fmt: skip
 
 
@@ -42,7 +42,8 @@ def _table(
     group: str, names: list[str], replay: pd.DataFrame, answers: pd.DataFrame, records: dict[str, pd.DataFrame]
 ) -> str:
     """Return one row a method; of every budget KL, top-1, mean slots and answers right."""
-    budgets, kl, right = sizes(replay), plus_minus(replay, "kl", 4), plus_minus(answers, "correct", 0, 100)
+    kl, right = plus_minus(replay, "kl"), plus_minus(answers, "correct", 0, 100)
+    budgets = sizes(kl)
     top1, slots = plus_minus(replay, "top1", 1, METRICS["top1"][0]), text(replay["physical_mean", "mean"])
     gain = Gains(records["replay"], "kl").over("random")
     rows = []
@@ -50,7 +51,7 @@ def _table(
         row = [name]
         for size in budgets if name != "full" else [""] * len(budgets):
             cell = (group, name, size)
-            row += [series.get(cell, "-") for series in (kl, top1, slots)] + [words(gain.get(cell), 4)]
+            row += [series.get(cell, "-") for series in (kl, top1, slots)] + [words(gain.get(cell))]
             row.append(right.get(cell, "-"))
         rows.append(row)
     columns = "KL | top-1, % | mean slots | KL less than random | right, %"

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from statistics import mean, stdev
 
 import pytest
 from snippets import commands, parses, python_blocks, run_python
 
+from reasonkv.evaluate.table import read_results
 from reasonkv.methods import CATALOGUE
 
 ROOT = Path(__file__).parent.parent
@@ -49,17 +49,17 @@ def test_the_number_of_methods_is_that_of_the_catalogue() -> None:
     assert f"{len(CATALOGUE)} methods" in README
 
 
-def test_the_table_of_the_first_look_is_its_records() -> None:
-    _, *lines = (ROOT / "docs" / "data" / "first_look.jsonl").read_text().splitlines()
-    cells: dict[tuple[str, int | None], list[float]] = {}
-    for line in lines:
-        record = json.loads(line)
-        cells.setdefault((record["method"].partition(":")[0], record["tokens"]), []).append(100 * record["top1"])
-    shown = re.findall(r"^\| `([\w-]+)` \| ([\d.]+) ± ([\d.]+) \| ([\d.]+) ± ([\d.]+) \|$", README, re.M)
-    assert [row[0] for row in shown] == [name for name, tokens in cells if tokens == 64]
-    for name, *numbers in shown:
+def test_the_table_of_a_pretrained_model_is_its_records() -> None:
+    frame = read_results([ROOT / "docs" / "results" / "pretrained"])
+    frame["size"] = [json.loads(one)["tokens"] if isinstance(one, str) else None for one in frame["budget"]]
+    shown = re.findall(r"^\| `(\w+)` \|((?: [\d.]+ ± [\d.]+ \|){4})$", README, re.M)
+    assert [name for name, _ in shown] == list(frame["label"].unique())
+    for name, cells in shown:
         found = []
-        for tokens in (64, 128):
-            values = cells[name, tokens]
-            found += [f"{mean(values):.1f}", f"{stdev(values) / len(values) ** 0.5:.1f}"]
-        assert numbers == found, name
+        for kind, metric, scale, digits in (("replay", "kl", 1, 3), ("evaluate", "correct", 100, 0)):
+            for size in (32, 64):
+                own = frame[(frame["label"] == name) & (frame["kind"] == kind)]
+                values = scale * own.loc[own["size"].eq(size) | (name == "full"), metric].astype(float)
+                assert len(values) == 32
+                found.append(f" {values.mean():.{digits}f} ± {values.sem():.{digits}f} ")
+        assert cells.split("|")[:-1] == found, name
