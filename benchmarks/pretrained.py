@@ -34,7 +34,8 @@ def build(source: Path, to: Path) -> None:
     data = data.assign(panel=data["row"], row="")
     facets(
         data, "budget, slots per KV head beside the prompt", alt.Y("y:Q", title=""), to / "pretrained.png",
-        column="panel", columns=2, width=300, height=190, names=names, note="Dashed: full KV. Bars: one standard error.",
+        column="panel", columns=2, width=300, height=190, names=names,
+        note="Dashed: full KV. Bars: one standard error.",
     )  # fmt: skip
 
 
