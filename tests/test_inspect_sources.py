@@ -38,6 +38,12 @@ def read_plans(path: Path) -> list[EventPlan]:
         ]  # fmt: skip
 
 
+def inspection(model: Path, folder: Path) -> list[object]:
+    """The command that the tests add a source to."""
+    rule = ["--method", "random", "--budget", 24, *SMALL]
+    return ["inspect", "--model", model, *rule, "--out", folder / "page.html"]
+
+
 def test_the_command_writes_a_page_two_lines_and_what_proves_its_fates(tmp_path: Path, model: Path) -> None:
     html = tmp_path / "one.html"
     code, stdout, _ = run(
@@ -76,18 +82,7 @@ def test_a_results_folder_gives_the_example_that_went_wrong_first(tmp_path: Path
 
 
 def test_a_prompt_of_ones_own_is_answered_by_full_kv_and_inspected(tmp_path: Path, model: Path) -> None:
-    common = [
-        "inspect",
-        "--model",
-        model,
-        "--method",
-        "random",
-        "--budget",
-        24,
-        *SMALL,
-        "--out",
-        tmp_path / "page.html",
-    ]
+    common = inspection(model, tmp_path)
     for extra in ([], ["--generate"]):
         place = tmp_path / f"kept{len(extra)}"
         done = run(*common, "--prompt", "n08 5 : n08 q ;", *extra, "--save", place)
@@ -100,18 +95,7 @@ def test_a_prompt_of_ones_own_is_answered_by_full_kv_and_inspected(tmp_path: Pat
 def test_a_text_is_fed_as_it_stands_after_a_prompt_or_alone(tmp_path: Path, model: Path) -> None:
     text = tmp_path / "trace.txt"
     text.write_text(" ".join(f"n{i % 90:02d} q ;" for i in range(40)))
-    common = [
-        "inspect",
-        "--model",
-        model,
-        "--method",
-        "random",
-        "--budget",
-        24,
-        *SMALL,
-        "--out",
-        tmp_path / "page.html",
-    ]
+    common = inspection(model, tmp_path)
     (tmp_path / "question.txt").write_text("n08 5 : n08 q ;")
     for extra, prompt in ([], 1), (["--prompt", f"@{tmp_path / 'question.txt'}"], 6):
         place = tmp_path / f"kept{len(extra)}"
@@ -129,18 +113,7 @@ def test_a_trace_of_another_engine_is_taken_from_its_file(tmp_path: Path, model:
     file = tmp_path / "traces.jsonl"
     lines = [{"prompt": "n08 5 : n08 q ;", "output": " n09 q ;" * n} for n in (4, 20)]
     file.write_text("\n".join(map(json.dumps, lines)))
-    common = [
-        "inspect",
-        "--model",
-        model,
-        "--method",
-        "random",
-        "--budget",
-        24,
-        *SMALL,
-        "--out",
-        tmp_path / "page.html",
-    ]
+    common = inspection(model, tmp_path)
     done = run(*common, "--traces", file, "--example", 1, "--save", tmp_path / "kept")
     assert done.exit_code == 0 and "traces.jsonl, example 1: 66 tokens" in done.stdout, done.output
     (data,) = load_inspections(tmp_path / "kept").values()

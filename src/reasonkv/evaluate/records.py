@@ -178,12 +178,10 @@ class FullOutput(JsonlRecord):
     tokens: list[int]
 
 
-@dataclass(frozen=True)
-class AnswerItem:
-    """One answer to write: the problem, its prompt's ids, and the sample's number."""
+class Asked:
+    """One answer to write: a problem and the number of a sample."""
 
     problem: Problem
-    prompt_P: Tensor
     sample: int
 
     @property
@@ -195,6 +193,15 @@ class AnswerItem:
     def output_key(self) -> str:
         """Key of full KV's output."""
         return record_key(self.example, self.sample)
+
+
+@dataclass(frozen=True)
+class AnswerItem(Asked):
+    """One answer to write, with the token ids of its prompt."""
+
+    problem: Problem
+    prompt_P: Tensor
+    sample: int
 
 
 class RecordFile(Generic[R]):

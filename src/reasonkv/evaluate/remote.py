@@ -25,7 +25,7 @@ from reasonkv.evaluate.job import GenerateJob
 from reasonkv.evaluate.manifest import Manifest, open_results
 from reasonkv.evaluate.matching import attended_slots
 from reasonkv.evaluate.progress import Progress, silent
-from reasonkv.evaluate.records import RECORDS, AnswerRecord, FullOutput, RecordFile, record_key
+from reasonkv.evaluate.records import RECORDS, AnswerRecord, Asked, FullOutput, RecordFile
 from reasonkv.evaluate.run import FULL_LIMIT, LONGER, MORE, Session, TaskRun
 from reasonkv.evaluate.settings import Sampling
 from reasonkv.evaluate.text import first_divergence, repetition
@@ -89,7 +89,7 @@ def run_remote(
 
 
 @dataclass(frozen=True)
-class Asked:
+class ServerItem(Asked):
     """One answer to write: the problem, the sample's number, and the prompt as the server takes it."""
 
     problem: Problem
@@ -98,16 +98,6 @@ class Asked:
     prompt_tokens: int | None = None  # where the server tells before
     sample: int = 0
     opened: bool = False  # the prompt ends with thinking under way
-
-    @property
-    def example(self) -> int:
-        """Number of the problem."""
-        return self.problem.example
-
-    @property
-    def output_key(self) -> str:
-        """Key of full KV's output."""
-        return record_key(self.example, self.sample)
 
 
 class RemoteTask(TaskRun):
@@ -131,17 +121,17 @@ class RemoteTask(TaskRun):
         longest = max(len(self.outputs.records[item.output_key].tokens) for item in self.batches[0])
         self.limit = self.job.max_new_tokens or math.ceil(LONGER * longest) + MORE
 
-    def is_whole(self, config: RunConfig, item: Asked) -> bool:
+    def is_whole(self, config: RunConfig, item: ServerItem) -> bool:
         """Return whether full KV's record has its output in the folder."""
         return config.budget is not None or item.output_key in self.outputs.records
 
-    def execute(self, config: RunConfig, batch: Sequence[Asked]) -> Iterator[AnswerRecord]:
+    def execute(self, config: RunConfig, batch: Sequence[ServerItem]) -> Iterator[AnswerRecord]:
         """Ask for what is missing of a batch, all at once, and yield records as answers come."""
         there = self.session.file.records
         missing = [one for one in batch if self.key(config, one) not in there or not self.is_whole(config, one)]
         refused, failed = list[EndpointError](), list[EndpointError]()
 
-        def ask(item: Asked) -> tuple[Asked, Answer | EndpointError]:
+        def ask(item: ServerItem) -> tuple[ServerItem, Answer | EndpointError]:
             try:
                 return item, failed[0] if failed else self._ask(config, item)
             except EndpointError as error:
@@ -161,7 +151,7 @@ class RemoteTask(TaskRun):
                 f"The server refused {len(refused)} of {len(missing)} requests, the first one so: {refused[0]}"
             )
 
-    def _prompt(self, problem: Problem) -> Asked:
+    def _prompt(self, problem: Problem) -> ServerItem:
         """Return a prompt as the server takes it; vLLM makes its token ids."""
         options, ask = self.task.prompt_options(self.job.options), self.endpoint.ask
         system = [] if options.system is None else [{"role": "system", "content": options.system}]
@@ -171,8 +161,8 @@ class RemoteTask(TaskRun):
         chats = options.chat == "on" or (options.chat == "auto" and self.task.chat)
         if not self.endpoint.is_vllm:
             if chats:
-                return Asked(problem, "/chat/completions", chat)
-            return Asked(problem, "/completions", {"prompt": problem.prompt})
+                return ServerItem(problem, "/chat/completions", chat)
+            return ServerItem(problem, "/completions", {"prompt": problem.prompt})
         named: dict[str, Any] = {"model": self.endpoint.name}
         plain: dict[str, Any] = {"prompt": problem.prompt, "add_special_tokens": self.task.chat}
         try:
@@ -189,9 +179,9 @@ class RemoteTask(TaskRun):
             )
         whole = str(ask("/detokenize", named | {"tokens": found["tokens"]}, root=True)["prompt"])
         opened = whole.rfind(THINK) > whole.rfind(options.think_end)
-        return Asked(problem, "/completions", {"prompt": found["tokens"]}, int(found["count"]), opened=opened)
+        return ServerItem(problem, "/completions", {"prompt": found["tokens"]}, int(found["count"]), opened=opened)
 
-    def _ask(self, config: RunConfig, item: Asked) -> Answer:
+    def _ask(self, config: RunConfig, item: ServerItem) -> Answer:
         """Send one request."""
         sampling, endpoint, began = self.job.sampling, self.endpoint, time.perf_counter()
         room = None if endpoint.context is None or item.prompt_tokens is None else endpoint.context - item.prompt_tokens
@@ -231,7 +221,7 @@ class RemoteTask(TaskRun):
         counted = int(endpoint.ask("/tokenize", named | words, root=True)["count"])
         return replace(found, thinking_tokens=min(found.output_tokens, counted))
 
-    def _record(self, config: RunConfig, item: Asked, answer: Answer) -> AnswerRecord:
+    def _record(self, config: RunConfig, item: ServerItem, answer: Answer) -> AnswerRecord:
         place: dict[str, Any] = {"example": item.example, "sample": item.sample, "prompt_tokens": answer.prompt_tokens}
         if config.budget is None:  # before the record, so that a record never lacks its output
             self.outputs.append([FullOutput(**place, tokens=answer.tokens)])
