@@ -162,6 +162,15 @@ def test_accuracy_is_the_metric_of_an_evaluation(tmp_path: Path) -> None:
     data = json.loads(out)
     assert data["metric"] == "accuracy"
     assert 64 < data["usable"][0]["tokens"] < 128
+    assert data["warnings"] == []
+
+
+def test_budgets_that_mean_nothing_are_called_so(tmp_path: Path) -> None:
+    budget = Budget(tokens=64, recent=8, prompt="on_top").to_dict()
+    answers = [answer(i, False, given) for given in (None, budget) for i in range(N)]
+    code, out, _ = frontier(folder(tmp_path / "answers", answers, "evaluate"))
+    assert code == 0
+    assert "Warning: full KV answers 0% of program right (n = 16), so accuracies at any budget mean nothing." in out
 
 
 def test_folders_of_one_kind_are_joined_and_budget_rules_told_apart(results: Path, tmp_path: Path) -> None:

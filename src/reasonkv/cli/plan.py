@@ -173,6 +173,7 @@ def _run_cells(cells: Sequence[Cell], ray: str | None, cores: int) -> list[tuple
 
 
 def _print_results(groups: Sequence[Group]) -> None:
+    from reasonkv.evaluate.sanity import sanity_warnings
     from reasonkv.evaluate.table import read_results, summarize
     from reasonkv.report import terminal
 
@@ -182,6 +183,8 @@ def _print_results(groups: Sequence[Group]) -> None:
         print(f"{show(group.folder)}")
         if isinstance(group.job, GenerateJob):
             print_tables(terminal.answers_tables(summary))
+            for sentence in sanity_warnings(frame):
+                print(f"Warning: {sentence}")
         else:
             print_tables(terminal.replay_tables(summary))
 

@@ -95,6 +95,7 @@ def frontier(
         figure: Draw the frontier into this PNG.
     """
     from reasonkv.evaluate.frontier import DEFAULT_TARGETS, Target, read_comparable
+    from reasonkv.evaluate.sanity import sanity_warnings
     from reasonkv.methods import get_method
     from reasonkv.report.frontier import summarize_frontier
 
@@ -119,10 +120,13 @@ def frontier(
         drawn = frontier_figure(found.points, figure, metrics[0], target=found.target, note=words)
     if json:
         others = {one.target.metric: one.to_dict() for one in more}
-        print_json({"folders": list(folders), "figure": drawn, **found.to_dict(), "others": others})
+        about = {"folders": list(folders), "figure": drawn, "warnings": sanity_warnings(frame)}
+        print_json(about | found.to_dict() | {"others": others})
         return
     for one in (found, *more):
         print_tables(one.tables(), *one.sentences())
+    for sentence in sanity_warnings(frame):
+        print(f"Warning: {sentence}")
     if drawn:
         print(f"Figure:  {show(drawn)}")
 
