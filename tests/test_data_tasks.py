@@ -94,6 +94,14 @@ def test_another_seed_takes_the_problems_in_another_order() -> None:
     assert all(task.check(one, one.prompt) for one in shuffled)
 
 
+def test_training_problems_of_a_file_come_from_its_end() -> None:
+    task = data_task("q", [{"question": str(n), "answer": n} for n in range(20)], TaskOptions())
+    trained = [task.problem(n, split="train") for n in range(3)]
+    assert [one.prompt for one in trained] == ["19", "18", "17"]
+    assert all(task.check(one, one.prompt) for one in trained)
+
+
+
 @pytest.mark.parametrize(
     ("output", "part"),
     [
@@ -287,6 +295,9 @@ def test_generators_of_reasoning_gym_score_their_own_answers() -> None:
         problem = task.problem(2, seed=5)
         assert task.grade(problem, f"Well.\nAnswer: {problem.answer}").score == 1, name
         assert task.grade(problem, "no idea") == UNREAD
+        tested = {task.problem(example, seed=5).prompt for example in range(3)}
+        trained = task.problem(1, seed=5, split="train")
+        assert trained.prompt not in tested and task.grade(trained, f"Answer: {trained.answer}").score == 1, name
     many = gym_task("gym:gsm_symbolic,per_prompt=4", {"per_prompt": "4"})
     problem = many.problem(1)
     answers = problem.answer.split("\n")

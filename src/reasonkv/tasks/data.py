@@ -83,7 +83,7 @@ class DataTask(Task):
         return options if self.declared.chat or options.chat != "auto" else replace(options, chat="off")
 
     def problem(self, example: int, *, seed: int = 0, split: str = "test") -> Problem:
-        """Return problem number `example`.
+        """Return problem number `example`; of the split "train", counted from the end of the rows.
 
         Raises:
             TaskError: there are fewer rows.
@@ -91,7 +91,7 @@ class DataTask(Task):
         """
         if not 0 <= example < len(self.rows):
             raise TaskError(f"{self.spec} has {len(self.rows)} problems, so there is no problem {example}.")
-        row = self.rows[self._order(seed)[example]]
+        row = self._row(example, seed, split)
         prompt = self._cut(self._shots(row) + self._render(row))
         return Problem(self.spec, example, seed, split, prompt, "", "\n".join(self._answers(row)))
 
@@ -107,12 +107,15 @@ class DataTask(Task):
             part = _last_match(self.declared.extract, part)
             if part is None:
                 return UNREAD
-        row = self.rows[self._order(problem.seed)[problem.example]]
+        row = self._row(problem.example, problem.seed, problem.split)
         answers = [self._without_ignored(answer) for answer in self._answers(row)]
         try:
             return self._grader(self._without_ignored(part), answers, row)
         except Exception as error:
             return Grade(0.0, None, f"{type(error).__name__}: {error}"[:300])
+
+    def _row(self, example: int, seed: int, split: str) -> Row:
+        return self.rows[self._order(seed)[-1 - example if split == "train" else example]]
 
     @cached_property
     def _grader(self) -> Grader:

@@ -18,6 +18,9 @@ _MANY = (
     "and put its final answer in \\boxed{{}}. At the end, repeat all {count} boxed answers in order.\n\n{questions}"
 )
 
+TRAIN = 1 << 24
+"""Added to the seed of problems to calibrate or train with, so that none of them is asked in a test."""
+
 
 @dataclass(frozen=True)
 class GymTask(Task):
@@ -49,7 +52,7 @@ class GymTask(Task):
         """Return problem number `example`: items `per_prompt * example` and on of the generator with this seed."""
         if example < 0:
             raise TaskError(f"Examples are counted from 0, so there is no example {example}.")
-        items = self._items(example, seed)
+        items = self._items(example, seed, split)
         if self.per_prompt == 1:
             prompt = _ONE.format(question=items[0]["question"].strip())
         else:
@@ -63,7 +66,7 @@ class GymTask(Task):
         part = after_thinking(output, self.think_end)
         if part is None:
             return UNREAD
-        items = self._items(problem.example, problem.seed)
+        items = self._items(problem.example, problem.seed, problem.split)
         if self.per_prompt == 1:
             found: list[str | None] = [final_line(part)]
         else:
@@ -75,7 +78,8 @@ class GymTask(Task):
         scores = [self._score(item, text) for item, text in zip(items, found, strict=True)]
         return Grade(sum(scores) / len(scores), "; ".join("?" if one is None else one for one in found))
 
-    def _items(self, example: int, seed: int) -> list[dict[str, Any]]:
+    def _items(self, example: int, seed: int, split: str) -> list[dict[str, Any]]:
+        seed += TRAIN if split == "train" else 0
         # item i comes from seed + i whatever the size, but some generators prepare all items at once
         size = (example + 1) * self.per_prompt
         made = _create(self.dataset, {**self.config, "seed": seed, "size": size})
