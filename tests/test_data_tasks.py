@@ -101,7 +101,6 @@ def test_training_problems_of_a_file_come_from_its_end() -> None:
     assert all(task.check(one, one.prompt) for one in trained)
 
 
-
 @pytest.mark.parametrize(
     ("output", "part"),
     [
