@@ -8,9 +8,7 @@ from typing import Any
 
 from reasonkv.cli.flags import NAMES
 from reasonkv.errors import ReasonKVError
-from reasonkv.evaluate.job import BudgetOptions
-
-_RULE = ("interval", "sinks", "recent", "prompt", "trigger", "trigger_counts", "cut_prompt", "prefill_chunk")
+from reasonkv.evaluate.job import RULE, BudgetOptions
 
 
 def python_line(method: str, budget: BudgetOptions, tokens: int) -> str:
@@ -61,4 +59,4 @@ def serve_line(model: str, method: str, budget: BudgetOptions, tokens: int) -> s
 def rule_fields(budget: BudgetOptions) -> dict[str, Any]:
     """Return the fields of the rule that are not the defaults."""
     usual = {one.name: one.default for one in fields(budget)}
-    return {name: getattr(budget, name) for name in _RULE if getattr(budget, name) != usual[name]}
+    return {name: getattr(budget, name) for name in RULE if getattr(budget, name) != usual[name]}

@@ -7,13 +7,11 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from reasonkv.budget import Budget, BudgetError, Window
-from reasonkv.evaluate.job import BudgetOptions, GenerateJob, Job, JobError
+from reasonkv.evaluate.job import RULE, BudgetOptions, GenerateJob, Job, JobError
 from reasonkv.evaluate.matching import budget_for_mean, check_matchable
 from reasonkv.methods import Method, get_method, layer_budgets, refuse_future
 from reasonkv.resolve import resolve_budget
 from reasonkv.tasks import get_task
-
-_RULE = ("interval", "sinks", "recent", "prompt", "trigger", "trigger_counts", "cut_prompt", "prefill_chunk")
 
 
 @dataclass(frozen=True)
@@ -40,7 +38,7 @@ def make_budgets(options: BudgetOptions) -> list[Budget]:
             Window(size=options.window, buffer=options.window_buffer, retention=share) for share in options.retention
         ]
         return windows[: 1 if options.mean_slots else None]
-    rule = {name: getattr(options, name) for name in _RULE}
+    rule = {name: getattr(options, name) for name in RULE}
     if options.keep:
         return [Budget(keep=share, **rule) for share in options.keep]
     return [make_rule(options)] if options.mean_slots else [Budget(tokens=size, **rule) for size in options.tokens]
@@ -54,7 +52,7 @@ def make_rule(options: BudgetOptions) -> Budget:
     """
     if options.window is not None:
         return Window(size=options.window, buffer=options.window_buffer, retention=0.5)
-    return Budget(tokens=max(1, options.sinks + options.recent), **{name: getattr(options, name) for name in _RULE})
+    return Budget(tokens=max(1, options.sinks + options.recent), **{name: getattr(options, name) for name in RULE})
 
 
 def make_config(method: str, options: BudgetOptions) -> RunConfig:

@@ -20,7 +20,7 @@ from typing import Any
 from reasonkv.budget import Budget, PeriodicWindow, Window
 from reasonkv.errors import ReasonKVError
 from reasonkv.evaluate.cells import make_budgets
-from reasonkv.evaluate.job import DEFAULT_METHODS, BudgetOptions, GenerateJob, JobError
+from reasonkv.evaluate.job import DEFAULT_METHODS, RULE, BudgetOptions, GenerateJob, JobError
 from reasonkv.identity import TESTBED
 from reasonkv.methods import Method, get_method
 
@@ -30,7 +30,6 @@ TIMEOUT = 3600.0
 PAUSES = (1.0, 2.0, 4.0, 8.0, 16.0)
 """Seconds before a request that failed for no fault of its own is sent again."""
 _BUSY = (408, 409, 429, 500, 502, 503, 504)
-_RULE = ("interval", "sinks", "recent", "prompt", "trigger", "trigger_counts", "cut_prompt", "prefill_chunk")
 
 
 class EndpointError(ReasonKVError, RuntimeError):
@@ -71,7 +70,7 @@ class Served:
         if isinstance(budget, Window):
             return BudgetOptions(window=budget.size, window_buffer=budget.buffer, retention=(budget.retention,))
         size: dict[str, Any] = {"keep": (budget.keep,)} if budget.tokens is None else {"tokens": (budget.tokens,)}
-        return BudgetOptions(**size, **{name: getattr(budget, name) for name in _RULE})
+        return BudgetOptions(**size, **{name: getattr(budget, name) for name in RULE})
 
 
 @dataclass(frozen=True)

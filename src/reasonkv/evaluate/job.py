@@ -21,6 +21,8 @@ __all__ = [
 
 Metric = Literal["top1", "nll", "kl", "accuracy"]
 
+RULE = ("interval", "sinks", "recent", "prompt", "trigger", "trigger_counts", "cut_prompt", "prefill_chunk")
+"""Fields of a budget that say when compactions run and what they protect; the others are its size."""
 DEFAULT_METHODS = ("full", "random", "streaming", "snapkv", "rkv", "keydiff")
 
 
