@@ -96,6 +96,9 @@ def test_the_merged_folder_is_what_one_command_would_leave(whole: Path, model: s
         result = run(command, group.folder, *words)
         assert result.exit_code == 0, result.stderr
     assert run("compare", whole, "--encoder", "none").exit_code == 0
+    again = run("run", plan(whole.parent, model), "--out", whole, "--ray", "off")
+    assert again.exit_code == 0 and "12 of them done" in again.stderr
+    assert "so accuracies at any budget mean nothing" in again.stdout  # an untrained model answers nothing right
 
 
 def test_three_random_kills_leave_the_records_of_an_uninterrupted_plan(whole: Path, model: str, tmp_path: Path) -> None:
