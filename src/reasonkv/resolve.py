@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from reasonkv.budget import Budget, BudgetError, ExplicitEventsWindow, PeriodicWindow, Window
 from reasonkv.errors import ReasonKVError
+from reasonkv.layers import BOUNDED, STOCK, cache_layers, text_config
 from reasonkv.methods import Method, get_method
 
 TESTED = ("llama", "qwen2", "qwen3", "qwen3_moe", "mistral", "phi3", "gemma3", "gemma3_text", "gpt_oss")
@@ -112,26 +113,6 @@ def broadcast_per_prompt(values: Sequence[int] | None, batch: int, name: str) ->
     return [value for value in values for _ in range(batch // len(values))]
 
 
-def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The decoder's own configuration (multi-modal models nest it)."""
-    return config.get_text_config(decoder=True)
-
-
-def layer_types(config: PreTrainedConfig) -> list[str]:
-    """The attention type of every layer, "full_attention" or "sliding_attention" for supported models."""
-    decoder = text_config(config)
-    declared = getattr(decoder, "layer_types", None)
-    if declared is not None:
-        return list(declared)
-    sliding = getattr(decoder, "sliding_window", None) is not None and getattr(decoder, "use_sliding_window", True)
-    return ["sliding_attention" if sliding else "full_attention"] * decoder.num_hidden_layers
-
-
-def compressed_layers(config: PreTrainedConfig) -> int:
-    """Layers a compressed cache bounds; the others slide and are bounded already."""
-    return layer_types(config).count("full_attention")
-
-
 def check_model(model: PreTrainedModel | PreTrainedConfig) -> list[str]:
     """Reasons why a compressed cache cannot serve this model, one sentence each; empty when it can."""
     config = model if isinstance(model, PreTrainedConfig) else getattr(model, "config", None)
@@ -144,16 +125,7 @@ def check_model(model: PreTrainedModel | PreTrainedConfig) -> list[str]:
         return [f"{kind} is an encoder-decoder; only decoder-only models keep one growing cache to bound."]
     if getattr(decoder, "kv_lora_rank", None):
         problems.append(f"{kind} uses multi-head latent attention, whose cache holds no per-head keys and values.")
-    types = layer_types(config)
-    unknown = sorted(set(types) - {"full_attention", "sliding_attention"})
-    if unknown:
-        problems.append(
-            f"{kind} has layers of type {', '.join(unknown)}; only full and sliding attention can be served."
-        )
-    elif "full_attention" not in types:
-        problems.append(
-            f"All layers of {kind} use sliding-window attention, which is bounded already; use a stock cache."
-        )
+    problems += _layer_problems(config, kind)
     if getattr(decoder, "num_kv_shared_layers", 0):
         problems.append(f"{kind} shares keys and values between layers, which per-layer eviction would break.")
     if getattr(decoder, "alibi", False) or kind in {"bloom", "mpt"}:
@@ -167,9 +139,22 @@ def check_model(model: PreTrainedModel | PreTrainedConfig) -> list[str]:
         problems.append(f"{kind} uses multi-axis RoPE positions (images, video); only text positions can be served.")
     if getattr(decoder, "use_bidirectional_attention", False):
         problems.append(f"{kind} attends in both directions; a cache can only be compressed under causal attention.")
-    if isinstance(model, PreTrainedModel) and not getattr(model, "_supports_attention_backend", False):
+    if isinstance(model, PreTrainedModel) and not model._can_set_attn_implementation():
         problems.append(f"{type(model).__name__} does not call attention through AttentionInterface.")
     return problems
+
+
+def _layer_problems(config: PreTrainedConfig, kind: str) -> list[str]:
+    try:
+        layers = [type(layer) for layer in cache_layers(config)]
+    except KeyError as error:
+        return [f"{kind} has layers of type {error.args[0]}, which this version of transformers has no cache for."]
+    unknown = sorted({layer.__name__ for layer in layers} - {layer.__name__ for layer in (*BOUNDED, *STOCK)})
+    if unknown:
+        return [f"{kind} keeps more than keys and values of its tokens ({', '.join(unknown)}); use a stock cache."]
+    if not set(layers) & set(BOUNDED):
+        return [f"No layer of {kind} grows with the text: all slide or carry a state; use a stock cache."]
+    return []
 
 
 def _rope_types(config: PreTrainedConfig) -> set[str]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from reasonkv.resolve import text_config
+from reasonkv.layers import text_config
 from reasonkv.runtimes.transformers.attention import PREFIX, base_kernel
 
 
