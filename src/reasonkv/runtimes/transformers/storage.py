@@ -68,7 +68,7 @@ class LayerStorage(SlotStore):
         self.remember_queries(queries_BHqqD[:, :, 0] if one else queries_BHqqD[row, :, column], line)
 
     def take_in(self, method: Method, seen: Observed, plan: ForwardPlan) -> None:
-        """Let the method observe one forward now, or several decode steps together, at the latest before a compaction."""
+        """Let the method observe a forward now, or several decode steps together, at the latest before a compaction."""
         if not plan.is_one_token:
             self._observe_waiting(method)
             self.observe(method, None, seen)
