@@ -119,7 +119,7 @@ class CompressedLayer(CacheLayerMixin):
             positions_Bq, valid_Bq = forward.token_indices(query.device)
             query = query if self.expansion is None else self.expansion.absorb(query)
             seen = Observed(query, positions_Bq, valid_Bq, layer=self.index, rotary=session.rotary)
-            storage.observe(method, None, seen)
+            storage.take_in(method, seen, forward)
         if needs.output_projection and self.output_projection is None:
             self.output_projection = _output_projection(module, query.shape[1], value_dim)
         self._read()
