@@ -67,7 +67,7 @@ LATENT = {
     **COMMON,
     "num_key_value_heads": 4,
     "q_lora_rank": 24,
-    "kv_lora_rank": 20,
+    "kv_lora_rank": 22,
     "qk_rope_head_dim": 8,
     "qk_nope_head_dim": 12,
     "v_head_dim": 10,

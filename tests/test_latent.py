@@ -12,6 +12,8 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from reasonkv import Budget, CompressedCache, Plan, SlotView, UnsupportedModelError
+from reasonkv.evaluate.chunks import TraceRow
+from reasonkv.evaluate.reference import FullAttention
 from reasonkv.resolve import check_model
 from reasonkv.runtimes.transformers.latent import Expansion
 
@@ -42,7 +44,9 @@ def test_queries_times_keys_of_a_view_are_the_logits_of_the_model(family: str) -
 
     def look(layer: int, rows: list[int], view: SlotView, plan: Plan) -> None:
         own = cache.layers[layer]
-        keys, _ = own.expansion.expand(own.storage.keys[:, :, : view.positions_BHN.shape[2]], view.keys_BHND[..., 20:])
+        keys, _ = own.expansion.expand(
+            own.storage.keys[:, :, : view.positions_BHN.shape[2]], view.keys_BHND[..., LATENT["kv_lora_rank"] :]
+        )
         queries = own.storage.ring.transpose(1, 2)[:, :, (view.query_positions_BT[0] % own.storage.ring.shape[1])]
         seen.append((view, queries @ keys.mT))
 
@@ -52,7 +56,11 @@ def test_queries_times_keys_of_a_view_are_the_logits_of_the_model(family: str) -
             model(part, past_key_values=cache)
     assert seen
     for view, logits in seen:
-        assert view.keys_BHND.shape[1:] == (1, view.positions_BHN.shape[2], 28)
+        assert view.keys_BHND.shape[1:] == (
+            1,
+            view.positions_BHN.shape[2],
+            LATENT["kv_lora_rank"] + LATENT["qk_rope_head_dim"],
+        )
         assert view.group_size == 4
         found = (view.queries_BHgTD() @ view.keys_BHND[:, :, None].mT)[:, 0]
         torch.testing.assert_close(found, logits, atol=1e-12, rtol=0)
@@ -76,6 +84,17 @@ def test_a_slot_takes_the_bytes_of_its_latent_vector() -> None:
     layers, numbers = 3, LATENT["kv_lora_rank"] + LATENT["qk_rope_head_dim"]
     assert cache.stats().rows[0].bytes_full == LENGTH * layers * numbers * 8
     assert cache.stats().bytes_allocated == 21 * layers * numbers * 8
+
+
+def test_the_attention_still_to_come_is_that_of_the_model() -> None:
+    model = tiny_model("deepseek_v3", torch.float32, kernel="eager")
+    ids, _, _ = batch([LENGTH])
+    future = FullAttention.collect(model, [TraceRow(ids[0, :24], torch.cat([ids[0, 24:], ids[0, :1]]))])
+    with torch.no_grad():
+        paid = model(ids, output_attentions=True).attentions
+    for layer, weights in enumerate(paid):
+        expected = weights[0].mean(0, keepdim=True)[:, 30:].sum(1)
+        torch.testing.assert_close(future.received(layer, 0, 30, LENGTH), expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(("method", "words"), [("cask", "merges keys and values"), ("quest", "selects per KV head")])

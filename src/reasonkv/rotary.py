@@ -1,7 +1,7 @@
 """Rotary position embedding (RoPE) of cached keys: rotate, un-rotate, and move to another position.
 
 Keys are cached rotated: the pair f of dimensions turns by position x inv_freq[f]. Models lay pairs out differently.
-Half-split (Llama, Qwen, Mistral, gpt-oss): dimension f pairs with F + f. Interleaved (GLM, Cohere, GPT-J, Llama 4): 2f
+Half-split (Llama, Qwen, Mistral, gpt-oss): dimension f pairs with F + f. Interleaved (GLM, Cohere, Ernie, Llama 4): 2f
 pairs with 2f + 1. What is not rotated comes after the pairs, in latent attention before them. `canonical` orders the
 dimensions of any layout as half-split pairs first; nothing else needs to know the layout.
 
@@ -26,8 +26,8 @@ _KNOWN = ("default", "linear", "llama3", "yarn", "proportional")
 _LENGTH_DEPENDENT = ("dynamic", "longrope")
 # tests/test_layouts.py measures the layout of every architecture on a model of it
 _INTERLEAVED = (
-    "blt", "codegen", "cohere", "cohere2", "cohere2_moe", "deepseek_v2", "ernie4_5", "ernie4_5_moe",
-    "ernie4_5_vl_moe_text", "glm", "glm4", "glm4v_text", "glm_ocr_text", "gptj", "helium", "llama4_text",
+    "cohere", "cohere2", "cohere2_moe", "deepseek_v2", "ernie4_5", "ernie4_5_moe", "ernie4_5_vl_moe_text", "glm",
+    "glm4", "glm4v_text", "glm_ocr_text", "helium", "llama4_text",
 )  # fmt: skip
 _BACKWARD = ("nanochat",)  # turn the other way
 

@@ -52,6 +52,10 @@ class Expansion:
             keys, values = self.expand(units, units.new_zeros(1, 1, self.latent, self.rotated))
         return keys[0, ..., : keys.shape[-1] - self.rotated], values[0]
 
+    def shown(self, latents: Tensor, rotated: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the keys and values that methods see for what is cached, [..., R + r] and [..., R]."""
+        return torch.cat([latents, rotated], dim=-1), latents
+
     def absorb(self, queries_BHqTD: Tensor) -> Tensor:
         """Return queries that fit the cached keys, [B, Hq, T, R + r], for the queries [n, r] of the model."""
         keys_HqRn, _ = self.maps(queries_BHqTD)

@@ -143,7 +143,7 @@ class CompressedLayer(CacheLayerMixin):
         rows, lengths = list(group.rows), [one.logical for one in group.after]
         keys, values = storage.slots(rows, group.held)
         if self.expansion is not None:
-            keys, values = torch.cat([keys, values], dim=-1), keys
+            keys, values = self.expansion.shown(keys, values)
         made = make_view(
             SlotView,
             storage,
