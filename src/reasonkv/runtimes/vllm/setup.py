@@ -13,7 +13,7 @@ from reasonkv.calibration import Calibration, CalibrationError
 from reasonkv.calibration.files import FILE, load_calibration
 from reasonkv.methods import Method, Requirements
 from reasonkv.resolve import check_model
-from reasonkv.rotary import Rotary, RotaryError
+from reasonkv.rotary import Rotary, RotaryError, RotaryLimits
 from reasonkv.runtimes.vllm.backend import CompressedImpl
 from reasonkv.runtimes.vllm.config import ServingError
 from reasonkv.view import LayerStatistics
@@ -53,8 +53,14 @@ def with_markers(method: Method, vllm_config: Any) -> Method:
 
 def rotary_of(vllm_config: Any, device: torch.device) -> Rotary:
     """Return the rotary embedding of the full-attention layers; raise a ServingError if it cannot be undone."""
+    config = vllm_config.model_config.hf_config
+    if RotaryLimits.of(config).has_axes:
+        raise ServingError(
+            "The tokens of images have several rotary positions, and this method un-rotates keys by one; choose a "
+            "method that does not, such as snapkv."
+        )
     try:
-        return Rotary.from_config(vllm_config.model_config.hf_config, "full_attention").to(device)
+        return Rotary.from_config(config, "full_attention").to(device)
     except RotaryError as error:
         raise ServingError(str(error)) from None
 
