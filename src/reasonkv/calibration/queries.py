@@ -112,7 +112,7 @@ def collect(
         for part_BHqtD, position_t in zip(
             torch.split(query_BHqTD, step, 2), torch.split(torch.arange(T, device=device), step), strict=True
         ):
-            plain_BHqtD = rotary.unrotate(part_BHqtD.float(), position_t)
+            plain_BHqtD = rotary.canonical(rotary.unrotate(part_BHqtD.float(), position_t))
             real, imaginary = plain_BHqtD[..., :F], plain_BHqtD[..., F : 2 * F]
             square = real.square() + imaginary.square()
             for row, values in enumerate((real, imaginary, square.sqrt(), square)):

@@ -1,6 +1,6 @@
 """Statistics of a model's queries before RoPE, per layer, query head and rotary pair.
 
-A query's rotary pair f is read as the complex number q_f = x[f] + i x[F + f] (the half-split layout of
+A query's rotary pair f is read as the complex number q_f = x[f] + i x[F + f] (the canonical order of
 `reasonkv.rotary`), after the layer's query normalisation if it has one, and before RoPE. TriAttention and CASK score
 cached keys with the mean of q_f, the mean of |q_f| and, in one variant, the mean of |q_f|^2.
 

@@ -16,6 +16,7 @@ from reasonkv.methods.options import Count, Size
 from reasonkv.view import SlotView
 
 _TOKENS_AT_ONCE = 256  # of one forward's queries in float64
+_STEPS_AT_ONCE = 8  # one step's queries cost as many operations as eight
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class ExpectedAttention(ScorerMethod):
     def needs(self) -> Requirements:
         if self.variant == "cask":
             return Requirements(queries=self.window, recent=self.window, rotary=True)
-        return Requirements(observes=True, rotary=True)
+        return Requirements(observes=True, observe_steps=_STEPS_AT_ONCE, rotary=True)
 
     def new_row_state(self, rows: int, query_heads: int, head_dim: int, device: torch.device) -> dict[str, Tensor]:
         """Return sums over queries, float64 (see the class)."""
@@ -90,7 +91,8 @@ class ExpectedAttention(ScorerMethod):
         sums = self._window_sums(view) if is_cask else view.row_state
         start_B = torch.full_like(view.length_B, N) if is_cask else view.length_B
         moments = rotated(moments_of(sums, view.rotary), mean_rotation(view.rotary, start_B, self.future))
-        logits_BHgN = expected_logits(view.keys_BHND, moments, view.scaling).view(B, H, -1, N)
+        keys_BHND = view.rotary.canonical(view.keys_BHND)
+        logits_BHgN = expected_logits(keys_BHND, moments, view.scaling).view(B, H, -1, N)
         is_sink_BHN = view.positions_BHN < (0 if self.variant == "corrected" else self.sinks)
         scores_BHN = logits_BHgN.masked_fill(is_sink_BHN[:, :, None], float("-inf")).softmax(-1).mean(2)
         if self.value_norm:

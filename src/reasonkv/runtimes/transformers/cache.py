@@ -87,7 +87,7 @@ class CompressedCache(Cache):
         window_events: Sequence[tuple[int, int]] | None = None,
         **fields: Unpack[BudgetFields],
     ) -> None:
-        if problems := check_model(model):
+        if problems := check_model(model, get_method(method)):
             raise UnsupportedModelError(problems[0])
         self.method, self.budget = resolve_budget(get_method(method), Budget.from_fields(budget, fields))
         check_window(self.budget, reopen_prompt=reopen_prompt, listed=window_events is not None)
@@ -103,7 +103,7 @@ class CompressedCache(Cache):
         self.layer_groups: list[LayerGroup] = []  # one, unless the method gives layers budgets of their own
         self.layers_done = self.bytes_peak = 0
         self.compaction_seconds = 0.0
-        self._attachment = Attachment(model, kernel, self._receiver(needs))
+        self._attachment = Attachment(model, kernel, self._receiver(needs), unrotates=rotaries is not None)
         self.session = Session(
             method=self.method,
             needs=needs,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,13 +10,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin, LinearAttentionAndFullAttentionLayer, LinearAttentionLayer
 
-from reasonkv.layers import BOUNDED, cache_layers
+from reasonkv.layers import BOUNDED, cache_layers, layer_readers
 from reasonkv.methods import Observed
 from reasonkv.offload import loaded
 from reasonkv.resolve import UnsupportedModelError
 from reasonkv.rotary import Rotary
 from reasonkv.runtimes.transformers.attention import LogitRule, MaskLength
 from reasonkv.runtimes.transformers.forward import ForwardPlan
+from reasonkv.runtimes.transformers.latent import Expansion
 from reasonkv.runtimes.transformers.sequences import LayerGroup
 from reasonkv.runtimes.transformers.session import Session
 from reasonkv.runtimes.transformers.sparse_read import SparseReader
@@ -42,11 +44,13 @@ class CompressedLayer(CacheLayerMixin):
         super().__init__()
         self.session, self.index = session, index
         self.group: LayerGroup | None = None  # set by the first forward
-        self.waiting = False  # between `update` and `after_attention`
+        self.waiting = False  # between `update` and the last `after_attention`
+        self.readers = self.unread = 1  # layers that attend to these slots, and those that did not yet in this forward
         self.storage: LayerStorage | None = None
         self.rule: LogitRule | None = None  # of the newest forward
         self.query_heads = 0
         self.output_projection: Tensor | None = None  # [Hq, D, M], a view of the model's weight
+        self.expansion: Expansion | None = None  # of latent attention
 
     @property
     def forward(self) -> ForwardPlan:
@@ -95,6 +99,9 @@ class CompressedLayer(CacheLayerMixin):
     def after_attention(self, query: Tensor, rule: LogitRule, module: nn.Module) -> None:
         """Store what the method wants to know of this forward, and report to the cache, which may compact.
 
+        Where later layers share these keys and values, the method sees this layer's queries, and nothing is compacted
+        before the last of them has attended.
+
         Args:
             query: rotated queries [B, Hq, q, D].
             rule: how this layer's logits come from query-key products.
@@ -103,19 +110,34 @@ class CompressedLayer(CacheLayerMixin):
         """
         storage, session, forward = self.storage, self.session, self.forward
         assert storage is not None
+        if self.unread < self.readers:
+            self._read()
+            return
+        self.readers = self.unread = layer_readers(module.config, self.index)  # type: ignore[arg-type]
         self.rule, self.query_heads = rule, query.shape[1]
         method, needs = session.method, session.needs
+        latent, rotated, value_dim = storage.keys.shape[3], storage.values.shape[3], storage.values.shape[3]
+        if hasattr(module, "expand_kv"):
+            self.expansion = Expansion(module.expand_kv, latent, rotated)  # type: ignore[arg-type]
+            storage.prepare(method, query.shape[1], query.shape[3], latent + rotated)
+            value_dim = module.v_head_dim  # type: ignore[assignment]
         storage.prepare(method, query.shape[1], query.shape[3])
         storage.remember(query, forward)
         if needs.observes:
             positions_Bq, valid_Bq = forward.token_indices(query.device)
+            query = query if self.expansion is None else self.expansion.absorb(query)
             assert self.rotary is not None
             seen = Observed(query, positions_Bq, valid_Bq, layer=self.index, rotary=self.rotary)
-            storage.observe(method, None, seen)
+            storage.take_in(method, seen, forward)
         if needs.output_projection and self.output_projection is None:
-            self.output_projection = _output_projection(module, query.shape[1], query.shape[3])
-        self.waiting = False
-        session.layer_done(self)
+            self.output_projection = _output_projection(module, query.shape[1], value_dim)
+        self._read()
+
+    def _read(self) -> None:
+        self.unread -= 1
+        if self.unread == 0:
+            self.waiting, self.unread = False, self.readers
+            self.session.layer_done(self)
 
     def log_mass_BH1W(self, dtype: torch.dtype) -> Tensor | None:
         """Return what is added to the logits of every slot, or None where every slot weighs one token."""
@@ -129,7 +151,9 @@ class CompressedLayer(CacheLayerMixin):
         assert storage is not None and self.rule is not None
         rows, lengths = list(group.rows), [one.logical for one in group.after]
         keys, values = storage.slots(rows, group.held)
-        return make_view(
+        if self.expansion is not None:
+            keys, values = self.expansion.shown(keys, values)
+        made = make_view(
             SlotView,
             storage,
             group,
@@ -144,6 +168,16 @@ class CompressedLayer(CacheLayerMixin):
             token_ids=session.token_ids.of(rows, lengths) if session.needs.token_ids else None,
             output_projection_HqDM=None if self.output_projection is None else self.output_projection.float(),
             reference=session.reference,
+        )
+        return made if self.expansion is None else self._absorbed(made, self.expansion)
+
+    def _absorbed(self, view: SlotView, expansion: Expansion) -> SlotView:
+        """Return a view whose queries and output projection fit latent keys and values."""
+        queries, output = view.queries_BHqTD, view.output_projection_HqDM
+        return replace(
+            view,
+            queries_BHqTD=None if queries is None else expansion.absorb(queries),
+            output_projection_HqDM=None if output is None else expansion.project(output, view.keys_BHND),
         )
 
     def slot_positions(self) -> list[Tensor]:

@@ -14,7 +14,7 @@ from reasonkv.calibration.files import FILE, load_calibration
 from reasonkv.layers import bounded_layers, cache_layers, layer_rotaries
 from reasonkv.methods import Method, Requirements
 from reasonkv.resolve import check_model
-from reasonkv.rotary import Rotary, RotaryError
+from reasonkv.rotary import Rotary, RotaryError, RotaryLimits
 from reasonkv.runtimes.vllm.backend import CompressedImpl
 from reasonkv.runtimes.vllm.config import ServingError
 from reasonkv.view import LayerStatistics
@@ -55,8 +55,14 @@ def with_markers(method: Method, vllm_config: Any) -> Method:
 
 def rotary_of(vllm_config: Any, device: torch.device) -> Rotary:
     """Return the rotary embedding of the full-attention layers; raise a ServingError if it cannot be undone."""
+    config = vllm_config.model_config.hf_config
+    if RotaryLimits.of(config).has_axes:
+        raise ServingError(
+            "The tokens of images have several rotary positions, and this method un-rotates keys by one; choose a "
+            "method that does not, such as snapkv."
+        )
     try:
-        first, *others = layer_rotaries(vllm_config.model_config.hf_config)
+        first, *others = layer_rotaries(config)
     except RotaryError as error:
         raise ServingError(str(error)) from None
     if any(other is not first for other in others):
