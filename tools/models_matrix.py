@@ -180,7 +180,6 @@ def examine_apart(model_type: str) -> dict[str, Any]:
 def page(rows: list[dict[str, Any]]) -> str:
     """Return docs/models.md."""
     counts = Counter(row["verdict"] for row in rows)
-    attending = counts["exact"] + counts["wrong"]
     lines = [
         "# Models",
         "",
@@ -190,7 +189,7 @@ def page(rows: list[dict[str, Any]]) -> str:
         "",
         f"**{counts['exact']} exact, {counts['refused']} refused with a reason, {counts['wrong']} wrong, "
         f"{counts['not run']} not run.** Exact: every call of attention equals float64 attention over the kept slots "
-        'to 1e-12, and full KV equals the stock cache. "Bounded" counts the layers whose cache would grow with the text.',
+        'to 1e-12, and full KV equals the stock cache. "Bounded layers" are those whose cache grows with the text.',
         "",
         "| model type | bounded layers | verdict | |",
         "|---|---|---|---|",
@@ -199,7 +198,6 @@ def page(rows: list[dict[str, Any]]) -> str:
     for row in sorted(rows, key=lambda row: (order[row["verdict"]], row["type"])):
         why = row["why"].replace("|", "\\|").replace("\n", " ")
         lines.append(f"| `{row['type']}` | {row.get('layers', '')} | {row['verdict']} | {why} |")
-    del attending
     return "\n".join(lines) + "\n"
 
 
