@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import copy
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
 from models import batch
+from tiny import TASK
 from transformers import PreTrainedModel, Qwen3NextConfig
 from transformers.cache_utils import LinearAttentionLayer
 
 from reasonkv import CompressedCache
 from reasonkv.calibration.queries import collect
+from reasonkv.evaluate.job import BudgetOptions, GenerateJob, ReplayJob, TraceSettings
+from reasonkv.evaluate.run import run
 from reasonkv.footprint import footprint, total_bytes
+from reasonkv.identity import model_hash
 from reasonkv.layers import bounded_layers, layer_rotaries
+from reasonkv.models import LoadedModel
 from reasonkv.resolve import UnsupportedModelError
 from reasonkv.runtimes.transformers.layer import CompressedLayer
 from tools.models_matrix import examine, examine_apart
+from tools.testbed.tokenizer import make_tokenizer
 from tools.tiny_models import architectures, tiny_config, tiny_model
 
 # a state beside attention, both in one layer, shared attention, convolutions, layers without rotation
@@ -113,8 +120,20 @@ def test_the_footprint_of_a_configuration_is_what_a_cache_holds() -> None:
     kinds = {one.kind: one for one in footprint(config)}
     assert kinds["full attention"].bounded and not kinds["linear attention"].bounded
     full = kinds["full attention"]
-    assert (full.layers, full.bytes_per_token, full.bytes_fixed) == (2, 2 * 2 * 2 * 16 * 4, 0)
+    assert (full.layers, full.bytes_per_token, full.bytes_fixed) == (2, 2 * 2 * 2 * 16 * 2, 0)  # bfloat16
     assert kinds["linear attention"].bytes_per_token == 0 and kinds["linear attention"].bytes_fixed > 0
     assert total_bytes([full], 1000, 100) == 100 * full.bytes_per_token
     real = {one.kind: one for one in footprint(Qwen3NextConfig(num_hidden_layers=4))}  # 80B: no weights are made
     assert real["full attention"].bytes_per_token == 2 * 2 * 256 * real["full attention"].layers * 2
+
+
+def test_replay_and_generate_run_on_a_hybrid(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    model = tiny_model("qwen3_next", vocab_size=len(tokenizer)).float()
+    loaded = LoadedModel("hybrid", model, tokenizer, model_hash(model))
+    common = {"task": [TASK], "methods": ["full", "snapkv"], "budget": BudgetOptions(tokens=[64]), "limit": 2}
+    records = run(ReplayJob(**common, traces=TraceSettings(max_new_tokens=24)), loaded, tmp_path / "replay")
+    assert len(records) == 4
+    assert all(one.kl < 1e-9 if one.method == "full" else one.kl > 1e-9 for one in records)
+    answers = run(GenerateJob(**common, max_new_tokens=24), loaded, tmp_path / "answers")
+    assert len(answers) == 4

@@ -177,8 +177,8 @@ def examine_apart(model_type: str) -> dict[str, Any]:
     return found
 
 
-def page(rows: list[dict[str, Any]]) -> str:
-    """Return docs/models.md."""
+def page(rows: list[dict[str, Any]], names: list[str]) -> str:
+    """Return docs/models.md: the verdicts, and which of the architectures have none yet."""
     counts = Counter(row["verdict"] for row in rows)
     lines = [
         "# Models",
@@ -198,6 +198,9 @@ def page(rows: list[dict[str, Any]]) -> str:
     for row in sorted(rows, key=lambda row: (order[row["verdict"]], row["type"])):
         why = row["why"].replace("|", "\\|").replace("\n", " ")
         lines.append(f"| `{row['type']}` | {row.get('layers', '')} | {row['verdict']} | {why} |")
+    left = sorted(set(names) - {row["type"] for row in rows})
+    if left:
+        lines += ["", f"Not examined yet ({len(left)} of {len(names)}): {', '.join(f'`{name}`' for name in left)}."]
     return "\n".join(lines) + "\n"
 
 
@@ -212,8 +215,8 @@ def main() -> None:
         row = done[model_type] = examine_apart(model_type)
         print(f"{model_type}: {row['verdict']} {row['why']}", flush=True)
         STATE.parent.mkdir(exist_ok=True)
+        write_atomically(PAGE, page(list(done.values()), architectures()).encode())
         write_atomically(STATE, "".join(json.dumps(one) + "\n" for one in done.values()).encode())
-    write_atomically(PAGE, page(list(done.values())).encode())
 
 
 if __name__ == "__main__":
