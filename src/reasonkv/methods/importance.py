@@ -37,12 +37,10 @@ class ImportanceSampling(ScoreWrapper):
         base: the method whose scores are sizes, with its options as in `expected:future=64;sinks=0`; its scores must
             be attention that counts log mass: expected or snapkv.
         cap: largest log mass; it bounds what one slot can draw to itself.
-        redraw: fresh numbers at every compaction; False: one number per token for ever.
     """
 
     base: str = "expected"
     cap: Annotated[float, Ge(0)] = 3.0
-    redraw: bool = True
 
     @property
     def needs(self) -> Requirements:
@@ -55,7 +53,7 @@ class ImportanceSampling(ScoreWrapper):
     def plan(self, view: SlotView, keep: int) -> Plan:
         size_BHN, mass_BHN = self.scorer.score(view), view.state["log_mass"]
         size_BHN = size_BHN.clamp(min=torch.finfo(torch.float32).tiny)  # a score may round to 0, but no chance is 0
-        priority_BHN = size_BHN / view.uniform_BHN(per_event=self.redraw)
+        priority_BHN = size_BHN / view.uniform_BHN()
         kept_BHK = top_k_slots(priority_BHN, keep, view.is_protected_BHN)
         gone_BHN = priority_BHN.scatter(2, kept_BHK, 0.0)
         raised_BHN = (gone_BHN.amax(-1, keepdim=True) / size_BHN).log().clamp(min=0.0)
