@@ -54,8 +54,9 @@ def _shrink_window(method: Method, budget: Budget) -> Method:
     if isinstance(budget, Window) or budget.tokens is None or sum(budget.protected(own)) <= budget.tokens:
         return method
     room = max(1, budget.protected()[1])
+    usual = method.defaults()
     for one in fields(method):
-        if one.name in ("window", "recent") and getattr(method, one.name) == one.default == own:
+        if one.name in ("window", "recent") and getattr(method, one.name) == usual[one.name] == own:
             return replace(method, **{one.name: room})
         if one.name == "base" and getattr(method, "base") == one.default:  # noqa: B009 - only wrappers have one
             base = _shrink_window(get_method(str(one.default)), budget)

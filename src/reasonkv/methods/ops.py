@@ -87,6 +87,17 @@ def largest(scores: Tensor, count: int | Tensor, most: int | None = None) -> Ten
     return (above | (equal & (rank <= count - above.sum(-1, keepdim=True)))) & torch.as_tensor(count > 0)
 
 
+def free_slots(view: SlotView, keep: int) -> Tensor:
+    """Return how many of `keep` slots shares of the budget are taken of, int64 [B, H, 1].
+
+    Protected slots before the newest ones (a kept prompt, sinks) do not count, so that a method divides what it may
+    choose. The newest protected ones do: they are the ones that most methods would keep anyway.
+    """
+    is_protected_BHN = view.is_protected_BHN
+    newest_BH1 = is_protected_BHN.flip(-1).cumprod(-1).sum(-1, keepdim=True)
+    return keep - is_protected_BHN.sum(-1, keepdim=True) + newest_BH1
+
+
 def ranks(x: Tensor) -> Tensor:
     """Return the rank of every entry of the last axis, int64, 0 for the smallest; of equal ones the later is higher."""
     order = x.argsort(dim=-1, stable=True)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import importlib
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -30,9 +29,10 @@ from reasonkv.offload import input_device
 from reasonkv.resolve import UnsupportedModelError, broadcast_per_prompt, check_model, check_window, resolve_budget
 from reasonkv.rotary import Rotary
 from reasonkv.runtimes.transformers.attachment import Attachment
-from reasonkv.runtimes.transformers.events import compact_layers
+from reasonkv.runtimes.transformers.events import settle_layers
 from reasonkv.runtimes.transformers.forward import ForwardPlan, SequenceState, fed_tokens
 from reasonkv.runtimes.transformers.layer import CompressedLayer
+from reasonkv.runtimes.transformers.packed import KVDtype, bits_of
 from reasonkv.runtimes.transformers.sequences import LayerGroup, check_first_forward, make_groups, tokens_to_next_event
 from reasonkv.runtimes.transformers.session import Observer, Session, callbacks_of, load_statistics, weakly
 from reasonkv.runtimes.transformers.sparse_read import SparseReader
@@ -62,6 +62,8 @@ class CompressedCache(Cache):
             (`reasonkv.periodic.periodic_events`) instead of the rows' own lengths.
         calibration: statistics of the model's queries, or the file they are in, for methods that need them; looked up
             beside the model and in the user's cache unless given (`reasonkv.calibration.find_calibration`).
+        dtype: "int8" or "int4": store all but the newest 32 to 63 slots of a row in groups of 32 numbers, keys per
+            channel and values per token (`reasonkv.runtimes.transformers.packed`); None: in the model's dtype.
         fields: `tokens`, `keep`, `interval` and the other fields of `Budget`, instead of `budget`.
 
     Raises:
@@ -85,6 +87,7 @@ class CompressedCache(Cache):
         reference: TraceAttention | None = None,
         calibration: Calibration | str | Path | None = None,
         window_events: Sequence[tuple[int, int]] | None = None,
+        dtype: KVDtype | None = None,
         **fields: Unpack[BudgetFields],
     ) -> None:
         if problems := check_model(model):
@@ -115,6 +118,7 @@ class CompressedCache(Cache):
             reader=reader,
             model_name=type(model).__name__,
             max_length=None if max_length is None else whole_number(max_length, "max_length", 1),
+            bits=bits_of(dtype),
             **callbacks_of(self),
         )
         self.attach()
@@ -185,12 +189,9 @@ class CompressedCache(Cache):
         forward = layer.forward
         self.layers_done += 1
         is_last = self.layers_done == len(self.compressed_layers)
-        whole_model = self.session.needs.scope == "model"
-        if any(keep is not None for keep in forward.keep) and (is_last or not whole_model):
-            start = time.perf_counter()
-            layers = self.compressed_layers if whole_model else [layer]
-            compact_layers(self.method, self.session.observer, layers, forward)
-            self.compaction_seconds += time.perf_counter() - start
+        waits = self.session.needs.scope == "model" and any(keep is not None for keep in forward.keep)
+        layers = [layer] if not waits else self.compressed_layers if is_last else []
+        self.compaction_seconds += settle_layers(self.method, self.session.observer, layers, forward)
         if is_last:
             for group in self.layer_groups:
                 assert group.forward is not None

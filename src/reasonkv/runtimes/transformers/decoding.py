@@ -16,6 +16,7 @@ from reasonkv.calibration import Calibration
 from reasonkv.methods import Method, get_method, refuse_future
 from reasonkv.resolve import UnsupportedModelError, resolve_budget
 from reasonkv.runtimes.transformers.cache import CompressedCache
+from reasonkv.runtimes.transformers.packed import KVDtype
 from reasonkv.runtimes.transformers.session import Observer
 from reasonkv.runtimes.transformers.stats import CacheStats
 
@@ -30,6 +31,7 @@ class CacheOptions(BudgetFields, total=False):
     kernel: str | None
     observer: Observer | None
     calibration: Calibration | str | Path | None
+    dtype: KVDtype | None
 
 
 class GenerateWith:

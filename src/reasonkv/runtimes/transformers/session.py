@@ -35,6 +35,7 @@ class Session:
         reader: chooses what decoded tokens read, for methods that evict nothing.
         model_name: for messages.
         max_length: as in `CompressedCache`.
+        bits: of a stored number, or None for the model's dtype.
         token_ids: every token, for methods that read the text.
         columns_seen: columns fed so far, padding included.
         attach: sets the model's attention to ours.
@@ -54,6 +55,7 @@ class Session:
     reader: SparseReader | None
     model_name: str
     max_length: int | None
+    bits: int | None = None
     token_ids: TokenLog = field(default_factory=TokenLog)
     columns_seen: int = 0
     attach: Callable[[], None]
