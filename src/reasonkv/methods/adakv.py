@@ -79,8 +79,8 @@ def shared_top_k(scores_BHN: Tensor, mean: int | Tensor, safe: int | Tensor, for
 
     Args:
         scores_BHN: scores on one scale; -inf is never chosen, NaN is not allowed.
-        mean: slots per head, on average; one number, or int64 [B, 1, 1].
-        safe: the best of every head that are chosen whatever the other heads' scores, forced ones among them; as `mean`.
+        mean: slots per head, on average; this and `safe` are one number, or int64 [B, 1, 1].
+        safe: the best of every head that are chosen whatever the other heads' scores, forced ones among them.
         forced_BHN: bool, slots chosen whatever their score.
     """
     B, H, N = scores_BHN.shape

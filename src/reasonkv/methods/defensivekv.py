@@ -31,9 +31,10 @@ class DefensiveKV(Method):
     The paper also divides the budget of a layer, or of the model, among heads.
 
     Args:
-        variant: "corrected" - as above, with step 2's mean over slots that may be evicted; "paper" - the authors' code
-            where it differs: it takes that mean over all slots, normalises r over KV heads instead of slots, takes the attention to the newest slots BEFORE the window for that to the window, compares
-            the sums of step 4 with that on the scale of old slots alone, and leaves out the token that reaches it.
+        variant: "corrected" - as above, the mean of step 2 over slots that may be evicted; "paper" - the authors' code
+            where it differs: that mean is over all slots, it normalises r over KV heads instead of slots, takes the
+            attention to the newest slots BEFORE the window for that to the window, compares the sums of step 4 with
+            that on the scale of old slots alone, and leaves out the token that reaches it.
         window: newest queries that vote; their tokens are always kept.
         kernel: slots pooled together, odd; 1 turns pooling off.
         mass: share of attention that step 4 covers; 0 turns it off.

@@ -32,7 +32,7 @@ class H2O(Method):
 
     Args:
         window: newest queries that can be counted at a compaction; at least the budget's interval.
-        recent_share: share of the slots beside a kept prompt and sinks that goes to the newest tokens; the paper's half.
+        recent_share: share of what is kept, beside a kept prompt and sinks, that goes to the newest; the paper's half.
     """
 
     window: Size = 128

@@ -25,9 +25,10 @@ class LagKV(ScorerMethod):
     """Keep tokens that vary most across channels, on the scale of the chunk after them (Liang et al., 2025, "LagKV:
     Lag-Relative Information of the KV Cache Tells Which Tokens Are Important", arXiv 2504.04704).
 
-    After the first `sinks` slots, and after a prompt that is kept whole, slots are cut into chunks of `lag`. Every chunk is scored against the next one:
-    each channel is brought to the minimum and maximum that the next chunk has there, the standard deviation over
-    channels is taken, and softmaxed over the chunk. The last whole chunk and the slots after it are always kept.
+    After the first `sinks` slots, and after a prompt that is kept whole, slots are cut into chunks of `lag`. Each is
+    scored against the next one: each channel is brought to the minimum and maximum that the next chunk has there, the
+    standard deviation over channels is taken, and softmaxed over the chunk. The last whole chunk and the slots after it
+    are always kept.
 
     The paper freezes a chunk once it is compressed, so that memory goes on growing. Here every compaction cuts the kept
     slots into chunks anew. A channel that does not change within the reference chunk counts as 0.
