@@ -119,6 +119,7 @@ class CompressedCache(Cache):
             model_name=type(model).__name__,
             max_length=None if max_length is None else whole_number(max_length, "max_length", 1),
             bits=bits_of(dtype),
+            context=context_length(model.config),
             **callbacks_of(self),
         )
         self.attach()
@@ -177,6 +178,7 @@ class CompressedCache(Cache):
             self._check_later_prompt(columns, fed)
         for group in self.layer_groups:
             group.forward = ForwardPlan.of(group.rows, columns, valid, fed, group.layers)
+        self.session.warn_past_context(max(state.logical for state in self.layer_groups[0].forward.after))
         if self.session.needs.token_ids and self.forward is not None:
             self.token_ids.append(self.forward)
 
