@@ -60,6 +60,7 @@ class Requirements:
         statistics: which of their optional parts the method reads: "square", "horizon" (`LayerStatistics`).
         rotary: the view shows the rotary embedding.
         observes: `Method.observe` is called with the queries of every forward; what it stores is `view.row_state`.
+        observe_steps: decode steps whose queries it may be given at once, always before a compaction.
         output_projection: the view shows the layer's output projection.
         whole_prompt: what the method observes of a prompt is right only if the prompt comes in one forward.
         selects: the method keeps every slot and chooses what each query reads (`SelectionMethod`).
@@ -78,6 +79,7 @@ class Requirements:
     statistics: frozenset[str] = frozenset()
     rotary: bool = False
     observes: bool = False
+    observe_steps: int = 1
     output_projection: bool = False
     whole_prompt: bool = False
     selects: bool = False
@@ -106,6 +108,26 @@ class Observed:
     valid_Bq: Tensor
     layer: int
     rotary: Rotary
+
+    @classmethod
+    def joined(cls, seen: Sequence[Observed]) -> Observed:
+        """Return several forwards of the same rows as one."""
+        if len(seen) == 1:
+            return seen[0]
+        queries_BHqqD = torch.cat([one.queries_BHqqD for one in seen], dim=2)
+        positions_Bq = torch.cat([one.positions_Bq for one in seen], dim=1)
+        return replace(
+            seen[0],
+            queries_BHqqD=queries_BHqqD,
+            positions_Bq=positions_Bq,
+            valid_Bq=torch.cat([one.valid_Bq for one in seen], dim=1),
+        )
+
+    def of_rows(self, index: Tensor) -> Observed:
+        """Return the same of some rows."""
+        rows = (one.index_select(0, index) for one in (self.queries_BHqqD, self.positions_Bq, self.valid_Bq))
+        queries_BHqqD, positions_Bq, valid_Bq = rows
+        return replace(self, queries_BHqqD=queries_BHqqD, positions_Bq=positions_Bq, valid_Bq=valid_Bq)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from reasonkv.methods.options import Count, Size
 from reasonkv.view import SlotView
 
 _TOKENS_AT_ONCE = 256  # of one forward's queries in float64
+_STEPS_AT_ONCE = 8  # one step's queries cost as many operations as eight
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class ExpectedAttention(ScorerMethod):
     def needs(self) -> Requirements:
         if self.variant == "cask":
             return Requirements(queries=self.window, recent=self.window, rotary=True)
-        return Requirements(observes=True, rotary=True)
+        return Requirements(observes=True, observe_steps=_STEPS_AT_ONCE, rotary=True)
 
     def new_row_state(self, rows: int, query_heads: int, head_dim: int, device: torch.device) -> dict[str, Tensor]:
         """Return sums over queries, float64 (see the class)."""

@@ -104,7 +104,7 @@ class CompressedLayer(CacheLayerMixin):
             assert session.rotary is not None
             positions_Bq, valid_Bq = forward.token_indices(query.device)
             seen = Observed(query, positions_Bq, valid_Bq, layer=self.index, rotary=session.rotary)
-            storage.observe(method, None, seen)
+            storage.take_in(method, seen, forward)
         if needs.output_projection and self.output_projection is None:
             self.output_projection = _output_projection(module, query.shape[1], query.shape[3])
         self.waiting = False

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from reasonkv.compaction import compact_pair
-from reasonkv.methods import Requirements
+from reasonkv.methods import Method, Observed, Requirements
 from reasonkv.plan import Plan
 from reasonkv.runtimes.transformers.forward import ForwardPlan
 from reasonkv.slots import CompactionGroup, SlotStore
@@ -35,6 +35,7 @@ class LayerStorage(SlotStore):
         self.is_bounded = capacity is not None
         self.keys, self.values = self._new(0, keys, values)  # [B, H, A, D]; A > capacity while staging
         self.home: tuple[Tensor, Tensor] | None = None  # the permanent pair, put aside while staging
+        self._waiting: list[Observed] = []  # decode steps that the method has not been given yet
 
     @property
     def allocated(self) -> int:
@@ -65,6 +66,16 @@ class LayerStorage(SlotStore):
         row, column, line = plan.ring_lines(self.ring.shape[1], self.device)
         one = plan.is_one_token  # an ordinary decode step: all rows in order
         self.remember_queries(queries_BHqqD[:, :, 0] if one else queries_BHqqD[row, :, column], line)
+
+    def take_in(self, method: Method, seen: Observed, plan: ForwardPlan) -> None:
+        """Let the method observe a forward now, or several decode steps together, at the latest before a compaction."""
+        if not plan.is_one_token:
+            self._observe_waiting(method)
+            self.observe(method, None, seen)
+            return
+        self._waiting.append(seen)
+        if len(self._waiting) == self.needs.observe_steps or any(keep is not None for keep in plan.keep):
+            self._observe_waiting(method)
 
     def slots(self, rows: list[int], held: int) -> tuple[Tensor, Tensor]:
         """Return keys and values [b, H, held, D] of some rows; views when the rows are the whole batch."""
@@ -118,15 +129,22 @@ class LayerStorage(SlotStore):
     def bytes_per_row(self) -> int:
         """Bytes of a row that do not depend on its slots: its part of the ring of queries, and what is observed."""
         kept = [*self.row_state.values(), *([] if self.ring is None else [self.ring])]
-        return sum(tensor[0].nbytes for tensor in kept)
+        waiting = [self._waiting[0].queries_BHqqD] * self.needs.observe_steps if self._waiting else []
+        return sum(tensor[0].nbytes for tensor in (*kept, *waiting))
 
     def select_rows(self, index: Tensor) -> None:
         """Reorder, repeat or drop rows everywhere (beams)."""
         super().select_rows(index)
         at = index.to(self.device)
+        self._waiting = [one.of_rows(at) for one in self._waiting]
         self.keys, self.values = self.keys.index_select(0, at), self.values.index_select(0, at)
         if self.home is not None:
             self.home = (self.home[0].index_select(0, at), self.home[1].index_select(0, at))
+
+    def _observe_waiting(self, method: Method) -> None:
+        if self._waiting:
+            self.observe(method, None, Observed.joined(self._waiting))
+            self._waiting = []
 
     def _make_room(self, width: int) -> None:
         if width <= self.allocated:
