@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,8 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import batch, calibration, tiny_model
 from oracle import PlanLog, differences, run_compressed
+from tiny import TASK, tiny_loaded
 
 from reasonkv import Budget, BudgetError, CompressedCache, SnapKV, generate_with, get_method
+from reasonkv.evaluate.job import BudgetOptions, ReplayJob, TraceSettings
+from reasonkv.evaluate.run import run
 from reasonkv.runtimes.transformers.packed import GROUP, PackedStorage, decode, encode, packed_slots, power
 
 LENGTH, PROMPT = 132, 50
@@ -130,3 +136,48 @@ def test_a_wrong_dtype_is_one_sentence_and_the_one_line_form_takes_it() -> None:
     model.generate(torch.randint(5, 200, (1, 60)), max_new_tokens=90, custom_generate=decode_with)
     assert decode_with.stats is not None
     assert decode_with.stats.rows[0].bytes_in_use < 0.8 * decode_with.stats.rows[0].physical_terminal * 3 * 2 * 32 * 4
+
+
+def test_chunks_that_cross_no_packing_give_what_single_tokens_give() -> None:
+    model, ids = tiny_model("llama"), torch.randint(5, 200, (1, 170), generator=torch.Generator().manual_seed(2))
+    logits = []
+    for most in (1, 1000):
+        with (
+            CompressedCache(
+                model,
+                SnapKV(window=8),
+                tokens=100,
+                interval=50,
+                recent=8,
+                prompt="count",
+                dtype="int4",
+                prompt_lengths=70,
+            ) as cache,
+            torch.no_grad(),
+        ):
+            parts, start = [model(ids[:, :70], past_key_values=cache).logits], 70
+            while start < 170:
+                (distance,) = cache.tokens_to_next_event()
+                assert distance is not None
+                end = min(170, start + min(most, distance))
+                parts.append(model(ids[:, start:end], past_key_values=cache).logits)
+                start = end
+            logits.append(torch.cat(parts, 1))
+    torch.testing.assert_close(*logits, rtol=1e-9, atol=1e-9)
+
+
+def test_records_of_a_replay_with_quantised_slots_say_so_and_are_smaller(tmp_path: Path) -> None:
+    budget = BudgetOptions(tokens=(96,), interval=16, prompt="count")
+    job = ReplayJob(
+        task=TASK, methods=("full", "snapkv:window=8"), budget=budget, limit=1, traces=TraceSettings(max_new_tokens=40)
+    )
+    loaded, found = tiny_loaded(), {}
+    for dtype in (None, "int4"):
+        folder = tmp_path / str(dtype)
+        found[dtype] = {one.method: one for one in run(job, replace(loaded, kv_dtype=dtype), folder)}
+        arguments = json.loads((folder / "manifest.json").read_text())["arguments"]
+        assert arguments.get("kv_dtype") == dtype
+    plain, packed = found[None], found["int4"]
+    assert packed["full"].kl_mean == plain["full"].kl_mean
+    assert packed["snapkv"].kl_mean != plain["snapkv"].kl_mean
+    assert packed["snapkv"].bytes_held < 0.8 * plain["snapkv"].bytes_held

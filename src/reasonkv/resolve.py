@@ -118,6 +118,12 @@ def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
     return config.get_text_config(decoder=True)
 
 
+def context_length(model: PreTrainedModel) -> int | None:
+    """Return the most positions the model was made for, or None if its configuration does not say."""
+    limit = getattr(text_config(model.config), "max_position_embeddings", None)
+    return None if limit is None else int(limit)
+
+
 def layer_types(config: PreTrainedConfig) -> list[str]:
     """The attention type of every layer, "full_attention" or "sliding_attention" for supported models."""
     decoder = text_config(config)

@@ -21,19 +21,27 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache, DynamicLayer
 
-from reasonkv.budget import Budget, BudgetError, BudgetFields
+from reasonkv.budget import Budget, BudgetFields
 from reasonkv.calibration import Calibration
 from reasonkv.methods import Method, Requirements, get_method, layer_budgets, refuse_future
 from reasonkv.numbers import whole_number, whole_numbers
 from reasonkv.offload import input_device
-from reasonkv.resolve import UnsupportedModelError, broadcast_per_prompt, check_model, check_window, resolve_budget
+from reasonkv.resolve import (
+    UnsupportedModelError,
+    broadcast_per_prompt,
+    check_model,
+    check_window,
+    context_length,
+    resolve_budget,
+)
 from reasonkv.rotary import Rotary
+from reasonkv.runtimes.transformers import sequences
 from reasonkv.runtimes.transformers.attachment import Attachment
 from reasonkv.runtimes.transformers.events import settle_layers
 from reasonkv.runtimes.transformers.forward import ForwardPlan, SequenceState, fed_tokens
 from reasonkv.runtimes.transformers.layer import CompressedLayer
-from reasonkv.runtimes.transformers.packed import KVDtype, bits_of
-from reasonkv.runtimes.transformers.sequences import LayerGroup, check_first_forward, make_groups, tokens_to_next_event
+from reasonkv.runtimes.transformers.packed import KVDtype, bits_of, tokens_to_packing
+from reasonkv.runtimes.transformers.sequences import LayerGroup
 from reasonkv.runtimes.transformers.session import Observer, Session, callbacks_of, load_statistics, weakly
 from reasonkv.runtimes.transformers.sparse_read import SparseReader
 from reasonkv.runtimes.transformers.stats import CacheStats, collect_stats
@@ -119,7 +127,7 @@ class CompressedCache(Cache):
             model_name=type(model).__name__,
             max_length=None if max_length is None else whole_number(max_length, "max_length", 1),
             bits=bits_of(dtype),
-            context=context_length(model.config),
+            context=context_length(model),
             **callbacks_of(self),
         )
         self.attach()
@@ -175,7 +183,11 @@ class CompressedCache(Cache):
         if not self.layer_groups:
             self._first_rows(batch, fed)
         else:
-            self._check_later_prompt(columns, fed)
+            if columns > 1 and (self.budget is not None or self.session.reader is not None):
+                is_declared = self.prompt_lengths is not None
+                sequences.later_prompt(
+                    self.layer_groups, fed, is_declared, self.reopen_prompt, self.session.needs.recent
+                )
         for group in self.layer_groups:
             group.forward = ForwardPlan.of(group.rows, columns, valid, fed, group.layers)
         self.session.warn_past_context(max(state.logical for state in self.layer_groups[0].forward.after))
@@ -203,11 +215,16 @@ class CompressedCache(Cache):
             self.layers_done = 0
 
     def tokens_to_next_event(self) -> list[int | None]:
-        """Return per row how many more tokens until its next compaction: the longest chunk that crosses none."""
+        """Return per row how many more tokens until its next compaction or, after the prompt, until slots are packed.
+
+        A chunk that crosses none keeps and attends to what single tokens do.
+        """
         groups, layers = self.layer_groups, len(self.compressed_layers)
         if not groups and self.prompt_lengths:
-            groups, _ = make_groups(self.method, self.budget, layers, self.prompt_lengths, None, self.window_events)
-        return tokens_to_next_event(groups)
+            groups, _ = sequences.make_groups(
+                self.method, self.budget, layers, self.prompt_lengths, None, self.window_events
+            )
+        return sequences.tokens_to_next_event(groups, None if self.session.bits is None else tokens_to_packing)
 
     def note_allocation(self) -> None:
         """Remember the most bytes of keys and values that were allocated at once."""
@@ -329,25 +346,11 @@ class CompressedCache(Cache):
 
     def _first_rows(self, batch: int, fed: list[int]) -> None:
         prompts = broadcast_per_prompt(self.prompt_lengths, batch, "prompt_lengths") or fed
-        check_first_forward(prompts, fed, self.prompt_lengths is not None, self.session.reference)
+        sequences.check_first_forward(prompts, fed, self.prompt_lengths is not None, self.session.reference)
         if self.budget is not None:
             self.budget.check_protected(recent=self.session.needs.recent, prompt_length=max(prompts))
         seeds = broadcast_per_prompt(self.row_seeds, batch, "row_seeds")
         layers, events = len(self.compressed_layers), self.window_events
-        self.layer_groups, numbers = make_groups(self.method, self.budget, layers, prompts, seeds, events)
+        self.layer_groups, numbers = sequences.make_groups(self.method, self.budget, layers, prompts, seeds, events)
         for layer, number in zip(self.compressed_layers, numbers, strict=True):
             layer.group = self.layer_groups[number]
-
-    def _check_later_prompt(self, columns: int, fed: list[int]) -> None:
-        """A second chunk of several tokens is either a promised part of the prompt, or a later turn."""
-        if columns == 1 or (self.budget is None and self.session.reader is None):
-            return
-        still_prompt = all(row.decoded == 0 for row in self.rows)
-        if still_prompt and self.prompt_lengths is None:
-            raise BudgetError(
-                "This prompt is fed in several pieces, so the cache cannot tell where it ends; "
-                "pass prompt_lengths=[tokens of each row's prompt] to CompressedCache."
-            )
-        if self.reopen_prompt and not still_prompt:
-            for group in self.layer_groups:
-                group.reopen(fed, self.session.needs.recent)

@@ -52,6 +52,11 @@ def packed_slots(held: int) -> int:
     return max(0, held - RESIDUAL) // GROUP * GROUP
 
 
+def tokens_to_packing(held: int) -> int:
+    """Return after how many more tokens the next group of slots becomes codes."""
+    return packed_slots(held) + RESIDUAL + GROUP - held
+
+
 class Codes(NamedTuple):
     """Numbers of groups: (code + offset) * 2 ** exponent; codes uint8, exponents int8, offsets int16."""
 

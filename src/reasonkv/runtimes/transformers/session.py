@@ -70,8 +70,8 @@ class Session:
         """Warn, once for a cache, that a sequence is longer than the model's context: its bound is memory's alone."""
         if self.context is not None and length > self.context:
             message = (
-                f"The text has {length} tokens, but {self.model_name} was made for {self.context}; a bounded cache does "
-                "not extend the model's context, so the text may become nonsense."
+                f"The text has {length} tokens, but {self.model_name} was made for {self.context}; a bounded cache "
+                "does not extend the model's context, so the text may become nonsense."
             )
             warnings.warn(message, stacklevel=2)
             self.context = None
