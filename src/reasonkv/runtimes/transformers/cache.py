@@ -21,19 +21,13 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache, DynamicLayer
 
+from reasonkv import resolve
 from reasonkv.budget import Budget, BudgetFields
 from reasonkv.calibration import Calibration
 from reasonkv.methods import Method, Requirements, get_method, layer_budgets, refuse_future
 from reasonkv.numbers import whole_number, whole_numbers
 from reasonkv.offload import input_device
-from reasonkv.resolve import (
-    UnsupportedModelError,
-    broadcast_per_prompt,
-    check_model,
-    check_window,
-    context_length,
-    resolve_budget,
-)
+from reasonkv.resolve import UnsupportedModelError, check_model, check_window, context_length, resolve_budget
 from reasonkv.rotary import Rotary
 from reasonkv.runtimes.transformers import sequences
 from reasonkv.runtimes.transformers.attachment import Attachment
@@ -184,10 +178,8 @@ class CompressedCache(Cache):
             self._first_rows(batch, fed)
         else:
             if columns > 1 and (self.budget is not None or self.session.reader is not None):
-                is_declared = self.prompt_lengths is not None
-                sequences.later_prompt(
-                    self.layer_groups, fed, is_declared, self.reopen_prompt, self.session.needs.recent
-                )
+                is_declared, recent = self.prompt_lengths is not None, self.session.needs.recent
+                sequences.later_prompt(self.layer_groups, fed, is_declared, self.reopen_prompt, recent)
         for group in self.layer_groups:
             group.forward = ForwardPlan.of(group.rows, columns, valid, fed, group.layers)
         self.session.warn_past_context(max(state.logical for state in self.layer_groups[0].forward.after))
@@ -215,16 +207,11 @@ class CompressedCache(Cache):
             self.layers_done = 0
 
     def tokens_to_next_event(self) -> list[int | None]:
-        """Return per row how many more tokens until its next compaction or, after the prompt, until slots are packed.
-
-        A chunk that crosses none keeps and attends to what single tokens do.
-        """
-        groups, layers = self.layer_groups, len(self.compressed_layers)
+        """Return per row how many tokens until it is compacted or packed: the longest chunk that crosses neither."""
+        groups, layers, events = self.layer_groups, len(self.compressed_layers), self.window_events
         if not groups and self.prompt_lengths:
-            groups, _ = sequences.make_groups(
-                self.method, self.budget, layers, self.prompt_lengths, None, self.window_events
-            )
-        return sequences.tokens_to_next_event(groups, None if self.session.bits is None else tokens_to_packing)
+            groups, _ = sequences.make_groups(self.method, self.budget, layers, self.prompt_lengths, None, events)
+        return sequences.tokens_to_next_event(groups, tokens_to_packing if self.session.bits else None)
 
     def note_allocation(self) -> None:
         """Remember the most bytes of keys and values that were allocated at once."""
@@ -345,11 +332,11 @@ class CompressedCache(Cache):
             self.session.reader.select_rows(torch.tensor(index))
 
     def _first_rows(self, batch: int, fed: list[int]) -> None:
-        prompts = broadcast_per_prompt(self.prompt_lengths, batch, "prompt_lengths") or fed
+        prompts = resolve.broadcast_per_prompt(self.prompt_lengths, batch, "prompt_lengths") or fed
         sequences.check_first_forward(prompts, fed, self.prompt_lengths is not None, self.session.reference)
         if self.budget is not None:
             self.budget.check_protected(recent=self.session.needs.recent, prompt_length=max(prompts))
-        seeds = broadcast_per_prompt(self.row_seeds, batch, "row_seeds")
+        seeds = resolve.broadcast_per_prompt(self.row_seeds, batch, "row_seeds")
         layers, events = len(self.compressed_layers), self.window_events
         self.layer_groups, numbers = sequences.make_groups(self.method, self.budget, layers, prompts, seeds, events)
         for layer, number in zip(self.compressed_layers, numbers, strict=True):

@@ -50,9 +50,9 @@ class GenerateWith:
         """Decode as `model.generate` would, with a compressed cache in place of the one it prepared."""
         check_mode(generation_config)
         options = {"max_length": generation_config.max_length, **self.options}
-        mask = kwargs.get("attention_mask")
-        if generation_config.prefill_chunk_size is not None and mask is not None:
-            options.setdefault("prompt_lengths", mask.sum(-1).tolist())
+        if generation_config.prefill_chunk_size is not None:  # else the first forward tells where prompts end
+            mask, (rows, columns) = kwargs.get("attention_mask"), input_ids.shape
+            options.setdefault("prompt_lengths", [columns] * rows if mask is None else mask.sum(-1).tolist())
         with CompressedCache(model, self.method, self.budget, **options) as cache:
             kwargs["past_key_values"] = cache
             decode = model._beam_search if (generation_config.num_beams or 1) > 1 else model._sample
