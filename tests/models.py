@@ -7,9 +7,22 @@ import copy
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    AXK1Config,
+    CohereConfig,
+    DeepseekV2Config,
+    DeepseekV3Config,
+    Gemma2Config,
+    Gemma3nTextConfig,
     Gemma3TextConfig,
+    Gemma4TextConfig,
+    Glm4Config,
+    Glm4MoeLiteConfig,
     GptOssConfig,
     LlamaConfig,
+    LongcatFlashConfig,
+    MiniCPM3Config,
+    Mistral4Config,
+    Mistral4ForCausalLM,
     MistralConfig,
     Phi3Config,
     PreTrainedConfig,
@@ -17,6 +30,7 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
     Qwen3MoeConfig,
+    YoutuConfig,
 )
 
 from reasonkv.calibration import Calibration
@@ -41,6 +55,40 @@ MIXED = {
     "layer_types": ["sliding_attention", "full_attention"] * 2,
     "sliding_window": 16,
 }
+SHARED = {  # the last two layers read the keys and values of the two before
+    "num_hidden_layers": 6,
+    "layer_types": ["sliding_attention", "full_attention"] * 3,
+    "sliding_window": 16,
+    "num_kv_shared_layers": 2,
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": VOCABULARY,
+}
+LATENT = {
+    **COMMON,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 22,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 12,
+    "v_head_dim": 10,
+}
+LATENT_YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1e4,
+    "factor": 4.0,
+    "original_max_position_embeddings": 1024,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+}
+EXPERTS = {
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "n_shared_experts": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+}
 
 CONFIGS: dict[str, PreTrainedConfig] = {
     "llama": LlamaConfig(**COMMON),
@@ -52,6 +100,37 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "mistral": MistralConfig(**COMMON, **HEAD, sliding_window=None),
     "phi3": Phi3Config(**COMMON),
     "gemma3": Gemma3TextConfig(**{**COMMON, **HEAD, **MIXED}, query_pre_attn_scalar=16),
+    "gemma2": Gemma2Config(**{**COMMON, **HEAD, **MIXED}, query_pre_attn_scalar=16, attn_logit_softcapping=2.0),
+    "gemma3n": Gemma3nTextConfig(
+        **{**COMMON, **HEAD, **SHARED, "intermediate_size": [96] * 6},
+        activation_sparsity_pattern=[0.0] * 6,
+        altup_num_inputs=2,
+        laurel_rank=8,
+    ),
+    "gemma4": Gemma4TextConfig(**{**COMMON, **HEAD, **SHARED}, global_head_dim=32),
+    "glm4": Glm4Config(**COMMON, **HEAD, partial_rotary_factor=0.5),
+    "cohere": CohereConfig(**COMMON),
+    "deepseek_v2": DeepseekV2Config(**LATENT, **EXPERTS, topk_method="greedy"),
+    "deepseek_v3": DeepseekV3Config(**LATENT, **EXPERTS, rope_parameters=LATENT_YARN),
+    "glm4_moe_lite": Glm4MoeLiteConfig(**LATENT, **EXPERTS),
+    "axk1": AXK1Config(**LATENT, **EXPERTS),
+    "youtu": YoutuConfig(**LATENT),
+    "minicpm3": MiniCPM3Config(**LATENT),
+    "mistral4": Mistral4Config(
+        **LATENT,
+        **EXPERTS,
+        rope_parameters={**LATENT_YARN, "llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 32},
+    ),
+    "longcat_flash": LongcatFlashConfig(
+        **{name: value for name, value in LATENT.items() if name not in {"num_hidden_layers", "intermediate_size"}},
+        num_layers=2,
+        head_dim=8,
+        n_routed_experts=4,
+        moe_topk=2,
+        zero_expert_num=1,
+        ffn_hidden_size=64,
+        expert_ffn_hidden_size=32,
+    ),
     "gpt_oss": GptOssConfig(
         **{**COMMON, **HEAD, **MIXED},
         num_local_experts=4,
@@ -64,7 +143,9 @@ CONFIGS: dict[str, PreTrainedConfig] = {
 def tiny_model(family: str, dtype: torch.dtype = torch.float64, kernel: str | None = None) -> PreTrainedModel:
     """A random model of a family, the same weights every time."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[family]))
+    config = copy.deepcopy(CONFIGS[family])
+    own = family == "mistral4"  # transformers lists it among models of images
+    model = Mistral4ForCausalLM(config) if own else AutoModelForCausalLM.from_config(config)
     with torch.no_grad():  # larger than the usual initialisation, so that attention is far from uniform
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1 and "embed" not in name:

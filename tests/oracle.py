@@ -99,6 +99,7 @@ class FoldedSlots:
         self.packed[row] = end
 
     def _carried_out(self, slots, plan: Plan, positions: Tensor, place: int, head: int):
+        head %= plan.kept_BHK.shape[1]  # latent attention: all heads follow one plan
         kept = plan.kept_BHK[place, head].tolist()
         new = [slots[slot] for slot in kept]
         if plan.merge is not None:
@@ -132,15 +133,15 @@ def nested(numbers: Tensor, bits: int) -> Tensor:
 
 @dataclass
 class Run:
-    """Outputs of a run: logits [B, n, V], and per forward and layer the attention output [B, q, Hq * D]."""
+    """Outputs of a run: logits [B, n, V], and per forward and attention module its output [B, q, Hq * D]."""
 
     logits: Tensor
-    attention: list[dict[int, Tensor]] = field(default_factory=list)
+    attention: list[dict[str, Tensor]] = field(default_factory=list)
     kept: list[dict[int, list[Tensor]]] = field(default_factory=list)
     inputs: list[dict[int, Tensor]] = field(default_factory=list)
 
 
-def _hooks(model: PreTrainedModel, seen: dict[int, Tensor], inputs: dict[int, Tensor], forced: bool):
+def _hooks(model: PreTrainedModel, seen: dict[str, Tensor], inputs: dict[int, Tensor], forced: bool):
     def layer_input(index, args):
         if forced:
             return (inputs[index], *args[1:])
@@ -152,16 +153,15 @@ def _hooks(model: PreTrainedModel, seen: dict[int, Tensor], inputs: dict[int, Te
         if name.split(".")[-2:-1] == ["layers"]:
             index = int(name.split(".")[-1])
             handles.append(module.register_forward_pre_hook(lambda _, args, index=index: layer_input(index, args)))
-        if name.endswith("self_attn.o_proj"):
-            index = int(name.split(".")[-3])
+        if name.endswith("o_proj"):
             handles.append(
-                module.register_forward_pre_hook(lambda _, args, index=index: seen.__setitem__(index, args[0].clone()))
+                module.register_forward_pre_hook(lambda _, args, name=name: seen.__setitem__(name, args[0].clone()))
             )
     return handles
 
 
 def _forward(model, ids, mask, positions, start, end, cache, inputs=None):
-    seen: dict[int, Tensor] = {}
+    seen: dict[str, Tensor] = {}
     forced, inputs = inputs is not None, {} if inputs is None else inputs
     handles = _hooks(model, seen, inputs, forced)
     try:
@@ -211,11 +211,11 @@ def run_masked(
     model.set_attn_implementation("oracle")
     cache, run, logits, start = DynamicCache(config=model.config), Run(torch.empty(0)), [], 0
     B = ids.shape[0]
-    heads, kv_heads = model.config.num_attention_heads, model.config.num_key_value_heads
+    heads = model.config.num_attention_heads
     token_of = mask.cumsum(-1) - 1  # token index of every column
     if folds is not None:
         for layer in compressed.kept[0]:
-            FOLDED[layer] = FoldedSlots(B, kv_heads, folds, layer)
+            FOLDED[layer] = FoldedSlots(B, model.config.num_key_value_heads, folds, layer)
     try:
         for number, (size, held) in enumerate(zip(pieces, compressed.kept, strict=True)):
             end = start + size
@@ -223,6 +223,7 @@ def run_masked(
             for slots in FOLDED.values():
                 slots.start, slots.valid = start, mask[:, start:end].bool()
             for layer, rows in held.items():
+                kv_heads = len(rows[0]) if rows else 1  # latent attention has one, whatever its configuration says
                 allowed = torch.zeros(B, kv_heads, size, end, dtype=torch.bool)
                 for row in range(B):
                     for head in range(kv_heads):
@@ -233,6 +234,9 @@ def run_masked(
                 allowed[..., start:] = new[:, None]
                 nothing = ~allowed.any(-1, keepdim=True)  # padding queries: any finite output will do
                 MASKS[layer] = (allowed | nothing).repeat_interleave(heads // kv_heads, 1)
+            for layer in range(len(cache.layers), model.config.num_hidden_layers):  # read the last layer of their type
+                if model.config.layer_types[layer] == "full_attention":
+                    MASKS[layer] = MASKS[max(held)]
             inputs = compressed.inputs[number] if forced else None
             out, seen, _ = _forward(model, ids, mask, positions, start, end, cache, inputs)
             logits.append(out)

@@ -139,16 +139,9 @@ LONGROPE = {
         ),
         (Phi3Config(**COMMON, rope_parameters=LONGROPE, original_max_position_embeddings=512), None, "'longrope'"),
         (Gemma3TextConfig(**COMMON, **LAYERS, rope_parameters=GEMMA), None, "name one of full_attention, sliding"),
-        (LlamaConfig(**COMMON, rope_parameters={**LINEAR, "rope_type": "proportional"}), None, "'proportional' is not"),
-        (
-            LlamaConfig(
-                **COMMON, rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
-            ),
-            None,
-            "mrope_section",
-        ),
+        (LlamaConfig(**COMMON, rope_parameters={**LINEAR, "rope_type": "spiral"}), None, "'spiral' is not"),
     ],
-    ids=["dynamic", "longrope", "no-layer-type", "unknown", "mrope"],
+    ids=["dynamic", "longrope", "no-layer-type", "unknown"],
 )
 def test_what_cannot_be_right_is_refused_in_one_sentence(
     config: PreTrainedConfig, layer_type: str | None, words: str

@@ -44,8 +44,15 @@ class Checkpoint:
         return "gguf_file" in self.options
 
     def config(self) -> PreTrainedConfig:
-        """Return the model's configuration."""
-        return AutoConfig.from_pretrained(self.source, **self.options)
+        """Return the model's configuration, without a sliding window as long as the context, which hides nothing."""
+        found = AutoConfig.from_pretrained(self.source, **self.options)
+        text = found.get_text_config()
+        window, context = getattr(text, "sliding_window", None), getattr(text, "max_position_embeddings", None)
+        if window and context and window >= context and getattr(text, "layer_types", None) is None:
+            text.sliding_window = (
+                None  # Phi-3.5 and Phi-4-mini: all layers then count as full attention, which they are
+            )
+        return found
 
 
 def find_checkpoint(name: str, revision: str | None = None, adapter: str | None = None) -> Checkpoint:

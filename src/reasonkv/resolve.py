@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields, replace
-from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from reasonkv.budget import Budget, BudgetError, ExplicitEventsWindow, PeriodicWindow, Window
 from reasonkv.errors import ReasonKVError
+from reasonkv.layers import BOUNDED, STOCK, cache_layers, is_latent, text_config
 from reasonkv.methods import Method, get_method
 
-TESTED = ("llama", "qwen2", "qwen3", "qwen3_moe", "mistral", "phi3", "gemma3", "gemma3_text", "gpt_oss")
+TESTED = (
+    "llama", "qwen2", "qwen3", "qwen3_moe", "mistral", "phi3", "gemma2", "gemma3", "gemma3_text", "gemma3n_text",
+    "gemma4_text", "gpt_oss", "glm4", "cohere", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "minicpm3",
+    "longcat_flash", "mistral4", "youtu", "axk1", "qwen2_5_vl_text", "qwen3_vl_text",
+)  # fmt: skip
 """Model types whose every layer is compared with full attention over the kept slots in the tests."""
 
 
@@ -113,34 +117,20 @@ def broadcast_per_prompt(values: Sequence[int] | None, batch: int, name: str) ->
     return [value for value in values for _ in range(batch // len(values))]
 
 
-def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The decoder's own configuration (multi-modal models nest it)."""
-    return config.get_text_config(decoder=True)
-
-
 def context_length(model: PreTrainedModel) -> int | None:
     """Return the most positions the model was made for, or None if its configuration does not say."""
     limit = getattr(text_config(model.config), "max_position_embeddings", None)
     return None if limit is None else int(limit)
 
 
-def layer_types(config: PreTrainedConfig) -> list[str]:
-    """The attention type of every layer, "full_attention" or "sliding_attention" for supported models."""
-    decoder = text_config(config)
-    declared = getattr(decoder, "layer_types", None)
-    if declared is not None:
-        return list(declared)
-    sliding = getattr(decoder, "sliding_window", None) is not None and getattr(decoder, "use_sliding_window", True)
-    return ["sliding_attention" if sliding else "full_attention"] * decoder.num_hidden_layers
+def check_model(model: PreTrainedModel | PreTrainedConfig, method: Method | None = None) -> list[str]:
+    """Reasons why a compressed cache cannot serve this model, one sentence each; empty when it can.
 
+    Args:
+        model: the model, or its configuration.
+        method: the method, if what it needs of the model is to be checked, too.
 
-def compressed_layers(config: PreTrainedConfig) -> int:
-    """Layers a compressed cache bounds; the others slide and are bounded already."""
-    return layer_types(config).count("full_attention")
-
-
-def check_model(model: PreTrainedModel | PreTrainedConfig) -> list[str]:
-    """Reasons why a compressed cache cannot serve this model, one sentence each; empty when it can."""
+    """
     config = model if isinstance(model, PreTrainedConfig) else getattr(model, "config", None)
     if not isinstance(config, PreTrainedConfig):
         return [f"Only models of transformers can be served; give the model itself, not {model!r:.80}."]
@@ -149,51 +139,30 @@ def check_model(model: PreTrainedModel | PreTrainedConfig) -> list[str]:
     problems = []
     if getattr(config, "is_encoder_decoder", False):
         return [f"{kind} is an encoder-decoder; only decoder-only models keep one growing cache to bound."]
-    if getattr(decoder, "kv_lora_rank", None):
-        problems.append(f"{kind} uses multi-head latent attention, whose cache holds no per-head keys and values.")
-    types = layer_types(config)
-    unknown = sorted(set(types) - {"full_attention", "sliding_attention"})
-    if unknown:
+    if is_latent(decoder) and method is not None and (method.needs.merges or method.needs.selects):
+        what = "merges keys and values by weights of their own" if method.needs.merges else "selects per KV head"
         problems.append(
-            f"{kind} has layers of type {', '.join(unknown)}; only full and sliding attention can be served."
+            f"{kind} uses latent attention, which stores keys and values of all heads in one vector, but {method.name} "
+            f"{what}; choose a method that evicts, such as snapkv."
         )
-    elif "full_attention" not in types:
-        problems.append(
-            f"All layers of {kind} use sliding-window attention, which is bounded already; use a stock cache."
-        )
-    if getattr(decoder, "num_kv_shared_layers", 0):
-        problems.append(f"{kind} shares keys and values between layers, which per-layer eviction would break.")
+    problems += _layer_problems(config, kind)
     if getattr(decoder, "alibi", False) or kind in {"bloom", "mpt"}:
         problems.append(f"{kind} uses ALiBi, whose distances are lost once slots are dropped.")
-    for rope_type in sorted(_rope_types(decoder) & {"dynamic", "longrope"}):
-        problems.append(
-            f"{kind} uses {rope_type} RoPE scaling, which rotates keys differently as the sequence grows, "
-            "so kept keys would no longer match new queries."
-        )
-    if _has_multimodal_rope(decoder):
-        problems.append(f"{kind} uses multi-axis RoPE positions (images, video); only text positions can be served.")
     if getattr(decoder, "use_bidirectional_attention", False):
         problems.append(f"{kind} attends in both directions; a cache can only be compressed under causal attention.")
-    if isinstance(model, PreTrainedModel) and not getattr(model, "_supports_attention_backend", False):
+    if isinstance(model, PreTrainedModel) and not model._can_set_attn_implementation():
         problems.append(f"{type(model).__name__} does not call attention through AttentionInterface.")
     return problems
 
 
-def _rope_types(config: PreTrainedConfig) -> set[str]:
-    found: set[str] = set()
-
-    def visit(node: Any) -> None:
-        if isinstance(node, dict):
-            for key, value in node.items():
-                if key in {"rope_type", "type"} and isinstance(value, str):
-                    found.add(value)
-                visit(value)
-
-    visit(getattr(config, "rope_parameters", None))
-    visit(getattr(config, "rope_scaling", None))
-    return found
-
-
-def _has_multimodal_rope(config: PreTrainedConfig) -> bool:
-    nodes = [getattr(config, "rope_parameters", None), getattr(config, "rope_scaling", None)]
-    return any(isinstance(node, dict) and "mrope_section" in node for node in nodes)
+def _layer_problems(config: PreTrainedConfig, kind: str) -> list[str]:
+    try:
+        layers = [type(layer) for layer in cache_layers(config)]
+    except KeyError as error:
+        return [f"{kind} has layers of type {error.args[0]}, which this version of transformers has no cache for."]
+    unknown = sorted({layer.__name__ for layer in layers} - {layer.__name__ for layer in (*BOUNDED, *STOCK)})
+    if unknown:
+        return [f"{kind} keeps more than keys and values of its tokens ({', '.join(unknown)}); use a stock cache."]
+    if not set(layers) & set(BOUNDED):
+        return [f"No layer of {kind} grows with the text: all slide or carry a state; use a stock cache."]
+    return []

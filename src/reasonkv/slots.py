@@ -106,14 +106,23 @@ class SlotStore:
         stored = [self.ring, self.token_index, self.counts, *self.state.values(), *self.row_state.values()]
         return sum(tensor.nbytes for tensor in stored if tensor is not None)
 
-    def prepare(self, method: Method, query_heads: int, head_dim: int) -> None:
-        """Allocate the ring of queries and what the method observes, if it asks for them and they are missing."""
+    def prepare(self, method: Method, query_heads: int, head_dim: int, observed_dim: int | None = None) -> None:
+        """Allocate the ring of queries and what the method observes, if it asks for them and they are missing.
+
+        Args:
+            method: the method.
+            query_heads: Hq.
+            head_dim: of the queries in the ring.
+            observed_dim: of the queries that the method observes, where it differs.
+
+        """
         if self.needs.queries and self.ring is None:
             shape = (self.rows, self.needs.queries, query_heads, head_dim)
             self.ring = torch.zeros(shape, dtype=self.dtype, device=self.device)
         if self.needs.observes and not self.row_state:
-            self.row_state = method.new_row_state(self.rows, query_heads, head_dim, self.device)
-            self._fresh = method.new_row_state(1, query_heads, head_dim, self.device)
+            D = observed_dim or head_dim
+            self.row_state = method.new_row_state(self.rows, query_heads, D, self.device)
+            self._fresh = method.new_row_state(1, query_heads, D, self.device)
 
     def start(self, row: int) -> None:
         """Give a row to a new sequence; stored slots count only once a compaction has written them."""

@@ -1,6 +1,6 @@
 """Statistics of a model's queries before RoPE, per layer, query head and rotary pair.
 
-A query's rotary pair f is read as the complex number q_f = x[f] + i x[F + f] (the half-split layout of
+A query's rotary pair f is read as the complex number q_f = x[f] + i x[F + f] (the canonical order of
 `reasonkv.rotary`), after the layer's query normalisation if it has one, and before RoPE. TriAttention and CASK score
 cached keys with the mean of q_f, the mean of |q_f| and, in one variant, the mean of |q_f|^2.
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from reasonkv.errors import ReasonKVError
-from reasonkv.rotary import Rotary
+from reasonkv.layers import head_dim_of, layer_rotaries
 from reasonkv.view import LayerStatistics
 
 _PARTS = {
@@ -163,12 +163,11 @@ class Calibration:
                 type or other frequencies; both values are in the message.
         """
         text = config.get_text_config()
-        rotary = Rotary.from_config(text, layer_type_of_rotary(text))
         for what, found, wanted in (
             ("layers", self.layers, text.num_hidden_layers),
             ("query heads in a layer", self.query_heads, text.num_attention_heads),
             ("dimensions in a head", self.head_dim, head_dim_of(text)),
-            ("rotary pairs in a head", self.pairs, rotary.inv_freq.numel()),
+            ("rotary pairs in a head", self.pairs, layer_rotaries(text)[0].inv_freq.numel()),
         ):
             if found != wanted:
                 raise CalibrationError(f"The calibration has {found} {what}, but the model has {wanted}.")
@@ -190,11 +189,6 @@ class Calibration:
         return {name: getattr(self, name) for name in _PARTS if getattr(self, name) is not None}
 
 
-def head_dim_of(config: Any) -> int:
-    """Return the dimensions of an attention head of a transformers text configuration."""
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-
-
 def layer_type_of_rotary(config: Any) -> str | None:
     """Return which RoPE entry of a text configuration stands for the model: full attention's where types differ."""
     parameters = getattr(config, "rope_parameters", None) or {}
@@ -202,10 +196,9 @@ def layer_type_of_rotary(config: Any) -> str | None:
 
 
 def frequencies_of(config: Any) -> str:
-    """Return twelve hex digits of the rotary frequencies of a text configuration, and of their scaling."""
-    rotary = Rotary.from_config(config, layer_type_of_rotary(config))
+    """Return twelve hex digits of the rotary frequencies of all layers, and of their scaling."""
     # float32 of several machines may differ in the last bits
-    numbers = [f"{number:.5e}" for number in (*rotary.inv_freq.tolist(), rotary.scaling)]
+    numbers = [f"{x:.5e}" for one in layer_rotaries(config) for x in (*one.inv_freq.tolist(), one.scaling)]
     return hashlib.sha256(" ".join(numbers).encode()).hexdigest()[:12]
 
 

@@ -220,6 +220,7 @@ def _kappa_norm(keys_HmD: Tensor, rotary: Rotary) -> Tensor:
     inv_freq = rotary.inv_freq.double().cpu()
     F, phases_JF = len(inv_freq), future_distances()[:, None] * inv_freq
     kappa_F = torch.polar(torch.ones_like(phases_JF), phases_JF).mean(0).abs()
+    keys_HmD = rotary.canonical(keys_HmD)
     return torch.hypot(keys_HmD[..., :F], keys_HmD[..., F : 2 * F]) @ kappa_F
 
 

@@ -91,9 +91,11 @@ class FullAttention:
                 storage = layer.storage
                 assert storage is not None and storage.keys is not None and storage.ring is not None
                 assert layer.rule is not None
-                layers[layer.index] = _LayerTrace(
-                    storage.ring.transpose(1, 2), storage.keys[:, :, :longest].clone(), layer.rule
-                )
+                queries, keys = storage.ring.transpose(1, 2), storage.keys[:, :, :longest]
+                if layer.expansion is not None:
+                    queries = layer.expansion.absorb(queries)
+                    keys, _ = layer.expansion.shown(keys, storage.values[:, :, :longest])
+                layers[layer.index] = _LayerTrace(queries, keys.clone(), layer.rule)
         return FullAttention(layers, lengths)
 
     def received(self, layer: int, row: int, start: int, end: int, reduce: Reduce = "sum") -> Tensor:

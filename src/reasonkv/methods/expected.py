@@ -91,7 +91,8 @@ class ExpectedAttention(ScorerMethod):
         sums = self._window_sums(view) if is_cask else view.row_state
         start_B = torch.full_like(view.length_B, N) if is_cask else view.length_B
         moments = rotated(moments_of(sums, view.rotary), mean_rotation(view.rotary, start_B, self.future))
-        logits_BHgN = expected_logits(view.keys_BHND, moments, view.scaling).view(B, H, -1, N)
+        keys_BHND = view.rotary.canonical(view.keys_BHND)
+        logits_BHgN = expected_logits(keys_BHND, moments, view.scaling).view(B, H, -1, N)
         is_sink_BHN = view.positions_BHN < (0 if self.variant == "corrected" else self.sinks)
         scores_BHN = logits_BHgN.masked_fill(is_sink_BHN[:, :, None], float("-inf")).softmax(-1).mean(2)
         if self.value_norm:

@@ -103,7 +103,7 @@ def frequency_scores(
         queries_BHmD = [query_BqjD.reshape(B, H, -1, 2 * F)]
 
     def of_heads(keys_rND: Tensor, alpha_rgF: Tensor, *query_rmD: Tensor) -> Tensor:
-        keys_rNd = keys_rND[..., : 2 * F]
+        keys_rNd = rotary.canonical(keys_rND)[..., : 2 * F]
         modulus_rNF = torch.hypot(keys_rNd[..., :F], keys_rNd[..., F:])
         # Long times short: on CPUs four times as fast as the transposed product.
         if not query_rmD:

@@ -109,9 +109,7 @@ def received(view: SlotView, queries_BHqTD: Tensor, counts_BT: Tensor) -> Tensor
         if seen <= 0:  # padding alone
             continue
 
-        def summed(block: slice, attention_rgTn: Tensor, at: slice = at, blind: bool = seen < own) -> Tensor:
-            if blind:  # padding has no slot to see: its attention is NaN
-                attention_rgTn.nan_to_num_(nan=0.0)
+        def summed(block: slice, attention_rgTn: Tensor, at: slice = at) -> Tensor:
             weights_r1q = weights_RT[block, None, at].repeat(1, 1, group)
             return torch.bmm(weights_r1q, attention_rgTn.flatten(1, 2))[:, 0]
 

@@ -15,7 +15,7 @@ from reasonkv.rotary import Rotary
 
 
 class Moments(NamedTuple):
-    """Mean and covariance of queries, float64; F = rotary pairs, the first 2F of D dimensions, (f, F + f) a pair.
+    """Mean and covariance of queries, float64, with dimensions in canonical order (`Rotary.canonical`).
 
     Args:
         mean_BqD: mean, q = query heads.
@@ -35,7 +35,7 @@ def add_queries(
 ) -> None:
     """Add queries as they were before RoPE to the sums, in place."""
     F = rotary.inv_freq.numel()
-    plain_BqtD = rotary.unrotate(upcast(queries_BqtD), positions_Bt[:, None]).double()
+    plain_BqtD = rotary.canonical(rotary.unrotate(upcast(queries_BqtD), positions_Bt[:, None]).double())
     plain_BqtD = plain_BqtD.masked_fill(~is_counted_Bt[:, None, :, None], 0.0)
     sums["seen"] += is_counted_Bt.sum(1)
     sums["sum"] += plain_BqtD.sum(2)
@@ -91,7 +91,10 @@ def rotated(moments: Moments, turn_BF: Tensor) -> Moments:
 
 
 def expected_logits(keys_BHND: Tensor, moments: Moments, scaling: float) -> Tensor:
-    """Return log E exp(scaling q.k) of every slot for normal queries of these (rotated) moments, float32 [B, Hq, N]."""
+    """Return log E exp(scaling q.k) of every slot for normal queries of these (rotated) moments, float32 [B, Hq, N].
+
+    Keys come with their dimensions in canonical order, as the moments do.
+    """
     H, N, D = keys_BHND.shape[1:]
     g = moments.mean_BqD.shape[1] // H
     dtype = torch.promote_types(keys_BHND.dtype, torch.float32)

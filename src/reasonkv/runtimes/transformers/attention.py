@@ -20,8 +20,10 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from reasonkv.resolve import UnsupportedModelError, text_config
+from reasonkv.layers import text_config
+from reasonkv.resolve import UnsupportedModelError
 from reasonkv.runtimes.transformers.forward import ForwardPlan
+from reasonkv.runtimes.transformers.latent import NAMED_LAYER
 from reasonkv.runtimes.transformers.sparse_read import SparseReader
 
 Attention = Callable[..., tuple[Tensor, Tensor | None]]
@@ -121,14 +123,14 @@ def naive_attention(
     """Attention written out: the yardstick for the fast kernels, in the dtype of its inputs throughout.
 
     Args:
-        query: [B, Hq, q, D]; key, value: [B, H, S, D].
+        query: [B, Hq, q, D]; key: [B, H, S, D]; value: [B, H, S, Dv].
         attention_mask: boolean or additive, broadcastable to [B, Hq, q, S]; None is causal, aligned to the end.
         scaling: factor on the products, D ** -0.5 by default.
         softcap: Gemma 2's cap * tanh(x / cap).
         s_aux: learned sink logits [Hq] (gpt-oss), which take probability and give nothing.
 
     Returns:
-        [B, q, Hq, D] and None.
+        [B, q, Hq, Dv] and None.
 
     """
     B, Hq, q, D = query.shape
@@ -152,7 +154,7 @@ def naive_attention(
     if attention_mask is not None:  # a query that sees nothing (padding) gives zeros, as in sdpa
         weights = weights.masked_fill((logits == float("-inf")).all(-1, keepdim=True), 0.0)
     out = torch.einsum("bhgqs,bhsd->bhgqd", weights.view(B, H, Hq // H, q, S), value)
-    return out.reshape(B, Hq, q, D).transpose(1, 2).contiguous(), None
+    return out.reshape(B, Hq, q, -1).transpose(1, 2).contiguous(), None
 
 
 def _grouped(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
@@ -276,6 +278,9 @@ def _attention_function(kernel: str) -> Attention:
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         layer: AttendedLayer | None = getattr(key, "reasonkv_layer", None)
+        named = kwargs.pop(NAMED_LAYER, None)
+        if layer is None and getattr(named, "waiting", False):  # keys were expanded from what is cached
+            layer = named
         if layer is None:
             return _stock(kernel, module)(module, query, key, value, attention_mask, **kwargs)
         if kwargs.get("output_attentions"):

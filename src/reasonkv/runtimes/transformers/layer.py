@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import CacheLayerMixin
+from transformers import PreTrainedConfig
+from transformers.cache_utils import CacheLayerMixin, LinearAttentionAndFullAttentionLayer, LinearAttentionLayer
 
+from reasonkv.layers import BOUNDED, cache_layers, layer_readers
 from reasonkv.methods import Observed
 from reasonkv.offload import loaded
 from reasonkv.resolve import UnsupportedModelError
+from reasonkv.rotary import Rotary
 from reasonkv.runtimes.transformers.attention import LogitRule, MaskLength
 from reasonkv.runtimes.transformers.forward import ForwardPlan
+from reasonkv.runtimes.transformers.latent import Expansion
 from reasonkv.runtimes.transformers.packed import PackedStorage
 from reasonkv.runtimes.transformers.sequences import LayerGroup
 from reasonkv.runtimes.transformers.session import Session
@@ -40,11 +45,13 @@ class CompressedLayer(CacheLayerMixin):
         super().__init__()
         self.session, self.index = session, index
         self.group: LayerGroup | None = None  # set by the first forward
-        self.waiting = False  # between `update` and `after_attention`
+        self.waiting = False  # between `update` and the last `after_attention`
+        self.readers = self.unread = 1  # layers that attend to these slots, and those that did not yet in this forward
         self.storage: LayerStorage | None = None
         self.rule: LogitRule | None = None  # of the newest forward
         self.query_heads = 0
         self.output_projection: Tensor | None = None  # [Hq, D, M], a view of the model's weight
+        self.expansion: Expansion | None = None  # of latent attention
 
     @property
     def forward(self) -> ForwardPlan:
@@ -61,6 +68,12 @@ class CompressedLayer(CacheLayerMixin):
         """Chooses what this forward reads; None where it reads every slot."""
         reader = self.session.reader
         return None if reader is None or self.forward.is_prompt else reader
+
+    @property
+    def rotary(self) -> Rotary | None:
+        """How this layer rotates its keys, if the method asks for it."""
+        rotaries = self.session.rotaries
+        return None if rotaries is None else rotaries[self.index]
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Part of the layer contract; storage is made by the first forward, which knows the prompt."""
@@ -88,6 +101,9 @@ class CompressedLayer(CacheLayerMixin):
     def after_attention(self, query: Tensor, rule: LogitRule, module: nn.Module) -> None:
         """Store what the method wants to know of this forward, and report to the cache, which may compact.
 
+        Where later layers share these keys and values, the method sees this layer's queries, and nothing is compacted
+        before the last of them has attended.
+
         Args:
             query: rotated queries [B, Hq, q, D].
             rule: how this layer's logits come from query-key products.
@@ -96,19 +112,34 @@ class CompressedLayer(CacheLayerMixin):
         """
         storage, session, forward = self.storage, self.session, self.forward
         assert storage is not None
+        if self.unread < self.readers:
+            self._read()
+            return
+        self.readers = self.unread = layer_readers(module.config, self.index)  # type: ignore[arg-type]
         self.rule, self.query_heads = rule, query.shape[1]
         method, needs = session.method, session.needs
+        latent, rotated, value_dim = storage.keys.shape[3], storage.values.shape[3], storage.values.shape[3]
+        if hasattr(module, "expand_kv"):
+            self.expansion = Expansion(module.expand_kv, latent, rotated)  # type: ignore[arg-type]
+            storage.prepare(method, query.shape[1], query.shape[3], latent + rotated)
+            value_dim = module.v_head_dim  # type: ignore[assignment]
         storage.prepare(method, query.shape[1], query.shape[3])
         storage.remember(query, forward)
         if needs.observes:
-            assert session.rotary is not None
             positions_Bq, valid_Bq = forward.token_indices(query.device)
-            seen = Observed(query, positions_Bq, valid_Bq, layer=self.index, rotary=session.rotary)
+            query = query if self.expansion is None else self.expansion.absorb(query)
+            assert self.rotary is not None
+            seen = Observed(query, positions_Bq, valid_Bq, layer=self.index, rotary=self.rotary)
             storage.take_in(method, seen, forward)
         if needs.output_projection and self.output_projection is None:
-            self.output_projection = _output_projection(module, query.shape[1], query.shape[3])
-        self.waiting = False
-        session.layer_done(self)
+            self.output_projection = _output_projection(module, query.shape[1], value_dim)
+        self._read()
+
+    def _read(self) -> None:
+        self.unread -= 1
+        if self.unread == 0:
+            self.waiting, self.unread = False, self.readers
+            self.session.layer_done(self)
 
     def log_mass_BH1W(self, dtype: torch.dtype) -> Tensor | None:
         """Return what is added to the logits of every slot, or None where every slot weighs one token."""
@@ -122,7 +153,9 @@ class CompressedLayer(CacheLayerMixin):
         assert storage is not None and self.rule is not None
         rows, lengths = list(group.rows), [one.logical for one in group.after]
         keys, values = storage.slots(rows, group.held)
-        return make_view(
+        if self.expansion is not None:
+            keys, values = self.expansion.shown(keys, values)
+        made = make_view(
             SlotView,
             storage,
             group,
@@ -133,10 +166,20 @@ class CompressedLayer(CacheLayerMixin):
             layer=self.index,
             query_heads=self.query_heads,
             calibration=None if session.calibration is None else session.calibration.layer(self.index),
-            rotary=session.rotary,
+            rotary=self.rotary,
             token_ids=session.token_ids.of(rows, lengths) if session.needs.token_ids else None,
             output_projection_HqDM=None if self.output_projection is None else self.output_projection.float(),
             reference=session.reference,
+        )
+        return made if self.expansion is None else self._absorbed(made, self.expansion)
+
+    def _absorbed(self, view: SlotView, expansion: Expansion) -> SlotView:
+        """Return a view whose queries and output projection fit latent keys and values."""
+        queries, output = view.queries_BHqTD, view.output_projection_HqDM
+        return replace(
+            view,
+            queries_BHqTD=None if queries is None else expansion.absorb(queries),
+            output_projection_HqDM=None if output is None else expansion.project(output, view.keys_BHND),
         )
 
     def slot_positions(self) -> list[Tensor]:
@@ -170,31 +213,52 @@ class CompressedLayer(CacheLayerMixin):
         """No limit on what may be fed."""
         return -1
 
-    def reset(self) -> None:
-        """Forget this layer's slots."""
-        self.storage, self.group, self.rule, self.output_projection = None, None, None, None
-        self.waiting = self.is_initialized = False
-
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Move rows with their beams."""
         if self.storage is not None:
             self.storage.select_rows(beam_idx)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every row; `CompressedCache.batch_repeat_interleave` does it for the bookkeeping too."""
-        if self.storage is not None:
-            self.storage.select_rows(torch.arange(self.storage.rows).repeat_interleave(repeats))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep some rows."""
-        if self.storage is not None:
-            self.storage.select_rows(torch.arange(self.storage.rows)[indices.cpu()])
 
     def crop(self, tokens_to_remove: int) -> None:
         """Refused: dropped slots cannot come back, so a rollback (assisted decoding) would be wrong."""
         raise UnsupportedModelError(
             "A compressed cache cannot be rolled back, which assisted (speculative) decoding needs; use plain decoding."
         )
+
+
+class CompressedHybridLayer(CompressedLayer, LinearAttentionAndFullAttentionLayer):
+    """A layer that attends and carries a state (Falcon-H1, Zamba); its state stays stock.
+
+    Args:
+        session, index: as in `CompressedLayer`.
+        number_of_states: states that the layer carries.
+
+    """
+
+    is_croppable = False
+
+    def __init__(self, session: Session, index: int, number_of_states: int) -> None:
+        CompressedLayer.__init__(self, session, index)
+        LinearAttentionLayer.__init__(self, number_of_states)
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        """Allocate a state; keys and values are allocated by the first forward."""
+        LinearAttentionLayer.lazy_initialization(self, *args, **kwargs)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Move rows with their beams."""
+        CompressedLayer.reorder_cache(self, beam_idx)
+        LinearAttentionLayer.reorder_cache(self, beam_idx)
+
+
+def empty_layers(session: Session, config: PreTrainedConfig) -> list[Any]:
+    """Return a bounded layer for every layer that grows, and the stock ones of all others."""
+    layers = cache_layers(config)
+    for index, stock in enumerate(layers):
+        if type(stock) in BOUNDED:
+            carries = isinstance(stock, LinearAttentionLayer)
+            states = {"number_of_states": stock.number_of_states} if carries else {}
+            layers[index] = (CompressedHybridLayer if carries else CompressedLayer)(session, index, **states)
+    return layers
 
 
 def _output_projection(module: nn.Module, query_heads: int, head_dim: int) -> Tensor:
