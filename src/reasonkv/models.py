@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import (
@@ -44,6 +44,7 @@ class LoadedModel:
         tokenizer: its tokenizer.
         hash: of configuration, tensor names and shapes, and a sample of the query weights; not of the folder's name.
         calibration_file: statistics of its queries, where they are not looked up beside it.
+        kv_dtype: "int8" or "int4" of the slots that bounded methods keep; None for the model's own.
 
     """
 
@@ -52,6 +53,7 @@ class LoadedModel:
     tokenizer: PreTrainedTokenizerBase
     hash: str
     calibration_file: Path | None = None
+    kv_dtype: Literal["int8", "int4"] | None = None
 
     @property
     def dtype(self) -> str:

@@ -13,7 +13,8 @@ from reasonkv.errors import BudgetError
 def whole_number(value: Any, name: str, least: int | None = None) -> int:
     """Return a whole number as an int (NumPy's integers are taken, too), or raise."""
     bound = "" if least is None else f" of at least {least}"
-    hint = f" (for a share of the length give keep={value!r})" if name == "tokens" and isinstance(value, float) else ""
+    is_share = name == "tokens" and isinstance(value, float) and 0 < value < 1
+    hint = f" (for a share of the length give keep={float(value)!r})" if is_share else ""
     try:
         found = index(value)
     except TypeError:

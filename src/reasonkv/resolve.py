@@ -58,8 +58,9 @@ def _shrink_window(method: Method, budget: Budget) -> Method:
     if isinstance(budget, Window) or budget.tokens is None or sum(budget.protected(own)) <= budget.tokens:
         return method
     room = max(1, budget.protected()[1])
+    usual = method.defaults()
     for one in fields(method):
-        if one.name in ("window", "recent") and getattr(method, one.name) == one.default == own:
+        if one.name in ("window", "recent") and getattr(method, one.name) == usual[one.name] == own:
             return replace(method, **{one.name: room})
         if one.name == "base" and getattr(method, "base") == one.default:  # noqa: B009 - only wrappers have one
             base = _shrink_window(get_method(str(one.default)), budget)
@@ -114,6 +115,12 @@ def broadcast_per_prompt(values: Sequence[int] | None, batch: int, name: str) ->
     if not values or batch % len(values):
         raise BudgetError(f"{name} has {len(values)} entries for a batch of {batch} rows.")
     return [value for value in values for _ in range(batch // len(values))]
+
+
+def context_length(model: PreTrainedModel) -> int | None:
+    """Return the most positions the model was made for, or None if its configuration does not say."""
+    limit = getattr(text_config(model.config), "max_position_embeddings", None)
+    return None if limit is None else int(limit)
 
 
 def check_model(model: PreTrainedModel | PreTrainedConfig, method: Method | None = None) -> list[str]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass, make_dataclass
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, make_dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from cyclopts import Group, Parameter, Token
 
@@ -59,6 +59,7 @@ class ModelFlags:
         model: The bundled testbed, a model folder, a .gguf file, a folder of a LoRA adapter, or a name on the Hugging
             Face hub.
         dtype: auto, float32, bfloat16, float16 or float64; of weights and cache.
+        kv_dtype: auto, int8 or int4; of the slots that bounded methods keep. auto is the cache's.
         device: auto, cpu, cuda, cuda:1, ...
         calibration: Query statistics, made by `reasonkv calibrate`. Unless given, looked up for the model.
         revision: Branch, tag or commit of the model on the hub.
@@ -68,6 +69,7 @@ class ModelFlags:
 
     model: str = "testbed"
     dtype: str = "auto"
+    kv_dtype: Literal["auto", "int8", "int4"] = "auto"
     device: str = "auto"
     calibration: Path | None = None
     revision: str | None = None
@@ -83,10 +85,11 @@ class ModelFlags:
         from reasonkv.models import load_model
 
         quiet_libraries()
-        return load_model(
+        loaded = load_model(
             self.model, self.dtype, self.device, self.calibration,
             revision=self.revision, adapter=self.adapter, device_map=self.device_map,
         )  # fmt: skip
+        return loaded if self.kv_dtype == "auto" else replace(loaded, kv_dtype=self.kv_dtype)
 
 
 def command(function: Callable[..., int | None]) -> Callable[..., int | None]:

@@ -108,8 +108,9 @@ def _answer(
 ) -> dict[str, Any]:
     """Generate one answer; the text and what the cache held."""
     from reasonkv.evaluate.decoding import Request, decode_batch
-    from reasonkv.evaluate.generate import context_length, decode, encode, room
+    from reasonkv.evaluate.generate import decode, encode, room
     from reasonkv.models import one_thread_if_small
+    from reasonkv.resolve import context_length
     from reasonkv.runtimes.transformers import CompressedCache
 
     text, special = prompt
@@ -128,6 +129,7 @@ def _answer(
             row_seeds=[row_seed],
             max_length=len(ids) + most,
             calibration=loaded.calibration_file,
+            dtype=loaded.kv_dtype,
         ) as cache,
     ):
         request = Request(ids, most, row_seed)

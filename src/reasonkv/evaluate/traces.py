@@ -22,11 +22,12 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from reasonkv.errors import ReasonKVError
 from reasonkv.evaluate.chunks import TraceRow, feed
 from reasonkv.evaluate.decoding import OnTokens, Request, TextRules, decode_batch
-from reasonkv.evaluate.generate import context_length, encode, encode_given, end_tokens, render, room
+from reasonkv.evaluate.generate import encode, encode_given, end_tokens, render, room
 from reasonkv.evaluate.manifest import ResultsError
 from reasonkv.evaluate.metrics import TeacherLogprobs
 from reasonkv.evaluate.settings import TraceSettings
 from reasonkv.files import write_atomically
+from reasonkv.resolve import context_length
 from reasonkv.runtimes.transformers import CompressedCache
 from reasonkv.tasks import Problem, Task, TaskOptions
 from reasonkv.tasks.given import GivenTraces

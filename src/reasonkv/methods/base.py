@@ -228,9 +228,13 @@ class Method(ABC):
         """Return the options as recorded in results, resolved."""
         return {one.name: getattr(self, one.name) for one in fields(self)}
 
+    def defaults(self) -> dict[str, object]:
+        """Return what the options are unless they are given, of this variant."""
+        return {one.name: one.default for one in fields(self)} | dict(self._of_variant())
+
     def spec(self) -> str:
         """Return the shortest text from which `get_method` makes this method: `name` or `name:key=value,...`."""
-        usual = {one.name: one.default for one in fields(self)} | dict(self._of_variant())
+        usual = self.defaults()
         changed = [f"{key}={value}" for key, value in self.options().items() if value != usual[key]]
         return self.name + (":" + ",".join(changed) if changed else "")
 

@@ -18,6 +18,7 @@ from reasonkv.rotary import Rotary
 from reasonkv.runtimes.transformers.attention import LogitRule, MaskLength
 from reasonkv.runtimes.transformers.forward import ForwardPlan
 from reasonkv.runtimes.transformers.latent import Expansion
+from reasonkv.runtimes.transformers.packed import PackedStorage
 from reasonkv.runtimes.transformers.sequences import LayerGroup
 from reasonkv.runtimes.transformers.session import Session
 from reasonkv.runtimes.transformers.sparse_read import SparseReader
@@ -85,7 +86,8 @@ class CompressedLayer(CacheLayerMixin):
         assert self.group is not None
         if self.storage is None:
             capacity = self.group.capacity(session.max_length)
-            self.storage = LayerStorage(key_states, value_states, session.needs, capacity)
+            of_layer = (key_states, value_states, session.needs, capacity)
+            self.storage = PackedStorage(*of_layer, session.bits) if session.bits else LayerStorage(*of_layer)
         allocated = self.storage.allocated
         keys, values = self.storage.append(key_states, value_states, forward)
         if self.storage.allocated != allocated:
