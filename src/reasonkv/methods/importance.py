@@ -31,7 +31,7 @@ class ImportanceSampling(ScoreWrapper):
     2. Its priority is s / u, u uniform in (0, 1); the largest priorities stay.
     3. t is the largest priority that goes. Slots with s < t stand for t / s times what they stood for: log mass.
 
-    Sums over slots of s, and of any part of them, are then right on average (the paper's Theorem 1), but for `cap`.
+    Sums over slots of s, and of any part of them, are then right on average (shown there), but for `cap`.
 
     Args:
         base: the method whose scores are sizes, with its options as in `expected:future=64;sinks=0`; its scores must
