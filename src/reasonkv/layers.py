@@ -77,7 +77,7 @@ def head_dim_of(config: Any) -> int:
 def _rotates(decoder: Any, index: int, layers: list[Any]) -> bool:
     if not getattr(decoder, "rope_parameters", None) or not getattr(decoder, "use_mem_rope", True):
         return False
-    if getattr(decoder, "position_embedding_type", None) not in (None, "rope"):
+    if getattr(decoder, "position_embedding_type", "rope") != "rope":  # Granite 4 leaves it empty for NoPE
         return False
     listed = getattr(decoder, "no_rope_layers", None)  # 1 where a layer does rotate
     if listed:

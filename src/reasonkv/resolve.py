@@ -20,6 +20,10 @@ TESTED = (
 """Model types whose every layer is compared with full attention over the kept slots in the tests."""
 
 
+_OWN_CACHE = ("minimax", "reformer", "rwkv", "xlnet", "xlstm")
+"""Model types that take no cache but a class of their own file."""
+
+
 class UnsupportedModelError(ReasonKVError, ValueError):
     """A model, setting or use that a compressed cache would get wrong; the message is one sentence."""
 
@@ -145,6 +149,8 @@ def check_model(model: PreTrainedModel | PreTrainedConfig, method: Method | None
             f"{kind} uses latent attention, which stores keys and values of all heads in one vector, but {method.name} "
             f"{what}; choose a method that evicts, such as snapkv."
         )
+    if kind in _OWN_CACHE:
+        return [f"{kind} takes no cache but a class of its own, so nothing can be bounded; use a stock cache."]
     problems += _layer_problems(config, kind)
     if getattr(decoder, "alibi", False) or kind in {"bloom", "mpt"}:
         problems.append(f"{kind} uses ALiBi, whose distances are lost once slots are dropped.")
