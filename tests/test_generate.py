@@ -358,16 +358,16 @@ def test_contradictory_budgets_are_refused_in_one_sentence() -> None:
 
 def test_models_that_cannot_be_served_are_named() -> None:
     from transformers import (
+        BambaConfig,
         BartConfig,
         BloomConfig,
         MistralConfig,
-        Qwen3NextConfig,
     )
 
     cases = {
         "encoder-decoder": BartConfig(),
-        "linear_attention": Qwen3NextConfig(),
-        "sliding-window": MistralConfig(sliding_window=128),
+        "carry a state": BambaConfig(),  # without attention layers by default
+        "all slide": MistralConfig(sliding_window=128),
         "ALiBi": BloomConfig(),
     }
     for words, config in cases.items():

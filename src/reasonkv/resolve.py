@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from reasonkv.budget import Budget, BudgetError, ExplicitEventsWindow, PeriodicWindow, Window
 from reasonkv.errors import ReasonKVError
+from reasonkv.layers import BOUNDED, STOCK, cache_layers, hides_nothing, is_latent, text_config
 from reasonkv.methods import Method, get_method
 
 TESTED = (
@@ -115,43 +116,6 @@ def broadcast_per_prompt(values: Sequence[int] | None, batch: int, name: str) ->
     return [value for value in values for _ in range(batch // len(values))]
 
 
-def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The decoder's own configuration (multi-modal models nest it)."""
-    return config.get_text_config(decoder=True)
-
-
-def layer_types(config: PreTrainedConfig) -> list[str]:
-    """The attention type of every layer, "full_attention" or "sliding_attention" for supported models."""
-    decoder = text_config(config)
-    declared = getattr(decoder, "layer_types", None)
-    if declared is not None:
-        return list(declared)
-    sliding = getattr(decoder, "sliding_window", None) is not None and getattr(decoder, "use_sliding_window", True)
-    return ["sliding_attention" if sliding else "full_attention"] * decoder.num_hidden_layers
-
-
-def compressed_layers(config: PreTrainedConfig) -> int:
-    """Layers a compressed cache bounds; the others slide and are bounded already."""
-    shared = getattr(text_config(config), "num_kv_shared_layers", None) or 0
-    types = layer_types(config)
-    return types[: len(types) - shared].count("full_attention")
-
-
-def layer_readers(config: PreTrainedConfig, layer: int) -> int:
-    """Return how many layers attend to what one layer caches: itself, and the last ones if they share its keys."""
-    shared = getattr(text_config(config), "num_kv_shared_layers", None) or 0
-    if not shared:
-        return 1
-    types = layer_types(config)
-    is_last_of_its_type = types[layer] not in types[layer + 1 : -shared]
-    return 1 + (types[-shared:].count(types[layer]) if is_last_of_its_type else 0)
-
-
-def is_latent(config: PreTrainedConfig) -> bool:
-    """Return whether a decoder's keys and values come from one latent vector per token (MLA)."""
-    return bool(getattr(config, "kv_lora_rank", None))
-
-
 def check_model(model: PreTrainedModel | PreTrainedConfig, method: Method | None = None) -> list[str]:
     """Reasons why a compressed cache cannot serve this model, one sentence each; empty when it can.
 
@@ -174,20 +138,26 @@ def check_model(model: PreTrainedModel | PreTrainedConfig, method: Method | None
             f"{kind} uses latent attention, which stores keys and values of all heads in one vector, but {method.name} "
             f"{what}; choose a method that evicts, such as snapkv."
         )
-    types = layer_types(config)
-    unknown = sorted(set(types) - {"full_attention", "sliding_attention"})
-    if unknown:
-        problems.append(
-            f"{kind} has layers of type {', '.join(unknown)}; only full and sliding attention can be served."
-        )
-    elif "full_attention" not in types:
-        problems.append(
-            f"All layers of {kind} use sliding-window attention, which is bounded already; use a stock cache."
-        )
+    problems += _layer_problems(config, kind)
     if getattr(decoder, "alibi", False) or kind in {"bloom", "mpt"}:
         problems.append(f"{kind} uses ALiBi, whose distances are lost once slots are dropped.")
     if getattr(decoder, "use_bidirectional_attention", False):
         problems.append(f"{kind} attends in both directions; a cache can only be compressed under causal attention.")
-    if isinstance(model, PreTrainedModel) and not getattr(model, "_supports_attention_backend", False):
+    if isinstance(model, PreTrainedModel) and not model._can_set_attn_implementation():
         problems.append(f"{type(model).__name__} does not call attention through AttentionInterface.")
     return problems
+
+
+def _layer_problems(config: PreTrainedConfig, kind: str) -> list[str]:
+    try:
+        layers = [type(layer) for layer in cache_layers(config)]
+    except KeyError as error:
+        return [f"{kind} has layers of type {error.args[0]}, which this version of transformers has no cache for."]
+    unknown = sorted({layer.__name__ for layer in layers} - {layer.__name__ for layer in (*BOUNDED, *STOCK)})
+    if unknown:
+        return [f"{kind} keeps more than keys and values of its tokens ({', '.join(unknown)}); use a stock cache."]
+    if set(layers) & set(BOUNDED):
+        return []
+    if hides_nothing(config):
+        return [f"The sliding window of {kind} is as long as its context; load the model with sliding_window=None."]
+    return [f"No layer of {kind} grows with the text: all slide or carry a state; use a stock cache."]

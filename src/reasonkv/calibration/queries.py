@@ -20,8 +20,9 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from reasonkv.calibration.horizon import HorizonSums, fit_horizon
-from reasonkv.calibration.statistics import Calibration, CalibrationError, head_dim_of, rope_type_of
+from reasonkv.calibration.statistics import Calibration, CalibrationError, rope_type_of
 from reasonkv.identity import model_hash
+from reasonkv.layers import bounded_layers, head_dim_of, layer_rotaries
 from reasonkv.offload import input_device
 from reasonkv.rotary import Rotary
 
@@ -49,21 +50,19 @@ def watched(model: PreTrainedModel, watch: Watch) -> Iterator[dict[str, Any]]:
         model.set_attn_implementation(before)
 
 
-def rotaries(model: PreTrainedModel) -> list[tuple[str, Rotary]]:
-    """Return the attention type and the rotation of every layer.
+def rotaries(model: PreTrainedModel) -> list[Rotary]:
+    """Return the rotation of every layer, on the model's device.
 
     Raises:
         UnsupportedModelError: a model that no compressed cache can serve.
         RotaryError: RoPE that cannot be undone.
     """
-    from reasonkv.resolve import UnsupportedModelError, check_model, layer_types
+    from reasonkv.resolve import UnsupportedModelError, check_model
 
     problems = check_model(model)
     if problems:
         raise UnsupportedModelError(problems[0])
-    types = layer_types(model.config)
-    by_type = {one: Rotary.from_config(model.config, one).to(input_device(model)) for one in dict.fromkeys(types)}
-    return [(one, by_type[one]) for one in types]
+    return [rotary.to(input_device(model)) for rotary in layer_rotaries(model.config)]
 
 
 @torch.no_grad()
@@ -137,16 +136,17 @@ def collect(
             progress(done)
     if done == 0:
         raise CalibrationError("There is no text to calibrate on; give at least one token.")
-    missing = sorted(set(range(len(rotary_L))) - set(sums))
+    missing = sorted(set(bounded_layers(model.config)) - set(sums))
     if missing:
         raise CalibrationError(f"Layer {missing[0]} does not call attention through AttentionInterface.")
-    totals = torch.stack([sums[layer].cpu().double() for layer in range(len(rotary_L))], 1)
+    nothing = torch.zeros_like(next(iter(sums.values())))  # of layers without attention, so that layer i stays row i
+    totals = torch.stack([sums.get(layer, nothing).cpu().double() for layer in range(len(rotary_L))], 1)
     real, imaginary, modulus, square = (totals / done).float()
     mean_LHqF, horizon_LHqJ = torch.complex(real, imaginary), None
     if phases is not None:
         found = [
-            fit_horizon(phases.tau_HqF(layer).cpu(), mean_HqF, rotary_L[layer].inv_freq.cpu())
-            for layer, mean_HqF in enumerate(mean_LHqF)
+            fit_horizon(phases.tau_HqF(layer if layer in sums else min(sums)).cpu(), mean_HqF, rotary.inv_freq.cpu())
+            for layer, (mean_HqF, rotary) in enumerate(zip(mean_LHqF, rotary_L, strict=True))
         ]
         horizon_LHqJ = torch.stack(found).float()
     return Calibration(
@@ -164,11 +164,10 @@ def _checked_rotaries(model: PreTrainedModel) -> list[Rotary]:
             f"The model's rotary frequencies ({rounded[0]}) are in half precision, as model.to(dtype) makes them, so "
             "its queries cannot be un-rotated exactly; load it with from_pretrained(..., dtype=...)."
         )
-    pairs = {kind: rotary.inv_freq.numel() for kind, rotary in found}
-    if len(set(pairs.values())) > 1:
-        listed = ", ".join(f"{count} in {kind} layers" for kind, count in pairs.items())
-        raise CalibrationError(f"The model's layers differ in their number of rotary pairs ({listed}).")
-    return [rotary for _, rotary in found]
+    pairs = sorted({rotary.inv_freq.numel() for rotary in found})
+    if len(pairs) > 1:
+        raise CalibrationError(f"The model's layers differ in their number of rotary pairs ({pairs}).")
+    return found
 
 
 def _attention(kernel: str) -> Callable[..., tuple[Tensor, Tensor | None]]:

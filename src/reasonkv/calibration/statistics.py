@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from reasonkv.errors import ReasonKVError
-from reasonkv.rotary import Rotary
+from reasonkv.layers import head_dim_of, layer_rotaries
 from reasonkv.view import LayerStatistics
 
 _PARTS = {
@@ -158,12 +158,11 @@ class Calibration:
                 type, or another hash; both values are in the message.
         """
         text = config.get_text_config()
-        rotary = Rotary.from_config(text, layer_type_of_rotary(text))
         for what, found, wanted in (
             ("layers", self.layers, text.num_hidden_layers),
             ("query heads in a layer", self.query_heads, text.num_attention_heads),
             ("dimensions in a head", self.head_dim, head_dim_of(text)),
-            ("rotary pairs in a head", self.pairs, rotary.inv_freq.numel()),
+            ("rotary pairs in a head", self.pairs, layer_rotaries(text)[0].inv_freq.numel()),
         ):
             if found != wanted:
                 raise CalibrationError(f"The calibration has {found} {what}, but the model has {wanted}.")
@@ -178,11 +177,6 @@ class Calibration:
 
     def _tensors(self) -> dict[str, Tensor]:
         return {name: getattr(self, name) for name in _PARTS if getattr(self, name) is not None}
-
-
-def head_dim_of(config: Any) -> int:
-    """Return the dimensions of an attention head of a transformers text configuration."""
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 def layer_type_of_rotary(config: Any) -> str | None:

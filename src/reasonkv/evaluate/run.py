@@ -32,9 +32,9 @@ from reasonkv.evaluate.records import (
 from reasonkv.evaluate.replay import replay_batch
 from reasonkv.evaluate.text import first_divergence, repetition
 from reasonkv.evaluate.traces import Trace, encode_prompts, file_name, load_or_make_traces
+from reasonkv.layers import bounded_layers
 from reasonkv.methods import Method, get_method
 from reasonkv.models import LoadedModel, one_thread_if_small
-from reasonkv.resolve import compressed_layers
 from reasonkv.runtimes.transformers import CompressedCache, RowStats
 from reasonkv.tasks import get_task
 from reasonkv.tasks.given import GivenTraces
@@ -75,7 +75,7 @@ def run(
     check_job(job)  # what is wrong with the arguments alone is reported before any work
     job = with_published(job, model)
     methods, budgets = make_methods(job), make_budgets(job.budget)
-    layers = compressed_layers(model.model.config)
+    layers = len(bounded_layers(model.model.config))
     named = command or ("evaluate" if isinstance(job, GenerateJob) else "replay")
     with open_session(job, methods, model, folder, progress, named) as session:
         adopt(session.file, _task_of(job).kind, session.run, sources)

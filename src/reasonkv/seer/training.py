@@ -22,6 +22,7 @@ from reasonkv.calibration.corpus import Passage, ProblemSource, read_corpus, tas
 from reasonkv.calibration.job import CorpusError
 from reasonkv.calibration.queries import rotaries, watched
 from reasonkv.identity import model_hash
+from reasonkv.layers import bounded_layers
 from reasonkv.methods.ops import upcast
 from reasonkv.methods.quest import Quest
 from reasonkv.methods.seer import SeerAttention, gate_keys, gate_logits, gate_queries
@@ -234,15 +235,15 @@ class _Seen(NamedTuple):
 @torch.no_grad()
 def _observe(model: PreTrainedModel, row: Passage, queries: int) -> dict[int, _Seen]:
     """Let the model read a sequence; what its full-attention layers asked and held, by their index."""
-    kinds, found = rotaries(model), {}
+    rotary_L, bounded, found = rotaries(model), bounded_layers(model.config), {}
     after = max(len(row.ids_L) - row.prompt, 0)
     taken = min(queries, after)
     positions_T = row.prompt + (torch.arange(taken, device=model.device) * after) // max(taken, 1)
 
     def watch(layer: int, query_1HqLD: Tensor, key_1HLD: Tensor, options: dict[str, Any]) -> None:
-        if kinds[layer][0] == "full_attention":
+        if layer in bounded:
             queries_HgTD = torch.unflatten(query_1HqLD[0][:, positions_T], 0, (key_1HLD.shape[1], -1))
-            found[layer] = _Seen(upcast(queries_HgTD), positions_T, upcast(key_1HLD[0]), kinds[layer][1], options)
+            found[layer] = _Seen(upcast(queries_HgTD), positions_T, upcast(key_1HLD[0]), rotary_L[layer], options)
 
     with watched(model, watch) as arguments:
         model.get_decoder()(input_ids=row.ids_L[None].to(model.device), use_cache=False, **arguments)

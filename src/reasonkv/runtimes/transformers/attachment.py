@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from reasonkv.resolve import UnsupportedModelError, text_config
+from reasonkv.layers import text_config
+from reasonkv.resolve import UnsupportedModelError
 from reasonkv.rotary import RotaryLimits
 from reasonkv.runtimes.transformers.attention import PREFIX, base_kernel
 from reasonkv.runtimes.transformers.latent import name_layers

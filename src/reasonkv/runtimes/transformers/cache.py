@@ -19,20 +19,20 @@ from typing import Any, Unpack
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import Cache
 
 from reasonkv.budget import Budget, BudgetError, BudgetFields
 from reasonkv.calibration import Calibration
+from reasonkv.layers import layer_rotaries
 from reasonkv.methods import Method, Requirements, get_method, layer_budgets, refuse_future
 from reasonkv.numbers import whole_number, whole_numbers
 from reasonkv.offload import input_device
 from reasonkv.resolve import UnsupportedModelError, broadcast_per_prompt, check_model, check_window, resolve_budget
-from reasonkv.rotary import Rotary
 from reasonkv.runtimes.transformers.attachment import Attachment
 from reasonkv.runtimes.transformers.events import compact_layers
 from reasonkv.runtimes.transformers.forward import ForwardPlan, SequenceState, fed_tokens
-from reasonkv.runtimes.transformers.layer import CompressedLayer
+from reasonkv.runtimes.transformers.layer import CompressedLayer, empty_layers
 from reasonkv.runtimes.transformers.sequences import LayerGroup, check_first_forward, make_groups, tokens_to_next_event
 from reasonkv.runtimes.transformers.session import Observer, Session, callbacks_of, load_statistics, weakly
 from reasonkv.runtimes.transformers.sparse_read import SparseReader
@@ -43,7 +43,7 @@ from reasonkv.view import TraceAttention
 
 
 class CompressedCache(Cache):
-    """A KV cache whose full-attention layers stay within a budget; sliding-window layers stay stock.
+    """A KV cache whose full-attention layers stay within a budget; sliding and recurrent layers stay stock.
 
     Args:
         model: the model that will use the cache; its attention implementation is wrapped until `detach()`.
@@ -94,16 +94,16 @@ class CompressedCache(Cache):
         if reference is None:
             refuse_future(self.method)
         needs = self.method.needs
-        rotates = needs.rotary or needs.observes or needs.calibration
-        rotary = Rotary.from_config(model.config, "full_attention").to(input_device(model)) if rotates else None
-        reader, self.budget = SparseReader.of(self.method, model, self.budget, rotary)
+        rotates = needs.rotary or needs.calibration
+        rotaries = [one.to(input_device(model)) for one in layer_rotaries(model.config)] if rotates else None
+        reader, self.budget = SparseReader.of(self.method, model, self.budget, rotaries)
         self.window_events, self.reopen_prompt = window_events, reopen_prompt
         self.prompt_lengths = whole_numbers(prompt_lengths, "prompt_lengths")
         self.row_seeds = whole_numbers(row_seeds, "row_seeds")
         self.layer_groups: list[LayerGroup] = []  # one, unless the method gives layers budgets of their own
         self.layers_done = self.bytes_peak = 0
         self.compaction_seconds = 0.0
-        self._attachment = Attachment(model, kernel, self._receiver(needs), unrotates=rotary is not None)
+        self._attachment = Attachment(model, kernel, self._receiver(needs), unrotates=rotates)
         self.session = Session(
             method=self.method,
             needs=needs,
@@ -111,17 +111,15 @@ class CompressedCache(Cache):
             observer=observer,
             reference=reference,
             calibration=load_statistics(model, calibration) if needs.calibration else None,
-            rotary=rotary,
+            rotaries=rotaries,
             reader=reader,
             model_name=type(model).__name__,
             max_length=None if max_length is None else whole_number(max_length, "max_length", 1),
             **callbacks_of(self),
         )
         self.attach()
-        stock = DynamicCache(config=model.config).layers
-        super().__init__(
-            layers=[CompressedLayer(self.session, i) if type(x) is DynamicLayer else x for i, x in enumerate(stock)]
-        )
+        self._config = model.config
+        super().__init__(layers=empty_layers(self.session, model.config))
         self.compressed_layers = [layer for layer in self.layers if isinstance(layer, CompressedLayer)]
         layer_budgets(self.method, self.budget, len(self.compressed_layers))  # so that a share too small is said now
 
@@ -247,7 +245,8 @@ class CompressedCache(Cache):
 
     def reset(self) -> None:
         """Forget everything fed; the cache can then be used for another batch."""
-        super().reset()
+        self.layers = empty_layers(self.session, self._config)  # a stock layer's own reset keeps its number of rows
+        self.compressed_layers = [layer for layer in self.layers if isinstance(layer, CompressedLayer)]
         self.layer_groups, self.layers_done = [], 0
         self.compaction_seconds, self.bytes_peak = 0.0, 0
         self.session.token_ids, self.session.columns_seen = TokenLog(), 0
@@ -275,8 +274,8 @@ class CompressedCache(Cache):
         twin = object.__new__(type(self))
         memo[id(self)] = twin
         own = self.session
-        for shared in (own.observer, own.reference, own.calibration, own.rotary, self._attachment):  # not the contents
-            memo[id(shared)] = shared
+        shared = (own.observer, own.reference, own.calibration, own.rotaries, self._config, self._attachment)
+        memo |= {id(one): one for one in shared}  # not the contents
         for name, value in self.__dict__.items():
             setattr(twin, name, copy.deepcopy(value, memo))
         twin._attachment = self._attachment.twin(twin._receiver(own.needs))
@@ -292,13 +291,11 @@ class CompressedCache(Cache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row `repeats` times."""
-        self._move_rows([row for row in range(len(self.rows)) for _ in range(repeats)])
-        super().batch_repeat_interleave(repeats)
+        self.reorder_cache(torch.arange(len(self.rows)).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep some rows, by index or by boolean mask."""
-        self._move_rows(torch.arange(len(self.rows))[indices.cpu()].tolist())
-        super().batch_select_indices(indices)
+        self.reorder_cache(torch.arange(len(self.rows))[indices.cpu()])
 
     def _receiver(self, needs: Requirements) -> Callable[..., None] | None:
         return weakly(self._receive_ids) if needs.token_ids else None

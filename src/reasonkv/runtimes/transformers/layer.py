@@ -7,11 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import CacheLayerMixin
+from transformers import PreTrainedConfig
+from transformers.cache_utils import CacheLayerMixin, LinearAttentionAndFullAttentionLayer, LinearAttentionLayer
 
+from reasonkv.layers import BOUNDED, cache_layers, layer_readers
 from reasonkv.methods import Observed
 from reasonkv.offload import loaded
-from reasonkv.resolve import UnsupportedModelError, layer_readers
+from reasonkv.resolve import UnsupportedModelError
+from reasonkv.rotary import Rotary
 from reasonkv.runtimes.transformers.attention import LogitRule, MaskLength
 from reasonkv.runtimes.transformers.forward import ForwardPlan
 from reasonkv.runtimes.transformers.latent import Expansion
@@ -65,6 +68,12 @@ class CompressedLayer(CacheLayerMixin):
         reader = self.session.reader
         return None if reader is None or self.forward.is_prompt else reader
 
+    @property
+    def rotary(self) -> Rotary | None:
+        """How this layer rotates its keys, if the method asks for it."""
+        rotaries = self.session.rotaries
+        return None if rotaries is None else rotaries[self.index]
+
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Part of the layer contract; storage is made by the first forward, which knows the prompt."""
 
@@ -104,7 +113,8 @@ class CompressedLayer(CacheLayerMixin):
         if self.unread < self.readers:
             self._read()
             return
-        self.readers = self.unread = layer_readers(module.config, self.index)  # type: ignore[arg-type]
+        if self.rule is None and isinstance(config := getattr(module, "config", None), PreTrainedConfig):
+            self.readers = self.unread = layer_readers(config, self.index)
         self.rule, self.query_heads = rule, query.shape[1]
         method, needs = session.method, session.needs
         latent, rotated, value_dim = storage.keys.shape[3], storage.values.shape[3], storage.values.shape[3]
@@ -115,10 +125,9 @@ class CompressedLayer(CacheLayerMixin):
         storage.prepare(method, query.shape[1], query.shape[3])
         storage.remember(query, forward)
         if needs.observes:
-            assert session.rotary is not None
             positions_Bq, valid_Bq = forward.token_indices(query.device)
             query = query if self.expansion is None else self.expansion.absorb(query)
-            seen = Observed(query, positions_Bq, valid_Bq, layer=self.index, rotary=session.rotary)
+            seen = Observed(query, positions_Bq, valid_Bq, layer=self.index, rotary=self.rotary)
             storage.take_in(method, seen, forward)
         if needs.output_projection and self.output_projection is None:
             self.output_projection = _output_projection(module, query.shape[1], value_dim)
@@ -155,7 +164,7 @@ class CompressedLayer(CacheLayerMixin):
             layer=self.index,
             query_heads=self.query_heads,
             calibration=None if session.calibration is None else session.calibration.layer(self.index),
-            rotary=session.rotary,
+            rotary=self.rotary,
             token_ids=session.token_ids.of(rows, lengths) if session.needs.token_ids else None,
             output_projection_HqDM=None if self.output_projection is None else self.output_projection.float(),
             reference=session.reference,
@@ -202,32 +211,52 @@ class CompressedLayer(CacheLayerMixin):
         """No limit on what may be fed."""
         return -1
 
-    def reset(self) -> None:
-        """Forget this layer's slots."""
-        self.storage, self.group, self.rule, self.output_projection, self.expansion = None, None, None, None, None
-        self.waiting = self.is_initialized = False
-        self.unread = self.readers
-
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Move rows with their beams."""
         if self.storage is not None:
             self.storage.select_rows(beam_idx)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every row; `CompressedCache.batch_repeat_interleave` does it for the bookkeeping too."""
-        if self.storage is not None:
-            self.storage.select_rows(torch.arange(self.storage.rows).repeat_interleave(repeats))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep some rows."""
-        if self.storage is not None:
-            self.storage.select_rows(torch.arange(self.storage.rows)[indices.cpu()])
 
     def crop(self, tokens_to_remove: int) -> None:
         """Refused: dropped slots cannot come back, so a rollback (assisted decoding) would be wrong."""
         raise UnsupportedModelError(
             "A compressed cache cannot be rolled back, which assisted (speculative) decoding needs; use plain decoding."
         )
+
+
+class CompressedHybridLayer(CompressedLayer, LinearAttentionAndFullAttentionLayer):
+    """A layer that attends and carries a state (Falcon-H1, Zamba); its state stays stock.
+
+    Args:
+        session, index: as in `CompressedLayer`.
+        number_of_states: states that the layer carries.
+
+    """
+
+    is_croppable = False
+
+    def __init__(self, session: Session, index: int, number_of_states: int) -> None:
+        CompressedLayer.__init__(self, session, index)
+        LinearAttentionLayer.__init__(self, number_of_states)
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        """Allocate a state; keys and values are allocated by the first forward."""
+        LinearAttentionLayer.lazy_initialization(self, *args, **kwargs)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Move rows with their beams."""
+        CompressedLayer.reorder_cache(self, beam_idx)
+        LinearAttentionLayer.reorder_cache(self, beam_idx)
+
+
+def empty_layers(session: Session, config: PreTrainedConfig) -> list[Any]:
+    """Return a bounded layer for every layer that grows, and the stock ones of all others."""
+    layers = cache_layers(config)
+    for index, stock in enumerate(layers):
+        if type(stock) in BOUNDED:
+            carries = isinstance(stock, LinearAttentionLayer)
+            states = {"number_of_states": stock.number_of_states} if carries else {}
+            layers[index] = (CompressedHybridLayer if carries else CompressedLayer)(session, index, **states)
+    return layers
 
 
 def _output_projection(module: nn.Module, query_heads: int, head_dim: int) -> Tensor:

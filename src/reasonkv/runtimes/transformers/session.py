@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ class Session:
     Args:
         method, seed, observer, reference, calibration: as in `CompressedCache`.
         needs: the method's.
-        rotary: of the full-attention layers, if the method asks for it.
+        rotaries: of every layer of the model, if the method asks for them.
         reader: chooses what decoded tokens read, for methods that evict nothing.
         model_name: for messages.
         max_length: as in `CompressedCache`.
@@ -50,7 +50,7 @@ class Session:
     observer: Observer | None
     reference: TraceAttention | None
     calibration: Calibration | None
-    rotary: Rotary | None
+    rotaries: Sequence[Rotary] | None
     reader: SparseReader | None
     model_name: str
     max_length: int | None

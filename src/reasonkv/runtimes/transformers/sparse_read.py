@@ -6,7 +6,7 @@ every later token reads what the method selects for it, whatever piece it came i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -19,6 +19,7 @@ from reasonkv.methods.sparse_read import FullPages, PageView, Prepared, Selectio
 from reasonkv.rotary import Rotary
 from reasonkv.runtimes.transformers.forward import ForwardPlan, SequenceState
 
+Rotaries = Sequence[Rotary] | None
 MASK_ELEMENTS = 1 << 24
 """Mask entries worked on at once: queries of a long piece are attended to in parts."""
 
@@ -73,14 +74,14 @@ class SparseReader:
         prepared: its size of pages and its parameters.
         budget: its `tokens` are slots to read per decoded token and KV head, with `prompt="on_top"` beyond as many as
             the prompt has; its other fields say what may be dropped and when, and nothing is.
-        rotary: the model's rotary embedding, if the method needs it.
+        rotaries: every layer's rotary embedding, if the method needs it.
 
     Raises:
         BudgetError: a budget below the pages that are always read, or a window.
 
     """
 
-    def __init__(self, method: SelectionMethod, prepared: Prepared, budget: Budget, rotary: Rotary | None) -> None:
+    def __init__(self, method: SelectionMethod, prepared: Prepared, budget: Budget, rotaries: Rotaries) -> None:
         if isinstance(budget, Window) or budget.tokens is None:
             raise BudgetError(f"{method.name} drops nothing, so it has no windows; give it a Budget in tokens.")
         always = method.first + method.last
@@ -89,14 +90,14 @@ class SparseReader:
                 f"{method.name} reads whole pages of {prepared.page_size} tokens and always {always} of them; "
                 f"raise tokens from {budget.tokens} to at least {always * prepared.page_size}."
             )
-        self.method, self.prepared, self.rotary = method, prepared, rotary
+        self.method, self.prepared, self.rotaries = method, prepared, rotaries
         self.page_size = prepared.page_size
         self.tokens, self.prompt_on_top = budget.tokens, budget.prompt == "on_top"
         self.tables: dict[int, PageTable] = {}  # by layer
 
     @classmethod
     def of(
-        cls, method: Method, model: PreTrainedModel, budget: Budget | None, rotary: Rotary | None
+        cls, method: Method, model: PreTrainedModel, budget: Budget | None, rotaries: Rotaries
     ) -> tuple[SparseReader | None, Budget | None]:
         """Return a method's reader, None for one that evicts; and the schedule's budget, None for a reader.
 
@@ -106,7 +107,7 @@ class SparseReader:
         """
         if not isinstance(method, SelectionMethod) or budget is None:
             return None, budget
-        return cls(method, method.prepare(model), budget, rotary), None  # nothing is ever dropped: no events
+        return cls(method, method.prepare(model), budget, rotaries), None  # nothing is ever dropped: no events
 
     def fill(self, layer: int, keys_BHWD: Tensor, forward: ForwardPlan) -> None:
         """Summarise the pages that a forward has made full, from all keys held."""
@@ -120,7 +121,7 @@ class SparseReader:
         first_n = page_n * c
         # a row's slots are its tokens, so a page's slots are consecutive
         keys_ncHD = keys_BHWD[row_n[:, None], :, first_n[:, None] + torch.arange(c, device=device)]
-        pages = FullPages(keys_ncHD.transpose(1, 2), first_n, self._parameters(layer), self.rotary)
+        pages = FullPages(keys_ncHD.transpose(1, 2), first_n, self._parameters(layer), self._rotary(layer))
         with torch.autocast(device.type, enabled=False):
             summaries = self.method.summarise(pages)
         table = self.tables.setdefault(layer, PageTable())
@@ -187,6 +188,9 @@ class SparseReader:
         layers = self.prepared.layers
         return None if layers is None else dict(layers[layer])
 
+    def _rotary(self, layer: int) -> Rotary | None:
+        return None if self.rotaries is None else self.rotaries[layer]
+
     def _slots(self, layer: int, queries_BHqqD: Tensor, columns: slice, kv_heads: int, forward: ForwardPlan) -> Tensor:
         """Slots each query reads, bool [B, Hq or 1, columns, width]."""
         device, c = queries_BHqqD.device, self.page_size
@@ -201,7 +205,7 @@ class SparseReader:
         pages = max(forward.held) // c
         view = PageView(
             {name: tensor[:, :, :pages] for name, tensor in table.state.items()},
-            queries_BHqqD, positions_Bq, c, self._parameters(layer), self.rotary,
+            queries_BHqqD, positions_Bq, c, self._parameters(layer), self._rotary(layer),
         )  # fmt: skip
         with torch.autocast(device.type, enabled=False):  # scores are float32 whoever calls
             chosen_BHqP = self.method.select(view, [self.pages(row) for row in forward.rows])

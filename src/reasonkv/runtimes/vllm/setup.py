@@ -11,6 +11,7 @@ from vllm.distributed import get_tp_group
 
 from reasonkv.calibration import Calibration, CalibrationError
 from reasonkv.calibration.files import FILE, load_calibration
+from reasonkv.layers import bounded_layers, cache_layers, layer_rotaries
 from reasonkv.methods import Method, Requirements
 from reasonkv.resolve import check_model
 from reasonkv.rotary import Rotary, RotaryError, RotaryLimits
@@ -24,6 +25,9 @@ def check_layers(modules: dict[str, Any], vllm_config: Any) -> None:
     problems = check_model(vllm_config.model_config.hf_config)
     if problems:
         raise ServingError(problems[0])
+    config = vllm_config.model_config.hf_config
+    if len(bounded_layers(config)) < len(cache_layers(config)):
+        raise ServingError("Models with sliding or recurrent layers are not served yet; use them with transformers.")
     if not modules:
         raise ServingError("The model has no attention layers that reasonkv could bound.")
     for name, module in modules.items():
@@ -33,8 +37,6 @@ def check_layers(modules: dict[str, Any], vllm_config: Any) -> None:
                 "--attention-backend FLASH_ATTN or TRITON_ATTN (CPU_ATTN on CPU), and start each engine in a process "
                 "of its own."
             )
-        if module.sliding_window is not None:
-            raise ServingError("Models with sliding-window layers are not served yet; use them with transformers.")
         if module.kv_sharing_target_layer_name is not None:
             raise ServingError("Layers that share keys and values are not served: one's compaction would cut another.")
         if module.head_size_v != module.head_size:
@@ -60,9 +62,12 @@ def rotary_of(vllm_config: Any, device: torch.device) -> Rotary:
             "method that does not, such as snapkv."
         )
     try:
-        return Rotary.from_config(config, "full_attention").to(device)
+        first, *others = layer_rotaries(config)
     except RotaryError as error:
         raise ServingError(str(error)) from None
+    if any(other is not first for other in others):
+        raise ServingError("The model rotates only some of its layers, which this method cannot be served with yet.")
+    return first.to(device)
 
 
 def statistics_of(vllm_config: Any, given: str | None, needs: Requirements, device: torch.device) -> Calibration:

@@ -1,0 +1,111 @@
+"""What every layer of a model keeps, by the cache layer transformers gives it, and whether it rotates its keys."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import DynamicCache, PreTrainedConfig
+from transformers.cache_utils import (
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+    LinearAttentionLayer,
+)
+
+from reasonkv.rotary import Rotary
+
+BOUNDED = (DynamicLayer, LinearAttentionAndFullAttentionLayer)
+"""Cache layers that grow with every token; a compressed cache puts its own in their place."""
+STOCK = (DynamicSlidingWindowLayer, LinearAttentionLayer, LinearAttentionAndSlidingWindowAttentionLayer)
+"""Cache layers of a fixed size, which stay as transformers made them."""
+_UNROTATED_BESIDE_SLIDING = ("afmoe", "cohere2", "cohere2_moe", "exaone4", "exaone_moe")
+"""Model types that rotate in their sliding layers only, which no field of their configuration says."""
+
+
+def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Return the decoder's own configuration (multi-modal models nest it)."""
+    return config.get_text_config(decoder=True)
+
+
+def cache_layers(config: PreTrainedConfig) -> list[Any]:
+    """Return an empty stock cache layer for every layer of a model.
+
+    Raises:
+        KeyError: a layer type that transformers has no cache for.
+
+    """
+    return list(DynamicCache(config=config).layers)
+
+
+def bounded_layers(config: PreTrainedConfig) -> list[int]:
+    """Return the layers a compressed cache bounds; the others are of a fixed size already."""
+    return [index for index, layer in enumerate(cache_layers(config)) if type(layer) in BOUNDED]
+
+
+def layer_readers(config: PreTrainedConfig, layer: int) -> int:
+    """Return how many layers attend to what one layer caches: itself, and the last ones if they share its keys."""
+    decoder = text_config(config)
+    shared = getattr(decoder, "num_kv_shared_layers", None) or 0
+    if not shared:
+        return 1
+    types = decoder.layer_types
+    is_last_of_its_type = types[layer] not in types[layer + 1 : -shared]
+    return 1 + (types[-shared:].count(types[layer]) if is_last_of_its_type else 0)
+
+
+def is_latent(config: PreTrainedConfig) -> bool:
+    """Return whether keys and values of all heads come from one latent vector per token (MLA)."""
+    return bool(getattr(text_config(config), "kv_lora_rank", None))
+
+
+def hides_nothing(config: PreTrainedConfig) -> bool:
+    """Return whether all layers slide over a window as long as the context (Phi-3.5, Phi-4-mini)."""
+    decoder = text_config(config)
+    window, context = getattr(decoder, "sliding_window", None), getattr(decoder, "max_position_embeddings", None)
+    return bool(window and context and window >= context and getattr(decoder, "layer_types", None) is None)
+
+
+def is_recurrent(config: PreTrainedConfig) -> bool:
+    """Return whether some layer carries a state from token to token (linear attention, Mamba, convolution)."""
+    return any(isinstance(layer, LinearAttentionLayer) for layer in cache_layers(config))
+
+
+def layer_rotaries(config: PreTrainedConfig) -> list[Rotary]:
+    """Return how each layer rotates its keys; layers without rotation (NoPE) and without attention turn by nothing.
+
+    A rotation by nothing keeps every formula as it is: what a method un-rotates or predicts is then the plain vector.
+
+    Raises:
+        RotaryError: RoPE that cannot be undone.
+
+    """
+    decoder, layers = text_config(config), cache_layers(config)
+    layers += [None] * (decoder.num_hidden_layers - len(layers))  # layers that read another layer's keys
+    types = getattr(decoder, "layer_types", None) or ["full_attention"] * len(layers)
+    turns = [type(layer) is not LinearAttentionLayer and _rotates(decoder, i, layers) for i, layer in enumerate(layers)]
+    turned = dict.fromkeys(kind for kind, turn in zip(types, turns, strict=True) if turn)
+    made = {kind: Rotary.from_config(config, kind) for kind in turned}
+    pairs = next((one.inv_freq.numel() for one in made.values()), head_dim_of(decoder) // 2)
+    still = Rotary(torch.zeros(pairs))
+    return [made[kind] if turn else still for kind, turn in zip(types, turns, strict=True)]
+
+
+def head_dim_of(config: Any) -> int:
+    """Return the dimensions of an attention head of a transformers text configuration."""
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def _rotates(decoder: Any, index: int, layers: list[Any]) -> bool:
+    if not getattr(decoder, "rope_parameters", None) or not getattr(decoder, "use_mem_rope", True):
+        return False
+    if getattr(decoder, "position_embedding_type", None) not in (None, "rope"):
+        return False
+    listed = getattr(decoder, "no_rope_layers", None)  # 1 where a layer does rotate
+    if listed:
+        return bool(listed[index])
+    if decoder.model_type not in _UNROTATED_BESIDE_SLIDING:
+        return True
+    slides = [isinstance(layer, DynamicSlidingWindowLayer) for layer in layers]
+    return slides[index] or not any(slides)

@@ -1,0 +1,93 @@
+"""The yardstick of the matrix: what every call of attention over kept slots should have returned, in float64.
+
+A recording cache notes the keys and values a layer is given, and which tokens it holds. Every call of attention is then
+compared with attention written out over the whole history, under an explicit mask over the kept tokens. Nothing is
+assumed about the model, so any architecture that calls attention through transformers' interface can be checked.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from reasonkv import CompressedCache
+from reasonkv.runtimes.transformers.attention import PREFIX, naive_attention
+from reasonkv.runtimes.transformers.latent import NAMED_LAYER
+from reasonkv.runtimes.transformers.layer import CompressedLayer
+
+_RECORDERS: weakref.WeakValueDictionary[int, RecordingCache] = weakref.WeakValueDictionary()
+
+
+class RecordingCache(CompressedCache):
+    """A compressed cache whose every attention output is compared; takes what `CompressedCache` takes.
+
+    `worst` is the largest difference so far over real tokens, `calls` how many calls were compared.
+    """
+
+    def __init__(self, *args: Any, mask_BL: Tensor, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.mask_BL, self.worst, self.calls = mask_BL, 0.0, 0
+        self.history: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        self.held: dict[int, list[Tensor]] = {}
+        _RECORDERS[id(self.session)] = self
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Note what a layer holds and what it is given."""
+        layer = self.layers[layer_idx]
+        if isinstance(layer, CompressedLayer):
+            self.held[layer_idx] = [] if layer.storage is None else layer.slot_positions()
+            self.history.setdefault(layer_idx, []).append((key_states.clone(), value_states.clone()))
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def compare(self, layer: int, module: nn.Module, query: Tensor, out: Tensor, options: dict[str, Any]) -> None:
+        """Compare one call's output [B, q, Hq, D] with attention over the history."""
+        keys, values = (torch.cat(parts, 2) for parts in zip(*self.history[layer], strict=True))
+        allowed = self._allowed(layer, keys.shape[1], query.shape[2])
+        group = query.shape[1] // keys.shape[1]
+        if hasattr(module, "expand_kv"):  # latent attention
+            keys, values = module.expand_kv(keys, values)
+        options = {name: options[name] for name in ("scaling", "softcap", "s_aux") if name in options}
+        expected, _ = naive_attention(module, query, keys, values, allowed.repeat_interleave(group, 1), **options)
+        end = keys.shape[2]
+        real = self.mask_BL[:, end - query.shape[2] : end].bool()
+        self.worst = max(self.worst, (out.view_as(expected) - expected)[real].abs().max().item() if real.any() else 0.0)
+        self.calls += 1
+
+    def _allowed(self, layer: int, heads: int, q: int) -> Tensor:
+        """Which columns every query may see, bool [B, H, q, T]."""
+        T = sum(keys.shape[2] for keys, _ in self.history[layer])
+        mask_BT = self.mask_BL[:, :T].bool()
+        token_BT = mask_BT.cumsum(-1) - 1
+        allowed = torch.zeros(len(mask_BT), heads, q, T, dtype=torch.bool)
+        for row, held_HP in enumerate(self.held[layer]):
+            for head, held_P in enumerate(held_HP):
+                allowed[row, head, :, : T - q] = torch.isin(token_BT[row, : T - q], held_P) & mask_BT[row, : T - q]
+        allowed[..., T - q :] = torch.ones(q, q, dtype=torch.bool).tril() & mask_BT[:, None, None, T - q :]
+        return allowed | ~allowed.any(-1, keepdim=True)  # padding: any finite output will do
+
+
+def _compared(stock: Callable[..., tuple[Tensor, Any]]) -> Callable[..., tuple[Tensor, Any]]:
+    def forward(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+    ) -> tuple[Tensor, Any]:
+        layer = getattr(key, "reasonkv_layer", kwargs.get(NAMED_LAYER))
+        layer = layer if isinstance(layer, CompressedLayer) else None
+        recorder = None if layer is None else _RECORDERS.get(id(layer.session))
+        out = stock(module, query, key, value, attention_mask, **kwargs)
+        if recorder is not None:
+            recorder.compare(layer.index, module, query, out[0], kwargs)
+        return out
+
+    return forward
+
+
+for _kernel in ("sdpa", "eager"):
+    AttentionInterface.register(PREFIX + _kernel, _compared(ALL_ATTENTION_FUNCTIONS[PREFIX + _kernel]))
