@@ -11,7 +11,8 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
-import multiprocessing
+import multiprocessing.connection
+import resource
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -36,7 +37,7 @@ LENGTHS, PIECES = (44, 31), [20, 1, 1, 1, 7, 1, 1, 1, 1, 7, 1, 1, 1]
 BUDGET = Budget(12, interval=4, sinks=1, recent=4, prompt="count")
 EXACT, LOGITS, ROTATION = 1e-12, 1e-6, 1e-4
 STATE, PAGE = Path("build/models_matrix.jsonl"), Path("docs/models.md")
-LIMIT_S = 120
+CPU_S, WALL_S = 60, 900  # of one architecture; a busy machine is no hang
 
 
 def examine(model_type: str) -> dict[str, Any]:
@@ -113,7 +114,7 @@ def _difference(model: PreTrainedModel, spec: str, stock: Tensor) -> float:
         assert gap <= LOGITS, f"logits differ from the stock cache's by {gap:.1e}"
     else:
         assert cache.rows[0].events > 0, "nothing was compacted"
-    assert cache.calls == len(PIECES) * len(cache.compressed_layers), "some layers do not attend"
+    assert cache.calls >= len(PIECES) * len(cache.compressed_layers), "some layers do not attend"
     if spec in ("expected", "triattention"):
         _check_rotation(model)
     return cache.worst
@@ -154,6 +155,7 @@ def _first(error: BaseException) -> str:
 
 def _in_child(model_type: str, answers: Any) -> None:
     warnings.simplefilter("ignore")
+    resource.setrlimit(resource.RLIMIT_CPU, (CPU_S, CPU_S))
     torch.set_num_threads(1)
     answers.put(examine(model_type))
 
@@ -164,15 +166,15 @@ def examine_apart(model_type: str) -> dict[str, Any]:
     answers = context.SimpleQueue()
     process = context.Process(target=_in_child, args=(model_type, answers), daemon=True)
     process.start()
-    row = {"type": model_type, "verdict": "not run", "methods": {}}
-    reader = answers._reader  # type: ignore[attr-defined]
-    try:
-        found = answers.get() if reader.poll(LIMIT_S) else row | {"why": f"no answer within {LIMIT_S} s"}
-    except EOFError:
-        found = row | {"why": "its process died"}
+    ready = multiprocessing.connection.wait([answers._reader, process.sentinel], WALL_S)  # type: ignore[attr-defined]
+    if answers._reader in ready:  # type: ignore[attr-defined]
+        found = dict(answers.get())
+    else:
+        why = "its process died" if ready else f"no answer within {WALL_S} s"
+        found = {"type": model_type, "verdict": "not run", "why": why, "methods": {}}
     process.kill()
     process.join()
-    return dict(found)
+    return found
 
 
 def page(rows: list[dict[str, Any]]) -> str:
@@ -187,8 +189,8 @@ def page(rows: list[dict[str, Any]]) -> str:
         f"{len(METHODS)} methods ({', '.join(spec.partition(':')[0] for spec in METHODS)}).",
         "",
         f"**{counts['exact']} exact, {counts['refused']} refused with a reason, {counts['wrong']} wrong, "
-        f"{counts['not run']} not run.** Exact: every call of attention equals float64 attention over the kept slots to "
-        '1e-12, and full KV equals the stock cache. "Bounded" counts the layers whose cache would grow with the text.',
+        f"{counts['not run']} not run.** Exact: every call of attention equals float64 attention over the kept slots "
+        'to 1e-12, and full KV equals the stock cache. "Bounded" counts the layers whose cache would grow with the text.',
         "",
         "| model type | bounded layers | verdict | |",
         "|---|---|---|---|",

@@ -47,13 +47,15 @@ class RecordingCache(CompressedCache):
             self.history.setdefault(layer_idx, []).append((key_states.clone(), value_states.clone()))
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
-    def compare(self, layer: int, module: nn.Module, query: Tensor, out: Tensor, options: dict[str, Any]) -> None:
+    def compare(
+        self, layer: CompressedLayer, module: nn.Module, query: Tensor, out: Tensor, options: dict[str, Any]
+    ) -> None:
         """Compare one call's output [B, q, Hq, D] with attention over the history."""
-        keys, values = (torch.cat(parts, 2) for parts in zip(*self.history[layer], strict=True))
-        allowed = self._allowed(layer, keys.shape[1], query.shape[2])
+        keys, values = (torch.cat(parts, 2) for parts in zip(*self.history[layer.index], strict=True))
+        allowed = self._allowed(layer.index, keys.shape[1], query.shape[2])
         group = query.shape[1] // keys.shape[1]
-        if hasattr(module, "expand_kv"):  # latent attention
-            keys, values = module.expand_kv(keys, values)
+        if layer.expansion is not None:  # latent attention: what is cached is not what is attended to
+            keys, values = layer.expansion.expand(keys, values)
         options = {name: options[name] for name in ("scaling", "softcap", "s_aux") if name in options}
         expected, _ = naive_attention(module, query, keys, values, allowed.repeat_interleave(group, 1), **options)
         end = keys.shape[2]
@@ -78,12 +80,11 @@ def _compared(stock: Callable[..., tuple[Tensor, Any]]) -> Callable[..., tuple[T
     def forward(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, Any]:
-        layer = getattr(key, "reasonkv_layer", kwargs.get(NAMED_LAYER))
-        layer = layer if isinstance(layer, CompressedLayer) else None
-        recorder = None if layer is None else _RECORDERS.get(id(layer.session))
+        layer = getattr(key, NAMED_LAYER, None) or kwargs.get(NAMED_LAYER)
+        recorder = _RECORDERS.get(id(layer.session)) if isinstance(layer, CompressedLayer) else None
         out = stock(module, query, key, value, attention_mask, **kwargs)
         if recorder is not None:
-            recorder.compare(layer.index, module, query, out[0], kwargs)
+            recorder.compare(layer, module, query, out[0], kwargs)
         return out
 
     return forward

@@ -15,8 +15,8 @@ SIZES: list[tuple[int, str]] = [
     (VOCABULARY, "vocab_size"),
     (WIDTH, "hidden_size d_model n_embd model_dim dim word_embed_proj_dim embedding_size linear_attn_dim lru_width "
     "attention_hidden_size hidden_size_per_layer_input_total conv_dim block_dim decoder_hidden_size"),
-    (96, "intermediate_size ffn_dim n_inner dff ffn_hidden_size inner_size decoder_ffn_dim encoder_ffn_dim block_ff_dim "
-    "dense_intermediate_size mlp_hidden_size"),
+    (96, "intermediate_size ffn_dim n_inner dff ffn_hidden_size inner_size decoder_ffn_dim encoder_ffn_dim "
+    "block_ff_dim dense_intermediate_size mlp_hidden_size"),
     (LAYERS, "num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers num_decoder_layers "
     "num_encoder_layers depth"),
     (HEADS, "num_attention_heads n_head n_heads num_heads decoder_attention_heads encoder_attention_heads "

@@ -9,9 +9,12 @@ from importlib.util import find_spec
 import torch
 
 from reasonkv.checkpoints import ModelError, load_config
+from reasonkv.footprint import FootprintError, LayerKind, footprint, total_bytes
 from reasonkv.identity import TESTBED, device_words, package_versions
 from reasonkv.resolve import TESTED, check_model
 
+LONG = 32 * 1024
+"""Tokens that memory is told for."""
 _OPTIONAL = {
     "accelerate": "device maps, GGUF files and quantised weights", "gguf": "GGUF files", "peft": "LoRA adapters",
     "vllm": "the vLLM runtime", "flash_attn": "flash attention kernels",
@@ -27,6 +30,7 @@ class Report:
         devices: in words, with their memory.
         testbed: whether the bundled model is there.
         model: facts about the model asked for, in words; empty if none was.
+        layers: its kinds of layers and what they keep; empty if that cannot be known without weights.
         problems: what needs attention, one sentence each.
         advice: one sentence on what to do next.
 
@@ -36,15 +40,17 @@ class Report:
     devices: list[str]
     testbed: str
     model: dict[str, str]
+    layers: list[LayerKind]
     problems: list[str]
     advice: str
 
 
-def examine(model: str | None = None) -> Report:
+def examine(model: str | None = None, budget: int = 1024) -> Report:
     """Look at this installation, and at a model's configuration if one is named.
 
     Args:
         model: as `load_model` takes it; only its configuration is read.
+        budget: tokens of each bounded layer, to say what a compressed cache saves.
 
     """
     versions = package_versions()
@@ -56,16 +62,17 @@ def examine(model: str | None = None) -> Report:
     except ModelError as error:
         testbed, missing = "missing", [str(error)]
     facts: dict[str, str] = {}
+    layers: list[LayerKind] = []
     reasons: list[str] = []
     if model is not None and not (model == TESTBED and missing):
         try:
-            facts, reasons = _model_facts(model)
+            facts, layers, reasons = _model_facts(model, budget)
         except ModelError as error:
             reasons = [str(error)]
-    return Report(versions, _devices(), testbed, facts, missing + reasons, _advice(model, missing, reasons))
+    return Report(versions, _devices(), testbed, facts, layers, missing + reasons, _advice(model, missing, reasons))
 
 
-def _model_facts(name: str) -> tuple[dict[str, str], list[str]]:
+def _model_facts(name: str, budget: int) -> tuple[dict[str, str], list[LayerKind], list[str]]:
     config = load_config(name)
     decoder = config.get_text_config(decoder=True)
     kind = str(decoder.model_type)
@@ -82,7 +89,16 @@ def _model_facts(name: str) -> tuple[dict[str, str], list[str]]:
     if quantised:  # a dictionary in a file, an object from a GGUF file
         found = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
         facts["weights"] = f"quantised ({getattr(found, 'value', found)})"
-    return facts, reasons
+    try:
+        layers = footprint(config)
+    except FootprintError as error:
+        return facts | {"cache": str(error)}, [], reasons
+    full, kept = total_bytes(layers, LONG), total_bytes(layers, LONG, None if reasons else budget)
+    facts[f"cache at {LONG // 1024}k"] = (
+        f"{full / 2**20:,.0f} MiB a sequence; {kept / 2**20:,.0f} MiB with {budget:,} tokens in each bounded layer, "
+        f"{1 - kept / max(full, 1):.0%} less"
+    )
+    return facts, layers, reasons
 
 
 def _devices() -> list[str]:

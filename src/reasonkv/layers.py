@@ -109,3 +109,18 @@ def _rotates(decoder: Any, index: int, layers: list[Any]) -> bool:
         return True
     slides = [isinstance(layer, DynamicSlidingWindowLayer) for layer in layers]
     return slides[index] or not any(slides)
+
+
+def layer_readers(config: PreTrainedConfig, layer: int) -> int:
+    """Return how many layers attend to what one layer caches: itself, and the last ones if they share its keys."""
+    shared = getattr(text_config(config), "num_kv_shared_layers", None) or 0
+    if not shared:
+        return 1
+    types = text_config(config).layer_types
+    is_last_of_its_type = types[layer] not in types[layer + 1 : -shared]
+    return 1 + (types[-shared:].count(types[layer]) if is_last_of_its_type else 0)
+
+
+def is_latent(config: PreTrainedConfig) -> bool:
+    """Return whether a decoder's keys and values come from one latent vector per token (MLA)."""
+    return bool(getattr(config, "kv_lora_rank", None))

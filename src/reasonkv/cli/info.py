@@ -10,6 +10,7 @@ from reasonkv.cli.flags import Json
 from reasonkv.cli.mistakes import FAILED
 
 if TYPE_CHECKING:
+    from reasonkv.footprint import LayerKind
     from reasonkv.methods import Method
 
 
@@ -171,24 +172,51 @@ def _print_one(row: dict[str, Any]) -> None:
     print(f"defaults  {row['name']}:{options}" if options else "defaults  it has no options")
 
 
-def doctor(*, model: str | None = None, json: Json = False) -> int:
+def _print_layers(layers: list[LayerKind], budget: int) -> None:
+    """Print what every kind of layer keeps, bytes of all layers of the kind."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    from reasonkv.doctor import LONG
+
+    table = Table(header_style="bold", box=box.SIMPLE_HEAD, padding=(0, 2, 0, 0), pad_edge=False)
+    heads = ("layers", "how many", "bounded", "bytes a token", "fixed KiB", "MiB at 32k", f"with {budget:,} tokens")
+    for number, head in enumerate(heads):
+        table.add_column(head, justify="left" if number in (0, 2) else "right")
+    for one in layers:
+        sizes = (one.bytes_at(LONG) / 2**20, one.bytes_at(LONG, budget) / 2**20)
+        window = "" if one.window is None else f", window {one.window:,}"
+        table.add_row(
+            one.kind + window, str(one.layers), "yes" if one.bounded else "stock", f"{one.bytes_per_token:,}",
+            f"{one.bytes_fixed / 2**10:,.0f}", *(f"{size:,.1f}" for size in sizes),
+        )  # fmt: skip
+    Console().print(table)
+
+
+def doctor(*, model: str | None = None, budget: int = 1024, json: Json = False) -> int:
     """Say which versions and devices there are, and whether a model is supported; exit code 1 if something is wrong.
+
+    For a model: a table of its layers, which of them a compressed cache bounds, and the memory that saves at 32k.
 
     Example: `reasonkv doctor --model Qwen/Qwen3-8B`
 
     Args:
         model: Also say whether this model is supported; only its configuration is read.
+        budget: Tokens in each bounded layer, for the memory saved.
     """
     from reasonkv.doctor import examine
 
     quiet_libraries()
-    report = examine(model)
+    report = examine(model, budget)
     if json:
         print_json(report)
     else:
         facts = [*report.versions.items(), *(("device", one) for one in report.devices)]
         for name, value in [*facts, ("testbed", report.testbed), *report.model.items()]:
             print(f"{name:<14}{value}")
+        if report.layers:
+            _print_layers(report.layers, budget)
         for problem in report.problems:
             print(f"problem: {problem}")
         print(report.advice)

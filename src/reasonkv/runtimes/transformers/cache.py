@@ -24,14 +24,14 @@ from transformers.cache_utils import Cache
 
 from reasonkv.budget import Budget, BudgetError, BudgetFields
 from reasonkv.calibration import Calibration
-from reasonkv.layers import layer_rotaries
+from reasonkv.layers import is_recurrent, layer_rotaries
 from reasonkv.methods import Method, Requirements, get_method, layer_budgets, refuse_future
 from reasonkv.numbers import whole_number, whole_numbers
 from reasonkv.offload import input_device
 from reasonkv.resolve import UnsupportedModelError, broadcast_per_prompt, check_model, check_window, resolve_budget
 from reasonkv.runtimes.transformers.attachment import Attachment
 from reasonkv.runtimes.transformers.events import compact_layers
-from reasonkv.runtimes.transformers.forward import ForwardPlan, SequenceState, fed_tokens
+from reasonkv.runtimes.transformers.forward import ForwardPlan, SequenceState, check_padding, fed_tokens
 from reasonkv.runtimes.transformers.layer import CompressedLayer, empty_layers
 from reasonkv.runtimes.transformers.sequences import LayerGroup, check_first_forward, make_groups, tokens_to_next_event
 from reasonkv.runtimes.transformers.session import Observer, Session, callbacks_of, load_statistics, weakly
@@ -118,7 +118,7 @@ class CompressedCache(Cache):
             **callbacks_of(self),
         )
         self.attach()
-        self._config = model.config
+        self._config, self._is_recurrent = model.config, is_recurrent(model.config)
         super().__init__(layers=empty_layers(self.session, model.config))
         self.compressed_layers = [layer for layer in self.layers if isinstance(layer, CompressedLayer)]
         layer_budgets(self.method, self.budget, len(self.compressed_layers))  # so that a share too small is said now
@@ -164,6 +164,8 @@ class CompressedCache(Cache):
                 f"This cache holds {len(self.rows)} rows but the forward has {batch}; "
                 "call cache.reset() or make a new cache for a new batch."
             )
+        if self._is_recurrent and attention_mask is not None:
+            check_padding(attention_mask)
         valid, fed = fed_tokens(batch, columns, attention_mask)
         if not self.layer_groups:
             self._first_rows(batch, fed)

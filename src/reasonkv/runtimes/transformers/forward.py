@@ -292,3 +292,22 @@ def fed_tokens(batch: int, columns: int, attention_mask: Tensor | None) -> tuple
         )
     valid = attention_mask[:, -columns:].bool()
     return valid, [int(n) for n in valid.sum(-1).tolist()]
+
+
+def check_padding(attention_mask: Tensor) -> None:
+    """Check that no row is padded between its tokens, where a recurrent layer's state would take the padding in.
+
+    Args:
+        attention_mask: 2-D mask over every column fed so far.
+
+    Raises:
+        UnsupportedModelError: a row has tokens, padding, and tokens again.
+
+    """
+    valid = attention_mask.bool()
+    starts = valid[:, 0].long() + (valid[:, 1:] & ~valid[:, :-1]).sum(-1)
+    if bool((starts > 1).any()):
+        raise UnsupportedModelError(
+            "A row is padded between its tokens, which the state of this model's recurrent layers would take in; pad "
+            "on the left of the prompt only, or feed one row at a time."
+        )

@@ -1,0 +1,100 @@
+"""What a model's cache takes, by kind of layer: measured on a model without weights, from its configuration alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig
+from transformers.cache_utils import DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin
+
+from reasonkv.errors import ReasonKVError
+from reasonkv.layers import BOUNDED, text_config
+
+_TOKENS = 2  # fed to the model without weights
+
+
+class FootprintError(ReasonKVError, ValueError):
+    """A model whose cache cannot be measured without weights."""
+
+
+@dataclass(frozen=True)
+class LayerKind:
+    """The layers of one kind, together, for one sequence.
+
+    Args:
+        kind: as the configuration calls it.
+        layers: how many.
+        bounded: whether a compressed cache bounds them.
+        bytes_per_token: of keys and values, as transformers caches them.
+        bytes_fixed: of states that do not grow.
+        window: most tokens they hold, or None.
+
+    """
+
+    kind: str
+    layers: int
+    bounded: bool
+    bytes_per_token: int
+    bytes_fixed: int
+    window: int | None = None
+
+    def bytes_at(self, tokens: int, budget: int | None = None) -> int:
+        """Return the bytes after so many tokens; with a budget, bounded layers keep no more than it."""
+        limits = [tokens, self.window, budget if self.bounded else None]
+        return self.bytes_fixed + self.bytes_per_token * min(limit for limit in limits if limit is not None)
+
+
+@torch.no_grad()
+def footprint(config: PreTrainedConfig) -> list[LayerKind]:
+    """Return the kinds of layers of a model, and what they keep in the model's dtype (bfloat16 where it names none).
+
+    Raises:
+        FootprintError: the model cannot be run without weights.
+
+    """
+    dtype = text_config(config).dtype or torch.bfloat16
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+            model.set_experts_implementation("batched_mm")  # the others look at what the router chose
+            cache = DynamicCache(config=model.config)
+            model(torch.zeros(1, _TOKENS, dtype=torch.long), past_key_values=cache, use_cache=True)
+    except Exception as error:  # an architecture may look at numbers, which are not there
+        raise FootprintError(f"The cache of {config.model_type} cannot be measured without weights.") from error
+    types = getattr(text_config(config), "layer_types", None) or []
+    kinds: dict[tuple[str, bool, int | None], LayerKind] = {}
+    for index, layer in enumerate(cache.layers):
+        window = layer.sliding_window if isinstance(layer, DynamicSlidingWindowLayer) else None
+        kind = types[index] if index < len(types) else "full_attention" if window is None else "sliding_attention"
+        key = (kind.replace("_", " "), type(layer) in BOUNDED, window)
+        so_far = kinds.get(key) or LayerKind(key[0], 0, key[1], 0, 0, window)
+        kinds[key] = replace(
+            so_far,
+            layers=so_far.layers + 1,
+            bytes_per_token=so_far.bytes_per_token + _token_bytes(layer),
+            bytes_fixed=so_far.bytes_fixed + _state_bytes(layer),
+        )
+    return list(kinds.values())
+
+
+def total_bytes(kinds: Sequence[LayerKind], tokens: int, budget: int | None = None) -> int:
+    """Return the bytes of one sequence's cache after so many tokens, with a budget in tokens or with full KV."""
+    return sum(one.bytes_at(tokens, budget) for one in kinds)
+
+
+def _token_bytes(layer: Any) -> int:
+    return _nbytes([getattr(layer, "keys", None), getattr(layer, "values", None)]) // _TOKENS
+
+
+def _state_bytes(layer: Any) -> int:
+    if not isinstance(layer, LinearAttentionCacheLayerMixin):
+        return 0
+    return _nbytes([*layer.conv_states.values(), *layer.recurrent_states.values()])
+
+
+def _nbytes(tensors: Sequence[Tensor | None]) -> int:
+    return sum(one.nbytes for one in tensors if one is not None)
