@@ -44,22 +44,6 @@ def bounded_layers(config: PreTrainedConfig) -> list[int]:
     return [index for index, layer in enumerate(cache_layers(config)) if type(layer) in BOUNDED]
 
 
-def layer_readers(config: PreTrainedConfig, layer: int) -> int:
-    """Return how many layers attend to what one layer caches: itself, and the last ones if they share its keys."""
-    decoder = text_config(config)
-    shared = getattr(decoder, "num_kv_shared_layers", None) or 0
-    if not shared:
-        return 1
-    types = decoder.layer_types
-    is_last_of_its_type = types[layer] not in types[layer + 1 : -shared]
-    return 1 + (types[-shared:].count(types[layer]) if is_last_of_its_type else 0)
-
-
-def is_latent(config: PreTrainedConfig) -> bool:
-    """Return whether keys and values of all heads come from one latent vector per token (MLA)."""
-    return bool(getattr(text_config(config), "kv_lora_rank", None))
-
-
 def hides_nothing(config: PreTrainedConfig) -> bool:
     """Return whether all layers slide over a window as long as the context (Phi-3.5, Phi-4-mini)."""
     decoder = text_config(config)
