@@ -77,7 +77,9 @@ def layer_rotaries(config: PreTrainedConfig) -> list[Rotary]:
 
 
 def head_dim_of(config: Any) -> int:
-    """Return the dimensions of an attention head of a transformers text configuration."""
+    """Return the dimensions of an attention head of a text configuration; of the last layer, where layers differ."""
+    if getattr(config, "is_heterogeneous", False):
+        config = config.per_layer_config[config.num_hidden_layers - 1]
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
