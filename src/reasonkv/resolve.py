@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from reasonkv.budget import Budget, BudgetError, ExplicitEventsWindow, PeriodicWindow, Window
 from reasonkv.errors import ReasonKVError
-from reasonkv.layers import BOUNDED, STOCK, cache_layers, is_latent, text_config
+from reasonkv.layers import BOUNDED, STOCK, cache_layers, hides_nothing, is_latent, text_config
 from reasonkv.methods import Method, get_method
 
 TESTED = (
@@ -169,6 +169,8 @@ def _layer_problems(config: PreTrainedConfig, kind: str) -> list[str]:
     unknown = sorted({layer.__name__ for layer in layers} - {layer.__name__ for layer in (*BOUNDED, *STOCK)})
     if unknown:
         return [f"{kind} keeps more than keys and values of its tokens ({', '.join(unknown)}); use a stock cache."]
-    if not set(layers) & set(BOUNDED):
-        return [f"No layer of {kind} grows with the text: all slide or carry a state; use a stock cache."]
-    return []
+    if set(layers) & set(BOUNDED):
+        return []
+    if hides_nothing(config):
+        return [f"The sliding window of {kind} is as long as its context; load the model with sliding_window=None."]
+    return [f"No layer of {kind} grows with the text: all slide or carry a state; use a stock cache."]

@@ -75,6 +75,7 @@ class ExpectedAttention(ScorerMethod):
 
     def observe(self, state: dict[str, Tensor], seen: Observed) -> None:
         """Add the queries of one forward; those of padding and of the first `sinks` tokens do not count."""
+        assert seen.rotary is not None
         for queries_BqtD, positions_Bt, valid_Bt in zip(
             torch.split(seen.queries_BHqqD, _TOKENS_AT_ONCE, 2),
             torch.split(seen.positions_Bq, _TOKENS_AT_ONCE, 1),
