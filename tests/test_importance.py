@@ -29,7 +29,9 @@ def test_a_plan_is_the_rule_written_out(cap: float) -> None:
     for b in range(3):
         for h in range(2):
             protected = view.is_protected_BHN[b, h].tolist()
-            priority = [float("inf") if protected[n] else float(sizes[b, h, n] / uniform[b, h, n]) for n in range(SLOTS)]
+            priority = [
+                float("inf") if protected[n] else float(sizes[b, h, n] / uniform[b, h, n]) for n in range(SLOTS)
+            ]
             order = sorted(range(SLOTS), key=lambda n: -priority[n])
             kept, first_gone = sorted(order[:KEEP]), priority[order[KEEP]]
             assert plan.kept_BHK[b, h].tolist() == kept
@@ -43,7 +45,9 @@ def test_the_sum_over_any_slots_is_right_on_average() -> None:
     rows = 4_000
     view = view_of(rows=1)
     wide = {name: getattr(view, name).expand(rows, -1, -1) for name in ("positions_BHN", "is_protected_BHN")}
-    wide |= {name: getattr(view, name).expand(rows, -1, -1, -1) for name in ("keys_BHND", "values_BHND", "queries_BHqTD")}
+    wide |= {
+        name: getattr(view, name).expand(rows, -1, -1, -1) for name in ("keys_BHND", "values_BHND", "queries_BHqTD")
+    }
     many = replace(
         view, **wide, rows=tuple(range(rows)), row_seed_B=torch.arange(rows), event_B=view.event_B.expand(rows),
         length_B=view.length_B.expand(rows), query_positions_BT=view.query_positions_BT.expand(rows, -1),
