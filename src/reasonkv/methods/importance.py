@@ -7,7 +7,6 @@ from typing import Annotated
 
 import torch
 from annotated_types import Ge
-from torch import Tensor
 
 from reasonkv.methods.base import Requirements
 from reasonkv.methods.catalogue import MethodError
@@ -24,8 +23,8 @@ class ImportanceSampling(ScoreWrapper):
     """Keep a sample of the slots, weighed so that attention stays right on average, instead of the best ones.
 
     Eviction of the lowest scores always drops the same kind of token. Here each has a chance, and a slot that stayed by
-    chance counts for those that went: priority sampling (Duffield, Lund & Thorup, 2007, "Priority Sampling for Estimation
-    of Arbitrary Subset Sums", JACM 54:6) of what slots are expected to add to attention.
+    chance counts for those that went: priority sampling (Duffield, Lund & Thorup, 2007, "Priority sampling for
+    estimation of arbitrary subset sums", JACM 54:6) of what slots are expected to add to attention.
 
     1. The size s of a slot is its score by the base method, everything the slot stands for included.
     2. Its priority is s / u, u uniform in (0, 1); the largest priorities stay.
