@@ -177,10 +177,9 @@ def examine_apart(model_type: str) -> dict[str, Any]:
     return found
 
 
-def page(rows: list[dict[str, Any]]) -> str:
-    """Return docs/models.md."""
+def page(rows: list[dict[str, Any]], names: list[str]) -> str:
+    """Return docs/models.md: the verdicts, and which of the architectures have none yet."""
     counts = Counter(row["verdict"] for row in rows)
-    attending = counts["exact"] + counts["wrong"]
     lines = [
         "# Models",
         "",
@@ -190,7 +189,7 @@ def page(rows: list[dict[str, Any]]) -> str:
         "",
         f"**{counts['exact']} exact, {counts['refused']} refused with a reason, {counts['wrong']} wrong, "
         f"{counts['not run']} not run.** Exact: every call of attention equals float64 attention over the kept slots "
-        'to 1e-12, and full KV equals the stock cache. "Bounded" counts the layers whose cache would grow with the text.',
+        'to 1e-12, and full KV equals the stock cache. "Bounded layers" are those whose cache grows with the text.',
         "",
         "| model type | bounded layers | verdict | |",
         "|---|---|---|---|",
@@ -199,7 +198,9 @@ def page(rows: list[dict[str, Any]]) -> str:
     for row in sorted(rows, key=lambda row: (order[row["verdict"]], row["type"])):
         why = row["why"].replace("|", "\\|").replace("\n", " ")
         lines.append(f"| `{row['type']}` | {row.get('layers', '')} | {row['verdict']} | {why} |")
-    del attending
+    left = sorted(set(names) - {row["type"] for row in rows})
+    if left:
+        lines += ["", f"Not examined yet ({len(left)} of {len(names)}): {', '.join(f'`{name}`' for name in left)}."]
     return "\n".join(lines) + "\n"
 
 
@@ -214,8 +215,8 @@ def main() -> None:
         row = done[model_type] = examine_apart(model_type)
         print(f"{model_type}: {row['verdict']} {row['why']}", flush=True)
         STATE.parent.mkdir(exist_ok=True)
+        write_atomically(PAGE, page(list(done.values()), architectures()).encode())
         write_atomically(STATE, "".join(json.dumps(one) + "\n" for one in done.values()).encode())
-    write_atomically(PAGE, page(list(done.values())).encode())
 
 
 if __name__ == "__main__":

@@ -68,16 +68,16 @@ def architectures() -> list[str]:
     return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
-def tiny_config(model_type: str) -> PreTrainedConfig:
-    """Return a small configuration of a model type."""
+def tiny_config(model_type: str, **changes: Any) -> PreTrainedConfig:
+    """Return a small configuration of a model type, with further changes."""
     config = CONFIG_MAPPING[model_type]()
-    return _shrunk(config, EXCEPTIONS.get(model_type, {}))
+    return _shrunk(config, EXCEPTIONS.get(model_type, {}) | changes)
 
 
-def tiny_model(model_type: str) -> PreTrainedModel:
+def tiny_model(model_type: str, **changes: Any) -> PreTrainedModel:
     """Return a small random model in float64, with attention far from uniform; the same weights every time."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(tiny_config(model_type))
+    model = AutoModelForCausalLM.from_config(tiny_config(model_type, **changes))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1 and "embed" not in name:

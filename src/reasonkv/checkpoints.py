@@ -11,6 +11,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from reasonkv.errors import ReasonKVError
 from reasonkv.identity import TESTBED
+from reasonkv.layers import hides_nothing, text_config
 
 FORMS = f"a model folder, a .gguf file, a LoRA folder, a hub name, or {TESTBED!r}"
 """What `--model` takes, in words."""
@@ -46,12 +47,8 @@ class Checkpoint:
     def config(self) -> PreTrainedConfig:
         """Return the model's configuration, without a sliding window as long as the context, which hides nothing."""
         found = AutoConfig.from_pretrained(self.source, **self.options)
-        text = found.get_text_config()
-        window, context = getattr(text, "sliding_window", None), getattr(text, "max_position_embeddings", None)
-        if window and context and window >= context and getattr(text, "layer_types", None) is None:
-            text.sliding_window = (
-                None  # Phi-3.5 and Phi-4-mini: all layers then count as full attention, which they are
-            )
+        if hides_nothing(found):
+            text_config(found).sliding_window = None  # its layers then count as full attention, which they are
         return found
 
 

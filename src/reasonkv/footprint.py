@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin
 
 from reasonkv.errors import ReasonKVError
-from reasonkv.layers import BOUNDED, text_config
+from reasonkv.layers import BOUNDED, head_dim_of, is_latent, is_recurrent, text_config
 
 _TOKENS = 2  # fed to the model without weights
 
@@ -57,14 +57,16 @@ def footprint(config: PreTrainedConfig) -> list[LayerKind]:
 
     """
     dtype = text_config(config).dtype or torch.bfloat16
+    cache = DynamicCache(config=config)
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
             model.set_experts_implementation("batched_mm")  # the others look at what the router chose
-            cache = DynamicCache(config=model.config)
             model(torch.zeros(1, _TOKENS, dtype=torch.long), past_key_values=cache, use_cache=True)
     except Exception as error:  # an architecture may look at numbers, which are not there
-        raise FootprintError(f"The cache of {config.model_type} cannot be measured without weights.") from error
+        if is_recurrent(config) or is_latent(text_config(config)):
+            raise FootprintError(f"The cache of {config.model_type} cannot be measured without weights.") from error
+        _fill_plainly(cache, text_config(config), dtype)
     types = getattr(text_config(config), "layer_types", None) or []
     kinds: dict[tuple[str, bool, int | None], LayerKind] = {}
     for index, layer in enumerate(cache.layers):
@@ -84,6 +86,14 @@ def footprint(config: PreTrainedConfig) -> list[LayerKind]:
 def total_bytes(kinds: Sequence[LayerKind], tokens: int, budget: int | None = None) -> int:
     """Return the bytes of one sequence's cache after so many tokens, with a budget in tokens or with full KV."""
     return sum(one.bytes_at(tokens, budget) for one in kinds)
+
+
+def _fill_plainly(cache: DynamicCache, decoder: PreTrainedConfig, dtype: torch.dtype) -> None:
+    """Give every layer the keys and values of plain attention, by its own numbers of heads and dimensions."""
+    for layer, own in zip(cache.layers, decoder.per_layer_config, strict=False):
+        heads = getattr(own, "num_key_value_heads", None) or own.num_attention_heads
+        shape = (1, heads, _TOKENS, head_dim_of(own))
+        layer.keys, layer.values = (torch.empty(shape, dtype=dtype, device="meta") for _ in range(2))
 
 
 def _token_bytes(layer: Any) -> int:

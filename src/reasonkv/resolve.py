@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from reasonkv.budget import Budget, BudgetError, ExplicitEventsWindow, PeriodicWindow, Window
 from reasonkv.errors import ReasonKVError
-from reasonkv.layers import BOUNDED, STOCK, cache_layers, is_latent, text_config
+from reasonkv.layers import BOUNDED, STOCK, cache_layers, hides_nothing, is_latent, text_config
 from reasonkv.methods import Method, get_method
 
 TESTED = (
@@ -18,6 +18,10 @@ TESTED = (
     "longcat_flash", "mistral4", "youtu", "axk1", "qwen2_5_vl_text", "qwen3_vl_text",
 )  # fmt: skip
 """Model types whose every layer is compared with full attention over the kept slots in the tests."""
+
+
+_OWN_CACHE = ("minimax", "reformer", "rwkv", "xlnet", "xlstm")
+"""Model types that take no cache but a class of their own file."""
 
 
 class UnsupportedModelError(ReasonKVError, ValueError):
@@ -145,6 +149,8 @@ def check_model(model: PreTrainedModel | PreTrainedConfig, method: Method | None
             f"{kind} uses latent attention, which stores keys and values of all heads in one vector, but {method.name} "
             f"{what}; choose a method that evicts, such as snapkv."
         )
+    if kind in _OWN_CACHE:
+        return [f"{kind} takes no cache but a class of its own, so nothing can be bounded; use a stock cache."]
     problems += _layer_problems(config, kind)
     if getattr(decoder, "alibi", False) or kind in {"bloom", "mpt"}:
         problems.append(f"{kind} uses ALiBi, whose distances are lost once slots are dropped.")
@@ -163,6 +169,8 @@ def _layer_problems(config: PreTrainedConfig, kind: str) -> list[str]:
     unknown = sorted({layer.__name__ for layer in layers} - {layer.__name__ for layer in (*BOUNDED, *STOCK)})
     if unknown:
         return [f"{kind} keeps more than keys and values of its tokens ({', '.join(unknown)}); use a stock cache."]
-    if not set(layers) & set(BOUNDED):
-        return [f"No layer of {kind} grows with the text: all slide or carry a state; use a stock cache."]
-    return []
+    if set(layers) & set(BOUNDED):
+        return []
+    if hides_nothing(config):
+        return [f"The sliding window of {kind} is as long as its context; load the model with sliding_window=None."]
+    return [f"No layer of {kind} grows with the text: all slide or carry a state; use a stock cache."]

@@ -100,14 +100,14 @@ class Observed:
         positions_Bq: int64, their token indices; of padding, anything.
         valid_Bq: bool, False at padding.
         layer: index of the layer.
-        rotary: how they were rotated.
+        rotary: how they were rotated; None unless the method's `Requirements` ask for it.
     """
 
     queries_BHqqD: Tensor
     positions_Bq: Tensor
     valid_Bq: Tensor
     layer: int
-    rotary: Rotary
+    rotary: Rotary | None = None
 
     @classmethod
     def joined(cls, seen: Sequence[Observed]) -> Observed:

@@ -99,7 +99,7 @@ class CompressedCache(Cache):
         if reference is None:
             refuse_future(self.method)
         needs = self.method.needs
-        rotates = needs.rotary or needs.observes or needs.calibration
+        rotates = needs.rotary or needs.calibration
         rotaries = [one.to(input_device(model)) for one in layer_rotaries(model.config)] if rotates else None
         reader, self.budget = SparseReader.of(self.method, model, self.budget, rotaries)
         self.window_events, self.reopen_prompt = window_events, reopen_prompt
@@ -108,7 +108,7 @@ class CompressedCache(Cache):
         self.layer_groups: list[LayerGroup] = []  # one, unless the method gives layers budgets of their own
         self.layers_done = self.bytes_peak = 0
         self.compaction_seconds = 0.0
-        self._attachment = Attachment(model, kernel, self._receiver(needs), unrotates=rotaries is not None)
+        self._attachment = Attachment(model, kernel, self._receiver(needs), unrotates=rotates)
         self.session = Session(
             method=self.method,
             needs=needs,

@@ -115,7 +115,8 @@ class CompressedLayer(CacheLayerMixin):
         if self.unread < self.readers:
             self._read()
             return
-        self.readers = self.unread = layer_readers(module.config, self.index)  # type: ignore[arg-type]
+        if self.rule is None and isinstance(config := getattr(module, "config", None), PreTrainedConfig):
+            self.readers = self.unread = layer_readers(config, self.index)
         self.rule, self.query_heads = rule, query.shape[1]
         method, needs = session.method, session.needs
         latent, rotated, value_dim = storage.keys.shape[3], storage.values.shape[3], storage.values.shape[3]
@@ -128,7 +129,6 @@ class CompressedLayer(CacheLayerMixin):
         if needs.observes:
             positions_Bq, valid_Bq = forward.token_indices(query.device)
             query = query if self.expansion is None else self.expansion.absorb(query)
-            assert self.rotary is not None
             seen = Observed(query, positions_Bq, valid_Bq, layer=self.index, rotary=self.rotary)
             storage.take_in(method, seen, forward)
         if needs.output_projection and self.output_projection is None:
