@@ -179,7 +179,7 @@ class Inspector:
         return CompressedCache(
             self.model.model, method, budget, prompt_lengths=[prompt], seed=subject.seed,
             row_seeds=[_row_seed(subject)], max_length=longest, observer=observer,
-            calibration=self.calibration or self.model.calibration_file, **options,
+            calibration=self.calibration or self.model.calibration_file, dtype=self.model.kv_dtype, **options,
         )  # fmt: skip
 
     def _answer(self, output_T: Tensor, subject: Subject) -> dict[str, Any]:

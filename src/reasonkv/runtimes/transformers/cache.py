@@ -182,7 +182,7 @@ class CompressedCache(Cache):
                 sequences.later_prompt(self.layer_groups, fed, is_declared, self.reopen_prompt, recent)
         for group in self.layer_groups:
             group.forward = ForwardPlan.of(group.rows, columns, valid, fed, group.layers)
-        self.session.warn_past_context(max(state.logical for state in self.layer_groups[0].forward.after))
+        self.session.warn_past_context(max(row.state.logical + new for row, new in zip(self.rows, fed, strict=True)))
         if self.session.needs.token_ids and self.forward is not None:
             self.token_ids.append(self.forward)
 

@@ -147,7 +147,9 @@ class _Buffers:
 
     def _grouped(self, x_bHND: Tensor) -> Tensor:
         """Return [b, H, N / G, G, D] for groups of slots, [b, H, N, D / g, g] for groups of channels."""
-        return x_bHND.unflatten(2, (-1, GROUP)) if self.by_channel else x_bHND.unflatten(3, (-1, self.group))
+        return (
+            torch.unflatten(x_bHND, 2, (-1, GROUP)) if self.by_channel else torch.unflatten(x_bHND, 3, (-1, self.group))
+        )
 
     def _slots_a_line(self) -> tuple[int, int, int]:
         grid = GROUP if self.by_channel else 1
