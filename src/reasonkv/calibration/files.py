@@ -11,9 +11,10 @@ import os
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import BaseModel, Field
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -23,11 +24,25 @@ from reasonkv.calibration.statistics import Calibration, CalibrationError
 from reasonkv.errors import ReasonKVError
 from reasonkv.files import write_atomically
 from reasonkv.identity import TESTBED_FOLDER, model_hash, shown_name
+from reasonkv.inputs import Count
 
 FILE = "reasonkv_calibration.safetensors"
 """Name of a calibration file inside a model folder."""
 _VERSION = 1
 _TEXTS = ("model", "rope_type", "frequencies", "date", "name", "source")
+
+
+class _Header(BaseModel):
+    """The facts in a header, whose values are all texts."""
+
+    head_dim: Annotated[int, Field(ge=1, le=65536)]
+    verified: bool = False
+    tokens: Count | None = None
+    model: str | None = None
+    rope_type: str | None = None
+    date: str | None = None
+    name: str | None = None
+    source: str | None = None
 
 
 def save_calibration(path: Path | str, calibration: Calibration) -> None:
@@ -53,11 +68,10 @@ def load_calibration(path: Path | str) -> Calibration:
     hint = f"; import it with `reasonkv calibrate --import {path}`" if Path(path).suffix == ".pt" else ""
     header, parts = read_tensors(path, "calibration", CalibrationError, hint)
     try:
-        tokens = int(header["tokens"]) if "tokens" in header else None
-        facts = {name: header.get(name) for name in _TEXTS}
-        return assembled(parts, int(header["head_dim"]), verified=header["verified"] == "true", tokens=tokens, **facts)
-    except CalibrationError:
-        raise
+        facts = _Header.model_validate(header).model_dump()
+        return assembled(parts, facts.pop("head_dim"), **facts)
+    except CalibrationError as error:
+        raise CalibrationError(f"{path} is damaged: {error}") from None
     except (KeyError, ValueError, RuntimeError):  # a tensor or a fact is missing, or of the wrong kind
         raise CalibrationError(f"{path} is damaged: its header and its tensors do not fit together.") from None
 
@@ -189,6 +203,6 @@ def read_tensors(
     if header.get("format") != f"reasonkv-{what}":
         raise error(f"{path} is a safetensors file, but not a {what} of reasonkv.")
     version = header.get("version", "")
-    if version.isdigit() and int(version) > _VERSION:
-        raise error(f"{path} has format version {version}, but this reasonkv reads versions up to {_VERSION}.")
+    if version.isdecimal() and version != str(_VERSION):
+        raise error(f"{path} has format version {version[:20]}, but this reasonkv reads version {_VERSION}.")
     return header, tensors

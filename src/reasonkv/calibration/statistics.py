@@ -24,6 +24,7 @@ _PARTS = {
     "mean_LHqF": torch.complex64, "modulus_LHqF": torch.float32, "square_LHqF": torch.float32,
     "horizon_LHqJ": torch.float32,
 }  # fmt: skip
+_LARGEST = 1e12
 _TINY = torch.finfo(torch.float32).tiny
 
 
@@ -80,8 +81,10 @@ class Calibration:
                 )
             if tensor.dtype != _PARTS[field]:
                 raise CalibrationError(f"The calibration's {name} must be {_PARTS[field]}, not {tensor.dtype}.")
-            if not tensor.isfinite().all():
-                raise CalibrationError(f"The calibration's {name} has values that are not finite.")
+            if tensor.numel() == 0 or not bool((tensor.abs() < _LARGEST).all()):
+                raise CalibrationError(
+                    f"The calibration's {name} has no values, or some that are not finite or too large."
+                )
         weights = self.horizon_LHqJ
         if weights is not None and bool(((weights < 0).any(-1) | ((weights.sum(-1) - 1).abs() > 1e-3)).any()):
             raise CalibrationError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, make_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
@@ -14,6 +14,7 @@ from cyclopts import Group, Parameter, Token
 from reasonkv.cli.console import quiet_libraries
 from reasonkv.cli.mistakes import UsageError
 from reasonkv.evaluate.job import split_specs
+from reasonkv.numbers import misfit
 
 if TYPE_CHECKING:
     from reasonkv.models import LoadedModel
@@ -108,7 +109,10 @@ def command(function: Callable[..., int | None]) -> Callable[..., int | None]:
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> int | None:
         for name, (cls, given) in made.items():
-            kwargs[name] = build(cls, kwargs.get(name) or given())
+            flags = kwargs.get(name) or given()
+            check_values(vars(flags), cls.__name__)
+            kwargs[name] = build(cls, flags)
+        check_values({name: value for name, value in kwargs.items() if name not in made})
         return function(*args, **kwargs)
 
     signature = inspect.signature(function)
@@ -158,6 +162,19 @@ def build(cls: type, given: Any) -> Any:
     hints = get_type_hints(cls)
     values = {one.name: getattr(given, one.name) for one in fields(given)}
     return cls(**{name: build(hints[name], one) if is_dataclass(one) else one for name, one in values.items()})
+
+
+def check_values(values: Mapping[str, Any], cls: str = "") -> None:
+    """Raise where the value of a flag is a number or text that nothing can use: huge, not finite, no Unicode."""
+    for name, value in values.items():
+        if is_dataclass(value):
+            check_values(vars(value), type(value).__name__)
+            continue
+        for one in value if isinstance(value, tuple) else (value,):
+            if isinstance(one, (int, float, str)) and (wrong := misfit(one)) is not None:
+                usual = (f"--{name.replace('_', '-')}",)
+                flag = NAMES.get(f"{cls}.{name}", NAMES.get(name, usual))[0]
+                raise UsageError(f"{flag} cannot be used: {wrong}.")
 
 
 def _several(kind: Any, tokens: Sequence[Token]) -> tuple[Any, ...]:
