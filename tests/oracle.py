@@ -10,6 +10,7 @@ rounding. The second runs freely and must end in the same logits.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -39,8 +40,9 @@ AttentionMaskInterface.register("oracle", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
 class PlanLog:
     """A cache's observer: what its plans did, by layer and by the column its forward began at."""
 
-    def __init__(self) -> None:
+    def __init__(self, bits: int | None = None) -> None:
         self.cache: CompressedCache | None = None
+        self.bits = bits  # of kept slots, unless they are in the model's dtype
         self.plans: dict[tuple[int, int], list[tuple[list[int], Plan, Tensor]]] = {}
 
     def __call__(self, layer: int, rows: list[int], view: SlotView, plan: Plan) -> None:
@@ -51,8 +53,9 @@ class PlanLog:
 class FoldedSlots:
     """One layer's slots as plain lists: keys, values and log mass of every row and head, folded one plan at a time."""
 
-    def __init__(self, rows: int, heads: int, plans: dict[int, list[tuple[list[int], Plan, Tensor]]]) -> None:
-        self.plans = plans
+    def __init__(self, rows: int, heads: int, log: PlanLog, layer: int) -> None:
+        self.plans = {start: done for (index, start), done in log.plans.items() if index == layer}
+        self.bits, self.packed = log.bits, [0] * rows
         self.slots: list[list[list[tuple[Tensor, Tensor, float]]]] = [[[] for _ in range(heads)] for _ in range(rows)]
         self.start, self.valid = 0, torch.empty(0)
 
@@ -75,7 +78,25 @@ class FoldedSlots:
             for place, row in enumerate(rows):
                 for head in range(len(self.slots[row])):
                     self.slots[row][head] = self._carried_out(self.slots[row][head], plan, positions, place, head)
+                self.packed[row] = 0  # groups are formed anew
+        if self.bits:
+            for row in range(B):
+                self._pack(row)
         return out
+
+    def _pack(self, row: int) -> None:
+        """Quantise the slots that leave the residual: 32 keys at a time per channel, and values by 32 channels."""
+        held = len(self.slots[row][0])
+        end = max(0, held - 32) // 32 * 32
+        for head in self.slots[row]:
+            for start in range(self.packed[row], end, 32):
+                keys, values, mass = zip(*head[start : start + 32], strict=True)
+                columns = [nested(column, self.bits) for column in torch.stack(keys).unbind(1)]
+                keys = torch.stack(columns, 1).unbind(0)
+                size = 32 if len(values[0]) % 32 == 0 else len(values[0])
+                values = [torch.cat([nested(part, self.bits) for part in value.split(size)]) for value in values]
+                head[start : start + 32] = list(zip(keys, values, mass, strict=True))
+        self.packed[row] = end
 
     def _carried_out(self, slots, plan: Plan, positions: Tensor, place: int, head: int):
         head %= plan.kept_BHK.shape[1]  # latent attention: all heads follow one plan
@@ -98,6 +119,16 @@ class FoldedSlots:
             mass = plan.log_mass_BHK[place, head].tolist()
             new = [(key, value, own) for (key, value, _), own in zip(new, mass, strict=True)]
         return new
+
+
+def nested(numbers: Tensor, bits: int) -> Tensor:
+    """Numbers on the coarsest grid they need: multiples of the least power of two of which 2 ** bits reach from the
+    smallest to the largest."""
+    low, high = float(numbers.min()), float(numbers.max())
+    step = 2.0 ** (math.frexp(max(-low, high))[1] - 14)
+    while (high - low) / step > 2**bits - 1 or round(high / step) - round(low / step) > 2**bits - 1:
+        step *= 2
+    return (numbers / step).round() * step
 
 
 @dataclass
@@ -184,8 +215,7 @@ def run_masked(
     token_of = mask.cumsum(-1) - 1  # token index of every column
     if folds is not None:
         for layer in compressed.kept[0]:
-            plans = {start: done for (index, start), done in folds.plans.items() if index == layer}
-            FOLDED[layer] = FoldedSlots(B, model.config.num_key_value_heads, plans)
+            FOLDED[layer] = FoldedSlots(B, model.config.num_key_value_heads, folds, layer)
     try:
         for number, (size, held) in enumerate(zip(pieces, compressed.kept, strict=True)):
             end = start + size

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import yaml
 
+from reasonkv.evaluate.manifest import Arguments
 from reasonkv.tasks import TaskOptions, get_task
 from reasonkv.tasks.base import TaskError
 from reasonkv.tasks.data import DataTask
@@ -285,7 +286,7 @@ def test_examples_come_from_a_file_and_never_hold_the_question_itself(tmp_path: 
     assert task.problem(0).prompt == (
         f"Q: {second['question']} {second['answer']}\n\nQ: {third['question']} {third['answer']}\n\nQ: {first['question']}"
     )
-    assert TaskOptions.from_dict(options.to_dict()) == options
+    assert Arguments.of({"options": options.to_dict()}).options == options
     with pytest.raises(TaskError, match="--shots-from"):
         get_task(str(tmp_path / "mine.jsonl"), TaskOptions(shots=2))
 

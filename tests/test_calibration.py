@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen3Config
 
-from reasonkv.calibration import Calibration, CalibrationError, collect
+from reasonkv.calibration import (
+    Calibration,
+    CalibrationError,
+    cached_calibration,
+    collect,
+    find_calibration,
+    save_calibration,
+)
 from reasonkv.calibration.corpus import read_corpus
 from reasonkv.calibration.job import CorpusJob
 from reasonkv.identity import model_hash
@@ -273,6 +281,7 @@ def test_models_whose_rope_cannot_be_undone_are_refused() -> None:
         ("phi3", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
          "8 rotary pairs in a head, but the model has 4"),
         ("qwen3", {"rope_parameters": YARN}, "RoPE type 'default', but the model has 'yarn'"),
+        ("qwen3", {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, "rotary frequencies whose hash is"),
     ],
 )  # fmt: skip
 def test_another_models_statistics_are_refused_with_both_numbers(
@@ -288,13 +297,24 @@ def test_another_models_statistics_are_refused_with_both_numbers(
         found.check(other)
 
 
-def test_other_weights_are_refused_with_both_hashes() -> None:
+def test_other_weights_of_the_same_shapes_and_frequencies_are_served_with_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("REASONKV_CACHE", str(tmp_path))
     model = tiny_model("qwen3")
-    found = collect(model, texts())
-    with torch.no_grad():
-        model.model.layers[1].self_attn.q_proj.weight.mul_(2)
+    found = collect(model, texts(), name="base")
+    assert found.model is not None
+    save_calibration(cached_calibration(found.model), found)
+    with torch.no_grad():  # as an adapter or a quantisation does
+        model.model.layers[1].self_attn.q_proj.weight.mul_(1.01)
+    with pytest.warns(UserWarning, match=r"other weights of the same shapes \(base\)"):
+        assert find_calibration(model).digest == found.digest
+    model.config.rope_parameters["rope_theta"] = 5e5
+    with pytest.raises(CalibrationError, match="no calibration for this model"):
+        find_calibration(model)
+    old = replace(found, frequencies=None)  # cannot tell what differs
     with pytest.raises(CalibrationError, match=f"hash is {found.model}, but this model's is {model_hash(model)}"):
-        found.check(model.config, model_hash(model))
+        old.check(tiny_model("qwen3").config, model_hash(model))
 
 
 def test_parts_that_do_not_belong_together_are_refused() -> None:

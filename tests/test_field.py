@@ -254,7 +254,8 @@ def slow_defensive(method: DefensiveKV, view: SlotView, h: int) -> list[float]:
     r = torch.stack(
         [(values.repeat_interleave(2, 0) @ projection).abs().sum(-1)[2 * k : 2 * k + 2].mean(0) for k in (0, 1)]
     )
-    score = worst.clamp(min=float(worst.mean())) * r[h] / (r[h].sum() if is_ours else r.sum(0))
+    floor = worst[~view.is_protected_BHN[0, h, :n]] if is_ours else worst
+    score = worst.clamp(min=float(floor.mean())) * r[h] / (r[h].sum() if is_ours else r.sum(0))
     mean, window = old.mean((0, 1)), float(whole[..., n:].sum(-1).mean())
     if not is_ours:
         mean, window = mean / mean.sum(), float(torch.stack(heads)[..., n - W : n].sum(-1).mean())

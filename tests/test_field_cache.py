@@ -113,8 +113,8 @@ def test_h2o_sums_the_attention_of_every_query_since_a_slot_was_written(prompt: 
         state_BHN = torch.cat([stored, torch.full((len(held) - len(stored),), -1.0)])[None, None]
         view = replace(view, state={"attention": state_BHN}, row_state=state)
         plan = method.plan(view, keep)
-        newest, heavy = held[-keep // 2 :], [0, 1]
-        heavy += sorted(held[2 : -keep // 2], key=lambda slot: -mass[slot])[: keep // 2 - 2]
+        newest, heavy = held[-(keep - 2) // 2 :], [0, 1]  # half of what the two sinks leave
+        heavy += sorted(held[2 : -(keep - 2) // 2], key=lambda slot: -mass[slot])[: (keep - 2) // 2]
         assert plan.kept_BHK[0, 0].tolist() == [held.index(slot) for slot in sorted(heavy + newest)]
         held = [held[slot] for slot in plan.kept_BHK[0, 0].tolist()]
         stored, event = plan.state["attention"][0, 0], event + 1

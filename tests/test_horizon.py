@@ -108,7 +108,7 @@ def test_a_public_file_that_is_damaged_or_lacks_a_head_is_one_sentence(tmp_path:
         [1],
     ):
         torch.save(broken, path)
-        with pytest.raises(CalibrationError, match=r"cannot be read as a \.pt calibration: it is damaged"):
+        with pytest.raises(CalibrationError, match=r"cannot be read as a \.pt calibration \("):
             import_pt(path)
     torch.save({**whole, "metadata": {"rope_style": "interleaved"}}, path)
     with pytest.raises(CalibrationError, match="RoPE layout 'interleaved'"):

@@ -199,7 +199,7 @@ class Watcher(Method):
 
     @property
     def needs(self) -> Requirements:
-        return Requirements(observes=True, observe_steps=self.steps)
+        return Requirements(observes=True, rotary=True, observe_steps=self.steps)
 
     def new_row_state(self, rows: int, query_heads: int, head_dim: int, device: torch.device) -> dict:
         zeros = torch.zeros(rows, query_heads, head_dim, dtype=torch.float64, device=device)

@@ -72,6 +72,7 @@ def difference(model: PreTrainedModel, method: str, lengths: list[int], pieces: 
 def test_frequencies_that_grow_with_the_text_leave_kept_keys_as_they_were(lengths: list[int]) -> None:
     model = text_model(LlamaConfig(**{**COMMON, "max_position_embeddings": 32}, rope_parameters=DYNAMIC))
     assert difference(model, "snapkv:window=6", lengths, PIECES["forward7"]) <= 1e-12
+    assert difference(model, "h2o", lengths, PIECES["decode"]) <= 1e-12
     with pytest.raises(RotaryError, match="'dynamic' changes its frequencies"):
         CompressedCache(model, "expected", BUDGET)
 

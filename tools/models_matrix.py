@@ -131,10 +131,13 @@ def _check_rotation(model: PreTrainedModel) -> None:
         model(ids, position_ids=positions, past_key_values=cache, use_cache=True)
         for layer in cache.compressed_layers:
             assert layer.storage is not None
-            norms = layer.storage.keys[:, :, 0].norm(dim=-1)
+            keys = layer.storage.keys[:, :, :1]
+            if layer.expansion is not None:
+                keys, _ = layer.expansion.shown(keys, layer.storage.values[:, :, :1])
+            norms = keys[:, :, 0].norm(dim=-1)
             if ((norms - norms[:1]).abs() > ROTATION * norms).any():
                 continue  # no rotation: the positions are in what the layer is given (learned embeddings)
-            plain = layer_rotaries(model.config)[layer.index].unrotate(layer.storage.keys[:, :, :1], positions[:, None])
+            plain = layer_rotaries(model.config)[layer.index].unrotate(keys, positions[:, None])
             gap = ((plain - plain[:1]).abs().max() / plain.abs().max()).item()
             assert gap <= ROTATION, f"keys of layer {layer.index} are un-rotated wrongly (by {gap:.0%})"
 

@@ -52,10 +52,10 @@ class RecordingCache(CompressedCache):
     ) -> None:
         """Compare one call's output [B, q, Hq, D] with attention over the history."""
         keys, values = (torch.cat(parts, 2) for parts in zip(*self.history[layer.index], strict=True))
-        if layer.expansion is not None:  # latent attention: what is cached is not what is attended to
-            keys, values = layer.expansion.expand(keys, values)
         allowed = self._allowed(layer.index, keys.shape[1], query.shape[2])
         group = query.shape[1] // keys.shape[1]
+        if layer.expansion is not None:  # latent attention: what is cached is not what is attended to
+            keys, values = layer.expansion.expand(keys, values)
         options = {name: options[name] for name in ("scaling", "softcap", "s_aux") if name in options}
         expected, _ = naive_attention(module, query, keys, values, allowed.repeat_interleave(group, 1), **options)
         end = keys.shape[2]

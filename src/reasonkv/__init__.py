@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from reasonkv.methods.expected import ExpectedAttention
     from reasonkv.methods.full import FullKV
     from reasonkv.methods.h2o import H2O
+    from reasonkv.methods.importance import ImportanceSampling
     from reasonkv.methods.kara import Kara
     from reasonkv.methods.keydiff import KeyDiff
     from reasonkv.methods.knorm import Knorm
@@ -55,6 +56,7 @@ __all__ = [
     "DefensiveKV",
     "ExpectedAttention",
     "FullKV",
+    "ImportanceSampling",
     "Kara",
     "KeyDiff",
     "Knorm",

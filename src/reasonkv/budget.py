@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import Any, Literal, TypedDict, get_args
 
 from reasonkv.errors import BudgetError as BudgetError
-from reasonkv.numbers import share_of_one, whole_number
+from reasonkv.numbers import share_of_one, whole_number, whole_numbers
 
 PromptPolicy = Literal["count", "keep", "on_top"]
 Trigger = Literal["occupancy", "grid"]
@@ -306,7 +306,7 @@ class ExplicitEventsWindow(Window):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "events", tuple(self.events))  # a record gives a list
+        object.__setattr__(self, "events", tuple(whole_numbers(self.events, "An event") or ()))  # a record gives a list
         if any(later - earlier < self.size for earlier, later in zip(self.events, self.events[1:], strict=False)):
             raise BudgetError(f"Two events of a row must be at least a window of {self.size} tokens apart.")
 

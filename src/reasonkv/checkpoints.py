@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
+from pydantic import BaseModel
 from transformers import AutoConfig, PreTrainedConfig
 
 from reasonkv.errors import ReasonKVError
 from reasonkv.identity import TESTBED
+from reasonkv.inputs import read_json
+from reasonkv.layers import hides_nothing, text_config
 
 FORMS = f"a model folder, a .gguf file, a LoRA folder, a hub name, or {TESTBED!r}"
 """What `--model` takes, in words."""
@@ -46,13 +48,16 @@ class Checkpoint:
     def config(self) -> PreTrainedConfig:
         """Return the model's configuration, without a sliding window as long as the context, which hides nothing."""
         found = AutoConfig.from_pretrained(self.source, **self.options)
-        text = found.get_text_config()
-        window, context = getattr(text, "sliding_window", None), getattr(text, "max_position_embeddings", None)
-        if window and context and window >= context and getattr(text, "layer_types", None) is None:
-            text.sliding_window = (
-                None  # Phi-3.5 and Phi-4-mini: all layers then count as full attention, which they are
-            )
+        if hides_nothing(found):
+            text_config(found).sliding_window = None  # its layers then count as full attention, which they are
         return found
+
+
+class _Adapter(BaseModel):
+    """What is read of an adapter's configuration."""
+
+    base_model_name_or_path: str
+    revision: str | None = None
 
 
 def find_checkpoint(name: str, revision: str | None = None, adapter: str | None = None) -> Checkpoint:
@@ -122,15 +127,10 @@ def _base_of(name: str, path: Path, adapter: str | None) -> Checkpoint:
     """Return the checkpoint of an adapter's base model, with the adapter."""
     if adapter is not None:
         raise ModelError(f"{name} is an adapter itself; give its base model as --model, and one --adapter.")
+    advice = f"give its base model as --model, and {name} as --adapter"
+    about = read_json(path / _ADAPTER, _Adapter, "an adapter that names its base model", ModelError, advice)
     try:
-        about = json.loads((path / _ADAPTER).read_text())
-        base = str(about["base_model_name_or_path"])
-    except (OSError, ValueError, KeyError, TypeError):
-        raise ModelError(
-            f"{path / _ADAPTER} does not name the base model; give it as --model, and {name} as --adapter."
-        ) from None
-    try:
-        found = find_checkpoint(base, about.get("revision"))
+        found = find_checkpoint(about.base_model_name_or_path, about.revision)
     except ModelError as error:
         raise ModelError(f"The base model of the adapter {name} cannot be used: {error}") from None
     return Checkpoint(name, found.source, found.options, str(path))

@@ -44,6 +44,13 @@ def bounded_layers(config: PreTrainedConfig) -> list[int]:
     return [index for index, layer in enumerate(cache_layers(config)) if type(layer) in BOUNDED]
 
 
+def hides_nothing(config: PreTrainedConfig) -> bool:
+    """Return whether all layers slide over a window as long as the context (Phi-3.5, Phi-4-mini)."""
+    decoder = text_config(config)
+    window, context = getattr(decoder, "sliding_window", None), getattr(decoder, "max_position_embeddings", None)
+    return bool(window and context and window >= context and getattr(decoder, "layer_types", None) is None)
+
+
 def is_recurrent(config: PreTrainedConfig) -> bool:
     """Return whether some layer carries a state from token to token (linear attention, Mamba, convolution)."""
     return any(isinstance(layer, LinearAttentionLayer) for layer in cache_layers(config))
@@ -70,7 +77,9 @@ def layer_rotaries(config: PreTrainedConfig) -> list[Rotary]:
 
 
 def head_dim_of(config: Any) -> int:
-    """Return the dimensions of an attention head of a transformers text configuration."""
+    """Return the dimensions of an attention head of a text configuration; of the last layer, where layers differ."""
+    if getattr(config, "is_heterogeneous", False):
+        config = config.per_layer_config[config.num_hidden_layers - 1]
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 

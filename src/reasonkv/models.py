@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 import weakref
@@ -10,9 +9,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from pydantic_core import from_json
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -44,6 +44,7 @@ class LoadedModel:
         tokenizer: its tokenizer.
         hash: of configuration, tensor names and shapes, and a sample of the query weights; not of the folder's name.
         calibration_file: statistics of its queries, where they are not looked up beside it.
+        kv_dtype: "int8" or "int4" of the slots that bounded methods keep; None for the model's own.
 
     """
 
@@ -52,6 +53,7 @@ class LoadedModel:
     tokenizer: PreTrainedTokenizerBase
     hash: str
     calibration_file: Path | None = None
+    kv_dtype: Literal["int8", "int4"] | None = None
 
     @property
     def dtype(self) -> str:
@@ -126,6 +128,7 @@ def load_model(
             f"The weights of {name} do not fit its configuration: {len(misfits)} tensors are missing or of another "
             f"shape ({misfits[0]} first); give a folder whose config.json and weights belong together."
         )
+    _check_ends(name, model)
     if len(tokenizer) <= len(tokenizer.all_special_ids):  # what transformers makes of a folder without one
         raise ModelError(f"{name} has no tokenizer; add its tokenizer files to the model folder.")
     if getattr(model, "hf_device_map", None) is None:
@@ -136,6 +139,14 @@ def load_model(
     if found.is_gguf or found.adapter is not None:
         model.name_or_path = name  # the folder around the file, or the base model, is something else
     return LoadedModel(name, model.eval(), tokenizer, model_hash(model), calibration)
+
+
+def _check_ends(name: str, model: PreTrainedModel) -> None:
+    """Raise where the tokens that end a text are no numbers."""
+    own = getattr(model.generation_config, "eos_token_id", None)
+    ends = own if isinstance(own, list) else [] if own is None else [own]
+    if not all(isinstance(one, int) and not isinstance(one, bool) and one >= 0 for one in ends):
+        raise ModelError(f"The eos_token_id of {name} must be a token id or a list of them, not {own!r:.60}.")
 
 
 @contextmanager
@@ -196,7 +207,7 @@ def _parsed_map(given: str | None) -> Any:
     if given is None or not given.lstrip().startswith("{"):
         return given
     try:
-        return dict(json.loads(given))
+        return dict(from_json(given))
     except ValueError:
         raise ModelError(
             f'The device map {given!r} is no JSON object such as {{"model": "cpu", "lm_head": 0}}.'
@@ -224,6 +235,8 @@ def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError):
-        raise ModelError(f"The device {name!r} is not available here; use --device cpu or auto.") from None
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError):
+        device = torch.device("meta")
+    if device.type == "meta":  # it holds no numbers
+        raise ModelError(f"The device {name!r} is not available here; use --device cpu or auto.")
     return device

@@ -1,7 +1,8 @@
-"""Numbers that a user gives: checked, and made plain Python."""
+"""Numbers and texts that a user gives: checked, and made plain Python."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from numbers import Real
 from operator import index
@@ -9,17 +10,25 @@ from typing import Any
 
 from reasonkv.errors import BudgetError
 
+LARGEST = 2**53
+"""Above it, whole numbers are no longer exact as floats: in JSON elsewhere, in tables, in figures."""
+TOO_MANY = 2**31
+"""Amounts, which have a least value, are counted in 32 bits by tensors of indices; seeds have 64."""
+
 
 def whole_number(value: Any, name: str, least: int | None = None) -> int:
     """Return a whole number as an int (NumPy's integers are taken, too), or raise."""
     bound = "" if least is None else f" of at least {least}"
-    hint = f" (for a share of the length give keep={value!r})" if name == "tokens" and isinstance(value, float) else ""
+    is_share = name == "tokens" and isinstance(value, float) and 0 < value < 1
+    hint = f" (for a share of the length give keep={float(value)!r})" if is_share else ""
     try:
         found = index(value)
     except TypeError:
         found = None
     if found is None or isinstance(value, bool) or (least is not None and found < least):
         raise BudgetError(f"{name} must be a whole number{bound}, not {value!r}{hint}.")
+    if found >= TOO_MANY and least is not None:
+        raise BudgetError(f"{name} must be below 2^31, not a number of {found.bit_length()} bits.")
     return found
 
 
@@ -34,3 +43,21 @@ def share_of_one(value: Any, name: str) -> float:
     if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) < 1:
         raise BudgetError(f"{name} must be a number between 0 and 1, not {value!r}.")
     return float(value)
+
+
+def misfit(value: Any) -> str | None:
+    """Return what is wrong with a number or a text, in words; None where nothing is."""
+    if isinstance(value, int) and abs(value) > LARGEST:
+        return f"{str(value)[:20] if value.bit_length() < 1000 else 'a number'} is beyond 2^53"
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"{value} is no finite number"
+    if isinstance(value, str):
+        if "\0" in value:
+            return "a text holds the character NUL"
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            return f"{ascii(value)[:60]} is no valid Unicode"
+    if value is not None and not isinstance(value, (int, float, str)):
+        return f"{str(value)[:40]!r} is no number and no text; put it in quotes"
+    return None

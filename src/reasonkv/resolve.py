@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from reasonkv.budget import Budget, BudgetError, ExplicitEventsWindow, PeriodicWindow, Window
 from reasonkv.errors import ReasonKVError
-from reasonkv.layers import BOUNDED, STOCK, cache_layers, is_latent, text_config
+from reasonkv.layers import BOUNDED, STOCK, cache_layers, hides_nothing, is_latent, text_config
 from reasonkv.methods import Method, get_method
 
 TESTED = (
@@ -62,8 +62,9 @@ def _shrink_window(method: Method, budget: Budget) -> Method:
     if isinstance(budget, Window) or budget.tokens is None or sum(budget.protected(own)) <= budget.tokens:
         return method
     room = max(1, budget.protected()[1])
+    usual = method.defaults()
     for one in fields(method):
-        if one.name in ("window", "recent") and getattr(method, one.name) == one.default == own:
+        if one.name in ("window", "recent") and getattr(method, one.name) == usual[one.name] == own:
             return replace(method, **{one.name: room})
         if one.name == "base" and getattr(method, "base") == one.default:  # noqa: B009 - only wrappers have one
             base = _shrink_window(get_method(str(one.default)), budget)
@@ -120,6 +121,12 @@ def broadcast_per_prompt(values: Sequence[int] | None, batch: int, name: str) ->
     return [value for value in values for _ in range(batch // len(values))]
 
 
+def context_length(model: PreTrainedModel) -> int | None:
+    """Return the most positions the model was made for, or None if its configuration does not say."""
+    limit = getattr(text_config(model.config), "max_position_embeddings", None)
+    return None if limit is None else int(limit)
+
+
 def check_model(model: PreTrainedModel | PreTrainedConfig, method: Method | None = None) -> list[str]:
     """Reasons why a compressed cache cannot serve this model, one sentence each; empty when it can.
 
@@ -162,6 +169,8 @@ def _layer_problems(config: PreTrainedConfig, kind: str) -> list[str]:
     unknown = sorted({layer.__name__ for layer in layers} - {layer.__name__ for layer in (*BOUNDED, *STOCK)})
     if unknown:
         return [f"{kind} keeps more than keys and values of its tokens ({', '.join(unknown)}); use a stock cache."]
-    if not set(layers) & set(BOUNDED):
-        return [f"No layer of {kind} grows with the text: all slide or carry a state; use a stock cache."]
-    return []
+    if set(layers) & set(BOUNDED):
+        return []
+    if hides_nothing(config):
+        return [f"The sliding window of {kind} is as long as its context; load the model with sliding_window=None."]
+    return [f"No layer of {kind} grows with the text: all slide or carry a state; use a stock cache."]

@@ -80,12 +80,12 @@ class Rotary:
             raise RotaryError(f"RoPE type {kind!r} is not supported; known: {', '.join(_KNOWN)}.")
         direction = -1.0 if config.model_type in _BACKWARD else 1.0
         layout = (config.model_type in _INTERLEAVED, bool(getattr(config, "kv_lora_rank", None)))
+        if nested_type is not None and getattr(config, "is_heterogeneous", False):  # layers differ in their head size
+            config = config.per_layer_config[nested_type]
         if kind == "default":
             return cls(direction * _default_inv_freq(config, parameters), 1.0, *layout)
         from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-        if nested_type is not None and getattr(config, "is_heterogeneous", False):  # layers differ in their head size
-            config = config.per_layer_config[nested_type]
         inv_freq, scaling = ROPE_INIT_FUNCTIONS[kind](config, None, layer_type=nested_type)
         return cls(direction * inv_freq, float(scaling), *layout)
 

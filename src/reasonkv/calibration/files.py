@@ -8,11 +8,13 @@ text in the header.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import BaseModel, Field
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -22,11 +24,25 @@ from reasonkv.calibration.statistics import Calibration, CalibrationError
 from reasonkv.errors import ReasonKVError
 from reasonkv.files import write_atomically
 from reasonkv.identity import TESTBED_FOLDER, model_hash, shown_name
+from reasonkv.inputs import Count
 
 FILE = "reasonkv_calibration.safetensors"
 """Name of a calibration file inside a model folder."""
 _VERSION = 1
-_TEXTS = ("model", "rope_type", "date", "name", "source")
+_TEXTS = ("model", "rope_type", "frequencies", "date", "name", "source")
+
+
+class _Header(BaseModel):
+    """The facts in a header, whose values are all texts."""
+
+    head_dim: Annotated[int, Field(ge=1, le=65536)]
+    verified: bool = False
+    tokens: Count | None = None
+    model: str | None = None
+    rope_type: str | None = None
+    date: str | None = None
+    name: str | None = None
+    source: str | None = None
 
 
 def save_calibration(path: Path | str, calibration: Calibration) -> None:
@@ -52,27 +68,28 @@ def load_calibration(path: Path | str) -> Calibration:
     hint = f"; import it with `reasonkv calibrate --import {path}`" if Path(path).suffix == ".pt" else ""
     header, parts = read_tensors(path, "calibration", CalibrationError, hint)
     try:
-        tokens = int(header["tokens"]) if "tokens" in header else None
-        facts = {name: header.get(name) for name in _TEXTS}
-        return assembled(parts, int(header["head_dim"]), verified=header["verified"] == "true", tokens=tokens, **facts)
-    except CalibrationError:
-        raise
+        facts = _Header.model_validate(header).model_dump()
+        return assembled(parts, facts.pop("head_dim"), **facts)
+    except CalibrationError as error:
+        raise CalibrationError(f"{path} is damaged: {error}") from None
     except (KeyError, ValueError, RuntimeError):  # a tensor or a fact is missing, or of the wrong kind
         raise CalibrationError(f"{path} is damaged: its header and its tensors do not fit together.") from None
 
 
 def find_calibration(model: PreTrainedModel, explicit: Path | str | None = None) -> Calibration:
-    """Return a model's calibration, checked against its configuration and its hash.
+    """Return a model's calibration, checked against its shapes and rotary frequencies.
 
     Looked for in this order: `explicit`; `reasonkv_calibration.safetensors` in the model's folder; the user's cache,
-    under the model's hash; the bundled model's own, which also serves copies of that model elsewhere.
+    under the model's hash; the bundled model's own, which also serves copies of that model elsewhere; the newest of the
+    user's cache whose shapes and frequencies are the model's, such as its base model's. Warns where it was made with
+    other weights.
 
     Raises:
         CalibrationError: there is none (the message is the command that makes one), or what was found is damaged or
             another model's.
     """
     digest = model_hash(model)
-    path = find_file(model, digest, FILE, load_calibration, explicit, cached_calibration(digest))
+    path = find_file(model, digest, FILE, load_calibration, explicit, cached_calibration(digest)) or _alike(model)
     if path is None:
         raise CalibrationError(
             f"There is no calibration for this model; make one with "
@@ -84,6 +101,12 @@ def find_calibration(model: PreTrainedModel, explicit: Path | str | None = None)
     except CalibrationError as error:
         sentence = str(error)
         raise CalibrationError(f"{path} does not fit this model: {sentence[0].lower()}{sentence[1:]}") from None
+    if found.model not in (None, digest):
+        message = (
+            f"{path} was made with other weights of the same shapes{f' ({found.name})' if found.name else ''}, such as "
+            "those of a base model; `reasonkv calibrate` makes statistics of these."
+        )
+        warnings.warn(message, stacklevel=2)
     return found
 
 
@@ -95,6 +118,19 @@ def cached_calibration(digest: str) -> Path:
     own, shared = os.environ.get("REASONKV_CACHE"), os.environ.get("XDG_CACHE_HOME")
     root = Path(own).expanduser() if own else (Path(shared) if shared else Path.home() / ".cache") / "reasonkv"
     return root / "calibration" / f"{digest}.safetensors"
+
+
+def _alike(model: PreTrainedModel) -> Path | None:
+    """Return the newest calibration of the user's cache that is of a model with the same shapes and frequencies."""
+    files = cached_calibration("").parent.glob("*.safetensors")
+    for path in sorted(files, key=lambda one: one.stat().st_mtime, reverse=True):
+        try:
+            found = load_calibration(path)
+            found.check(model.config, "")  # no hash: a file that names no frequencies does not fit
+        except CalibrationError:
+            continue
+        return path
+    return None
 
 
 def find_file(
@@ -167,6 +203,6 @@ def read_tensors(
     if header.get("format") != f"reasonkv-{what}":
         raise error(f"{path} is a safetensors file, but not a {what} of reasonkv.")
     version = header.get("version", "")
-    if version.isdigit() and int(version) > _VERSION:
-        raise error(f"{path} has format version {version}, but this reasonkv reads versions up to {_VERSION}.")
+    if version.isdecimal() and version != str(_VERSION):
+        raise error(f"{path} has format version {version[:20]}, but this reasonkv reads version {_VERSION}.")
     return header, tensors

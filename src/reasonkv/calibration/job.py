@@ -49,8 +49,10 @@ class CorpusJob:
             names = " and ".join(name.strip("_") for name in sources)
             raise CorpusError(f"Give exactly one of {names}.")
         for name, value in vars(self).items():
-            if isinstance(value, int) and value < 1 and name not in ("seed", "horizon", "warmup"):
-                raise CorpusError(f"{name} must be at least 1, not {value}.")
+            if isinstance(value, int) and not 1 <= value < 2**31 and name not in ("seed", "horizon", "warmup"):
+                raise CorpusError(f"{name} must be at least 1 and below 2^31, not {value}.")
+            if isinstance(value, float) and not 0 < value < float("inf"):
+                raise CorpusError(f"{name} must be a number above 0, not {value}.")
             if isinstance(value, Path) and value.suffix != _FILES.get(name, "") != "":
                 raise CorpusError(f"{name} writes a {_FILES[name]} file, not {value.name}.")
 

@@ -3,26 +3,49 @@
 from __future__ import annotations
 
 import io
-import pickle
 import re
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import BaseModel, Field, ValidationError
+from torch import Tensor
 
 from reasonkv.calibration.files import assembled, parts_of
 from reasonkv.calibration.statistics import Calibration, CalibrationError
 from reasonkv.files import write_atomically
+from reasonkv.inputs import reason
 
 _NAMES = {
     "mean_real": "q_mean_real", "mean_imag": "q_mean_imag", "modulus": "q_abs_mean", "square": "q_sq_abs_mean",
     "horizon": "oracle_pi",
 }  # fmt: skip
-_OPTIONAL = ("square", "horizon")
 _VERSION_WITH_SQUARES = 3
-_DAMAGE = (
-    OSError, RuntimeError, pickle.UnpicklingError, EOFError, AttributeError, LookupError, TypeError, ValueError,
-)  # fmt: skip
+
+
+def _axis(tensor: Any) -> Tensor:
+    plain = isinstance(tensor, Tensor) and tensor.layout is torch.strided and tensor.device.type == "cpu"
+    if not plain or tensor.ndim != 1 or not tensor.is_floating_point():
+        raise ValueError("statistics are lists of real numbers")
+    return tensor.float()
+
+
+class _Metadata(BaseModel):
+    """What is read of a file's metadata."""
+
+    rope_style: str = "half"
+    head_dim: Annotated[int, Field(ge=1, le=65536)] | None = None
+    rope_type: str | None = None
+    model_name: str | None = None
+
+
+class _Public(BaseModel):
+    """A file of the public code: statistics by names such as `layer00_head00`."""
+
+    metadata: _Metadata
+    stats: dict[Annotated[str, Field(pattern=r"^layer\d{1,6}_head\d{1,6}$")], dict[str, Any]]
 
 
 def import_pt(path: Path | str) -> Calibration:
@@ -37,36 +60,40 @@ def import_pt(path: Path | str) -> Calibration:
     if not path.is_file():
         raise CalibrationError(f"There is no calibration file {path}.")
     try:
-        data = torch.load(path, map_location="cpu", weights_only=True)
-        metadata, entries = dict(data["metadata"]), dict(data["stats"])
-        numbers = [[int(number) for number in re.findall(r"\d+", name)] for name in entries]  # of layer00_head00
-        layers, query_heads = (1 + max(axis) for axis in zip(*numbers, strict=True))
-        heads = [entries[_entry(i, h)] for i in range(layers) for h in range(query_heads)]
-        present = [name for name, theirs in _NAMES.items() if name not in _OPTIONAL or theirs in heads[0]]
-        parts = {name: torch.stack([head[_NAMES[name]].float() for head in heads]) for name in present}
-    except (
-        OSError,
-        RuntimeError,
-        pickle.UnpicklingError,
-        EOFError,
-        AttributeError,
-        LookupError,
-        TypeError,
-        ValueError,
-    ):
-        raise CalibrationError(
-            f"{path} cannot be read as a .pt calibration: it is damaged, holds more than tensors and plain values, or "
-            "lacks statistics of a head; make it again with the code it came from."
-        ) from None
-    style = metadata.get("rope_style", "half")
-    if style != "half":
-        raise CalibrationError(f"{path} was made for RoPE layout {style!r}; only 'half' is supported.")
-    parts = {name: tensor.view(layers, query_heads, -1) for name, tensor in parts.items()}
-    head_dim = int(metadata.get("head_dim", 2 * parts["modulus"].shape[2]))
-    rope_type, model_name = (
-        None if metadata.get(key) is None else str(metadata[key]) for key in ("rope_type", "model_name")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about layouts of tensors that are then refused
+            data = torch.load(path, map_location="cpu", weights_only=True)
+        found = _Public.model_validate(data)
+        parts, (layers, query_heads) = _stacked(found.stats)
+    except ValidationError as error:
+        raise _unreadable(path, reason(error)) from None
+    except Exception as error:  # unpickling raises anything, from KeyError to RecursionError
+        raise _unreadable(path, " ".join(f"{type(error).__name__}: {error}".split())[:120]) from None
+    metadata = found.metadata
+    if metadata.rope_style != "half":
+        raise CalibrationError(f"{path} was made for RoPE layout {metadata.rope_style!r}; only 'half' is supported.")
+    return assembled(
+        {name: tensor.view(layers, query_heads, -1) for name, tensor in parts.items()},
+        metadata.head_dim or 2 * parts["modulus"].shape[-1],
+        source=f"imported from {path.name}", rope_type=metadata.rope_type, name=metadata.model_name,
+    )  # fmt: skip
+
+
+def _unreadable(path: Path, why: str) -> CalibrationError:
+    return CalibrationError(
+        f"{path} cannot be read as a .pt calibration ({why}); make it again with the code it came from."
     )
-    return assembled(parts, head_dim, source=f"imported from {path.name}", rope_type=rope_type, name=model_name)
+
+
+def _stacked(entries: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, Tensor], tuple[int, int]]:
+    """Return the statistics of all heads by our names, and the numbers of layers and query heads."""
+    places = {tuple(map(int, re.findall(r"\d+", name))): head for name, head in entries.items()}
+    layers, query_heads = (1 + max(axis) for axis in zip((-1, -1), *places, strict=True))
+    if not layers * query_heads == len(places) == len(entries):
+        raise ValueError("statistics of a head are missing")
+    heads = [places[place] for place in sorted(places)]
+    present = [name for name, theirs in _NAMES.items() if name not in ("square", "horizon") or theirs in heads[0]]
+    return {name: torch.stack([_axis(head[_NAMES[name]]) for head in heads]) for name in present}, (layers, query_heads)
 
 
 def export_pt(calibration: Calibration, path: Path | str) -> None:

@@ -20,7 +20,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from reasonkv.calibration.horizon import HorizonSums, fit_horizon
-from reasonkv.calibration.statistics import Calibration, CalibrationError, rope_type_of
+from reasonkv.calibration.statistics import Calibration, CalibrationError, frequencies_of, rope_type_of
 from reasonkv.identity import model_hash
 from reasonkv.layers import bounded_layers, head_dim_of, layer_rotaries
 from reasonkv.offload import input_device
@@ -91,7 +91,7 @@ def collect(
         source: what `batches` are, in words, for the record.
 
     Returns:
-        Statistics on the CPU, with the model's hash, RoPE type and the date.
+        Statistics on the CPU, with the model's hash, RoPE type and frequencies, and the date.
 
     Raises:
         CalibrationError: no tokens, a window beyond the model's context, layers that differ in their rotary pairs, or
@@ -151,7 +151,8 @@ def collect(
         horizon_LHqJ = torch.stack(found).float()
     return Calibration(
         mean_LHqF, modulus, square, horizon_LHqJ=horizon_LHqJ, head_dim=head_dim_of(config), tokens=done,
-        model=model_hash(model), rope_type=rope_type_of(config), verified=True, name=name, source=source,
+        model=model_hash(model), rope_type=rope_type_of(config), frequencies=frequencies_of(config),
+        verified=True, name=name, source=source,
         date=datetime.now(UTC).isoformat(timespec="seconds"),
     )  # fmt: skip
 

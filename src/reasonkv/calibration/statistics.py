@@ -24,6 +24,7 @@ _PARTS = {
     "mean_LHqF": torch.complex64, "modulus_LHqF": torch.float32, "square_LHqF": torch.float32,
     "horizon_LHqJ": torch.float32,
 }  # fmt: skip
+_LARGEST = 1e12
 _TINY = torch.finfo(torch.float32).tiny
 
 
@@ -45,6 +46,7 @@ class Calibration:
         tokens: how many tokens were averaged, where known.
         model: hash of the model (`reasonkv.identity.model_hash`), where known.
         rope_type: the model's RoPE type, where known.
+        frequencies: hash of the model's rotary frequencies (`frequencies_of`); older files have none.
         date: when it was made, ISO 8601 in UTC, where known.
         verified: made by reasonkv on the model with that hash; False for imported files.
         name: the model's name as it was given; for people, never compared.
@@ -63,6 +65,7 @@ class Calibration:
     tokens: int | None = None
     model: str | None = None
     rope_type: str | None = None
+    frequencies: str | None = None
     date: str | None = None
     verified: bool = False
     name: str | None = None
@@ -78,8 +81,10 @@ class Calibration:
                 )
             if tensor.dtype != _PARTS[field]:
                 raise CalibrationError(f"The calibration's {name} must be {_PARTS[field]}, not {tensor.dtype}.")
-            if not tensor.isfinite().all():
-                raise CalibrationError(f"The calibration's {name} has values that are not finite.")
+            if tensor.numel() == 0 or not bool((tensor.abs() < _LARGEST).all()):
+                raise CalibrationError(
+                    f"The calibration's {name} has no values, or some that are not finite or too large."
+                )
         weights = self.horizon_LHqJ
         if weights is not None and bool(((weights < 0).any(-1) | ((weights.sum(-1) - 1).abs() > 1e-3)).any()):
             raise CalibrationError(
@@ -147,15 +152,18 @@ class Calibration:
         return [{"mean": mean, "min": low, "max": high} for mean, low, high in zip(*columns, strict=True)]
 
     def check(self, config: Any, model_hash: str | None = None) -> None:
-        """Refuse a model that these statistics were not made for.
+        """Refuse a model that these statistics cannot be of.
+
+        Shapes and rotary frequencies decide. Weights may differ, as an adapter or a quantisation changes them, unless
+        the file is too old to name its frequencies.
 
         Args:
             config: the model's transformers configuration; of a multi-modal one the text part is used.
-            model_hash: the model's hash (`reasonkv.identity.model_hash`); None leaves the weights unchecked.
+            model_hash: the model's hash (`reasonkv.identity.model_hash`); read only where no frequencies are known.
 
         Raises:
             CalibrationError: another number of layers, query heads, head dimensions or rotary pairs, another RoPE
-                type, or another hash; both values are in the message.
+                type or other frequencies; both values are in the message.
         """
         text = config.get_text_config()
         for what, found, wanted in (
@@ -170,7 +178,12 @@ class Calibration:
             raise CalibrationError(
                 f"The calibration was made with RoPE type {self.rope_type!r}, but the model has {rope_type_of(text)!r}."
             )
-        if self.model is not None and model_hash not in (None, self.model):
+        if self.frequencies not in (None, frequencies_of(text)):
+            raise CalibrationError(
+                f"The calibration was made with rotary frequencies whose hash is {self.frequencies}, but this model's "
+                f"is {frequencies_of(text)}: its rope_theta or its scaling is another."
+            )
+        if self.frequencies is None and self.model is not None and model_hash not in (None, self.model):
             raise CalibrationError(
                 f"The calibration was made with the model whose hash is {self.model}, but this model's is {model_hash}."
             )
@@ -183,6 +196,13 @@ def layer_type_of_rotary(config: Any) -> str | None:
     """Return which RoPE entry of a text configuration stands for the model: full attention's where types differ."""
     parameters = getattr(config, "rope_parameters", None) or {}
     return None if "rope_type" in parameters or "full_attention" not in parameters else "full_attention"
+
+
+def frequencies_of(config: Any) -> str:
+    """Return twelve hex digits of the rotary frequencies of all layers, and of their scaling."""
+    # float32 of several machines may differ in the last bits
+    numbers = [f"{x:.5e}" for one in layer_rotaries(config) for x in (*one.inv_freq.tolist(), one.scaling)]
+    return hashlib.sha256(" ".join(numbers).encode()).hexdigest()[:12]
 
 
 def rope_type_of(config: Any) -> str:

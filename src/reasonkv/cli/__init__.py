@@ -10,7 +10,8 @@ from cyclopts import App, Group, Parameter
 
 from reasonkv import __version__
 from reasonkv.cli.config import STANDARD_INPUT, from_file
-from reasonkv.cli.mistakes import INTERRUPTED, explain
+from reasonkv.cli.mistakes import INTERRUPTED, UsageError, explain
+from reasonkv.numbers import misfit
 
 __all__ = ["main", "make_app", "run"]
 
@@ -49,6 +50,9 @@ def run(arguments: Sequence[str]) -> int:
     """
     tokens = [STANDARD_INPUT if one == "-" else one for one in arguments]
     try:
+        for token in tokens:
+            if (wrong := misfit(token)) is not None:
+                raise UsageError(f"An argument of the command line cannot be used: {wrong}.")
         app = make_app()
         if not tokens or tokens[0] in app.help_flags:
             app.resolved_commands()  # the list shows the first line of each

@@ -21,7 +21,7 @@ def calibrate(
     *,
     job: CalibrateJob,
     model: Annotated[str | None, Parameter(group=GROUPS["ModelFlags"])] = None,
-    loading: Annotated[ModelFlags, Without(("model", "calibration"))],
+    loading: Annotated[ModelFlags, Without(("model", "calibration", "kv_dtype"))],
     json: Json = False,
     config: ConfigFile = None,
 ) -> None:

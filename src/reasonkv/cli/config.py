@@ -30,7 +30,7 @@ def from_file(app: App, commands: tuple[str, ...], arguments: ArgumentCollection
     given = arguments.get("--config", None)
     if given is not None and given.tokens:
         name = given.tokens[-1].value
-        Dict({commands[0]: read_options(name)}, source=name)(app, commands[:1], arguments)
+        Dict({commands[0]: check_flat(read_options(name), name)}, source=name)(app, commands[:1], arguments)
 
 
 def read_options(name: str, what: str = "--config") -> dict[str, Any]:
@@ -39,16 +39,29 @@ def read_options(name: str, what: str = "--config") -> dict[str, Any]:
     Raises:
         UsageError: the file cannot be read, or holds something else than options.
     """
-    import yaml
+    from reasonkv.inputs import parse_yaml
 
     try:
-        options = yaml.safe_load(read_text(name))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        reason = " ".join(str(getattr(error, "strerror", None) or error).split())
-        raise UsageError(f"{what} cannot read {name}: {reason}.") from None
+        options = parse_yaml(read_text(name))
+    except (OSError, ValueError) as error:
+        why = " ".join(str(getattr(error, "strerror", None) or error).split())
+        raise UsageError(f"{what} cannot read {name}: {why}.") from None
     if not isinstance(options, dict):
         raise UsageError(f"{what} takes a YAML or JSON file of options, as in `task: program`, but {name} has none.")
     return options
+
+
+def check_flat(options: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Return options, each of which must have a value or a list of values.
+
+    Raises:
+        UsageError: one is empty, or holds something else.
+    """
+    for name, given in options.items():
+        values = given if isinstance(given, list) else [given]
+        if not values or not all(isinstance(one, (str, int, float)) for one in values):
+            raise UsageError(f"The option {name} in {source} takes a value or a list of values.")
+    return dict(options)
 
 
 def parse_options(app: App, command: str, options: Mapping[str, Any], source: str) -> dict[str, Any]:
@@ -63,6 +76,6 @@ def parse_options(app: App, command: str, options: Mapping[str, Any], source: st
     Raises:
         CycloptsError: an option that the command does not have, or a value that does not fit.
     """
-    app.config = (Dict({command: dict(options)}, source=source),)
+    app.config = (Dict({command: check_flat(options, source)}, source=source),)
     _, bound, _ = app.parse_args([command, "--out", "."], exit_on_error=False, print_error=False)
     return dict(bound.arguments)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -40,10 +41,8 @@ def print_tables(tables: Iterable[Any], *under: str) -> None:
 
 def show(path: Path) -> str:
     """Return a path as a person would type it from here."""
-    try:
-        return str(path.resolve().relative_to(Path.cwd().resolve()))
-    except ValueError:
-        return str(path)
+    own = os.path.relpath(os.path.realpath(path), os.path.realpath(os.curdir))
+    return str(path) if own.startswith(os.pardir) else own
 
 
 LINE_SECONDS = 30.0

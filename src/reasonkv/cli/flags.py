@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass, make_dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, make_dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from cyclopts import Group, Parameter, Token
 
 from reasonkv.cli.console import quiet_libraries
 from reasonkv.cli.mistakes import UsageError
 from reasonkv.evaluate.job import split_specs
+from reasonkv.numbers import misfit
 
 if TYPE_CHECKING:
     from reasonkv.models import LoadedModel
@@ -59,6 +60,7 @@ class ModelFlags:
         model: The bundled testbed, a model folder, a .gguf file, a folder of a LoRA adapter, or a name on the Hugging
             Face hub.
         dtype: auto, float32, bfloat16, float16 or float64; of weights and cache.
+        kv_dtype: auto, int8 or int4; of the slots that bounded methods keep. auto is the cache's.
         device: auto, cpu, cuda, cuda:1, ...
         calibration: Query statistics, made by `reasonkv calibrate`. Unless given, looked up for the model.
         revision: Branch, tag or commit of the model on the hub.
@@ -68,6 +70,7 @@ class ModelFlags:
 
     model: str = "testbed"
     dtype: str = "auto"
+    kv_dtype: Literal["auto", "int8", "int4"] = "auto"
     device: str = "auto"
     calibration: Path | None = None
     revision: str | None = None
@@ -83,10 +86,11 @@ class ModelFlags:
         from reasonkv.models import load_model
 
         quiet_libraries()
-        return load_model(
+        loaded = load_model(
             self.model, self.dtype, self.device, self.calibration,
             revision=self.revision, adapter=self.adapter, device_map=self.device_map,
         )  # fmt: skip
+        return loaded if self.kv_dtype == "auto" else replace(loaded, kv_dtype=self.kv_dtype)
 
 
 def command(function: Callable[..., int | None]) -> Callable[..., int | None]:
@@ -105,7 +109,10 @@ def command(function: Callable[..., int | None]) -> Callable[..., int | None]:
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> int | None:
         for name, (cls, given) in made.items():
-            kwargs[name] = build(cls, kwargs.get(name) or given())
+            flags = kwargs.get(name) or given()
+            check_values(vars(flags), cls.__name__)
+            kwargs[name] = build(cls, flags)
+        check_values({name: value for name, value in kwargs.items() if name not in made})
         return function(*args, **kwargs)
 
     signature = inspect.signature(function)
@@ -155,6 +162,19 @@ def build(cls: type, given: Any) -> Any:
     hints = get_type_hints(cls)
     values = {one.name: getattr(given, one.name) for one in fields(given)}
     return cls(**{name: build(hints[name], one) if is_dataclass(one) else one for name, one in values.items()})
+
+
+def check_values(values: Mapping[str, Any], cls: str = "") -> None:
+    """Raise where the value of a flag is a number or text that nothing can use: huge, not finite, no Unicode."""
+    for name, value in values.items():
+        if is_dataclass(value):
+            check_values(vars(value), type(value).__name__)
+            continue
+        for one in value if isinstance(value, tuple) else (value,):
+            if isinstance(one, (int, float, str)) and (wrong := misfit(one)) is not None:
+                usual = (f"--{name.replace('_', '-')}",)
+                flag = NAMES.get(f"{cls}.{name}", NAMES.get(name, usual))[0]
+                raise UsageError(f"{flag} cannot be used: {wrong}.")
 
 
 def _several(kind: Any, tokens: Sequence[Token]) -> tuple[Any, ...]:

@@ -12,7 +12,8 @@ from reasonkv.cli.config import STANDARD_INPUT, read_text
 from reasonkv.cli.console import note, print_json
 from reasonkv.cli.flags import GROUPS, ConfigFile, Json, ModelFlags, Without, command
 from reasonkv.cli.mistakes import UsageError
-from reasonkv.evaluate.job import BudgetOptions, Sampling
+from reasonkv.evaluate.job import MOST_ANSWERS, BudgetOptions, Sampling
+from reasonkv.numbers import TOO_MANY
 from reasonkv.tasks.options import TaskOptions
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from reasonkv.evaluate.decoding import TextRules
     from reasonkv.models import LoadedModel
 
+MOST = {"--limit": MOST_ANSWERS, "--max-new-tokens": TOO_MANY}
 WRITING = Parameter(group=GROUPS["Sampling"])
 
 
@@ -63,8 +65,10 @@ def generate(
     from reasonkv.tasks import get_task
 
     for name, value in (("--limit", limit), ("--max-new-tokens", max_new_tokens)):
-        if value < 1:
-            raise UsageError(f"{name} must be at least 1, not {value}.")
+        if not 1 <= value < MOST[name]:
+            raise UsageError(
+                f"{name} must be at least 1, not {value}." if value < 1 else f"{name} must be below {MOST[name]:,}."
+            )
     words = text if prompt is None else prompt
     if (words is None) == (task is None) or (text is not None and prompt is not None):
         raise UsageError("Give either a prompt or --task NAME, as in: reasonkv generate 'What is 6 times 7?'.")
@@ -108,8 +112,9 @@ def _answer(
 ) -> dict[str, Any]:
     """Generate one answer; the text and what the cache held."""
     from reasonkv.evaluate.decoding import Request, decode_batch
-    from reasonkv.evaluate.generate import context_length, decode, encode, room
+    from reasonkv.evaluate.generate import decode, encode, room
     from reasonkv.models import one_thread_if_small
+    from reasonkv.resolve import context_length
     from reasonkv.runtimes.transformers import CompressedCache
 
     text, special = prompt
@@ -128,6 +133,7 @@ def _answer(
             row_seeds=[row_seed],
             max_length=len(ids) + most,
             calibration=loaded.calibration_file,
+            dtype=loaded.kv_dtype,
         ) as cache,
     ):
         request = Request(ids, most, row_seed)

@@ -81,6 +81,7 @@ def inspect(
             raise UsageError("A results folder has its own budgets; choose one of its sizes by --budget TOKENS.")
         loaded = replace(loading, model=model or read_manifest(folder)["model"]["name"]).load()
         choices = {"task": task, "example": example, "method": method, "tokens": next(iter(budget.tokens), None)}
+        choices |= {"grade": options.grade}
         made = inspect_folder(folder, loaded, choices, generate=generate)
     write_atomically(out, inspector_page(made.data).encode())
     if (place := save or folder) is not None:

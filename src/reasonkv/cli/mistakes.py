@@ -39,8 +39,10 @@ def explain(error: Exception, tokens: Sequence[str]) -> tuple[str, int]:
         return _wrong_flag(error, tokens), USAGE
     if isinstance(error, ModuleNotFoundError) and error.name in EXTRA:
         return f"This needs {error.name}; install it with: pip install 'reasonkv[{EXTRA[error.name]}]'.", FAILED
-    if type(error).__name__ == "OutOfMemoryError":
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return "The device ran out of memory; lower --batch-size, or use --dtype bfloat16.", FAILED
+    if isinstance(error, UnicodeError):
+        return f"A text is no valid UTF-8 ({_line(error)}).", FAILED
     if isinstance(error, OSError):
         return _line(error) + ".", FAILED
     raise error

@@ -56,6 +56,9 @@ def run(
     if cores is not None and not 1 <= cores <= (os.cpu_count() or 1):
         raise UsageError(f"--cores must be 1 to {os.cpu_count()}, the cores of this machine, not {cores}.")
     options = read_options(str(plan), "reasonkv run")
+    for key in ("name", "out"):
+        if not isinstance(options.get(key, ""), str):
+            raise UsageError(f"{key} in {plan} must be a text.")
     place = Path(out or options.get("out") or plan.stem).absolute()  # for workers in other folders
     groups = make_groups(options, place, str(plan))
     cells = list({cell.folder: cell for group in groups for cell in group.cells}.values())
@@ -99,7 +102,7 @@ def make_groups(plan: Mapping[str, Any], out: Path, name: str) -> list[Group]:
     groups = []
     for own in ({**shared, **one} for one in entries):
         kind = own.get("command", "replay")
-        if kind not in JOBS:
+        if not isinstance(kind, str) or kind not in JOBS:
             raise UsageError(f"command in {name} must be replay or evaluate, not {kind!r}.")
         for model in _listed(own.get("models")) or ["testbed"]:
             flags = model if isinstance(model, dict) else {"model": model}
@@ -107,7 +110,7 @@ def make_groups(plan: Mapping[str, Any], out: Path, name: str) -> list[Group]:
             given = parse_options(make_app(), kind, options, name)
             source, job = build(ModelFlags, given["model"]), build(JOBS[kind], given["job"])
             for seed in _listed(own.get("seeds")) or [job.seed]:
-                if not isinstance(seed, int):
+                if not isinstance(seed, int) or isinstance(seed, bool):
                     raise UsageError(f"seeds in {name} are whole numbers, not {seed!r}.")
                 groups.append(make_group(str(own.get("name", kind)), source, job, seed, out))
     folders = [group.folder for group in groups]

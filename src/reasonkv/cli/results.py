@@ -103,6 +103,8 @@ def frontier(
         raise UsageError("Give results folders, as in: reasonkv frontier results; `reasonkv tune` makes them.")
     if figure is not None and figure.is_dir():
         raise UsageError(f"{figure} is a folder; give --figure a file name, as in {figure / 'frontier.png'}.")
+    if figure is not None and figure.suffix.lower() != ".png":
+        raise UsageError(f"--figure draws a PNG; give it a name such as {figure.with_suffix('.png')}.")
     pair = [part.strip() for part in between.split(">")] if between else []
     if between is not None and (len(pair) != 2 or not all(pair)):
         raise UsageError(f"--between takes two methods, as in 'cask > triattention', not {between!r}.")

@@ -13,7 +13,7 @@ from reasonkv.seer.job import TrainGateJob
 def train_gate(
     *,
     job: TrainGateJob,
-    model: Annotated[ModelFlags, Without(("calibration",))],
+    model: Annotated[ModelFlags, Without(("calibration", "kv_dtype"))],
     json: Json = False,
     config: ConfigFile = None,
 ) -> None:

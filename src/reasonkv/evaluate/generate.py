@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from reasonkv.resolve import context_length
 from reasonkv.tasks.base import Problem, Task, TaskError
 from reasonkv.tasks.given import GivenTrace
 from reasonkv.tasks.options import THINK, TaskOptions
@@ -124,12 +125,6 @@ def end_tokens(model: PreTrainedModel) -> list[int]:
     if found is None:
         return []
     return list(found) if isinstance(found, list) else [found]
-
-
-def context_length(model: PreTrainedModel) -> int | None:
-    """Return the most positions the model was made for, or None if its configuration does not say."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return None if limit is None else int(limit)
 
 
 def room(model: PreTrainedModel, prompt: int, limit: int) -> int:

@@ -23,6 +23,8 @@ Metric = Literal["top1", "nll", "kl", "accuracy"]
 
 RULE = ("interval", "sinks", "recent", "prompt", "trigger", "trigger_counts", "cut_prompt", "prefill_chunk")
 """Fields of a budget that say when compactions run and what they protect; the others are its size."""
+MOST_ANSWERS = 10**6
+"""Most problems of a task, and most samples of a problem: their list is made before anything runs."""
 DEFAULT_METHODS = ("full", "random", "streaming", "snapkv", "rkv", "keydiff")
 
 
@@ -117,8 +119,8 @@ class Job:
             object.__setattr__(self, name, split_specs(getattr(self, name)))
             if not getattr(self, name):
                 raise JobError(f"{name} names nothing; give at least one.")
-        check_least("limit", self.limit)
-        check_least("batch_size", self.batch_size)
+        check_least("limit", self.limit, MOST_ANSWERS)
+        check_least("batch_size", self.batch_size, MOST_ANSWERS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,10 +176,14 @@ class GenerateJob(Job):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_least("samples", self.samples)
-        check_least("concurrency", self.concurrency)
+        check_least("samples", self.samples, MOST_ANSWERS)
+        check_least("concurrency", self.concurrency, MOST_ANSWERS)
         if self.max_new_tokens is not None:
             check_least("max_new_tokens", self.max_new_tokens)
+        if self.samples > 1 and self.samples * self.limit > MOST_ANSWERS:
+            raise JobError(
+                f"{self.limit:,} problems with {self.samples:,} samples are more than {MOST_ANSWERS:,} answers."
+            )
         if self.samples > 1 and not self.sampling.draws:
             raise JobError(
                 f"Greedy decoding writes {self.samples} equal samples; give a temperature above 0, or samples=1."

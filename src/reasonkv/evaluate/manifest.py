@@ -5,17 +5,22 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from typing_extensions import TypedDict
 
 from reasonkv.errors import ReasonKVError
-from reasonkv.files import write_atomically
+from reasonkv.evaluate.records import Budgeted
+from reasonkv.evaluate.settings import Sampling, TraceSettings
+from reasonkv.files import NO_LINKS, write_atomically
 from reasonkv.identity import package_versions
+from reasonkv.inputs import Count, Number, Whole, parse_json, read_json
+from reasonkv.tasks.options import TaskOptions
 
 MANIFEST = "manifest.json"
 FORMAT = 2
@@ -25,6 +30,50 @@ _LOCK = ".lock"
 
 class ResultsError(ReasonKVError, ValueError):
     """A results folder that this command cannot use; the message says why and what to do."""
+
+
+class Arguments(BaseModel):
+    """Types of the arguments that any command records; each records its own."""
+
+    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
+    dtype: str | None = None
+    endpoint: str | None = None
+    server_seed: Whole | None = None
+    task: list[str] = Field(default_factory=list)
+    methods: list[str] = Field(default_factory=list)
+    budgets: list[Budgeted] = Field(default_factory=list)
+    mean_slots: list[Number] = Field(default_factory=list)
+    limit: Count | None = None
+    seed: Whole | None = None
+    options: TaskOptions = TaskOptions()
+    calibration: str | None = None
+    samples: Count | None = None
+    sampling: Sampling | None = None
+    max_new_tokens: Count | None = None
+    traces: TraceSettings = TraceSettings()
+    diagnostics: bool = False
+    given: str | None = None
+
+    @classmethod
+    def of(cls, written: Mapping[str, Any]) -> Arguments:
+        """Return the arguments that a manifest has written down.
+
+        Raises:
+            ValidationError: a type is wrong.
+        """
+        return parse_json(json.dumps(written), cls)
+
+
+def _typed(written: dict[str, Any]) -> dict[str, Any]:
+    Arguments.of(written)
+    return written
+
+
+class Weights(TypedDict):
+    """The name of a model as the user gave it, and its hash."""
+
+    name: str
+    hash: str
 
 
 class Manifest(BaseModel):
@@ -43,8 +92,8 @@ class Manifest(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="ignore")
     command: str
-    arguments: dict[str, Any]
-    model: dict[str, str]
+    arguments: Annotated[dict[str, Any], AfterValidator(_typed)]
+    model: Weights
     device: str
     versions: dict[str, str] = Field(default_factory=package_versions)
     date: str = Field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
@@ -56,9 +105,13 @@ class Manifest(BaseModel):
         identity = json.dumps([self.command, self.arguments, self.model["hash"]], sort_keys=True)
         return hashlib.sha256(identity.encode()).hexdigest()[:12]
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return what `write` writes."""
+        return {"run": self.run, **self.model_dump()}
+
     def write(self, path: Path) -> None:
         """Write to `path`, whole or not at all."""
-        write_atomically(path, (json.dumps({"run": self.run, **self.model_dump()}, indent=2) + "\n").encode())
+        write_atomically(path, (json.dumps(self.to_dict(), indent=2) + "\n").encode())
 
     @classmethod
     def read(cls, path: Path) -> Manifest:
@@ -67,10 +120,8 @@ class Manifest(BaseModel):
         Raises:
             ResultsError: it cannot be read.
         """
-        try:
-            return cls.model_validate({"format": 1, **json.loads(path.read_bytes())})
-        except (OSError, TypeError, ValueError):
-            raise ResultsError(f"{path} cannot be read as a manifest; choose another --out folder.") from None
+        advice = "run its command again in another --out folder"
+        return read_json(path, _Written, "a manifest", ResultsError, advice)
 
     def difference(self, wanted: Manifest) -> str | None:
         """Return the first thing in which the manifest a command wants differs from this one, in words."""
@@ -83,6 +134,15 @@ class Manifest(BaseModel):
             if before != now:
                 return f"{name} {_text(before)}, not {_text(now)}"
         return None
+
+
+class _Written(Manifest):
+    """A manifest as a file has it: what it does not say is not known."""
+
+    device: str = "?"
+    versions: dict[str, str] = Field(default_factory=dict)
+    date: str = "?"
+    format: int = 1
 
 
 @contextmanager
@@ -98,7 +158,7 @@ def open_results(folder: Path, manifest: Manifest) -> Iterator[Path]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | NO_LINKS, 0o644)
     except OSError as error:
         raise ResultsError(f"{folder} cannot be used for results: {error.strerror}; choose another --out.") from None
     try:

@@ -10,14 +10,18 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
+from reasonkv.budget import Budget
 from reasonkv.errors import ReasonKVError
+from reasonkv.files import NO_LINKS
+from reasonkv.inputs import Amount, Count, Number, Share, Whole, reason
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,6 +30,11 @@ if TYPE_CHECKING:
 
 RECORDS = "records.jsonl"
 R = TypeVar("R", bound="JsonlRecord")
+Options = dict[str, bool | Whole | Number | str | list[bool | Whole | Number | str] | None]
+Budgeted = Annotated[dict[str, Any], AfterValidator(lambda fields: Budget.from_dict(fields).to_dict())]
+"""Every field of a budget that can be carried out."""
+Counts = dict[str, Count]
+Tokens = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 class RecordError(ReasonKVError, ValueError):
@@ -79,26 +88,26 @@ class Measured(JsonlRecord):
 
     run: str
     method: str
-    options: dict[str, Any]
-    budget: dict[str, Any] | None
+    options: Options
+    budget: Budgeted | None
     task: str
-    example: int
-    seed: int
-    prompt_tokens: int
-    output_tokens: int
-    physical_mean: float
-    physical_peak: float
-    physical_terminal: float
-    saved_ratio_terminal: float
-    bytes_held: int
-    bytes_peak: int
-    bytes_full: int
-    events: int
-    tokens_dropped: int
-    guards: dict[str, int] = Field(default_factory=dict)
-    seconds: float
-    slots_read_mean: float | None = None
-    bytes_read_mean: float | None = None
+    example: Count
+    seed: Whole
+    prompt_tokens: Tokens
+    output_tokens: Tokens
+    physical_mean: Amount
+    physical_peak: Amount
+    physical_terminal: Amount
+    saved_ratio_terminal: Number
+    bytes_held: Count
+    bytes_peak: Count
+    bytes_full: Count
+    events: Tokens
+    tokens_dropped: Count
+    guards: Counts = Field(default_factory=dict)
+    seconds: Amount
+    slots_read_mean: Amount | None = None
+    bytes_read_mean: Amount | None = None
 
     @property
     def selects(self) -> bool:
@@ -122,13 +131,13 @@ class ReplayRecord(Measured):
 
     KEY = ("method", "options", "budget", "task", "example", "seed")
     trace_correct: bool | None
-    top1: float
-    top5: float
-    nll: float
-    kl: float
-    first_mismatch: int | None
-    answer_top1: float | None = None
-    diagnostics: dict[str, float] = Field(default_factory=dict)
+    top1: Share
+    top5: Share
+    nll: Number
+    kl: Number
+    first_mismatch: Count | None
+    answer_top1: Share | None = None
+    diagnostics: dict[str, Number] = Field(default_factory=dict)
 
 
 class AnswerRecord(Measured):
@@ -149,16 +158,16 @@ class AnswerRecord(Measured):
     """
 
     KEY = ("method", "options", "budget", "task", "example", "sample", "seed")
-    sample: int
+    sample: Count
     correct: bool
     truncated: bool
-    repetition: float
-    first_divergence: int | None
+    repetition: Share
+    first_divergence: Count | None
     output: str
-    score: float | None = None
+    score: Share | None = None
     extracted: str | None = None
     grader_error: str | None = None
-    thinking_tokens: int | None = None
+    thinking_tokens: Count | None = None
 
 
 class FullOutput(JsonlRecord):
@@ -172,10 +181,10 @@ class FullOutput(JsonlRecord):
     """
 
     KEY = ("example", "sample")
-    example: int
-    sample: int
-    prompt_tokens: int
-    tokens: list[int]
+    example: Count
+    sample: Count
+    prompt_tokens: Tokens
+    tokens: list[Tokens] = Field(min_length=1)
 
 
 class Asked:
@@ -238,7 +247,7 @@ def append_records(path: Path, records: Iterable[JsonlRecord]) -> None:
     Raises:
         OSError: the file cannot be written.
     """
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | NO_LINKS, 0o644)
     try:
         for record in records:
             line = (record.model_dump_json() + "\n").encode()
@@ -256,16 +265,22 @@ def repair(path: Path) -> bool:
     whole = data.rfind(b"\n") + 1
     if whole == len(data):
         return False
-    with path.open("r+b") as file:
-        file.truncate(whole)
-        os.fsync(file.fileno())
+    descriptor = os.open(path, os.O_WRONLY | NO_LINKS)
+    try:
+        os.ftruncate(descriptor, whole)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
     return True
 
 
 def whole_lines(path: Path) -> list[bytes]:
     """Return the lines of a record file (or of a `.gz` of one) that end with a newline; none where there is no file."""
     data = path.read_bytes() if path.exists() else b""
-    data = gzip.decompress(data) if path.suffix == ".gz" else data
+    try:
+        data = gzip.decompress(data) if path.suffix == ".gz" else data
+    except (OSError, EOFError, zlib.error):
+        raise RecordError(f"{path} cannot be unpacked; delete it and run its command again.") from None
     return data[: data.rfind(b"\n") + 1].split(b"\n")[:-1]
 
 
@@ -282,7 +297,7 @@ def read_lines(path: Path, kind: type[R]) -> list[R]:
             record = kind.model_validate_json(line)
         except ValidationError as error:
             raise RecordError(
-                f"{path}, line {number}: the record cannot be read because {_reason(error)}; "
+                f"{path}, line {number}: the record cannot be read because {reason(error)}; "
                 f"delete that line and run the command again to write it anew."
             ) from None
         if record.key in seen:
@@ -302,9 +317,3 @@ def read_records(path: Path) -> list[ReplayRecord]:
 def read_answers(path: Path) -> list[AnswerRecord]:
     """Return every record of a generation; errors as in `read_lines`."""
     return read_lines(path, AnswerRecord)
-
-
-def _reason(error: ValidationError) -> str:
-    first = error.errors()[0]
-    words = first["msg"][0].lower() + first["msg"][1:]
-    return f"field {'.'.join(map(str, first['loc']))!r} is wrong ({words})" if first["loc"] else f"of {words}"

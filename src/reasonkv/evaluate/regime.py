@@ -41,14 +41,14 @@ def regime_of(budget: Budget | None, prompt: int, events: int, exhausted: bool, 
         budget.tokens and budget.prompt == "keep" and max(prompt, budget.sinks) + budget.recent >= budget.tokens
     ):
         return "prompt_fills_budget"
-    return "compressed" if events > _prompt_events(budget, prompt) else "prompt_fills_budget"
+    return "compressed" if events > _prompt_events(budget, prompt, events) else "prompt_fills_budget"
 
 
 @functools.lru_cache(maxsize=4096)
-def _prompt_events(budget: Budget, prompt: int) -> int:
-    """Compactions while the prompt is fed; the schedule alone decides."""
+def _prompt_events(budget: Budget, prompt: int, most: int) -> int:
+    """Compactions while the prompt is fed, counted up to `most`; the schedule alone decides."""
     state, events = Lengths(prompt=prompt), 0
-    while state.logical < prompt:
+    while state.logical < prompt and events < most:
         boundary = next_event(budget, state)
         state, keep = step(budget, state, min(prompt, boundary or prompt) - state.logical)
         events += keep is not None

@@ -18,6 +18,7 @@ from reasonkv.evaluate.metrics import NonFiniteError, TraceMetrics, TraceScore
 from reasonkv.evaluate.reference import FullAttention
 from reasonkv.evaluate.traces import Trace
 from reasonkv.runtimes.transformers import CompressedCache, RowStats
+from reasonkv.runtimes.transformers.packed import KVDtype
 
 
 class ReplayError(ReasonKVError, RuntimeError):
@@ -50,6 +51,7 @@ def replay_batch(
     chunked: bool = True,
     calibration: Calibration | None = None,
     diagnostics: bool = False,
+    dtype: KVDtype | None = None,
     on_tokens: OnTokens = lambda count: None,
 ) -> list[Replayed]:
     """Replay a batch of traces.
@@ -70,6 +72,7 @@ def replay_batch(
         calibration: statistics of the model's queries, for methods that need them; looked up unless given.
         diagnostics: also measure what was lost, against full KV's attention over the trace; a bounded method then
             takes about twice as long.
+        dtype: of the slots a bounded method keeps, as in `CompressedCache`.
         on_tokens: called after every chunk.
 
     Raises:
@@ -94,6 +97,7 @@ def replay_batch(
         reference=future,
         calibration=calibration,
         observer=observer,
+        dtype=dtype if config.budget is not None else None,
     ) as cache:
         distances = cache.tokens_to_next_event
         for scored in feed(model, cache, rows, distances=distances, max_piece=MAX_CHUNK if chunked else 1):

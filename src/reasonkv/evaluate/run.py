@@ -124,6 +124,8 @@ def open_session(
     arguments |= {"options": chosen} if (chosen := job.options.to_dict()) else {}
     if calibration is not None:
         arguments["calibration"] = calibration.digest
+    if getattr(model, "kv_dtype", None) is not None:  # a server has none
+        arguments["kv_dtype"] = model.kv_dtype
     if isinstance(job, GenerateJob):
         drawn = job.sampling.to_dict() if job.sampling != Sampling() else None
         arguments |= {"samples": job.samples, "sampling": drawn, "max_new_tokens": job.max_new_tokens}
@@ -248,6 +250,7 @@ class ReplayTask(TaskRun):
             seed=self.job.seed,
             calibration=calibration,
             diagnostics=self.job.diagnostics,
+            dtype=self.session.model.kv_dtype,
             on_tokens=self.meter.add,
         )
         return [
@@ -313,6 +316,7 @@ class GenerateTask(TaskRun):
             # the task's longest, so that no byte count depends on a batch
             max_length=self.longest + room(model, self.longest, self.limit),
             calibration=calibration,
+            dtype=self.session.model.kv_dtype if config.budget is not None else None,
         ) as cache:
             rules = TextRules(self.session.model.tokenizer, self.sampling, job.options.think_end)
             for number, answer in decode_rows(

@@ -142,10 +142,12 @@ class TraceSettings(Sampling):
         return Sampling(**own if self.source == "sampled" else own | {"temperature": 0.0})
 
 
-def check_least(name: str, value: int) -> None:
-    """Raise unless a value is a whole number of at least 1."""
+def check_least(name: str, value: int, most: int = 2**31 - 1) -> None:
+    """Raise unless a value is a whole number from 1 to `most`."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise JobError(f"{name} must be a whole number of at least 1, not {value!r}.")
+    if value > most:
+        raise JobError(f"{name} must be at most {most:,}.")
 
 
 def check_choice(name: str, value: str | None, allowed: Sequence[str | None]) -> None:

@@ -5,7 +5,6 @@ Examples are the unit: standard errors are clustered by example, differences pai
 
 from __future__ import annotations
 
-import gzip
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,10 +13,20 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from pydantic_core import from_json
 
 from reasonkv.budget import Budget
-from reasonkv.evaluate.manifest import MANIFEST, ResultsError
-from reasonkv.evaluate.records import RECORDS, AnswerRecord, ReplayRecord, read_lines
+from reasonkv.evaluate.manifest import MANIFEST, Manifest, ResultsError
+from reasonkv.evaluate.records import (
+    RECORDS,
+    AnswerRecord,
+    Budgeted,
+    Counts,
+    Options,
+    ReplayRecord,
+    read_lines,
+    whole_lines,
+)
 from reasonkv.evaluate.regime import PREFIX_GUARD, regime_of
 from reasonkv.evaluate.statistics import (
     LEAST,
@@ -31,7 +40,8 @@ from reasonkv.evaluate.statistics import (
     paired_p_value,
     wilson,
 )  # fmt: skip
-from reasonkv.methods import MethodError, method_class
+from reasonkv.inputs import parse_json
+from reasonkv.methods import method_class
 
 __all__ = [
     "COMPARED", "FULL_KV", "KEPT", "LEAST", "METRICS", "RESAMPLES", "Difference", "Estimate", "bootstrap_means",
@@ -50,12 +60,17 @@ METRICS = {
         "correct", "truncated", "output_tokens", "repetition", "diverged", "physical_mean", "physical_peak", *_DERIVED
     ),
 }  # fmt: skip
+DIAGNOSTICS = (
+    "lost_attention", "lost_lookups", "lost_mass", "lost_mass_absolute",
+    "kappa_dispersion_relative", "rho_core", "rho_rep",
+)  # fmt: skip
+"""Measures of what was lost (`reasonkv.evaluate.diagnostics`), in the order of tables."""
 COMPARED = {"replay": ("top1", "nll", "kl"), "evaluate": ("correct",)}
 """The metrics that are compared with full KV's and random's."""
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Return the manifest of a results folder as written.
+    """Return the manifest of a results folder (`Manifest.to_dict`).
 
     Raises:
         ResultsError: the folder holds no results, or its manifest is damaged.
@@ -64,15 +79,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise ResultsError(f"There is no results folder {folder}; make one with `reasonkv replay` or `evaluate`.")
     if not (folder / MANIFEST).is_file():
         raise ResultsError(f"{folder} holds no results: it has no {MANIFEST}.")
-    try:
-        data = json.loads((folder / MANIFEST).read_text())
-    except (OSError, ValueError):
-        data = None
-    if not isinstance(data, dict) or "command" not in data:
-        raise ResultsError(
-            f"{folder / MANIFEST} cannot be read as a manifest; run the command in another --out folder."
-        )
-    return data
+    return Manifest.read(folder / MANIFEST).to_dict()
 
 
 def read_results(folders: Sequence[Path]) -> pd.DataFrame:
@@ -86,12 +93,31 @@ def read_results(folders: Sequence[Path]) -> pd.DataFrame:
         RecordError: a record is damaged.
     """
     parts = [
-        _prepared(pd.read_parquet(folder / KEPT))
-        if (folder / KEPT).is_file()
-        else to_frame(read_folder_records(folder), str(folder))
+        _kept(folder / KEPT) if (folder / KEPT).is_file() else to_frame(read_folder_records(folder), str(folder))
         for folder in map(Path, folders)
     ]
     return parts[0] if len(parts) == 1 else pd.concat(parts, ignore_index=True)
+
+
+def _kept(path: Path) -> pd.DataFrame:
+    """Read a compressed table whose columns have the types of records."""
+    try:
+        frame = pd.read_parquet(path)
+        if frame.empty:
+            raise ValueError("it has no rows")
+        for name in ("example", "seed", "prompt_tokens", "events", "bytes_held", "bytes_full"):
+            if not np.isfinite(frame[name].astype(float)).all():
+                raise ValueError(f"{name} is no number")
+        for name in {*METRICS["replay"], *METRICS["evaluate"], *DIAGNOSTICS} & {*frame}:
+            frame[name] = frame[name].astype(float)
+        if not all(isinstance(one, str) for name in ("task", "method", "options", "guards") for one in frame[name]):
+            raise ValueError("a text is missing")
+        for name, kind in {"options": Options, "guards": Counts, "budget": Budgeted}.items():
+            for text in frame[name].dropna().unique():
+                parse_json(text, kind)
+        return _prepared(frame)
+    except (OSError, KeyError, TypeError, ValueError) as error:  # pyarrow's errors are among them
+        raise ResultsError(f"{path} cannot be read as records ({' '.join(str(error).split())[:200]}).") from None
 
 
 def read_folder_records(folder: Path) -> Sequence[ReplayRecord | AnswerRecord]:
@@ -99,12 +125,9 @@ def read_folder_records(folder: Path) -> Sequence[ReplayRecord | AnswerRecord]:
     manifest, path = read_manifest(folder), folder / RECORDS
     packed = path.with_name(path.name + ".gz")
     kind: type[ReplayRecord | AnswerRecord]
-    if not path.is_file() and packed.is_file():
-        kind = ReplayRecord if manifest["command"] == "replay" else AnswerRecord
-        records = [kind.model_validate_json(line) for line in gzip.decompress(packed.read_bytes()).splitlines()]
-    else:
-        kind = AnswerRecord if _holds_answers(path, str(manifest["command"])) else ReplayRecord
-        records = read_lines(path, kind)
+    path = packed if packed.is_file() and not path.is_file() else path
+    kind = AnswerRecord if _holds_answers(path, manifest["command"]) else ReplayRecord
+    records = read_lines(path, kind)
     if not records:
         raise ResultsError(f"{folder} holds no results yet; run the command that made it again.")
     return records
@@ -113,9 +136,8 @@ def read_folder_records(folder: Path) -> Sequence[ReplayRecord | AnswerRecord]:
 def _holds_answers(path: Path, command: str) -> bool:
     """What the first line is; where it is damaged, what the command writes, so that the error names the line."""
     try:
-        with path.open() as file:
-            data = json.loads(file.readline())
-    except (OSError, ValueError):
+        data = from_json(next(iter(whole_lines(path)), b""))
+    except ValueError:
         return command == "evaluate"
     return isinstance(data, dict) and "correct" in data and "top1" not in data
 
@@ -135,7 +157,8 @@ def to_frame(records: Sequence[ReplayRecord | AnswerRecord], folder: str = "") -
     for record in records:
         row = dict(vars(record))
         row |= {name: _canonical(row[name]) for name in ("options", "budget", "guards")}
-        rows.append(row | row.pop("diagnostics", {}))
+        measured = row.pop("diagnostics", {})
+        rows.append(row | {name: measured[name] for name in DIAGNOSTICS if name in measured})
     return _prepared(pd.DataFrame(rows).assign(folder=folder))
 
 
@@ -162,7 +185,7 @@ def _prepared(frame: pd.DataFrame) -> pd.DataFrame:
     frame["rule"] = frame["budget"].map(rules).fillna("")
     frame["prompt"] = frame["budget"].map({text: one["prompt"] for text, one in budgets.items()}).fillna("")
     frame["selects"] = frame["slots_read_mean"].notna() & (frame["events"] == 0)
-    frame["saved_bytes"] = 1 - frame["bytes_held"] / frame["bytes_full"]
+    frame["saved_bytes"] = 1 - frame["bytes_held"] / frame["bytes_full"].where(frame["bytes_full"] > 0)
     if is_answer.any():
         frame["diverged"] = frame["first_divergence"].notna().astype(float).where(is_answer)
     known = {text: Budget.from_dict(budget) for text, budget in budgets.items()}
@@ -183,7 +206,7 @@ def method_label(method: str, options: Mapping[str, Any]) -> str:
     """Return the method's name and the options that are not its defaults, as in `snapkv:window=16`."""
     try:
         return method_class(method)(**options).spec()
-    except (MethodError, TypeError, ValueError):  # a method or option that is not installed here
+    except Exception:  # a method or option that is not installed here, or another package's method that cannot be made
         return method + (":" + ",".join(f"{name}={one}" for name, one in options.items()) if options else "")
 
 
@@ -233,8 +256,7 @@ def summarize(frame: pd.DataFrame, *, regimes: bool = False, seed: int = 0) -> p
 
 def diagnostics(frame: pd.DataFrame) -> Iterator[str]:
     """Yield the names of the diagnostics a table holds (`reasonkv.evaluate.diagnostics`)."""
-    names = ("lost_attention", "lost_lookups", "lost_mass", "lost_mass_absolute")
-    return (name for name in (*names, "kappa_dispersion_relative", "rho_core", "rho_rep") if name in frame)
+    return (name for name in DIAGNOSTICS if name in frame)
 
 
 def by_key(part: pd.DataFrame, metric: str) -> dict[Any, float]:

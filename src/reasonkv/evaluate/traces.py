@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
@@ -22,11 +23,13 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from reasonkv.errors import ReasonKVError
 from reasonkv.evaluate.chunks import TraceRow, feed
 from reasonkv.evaluate.decoding import OnTokens, Request, TextRules, decode_batch
-from reasonkv.evaluate.generate import context_length, encode, encode_given, end_tokens, render, room
+from reasonkv.evaluate.generate import encode, encode_given, end_tokens, render, room
 from reasonkv.evaluate.manifest import ResultsError
 from reasonkv.evaluate.metrics import TeacherLogprobs
 from reasonkv.evaluate.settings import TraceSettings
 from reasonkv.files import write_atomically
+from reasonkv.inputs import Count, read_json
+from reasonkv.resolve import context_length
 from reasonkv.runtimes.transformers import CompressedCache
 from reasonkv.tasks import Problem, Task, TaskOptions
 from reasonkv.tasks.given import GivenTraces
@@ -113,7 +116,7 @@ def load_or_make_traces(
     """
     path = folder / f"traces-{file_name(task_spec)}.safetensors"
     origin: dict[str, Any] = {"task": task_spec, "seed": seed, "settings": settings.to_dict()}
-    found = _read(path, origin)
+    found = _read(path, origin, vocabulary_of(model))
     on_done(len(found.keys() & set(examples)))
     missing = [example for example in examples if example not in found]
     for first in range(0, len(missing), batch_size):
@@ -172,7 +175,7 @@ def reference_logprobs(
     model: PreTrainedModel, prompts: Sequence[Tensor], outputs: Sequence[Tensor]
 ) -> list[TeacherLogprobs]:
     """Return, for each row, full KV's log-probabilities at the T positions that predict its output (stock cache)."""
-    vocabulary = int(model.config.get_text_config().vocab_size)
+    vocabulary = vocabulary_of(model)
     k = vocabulary if vocabulary <= WHOLE_VOCABULARY else TOP_K
     rows = [TraceRow(prompt, output) for prompt, output in zip(prompts, outputs, strict=True)]
     chunks: list[list[TeacherLogprobs]] = [[] for _ in rows]
@@ -186,6 +189,11 @@ def reference_logprobs(
         )
         for own in chunks
     ]
+
+
+def vocabulary_of(model: PreTrainedModel) -> int:
+    """Return how many logits the model gives for a position."""
+    return int(model.config.get_text_config().vocab_size)
 
 
 def _make(
@@ -202,6 +210,12 @@ def _make(
         pairs = [encode_given(tokenizer, task.traces[problem.example], options) for problem in problems]
         prompts = [prompt_P for prompt_P, _ in pairs]
         _check_prompts(model, task, prompts)
+        known = vocabulary_of(model)
+        for problem, pair in zip(problems, pairs, strict=True):
+            if len(pair[1]) == 0 or max(int(one.max()) for one in pair) >= known:
+                raise TraceError(
+                    f"Trace {problem.example} of {task.name} has no output, or token ids beyond the model's {known:,}."
+                )
         outputs = [output_T[: room(model, len(prompt_P), len(output_T))] for prompt_P, output_T in pairs]
     else:
         prompts = encode_prompts(model, tokenizer, task, problems, options)
@@ -265,20 +279,52 @@ def _write(path: Path, traces: Sequence[Trace], origin: dict[str, Any]) -> None:
     write_atomically(path.with_suffix(".json"), text.encode())
 
 
-def _read(path: Path, origin: dict[str, Any]) -> dict[int, Trace]:
-    if not path.with_suffix(".json").exists():
+class _Facts(BaseModel):
+    """What the list of traces says of one."""
+
+    example: Count
+    correct: bool | None
+
+
+class _Listed(BaseModel):
+    """The list of traces beside their tensors."""
+
+    task: str
+    seed: int
+    settings: dict[str, Any]
+    traces: list[_Facts]
+
+
+def _read(path: Path, origin: dict[str, Any], vocabulary: int) -> dict[int, Trace]:
+    listed = path.with_suffix(".json")
+    if not listed.exists():
         return {}
+    advice = "delete it to have its traces made again"
+    summary = read_json(listed, _Listed, "a list of traces", ResultsError, advice)
+    if any(getattr(summary, name) != value for name, value in origin.items()):
+        raise ResultsError(f"{path} holds traces made with other settings; choose another --out folder.")
     try:
-        summary = json.loads(path.with_suffix(".json").read_text())
-        if any(summary[name] != value for name, value in origin.items()):
-            raise ResultsError(f"{path} holds traces made with other settings; choose another --out folder.")
-        tensors, found = load_file(path), {}
-        for one in summary["traces"]:
-            name = one["example"]
-            ids = tensors[f"{name}.ids"].long() if f"{name}.ids" in tensors else None
-            teacher = TeacherLogprobs(ids, tensors[f"{name}.logprobs"], tensors[f"{name}.rest"])
-            prompt_P, output_T = tensors[f"{name}.prompt"].long(), tensors[f"{name}.output"].long()
-            found[name] = Trace(name, prompt_P, output_T, teacher, one["correct"])
-        return found
-    except (OSError, SafetensorError, KeyError, TypeError, json.JSONDecodeError):
-        raise ResultsError(f"{path} is damaged; delete it to have its traces made again.") from None
+        tensors = load_file(path)
+        return {one.example: _trace(tensors, one, vocabulary) for one in summary.traces}
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise ResultsError(f"{path} is damaged ({' '.join(str(error).split())[:200]}); {advice}.") from None
+
+
+def _trace(tensors: Mapping[str, Tensor], facts: _Facts, vocabulary: int) -> Trace:
+    """Return one trace; raises KeyError or ValueError where its tensors do not fit each other or the vocabulary."""
+    names = ("prompt", "output", "logprobs", "rest", "ids")
+    found = {name: tensors[f"{facts.example}.{name}"] for name in names if f"{facts.example}.{name}" in tensors}
+    prompt_P, output_T, logprobs_Tk, rest_T = (found[name] for name in names[:4])
+    ids_Tk, T = found.get("ids"), output_T.numel()
+    k = vocabulary if ids_Tk is None else ids_Tk.shape[-1]
+    tokens = [prompt_P, output_T] + ([] if ids_Tk is None else [ids_Tk])
+    fits = [prompt_P.ndim == output_T.ndim == 1, prompt_P.numel() > 0, T > 0, k > 0]
+    fits += [logprobs_Tk.shape == (T, k), rest_T.shape == (T,), ids_Tk is None or ids_Tk.shape == (T, k)]
+    fits += [not one.is_floating_point() and not one.is_complex() for one in tokens]
+    fits += [logprobs_Tk.dtype == rest_T.dtype == torch.float32]
+    if not all(fits) or not all(0 <= int(one.min()) <= int(one.max()) < vocabulary for one in tokens):
+        raise ValueError(f"the tensors of example {facts.example} fit neither each other nor {vocabulary} tokens")
+    if logprobs_Tk.isnan().any() or rest_T.isnan().any() or max(float(logprobs_Tk.max()), float(rest_T.max())) > 1e-3:
+        raise ValueError(f"example {facts.example} has log-probabilities that are none")
+    teacher = TeacherLogprobs(None if ids_Tk is None else ids_Tk.long(), logprobs_Tk, rest_T)
+    return Trace(facts.example, prompt_P.long(), output_T.long(), teacher, facts.correct)

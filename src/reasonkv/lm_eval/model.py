@@ -41,6 +41,7 @@ class BoundedLM(HFLM):
         method: a method or its spec; options are separated by semicolons, as in rkv:window=16;kernel=5.
         calibration: statistics of the model's queries, for methods that need them; looked up unless given.
         seed: of methods that draw random numbers.
+        kv_dtype: int8 or int4, of the slots that a bounded method keeps.
         options: fields of `reasonkv.Budget` (tokens, keep, interval, prompt, ...), and arguments of lm-eval's `hf`.
 
     Raises:
@@ -54,6 +55,7 @@ class BoundedLM(HFLM):
         method: Any = "full",
         calibration: str | None = None,
         seed: int = 0,
+        kv_dtype: Any = None,
         **options: Any,
     ) -> None:
         chosen = get_method(method.replace(";", ",") if isinstance(method, str) else method)
@@ -65,7 +67,7 @@ class BoundedLM(HFLM):
             raise ReasonKVError("A bounded cache needs a decoder-only model; use backend=causal.")
         self.method = chosen.for_tokenizer(self.tokenizer)
         self.budget = Budget.from_fields(None, given)
-        self.cache_options: dict[str, Any] = {"seed": seed, "calibration": calibration}
+        self.cache_options: dict[str, Any] = {"seed": seed, "calibration": calibration, "dtype": kv_dtype}
         self.measured: list[RowStats] = []
         self.open_cache().detach()  # a model that cannot be bounded is reported before the tasks are loaded
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from reasonkv.budget import Budget, BudgetError, Window
 from reasonkv.methods.base import Requirements
-from reasonkv.methods.ops import forced_first, largest, top_k_slots
+from reasonkv.methods.ops import forced_first, free_slots, largest, top_k_slots
 from reasonkv.methods.options import Share
 from reasonkv.methods.wraps import ScoreWrapper
 from reasonkv.plan import Plan
@@ -24,7 +24,7 @@ class AdaKV(ScoreWrapper):
     Eviction by Adaptive Budget Allocation for Efficient LLM Inference", arXiv 2407.11550).
 
     Storage holds `keep` slots in every head, so that the physical length is one number. A layer's H heads together
-    attend to H x a of them, a = round(keep / stretch):
+    attend to H x a of them: a = round(keep / stretch), where a kept prompt and sinks are set apart and all attended.
 
     1. Every head stores its `keep` best slots by the base method's scores.
     2. The best round-down(alpha x a) slots of every head, and all protected ones, are attended (the safeguard).
@@ -58,15 +58,20 @@ class AdaKV(ScoreWrapper):
         padding_BHN = view.state["log_mass"].isneginf()
         scores_BHN = scores_BHN.clamp(min=torch.finfo(scores_BHN.dtype).min).masked_fill(padding_BHN, float("-inf"))
         kept_BHK = top_k_slots(scores_BHN, keep, protected_BHN)
-        mean = max(1, round(keep / self.stretch))
+        free_B11 = free_slots(view, keep)[:, :1]  # the same in all heads
+        mean_B11 = (free_B11.double() / self.stretch).round().long().clamp(min=1)
+        apart_B11, safe_B11 = keep - free_B11, (self.alpha * mean_B11.double()).long()
         attended_BHK = shared_top_k(
-            scores_BHN.gather(2, kept_BHK), mean, int(self.alpha * mean), protected_BHN.gather(2, kept_BHK)
+            scores_BHN.gather(2, kept_BHK),
+            apart_B11 + mean_B11,
+            apart_B11 + safe_B11,
+            protected_BHN.gather(2, kept_BHK),
         )
         log_mass_BHK = torch.zeros(kept_BHK.shape, device=kept_BHK.device).masked_fill(~attended_BHK, float("-inf"))
         return Plan(kept_BHK, log_mass_BHK=log_mass_BHK)
 
 
-def shared_top_k(scores_BHN: Tensor, mean: int, safe: int, forced_BHN: Tensor) -> Tensor:
+def shared_top_k(scores_BHN: Tensor, mean: int | Tensor, safe: int | Tensor, forced_BHN: Tensor) -> Tensor:
     """Return the slots with the highest scores of all heads together, H x `mean` of them, bool [B, H, N].
 
     More only where the safeguard alone asks for more; fewer only where fewer are not -inf. In every head these are its
@@ -74,15 +79,17 @@ def shared_top_k(scores_BHN: Tensor, mean: int, safe: int, forced_BHN: Tensor) -
 
     Args:
         scores_BHN: scores on one scale; -inf is never chosen, NaN is not allowed.
-        mean: slots per head, on average.
+        mean: slots per head, on average; this and `safe` are one number, or int64 [B, 1, 1].
         safe: the best of every head that are chosen whatever the other heads' scores, forced ones among them.
         forced_BHN: bool, slots chosen whatever their score.
     """
     B, H, N = scores_BHN.shape
     can_BHN = ~scores_BHN.isneginf() | forced_BHN
     scores_BHN = forced_first(scores_BHN, forced_BHN)
-    first_BHN = (largest(scores_BHN, min(safe, N)) & can_BHN) | forced_BHN
-    count_B1 = first_BHN.flatten(1).sum(-1, keepdim=True).clamp(min=H * mean, max=H * N)
+    mean_B1, safe_B11 = (torch.as_tensor(x, device=scores_BHN.device).expand(B, 1, 1) for x in (mean, safe))
+    mean_B1 = mean_B1[:, 0]
+    first_BHN = (largest(scores_BHN, safe_B11.clamp(max=N)) & can_BHN) | forced_BHN
+    count_B1 = first_BHN.flatten(1).sum(-1, keepdim=True).maximum(H * mean_B1).clamp(max=H * N)
     # Slot by slot through all heads, so that of equal scores the newer slot wins whichever head it is in.
     flat_BM = scores_BHN.masked_fill(first_BHN, float("inf")).transpose(1, 2).flatten(1)
     return largest(flat_BM, count_B1).view(B, N, H).transpose(1, 2) & can_BHN

@@ -100,14 +100,14 @@ class Observed:
         positions_Bq: int64, their token indices; of padding, anything.
         valid_Bq: bool, False at padding.
         layer: index of the layer.
-        rotary: how they were rotated.
+        rotary: how they were rotated; None unless the method's `Requirements` ask for it.
     """
 
     queries_BHqqD: Tensor
     positions_Bq: Tensor
     valid_Bq: Tensor
     layer: int
-    rotary: Rotary
+    rotary: Rotary | None = None
 
     @classmethod
     def joined(cls, seen: Sequence[Observed]) -> Observed:
@@ -228,9 +228,13 @@ class Method(ABC):
         """Return the options as recorded in results, resolved."""
         return {one.name: getattr(self, one.name) for one in fields(self)}
 
+    def defaults(self) -> dict[str, object]:
+        """Return what the options are unless they are given, of this variant."""
+        return {one.name: one.default for one in fields(self)} | dict(self._of_variant())
+
     def spec(self) -> str:
         """Return the shortest text from which `get_method` makes this method: `name` or `name:key=value,...`."""
-        usual = {one.name: one.default for one in fields(self)} | dict(self._of_variant())
+        usual = self.defaults()
         changed = [f"{key}={value}" for key, value in self.options().items() if value != usual[key]]
         return self.name + (":" + ",".join(changed) if changed else "")
 

@@ -47,6 +47,7 @@ class BeaconKV(ScorerMethod):
 
     def observe(self, state: dict[str, Tensor], seen: Observed) -> None:
         """Let queries wait at their token index modulo `beacons`; when all places are taken, choose beacons anew."""
+        assert seen.rotary is not None
         n, valid_Bq = self.beacons, seen.valid_Bq
         turn_Bq = seen.positions_Bq.div(n, rounding_mode="floor")
         first_B1 = turn_Bq.where(valid_Bq, torch.iinfo(torch.int64).max).amin(1, keepdim=True)

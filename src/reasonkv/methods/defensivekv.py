@@ -31,9 +31,10 @@ class DefensiveKV(Method):
     The paper also divides the budget of a layer, or of the model, among heads.
 
     Args:
-        variant: "corrected" - as above; "paper" - the authors' code where it differs: it normalises r over KV heads
-            instead of slots, takes the attention to the newest slots BEFORE the window for that to the window, compares
-            the sums of step 4 with that on the scale of old slots alone, and leaves out the token that reaches it.
+        variant: "corrected" - as above, the mean of step 2 over slots that may be evicted; "paper" - the authors' code
+            where it differs: that mean is over all slots, it normalises r over KV heads instead of slots, takes the
+            attention to the newest slots BEFORE the window for that to the window, compares the sums of step 4 with
+            that on the scale of old slots alone, and leaves out the token that reaches it.
         window: newest queries that vote; their tokens are always kept.
         kernel: slots pooled together, odd; 1 turns pooling off.
         mass: share of attention that step 4 covers; 0 turns it off.
@@ -63,7 +64,7 @@ class DefensiveKV(Method):
     def score(self, view: SlotView, norms_BHN: Tensor | None = None) -> Tensor:
         """Return scores by steps 1 to 4, float32 [B, H, N]; without step 3 if `norms_BHN` is None."""
         worst_BHn, mean_BHn = self.attention(view)
-        score_BHn = worst_BHn.maximum(worst_BHn.mean(-1, keepdim=True))
+        score_BHn = worst_BHn.maximum(self.floor(worst_BHn, view))
         if norms_BHN is not None:
             r_BHn = norms_BHN[..., : score_BHn.shape[-1]]
             total = r_BHn.sum(-1 if self.variant == "corrected" else 1, keepdim=True)
@@ -73,6 +74,13 @@ class DefensiveKV(Method):
             first_BHn = score_BHn.amax(-1, keepdim=True) + 1.0 + rank_BHn
             score_BHn = torch.where(covering_BHn & ~score_BHn.isnan(), first_BHn, score_BHn)
         return fill_window(score_BHn, view.positions_BHN.shape[-1])
+
+    def floor(self, worst_BHn: Tensor, view: SlotView) -> Tensor:
+        """Return what no score of step 2 is below: the mean over slots, corrected: over those that may be evicted."""
+        if self.variant == "paper":
+            return worst_BHn.mean(-1, keepdim=True)
+        is_open_BHn = ~view.is_protected_BHN[..., : worst_BHn.shape[-1]]
+        return (worst_BHn * is_open_BHn).sum(-1, keepdim=True) / is_open_BHn.sum(-1, keepdim=True).clamp(min=1)
 
     def attention(self, view: SlotView) -> tuple[Tensor, Tensor]:
         """Return pooled attention to old slots, the maximum over queries and query heads, and its plain mean [B, H, n].

@@ -75,6 +75,7 @@ class ExpectedAttention(ScorerMethod):
 
     def observe(self, state: dict[str, Tensor], seen: Observed) -> None:
         """Add the queries of one forward; those of padding and of the first `sinks` tokens do not count."""
+        assert seen.rotary is not None
         for queries_BqtD, positions_Bt, valid_Bt in zip(
             torch.split(seen.queries_BHqqD, _TOKENS_AT_ONCE, 2),
             torch.split(seen.positions_Bq, _TOKENS_AT_ONCE, 1),
@@ -93,6 +94,8 @@ class ExpectedAttention(ScorerMethod):
         moments = rotated(moments_of(sums, view.rotary), mean_rotation(view.rotary, start_B, self.future))
         keys_BHND = view.rotary.canonical(view.keys_BHND)
         logits_BHgN = expected_logits(keys_BHND, moments, view.scaling).view(B, H, -1, N)
+        if (mass_BHN := view.state.get("log_mass")) is not None:  # stored by a method that scores with this one
+            logits_BHgN = logits_BHgN + mass_BHN[:, :, None]
         is_sink_BHN = view.positions_BHN < (0 if self.variant == "corrected" else self.sinks)
         scores_BHN = logits_BHgN.masked_fill(is_sink_BHN[:, :, None], float("-inf")).softmax(-1).mean(2)
         if self.value_norm:

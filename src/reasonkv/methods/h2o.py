@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from reasonkv.methods.base import Method, Observed, Requirements, SlotState
-from reasonkv.methods.ops import attend, later_slots, top_k_slots, upcast
+from reasonkv.methods.ops import attend, free_slots, top_k_slots, upcast
 from reasonkv.methods.options import Share, Size
 from reasonkv.plan import Plan
 from reasonkv.view import SlotView
 
 _FRESH = -1.0  # state of a slot that no compaction has seen; attention is never negative
-_QUERIES_AT_ONCE = 128
+_ROWS_AT_ONCE = 256  # query rows of a product; more would not fit a core's cache beside thousands of slots
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class H2O(Method):
 
     Args:
         window: newest queries that can be counted at a compaction; at least the budget's interval.
-        recent_share: share of the kept slots that goes to the newest tokens; the paper's half.
+        recent_share: share of what is kept, beside a kept prompt and sinks, that goes to the newest; the paper's half.
     """
 
     window: Size = 128
@@ -60,11 +60,10 @@ class H2O(Method):
 
     def plan(self, view: SlotView, keep: int) -> Plan:
         attention_BHN = self.accumulated(view)
-        newest = int(keep * self.recent_share)
-        scores_BHN = attention_BHN.clone()
-        if newest:
-            # Not forced: protected slots come first where both do not fit.
-            scores_BHN[..., -newest:] = torch.finfo(scores_BHN.dtype).max
+        newest_BH1 = (free_slots(view, keep).double() * self.recent_share).long()
+        slots, number_N = attention_BHN.shape[-1], torch.arange(attention_BHN.shape[-1], device=attention_BHN.device)
+        # Not forced: protected slots come first where both do not fit.
+        scores_BHN = attention_BHN.masked_fill(number_N >= slots - newest_BH1, torch.finfo(attention_BHN.dtype).max)
         scores_BHN = torch.where(attention_BHN.isnan(), attention_BHN, scores_BHN)
         kept_BHK = top_k_slots(scores_BHN, keep, view.is_protected_BHN)
         return Plan(kept_BHK, state={"attention": attention_BHN.gather(2, kept_BHK)})
@@ -79,38 +78,43 @@ class H2O(Method):
         ring_counts_BT = view.query_positions_BT >= first_B1
         positions_Bq = view.row_state["positions"]
         if positions_Bq.shape[1]:
-            total_BHN = total_BHN + received(view, view.row_state["queries"], positions_Bq, positions_Bq >= first_B1)
+            total_BHN = total_BHN + received(view, view.row_state["queries"], positions_Bq >= first_B1)
             start_B1 = positions_Bq.where(positions_Bq >= 0, view.length_B[:, None]).amin(1, keepdim=True)
             ring_counts_BT = ring_counts_BT & (view.query_positions_BT < start_B1)
-        return total_BHN + received(view, view.queries_BHqTD, view.query_positions_BT, ring_counts_BT)
+        return total_BHN + received(view, view.queries_BHqTD, ring_counts_BT)
 
 
-def received(view: SlotView, queries_BHqTD: Tensor, positions_BT: Tensor, counts_BT: Tensor) -> Tensor:
+def received(view: SlotView, queries_BHqTD: Tensor, counts_BT: Tensor) -> Tensor:
     """Return the attention that queries pay to every slot: summed over those that count, mean over the query heads.
+
+    Some queries at a time: no matrix of all queries and slots is formed, and no query meets a slot after its own block.
 
     Args:
         view: one layer's slots.
-        queries_BHqTD: rotated queries among the newest T tokens of every sequence.
-        positions_BT: int64, their token indices, -1 at padding.
+        queries_BHqTD: rotated queries of the newest T columns of every sequence; padding precedes every token.
         counts_BT: bool; a query that counts sees every slot up to its own, as it did in the model.
 
     Returns:
         float32 (float64 for float64 keys) [B, H, N].
     """
-    (_, H, N, _), T = view.keys_BHND.shape, queries_BHqTD.shape[2]
-    queries_BHgTD = torch.unflatten(queries_BHqTD, 1, (H, -1))
-    is_ignored_R1T1 = ~counts_BT.repeat_interleave(H, 0)[:, None, :, None]
-    ignores = not bool(counts_BT.all())
-    # In float64: sums of thousands of queries, whose order does not show after rounding.
-    total_BHgN = torch.zeros(*queries_BHgTD.shape[:3], N, dtype=torch.float64, device=queries_BHqTD.device)
-    for start in range(0, T, _QUERIES_AT_ONCE):
-        at = slice(start, start + _QUERIES_AT_ONCE)
+    (B, H, N, _), T = view.keys_BHND.shape, queries_BHqTD.shape[2]
+    keys_BHND, queries_BHgTD = upcast(view.keys_BHND), torch.unflatten(queries_BHqTD, 1, (H, -1))
+    group = queries_BHgTD.shape[2]
+    weights_RT = (counts_BT.to(keys_BHND.dtype) / group).repeat_interleave(H, 0)
+    total_BHN = torch.zeros(B, H, N, dtype=torch.float64, device=keys_BHND.device)  # sums of thousands of queries
+    step = max(1, _ROWS_AT_ONCE // group)
+    for start in range(0, T, step):
+        at = slice(start, min(start + step, T))
+        seen, own = N - T + at.stop, at.stop - start  # slots up to the block's last token, and tokens of the block
+        if seen <= 0:  # padding alone
+            continue
 
-        def summed(block: slice, attention_rgTN: Tensor, at: slice = at) -> Tensor:
-            if ignores:  # an ignored query may have no slot left to see: its attention is NaN, and is filled
-                attention_rgTN.masked_fill_(is_ignored_R1T1[block, :, at], 0.0)
-            return attention_rgTN.sum(2, dtype=torch.float64)
+        def summed(block: slice, attention_rgTn: Tensor, at: slice = at) -> Tensor:
+            weights_r1q = weights_RT[block, None, at].repeat(1, 1, group)
+            return torch.bmm(weights_r1q, attention_rgTn.flatten(1, 2))[:, 0]
 
-        later_BHTn = later_slots(view, positions_BT[:, at], newest=T)
-        total_BHgN += attend(queries_BHgTD[:, :, :, at], view.keys_BHND, view.scaling, summed, later_BHTt=later_BHTn)
-    return total_BHgN.mean(2).to(upcast(view.keys_BHND[:0]).dtype)
+        later_Tt = torch.ones(own, own, dtype=torch.bool, device=keys_BHND.device).triu(1)[:, -min(own, seen) :]
+        later_BHTt = later_Tt.expand(B, H, -1, -1)
+        queries_BHgtD, keys_BHnD = queries_BHgTD[:, :, :, at], keys_BHND[:, :, :seen]
+        total_BHN[:, :, :seen] += attend(queries_BHgtD, keys_BHnD, view.scaling, summed, later_BHTt=later_BHTt)
+    return total_BHN.to(keys_BHND.dtype)

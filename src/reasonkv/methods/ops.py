@@ -87,6 +87,17 @@ def largest(scores: Tensor, count: int | Tensor, most: int | None = None) -> Ten
     return (above | (equal & (rank <= count - above.sum(-1, keepdim=True)))) & torch.as_tensor(count > 0)
 
 
+def free_slots(view: SlotView, keep: int) -> Tensor:
+    """Return how many of `keep` slots shares of the budget are taken of, int64 [B, H, 1].
+
+    Protected slots before the newest ones (a kept prompt, sinks) do not count, so that a method divides what it may
+    choose. The newest protected ones do: they are the ones that most methods would keep anyway.
+    """
+    is_protected_BHN = view.is_protected_BHN
+    newest_BH1 = is_protected_BHN.flip(-1).cumprod(-1).sum(-1, keepdim=True)
+    return keep - is_protected_BHN.sum(-1, keepdim=True) + newest_BH1
+
+
 def ranks(x: Tensor) -> Tensor:
     """Return the rank of every entry of the last axis, int64, 0 for the smallest; of equal ones the later is higher."""
     order = x.argsort(dim=-1, stable=True)
@@ -191,7 +202,8 @@ def attend(
         scaling: factor on the products.
         reduce: called with a block of the R heads and its attention, float32 (float64 for float64 keys) [r, g, T, N],
             which the next block overwrites; returns [r, ...].
-        later_BHTt: bool, which of the last t slots come after a query, which then does not see them.
+        later_BHTt: bool, which of the last t slots come after a query, which then does not see them; a query that sees
+            no slot pays no attention.
         merge_logits: as in `window_attention`; g is then 1.
         adjust: called with a block and its logits [r, g, T, N], to change them in place before the softmax.
         blocks: which heads to take at once, unless as `head_blocks` says.
@@ -202,6 +214,8 @@ def attend(
     (B, H, g, T, _), N = queries_BHgTD.shape, keys_BHND.shape[2]
     queries_RgTD, keys_RND = queries_BHgTD.flatten(0, 1), keys_BHND.flatten(0, 1)
     later_RTt = None if later_BHTt is None else later_BHTt.flatten(0, 1)
+    # a query older than every slot that a small budget kept, and padding: they see nothing
+    blind_RT1 = later_RTt.all(-1, keepdim=True) if later_RTt is not None and later_RTt.shape[-1] == N else None
     blocks = blocks or list(head_blocks(B * H, g * T * N, keys_RND.device))
     most = max((block.stop - block.start for block in blocks), default=0)
     logits_rqN = upcast(keys_RND[:0]).new_empty(most, g * T, N)
@@ -217,7 +231,10 @@ def attend(
             logits_rgTN[..., N - later_RTt.shape[-1] :].masked_fill_(later_RTt[block, None], float("-inf"))
         if adjust is not None:
             adjust(block, logits_rgTN)
-        parts.append(reduce(block, torch.softmax(logits_rgTN, -1, out=logits_rgTN)))
+        attention_rgTN = torch.softmax(logits_rgTN, -1, out=logits_rgTN)
+        if blind_RT1 is not None:
+            attention_rgTN.masked_fill_(blind_RT1[block, None], 0.0)
+        parts.append(reduce(block, attention_rgTN))
     return torch.unflatten(torch.cat(parts), 0, (B, H))
 
 

@@ -15,6 +15,7 @@ from pydantic import AfterValidator, ConfigDict, PydanticUserError, TypeAdapter,
 from pydantic_core import PydanticCustomError, SchemaError
 
 from reasonkv.methods.catalogue import MethodError
+from reasonkv.numbers import TOO_MANY
 
 
 def _odd(slots: int) -> int:
@@ -67,8 +68,12 @@ def checked(method: Any, name: str, value: Any, *, is_text: bool = False) -> Any
     option = options_of(cls)[name]
     try:
         if is_text:
-            return option.validate_strings(value)
-        return option.validate_python(value.item() if isinstance(value, np.generic) else value, strict=True)
+            found = option.validate_strings(value)
+        else:
+            found = option.validate_python(value.item() if isinstance(value, np.generic) else value, strict=True)
+        if isinstance(found, int) and abs(found) >= TOO_MANY:
+            raise MethodError(f"{cls.name}: {name} must be below 2^31, not a number of {found.bit_length()} bits.")
+        return found
     except ValidationError as error:
         found = error.errors()[0]
         words = _MUST_BE.get(found["type"]) or _MUST_BE.get(found["type"].partition("_")[0]) or found["msg"]

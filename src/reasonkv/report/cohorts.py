@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -59,9 +60,10 @@ def read_folders(folders: Sequence[Path]) -> list[Folder]:
         ResultsError: a folder holds no results, or is named twice.
         RecordError: a record is damaged.
     """
-    if len({one.resolve() for one in folders}) < len(folders):
+    real = [Path(os.path.realpath(one)) for one in folders]  # which, unlike `resolve`, takes links in a circle
+    if len(set(real)) < len(folders):
         raise ResultsError("A results folder is named twice; name each once.")
-    names = [one.resolve().name for one in folders]
+    names = [one.name for one in real]
     return [
         Folder(one, name if names.count(name) == 1 else str(one), read_manifest(one), read_results([one]))
         for one, name in zip(folders, names, strict=True)

@@ -12,11 +12,10 @@ from reasonkv.budget import Budget
 from reasonkv.evaluate.cells import RunConfig
 from reasonkv.evaluate.chunks import TraceRow
 from reasonkv.evaluate.generate import row_seed
-from reasonkv.evaluate.job import Sampling, TraceSettings
-from reasonkv.evaluate.manifest import ResultsError
-from reasonkv.evaluate.records import FullOutput, RecordFile, record_key
+from reasonkv.evaluate.manifest import Arguments, ResultsError
+from reasonkv.evaluate.records import FullOutput, read_lines
 from reasonkv.evaluate.table import read_folder_records, read_manifest
-from reasonkv.evaluate.traces import encode_prompts, file_name, load_or_make_traces
+from reasonkv.evaluate.traces import encode_prompts, file_name, load_or_make_traces, vocabulary_of
 from reasonkv.methods import get_method
 from reasonkv.models import LoadedModel
 from reasonkv.report.inspector import Inspection, Inspector, Subject
@@ -31,15 +30,16 @@ def inspect_folder(
     Args:
         folder: made by replay or evaluate.
         loaded: the model that made it.
-        choices: task, example, method and tokens; None is no choice.
+        choices: task, example, method, tokens and grade; None is no choice.
         generate: let the compressed run write its own answer, as it does in a folder of evaluate.
 
     Raises:
-        ResultsError: the folder holds no results or none that fit, or was made with other weights.
+        ResultsError: the folder holds no results or none that fit, was made with other weights, or names code that is
+            not among the choices.
         RecordError: a record is damaged.
     """
     manifest, records = read_manifest(folder), read_folder_records(folder)
-    arguments = manifest["arguments"]
+    arguments = Arguments.of(manifest["arguments"])
     if loaded.hash != manifest["model"]["hash"]:
         raise ResultsError(f"{folder} was made with other weights of {manifest['model']['name']}; give --model.")
     wanted = {"task": choices.get("task"), "example": choices.get("example")}
@@ -62,7 +62,8 @@ def inspect_folder(
     spec = ",".join(f"{key}={value}" for key, value in record.options.items())
     assert record.budget is not None  # only bounded runs fit
     inspector = Inspector(loaded, RunConfig(get_method(f"{record.method}:{spec}"), Budget.from_dict(record.budget)))
-    options = TaskOptions.from_dict(arguments.get("options", {}))
+    options = arguments.options
+    _refuse_code(record.task, options, choices)
     task = get_task(record.task, options).for_tokenizer(loaded.tokenizer)
     row_of = row_seed(record.example, getattr(record, "sample", 0))
     subject = Subject.of_task(task, record.task, record.example, record.seed, row_of, options.think_end)
@@ -70,13 +71,15 @@ def inspect_folder(
     row = (_full_output if answers else _trace)(folder, arguments, loaded, record, task, options)
     if not answers and not generate:
         return inspector.replay(row, subject)
-    sampling = arguments.get("sampling")
-    return inspector.generation(
-        row,
-        subject,
-        sampling=Sampling(**sampling) if sampling else None,
-        max_new_tokens=arguments.get("max_new_tokens"),
-    )
+    return inspector.generation(row, subject, sampling=arguments.sampling, max_new_tokens=arguments.max_new_tokens)
+
+
+def _refuse_code(task: str, options: TaskOptions, choices: Mapping[str, Any]) -> None:
+    """Raise where a folder, which may be a stranger's, names Python code or a file that may name some."""
+    if task.endswith((".yaml", ".yml")) and choices.get("task") != task:
+        raise ResultsError(f"The problems are those of the file {task}; give --task {task} if you trust it.")
+    if ".py:" in (options.grade or "") and choices.get("grade") != options.grade:
+        raise ResultsError(f"The grader is code, {options.grade}; give --grade {options.grade} to run it.")
 
 
 def _how_soon_wrong(record: Any) -> tuple[bool, bool, int]:
@@ -85,24 +88,26 @@ def _how_soon_wrong(record: Any) -> tuple[bool, bool, int]:
 
 
 def _trace(
-    folder: Path, arguments: Mapping[str, Any], loaded: LoadedModel, record: Any, task: Task, options: TaskOptions
+    folder: Path, arguments: Arguments, loaded: LoadedModel, record: Any, task: Task, options: TaskOptions
 ) -> TraceRow:
     """Return the trace of a replay's record, from the folder."""
     (trace,) = load_or_make_traces(
         loaded.model, loaded.tokenizer, task, task_spec=record.task, examples=[record.example], seed=record.seed,
-        settings=TraceSettings(**arguments["traces"]), folder=folder, batch_size=1, options=options,
+        settings=arguments.traces, folder=folder, batch_size=1, options=options,
     )  # fmt: skip
     return trace.row
 
 
 def _full_output(
-    folder: Path, arguments: Mapping[str, Any], loaded: LoadedModel, record: Any, task: Task, options: TaskOptions
+    folder: Path, arguments: Arguments, loaded: LoadedModel, record: Any, task: Task, options: TaskOptions
 ) -> TraceRow:
     """Return full KV's answer to an answer record's problem, from the folder."""
-    outputs = RecordFile(folder / f"outputs-{file_name(record.task)}.jsonl", FullOutput).records
-    key = record_key(record.example, record.sample)
-    if key not in outputs:
+    written = read_lines(folder / f"outputs-{file_name(record.task)}.jsonl", FullOutput)
+    tokens = next((one.tokens for one in written if (one.example, one.sample) == (record.example, record.sample)), None)
+    if tokens is None:
         raise ResultsError(f"{folder} lacks full KV's output of example {record.example}; run its command again.")
     problem = task.problem(record.example, seed=record.seed)
     (prompt_P,) = encode_prompts(loaded.model, loaded.tokenizer, task, [problem], options)
-    return TraceRow(prompt_P, torch.tensor(outputs[key].tokens))
+    if max(tokens) >= vocabulary_of(loaded.model):
+        raise ResultsError(f"{folder} has an output of example {record.example} with tokens that the model has not.")
+    return TraceRow(prompt_P, torch.tensor(tokens))

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from html import escape
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ConfigDict, JsonValue, TypeAdapter
 from torch import Tensor
 
 from reasonkv.calibration import Calibration
@@ -31,8 +31,9 @@ from reasonkv.evaluate.manifest import ResultsError
 from reasonkv.evaluate.metrics import TeacherLogprobs
 from reasonkv.evaluate.reference import FullAttention
 from reasonkv.evaluate.text import first_divergence
-from reasonkv.evaluate.traces import reference_logprobs
+from reasonkv.evaluate.traces import file_name, reference_logprobs
 from reasonkv.files import write_atomically
+from reasonkv.inputs import read_json
 from reasonkv.methods import refuse_future
 from reasonkv.models import LoadedModel, one_thread_if_small
 from reasonkv.report.html import INSPECTOR_SCRIPTS, INSPECTOR_STYLES, render
@@ -46,6 +47,7 @@ from reasonkv.tasks.options import THINK_END
 FORMAT = 1
 FOLDER = "inspections"
 """Where a results folder keeps its inspections."""
+_SAVED = TypeAdapter(dict[str, JsonValue], config=ConfigDict(allow_inf_nan=False))
 
 
 @dataclass(frozen=True)
@@ -179,7 +181,7 @@ class Inspector:
         return CompressedCache(
             self.model.model, method, budget, prompt_lengths=[prompt], seed=subject.seed,
             row_seeds=[_row_seed(subject)], max_length=longest, observer=observer,
-            calibration=self.calibration or self.model.calibration_file, **options,
+            calibration=self.calibration or self.model.calibration_file, dtype=self.model.kv_dtype, **options,
         )  # fmt: skip
 
     def _answer(self, output_T: Tensor, subject: Subject) -> dict[str, Any]:
@@ -248,9 +250,11 @@ class Inspector:
 def save_inspection(folder: Path, data: dict[str, Any]) -> Path:
     """Write `folder/inspections/NAME.json`, whole or not at all."""
     tokens = "full" if data["budget"] is None else data["budget"]["tokens"]
-    name = f"{data['kind']}-{data['task']}-{data['method']}-{tokens}-{data['example']}"
-    path = folder / FOLDER / f"{re.sub(r'[^A-Za-z0-9]+', '-', name).strip('-')}.json"
+    name = file_name(f"{data['kind']}-{data['task']}-{data['method']}-{tokens}-{data['example']}")
+    path = folder / FOLDER / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.parent.is_symlink():
+        raise ResultsError(f"{path.parent} is a link to another folder; delete it.")
     write_atomically(path, (json.dumps(data, separators=(",", ":"), allow_nan=False) + "\n").encode())
     return path
 
@@ -263,12 +267,10 @@ def load_inspections(folder: Path) -> dict[str, dict[str, Any]]:
     """
     found = {}
     for path in sorted((folder / FOLDER).glob("*.json")):
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            data = None
-        if not isinstance(data, dict) or data.get("format") != FORMAT:
-            raise ResultsError(f"{path} is not an inspection this version can read; delete it and make it again.")
+        advice = "delete it and make it again"
+        data = read_json(path, _SAVED, "an inspection", ResultsError, advice)
+        if data.get("format") != FORMAT:
+            raise ResultsError(f"{path} is not an inspection this version can read; {advice}.")
         found[path.stem] = data
     return found
 

@@ -13,11 +13,12 @@ from reasonkv.errors import ReasonKVError
 from reasonkv.evaluate.cells import RunConfig
 from reasonkv.evaluate.chunks import TraceRow
 from reasonkv.evaluate.decoding import Request, TextRules, decode_batch
-from reasonkv.evaluate.generate import context_length, encode, end_tokens, render, room
+from reasonkv.evaluate.generate import encode, end_tokens, render, room
 from reasonkv.evaluate.job import TraceSettings
 from reasonkv.evaluate.traces import load_or_make_traces
 from reasonkv.models import LoadedModel, one_thread_if_small
 from reasonkv.report.inspector import Inspection, Inspector, Subject
+from reasonkv.resolve import context_length
 from reasonkv.runtimes.transformers import CompressedCache
 from reasonkv.tasks import TaskOptions, get_task
 

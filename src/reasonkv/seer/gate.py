@@ -8,8 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated
 
 import torch
+from pydantic import BaseModel, Field
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -77,6 +79,15 @@ def random_gate(
     return Gate([of(shape) for shape in shapes], page_size, model, source)
 
 
+class _Header(BaseModel):
+    """The facts in a header, whose values are all texts."""
+
+    layers: Annotated[int, Field(ge=1, le=100_000)]
+    page_size: Annotated[int, Field(ge=1, le=2**20)]
+    model: str
+    source: str = ""
+
+
 def save_gate(path: Path | str, gate: Gate) -> None:
     """Write a gate's file in bfloat16, whole or not at all.
 
@@ -100,12 +111,22 @@ def load_gate(path: Path | str) -> Gate:
     """
     header, tensors = read_tensors(path, "gate", GateError)
     try:
-        numbers = range(int(header["layers"]))
-        present = {int(name.split(".")[0]) for name in tensors}
-        layers = [{n: tensors[f"{i}.{n}"].float() for n in _NAMES} if i in present else {} for i in numbers]
-        return Gate(layers, int(header["page_size"]), header["model"], header.get("source", ""))
-    except (KeyError, ValueError):
+        facts = _Header.model_validate(header)
+        present = sorted({int(name.partition(".")[0]) for name in tensors})
+        if present and not 0 <= present[0] <= present[-1] < facts.layers:
+            raise ValueError
+        layers: list[dict[str, Tensor]] = [{} for _ in range(facts.layers)]
+        for number in present:
+            layers[number] = {name: tensors[f"{number}.{name}"].float() for name in _NAMES}
+            H, g, D, _ = layers[number]["query"].shape
+            wanted = {"query": (H, g, D, D), "key": (H, 3 * D, D), "query_norm": (D,), "key_norm": (D,)}
+            if any(layers[number][name].shape != shape for name, shape in wanted.items()) or not H * g * D:
+                raise ValueError
+        if any(not tensor.isfinite().all() for tensor in tensors.values()):
+            raise ValueError
+    except (KeyError, ValueError, RuntimeError):
         raise GateError(f"{path} is damaged: its header and its tensors do not fit together.") from None
+    return Gate(layers, facts.page_size, facts.model, facts.source)
 
 
 def find_gate(model: PreTrainedModel, explicit: Path | str | None = None) -> Gate:
@@ -125,4 +146,11 @@ def find_gate(model: PreTrainedModel, explicit: Path | str | None = None) -> Gat
     found = load_gate(path)
     if found.model != digest:
         raise GateError(f"{path} was trained on another model; train one with {command}.")
+    text = model.config.get_text_config()
+    kinds = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
+    full = {number for number, kind in enumerate(kinds) if kind == "full_attention"}
+    given = {number: shape for number, shape in enumerate(found.shapes) if shape is not None}
+    heads = text.num_attention_heads
+    if len(found.layers) != len(kinds) or not full <= given.keys() or any(H * g != heads for H, g, _ in given.values()):
+        raise GateError(f"{path} is damaged: it has other layers or heads than the model; train one with {command}.")
     return found

@@ -221,13 +221,13 @@ def compile_template(template: str) -> Callable[[Row], str]:
         raise TaskError('Jinja templates need jinja2; run pip install "reasonkv[eval]".') from None
     try:
         compiled = SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True).from_string(template)
-    except TemplateError as error:
+    except (TemplateError, RecursionError, ValueError) as error:
         raise TaskError(f"The template is no Jinja ({error}).") from None
 
     def fill(row: Row) -> str:
         try:
             return str(compiled.render(row))
-        except (TemplateError, TypeError, ValueError) as error:
+        except Exception as error:  # a template computes, so it raises what Python raises
             raise TaskError(f"The template does not fit the data ({error}); the fields are {', '.join(row)}.") from None
 
     return fill

@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge, MaxLen
+from typing_extensions import TypedDict
 
 from reasonkv.tasks.base import TaskError
 from reasonkv.tasks.options import TaskOptions
+
+Drawn = Literal["temperature", "top_p", "top_k", "min_p", "repetition_penalty"]
+
+
+class Choices(TypedDict):
+    """Fields of a row: of the right choice, and of the others."""
+
+    right: str
+    wrong: Annotated[list[str], MaxLen(9)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,12 +67,12 @@ class Declaration:
     shots: int = 0
     shots_from: str | None = None
     shot: str | None = None
-    sampling: Mapping[str, float] = field(default_factory=dict)
+    sampling: Mapping[Drawn, float] = field(default_factory=dict)
     stop: Sequence[str] = ()
-    max_new_tokens: int | None = None
+    max_new_tokens: Annotated[int, Ge(1)] | None = None
     length: int | None = None
     rename: Mapping[str, str] = field(default_factory=dict)
-    shuffle_choices: Mapping[str, Any] | None = None
+    shuffle_choices: Choices | None = None
     subsets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -80,19 +93,33 @@ class Declaration:
         Raises:
             TaskError: no file, no YAML, or a key that there is not.
         """
-        import yaml
+        from reasonkv.inputs import parse_yaml
 
         try:
-            found = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise TaskError(f"{path} cannot be read as YAML ({str(error).splitlines()[0]}).") from None
+            found = parse_yaml(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise TaskError(f"{path} cannot be read as YAML ({error}).") from None
         known = [one.name for one in fields(cls)]
         if not isinstance(found, dict):
             raise TaskError(f"{path} must hold keys and values, such as prompt: '{{question}}'.")
         for key in found:
             if key not in known:
                 raise TaskError(f"{path} has the key {key!r}; a task has {', '.join(known)}.")
-        return cls(**found)
+        declared = cls._typed(found, path)
+        for name in declared.subsets:
+            cls._typed({**found, "subsets": {}, **declared.subsets[name]}, path)
+        return declared
+
+    @classmethod
+    def _typed(cls, found: Mapping[str, Any], path: Path) -> Declaration:
+        from pydantic import ValidationError
+
+        from reasonkv.inputs import parse_json, reason
+
+        try:
+            return parse_json(json.dumps(found), cls)
+        except ValidationError as error:
+            raise TaskError(f"{path} is no task: {reason(error)}.") from None
 
     def subset(self, name: str) -> Declaration:
         """Return the declaration of one subset; the empty name is the whole where there are none.

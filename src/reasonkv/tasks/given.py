@@ -7,7 +7,10 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from annotated_types import Ge, Lt
+from pydantic import TypeAdapter
 
 from reasonkv.tasks.base import Grade, Problem, Task, TaskError
 from reasonkv.tasks.data import read_rows
@@ -22,6 +25,9 @@ _PROMPTS = ("prompt_token_ids", "messages", "prompt")
 _OUTPUTS = ("output_token_ids", "token_ids", "output", "completion", "text")
 
 
+TokenId = Annotated[int, Ge(0), Lt(2**31)]
+
+
 @dataclass(frozen=True)
 class GivenTrace:
     """One prompt with its output.
@@ -32,8 +38,8 @@ class GivenTrace:
         reasoning: thinking that a server split off from the output.
     """
 
-    prompt: str | list[int] | list[dict[str, Any]]
-    output: str | list[int]
+    prompt: str | list[TokenId] | list[dict[str, Any]]
+    output: str | list[TokenId]
     reasoning: str | None = None
 
     @property
@@ -48,6 +54,9 @@ class GivenTrace:
             return str(self.output)
         opened = prompt.rstrip().endswith(THINK)
         return f"{'' if opened else THINK + chr(10)}{self.reasoning.strip(chr(10))}\n{think_end}\n\n{self.output}"
+
+
+_CHECKED = TypeAdapter(GivenTrace)
 
 
 @dataclass(frozen=True)
@@ -127,8 +136,8 @@ def given_traces(path: str, options: TaskOptions) -> GivenTraces:
 def _traces(row: Mapping[str, Any]) -> tuple[list[GivenTrace], str]:
     """Return the traces of one object, and what is wrong with it in words."""
     try:
-        pairs = list(_pairs(row))
-    except (AttributeError, IndexError, KeyError, TypeError):
+        pairs = [_CHECKED.validate_python(vars(one)) for one in _pairs(row)]
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError):
         return [], f"has a shape of its own; its keys are {', '.join(map(str, row))}"
     whole = [one for one in pairs if one.prompt and one.output]
     if not pairs:

@@ -91,7 +91,7 @@ class GymTask(Task):
         dataset = _create(self.dataset, {**self.config, "seed": 0, "size": 1})
         number = last_number(text) if _is_number(item["answer"]) else None  # "17 pencils" is 17
         score = max(float(dataset.score_answer(one, item)) for one in (text, number) if one is not None)
-        return score if score >= 0.1 else 0.0  # most scorers give 0.01 to a wrong answer in the right form
+        return min(score, 1.0) if score >= 0.1 else 0.0  # most scorers give 0.01 to a wrong answer in the right form
 
 
 def gym_task(spec: str, options: Mapping[str, str], think_end: str = THINK_END) -> GymTask:

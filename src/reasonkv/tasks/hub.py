@@ -6,11 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 from reasonkv.tasks.base import Draw, TaskError
 from reasonkv.tasks.data import DataTask, data_task
-from reasonkv.tasks.declaration import Declaration
+from reasonkv.tasks.declaration import Choices, Declaration
 from reasonkv.tasks.options import TaskOptions
 from reasonkv.tasks.rows import SUFFIXES, Row, dataset_rows, read_rows
 
@@ -53,7 +52,7 @@ def standard_task(name: str, options: TaskOptions, subset: str = "", length: str
     spec = ":".join(filter(None, (name, subset)))
     declared = standard_tasks()[name].subset(subset)
     if length is not None:
-        if not length.isdigit():
+        if not (length.isascii() and length.isdigit() and len(length) < 10):
             raise TaskError(f"length of {spec} must be a whole number of tokens, not {length!r}.")
         declared, spec = replace(declared, length=int(length)), f"{spec},length={length}"
     return _declared_task(spec, declared, options, subset or name)
@@ -120,8 +119,12 @@ def _rows(
     return [{declared.rename.get(key, key): value for key, value in row.items()} for row in rows], skipped
 
 
-def _with_choices(row: Row, fields: Mapping[str, Any], number: int) -> Row:
+def _with_choices(row: Row, fields: Choices, number: int) -> Row:
     """Return the row with `choices` in an order drawn from its number, and `choice`, the right one's letter."""
-    texts = [row[fields["right"]], *(row[name] for name in fields["wrong"])]
+    names = [fields["right"], *fields["wrong"]]
+    missing = next((name for name in names if name not in row), None)
+    if missing is not None:
+        raise TaskError(f"A row of the data has no field {missing!r}; its fields are {', '.join(map(str, row))}.")
+    texts = [row[name] for name in names]
     order = Draw(f"choices/{number}").sample(range(len(texts)), len(texts))
     return {**row, "choices": [str(texts[at]).strip() for at in order], "choice": "ABCDEFGHIJ"[order.index(0)]}

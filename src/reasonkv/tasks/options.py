@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -39,15 +38,6 @@ class TaskOptions:
     system: str | None = None
     thinking: Literal["on", "off"] | None = None
     think_end: str = THINK_END
-
-    @classmethod
-    def from_dict(cls, given: Mapping[str, Any]) -> TaskOptions:
-        """Return the options that a manifest names."""
-        values: dict[str, Any] = dict(given)
-        for name in ("data_dir", "shots_from"):
-            if name in values:
-                values[name] = Path(values[name])
-        return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the options that are not the defaults, for manifests."""

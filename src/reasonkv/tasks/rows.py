@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from pydantic_core import from_json
 
 from reasonkv.tasks.base import TaskError
 
@@ -29,8 +30,9 @@ def read_rows(path: Path) -> tuple[list[Row], list[str]]:
         if path.suffix == ".jsonl":
             return _read_lines(path)
         if path.suffix == ".json":
-            found = json.loads(path.read_text(encoding="utf-8"))
-            rows = found if isinstance(found, list) else next((v for v in found.values() if isinstance(v, list)), [])
+            found = from_json(path.read_bytes())
+            inner = list(found.values()) if isinstance(found, dict) else []
+            rows = found if isinstance(found, list) else next((one for one in inner if isinstance(one, list)), [])
             return [row for row in rows if isinstance(row, dict)], []
         import pandas
 
@@ -39,8 +41,8 @@ def read_rows(path: Path) -> tuple[list[Row], list[str]]:
         return [{str(key): _plain(value) for key, value in row.items()} for row in rows], []
     except ImportError:
         raise TaskError(f'Reading {path.suffix} files needs pandas; run pip install "reasonkv[eval]".') from None
-    except (OSError, ValueError, UnicodeDecodeError) as error:
-        raise TaskError(f"{path} cannot be read as {path.suffix} ({str(error).splitlines()[0][:200]}).") from None
+    except Exception as error:  # pandas and pyarrow raise what they like
+        raise TaskError(f"{path} cannot be read as {path.suffix} ({' '.join(str(error).split())[:200]}).") from None
 
 
 def dataset_rows(
@@ -89,13 +91,13 @@ def dataset_rows(
 def _read_lines(path: Path) -> tuple[list[Row], list[str]]:
     rows: list[Row] = []
     skipped: list[str] = []
-    with path.open(encoding="utf-8", errors="replace") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
+                row = from_json(line.decode(errors="replace"))
+            except ValueError as error:
                 skipped.append(f"line {number} is no JSON ({error})")
                 continue
             if isinstance(row, dict):

@@ -105,8 +105,9 @@ class Attachment:
 def _check_axes(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Refuse a prompt whose tokens have positions that differ between axes; one token more never holds an image."""
     positions = kwargs.get("position_ids")
-    is_prefill = positions is not None and positions.ndim == 3 and positions.shape[2] > 1
-    if is_prefill and bool((positions[1:] != positions[1]).any()):
+    if positions is None or positions.ndim < 3 or positions.shape[2] == 1:
+        return
+    if bool((positions[1:] != positions[1]).any()):
         raise UnsupportedModelError(
             "The tokens of images have several rotary positions, and this method un-rotates keys by one; choose a "
             "method that does not, such as snapkv, or give text alone."

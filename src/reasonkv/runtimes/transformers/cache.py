@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import importlib
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -22,18 +21,21 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
-from reasonkv.budget import Budget, BudgetError, BudgetFields
+from reasonkv import resolve
+from reasonkv.budget import Budget, BudgetFields
 from reasonkv.calibration import Calibration
 from reasonkv.layers import is_recurrent, layer_rotaries
 from reasonkv.methods import Method, Requirements, get_method, layer_budgets, refuse_future
 from reasonkv.numbers import whole_number, whole_numbers
 from reasonkv.offload import input_device
-from reasonkv.resolve import UnsupportedModelError, broadcast_per_prompt, check_model, check_window, resolve_budget
+from reasonkv.resolve import UnsupportedModelError, check_model, check_window, context_length, resolve_budget
+from reasonkv.runtimes.transformers import sequences
 from reasonkv.runtimes.transformers.attachment import Attachment
-from reasonkv.runtimes.transformers.events import compact_layers
+from reasonkv.runtimes.transformers.events import settle_layers
 from reasonkv.runtimes.transformers.forward import ForwardPlan, SequenceState, check_padding, fed_tokens
 from reasonkv.runtimes.transformers.layer import CompressedLayer, empty_layers
-from reasonkv.runtimes.transformers.sequences import LayerGroup, check_first_forward, make_groups, tokens_to_next_event
+from reasonkv.runtimes.transformers.packed import KVDtype, bits_of, tokens_to_packing
+from reasonkv.runtimes.transformers.sequences import LayerGroup
 from reasonkv.runtimes.transformers.session import Observer, Session, callbacks_of, load_statistics, weakly
 from reasonkv.runtimes.transformers.sparse_read import SparseReader
 from reasonkv.runtimes.transformers.stats import CacheStats, collect_stats
@@ -62,6 +64,8 @@ class CompressedCache(Cache):
             (`reasonkv.periodic.periodic_events`) instead of the rows' own lengths.
         calibration: statistics of the model's queries, or the file they are in, for methods that need them; looked up
             beside the model and in the user's cache unless given (`reasonkv.calibration.find_calibration`).
+        dtype: "int8" or "int4": store all but the newest 32 to 63 slots of a row in groups of 32 numbers, keys per
+            channel and values per token (`reasonkv.runtimes.transformers.packed`); None: in the model's dtype.
         fields: `tokens`, `keep`, `interval` and the other fields of `Budget`, instead of `budget`.
 
     Raises:
@@ -85,6 +89,7 @@ class CompressedCache(Cache):
         reference: TraceAttention | None = None,
         calibration: Calibration | str | Path | None = None,
         window_events: Sequence[tuple[int, int]] | None = None,
+        dtype: KVDtype | None = None,
         **fields: Unpack[BudgetFields],
     ) -> None:
         if problems := check_model(model, get_method(method)):
@@ -94,7 +99,7 @@ class CompressedCache(Cache):
         if reference is None:
             refuse_future(self.method)
         needs = self.method.needs
-        rotates = needs.rotary or needs.observes or needs.calibration
+        rotates = needs.rotary or needs.calibration
         rotaries = [one.to(input_device(model)) for one in layer_rotaries(model.config)] if rotates else None
         reader, self.budget = SparseReader.of(self.method, model, self.budget, rotaries)
         self.window_events, self.reopen_prompt = window_events, reopen_prompt
@@ -103,7 +108,7 @@ class CompressedCache(Cache):
         self.layer_groups: list[LayerGroup] = []  # one, unless the method gives layers budgets of their own
         self.layers_done = self.bytes_peak = 0
         self.compaction_seconds = 0.0
-        self._attachment = Attachment(model, kernel, self._receiver(needs), unrotates=rotaries is not None)
+        self._attachment = Attachment(model, kernel, self._receiver(needs), unrotates=rotates)
         self.session = Session(
             method=self.method,
             needs=needs,
@@ -115,6 +120,8 @@ class CompressedCache(Cache):
             reader=reader,
             model_name=type(model).__name__,
             max_length=None if max_length is None else whole_number(max_length, "max_length", 1),
+            bits=bits_of(dtype),
+            context=context_length(model),
             **callbacks_of(self),
         )
         self.attach()
@@ -170,9 +177,12 @@ class CompressedCache(Cache):
         if not self.layer_groups:
             self._first_rows(batch, fed)
         else:
-            self._check_later_prompt(columns, fed)
+            if columns > 1 and (self.budget is not None or self.session.reader is not None):
+                is_declared, recent = self.prompt_lengths is not None, self.session.needs.recent
+                sequences.later_prompt(self.layer_groups, fed, is_declared, self.reopen_prompt, recent)
         for group in self.layer_groups:
             group.forward = ForwardPlan.of(group.rows, columns, valid, fed, group.layers)
+        self.session.warn_past_context(max(row.state.logical + new for row, new in zip(self.rows, fed, strict=True)))
         if self.session.needs.token_ids and self.forward is not None:
             self.token_ids.append(self.forward)
 
@@ -185,12 +195,9 @@ class CompressedCache(Cache):
         forward = layer.forward
         self.layers_done += 1
         is_last = self.layers_done == len(self.compressed_layers)
-        whole_model = self.session.needs.scope == "model"
-        if any(keep is not None for keep in forward.keep) and (is_last or not whole_model):
-            start = time.perf_counter()
-            layers = self.compressed_layers if whole_model else [layer]
-            compact_layers(self.method, self.session.observer, layers, forward)
-            self.compaction_seconds += time.perf_counter() - start
+        waits = self.session.needs.scope == "model" and any(keep is not None for keep in forward.keep)
+        layers = [layer] if not waits else self.compressed_layers if is_last else []
+        self.compaction_seconds += settle_layers(self.method, self.session.observer, layers, forward)
         if is_last:
             for group in self.layer_groups:
                 assert group.forward is not None
@@ -200,11 +207,11 @@ class CompressedCache(Cache):
             self.layers_done = 0
 
     def tokens_to_next_event(self) -> list[int | None]:
-        """Return per row how many more tokens until its next compaction: the longest chunk that crosses none."""
-        groups, layers = self.layer_groups, len(self.compressed_layers)
+        """Return per row how many tokens until it is compacted or packed: the longest chunk that crosses neither."""
+        groups, layers, events = self.layer_groups, len(self.compressed_layers), self.window_events
         if not groups and self.prompt_lengths:
-            groups, _ = make_groups(self.method, self.budget, layers, self.prompt_lengths, None, self.window_events)
-        return tokens_to_next_event(groups)
+            groups, _ = sequences.make_groups(self.method, self.budget, layers, self.prompt_lengths, None, events)
+        return sequences.tokens_to_next_event(groups, tokens_to_packing if self.session.bits else None)
 
     def note_allocation(self) -> None:
         """Remember the most bytes of keys and values that were allocated at once."""
@@ -324,26 +331,12 @@ class CompressedCache(Cache):
             self.session.reader.select_rows(torch.tensor(index))
 
     def _first_rows(self, batch: int, fed: list[int]) -> None:
-        prompts = broadcast_per_prompt(self.prompt_lengths, batch, "prompt_lengths") or fed
-        check_first_forward(prompts, fed, self.prompt_lengths is not None, self.session.reference)
+        prompts = resolve.broadcast_per_prompt(self.prompt_lengths, batch, "prompt_lengths") or fed
+        sequences.check_first_forward(prompts, fed, self.prompt_lengths is not None, self.session.reference)
         if self.budget is not None:
             self.budget.check_protected(recent=self.session.needs.recent, prompt_length=max(prompts))
-        seeds = broadcast_per_prompt(self.row_seeds, batch, "row_seeds")
+        seeds = resolve.broadcast_per_prompt(self.row_seeds, batch, "row_seeds")
         layers, events = len(self.compressed_layers), self.window_events
-        self.layer_groups, numbers = make_groups(self.method, self.budget, layers, prompts, seeds, events)
+        self.layer_groups, numbers = sequences.make_groups(self.method, self.budget, layers, prompts, seeds, events)
         for layer, number in zip(self.compressed_layers, numbers, strict=True):
             layer.group = self.layer_groups[number]
-
-    def _check_later_prompt(self, columns: int, fed: list[int]) -> None:
-        """A second chunk of several tokens is either a promised part of the prompt, or a later turn."""
-        if columns == 1 or (self.budget is None and self.session.reader is None):
-            return
-        still_prompt = all(row.decoded == 0 for row in self.rows)
-        if still_prompt and self.prompt_lengths is None:
-            raise BudgetError(
-                "This prompt is fed in several pieces, so the cache cannot tell where it ends; "
-                "pass prompt_lengths=[tokens of each row's prompt] to CompressedCache."
-            )
-        if self.reopen_prompt and not still_prompt:
-            for group in self.layer_groups:
-                group.reopen(fed, self.session.needs.recent)

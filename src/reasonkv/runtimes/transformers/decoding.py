@@ -16,8 +16,12 @@ from reasonkv.calibration import Calibration
 from reasonkv.methods import Method, get_method, refuse_future
 from reasonkv.resolve import UnsupportedModelError, resolve_budget
 from reasonkv.runtimes.transformers.cache import CompressedCache
+from reasonkv.runtimes.transformers.packed import KVDtype
 from reasonkv.runtimes.transformers.session import Observer
 from reasonkv.runtimes.transformers.stats import CacheStats
+
+MODES = ("greedy_search", "sample", "beam_search", "beam_sample")
+"""Ways of decoding that work, as `GenerationConfig.get_generation_mode` names them."""
 
 
 class CacheOptions(BudgetFields, total=False):
@@ -30,6 +34,7 @@ class CacheOptions(BudgetFields, total=False):
     kernel: str | None
     observer: Observer | None
     calibration: Calibration | str | Path | None
+    dtype: KVDtype | None
 
 
 class GenerateWith:
@@ -43,15 +48,34 @@ class GenerateWith:
         self, model: PreTrainedModel, input_ids: Tensor, generation_config: GenerationConfig, **kwargs: Any
     ) -> Any:
         """Decode as `model.generate` would, with a compressed cache in place of the one it prepared."""
-        if kwargs.get("assistant_model") is not None:
-            raise UnsupportedModelError("A compressed cache cannot be rolled back, so assisted decoding is impossible.")
+        check_mode(generation_config)
         options = {"max_length": generation_config.max_length, **self.options}
+        if generation_config.prefill_chunk_size is not None:  # else the first forward tells where prompts end
+            mask, (rows, columns) = kwargs.get("attention_mask"), input_ids.shape
+            options.setdefault("prompt_lengths", [columns] * rows if mask is None else mask.sum(-1).tolist())
         with CompressedCache(model, self.method, self.budget, **options) as cache:
             kwargs["past_key_values"] = cache
             decode = model._beam_search if (generation_config.num_beams or 1) > 1 else model._sample
             out = decode(input_ids, generation_config=generation_config, **kwargs)
             self.stats = cache.stats()
         return out
+
+
+def check_mode(config: GenerationConfig) -> None:
+    """Refuse what `generate` would do by other means than sampling or beams over one cache.
+
+    Raises:
+        UnsupportedModelError: one sentence.
+
+    """
+    mode = config.get_generation_mode().value
+    if mode not in MODES:
+        raise UnsupportedModelError(
+            f"A compressed cache cannot do {mode.replace('_', ' ')}, which rolls back, branches or reads other layers; "
+            "use greedy decoding, sampling or beams."
+        )
+    if not config.use_cache:
+        raise UnsupportedModelError("use_cache=False recomputes the whole text at every step; leave it out.")
 
 
 def generate_with(

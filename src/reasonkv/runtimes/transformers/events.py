@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 from reasonkv.methods import Method
@@ -11,6 +12,28 @@ from reasonkv.runtimes.transformers.layer import CompressedLayer
 from reasonkv.runtimes.transformers.session import Observer
 from reasonkv.slots import CompactionGroup, make_plans
 from reasonkv.view import SlotView
+
+
+def settle_layers(
+    method: Method, observer: Observer | None, layers: Sequence[CompressedLayer], forward: ForwardPlan
+) -> float:
+    """Compact layers that attended, where a compaction is due, and store them as they stay between forwards.
+
+    Returns:
+        Host seconds of the compaction.
+
+    Raises:
+        PlanError: a plan that cannot be carried out, a defect of the method.
+
+    """
+    start = time.perf_counter()
+    if layers and any(keep is not None for keep in forward.keep):
+        compact_layers(method, observer, layers, forward)
+    seconds = time.perf_counter() - start
+    for layer in layers:
+        assert layer.storage is not None
+        layer.storage.pack(forward)
+    return seconds
 
 
 def compact_layers(

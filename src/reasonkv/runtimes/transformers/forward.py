@@ -280,9 +280,14 @@ def fed_tokens(batch: int, columns: int, attention_mask: Tensor | None) -> tuple
     """Return which columns of a forward hold tokens (bool [B, q], None: all), and how many tokens each row feeds.
 
     Raises:
-        UnsupportedModelError: the mask does not cover the forward.
+        UnsupportedModelError: the mask does not cover the forward, or there is nothing to feed.
 
     """
+    if columns == 0:
+        raise UnsupportedModelError(
+            "There is nothing to feed: this cache has seen at least as many tokens as the text has; "
+            "call cache.reset() before another text, or continue the one it has seen."
+        )
     if attention_mask is None:
         return None, [columns] * batch
     if attention_mask.shape[-1] < columns:

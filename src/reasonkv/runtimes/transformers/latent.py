@@ -83,4 +83,4 @@ def _name_layer(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     layers = getattr(kwargs.get("past_key_values"), "layers", None)
-    return (args, kwargs) if not layers else (args, {**kwargs, NAMED_LAYER: layers[module.layer_idx]})  # type: ignore[index]
+    return (args, kwargs) if not layers else (args, {**kwargs, NAMED_LAYER: layers[module.layer_idx]})

@@ -18,6 +18,7 @@ from reasonkv.rotary import Rotary
 from reasonkv.runtimes.transformers.attention import LogitRule, MaskLength
 from reasonkv.runtimes.transformers.forward import ForwardPlan
 from reasonkv.runtimes.transformers.latent import Expansion
+from reasonkv.runtimes.transformers.packed import PackedStorage
 from reasonkv.runtimes.transformers.sequences import LayerGroup
 from reasonkv.runtimes.transformers.session import Session
 from reasonkv.runtimes.transformers.sparse_read import SparseReader
@@ -85,7 +86,8 @@ class CompressedLayer(CacheLayerMixin):
         assert self.group is not None
         if self.storage is None:
             capacity = self.group.capacity(session.max_length)
-            self.storage = LayerStorage(key_states, value_states, session.needs, capacity)
+            of_layer = (key_states, value_states, session.needs, capacity)
+            self.storage = PackedStorage(*of_layer, session.bits) if session.bits else LayerStorage(*of_layer)
         allocated = self.storage.allocated
         keys, values = self.storage.append(key_states, value_states, forward)
         if self.storage.allocated != allocated:
@@ -113,7 +115,8 @@ class CompressedLayer(CacheLayerMixin):
         if self.unread < self.readers:
             self._read()
             return
-        self.readers = self.unread = layer_readers(module.config, self.index)  # type: ignore[arg-type]
+        if self.rule is None and isinstance(config := getattr(module, "config", None), PreTrainedConfig):
+            self.readers = self.unread = layer_readers(config, self.index)
         self.rule, self.query_heads = rule, query.shape[1]
         method, needs = session.method, session.needs
         latent, rotated, value_dim = storage.keys.shape[3], storage.values.shape[3], storage.values.shape[3]
@@ -126,7 +129,6 @@ class CompressedLayer(CacheLayerMixin):
         if needs.observes:
             positions_Bq, valid_Bq = forward.token_indices(query.device)
             query = query if self.expansion is None else self.expansion.absorb(query)
-            assert self.rotary is not None
             seen = Observed(query, positions_Bq, valid_Bq, layer=self.index, rotary=self.rotary)
             storage.take_in(method, seen, forward)
         if needs.output_projection and self.output_projection is None:

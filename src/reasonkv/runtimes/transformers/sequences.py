@@ -5,7 +5,7 @@ Methods with one budget have one group, and nothing below costs them anything pe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from reasonkv import schedule
@@ -108,13 +108,41 @@ def check_first_forward(
             )
 
 
-def tokens_to_next_event(groups: Sequence[LayerGroup]) -> list[int | None]:
-    """Return, per row, how many more tokens until the next compaction of any layer; None: there will be none."""
+def later_prompt(
+    groups: Sequence[LayerGroup], fed: Sequence[int], is_declared: bool, reopens: bool, recent: int
+) -> None:
+    """Check a second chunk of several tokens: a promised part of the prompt, or a later turn, which may be prompt, too.
+
+    Raises:
+        BudgetError: nobody said where the prompt ends, or it no longer fits.
+
+    """
+    still_prompt = all(row.decoded == 0 for row in groups[0].rows)
+    if still_prompt and not is_declared:
+        raise BudgetError(
+            "This prompt is fed in several pieces, so the cache cannot tell where it ends; "
+            "pass prompt_lengths=[tokens of each row's prompt] to CompressedCache."
+        )
+    if reopens and not still_prompt:
+        for group in groups:
+            group.reopen(fed, recent)
+
+
+def tokens_to_next_event(groups: Sequence[LayerGroup], packing: Callable[[int], int] | None = None) -> list[int | None]:
+    """Return, per row, how many more tokens until the next compaction of any layer; None: there will be none.
+
+    Args:
+        groups: the layers by budget.
+        packing: after how many tokens slots are packed, given those held; decoding may not cross that either.
+
+    """
     found: list[int | None] = []
     for rows in zip(*(group.rows for group in groups), strict=True):
         events = [schedule.next_event(row.budget, row.state) for row in rows]
-        first = min((event for event in events if event is not None), default=None)
-        found.append(None if first is None else first - rows[0].state.logical)
+        distances = [event - rows[0].state.logical for event in events if event is not None]
+        if packing is not None and rows[0].state.logical >= rows[0].state.prompt:
+            distances += [packing(row.state.physical) for row in rows]
+        found.append(min(distances, default=None))
     return found
 
 

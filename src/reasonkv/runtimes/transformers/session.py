@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -35,6 +36,8 @@ class Session:
         reader: chooses what decoded tokens read, for methods that evict nothing.
         model_name: for messages.
         max_length: as in `CompressedCache`.
+        bits: of a stored number, or None for the model's dtype.
+        context: most tokens the model was made for, where its configuration says; None once it was warned about.
         token_ids: every token, for methods that read the text.
         columns_seen: columns fed so far, padding included.
         attach: sets the model's attention to ours.
@@ -54,12 +57,24 @@ class Session:
     reader: SparseReader | None
     model_name: str
     max_length: int | None
+    bits: int | None = None
+    context: int | None = None
     token_ids: TokenLog = field(default_factory=TokenLog)
     columns_seen: int = 0
     attach: Callable[[], None]
     begin_forward: Callable[[int, int, Tensor | None], None]
     layer_done: Callable[[Any], None]
     note_allocation: Callable[[], None]
+
+    def warn_past_context(self, length: int) -> None:
+        """Warn, once for a cache, that a sequence is longer than the model's context: its bound is memory's alone."""
+        if self.context is not None and length > self.context:
+            message = (
+                f"The text has {length} tokens, but {self.model_name} was made for {self.context}; a bounded cache "
+                "does not extend the model's context, so the text may become nonsense."
+            )
+            warnings.warn(message, stacklevel=2)
+            self.context = None
 
 
 def callbacks_of(cache: object) -> dict[str, Any]:

@@ -127,16 +127,19 @@ def collect_stats(
     """
     if not groups:
         return []
-    slots = [sum(one.bytes_per_slot() for number, one in storages if number == group) for group in range(len(groups))]
-    plain = sum(storage.bytes_per_token() for _, storage in storages)
-    fixed = sum(storage.bytes_per_row() for _, storage in storages)
-    return [_row_stats(session, groups, row, slots, plain, fixed, is_bounded) for row in range(len(groups[0].rows))]
+    return [_row_stats(session, groups, row, storages, is_bounded) for row in range(len(groups[0].rows))]
 
 
 def _row_stats(
-    session: Session, groups: Sequence[LayerGroup], number: int, slot_bytes: list[int], plain: int, fixed: int,
+    session: Session,
+    groups: Sequence[LayerGroup],
+    number: int,
+    storages: Sequence[tuple[int, LayerStorage]],
     is_bounded: bool,
-) -> RowStats:  # fmt: skip
+) -> RowStats:
+    plain = sum(storage.bytes_per_token() for _, storage in storages)
+    stored = sum(storage.bytes_per_stored_token() for _, storage in storages)
+    fixed = sum(storage.bytes_per_row() for _, storage in storages)
     own, shares = [group.rows[number] for group in groups], [group.layers for group in groups]
     first, reader = own[0], session.reader
 
@@ -146,7 +149,7 @@ def _row_stats(
         return total // layers if total % layers == 0 else total / layers  # a whole number where all layers are alike
 
     def size(slots: list[int]) -> int:
-        return sum(count * slot for count, slot in zip(slots, slot_bytes, strict=True)) + fixed
+        return sum(storage.bytes_of(slots[group]) for group, storage in storages) + fixed
 
     held = [row.state.physical for row in own]
     allocated = [row.capacity(session.max_length) for row in own] if is_bounded else held
@@ -172,7 +175,7 @@ def _row_stats(
         bytes_full=first.state.logical * plain,
         fallbacks=dict(sorted(Counter(name for name, _ in fallbacks).items())),
         slots_read_mean=slots_read,
-        bytes_read_mean=None if slots_read is None else slots_read * plain + summaries_read,
+        bytes_read_mean=None if slots_read is None else slots_read * stored + summaries_read,
         bytes_in_use=size(held),
     )
 

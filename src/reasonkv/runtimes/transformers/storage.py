@@ -105,19 +105,26 @@ class LayerStorage(SlotStore):
                 buffer[:, :, :keep].index_copy_(0, row_b, new)
             self.write_compacted(row_b, plan, view)
 
+    def pack(self, forward: ForwardPlan) -> None:
+        """Store what the layer holds after a forward; here it is stored as it is."""
+
     def bytes_allocated(self) -> int:
         """Bytes of keys and values allocated now for the whole batch, a staging buffer included."""
         return sum(tensor.nbytes for tensor in (self.keys, self.values, *(self.home or ())))
 
-    def bytes_per_slot(self) -> int:
-        """Bytes of one slot of all KV heads: key, value, token index, count and method state."""
+    def bytes_of(self, slots: int) -> int:
+        """Bytes of so many slots of a row, all KV heads: key, value, token index, count and method state."""
         state = 4 * (int(self.is_bounded or self.token_index is not None) + int(self.needs.merges))
         state += sum(self.dtype_of(declared).itemsize for declared in self.needs.stored_state.values())
-        return self.bytes_per_token() + self.heads * state
+        return slots * (self.bytes_per_token() + self.heads * state)
 
     def bytes_per_token(self) -> int:
-        """Bytes of a token's keys and values in a cache that drops nothing."""
+        """Bytes of a token's keys and values in the model's dtype."""
         return self.heads * (self.keys.shape[3] + self.values.shape[3]) * self.keys.element_size()
+
+    def bytes_per_stored_token(self) -> float:
+        """Bytes of a token's keys and values as they are stored here."""
+        return self.bytes_per_token()
 
     def bytes_per_row(self) -> int:
         """Bytes of a row that do not depend on its slots: its part of the ring of queries, and what is observed."""

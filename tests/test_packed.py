@@ -1,0 +1,183 @@
+"""Kept slots in 8 or 4 bits: exact attention over what is stored, values that never change, honest bytes."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import batch, calibration, tiny_model
+from oracle import PlanLog, differences, run_compressed
+from tiny import TASK, tiny_loaded
+
+from reasonkv import Budget, BudgetError, CompressedCache, SnapKV, generate_with, get_method
+from reasonkv.evaluate.job import BudgetOptions, ReplayJob, TraceSettings
+from reasonkv.evaluate.run import run
+from reasonkv.runtimes.transformers.packed import GROUP, PackedStorage, decode, encode, packed_slots, power
+
+LENGTH, PROMPT = 132, 50
+PIECES = {"decode": [PROMPT] + [1] * (LENGTH - PROMPT), "chunked": [26, 24] + [20, 1, 1] * 3 + [16]}
+CASES = [
+    ("snapkv:window=6", "int4", "decode", [LENGTH]),
+    ("snapkv:window=6", "int8", "chunked", [LENGTH, LENGTH - 29]),
+    ("cask:fold=neighbours", "int4", "decode", [LENGTH, LENGTH - 13]),  # merges, log mass, all layers at once
+    ("h2o:window=90", "int4", "chunked", [LENGTH, LENGTH - 13, LENGTH - 29]),
+    ("pyramidkv:window=6,beta=2", "int8", "decode", [LENGTH]),  # layers with budgets of their own
+    ("vase-attnv:window=6,variant=paper", "int4", "decode", [LENGTH]),
+    ("full", "int4", "decode", [LENGTH, LENGTH - 13]),
+]
+
+
+@pytest.mark.parametrize(("spec", "dtype", "pieces", "lengths"), CASES, ids=lambda value: str(value))
+def test_attention_equals_full_attention_over_the_dequantised_slots(
+    spec: str, dtype: str, pieces: str, lengths: list[int]
+) -> None:
+    model, method = tiny_model("llama"), get_method(spec)
+    ids, mask, positions = batch(lengths)
+    prompts = [PROMPT - (LENGTH - length) for length in lengths]
+    budget = Budget(80, interval=11, sinks=2, recent=3, prompt="count") if method.bounded else None
+    log, statistics = PlanLog(int(dtype[3:])), calibration(model) if method.needs.calibration else None
+    with CompressedCache(
+        model, method, budget, prompt_lengths=prompts, observer=log, calibration=statistics, dtype=dtype
+    ) as cache:
+        log.cache = cache
+        compressed = run_compressed(model, cache, ids, mask, positions, PIECES[pieces])
+    attention, logits = differences(model, compressed, ids, mask, positions, PIECES[pieces], log)
+    assert attention <= 1e-12
+    assert logits <= 1e-6
+    assert not method.bounded or cache.rows[0].events > 0
+    layer = cache.compressed_layers[0]
+    assert isinstance(layer.storage, PackedStorage) and packed_slots(layer.storage.held[0]) >= GROUP
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(
+    bits=st.sampled_from([4, 8]), seed=st.integers(0, 999), shift=st.sampled_from([0.0, 5.0, 300.0]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
+)  # fmt: skip
+def test_however_often_slots_are_moved_values_stay_and_keys_are_off_by_one_step_at_most(
+    bits: int, seed: int, shift: float, dtype: torch.dtype
+) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    x = (torch.randn(8, 32, generator=draw) * torch.rand(8, 1, generator=draw) * 10 + shift).to(dtype)
+    once = decode(encode(x, bits, 1), dtype)
+    assert torch.equal(decode(encode(once, bits, 1), dtype), once)
+    constant = torch.full((1, 32), shift, dtype=dtype)
+    assert torch.equal(decode(encode(constant, bits, 1), dtype), constant)
+
+    step = torch.zeros(())
+    order = torch.arange(256)
+    now = x.flatten()
+    for _ in range(30):
+        turn = torch.randperm(256, generator=draw)
+        order, codes = order[turn], encode(now[turn].view(8, 32), bits, 1)
+        now, step = decode(codes, dtype).flatten(), torch.maximum(step, power(codes.exponent, torch.float32).max())
+    rounding = float(x.abs().max()) * torch.finfo(dtype).eps  # of the dtype that slots are unpacked to
+    assert float((now.double() - x.flatten()[order].double()).abs().max()) <= float(step) + rounding
+
+
+def test_stats_count_codes_grids_and_newest_slots_and_nothing_is_allocated_after_the_first_compaction() -> None:
+    model, seen = tiny_model("qwen3", torch.bfloat16), set()
+    with CompressedCache(model, SnapKV(window=8), tokens=256, interval=32, prompt="count", dtype="int4") as cache:
+        ids = torch.randint(5, 200, (2, 320))
+        with torch.no_grad():
+            model(ids[:, :300], past_key_values=cache)
+            for column in range(300, 420):
+                model(ids[:, column % 300][:, None], past_key_values=cache)
+                seen.add(cache.stats().bytes_allocated)
+    stats = cache.stats()
+    found = 0
+    for layer in cache.compressed_layers:
+        storage = layer.storage
+        assert isinstance(storage, PackedStorage)
+        tensors = [*storage.packed[0].stored, *storage.packed[1].stored, *storage.tails, storage.keys, storage.values]
+        found += sum(tensor.nbytes for tensor in tensors)
+    assert stats.bytes_allocated == found and len(seen) == 1
+    row = stats.rows[0]
+    packed = packed_slots(int(row.physical_terminal))
+    layers, heads, width = 3, 2, 16
+    # 4 bits a number, 3 bytes a grid: of 32 keys per channel, of a value's 16 channels
+    codes = packed * layers * heads * (2 * width / 2 + 3 * width / 32 + 3)
+    plain = (row.physical_terminal - packed) * layers * heads * 2 * width * 2
+    state = row.physical_terminal * layers * heads * 4
+    ring = layers * 8 * 4 * width * 2
+    assert row.bytes_in_use == codes + plain + state + ring
+    assert row.bytes_full == row.length * layers * heads * 2 * width * 2
+
+
+def test_beams_copies_and_selected_rows_move_their_codes() -> None:
+    model = tiny_model("llama", torch.float32)
+    options = {"tokens": 96, "interval": 16, "prompt": "count", "recent": 8, "dtype": "int8"}
+    ids = torch.randint(5, 200, (3, 140), generator=torch.Generator().manual_seed(1))
+    step = torch.tensor([[7], [8], [9]])
+    with CompressedCache(model, SnapKV(window=8), **options) as cache, torch.no_grad():
+        model(ids, past_key_values=cache)
+        twin = copy.deepcopy(cache)
+        expected = model(step, past_key_values=twin).logits
+        cache.reorder_cache(torch.tensor([2, 0, 1]))
+        cache.batch_select_indices(torch.tensor([0, 2]))
+        found = model(step[[2, 1]], past_key_values=cache).logits
+        torch.testing.assert_close(found, expected[[2, 1]])
+    with CompressedCache(model, SnapKV(window=8), **options) as cache:
+        out = model.generate(ids[:1], past_key_values=cache, max_new_tokens=40, num_beams=3, do_sample=False)
+    assert out.shape == (1, 180)
+
+
+def test_a_wrong_dtype_is_one_sentence_and_the_one_line_form_takes_it() -> None:
+    model = tiny_model("llama", torch.float32)
+    with pytest.raises(BudgetError, match="dtype must be int8 or int4, or None for the model's own, not 'fp8'"):
+        CompressedCache(model, SnapKV(), tokens=64, dtype="fp8")  # type: ignore[arg-type]
+    decode_with = generate_with(SnapKV(window=8), tokens=96, recent=8, dtype="int4")
+    model.generate(torch.randint(5, 200, (1, 60)), max_new_tokens=90, custom_generate=decode_with)
+    assert decode_with.stats is not None
+    assert decode_with.stats.rows[0].bytes_in_use < 0.8 * decode_with.stats.rows[0].physical_terminal * 3 * 2 * 32 * 4
+
+
+def test_chunks_that_cross_no_packing_give_what_single_tokens_give() -> None:
+    model, ids = tiny_model("llama"), torch.randint(5, 200, (1, 170), generator=torch.Generator().manual_seed(2))
+    logits = []
+    for most in (1, 1000):
+        with (
+            CompressedCache(
+                model,
+                SnapKV(window=8),
+                tokens=100,
+                interval=50,
+                recent=8,
+                prompt="count",
+                dtype="int4",
+                prompt_lengths=70,
+            ) as cache,
+            torch.no_grad(),
+        ):
+            parts, start = [model(ids[:, :70], past_key_values=cache).logits], 70
+            while start < 170:
+                (distance,) = cache.tokens_to_next_event()
+                assert distance is not None
+                end = min(170, start + min(most, distance))
+                parts.append(model(ids[:, start:end], past_key_values=cache).logits)
+                start = end
+            logits.append(torch.cat(parts, 1))
+    torch.testing.assert_close(*logits, rtol=1e-9, atol=1e-9)
+
+
+def test_records_of_a_replay_with_quantised_slots_say_so_and_are_smaller(tmp_path: Path) -> None:
+    budget = BudgetOptions(tokens=(96,), interval=16, prompt="count")
+    job = ReplayJob(
+        task=TASK, methods=("full", "snapkv:window=8"), budget=budget, limit=1, traces=TraceSettings(max_new_tokens=40)
+    )
+    loaded, found = tiny_loaded(), {}
+    for dtype in (None, "int4"):
+        folder = tmp_path / str(dtype)
+        found[dtype] = {one.method: one for one in run(job, replace(loaded, kv_dtype=dtype), folder)}
+        arguments = json.loads((folder / "manifest.json").read_text())["arguments"]
+        assert arguments.get("kv_dtype") == dtype
+    plain, packed = found[None], found["int4"]
+    assert packed["full"].kl == plain["full"].kl
+    assert packed["snapkv"].kl != plain["snapkv"].kl
+    assert packed["snapkv"].bytes_held < 0.8 * plain["snapkv"].bytes_held
