@@ -60,7 +60,7 @@ def is_one_sentence(action: Callable[[], Any]) -> bool:
     except Exception as error:  # a defect is raised again by `explain`
         sentence, code = explain(error, [])
         assert "\n" not in sentence and code in {1, 2}
-        assert len(sentence) < 3000
+        assert len(sentence) < 2000
         return False
     return True
 

@@ -29,17 +29,17 @@ from reasonkv.inputs import Count
 FILE = "reasonkv_calibration.safetensors"
 """Name of a calibration file inside a model folder."""
 _VERSION = 1
-_TEXTS = ("model", "rope_type", "frequencies", "date", "name", "source")
 
 
 class _Header(BaseModel):
-    """The facts in a header, whose values are all texts."""
+    """The facts of a calibration in the header, all written as texts; each is a field of `Calibration`, too."""
 
     head_dim: Annotated[int, Field(ge=1, le=65536)]
     verified: bool = False
     tokens: Count | None = None
     model: str | None = None
     rope_type: str | None = None
+    frequencies: str | None = None
     date: str | None = None
     name: str | None = None
     source: str | None = None
@@ -52,9 +52,9 @@ def save_calibration(path: Path | str, calibration: Calibration) -> None:
         OSError: it cannot be written.
     """
     facts = {
-        "layers": calibration.layers, "query_heads": calibration.query_heads, "head_dim": calibration.head_dim,
-        "verified": str(calibration.verified).lower(), "tokens": calibration.tokens,
-        **{name: getattr(calibration, name) for name in _TEXTS},
+        "layers": calibration.layers, "query_heads": calibration.query_heads,
+        **{name: getattr(calibration, name) for name in _Header.model_fields},
+        "verified": str(calibration.verified).lower(),
     }  # fmt: skip
     write_tensors(path, "calibration", parts_of(calibration), facts)
 

@@ -10,6 +10,8 @@ from cyclopts import CycloptsError, UnknownCommandError, UnknownOptionError, Unu
 from reasonkv.errors import ReasonKVError
 
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
+LONGEST = 1600
+"""Characters of a sentence, more than any that repeats no input."""
 REPLACED = {
     "train-testbed": "The bundled model is trained in a checkout now: python -m tools.testbed.",
     "frontier --task": "`reasonkv tune` searches for budgets now; frontier reads finished results folders.",
@@ -49,7 +51,9 @@ def explain(error: Exception, tokens: Sequence[str]) -> tuple[str, int]:
 
 
 def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())
+    """Return an error as one line; a value of many characters that it repeats is cut."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} ... {text[-LONGEST // 4 :]}"
 
 
 def _wrong_flag(error: CycloptsError, tokens: Sequence[str]) -> str:

@@ -118,8 +118,8 @@ def given_traces(path: str, options: TaskOptions) -> GivenTraces:
     for file in files:
         rows, unread = read_rows(file)
         skipped += unread
-        filters = {row["filter"]: None for row in rows if "filter" in row and "resps" in row}
-        first = next(iter(filters), None)  # lm-eval repeats a sample for each of its filters
+        filters = (row["filter"] for row in rows if "filter" in row and "resps" in row)
+        first = next(filters, None)  # lm-eval repeats a sample for each of its filters
         for number, row in enumerate(rows, 1):
             if "resps" in row and row.get("filter", first) != first:
                 continue
