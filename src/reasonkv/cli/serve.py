@@ -131,7 +131,7 @@ def _host(others: Sequence[str]) -> list[str]:
     value = others[at].partition("=")[2] or (others[at + 1] if at + 1 < len(others) else "")
     if value not in LOOPBACK and "--api-key" not in names and not os.environ.get("VLLM_API_KEY"):
         raise UsageError(
-            f"--host {show(value)} lets other machines ask this server; give --api-key KEY or VLLM_API_KEY, or leave "
+            f"--host {value} lets other machines ask this server; give --api-key KEY or VLLM_API_KEY, or leave "
             "--host out."
         )
     return []

@@ -101,7 +101,7 @@ class Worker(PlatformWorker):  # type: ignore[misc]
         beside = runtime.slot_bytes * spec.block_size
         request = spec.blocks(self._fewest_slots(spec)) * (page + beside) + runtime.row_bytes
         rows = runtime.rows_in(found // request + 1)  # one more than fit: what is left of the memory may hold one
-        return max(0, found - rows * runtime.row_bytes) * page // (page + beside)
+        return max(0, found - (rows + 1) * runtime.row_bytes) * page // (page + beside)
 
     def _fewest_slots(self, spec: BoundedSpec) -> int:
         """Return the fewest slots that a compressed request reserves while it runs."""
