@@ -51,7 +51,7 @@ def parse_json(data: bytes | str, kind: type[T] | TypeAdapter[T]) -> T:
     Raises:
         ValidationError: it is something else.
     """
-    adapter: TypeAdapter[T] = kind if isinstance(kind, TypeAdapter) else _adapter(kind)
+    adapter: TypeAdapter[T] = kind if isinstance(kind, TypeAdapter) else _adapter(kind)  # type: ignore[arg-type]
     return adapter.validate_json(data, strict=True)
 
 

@@ -102,7 +102,7 @@ class BoundedManager(FullAttentionManager):  # type: ignore[misc]
         if one.is_trimmed:
             return 0
         # of the prompt's blocks that others have computed, those that nobody holds any more count as free until then
-        lacks = self._get_num_evictable_blocks(new_computed_blocks)
+        lacks: int = self._get_num_evictable_blocks(new_computed_blocks)
         has += len(new_computed_blocks)
         if apply_admission_cap:
             lacks += max(0, self._blocks_at_admission(one, num_tokens) - has)
@@ -182,8 +182,8 @@ class BoundedManager(FullAttentionManager):  # type: ignore[misc]
                 if isinstance(one.budget, ExplicitEventsWindow)
             }
             periodic = schedule.periodic_round(policy, self.steps - 1, raw)
-        for name in periodic:
-            self.allocations[name].compact(policy.dropped)
+            for name in periodic:
+                self.allocations[name].compact(policy.dropped)
         return StepNote({name: self.allocations[name].now.physical for name in fed}, periodic)
 
     def tokens_to_compaction(self, request_id: str, computed: int) -> int | None:

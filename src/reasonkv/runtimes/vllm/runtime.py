@@ -88,7 +88,7 @@ class Runtime:
         known = None
         if needs.calibration:
             known = setup.statistics_of(self.vllm_config, config.calibration, needs, self.device)
-        before = self.layers or [None] * len(self._modules)
+        before: list[Layer | None] = [*self.layers] or [None] * len(self._modules)
         self.layers = []
         for (name, module), known_layer in zip(self._modules.items(), before, strict=True):
             index, heads = extract_layer_index(name), module.num_heads

@@ -188,7 +188,7 @@ class StepPlaces:
         if len(sizes) > 1:
             chosen = to_device(np.argsort(fed_B, kind="stable"), self.row_B.device)
         found = []
-        for fed, chosen_b in zip(sizes.tolist(), chosen.split(counts.tolist()), strict=True):
+        for fed, chosen_b in zip(sizes.tolist(), torch.split(chosen, counts.tolist()), strict=True):
             token_bn = self.start_B[chosen_b, None] + torch.arange(fed, device=chosen.device)
             valid_bn = torch.ones_like(token_bn, dtype=torch.bool)
             found.append(QueryGroup(token_bn, self.row_B[chosen_b], self.position_n[token_bn], valid_bn))
