@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import re
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
+from command_line import run as run_command
 from models import batch
 from tiny import TASK
 from transformers import PreTrainedModel, Qwen3NextConfig
@@ -143,3 +145,12 @@ def test_replay_and_generate_run_on_a_hybrid(tmp_path: Path) -> None:
     assert max(kl[True]) < 1e-9 < min(kl[False]), kl
     answers = run(GenerateJob(**common, max_new_tokens=24), loaded, tmp_path / "answers")
     assert len(answers) == 4
+
+
+def test_doctor_prints_what_each_kind_of_layer_keeps_from_the_configuration_alone(tmp_path: Path) -> None:
+    Qwen3NextConfig(architectures=["Qwen3NextForCausalLM"]).save_pretrained(tmp_path)
+    code, stdout, _ = run_command("doctor", "--model", tmp_path, "--budget", "1024", env={"COLUMNS": "160"})
+    assert code == 0
+    assert re.search(r"full attention +12 +yes", stdout) and re.search(r"36 +stock", stdout)
+    code, _, stderr = run_command("doctor", "--budget", "0")
+    assert code == 2 and "budget must be a whole number of at least 1, not 0." in stderr

@@ -11,6 +11,7 @@ import torch
 from reasonkv.checkpoints import ModelError, load_config
 from reasonkv.footprint import FootprintError, LayerKind, footprint, total_bytes
 from reasonkv.identity import TESTBED, device_words, package_versions
+from reasonkv.numbers import whole_number
 from reasonkv.resolve import TESTED, check_model
 
 LONG = 32 * 1024
@@ -52,7 +53,11 @@ def examine(model: str | None = None, budget: int = 1024) -> Report:
         model: as `load_model` takes it; only its configuration is read.
         budget: tokens of each bounded layer, to say what a compressed cache saves.
 
+    Raises:
+        BudgetError: no such budget.
+
     """
+    budget = whole_number(budget, "budget", 1)
     versions = package_versions()
     for name, what in _OPTIONAL.items():
         versions[name] = "installed" if find_spec(name) else f"not installed (only for {what})"

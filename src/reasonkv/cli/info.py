@@ -197,9 +197,9 @@ def _print_layers(layers: list[LayerKind], budget: int) -> None:
 def doctor(*, model: str | None = None, budget: int = 1024, json: Json = False) -> int:
     """Say which versions and devices there are, and whether a model is supported; exit code 1 if something is wrong.
 
-    For a model: a table of its layers, which of them a compressed cache bounds, and the memory that saves at 32k.
-
     Example: `reasonkv doctor --model Qwen/Qwen3-8B`
+
+    For a model: a table of its layers, which of them a compressed cache bounds, and the memory that saves at 32k.
 
     Args:
         model: Also say whether this model is supported; only its configuration is read.

@@ -35,6 +35,7 @@ Budgeted = Annotated[dict[str, Any], AfterValidator(lambda fields: Budget.from_d
 """Every field of a budget that can be carried out."""
 Counts = dict[str, Count]
 Tokens = Annotated[int, Field(ge=0, lt=2**31)]
+TokenId = Annotated[int, Field(ge=0, lt=2**32)]  # of a server's words, their checksums
 
 
 class RecordError(ReasonKVError, ValueError):
@@ -184,7 +185,7 @@ class FullOutput(JsonlRecord):
     example: Count
     sample: Count
     prompt_tokens: Tokens
-    tokens: list[Tokens] = Field(min_length=1)
+    tokens: list[TokenId] = Field(min_length=1)
 
 
 class Asked:
