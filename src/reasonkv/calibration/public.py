@@ -29,7 +29,8 @@ def _axis(tensor: Any) -> Tensor:
     plain = isinstance(tensor, Tensor) and tensor.layout is torch.strided and tensor.device.type == "cpu"
     if not plain or tensor.ndim != 1 or not tensor.is_floating_point():
         raise ValueError("statistics are lists of real numbers")
-    return tensor.float()
+    found: Tensor = tensor.float()
+    return found
 
 
 class _Metadata(BaseModel):

@@ -22,7 +22,7 @@ from reasonkv.evaluate.cells import RunConfig, make_budgets, make_methods, plan_
 from reasonkv.evaluate.endpoint import Endpoint, EndpointError
 from reasonkv.evaluate.generate import row_seed
 from reasonkv.evaluate.job import GenerateJob
-from reasonkv.evaluate.manifest import Manifest, open_results
+from reasonkv.evaluate.manifest import Manifest, Weights, open_results
 from reasonkv.evaluate.matching import attended_slots
 from reasonkv.evaluate.progress import Progress, silent
 from reasonkv.evaluate.records import RECORDS, AnswerRecord, Asked, FullOutput, RecordFile
@@ -76,7 +76,7 @@ def run_remote(
     if job.options.to_dict():
         arguments["options"] = job.options.to_dict()
     # weights cannot be seen from here; a replica at another URL may go on with a folder
-    named = {"name": endpoint.name, "hash": hashlib.sha256(endpoint.name.encode()).hexdigest()[:16]}
+    named: Weights = {"name": endpoint.name, "hash": hashlib.sha256(endpoint.name.encode()).hexdigest()[:16]}
     manifest = Manifest(command=command or "evaluate", arguments=arguments, model=named, device=endpoint.url)
     with open_results(folder, manifest):
         file = RecordFile(folder / RECORDS, AnswerRecord)

@@ -15,7 +15,7 @@ from reasonkv.evaluate.cells import RunConfig, check_job, make_budgets, make_met
 from reasonkv.evaluate.decoding import Generated, Request, TextRules, decode_rows
 from reasonkv.evaluate.generate import graded, opens_thinking, room, row_seed
 from reasonkv.evaluate.job import GenerateJob, Job, ReplayJob, Sampling
-from reasonkv.evaluate.manifest import Manifest, open_results
+from reasonkv.evaluate.manifest import Manifest, Weights, open_results
 from reasonkv.evaluate.merging import adopt
 from reasonkv.evaluate.progress import Meter, Progress, silent
 from reasonkv.evaluate.published import with_published
@@ -133,7 +133,7 @@ def open_session(
         arguments |= {"traces": job.traces.to_dict()} | ({"diagnostics": True} if job.diagnostics else {})
         if isinstance(task := get_task(job.task[0], job.options), GivenTraces):
             arguments["given"] = task.digest
-    named = {"name": model.name, "hash": model.hash}
+    named: Weights = {"name": model.name, "hash": model.hash}
     manifest = Manifest(command=command, arguments=arguments, model=named, device=model.device_name)
     with open_results(folder, manifest), one_thread_if_small(model.model):
         file = RecordFile(folder / RECORDS, _task_of(job).kind)
