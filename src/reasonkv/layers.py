@@ -71,8 +71,8 @@ def layer_rotaries(config: PreTrainedConfig) -> list[Rotary]:
     turns = [type(layer) is not LinearAttentionLayer and _rotates(decoder, i, layers) for i, layer in enumerate(layers)]
     turned = dict.fromkeys(kind for kind, turn in zip(types, turns, strict=True) if turn)
     made = {kind: Rotary.from_config(config, kind) for kind in turned}
-    pairs = next((one.inv_freq.numel() for one in made.values()), head_dim_of(decoder) // 2)
-    still = Rotary(torch.zeros(pairs))
+    pairs = [one.inv_freq.numel() for one in made.values()] or [head_dim_of(decoder) // 2]
+    still = Rotary(torch.zeros(pairs[0]))
     return [made[kind] if turn else still for kind, turn in zip(types, turns, strict=True)]
 
 

@@ -147,7 +147,7 @@ class SlotStore:
             stored[row_b] = state[name]
 
     def remember_queries(self, queries_nHqD: Tensor, line_n: Tensor) -> None:
-        """Store rotated queries at row * T + token % T; no line may occur twice."""
+        """Store rotated queries at row * T + token % T; only a line that nobody reads may occur twice."""
         assert self.ring is not None
         self.ring.flatten(0, 1).index_copy_(0, line_n, queries_nHqD)
 

@@ -14,7 +14,8 @@ try:  # the folder's own name would be found as an empty package
 except ModuleNotFoundError:
     MISSING = True
 NEED_VLLM = [
-    f"test_{name}.py" for name in ["blocks", "contract", "inert", "parity", "periodic", "ranks", "requests", "server"]
+    f"test_{name}.py"
+    for name in ["blocks", "contract", "inert", "memory", "parity", "periodic", "ranks", "requests", "server"]
 ]
 collect_ignore = NEED_VLLM if MISSING else []
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -88,7 +90,8 @@ def stock(**changes: Any) -> SimpleNamespace:
         "model_config": SimpleNamespace(
             is_multimodal_model=False, is_encoder_decoder=False, get_total_num_kv_heads=lambda: 8
         ),
-        "speculative_config": None, "kv_transfer_config": None, "lora_config": None,
+        "attention_config": SimpleNamespace(backend=None), "speculative_config": None, "kv_transfer_config": None,
+        "lora_config": None,
     }  # fmt: skip
     for name, value in changes.items():
         part, _, field = name.partition("__")
@@ -112,7 +115,11 @@ RANDOM = EngineConfig.parse({"method": "random", "tokens": 256})
         ({"parallel_config__decode_context_parallel_size": 2}, "context parallelism"),
         ({"parallel_config__use_ubatching": True}, "microbatching"),
         ({"parallel_config__tensor_parallel_size": 3}, "8 KV heads do not divide among 3 ranks"),
-        ({"cache_config__cache_dtype": "fp8"}, "quantised KV cache"),
+        ({"cache_config__cache_dtype": "turboquant_4bit_nc"}, "blocks of turboquant_4bit_nc, .* --kv-cache-dtype fp8"),
+        ({"cache_config__cache_dtype": "fp8_per_token_head"}, "blocks of fp8_per_token_head"),
+        ({"cache_config__calculate_kv_scales": True}, "drop --calculate-kv-scales"),
+        ({"attention_config__backend": SimpleNamespace(name="FLASHINFER")}, "backend FLASHINFER; give .*FLASH_ATTN"),
+        ({"model_config__use_mla": True}, "latent attention"),
         ({"scheduler_config__scheduler_reserve_full_isl": False}, "admission without the whole prompt"),
         ({"model_config__is_multimodal_model": True}, "multi-modal"),
     ],
@@ -123,14 +130,32 @@ def test_an_engine_that_would_go_wrong_is_refused_in_one_sentence(changes: dict[
         check_engine(stock(**changes), RANDOM)
 
 
-def test_other_versions_of_vllm_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    for found, is_fine in (("0.32.0", True), ("0.32.4+cpu", True), ("0.31.2", False), ("0.320.0", False)):
+def test_versions_of_vllm_that_were_never_tried_are_refused_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    fine = {"0.32.0": True, "0.32.4+cpu": True, "0.33.1": True, "0.31.2": False, "0.330.0": False, "0.34.0": False}
+    for found, is_fine in fine.items():
         monkeypatch.setattr(config, "version", lambda name, found=found: found)
+        assert installed_package(untested=True) == ("vllm", found)
         if is_fine:
             assert installed_package() == ("vllm", found)
         else:
-            with pytest.raises(ServingError, match=f"vLLM {found} is installed"):
+            with pytest.raises(ServingError, match=f"vLLM {found} is installed; .*--untested"):
                 installed_package()
+    assert EngineConfig.parse({"method": "random", "tokens": 256, "untested": True}).untested
+
+
+def test_the_table_of_versions_in_the_docs_and_the_requirement_are_those_that_were_tried() -> None:
+    root = Path(__file__).parents[2]
+    rows = re.findall(r"^\| (\d+\.\d+) \| (.+?) \|", (root / "docs" / "serving.md").read_text(), re.MULTILINE)
+    assert dict(rows) == config.TESTED
+    after = f"0.{int(max(config.TESTED).split('.')[1]) + 1}"
+    assert f'"vllm>={min(config.TESTED)},<{after}"' in (root / "pyproject.toml").read_text()
+
+
+def test_a_refusal_does_not_repeat_a_megabyte_of_the_request() -> None:
+    for given in ("x" * 10**6, {"unknown" * 10**5: 1}, {"seed": "5" * 10**6}, {"options": {"o" * 10**6: 1}}):
+        with pytest.raises(ServingError) as error:
+            method_of(get_method("random"), RequestConfig.of({"reasonkv": given}).options)
+        assert 20 < len(str(error.value)) < 700
 
 
 def test_our_scheduler_is_known_by_its_name_and_by_its_class() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from reasonkv.runtimes.vllm.layout import Layout, LayoutError, Write
+from reasonkv.runtimes.vllm.layout import Codec, Kind, Layout, LayoutError, Write
 
 H, S, D, BLOCKS = 3, 32, 16, 5
 Place = Callable[[Tensor, Tensor, Tensor, int], Tensor]
@@ -109,3 +109,32 @@ def test_a_cache_operation_that_rounds_is_refused() -> None:
 
     with pytest.raises(LayoutError, match="changes what it stores"):
         Layout.probe(torch.zeros(BLOCKS, H, S, 2 * D), 1, H, D, write)
+
+
+def check_codec(dtype: torch.dtype, scales: dict[Kind, float]) -> None:
+    """Every byte that stands for a number is itself again, and a cache of such bytes is found and read."""
+    codec = Codec(dtype, scales)
+    every = torch.arange(256, dtype=torch.uint8)
+    for wide in (torch.float32, torch.bfloat16):
+        numbers = codec.decode("keys", every, wide)
+        bytes_ = every[numbers.isfinite()]
+        assert torch.equal(codec.encode("keys", numbers[numbers.isfinite()]), bytes_) and len(bytes_) > 200
+    assert codec.decode("values", codec.encode("values", torch.tensor([1e9])), torch.float32).isfinite()
+
+    def write(keys: Tensor, values: Tensor, kv_cache: Tensor, slots: Tensor) -> None:
+        both = [(x.float() / scales[kind]).to(dtype) for kind, x in (("keys", keys), ("values", values))]
+        kv_cache[slots // S, :, slots % S] = torch.cat(both, -1).view(torch.uint8)
+
+    cache = torch.zeros(BLOCKS, H, S, 2 * D, dtype=torch.uint8)
+    layout = Layout.probe(cache, 1, H, D, write, codec, torch.bfloat16)
+    x = torch.randn(S, H, D).bfloat16()
+    write(x, 2 * x, cache, torch.arange(S) + 3 * S)
+    read = layout.read("values", cache, torch.tensor([[3]]), torch.arange(S).expand(1, H, S))
+    expected = codec.decode("values", codec.encode("values", 2 * x), torch.bfloat16)
+    assert torch.equal(codec.decode("values", read, torch.bfloat16)[0].transpose(0, 1), expected)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.37])
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_8_bit_numbers_are_read_and_written_as_they_are_stored(dtype: torch.dtype, scale: float) -> None:
+    check_codec(dtype, {"keys": scale, "values": 2 * scale})

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engines import Watcher, engine, greedy, prompts, reference, runtime_of, serve
+from engines import Watcher, engine, greedy, manager_of, prompts, reference, runtime_of, serve
 from near_ties import check_agreement
+from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
 
 from reasonkv import Window
 from reasonkv.methods import get_method
@@ -24,15 +25,27 @@ WINDOW = Window(48, 16, 0.25)
 def periodic_engine(folder: Path) -> Iterator[Any]:
     options = {"block_size": 32, "num_gpu_blocks_override": 200, "scheduler_cls": SCHEDULER}
     with engine(folder, {"method": "random", "seed": SEED, **GIVEN}, **options) as llm:
+        warm_up(runtime_of(llm))
         yield llm
+
+
+def warm_up(runtime: Any) -> None:
+    """Do what model runner V2 does when it starts: run a request that no scheduler knows, and end it."""
+    new = NewRequestData("warm-up", [1, 2], [], None, None, ([1],), 0, None)
+    started, ended = SchedulerOutput.make_empty(), SchedulerOutput.make_empty()
+    started.scheduled_new_reqs, started.num_scheduled_tokens = [new], {"warm-up": 2}
+    ended.finished_req_ids = {"warm-up"}
+    for scheduled in (started, ended):
+        runtime.begin(scheduled)
+        runtime.end(0.0)
 
 
 def to_the_next_period(llm: Any) -> None:
     """Run a request of as many steps as are missing, so that the next step's number is a multiple of the period."""
-    missing = -runtime_of(llm).steps % PERIOD
+    missing = -manager_of(llm).steps % PERIOD
     if missing:
         serve(llm, prompts((12,)), greedy(missing))
-    assert runtime_of(llm).steps % PERIOD == 0
+    assert manager_of(llm).steps % PERIOD == 0
 
 
 def listed(asked: list[list[int]], tokens: int) -> list[tuple[int, int]]:

@@ -12,7 +12,7 @@ from reasonkv import Budget
 from reasonkv.methods import Method, Observed, get_method
 from reasonkv.plan import PlanError
 from reasonkv.rotary import Rotary
-from reasonkv.runtimes.vllm.step import RunningRequest, StepLayout
+from reasonkv.runtimes.vllm.step import RunningRequest, StepLayout, StepPlaces
 from reasonkv.schedule import BatchSchedule, Lengths
 from reasonkv.slots import SlotStore
 
@@ -49,10 +49,12 @@ def test_pieces_of_a_batch_give_the_state_of_the_whole_alone(spec: str) -> None:
         sequences[name] = RunningRequest(lengths=courses, row=place, method=method)
     slots = slots_of(method)
     for fed in STEPS:
-        step = StepLayout(fed, sequences, list(fed), torch.empty(0))
+        step = StepLayout(fed, sequences, list(fed))
         parts = [text[name][sequences[name].state.logical :][: fed[name]] for name in step.order]
         padded = torch.cat([*parts, torch.full((3, HQ, D), torch.nan)])  # as a graph's batch would be
-        pieces = step.query_groups(CPU)
+        starts = torch.tensor([0, *fed.values()]).cumsum(0)
+        rows, lengths = torch.from_numpy(step.rows), torch.from_numpy(step.lengths + step.fed)
+        pieces = StepPlaces(step, rows, torch.zeros_like(rows), starts, lengths, torch.empty(0)).query_groups()
         assert len(pieces) == len(set(fed.values()))  # requests that feed equally many share one call
         for one in pieces:
             seen = Observed(padded[one.token_bn].transpose(1, 2), one.position_bn, one.valid_bn, 0, ROTARY)

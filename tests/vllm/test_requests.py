@@ -137,15 +137,24 @@ def test_a_prompt_that_cannot_be_kept_is_compressed_and_the_engine_lives_on(fold
         assert not (mine.kept[1, 0, 0][:, :40] == torch.arange(40)).all()
 
 
-def test_lengths_that_scheduler_and_worker_do_not_agree_on_are_never_served(folder: Path) -> None:
-    with engine(folder, GIVEN) as llm:
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        ({"logical": 41}, r"The scheduler has 42 tokens of request one-.* the worker 41"),
+        ({"physical": 43}, r"The scheduler has 43 slots of request one-.* the worker 44"),
+    ],
+)
+def test_lengths_that_scheduler_and_worker_do_not_agree_on_are_never_served(
+    folder: Path, wrong: dict[str, int], sentence: str
+) -> None:
+    with engine(folder, GIVEN, scheduler_cls=SCHEDULER) as llm:
         llm.llm_engine.add_request("one", {"prompt_token_ids": prompts((40,))[0]}, greedy(20))
         for _ in range(3):
             llm.llm_engine.step()
         runtime = runtime_of(llm)
         (request,) = runtime.requests.values()
-        runtime.lengths.start(request.row, BUDGET, request.state._replace(logical=41))
-        with pytest.raises(RuntimeError, match=r"The scheduler has 42 tokens of request one-.* the worker 41"):
+        runtime.lengths.start(request.row, BUDGET, request.state._replace(**wrong))
+        with pytest.raises(RuntimeError, match=sentence):
             llm.llm_engine.step()
 
 
@@ -162,6 +171,7 @@ def test_a_batch_that_is_padded_as_graphs_pad_it_has_the_slots_that_are_there(fo
         common = SimpleNamespace(
             num_reqs=3, seq_lens=torch.tensor([93, 0, 0], dtype=torch.int32), slot_mapping=torch.zeros(4).long(),
             seq_lens_cpu_upper_bound=torch.tensor([94, 0, 0], dtype=torch.int32), replace=SimpleNamespace,
+            query_start_loc=torch.tensor([0, 1, 1, 1], dtype=torch.int32),
             block_table_tensor=torch.tensor([[7, 8], [0, 0], [0, 0]], dtype=torch.int32),
         )  # fmt: skip
         made = runtime.physical_metadata(common, 64)

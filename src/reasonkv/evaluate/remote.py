@@ -76,7 +76,7 @@ def run_remote(
     if job.options.to_dict():
         arguments["options"] = job.options.to_dict()
     # weights cannot be seen from here; a replica at another URL may go on with a folder
-    named: Weights = {"name": endpoint.name, "hash": hashlib.sha256(endpoint.name.encode()).hexdigest()[:16]}
+    named = Weights(name=endpoint.name, hash=hashlib.sha256(endpoint.name.encode()).hexdigest()[:16])
     manifest = Manifest(command=command or "evaluate", arguments=arguments, model=named, device=endpoint.url)
     with open_results(folder, manifest):
         file = RecordFile(folder / RECORDS, AnswerRecord)

@@ -133,7 +133,7 @@ def open_session(
         arguments |= {"traces": job.traces.to_dict()} | ({"diagnostics": True} if job.diagnostics else {})
         if isinstance(task := get_task(job.task[0], job.options), GivenTraces):
             arguments["given"] = task.digest
-    named: Weights = {"name": model.name, "hash": model.hash}
+    named = Weights(name=model.name, hash=model.hash)
     manifest = Manifest(command=command, arguments=arguments, model=named, device=model.device_name)
     with open_results(folder, manifest), one_thread_if_small(model.model):
         file = RecordFile(folder / RECORDS, _task_of(job).kind)

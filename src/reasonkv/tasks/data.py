@@ -62,7 +62,7 @@ class DataTask(Task):
     @property
     def sampling(self) -> Mapping[str, float]:  # type: ignore[override]
         """What the task's authors draw with."""
-        return self.declared.sampling
+        return {str(name): value for name, value in self.declared.sampling.items()}
 
     @property
     def stop(self) -> Sequence[str]:  # type: ignore[override]

@@ -21,13 +21,12 @@ from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
+from reasonkv.runtimes.vllm.config import BACKENDS
+
 if TYPE_CHECKING:
     from torch import Tensor
 
-DRIVEN = {
-    stock: f"{__name__}.{stock.name}"
-    for stock in (AttentionBackendEnum.CPU_ATTN, AttentionBackendEnum.FLASH_ATTN, AttentionBackendEnum.TRITON_ATTN)
-}
+DRIVEN = {AttentionBackendEnum[name]: f"{__name__}.{name}" for name in BACKENDS}
 """Stock backends, and the path of what takes their place."""
 
 
@@ -91,6 +90,8 @@ class CompressedImpl:
             layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs
         )
         if attn_metadata is not None and self.runtime is not None:
+            if query.element_size() == 1:  # some backends take 8-bit queries beside an 8-bit cache
+                query = query.to(output.dtype) * layer._q_scale.to(output.dtype)
             self.runtime.after_attention(self.layer_number, query)
         return out
 

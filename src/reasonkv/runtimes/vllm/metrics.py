@@ -6,12 +6,17 @@ environment names a folder (PROMETHEUS_MULTIPROC_DIR) when the server starts; ot
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass
 from typing import Any
 
+from reasonkv.budget import Budget, PeriodicWindow
 from reasonkv.plan import Plan
+from reasonkv.runtimes.vllm.config import SCHEDULER
 from reasonkv.runtimes.vllm.step import StepLayout
+
+logger = logging.getLogger("vllm.reasonkv")
 
 COUNTERS = {
     "compactions": ("reasonkv:events", "Compactions, one per request and event."),
@@ -25,6 +30,15 @@ GAUGES = {
     "logical": ("reasonkv:logical_tokens", "Tokens seen by the requests of the newest step."),
     "peak": ("reasonkv:peak_slots", "Most slots a request held at once."),
 }
+
+_RESUMED_STOCK = (
+    "Request %s was preempted. All it has is fed again, in chunks, and its compactions fall at their ends, so its text "
+    f"may go on differently; with --scheduler-cls {SCHEDULER} it would not."
+)
+_RESUMED = "Request %s was preempted. All it has is fed again in chunks that end at its compactions."
+_RESUMED_PERIODIC = (
+    "Request %s was preempted. All it has is fed again; under a global period compactions fall elsewhere."
+)
 
 
 @dataclass
@@ -69,6 +83,13 @@ class Meter:
         if self.exporter is not None:
             self.exporter.update(self)
 
+    def note_idle(self) -> None:
+        """Count no slots any more: every request has ended."""
+        if self.newest is not None:
+            self.newest = None
+            if self.exporter is not None:
+                self.exporter.update(self)
+
     def __str__(self) -> str:
         share = self.seconds / self.step_seconds if self.step_seconds else 0.0
         return (
@@ -102,3 +123,11 @@ class Exporter:
             self._exported[key] = value
         for key, gauge in self._gauges.items():
             gauge.set(getattr(meter, key))
+
+
+def note_resumed(name: str, budget: Budget, has_scheduler: bool) -> None:
+    """Log what becomes of a preempted request that goes on."""
+    if not has_scheduler:
+        logger.warning(_RESUMED_STOCK, name)
+        return
+    logger.info(_RESUMED_PERIODIC if isinstance(budget, PeriodicWindow) else _RESUMED, name)

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import atexit
+import os
+import shutil
+
+from reasonkv.runtimes.vllm.config import METRICS_OWNER
+
 
 def register() -> None:
     """Tell vLLM which manager goes with our KV cache spec; may be called any number of times.
 
-    This changes nothing by itself: only `reasonkv`'s worker makes such a spec.
+    This changes nothing by itself: only `reasonkv`'s worker makes such a spec. In the process that `reasonkv serve`
+    became, it also sees to it that the folder of counts goes when the process ends.
     """
+    if os.environ.get(METRICS_OWNER) == str(os.getpid()):
+        del os.environ[METRICS_OWNER]
+        atexit.register(shutil.rmtree, os.environ["PROMETHEUS_MULTIPROC_DIR"], ignore_errors=True)
     from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager  # noqa: F401  (registers the built-ins)
     from vllm.v1.kv_cache_interface import FullAttentionSpec
     from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry

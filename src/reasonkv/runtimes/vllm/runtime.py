@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional
 from vllm.config import get_layers_from_vllm_config
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
@@ -19,28 +19,26 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from reasonkv import schedule
-from reasonkv.budget import Budget, ExplicitEventsWindow, PeriodicWindow
+from reasonkv.budget import Budget, ExplicitEventsWindow
 from reasonkv.methods import Method, Observed
 from reasonkv.runtimes.vllm import setup
 from reasonkv.runtimes.vllm.compactions import Compactor, Layer
-from reasonkv.runtimes.vllm.config import SCHEDULER, EngineConfig, ServingError, has_scheduler
-from reasonkv.runtimes.vllm.layout import Layout
-from reasonkv.runtimes.vllm.metrics import Exporter, Meter
+from reasonkv.runtimes.vllm.config import KEY, SCHEDULER, EngineConfig, ServingError, has_scheduler
+from reasonkv.runtimes.vllm.metrics import Exporter, Meter, note_resumed
 from reasonkv.runtimes.vllm.options import RequestConfig, method_of
-from reasonkv.runtimes.vllm.step import QueryGroup, RunningRequest, StepLayout
+from reasonkv.runtimes.vllm.slots import PagedSlotStore
+from reasonkv.runtimes.vllm.step import (
+    QueryGroup,
+    RunningRequest,
+    StepLayout,
+    StepNote,
+    StepPlaces,
+    padded,
+    to_device,
+)
 from reasonkv.schedule import BatchSchedule
-from reasonkv.slots import SlotStore
 
 logger = init_logger("vllm.reasonkv")
-
-_RESUMED_STOCK = (
-    "Request %s was preempted. All it has is fed again, in chunks, and its compactions fall at their ends, so its text "
-    f"may go on differently; with --scheduler-cls {SCHEDULER} it would not."
-)
-_RESUMED = "Request %s was preempted. All it has is fed again in chunks that end at its compactions."
-_RESUMED_PERIODIC = (
-    "Request %s was preempted. All it has is fed again; under a global period compactions fall elsewhere."
-)
 
 
 class Runtime:
@@ -55,18 +53,19 @@ class Runtime:
         self.device: torch.device = runner.device
         self.has_scheduler = has_scheduler(vllm_config)
         self.requests: dict[str, RunningRequest] = {}
-        self.free_rows = list(reversed(range(vllm_config.scheduler_config.max_num_seqs)))
-        self.lengths = BatchSchedule(len(self.free_rows))
+        self.rows = 0  # in the slot stores, one for each request that can be compressed at once
         self.fed: Mapping[str, int] | None = None  # tokens of every request of the step that begins, by id
         self.step: StepLayout | None = None  # the same step, once the batch is known
-        self.steps = 0  # with at least one token, so far
         # ranks agree on what they evict, so one of them counts
         self.meter = Meter(Exporter.where_collected() if rank == 0 else None)
+        self._note: StepNote | None = None  # what the scheduler says about the step
         self._pending: StepLayout | None = None  # the step before, if it has compactions that are not carried out yet
-        self._computed: Mapping[str, int] = {}  # tokens that the scheduler counts, of requests that are not new
-        self._ring_lines: tuple[Tensor, Tensor | None] | None = None
+        self._computed: dict[str, int] = {}  # tokens that the scheduler counts as computed before the step
+        self._places: StepPlaces | None = None
+        self._sent: tuple[NDArray[np.int64], Tensor] | None = None  # rows and dropped slots, on host and device
+        self._ring_lines: Tensor | None = None
         self._query_groups: list[QueryGroup] | None = None
-        self._suspended: dict[str, Callable[[], None]] = {}  # preempted requests: what starts them again
+        self._suspended: dict[str, Callable[[int], None]] = {}  # preempted requests: what starts them again
         self._modules = get_layers_from_vllm_config(vllm_config, Attention)
         setup.check_layers(self._modules, vllm_config)
         self.layers: list[Layer] = []
@@ -84,37 +83,76 @@ class Runtime:
         self._pending = None
         method = setup.with_markers(config.method, self.vllm_config)
         self.config = replace(config, method=method)
-        model, needs = self.vllm_config.model_config, method.needs
-        rows = self.vllm_config.scheduler_config.max_num_seqs
+        needs = method.needs
         rotates = needs.rotary or needs.observes or needs.calibration
         known = None
         if needs.calibration:
             known = setup.statistics_of(self.vllm_config, config.calibration, needs, self.device)
-        layouts = [layer.layout for layer in self.layers] or [None] * len(self._modules)
+        before: list[Layer | None] = [*self.layers] or [None] * len(self._modules)
         self.layers = []
-        for (name, module), layout in zip(self._modules.items(), layouts, strict=True):
+        for (name, module), known_layer in zip(self._modules.items(), before, strict=True):
             index, heads = extract_layer_index(name), module.num_heads
             of_rank = slice(self.rank * heads, (self.rank + 1) * heads)
             statistics = None if known is None else setup.own_heads(known.layer(index), of_rank)
-            slots = SlotStore(rows, module.num_kv_heads, model.dtype, self.device, needs)
-            slots.prepare(method, heads, module.head_size)
-            self.layers.append(Layer(index, module, slots, statistics, layout))
-        shape_of_ids = (rows, model.max_model_len)
+            layer = Layer(index, module, self._slot_store(module, 0), statistics)
+            if known_layer is not None:
+                layer.layout, layer.codec = known_layer.layout, known_layer.codec
+            self.layers.append(layer)
         self.compactor = Compactor(
             method, config.seed, self.layers, self.meter,
             first_head=self.rank * next(iter(self._modules.values())).num_kv_heads,
             rotary=setup.rotary_of(self.vllm_config, self.device) if rotates else None,
             ranks=setup.TensorParallelRanks() if self.vllm_config.parallel_config.tensor_parallel_size > 1 else None,
-            token_ids=torch.zeros(shape_of_ids, dtype=torch.int32, device=self.device) if needs.token_ids else None,
         )  # fmt: skip
+        self.allocate(self.rows)
+
+    def allocate(self, rows: int) -> None:
+        """Allocate what is kept beside the blocks, for so many compressed requests at once."""
+        most = self.vllm_config.scheduler_config.max_num_seqs
+        self.rows = rows
+        self.free_rows = list(reversed(range(rows)))
+        # requests with full KV store nothing beside their blocks: what they would write goes to the row behind the last
+        self.free_full_rows = list(reversed(range(rows, rows + most)))
+        self.lengths = BatchSchedule(rows + most)
+        for layer in self.layers:
+            layer.slots = self._slot_store(layer.module, rows + 1)
+            if layer.layout is not None:
+                blocks, _, block_size, *_ = layer.module.kv_cache.shape
+                layer.slots.reserve(blocks, block_size)
+        if self.config.method.needs.token_ids:
+            shape = (rows + 1, self.vllm_config.model_config.max_model_len)
+            self.compactor.token_ids = torch.zeros(shape, dtype=torch.int32, device=self.device)
+
+    def rows_in(self, requests: int) -> int:
+        """Return how many rows the stores need where blocks hold so many compressed requests.
+
+        Only our scheduler's steps can be told from warm-up steps, whose requests need rows, too.
+        """
+        most: int = self.vllm_config.scheduler_config.max_num_seqs
+        return min(most, requests) if self.has_scheduler else most
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of what is kept per compressed request, in all layers of this rank."""
+        tokens = 4 * self.vllm_config.model_config.max_model_len if self.config.method.needs.token_ids else 0
+        return tokens + sum(self._slot_store(layer.module, 1).bytes for layer in self.layers)
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of what is kept per slot beside its keys and values, in all layers of this rank."""
+        return sum(layer.slots.slot_bytes() for layer in self.layers)
+
+    def _slot_store(self, module: Any, rows: int) -> PagedSlotStore:
+        """Return a store of one layer, without its slots."""
+        method, dtype = self.config.method, self.vllm_config.model_config.dtype
+        slots = PagedSlotStore(rows, module.num_kv_heads, dtype, self.device, method.needs)
+        slots.prepare(method, module.num_heads, module.head_size)
+        return slots
 
     def find_layout(self) -> None:
         """Ask the platform where it puts keys and values, once blocks exist and before any request runs."""
         for layer in self.layers:
-            module = layer.module
-            # block 0 is vLLM's null block, where padding goes
-            write = partial(module.impl.write, module)
-            layer.layout = Layout.probe(module.kv_cache, 1, module.num_kv_heads, module.head_size, write)
+            layer.layout, layer.codec = setup.layout_of(layer.module, self.vllm_config.model_config.dtype)
 
     @property
     def bytes(self) -> int:
@@ -140,18 +178,27 @@ class Runtime:
             if name in self.requests:
                 self._suspend(name)
         self._compact()
-        for new in scheduled.scheduled_new_reqs:
-            if self._suspended.pop(new.req_id, None) is not None:  # the second model runner is told it is new
-                self._note_resumed(new.req_id)
-            self._admit(new.req_id, new.prompt_len, new.sampling_params)
+        self._note = getattr(scheduled, KEY, None)
+        is_warm_up = self.has_scheduler and self._note is None
         cached = scheduled.scheduled_cached_reqs
+        self._computed = dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+        for new in scheduled.scheduled_new_reqs:
+            self._computed[new.req_id] = new.num_computed_tokens
+            if self._suspended.pop(new.req_id, None) is not None:  # the second model runner is told it is new
+                note_resumed(new.req_id, self.config.budget, self.has_scheduler)
+            if is_warm_up:
+                self._start(new.req_id, new.prompt_len, None, self.config.method, 0)
+            else:
+                self._admit(new)
         for name in cached.resumed_req_ids:
-            self._note_resumed(name)
-            self._suspended.pop(name)()
+            note_resumed(name, self.config.budget, self.has_scheduler)
+            self._suspended.pop(name)(self._computed[name])
         if scheduled.num_scheduled_tokens:
             self.fed = scheduled.num_scheduled_tokens
-            self._computed = dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
-            self._list_periodic_compactions(self.fed)
+            for name in () if self._note is None else self._note.periodic:
+                one, window = self.requests[name], self.requests[name].budget
+                assert isinstance(window, ExplicitEventsWindow)
+                self.lengths.set_budget(one.row, schedule.listed(window, one.state.logical + self.fed[name]))
 
     def physical_metadata(self, common: CommonAttentionMetadata, block_size: int) -> CommonAttentionMetadata:
         """Return a step's attention metadata with physical lengths and slots, for the kernels.
@@ -159,68 +206,83 @@ class Runtime:
         Raises a RuntimeError where the scheduler counts other tokens than the worker.
         """
         assert self.fed is not None
-        step = StepLayout(self.fed, self.requests, self._batch_order(common), common.block_table_tensor)
+        step = StepLayout(self.fed, self.requests, self._batch_order(common))
         self.step, self._ring_lines, self._query_groups = step, None, None
-        theirs, ours = [self._computed.get(name, 0) for name in step.order], step.lengths.tolist()
-        if ours != theirs:
-            name, known, own = next(one for one in zip(step.order, theirs, ours, strict=True) if one[1] != one[2])
-            raise RuntimeError(f"The scheduler has {known} tokens of request {name} in the cache, the worker {own}.")
-        dropped_B = _padded(torch.from_numpy(step.lengths - step.held), common.num_reqs, 0)
-        lengths_B, upper_B = common.seq_lens, common.seq_lens_cpu_upper_bound
-        return common.replace(
-            seq_lens=lengths_B - dropped_B.to(lengths_B.device, lengths_B.dtype, non_blocking=True),
-            seq_lens_cpu_upper_bound=None if upper_B is None else upper_B - dropped_B.to(upper_B.dtype),
-            max_seq_len=step.longest,
-            slot_mapping=_padded(step.physical_slots(block_size), len(common.slot_mapping), -1),
+        self._agree("tokens", step, [self._computed.get(name, 0) for name in step.order], step.lengths)
+        numbers = np.stack([np.minimum(step.rows, self.rows), step.lengths - step.held])
+        if self._sent is None or not np.array_equal(self._sent[0], numbers):
+            self._sent = numbers, to_device(numbers, self.device)
+        row_B, dropped_B = self._sent[1]
+        self._places = StepPlaces(
+            step, row_B, dropped_B, common.query_start_loc, common.seq_lens, common.block_table_tensor
         )
+        lengths_B, upper_B = common.seq_lens, common.seq_lens_cpu_upper_bound
+        if upper_B is not None:
+            upper_B = upper_B - padded(torch.from_numpy(numbers[1]), common.num_reqs, 0).to(upper_B.dtype)
+        return common.replace(
+            seq_lens=lengths_B - padded(dropped_B, common.num_reqs, 0).to(lengths_B.dtype),
+            seq_lens_cpu_upper_bound=upper_B,
+            max_seq_len=step.longest,
+            slot_mapping=padded(self._places.physical_slots(block_size), len(common.slot_mapping), -1),
+        )
+
+    def _agree(self, what: str, step: StepLayout, theirs: list[int], ours: NDArray[np.int64]) -> None:
+        """Raise a RuntimeError where the scheduler counts otherwise than the worker."""
+        if ours.tolist() != theirs:
+            both = zip(step.order, theirs, ours.tolist(), strict=True)
+            name, known, own = next(one for one in both if one[1] != one[2])
+            raise RuntimeError(f"The scheduler has {known} {what} of request {name} in the cache, the worker {own}.")
 
     def after_attention(self, number: int, query: Tensor) -> None:
         """Remember a layer's rotated queries [tokens, Hq, D], padding behind them, for compactions of this step on."""
-        step, layer = self.step, self.layers[number]
-        if step is None:  # a warm-up that no scheduler asked for
+        places, layer = self._places, self.layers[number]
+        if self.step is None or places is None:  # a warm-up that no scheduler asked for
             return
         if number == 0 and self.compactor.token_ids is not None:
-            self._note_tokens(step, self.compactor.token_ids)
+            self._note_tokens(places, self.compactor.token_ids)
         if layer.slots.ring is not None:
             if self._ring_lines is None:
-                self._ring_lines = step.ring_lines(layer.slots.ring.shape[1], self.device)
-            lines, newest = self._ring_lines
-            queries = query[: step.tokens] if newest is None else query.index_select(0, newest)
-            layer.slots.remember_queries(queries, lines)
+                self._ring_lines = places.ring_lines(layer.slots.ring.shape[1], self.rows)
+            layer.slots.remember_queries(query[: self.step.tokens], self._ring_lines)
         if self.config.method.needs.observes:
-            self._observe(step, layer, query)
+            self._observe(places, layer, query)
 
     def end(self, seconds: float) -> None:
         """Move the requests on after a step that took so long, the compactions at its beginning included."""
         step, self.step, self.fed = self.step, None, None
         if step is not None:
             step.end()
+            if self._note is not None:
+                theirs = [self._note.slots[name] for name in step.order]
+                self._agree("slots", step, theirs, self.lengths.lengths(step.rows)[1])
             self.meter.note_step(step, seconds)
             self._pending = step if step.due else None
+        elif not self.requests:
+            self.meter.note_idle()
 
     def _compact(self) -> None:
         step, self._pending = self._pending, None
         if step is None:
             return
         start = time.perf_counter()
-        self.compactor.run(step, self.requests)
+        assert self._places is not None
+        self.compactor.run(step, self._places.block_table, self.requests)
         self.meter.seconds += time.perf_counter() - start
 
-    def _observe(self, step: StepLayout, layer: Layer, query: Tensor) -> None:
+    def _observe(self, places: StepPlaces, layer: Layer, query: Tensor) -> None:
         assert self.compactor.rotary is not None
         if self._query_groups is None:
-            self._query_groups = step.query_groups(self.device)
+            self._query_groups = places.query_groups()
         with torch.autocast(self.device.type, enabled=False):
             for one in self._query_groups:
                 queries_bHqnD = query[one.token_bn].transpose(1, 2)
                 seen = Observed(queries_bHqnD, one.position_bn, one.valid_bn, layer.index, self.compactor.rotary)
                 layer.slots.observe(self.config.method, one.row_b, seen)
 
-    def _note_tokens(self, step: StepLayout, token_ids: Tensor) -> None:
+    def _note_tokens(self, places: StepPlaces, token_ids: Tensor) -> None:
         buffers = getattr(self.runner, "input_buffers", None)
-        ids = (self.runner.input_ids.gpu if buffers is None else buffers.input_ids)[: step.tokens]
-        where = torch.from_numpy(np.stack([step.row, step.position])).to(self.device)
-        token_ids[where[0], where[1]] = ids.to(torch.int32)
+        ids = self.runner.input_ids.gpu if buffers is None else buffers.input_ids
+        token_ids[places.row_n, places.position_n] = ids[: places.step.tokens].to(torch.int32)
 
     def _batch_order(self, common: CommonAttentionMetadata) -> list[str]:
         states = getattr(self.runner, "req_states", None)  # the second model runner keeps a table of requests
@@ -230,33 +292,20 @@ class Runtime:
         order: list[str] = self.runner.input_batch.req_ids[: len(self.fed)]
         return order
 
-    def _list_periodic_compactions(self, all_fed: Mapping[str, int]) -> None:
-        """List the compactions that the step's number brings; the scheduler's manager of blocks computes the same."""
-        policy, self.steps = self.config.budget, self.steps + 1
-        if not isinstance(policy, PeriodicWindow):
-            return
-        ends, windows = {}, {}
-        for name, fed in all_fed.items():
-            one = self.requests[name]
-            if isinstance(one.budget, ExplicitEventsWindow):
-                ends[name] = one.state._replace(logical=one.state.logical + fed)
-                windows[name] = one.budget
-        raw = {name: schedule.raw_tokens(windows[name], state) for name, state in ends.items()}
-        for name in schedule.periodic_round(policy, self.steps - 1, raw):
-            self.lengths.set_budget(self.requests[name].row, schedule.listed(windows[name], ends[name].logical))
-
     # -- requests that come and go ----------------------------------------------------------------------------------
 
-    def _admit(self, name: str, prompt: int, sampling_params: Any) -> None:
+    def _admit(self, new: Any) -> None:
+        """Start a request that the scheduler sends for the first time (`NewRequestData`)."""
+        name, prompt, computed = new.req_id, new.prompt_len, new.num_computed_tokens
         try:
-            asked = RequestConfig.of(getattr(sampling_params, "extra_args", None))
+            asked = RequestConfig.of(getattr(new.sampling_params, "extra_args", None))
         except ServingError as error:  # `RequestOptions` would have refused it before
             logger.warning("Request %s runs with reasonkv's defaults: %s", name, error)
             asked = RequestConfig()
         engine_method, budget = self.config.method, self.config.budget
         if not asked.enabled:
             if self.has_scheduler:
-                self._start(name, prompt, None, engine_method, asked.seed)
+                self._start(name, prompt, None, engine_method, asked.seed, computed)
                 return
             logger.warning("Request %s is compressed: to keep full KV it needs --scheduler-cls %s.", name, SCHEDULER)
         if (
@@ -275,14 +324,17 @@ class Runtime:
             method = engine_method
         # one and the same object for all requests with equal options, so that they are planned together
         method = next((one.method for one in self.requests.values() if one.method == method), method)
-        self._start(name, prompt, schedule.row_budget(budget), method, asked.seed)
+        self._start(name, prompt, schedule.row_budget(budget), method, asked.seed, computed)
 
-    def _start(self, name: str, prompt: int, budget: Budget | None, method: Method, seed: int) -> None:
-        """Give a request a row, with nothing in the cache."""
-        row = self.free_rows.pop()
-        for layer in self.layers:
-            layer.slots.start(row)
-        self.lengths.start(row, budget, schedule.Lengths(prompt=prompt))
+    def _start(
+        self, name: str, prompt: int, budget: Budget | None, method: Method, seed: int, computed: int = 0
+    ) -> None:
+        """Give a request a row; `computed` tokens of its prompt are in blocks that it shares with others."""
+        row = (self.free_full_rows if budget is None else self.free_rows).pop()
+        if budget is not None:
+            for layer in self.layers:
+                layer.slots.start(row)
+        self.lengths.start(row, budget, schedule.Lengths(computed, computed, prompt))
         self.requests[name] = RunningRequest(lengths=self.lengths, row=row, method=method, seed=seed)
 
     def _suspend(self, name: str) -> None:
@@ -292,19 +344,7 @@ class Runtime:
         self._suspended[name] = partial(self._start, name, one.state.prompt, budget, one.method, one.seed)
         self._free(name)
 
-    def _note_resumed(self, name: str) -> None:
-        if self.has_scheduler:
-            periodic = isinstance(self.config.budget, PeriodicWindow)
-            logger.info(_RESUMED_PERIODIC if periodic else _RESUMED, name)
-        else:
-            logger.warning(_RESUMED_STOCK, name)
-
     def _free(self, name: str) -> None:
         request = self.requests.pop(name, None)
         if request is not None:
-            self.free_rows.append(request.row)
-
-
-def _padded(numbers_n: Tensor, size: int, value: int) -> Tensor:
-    """Append a value up to `size`: what is beyond a step's requests and tokens is padding."""
-    return functional.pad(numbers_n, (0, size - len(numbers_n)), value=value) if len(numbers_n) < size else numbers_n
+            (self.free_rows if request.row < self.rows else self.free_full_rows).append(request.row)

@@ -1,8 +1,8 @@
-"""vLLM's scheduler with three additions: `--scheduler-cls reasonkv.runtimes.vllm.scheduler.Scheduler`.
+"""vLLM's scheduler with four additions: `--scheduler-cls reasonkv.runtimes.vllm.scheduler.Scheduler`.
 
 It shows the manager of blocks what a request asked for, so a request may opt out of compression. It feeds no chunk
 across a compaction, so a preempted request, or one with a long prompt, has its compactions where it has them otherwise.
-A response says what its request held.
+A response says what its request held. Workers are told what each step leaves (`StepNote`).
 Without `"reasonkv"` in `--additional-config` it is the stock scheduler.
 """
 
@@ -52,11 +52,12 @@ class Scheduler(StockScheduler):  # type: ignore[misc]
         slots = (self._bounded.block_pool.num_gpu_blocks - 1) * self._bounded.block_size
         room = slots + 1 - request.num_prompt_tokens  # the token sampled last is never fed
         if room < 1:
-            logger.warning(
-                "Request %s has a prompt of %d tokens and keeps full KV, but the cache holds %d tokens in all; it ends "
-                "with an error.", request.request_id, request.num_prompt_tokens, slots,
-            )  # fmt: skip
-            self.grammar_compile_error_reqs.add(request.request_id)  # vLLM ends these so after the next step
+            why = (
+                f"The prompt has {request.num_prompt_tokens} tokens and keeps full KV, but the cache holds {slots} "
+                "tokens in all; let it be compressed, or give the cache more memory."
+            )
+            logger.warning("Request %s ends with an error: %s", request.request_id, why)
+            end_with_error(self.grammar_compile_error_reqs, request.request_id, why)
         elif request.max_tokens > room and self.max_model_len > slots:
             request.max_tokens = room
 
@@ -69,21 +70,37 @@ class Scheduler(StockScheduler):  # type: ignore[misc]
             transfer = {**(transfer or {}), KEY: self._compression.to_dict() | held}
         return transfer, *others
 
+    def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
+        """Preempt a request, which then feeds all it had: later prompts may share blocks beyond its own prompt."""
+        super()._preempt_request(request, *args, **kwargs)
+        if self._bounded is not None:
+            request.skip_reading_prefix_cache = True
+
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
-        """Schedule a step, and note the compactions that its number brings."""
+        """Schedule a step, and note for the workers what it leaves."""
         scheduled = super().schedule(*args, **kwargs)
         if self._bounded is not None:
-            self._bounded.end_step(scheduled.num_scheduled_tokens)
+            setattr(scheduled, KEY, self._bounded.end_step(scheduled.num_scheduled_tokens))
         return scheduled
 
     def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
         """End a chunk at the request's next compaction; vLLM asks here, last, how many tokens to feed."""
         fed: int = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
         if fed > 1 and self._bounded is not None:
-            left = self._bounded.tokens_to_compaction(request.request_id)
+            left = self._bounded.tokens_to_compaction(request.request_id, num_computed_tokens)
             fed = fed if left is None else min(fed, left)
         return fed
 
 
 class AsyncScheduler(Scheduler, StockAsyncScheduler):  # type: ignore[misc]
     """The same for asynchronous scheduling; `Scheduler` makes one where it is needed."""
+
+
+def end_with_error(failed: Any, name: str, why: str) -> None:
+    """Enter a request among those that vLLM ends with an error after the next step: a set of ids before vLLM 0.33."""
+    if isinstance(failed, set):
+        failed.add(name)
+        return
+    from vllm.outputs import RequestError
+
+    failed[name] = RequestError(code="validation_error", message=why)

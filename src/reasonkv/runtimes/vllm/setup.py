@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from vllm.distributed import get_tp_group
+from vllm.platforms import current_platform
 
 from reasonkv.calibration import Calibration, CalibrationError
 from reasonkv.calibration.files import FILE, load_calibration
@@ -17,6 +19,7 @@ from reasonkv.resolve import check_model
 from reasonkv.rotary import Rotary, RotaryError, RotaryLimits
 from reasonkv.runtimes.vllm.backend import CompressedImpl
 from reasonkv.runtimes.vllm.config import ServingError
+from reasonkv.runtimes.vllm.layout import Codec, Layout, LayoutError
 from reasonkv.view import LayerStatistics
 
 
@@ -41,6 +44,24 @@ def check_layers(modules: dict[str, Any], vllm_config: Any) -> None:
             raise ServingError("Layers that share keys and values are not served: one's compaction would cut another.")
         if module.head_size_v != module.head_size:
             raise ServingError("Values of another width than keys are not served yet.")
+
+
+def layout_of(module: Any, dtype: torch.dtype) -> tuple[Layout, Codec | None]:
+    """Ask the platform where it puts a layer's keys and values, and return what they stand for if stored in 8 bits.
+
+    `dtype` is the model's. Raises a ServingError where nothing can be read back.
+    """
+    codec = None
+    if module.kv_cache.dtype == torch.uint8:
+        wide = module.kv_cache_dtype == "fp8_e5m2"
+        stored = torch.float8_e5m2 if wide else current_platform.fp8_dtype()
+        codec = Codec(stored, {"keys": module._k_scale_float, "values": module._v_scale_float})
+    write = partial(module.impl.write, module)
+    try:  # block 0 is vLLM's null block, where padding goes
+        found = Layout.probe(module.kv_cache, 1, module.num_kv_heads, module.head_size, write, codec, dtype)
+    except LayoutError as error:
+        raise ServingError(str(error)) from None
+    return found, codec
 
 
 def with_markers(method: Method, vllm_config: Any) -> Method:

@@ -8,7 +8,8 @@ from typing import Any, Self
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from reasonkv import schedule
-from reasonkv.budget import Budget
+from reasonkv.budget import Budget, Window
+from reasonkv.runtimes.vllm.config import EngineConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,12 +19,33 @@ class BoundedSpec(FullAttentionSpec):  # type: ignore[misc]
     budget: Budget  # of every request
     max_length: int  # most tokens of a request (the engine's `max_model_len`)
     max_chunk: int  # of a chunk that crosses a compaction: 1 where chunks end there, else `max_num_batched_tokens`
+    own_tokens: int | None = None  # newest of a prompt, which a request feeds itself; None: no prompt is shared
+    recent: int = 0  # newest slots that the method itself protects
 
     @classmethod
-    def of(cls, spec: FullAttentionSpec, budget: Budget, max_length: int, max_chunk: int) -> BoundedSpec:
-        """Return a stock full-attention spec with a budget."""
+    def of(cls, spec: FullAttentionSpec, config: EngineConfig, max_length: int, max_chunk: int) -> BoundedSpec:
+        """Return a stock full-attention spec with an engine's budget."""
         stock = {one.name: getattr(spec, one.name) for one in fields(FullAttentionSpec) if one.init}
-        return cls(**stock, budget=budget, max_length=max_length, max_chunk=max_chunk)
+        needs = config.method.needs
+        # what a method collects of a prompt's tokens would be missing where another request fed them, and a merge
+        # changes slots that others read
+        collects = needs.observes or needs.token_ids or needs.merges or bool(needs.stored_state)
+        own = None if collects or max_chunk > 1 else max(1, needs.queries)
+        return cls(
+            **stock, budget=config.budget, max_length=max_length, max_chunk=max_chunk, own_tokens=own,
+            recent=needs.recent,
+        )  # fmt: skip
+
+    def shares(self, prompt: int) -> bool:
+        """Return whether the blocks of a prompt of so many tokens never change, so that other requests may read them.
+
+        A window begins behind the prompt. A budget that keeps the prompt protects it where it fits.
+        """
+        if self.own_tokens is None or isinstance(self.budget, Window):
+            return self.own_tokens is not None
+        if self.budget.prompt == "keep" and self.budget.tokens is not None:
+            return prompt + self.budget.protected(self.recent)[1] < self.budget.tokens
+        return self.budget.prompt != "count"
 
     def slots_in_prefill(self, prompt: int, fill: int) -> int:
         """Return the most slots until `fill` tokens are in: the prompt, or all tokens of a preempted request.

@@ -8,15 +8,23 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from vllm.config import VllmConfig
+from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+from vllm.v1.attention.selector import get_attn_backend
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from reasonkv.runtimes.vllm.backend import DRIVEN
-from reasonkv.runtimes.vllm.config import EngineConfig, ServingError, check_engine, has_scheduler, installed_package
+from reasonkv.runtimes.vllm.config import (
+    BACKENDS,
+    EngineConfig,
+    ServingError,
+    check_engine,
+    has_scheduler,
+    installed_package,
+)
 from reasonkv.runtimes.vllm.runtime import Runtime
 from reasonkv.runtimes.vllm.spec import BoundedSpec
 
@@ -28,6 +36,26 @@ else:
 logger = init_logger("vllm.reasonkv")
 
 
+def chosen_backend(vllm_config: VllmConfig) -> str:
+    """Return the first of `BACKENDS` that the platform takes for the model, before any weight is loaded.
+
+    vLLM's own first choice on some GPUs is one that reasonkv does not extend. Raises a ServingError if it takes none.
+    """
+    if current_platform.is_cpu():
+        return "CPU_ATTN"
+    model, reasons = vllm_config.model_config, []
+    for name in BACKENDS[:2]:
+        vllm_config.attention_config.backend = AttentionBackendEnum[name]
+        try:
+            with set_current_vllm_config(vllm_config):
+                get_attn_backend(model.get_head_size(), model.dtype, vllm_config.cache_config.cache_dtype)
+        except (ValueError, ImportError) as error:
+            reasons.append(f"{name}: {error}")
+        else:
+            return name
+    raise ServingError(f"No attention backend that reasonkv serves fits this model and device ({'; '.join(reasons)}).")
+
+
 class Worker(PlatformWorker):  # type: ignore[misc]
     """A worker whose requests stay within a budget; raises a ServingError for what it cannot serve."""
 
@@ -35,17 +63,17 @@ class Worker(PlatformWorker):  # type: ignore[misc]
         self.compression = EngineConfig.of(vllm_config)
         self.runtime: Runtime | None = None
         if self.compression is not None:
-            self._vllm_version = installed_package()[1]
+            self._vllm_version = installed_package(untested=self.compression.untested)[1]
             check_engine(vllm_config, self.compression)
             for stock, path in DRIVEN.items():
                 register_backend(stock, path)
-            if current_platform.is_cpu() and vllm_config.attention_config.backend is None:
-                # There is no other; naming it keeps this engine apart from a stock one of the same process.
-                vllm_config.attention_config.backend = AttentionBackendEnum.CPU_ATTN
+            if vllm_config.attention_config.backend is None:
+                # Named, it also keeps this engine apart from a stock one of the same process.
+                vllm_config.attention_config.backend = AttentionBackendEnum[chosen_backend(vllm_config)]
         super().__init__(vllm_config, *args, **kwargs)
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
-        """Load the model; what is kept beside it is allocated here, so that vLLM's memory profile sees it."""
+        """Load the model, and check that its attention can be served."""
         super().load_model(*args, **kwargs)
         if self.compression is not None:
             rank = get_tensor_model_parallel_rank()
@@ -59,12 +87,28 @@ class Worker(PlatformWorker):  # type: ignore[misc]
         foreign = sorted(name for name, spec in found.items() if type(spec) is not FullAttentionSpec)
         if foreign:
             raise ServingError(f"Only full-attention layers are served, and {foreign[0]} is none.")
-        longest, budget = self.model_config.max_model_len, self.compression.budget
+        longest, config = self.model_config.max_model_len, self.compression
         chunk = 1 if has_scheduler(self.vllm_config) else self.scheduler_config.max_num_batched_tokens
-        return {name: BoundedSpec.of(spec, budget, longest, chunk) for name, spec in found.items()}
+        return {name: BoundedSpec.of(spec, config, longest, chunk) for name, spec in found.items()}
+
+    def determine_available_memory(self) -> Any:
+        """Return the bytes for blocks: vLLM's, less what each request that they hold keeps beside them."""
+        found = super().determine_available_memory()
+        if self.runtime is None:
+            return found
+        spec, runtime = next(iter(self.get_kv_cache_spec().values())), self.runtime
+        page = spec.page_size_bytes * len(runtime.layers)
+        beside = runtime.slot_bytes * spec.block_size
+        request = spec.blocks(self._fewest_slots(spec)) * (page + beside) + runtime.row_bytes
+        rows = runtime.rows_in(found // request + 1)  # one more than fit: what is left of the memory may hold one
+        return max(0, found - (rows + 1) * runtime.row_bytes) * page // (page + beside)
+
+    def _fewest_slots(self, spec: BoundedSpec) -> int:
+        """Return the fewest slots that a compressed request reserves while it runs."""
+        return 1 if not spec.budget.is_bounded else spec.slots_in_decode(1)
 
     def initialize_from_config(self, kv_cache_config: Any) -> None:
-        """Allocate blocks, and find out how the platform fills them."""
+        """Allocate blocks and what is kept beside them, and find out how the platform fills blocks."""
         super().initialize_from_config(kv_cache_config)
         if self.runtime is None:
             return
@@ -78,12 +122,13 @@ class Worker(PlatformWorker):  # type: ignore[misc]
                 "as they come."
             )
         self.runtime.find_layout()
+        self.runtime.allocate(self.runtime.rows_in(blocks // spec.blocks(self._fewest_slots(spec))))
         steady = spec.blocks(spec.slots_in_decode(1))
         logger.info(
             "reasonkv on vLLM %s: %s. %d blocks of %d a request (full KV: up to %d), so %d requests at once; "
-            "%.1f MiB of queries and token indices beside the cache.",
+            "%.1f MiB of queries and token indices beside the cache, for %d of them.",
             self._vllm_version, self.runtime.config.describe(), steady, spec.block_size, spec.blocks(longest),
-            blocks // steady, self.runtime.bytes / 2**20,
+            blocks // steady, self.runtime.bytes / 2**20, self.runtime.rows,
         )  # fmt: skip
 
     def execute_model(self, scheduler_output: Any) -> Any:

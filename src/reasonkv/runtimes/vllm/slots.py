@@ -1,0 +1,51 @@
+"""What an engine stores of the slots in its blocks: block by block, as keys and values are."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from reasonkv.slots import SlotStore
+
+
+class PagedSlotStore(SlotStore):
+    """A slot store whose numbers per slot stand in blocks, so that their memory is a fixed share of the cache's.
+
+    Queries and what the method observes have a row per request, as elsewhere.
+    """
+
+    _block_table: Tensor | None = None
+
+    def slot_bytes(self) -> int:
+        """Return the bytes of one slot of all heads."""
+        return 4 * self.heads * (1 + self.needs.merges + len(self.needs.stored_state))
+
+    def reserve(self, blocks: int, block_size: int) -> None:
+        """Allocate what compactions write, for so many blocks."""
+        shape = (blocks, self.heads, block_size)
+        self.token_index = torch.zeros(shape, dtype=torch.int32, device=self.device)
+        self.counts = torch.zeros_like(self.token_index) if self.needs.merges else None
+        for name, declared in self.needs.stored_state.items():
+            self.state[name] = torch.zeros(shape, dtype=self.dtype_of(declared), device=self.device)
+
+    def use_blocks(self, blocks_BM: Tensor) -> None:
+        """Read and write the slots of these blocks from now on, one row for every request of a compaction."""
+        self._block_table = blocks_BM.long()
+
+    def _write(self, stored: Tensor | None, row_b: Tensor, new_bHK: Tensor, dtype: torch.dtype) -> Tensor:
+        assert stored is not None and self._block_table is not None
+        B, H, K = new_bHK.shape
+        M = -(-K // stored.shape[2])
+        padded = functional.pad(new_bHK.to(dtype), (0, M * stored.shape[2] - K))
+        stored[self._block_table[:, :M]] = padded.view(B, H, M, -1).transpose(1, 2)
+        return stored
+
+    def _stored_or(self, stored: Tensor | None, fresh_bHN: Tensor, row_b: Tensor, compacted_b: Tensor) -> Tensor:
+        if stored is None:  # counts of a method that never merges
+            return fresh_bHN
+        assert self._block_table is not None
+        B, H, N = fresh_bHN.shape
+        old = stored[self._block_table].transpose(1, 2).reshape(B, H, -1)[:, :, :N].to(fresh_bHN.dtype)
+        is_old = torch.arange(N, device=self.device) < compacted_b[:, None, None]
+        return torch.where(is_old, old, fresh_bHN)
