@@ -61,7 +61,7 @@ def full(**changes: Any) -> list[ReplayRecord]:
 def cell(method: str, tokens: int, top1: float, **changes: Any) -> list[ReplayRecord]:
     budget = Budget(tokens=tokens, recent=8, prompt="on_top").to_dict()
     values = {"method": method, "budget": budget, "bytes_held": tokens * 100, **changes}
-    return [record(i, top1=top1 + 0.01 * (i % 2), **values) for i in range(N)]
+    return [record(i, top1=min(1.0, top1 + 0.01 * (i % 2)), **values) for i in range(N)]
 
 
 def folder(path: Path, records: Sequence[ReplayRecord | AnswerRecord], command: str = "replay") -> Path:

@@ -105,6 +105,7 @@ def test_a_public_file_that_is_damaged_or_lacks_a_head_is_one_sentence(tmp_path:
         {**whole, "stats": {**whole["stats"], first: {}}},
         {**whole, "stats": {}},
         {**whole, "stats": {**whole["stats"], "others": 1}},
+        {**whole, "stats": {name: {**head, "q_mean_real": torch.rand(99)} for name, head in whole["stats"].items()}},
         [1],
     ):
         torch.save(broken, path)

@@ -192,7 +192,7 @@ def test_usable_budgets_are_those_of_the_frontier(large: tuple[Path, Path]) -> N
 def test_crossings_that_hold_are_listed_and_counted(tmp_path: Path) -> None:
     def make(task: str, method: str, tokens: int | None, example: int, dice: random.Random) -> ReplayRecord:
         good = {"full": 1.0, "rkv": 0.95}.get(method, 0.5)
-        top1 = good + 0.01 * dice.random()
+        top1 = min(1.0, good + 0.01 * dice.random())
         return make_record(task, method, tokens, example, dice).model_copy(update={"top1": top1})
 
     folder = make_folder(tmp_path / "replay", "replay", make, ("program",), ("random", "rkv"), (64, 128, 256), 30)

@@ -6,6 +6,7 @@ bits, texts are valid Unicode, nesting is shallow.
 
 from __future__ import annotations
 
+import json
 from functools import cache
 from itertools import accumulate
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Annotated, Any, TypeVar
 
 from annotated_types import Ge, Le
 from pydantic import TypeAdapter, ValidationError
+from pydantic_core import from_json
 
 from reasonkv.errors import ReasonKVError
 from reasonkv.numbers import LARGEST, misfit
@@ -37,11 +39,15 @@ def read_json(path: Path, kind: type[T] | TypeAdapter[T], what: str, error: type
         advice: what to do then, as in "delete it".
     """
     try:
-        return parse_json(path.read_bytes(), kind)
+        data = path.read_bytes()
+        json.dumps(from_json(data), allow_nan=False)  # a type such as Any would take NaN
+        return parse_json(data, kind)
     except OSError as cause:
         why = cause.strerror or str(cause)
     except ValidationError as cause:
         why = reason(cause)
+    except ValueError as cause:
+        why = str(cause)[:200]
     raise error(f"{path} cannot be read as {what} ({why}); {advice}.")
 
 

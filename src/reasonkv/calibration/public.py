@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import re
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -65,19 +64,14 @@ def import_pt(path: Path | str) -> Calibration:
             warnings.simplefilter("ignore")  # about layouts of tensors that are then refused
             data = torch.load(path, map_location="cpu", weights_only=True)
         found = _Public.model_validate(data)
-        parts, (layers, query_heads) = _stacked(found.stats)
+        calibration = _assembled(found, f"imported from {path.name}")
+    except CalibrationError as error:
+        raise CalibrationError(f"{path}: {error}") from None
     except ValidationError as error:
         raise _unreadable(path, reason(error)) from None
     except Exception as error:  # unpickling raises anything, from KeyError to RecursionError
         raise _unreadable(path, " ".join(f"{type(error).__name__}: {error}".split())[:120]) from None
-    metadata = found.metadata
-    if metadata.rope_style != "half":
-        raise CalibrationError(f"{path} was made for RoPE layout {metadata.rope_style!r}; only 'half' is supported.")
-    return assembled(
-        {name: tensor.view(layers, query_heads, -1) for name, tensor in parts.items()},
-        metadata.head_dim or 2 * parts["modulus"].shape[-1],
-        source=f"imported from {path.name}", rope_type=metadata.rope_type, name=metadata.model_name,
-    )  # fmt: skip
+    return calibration
 
 
 def _unreadable(path: Path, why: str) -> CalibrationError:
@@ -86,15 +80,21 @@ def _unreadable(path: Path, why: str) -> CalibrationError:
     )
 
 
-def _stacked(entries: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, Tensor], tuple[int, int]]:
-    """Return the statistics of all heads by our names, and the numbers of layers and query heads."""
+def _assembled(found: _Public, source: str) -> Calibration:
+    """Return the statistics of a file's heads; raises what tensors raise that do not fit together."""
+    metadata, entries = found.metadata, found.stats
+    if metadata.rope_style != "half":
+        raise CalibrationError(f"it was made for RoPE layout {metadata.rope_style!r}; only 'half' is supported.")
     places = {tuple(map(int, re.findall(r"\d+", name))): head for name, head in entries.items()}
     layers, query_heads = (1 + max(axis) for axis in zip((-1, -1), *places, strict=True))
     if not layers * query_heads == len(places) == len(entries):
         raise ValueError("statistics of a head are missing")
     heads = [places[place] for place in sorted(places)]
     present = [name for name, theirs in _NAMES.items() if name not in ("square", "horizon") or theirs in heads[0]]
-    return {name: torch.stack([_axis(head[_NAMES[name]]) for head in heads]) for name in present}, (layers, query_heads)
+    stacked = {name: torch.stack([_axis(head[_NAMES[name]]) for head in heads]) for name in present}
+    parts = {name: tensor.view(layers, query_heads, -1) for name, tensor in stacked.items()}
+    head_dim = metadata.head_dim or 2 * parts["modulus"].shape[-1]
+    return assembled(parts, head_dim, source=source, rope_type=metadata.rope_type, name=metadata.model_name)
 
 
 def export_pt(calibration: Calibration, path: Path | str) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ConfigDict, JsonValue, TypeAdapter
+from pydantic import JsonValue, TypeAdapter
 from torch import Tensor
 
 from reasonkv.calibration import Calibration
@@ -47,7 +47,7 @@ from reasonkv.tasks.options import THINK_END
 FORMAT = 1
 FOLDER = "inspections"
 """Where a results folder keeps its inspections."""
-_SAVED = TypeAdapter(dict[str, JsonValue], config=ConfigDict(allow_inf_nan=False))
+_SAVED = TypeAdapter(dict[str, JsonValue])
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from annotated_types import Ge, MaxLen
 from typing_extensions import TypedDict
@@ -15,7 +15,7 @@ from typing_extensions import TypedDict
 from reasonkv.tasks.base import TaskError
 from reasonkv.tasks.options import TaskOptions
 
-Drawn = Literal["temperature", "top_p", "top_k", "min_p", "repetition_penalty"]
+DRAWN = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
 class Choices(TypedDict):
@@ -67,7 +67,7 @@ class Declaration:
     shots: int = 0
     shots_from: str | None = None
     shot: str | None = None
-    sampling: Mapping[Drawn, float] = field(default_factory=dict)
+    sampling: Mapping[str, Annotated[float, Ge(0)]] = field(default_factory=dict)
     stop: Sequence[str] = ()
     max_new_tokens: Annotated[int, Ge(1)] | None = None
     length: int | None = None
@@ -83,6 +83,9 @@ class Declaration:
                 raise TaskError(f"{pattern!r} is no regular expression ({error}).") from None
         if self.length is not None and self.length < 2:
             raise TaskError(f"length must be at least 2 tokens, not {self.length}.")
+        for name in self.sampling:
+            if name not in DRAWN:
+                raise TaskError(f"sampling has {', '.join(DRAWN)}, not {name}.")
         if self.shots < 0:
             raise TaskError(f"shots must be at least 0, not {self.shots}.")
 
