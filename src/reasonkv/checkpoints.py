@@ -60,11 +60,14 @@ class _Adapter(BaseModel):
     revision: str | None = None
 
 
-def find_checkpoint(name: str, revision: str | None = None, adapter: str | None = None) -> Checkpoint:
+def find_checkpoint(
+    name: str, revision: str | None = None, adapter: str | None = None, *, weights: bool = True
+) -> Checkpoint:
     """Return where a model's files are; what is plainly wrong about them is reported here.
 
     Args:
         name, revision, adapter: as in `load_model`.
+        weights: a folder must hold them.
 
     Raises:
         ModelError: one sentence.
@@ -93,7 +96,7 @@ def find_checkpoint(name: str, revision: str | None = None, adapter: str | None 
             return _base_of(name, path, adapter)
         if not (path / "config.json").is_file():
             raise ModelError(f"{name} is not a model folder: it has no config.json.")
-        if not any(path.glob("*.safetensors")) and not any(path.glob("*.bin")):
+        if weights and not any(path.glob("*.safetensors")) and not any(path.glob("*.bin")):
             raise ModelError(f"{name} is not a whole model folder: it has a config.json but no weights.")
         return Checkpoint(name, str(path), adapter=adapter)
     if path.exists():
@@ -104,13 +107,13 @@ def find_checkpoint(name: str, revision: str | None = None, adapter: str | None 
 
 
 def load_config(name: str, revision: str | None = None) -> PreTrainedConfig:
-    """Return a model's configuration alone.
+    """Return a model's configuration alone; a folder need not hold weights.
 
     Raises:
         ModelError: one sentence.
 
     """
-    found = find_checkpoint(name, revision)
+    found = find_checkpoint(name, revision, weights=False)
     try:
         return found.config()
     except Exception as error:

@@ -15,13 +15,16 @@ from reasonkv.methods import Method, get_method
 TESTED = (
     "llama", "qwen2", "qwen3", "qwen3_moe", "mistral", "phi3", "gemma2", "gemma3", "gemma3_text", "gemma3n_text",
     "gemma4_text", "gpt_oss", "glm4", "cohere", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "minicpm3",
-    "longcat_flash", "mistral4", "youtu", "axk1", "qwen2_5_vl_text", "qwen3_vl_text",
+    "longcat_flash", "mistral4", "youtu", "axk1", "qwen2_5_vl_text", "qwen3_vl_text", "qwen3_next", "qwen3_5_text",
+    "nemotron_h", "granitemoehybrid", "jamba", "zamba2", "falcon_h1", "bamba", "lfm2", "olmo_hybrid", "kimi_linear",
 )  # fmt: skip
 """Model types whose every layer is compared with full attention over the kept slots in the tests."""
 
 
 _OWN_CACHE = ("minimax", "reformer", "rwkv", "xlnet", "xlstm")
 """Model types that take no cache but a class of their own file."""
+_DIFFER = ("diffllama", "granite_swa", "granitemoe_swa", "inkling_text", "zaya")
+"""Model types whose tiny model does not equal the oracle (tools/models_matrix.py), for reasons not known yet."""
 
 
 class UnsupportedModelError(ReasonKVError, ValueError):
@@ -151,6 +154,8 @@ def check_model(model: PreTrainedModel | PreTrainedConfig, method: Method | None
         )
     if kind in _OWN_CACHE:
         return [f"{kind} takes no cache but a class of its own, so nothing can be bounded; use a stock cache."]
+    if kind in _DIFFER:
+        return [f"{kind} through a compressed cache does not equal the stock cache in tests; use a stock cache."]
     problems += _layer_problems(config, kind)
     if getattr(decoder, "alibi", False) or kind in {"bloom", "mpt"}:
         problems.append(f"{kind} uses ALiBi, whose distances are lost once slots are dropped.")
