@@ -16,7 +16,7 @@ from torch import Tensor
 from reasonkv.errors import ReasonKVError
 
 SLICE_ELEMENTS = 1 << 21
-"""Logits worked on at once: 4 MiB of float32."""
+"""Logits worked on at once: 8 MiB of float32."""
 
 
 class NonFiniteError(ReasonKVError, RuntimeError):

@@ -114,20 +114,17 @@ class Observed:
         """Return several forwards of the same rows as one."""
         if len(seen) == 1:
             return seen[0]
-        queries_BHqqD = torch.cat([one.queries_BHqqD for one in seen], dim=2)
-        positions_Bq = torch.cat([one.positions_Bq for one in seen], dim=1)
         return replace(
             seen[0],
-            queries_BHqqD=queries_BHqqD,
-            positions_Bq=positions_Bq,
+            queries_BHqqD=torch.cat([one.queries_BHqqD for one in seen], dim=2),
+            positions_Bq=torch.cat([one.positions_Bq for one in seen], dim=1),
             valid_Bq=torch.cat([one.valid_Bq for one in seen], dim=1),
         )
 
     def of_rows(self, index: Tensor) -> Observed:
         """Return the same of some rows."""
-        rows = (one.index_select(0, index) for one in (self.queries_BHqqD, self.positions_Bq, self.valid_Bq))
-        queries_BHqqD, positions_Bq, valid_Bq = rows
-        return replace(self, queries_BHqqD=queries_BHqqD, positions_Bq=positions_Bq, valid_Bq=valid_Bq)
+        names = ("queries_BHqqD", "positions_Bq", "valid_Bq")
+        return replace(self, **{name: getattr(self, name).index_select(0, index) for name in names})
 
 
 @dataclass(frozen=True)

@@ -172,7 +172,7 @@ class CompressedCache(Cache):
                 "call cache.reset() or make a new cache for a new batch."
             )
         if self._is_recurrent and attention_mask is not None:
-            check_padding(attention_mask)
+            check_padding(attention_mask, columns, [row.state.logical > 0 for row in self.rows])
         valid, fed = fed_tokens(batch, columns, attention_mask)
         if not self.layer_groups:
             self._first_rows(batch, fed)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -299,18 +299,23 @@ def fed_tokens(batch: int, columns: int, attention_mask: Tensor | None) -> tuple
     return valid, [int(n) for n in valid.sum(-1).tolist()]
 
 
-def check_padding(attention_mask: Tensor) -> None:
+def check_padding(attention_mask: Tensor, columns: int, has_tokens: Sequence[bool]) -> None:
     """Check that no row is padded between its tokens, where a recurrent layer's state would take the padding in.
+
+    Only the forward's own columns and the one before them are read: earlier ones were, by earlier forwards.
 
     Args:
         attention_mask: 2-D mask over every column fed so far.
+        columns: width of the forward.
+        has_tokens: by row, whether earlier forwards fed one; empty at the first forward.
 
     Raises:
         UnsupportedModelError: a row has tokens, padding, and tokens again.
 
     """
-    valid = attention_mask.bool()
-    starts = valid[:, 0].long() + (valid[:, 1:] & ~valid[:, :-1]).sum(-1)
+    valid = attention_mask[:, -columns - 1 :].bool()
+    starts = (valid[:, 1:] & ~valid[:, :-1]).sum(-1)  # of a row with tokens, each one follows padding
+    starts += torch.tensor(has_tokens, device=valid.device) if has_tokens else valid[:, 0]
     if bool((starts > 1).any()):
         raise UnsupportedModelError(
             "A row is padded between its tokens, which the state of this model's recurrent layers would take in; pad "
