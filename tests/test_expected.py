@@ -144,3 +144,15 @@ def test_rows_of_a_batch_score_as_they_would_alone(spec: str) -> None:
         row_state={name: tensor[1:] for name, tensor in view.row_state.items()},
     )
     check_same_choice(method, [row], [Plan(plan.kept_BHK[1:])], [method.plan(row, 20)])
+
+
+def test_a_slot_that_stands_for_two_tokens_counts_as_two_equal_slots() -> None:
+    method = ExpectedAttention()
+    once, twice = view_with(method), torch.tensor([*range(60), 10])
+    names = ("keys_BHND", "values_BHND", "positions_BHN", "is_protected_BHN")
+    doubled = replace(once, **{name: getattr(once, name)[:, :, twice] for name in names})
+    mass_BHN = torch.zeros(once.positions_BHN.shape)
+    mass_BHN[..., 10] = torch.tensor(2.0).log()
+    found, each = method.score(replace(once, state={"log_mass": mass_BHN})), method.score(doubled)[..., :60]
+    assert_close(found[..., 10], 2 * each[..., 10])
+    assert_close(found[..., 11:], each[..., 11:])

@@ -23,7 +23,7 @@ from reasonkv.footprint import footprint, total_bytes
 from reasonkv.identity import model_hash
 from reasonkv.layers import bounded_layers, layer_rotaries
 from reasonkv.models import LoadedModel
-from reasonkv.resolve import UnsupportedModelError
+from reasonkv.resolve import UnsupportedModelError, check_model
 from reasonkv.runtimes.transformers.layer import CompressedLayer
 from tools.models_matrix import examine, examine_apart
 from tools.testbed.tokenizer import make_tokenizer
@@ -52,6 +52,11 @@ def test_no_causal_architecture_is_wrong(model_type: str) -> None:
     row = examine_apart(model_type)
     assert row["verdict"] != "wrong", row
     assert row["verdict"] == "exact" or row["why"]
+
+
+def test_model_types_that_differ_from_the_oracle_are_refused() -> None:
+    for model_type in ("diffllama", "granite_swa", "granitemoe_swa", "inkling_text", "zaya"):
+        assert "does not equal the stock cache" in check_model(tiny_config(model_type))[0]
 
 
 def test_only_layers_that_grow_are_bounded() -> None:
@@ -101,6 +106,10 @@ def test_padding_between_the_tokens_of_a_row_is_refused_because_a_state_would_ta
         mask[1, 10:15] = 0
         with pytest.raises(UnsupportedModelError, match="padded between its tokens"):
             hybrid()(ids[:, 10:20], attention_mask=mask[:, :20], past_key_values=cache, use_cache=True)
+        cache.reset()
+        hybrid()(ids[:, :15], attention_mask=mask[:, :15], past_key_values=cache, use_cache=True)  # ends in padding
+        with pytest.raises(UnsupportedModelError, match="padded between its tokens"):
+            hybrid()(ids[:, 15:16], attention_mask=mask[:, :16], past_key_values=cache, use_cache=True)
 
 
 @pytest.mark.parametrize("model_type", ["qwen3_next", "nemotron_h"])

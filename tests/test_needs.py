@@ -222,7 +222,7 @@ def test_observed_queries_are_the_same_whatever_pieces_and_batches_they_come_in(
     lengths = [50, 37]
     ids, mask, positions = batch(lengths)
     sums = []
-    for pieces, steps in itertools.product(PIECES.values(), (1, 5)):
+    for pieces, steps in itertools.product(PIECES.values(), (1, 7)):  # 7: a compaction always comes first
         method = Watcher(steps=steps)
         with CompressedCache(model, method, BUDGET, prompt_lengths=[24, 11]) as cache:
             run_compressed(model, cache, ids, mask, positions, pieces)
@@ -234,6 +234,21 @@ def test_observed_queries_are_the_same_whatever_pieces_and_batches_they_come_in(
         assert cache.stats().rows[0].bytes_held > cache.stats().rows[0].physical_terminal
     for other in sums[1:]:  # layer 0: queries do not depend on what was kept
         torch.testing.assert_close(sums[0], other, rtol=0, atol=1e-10)
+
+
+def test_queries_that_wait_to_be_observed_move_with_their_rows() -> None:
+    model = tiny_model("qwen3")
+    ids, sums = batch([30, 30])[0], []
+    for steps in (1, 7):
+        method = Watcher(steps=steps)
+        with CompressedCache(model, method, BUDGET, prompt_lengths=[24, 24]) as cache, torch.no_grad():
+            for start, end in ((0, 24), (24, 25), (25, 26)):
+                model(ids[:, start:end], past_key_values=cache)
+            cache.reorder_cache(torch.tensor([1, 1]))
+            cache.compressed_layers[0].storage._observe_waiting(method)
+            sums.append(cache.compressed_layers[0].storage.row_state["sum"])
+    assert torch.equal(sums[1][0], sums[1][1])
+    torch.testing.assert_close(sums[0], sums[1], rtol=0, atol=1e-10)
 
 
 def test_undeclared_and_misshapen_state_is_a_defect_of_the_method() -> None:
