@@ -15,6 +15,7 @@ from damage import damaged_bytes, damaged_tensors, damaged_value, read_header, t
 from good_files import ROWS, Good, is_one_sentence, read_everything, write_lines
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pydantic import TypeAdapter
 
 from reasonkv.calibration import import_pt, load_calibration
 from reasonkv.cli import make_app
@@ -22,7 +23,9 @@ from reasonkv.cli.config import check_flat, parse_options, read_options
 from reasonkv.cli.plan import make_groups
 from reasonkv.evaluate.cells import check_job
 from reasonkv.evaluate.job import GenerateJob
+from reasonkv.evaluate.manifest import ResultsError
 from reasonkv.evaluate.traces import encode_given
+from reasonkv.inputs import read_json
 from reasonkv.seer.gate import find_gate
 from reasonkv.tasks import TaskOptions, get_task
 
@@ -189,3 +192,10 @@ def test_a_damaged_file_is_one_sentence(good: Good, kind: Callable[..., None]) -
 @pytest.mark.parametrize("kind", KINDS)
 def test_five_thousand_damaged_files_are_one_sentence_each(good: Good, kind: Callable[..., None]) -> None:
     damage(good, kind, 1500 if kind is a_results_folder else 700)
+
+
+@pytest.mark.parametrize("text", ['{"a": [NaN]}', '{"a": Infinity}', '{"a": 1e999}'])
+def test_json_whose_numbers_are_not_finite_is_refused_even_where_any_type_fits(text: str, tmp_path: Path) -> None:
+    (tmp_path / "file.json").write_text(text)
+    with pytest.raises(ResultsError, match="cannot be read as a file of tests"):
+        read_json(tmp_path / "file.json", TypeAdapter(dict[str, Any]), "a file of tests", ResultsError, "delete it")
