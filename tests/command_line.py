@@ -6,10 +6,15 @@ import io
 import os
 from collections.abc import Mapping
 from contextlib import nullcontext, redirect_stderr, redirect_stdout
+from pathlib import Path
 from typing import NamedTuple
 from unittest.mock import patch
 
+from tiny import TASK
+
 from reasonkv import cli
+
+SMALL = ["--interval", "12", "--sinks", "2", "--recent", "8", "--prompt-policy", "on_top", "--max-new-tokens", "40"]
 
 
 class Result(NamedTuple):
@@ -39,3 +44,11 @@ def sentence(result: Result, code: int = 2) -> str:
     assert [line for line in lines if line.startswith("Error")] == lines[-1:]
     assert "Traceback" not in result.stderr
     return lines[-1]
+
+
+def replay(model: str, out: Path, /, **changes: object) -> Result:
+    """Run a small replay with some options changed."""
+    options = {"model": model, "task": TASK, "methods": "full,random,rkv", "budgets": 24, "limit": 2, "batch-size": 2}
+    options |= {name.replace("_", "-"): value for name, value in changes.items()}
+    given = [word for name, value in options.items() for word in ([f"--{name}"] + [value] * (value is not True))]
+    return run("replay", *SMALL, *given, "--out", out)

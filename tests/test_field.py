@@ -318,8 +318,7 @@ def test_beacons_do_not_depend_on_pieces_or_padding() -> None:
     both = torch.cat([torch.cat([torch.randn(1, 4, 9, D), queries[:, :, :41]], 2), queries])
     positions = torch.stack([torch.arange(50) - 9, torch.arange(50)])
     method.observe(padded, Observed(both, positions.clamp(min=0), positions >= 0, 0, ROTARY))
-    rest = torch.arange(41, 50)[None].expand(2, -1)
-    valid = torch.tensor([[True], [False]]).expand(2, 9)
+    rest, valid = torch.arange(41, 50).expand(2, -1), torch.tensor([[True], [False]]).expand(2, 9)
     method.observe(padded, Observed(queries[:, :, 41:].expand(2, -1, -1, -1), rest, valid, 0, ROTARY))
     for state in states[1:] + [{name: tensor[i : i + 1] for name, tensor in padded.items()} for i in range(2)]:
         assert torch.equal(state["beacons"], states[0]["beacons"])
@@ -342,12 +341,10 @@ def test_random_attention_holds_the_prompt_up_to_one_slot() -> None:
     method = RandomAttention(recent=8)
     view = field_view(method, 90, (90,), (40,), H=3)
     kept = method.plan(view, 60).kept_BHK
-    assert torch.equal(kept[..., :40], torch.arange(40).expand(1, 3, 40))
-    assert len({tuple(head) for head in kept[0].tolist()}) == 3
-    short = method.plan(view, 30).kept_BHK  # 8 newest, 21 of the prompt, 1 at random
-    assert torch.equal(short[..., :21], torch.arange(21).expand(1, 3, 21))
+    assert torch.equal(kept[..., :40], torch.arange(40).expand(1, 3, 40)) and len({*map(tuple, kept[0].tolist())}) == 3
+    # 8 newest, 21 of the prompt, 1 at random
+    assert torch.equal(method.plan(view, 30).kept_BHK[..., :21], torch.arange(21).expand(1, 3, 21))
     capped = RandomAttention(recent=8, prompt="cap", cap=10, pinned=5).plan(view, 60).kept_BHK
-    must = [*range(10), *range(10, 40, 2), *range(40, 45)]
-    assert all(set(must) <= set(head) for head in capped[0].tolist())
+    assert all({*range(10), *range(10, 40, 2), *range(40, 45)} <= set(head) for head in capped[0].tolist())
     shared = RandomAttention(recent=8, shared=True, block=5).plan(view, 60).kept_BHK
     assert torch.equal(shared, shared[:, :1].expand_as(shared))

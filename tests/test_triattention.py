@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from reasonkv import Budget, CompressedCache, get_method
+from reasonkv import Budget, CompressedCache
 from reasonkv.calibration.statistics import Calibration, LayerStatistics
 from reasonkv.methods import MethodError
 from reasonkv.methods.frequency import FrequencyOptions, frequency_scores, horizon_weights
@@ -336,24 +336,3 @@ def test_noise_only_breaks_ties() -> None:
     assert newest[0, 0, 0].tolist() == [0, 1, *range(38, 60)]
     assert not torch.equal(newest, hashed)
     assert torch.equal(hashed, kept_of(TriAttention(noise=True, normalize=False).plan_layers(equal, 24)))
-
-
-def test_options_are_checked_and_written_back() -> None:
-    for spec in (
-        "triattention",
-        "triattention:variant=paper",
-        "triattention:variant=paper,mode=global,normalize=False",
-        "triattention:norm=rms2,norm_lambda=0.5,pin_prompt=True",
-    ):
-        assert get_method(spec).spec() == spec
-    assert get_method("triattention:variant=paper").pin_prompt
-    for bad, sentence in {
-        "mode=local": "mode must be per_head, global or per_layer_per_head",
-        "mode=global,group=mean": "needs group=max",
-        "aggregation=sum": "aggregation must be mean or max",
-        "aggregation=max,horizon=adaptive": "needs aggregation=mean",
-        "norm=rms2,mlr=false": "needs norm=tri",
-        "horizon=far": "horizon must be fixed, adaptive or variational",
-    }.items():
-        with pytest.raises(MethodError, match=sentence):
-            get_method(f"triattention:{bad}")

@@ -340,8 +340,7 @@ def _table(progress: Progress, done: float, rate: float) -> Table:
     for heading in ("family", "stage", "loss", *kinds):
         table.add_column(heading, justify="left" if heading == "family" else "right")
     for family, level in progress.level.items():
-        means = progress.accuracy[family]
-        loss = progress.loss.get(family)
+        means, loss = progress.accuracy[family], progress.loss.get(family)
         table.add_row(
             family,
             str(level),
