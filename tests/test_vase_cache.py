@@ -9,6 +9,7 @@ import pytest
 import torch
 from models import CONFIGS, batch, tiny_model
 from same_choice import Choices, check_same_choices
+from test_vase import SHORT
 from transformers import AutoModelForCausalLM
 
 from reasonkv import Budget
@@ -17,7 +18,6 @@ from reasonkv.methods.vase_attnv import VaseAttnV
 from reasonkv.methods.vase_dkv import VaseDKV
 from reasonkv.runtimes.transformers import CompressedCache
 
-SHORT = {"window": 16}
 SPECS: list[Method] = [
     VaseAttnV(**SHORT),
     VaseAttnV(**SHORT, sample=False),

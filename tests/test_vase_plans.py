@@ -10,7 +10,8 @@ import pytest
 import torch
 from same_choice import check_same_choice
 from slot_views import make_view, random_view
-from test_vase import SHORT, SPECS, ids, mask_of
+from test_vase import SHORT, mask_of
+from test_vase_cache import SPECS, ids
 from torch import Tensor
 
 from reasonkv.methods import Method
