@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import torch
 from transformers import (
@@ -34,6 +35,7 @@ from transformers import (
 )
 
 from reasonkv.calibration import Calibration
+from reasonkv.network import FORECAST_FEATURES, Network
 from reasonkv.rotary import Rotary
 
 VOCABULARY = 211
@@ -181,4 +183,7 @@ def calibration(model: PreTrainedModel) -> Calibration:
     mean = torch.randn(*shape, 2, generator=generator)
     modulus = mean.norm(dim=-1) + torch.rand(shape, generator=generator)
     square = modulus**2 + torch.rand(shape, generator=generator)
-    return Calibration(torch.view_as_complex(mean), modulus, square, head_dim=head_dim)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    network = Network.fresh(config.num_hidden_layers, heads, head_dim + FORECAST_FEATURES, 4, seed=6)
+    network = replace(network, out_HU=torch.randn(network.out_HU.shape, generator=generator))
+    return Calibration(torch.view_as_complex(mean), modulus, square, head_dim=head_dim, forecast=network)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from reasonkv.methods.curdkv import CurDKV
     from reasonkv.methods.defensivekv import DefensiveKV
     from reasonkv.methods.expected import ExpectedAttention
+    from reasonkv.methods.forecast import Forecast
     from reasonkv.methods.full import FullKV
     from reasonkv.methods.h2o import H2O
     from reasonkv.methods.importance import ImportanceSampling
@@ -55,6 +56,7 @@ __all__ = [
     "CurDKV",
     "DefensiveKV",
     "ExpectedAttention",
+    "Forecast",
     "FullKV",
     "ImportanceSampling",
     "Kara",

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from reasonkv import noise
+from reasonkv.network import Network
 from reasonkv.rotary import Rotary
 
 
@@ -22,12 +23,14 @@ class LayerStatistics:
         modulus_HqF: float32, mean of |q_f|.
         square_HqF: float32, mean of |q_f|^2; None in imported older files.
         horizon_HqJ: float32, weights of the future distances 1, 2, 4, ..., each row summing to 1; None unless fitted.
+        forecast: the network of every KV head, for the method `forecast`; None unless fitted.
     """
 
     mean_HqF: Tensor
     modulus_HqF: Tensor
     square_HqF: Tensor | None = None
     horizon_HqJ: Tensor | None = None
+    forecast: Network | None = None
 
 
 class TraceAttention(Protocol):

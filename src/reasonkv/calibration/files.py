@@ -1,8 +1,8 @@
 """Calibration files, and where a model's file is found.
 
 A calibration file is safetensors. It holds `mean_real`, `mean_imag`, `modulus` and, where known, `square`, each float32
-[layers, query heads, rotary pairs], and, where fitted, `horizon` [layers, query heads, distances]. Everything else is
-text in the header.
+[layers, query heads, rotary pairs]; where fitted, `horizon` [layers, query heads, distances]; and `forecast.hidden`,
+`forecast.bias`, `forecast.out` and `forecast.linear` in float16 (`reasonkv.network`). All else is text in the header.
 """
 
 from __future__ import annotations
@@ -25,10 +25,12 @@ from reasonkv.errors import ReasonKVError
 from reasonkv.files import write_atomically
 from reasonkv.identity import TESTBED_FOLDER, model_hash, shown_name
 from reasonkv.inputs import Count
+from reasonkv.network import Network
 
 FILE = "reasonkv_calibration.safetensors"
 """Name of a calibration file inside a model folder."""
 _VERSION = 1
+_FORECAST = "forecast."
 
 
 class _Header(BaseModel):
@@ -160,13 +162,19 @@ def parts_of(calibration: Calibration) -> dict[str, Tensor]:
         "mean_real": calibration.mean_LHqF.real, "mean_imag": calibration.mean_LHqF.imag,
         "modulus": calibration.modulus_LHqF, "square": calibration.square_LHqF, "horizon": calibration.horizon_LHqJ,
     }  # fmt: skip
+    if calibration.forecast is not None:
+        found |= {f"{_FORECAST}{name}": x.half() for name, x in calibration.forecast.tensors().items()}
     return {name: tensor.detach().cpu().contiguous() for name, tensor in found.items() if tensor is not None}
 
 
 def assembled(parts: Mapping[str, Tensor], head_dim: int, **facts: Any) -> Calibration:
     """Return the statistics that `parts_of` took apart; raises KeyError where one is missing."""
-    mean, horizon = torch.complex(parts["mean_real"], parts["mean_imag"]), parts.get("horizon")
-    return Calibration(mean, parts["modulus"], parts.get("square"), horizon_LHqJ=horizon, head_dim=head_dim, **facts)
+    facts |= {"horizon_LHqJ": parts.get("horizon"), "head_dim": head_dim}
+    if any(name.startswith(_FORECAST) for name in parts):
+        names = ("hidden", "bias", "out", "linear")
+        facts["forecast"] = Network(*(parts[f"{_FORECAST}{name}"].float() for name in names))
+    mean = torch.complex(parts["mean_real"], parts["mean_imag"])
+    return Calibration(mean, parts["modulus"], parts.get("square"), **facts)
 
 
 # ----------------------------------------------------------------------- safetensors whose header names their format

@@ -66,6 +66,8 @@ class CalibrateJob(CorpusJob):
     Args:
         batch_size: Windows at once.
         horizon: Also fit weights of the future distances, for triattention:horizon=variational.
+        forecast: Also fit the networks of the method forecast. Of a task without reference traces, the model answers
+            the problems first.
         import_: Read this file (.safetensors, or the public code's .pt) instead of running a model.
         out: File to write (.safetensors). Unless given, the user's cache, where methods find it.
         export: Also write the public code's format (.pt).
@@ -74,6 +76,7 @@ class CalibrateJob(CorpusJob):
 
     batch_size: int = 1
     horizon: bool = False
+    forecast: bool = False
     import_: Path | None = None
     out: Path | None = None
     export: Path | None = None

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from reasonkv.errors import ReasonKVError
 from reasonkv.layers import head_dim_of, layer_rotaries
+from reasonkv.network import Network
 from reasonkv.view import LayerStatistics
 
 _PARTS = {
@@ -42,6 +43,7 @@ class Calibration:
         square_LHqF: float32, mean of |q_f|^2, or None (older files have none).
         horizon_LHqJ: float32, every head's weights of the future distances 1, 2, 4, ..., or None
             (`reasonkv.calibration.horizon`).
+        forecast: networks of all layers' KV heads, or None (`reasonkv.methods.forecast`).
         head_dim: dimensions of a query head, those that RoPE leaves alone included.
         tokens: how many tokens were averaged, where known.
         model: hash of the model (`reasonkv.identity.model_hash`), where known.
@@ -61,6 +63,7 @@ class Calibration:
     square_LHqF: Tensor | None = None
     _: KW_ONLY
     horizon_LHqJ: Tensor | None = None
+    forecast: Network | None = None
     head_dim: int
     tokens: int | None = None
     model: str | None = None
@@ -90,6 +93,10 @@ class Calibration:
             raise CalibrationError(
                 "The calibration's weights of future distances must not be negative, and each head's must sum to 1."
             )
+        if self.forecast is not None and (not self.forecast.fits() or len(self.forecast.linear_HX) != self.layers):
+            raise CalibrationError(
+                f"The calibration's forecast must have a network of finite numbers per KV head of {self.layers} layers."
+            )
         if 2 * self.pairs > self.head_dim:
             raise CalibrationError(
                 f"The calibration has {self.pairs} rotary pairs, more than fit a head_dim of {self.head_dim}."
@@ -114,23 +121,25 @@ class Calibration:
     def digest(self) -> str:
         """Twelve hex digits of the statistics themselves, for manifests."""
         digest = hashlib.sha256()
-        for tensor in self._tensors().values():
+        network = {} if self.forecast is None else self.forecast.tensors()
+        for tensor in (*self._tensors().values(), *network.values()):
             real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
             digest.update(real.cpu().numpy().tobytes())
         return digest.hexdigest()[:12]
 
     def layer(self, index: int) -> LayerStatistics:
         """Return the statistics of one layer: views, not copies."""
-        square, horizon = self.square_LHqF, self.horizon_LHqJ
+        square, horizon, forecast = self.square_LHqF, self.horizon_LHqJ, self.forecast
         return LayerStatistics(
             self.mean_LHqF[index], self.modulus_LHqF[index], None if square is None else square[index],
-            None if horizon is None else horizon[index],
+            None if horizon is None else horizon[index], None if forecast is None else forecast.part(index),
         )  # fmt: skip
 
     def to(self, device: torch.device | str) -> Calibration:
         """Return the same statistics on a device."""
         moved: dict[str, Any] = {name: tensor.to(device) for name, tensor in self._tensors().items()}
-        return replace(self, **moved)
+        forecast = None if self.forecast is None else self.forecast.to(device)
+        return replace(self, **moved, forecast=forecast)
 
     def concentration_LHqF(self) -> Tensor:
         """Return R = |mean of q_f| / mean of |q_f|, float32 in [0, 1] (0 where a pair is always zero).

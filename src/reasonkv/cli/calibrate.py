@@ -53,6 +53,15 @@ def calibrate(
                 bar("tokens", min(done, job.tokens), job.tokens)
 
             found = run(job, loaded.model, loaded.tokenizer, tasks=tasks, name=loaded.name, progress=progress)
+            if job.forecast:
+                from reasonkv.evaluate.fitting import add_forecast
+
+                found, fitted = add_forecast(job, loaded.model, loaded.tokenizer, found, tasks=tasks, progress=bar)
+                note(
+                    f"Forecast: {fitted.network.numbers:,} numbers, fitted to {fitted.compactions} compactions. On others, "
+                    f"its choice holds {fitted.share:.0%} of the attention that the best one holds, a choice by the "
+                    f"newest queries' attention {fitted.attention_share:.0%}."
+                )
         if (found.tokens or 0) < _FEW_TOKENS:
             note(f"Only {found.tokens:,} tokens were averaged; some thousands give steadier statistics.")
     written = write(job, found)

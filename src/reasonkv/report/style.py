@@ -48,7 +48,7 @@ FIXED = {
 }
 _LATER = (
     "vase-attnv", "vase-dkv", "kara", "h2o", "tova", "curdkv", "chunkkv", "lagkv", "defensivekv", "beaconkv",
-    "random-attention", "quest", "seer", "pyramidkv", "adakv", "importance",
+    "random-attention", "quest", "seer", "pyramidkv", "adakv", "importance", "forecast",
 )  # fmt: skip
 
 

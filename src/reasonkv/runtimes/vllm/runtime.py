@@ -91,9 +91,9 @@ class Runtime:
         before: list[Layer | None] = [*self.layers] or [None] * len(self._modules)
         self.layers = []
         for (name, module), known_layer in zip(self._modules.items(), before, strict=True):
-            index, heads = extract_layer_index(name), module.num_heads
-            of_rank = slice(self.rank * heads, (self.rank + 1) * heads)
-            statistics = None if known is None else setup.own_heads(known.layer(index), of_rank)
+            index = extract_layer_index(name)
+            of_rank = [slice(self.rank * n, (self.rank + 1) * n) for n in (module.num_heads, module.num_kv_heads)]
+            statistics = None if known is None else setup.own_heads(known.layer(index), *of_rank)
             layer = Layer(index, module, self._slot_store(module, 0), statistics)
             if known_layer is not None:
                 layer.layout, layer.codec = known_layer.layout, known_layer.codec

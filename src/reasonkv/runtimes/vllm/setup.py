@@ -110,21 +110,22 @@ def statistics_of(vllm_config: Any, given: str | None, needs: Requirements, devi
         found.check(model.hf_config)
     except CalibrationError as error:
         raise ServingError(str(error)) from None
-    there = {"square": found.square_LHqF is not None, "horizon": found.horizon_LHqJ is not None}
-    missing = sorted(part for part in needs.statistics if not there[part])
+    known = {"square": found.square_LHqF, "horizon": found.horizon_LHqJ, "forecast": found.forecast}
+    missing = sorted(part for part in needs.statistics if known[part] is None)
     if missing:
         raise ServingError(
             f"{path} has no {' and no '.join(missing)} statistics, which the method reads with these options; make "
-            "them with `reasonkv calibrate`, for the horizon with --horizon."
+            "them with `reasonkv calibrate`, for the horizon with --horizon, for a forecast with --forecast."
         )
     return found.to(device)
 
 
-def own_heads(whole: LayerStatistics, heads: slice) -> LayerStatistics:
-    """Return one layer's statistics of this rank's query heads."""
+def own_heads(whole: LayerStatistics, heads: slice, kv_heads: slice) -> LayerStatistics:
+    """Return one layer's statistics of this rank's query heads and KV heads."""
     square = None if whole.square_HqF is None else whole.square_HqF[heads]
     horizon = None if whole.horizon_HqJ is None else whole.horizon_HqJ[heads]
-    return LayerStatistics(whole.mean_HqF[heads], whole.modulus_HqF[heads], square, horizon)
+    forecast = None if whole.forecast is None else whole.forecast.part(kv_heads)
+    return LayerStatistics(whole.mean_HqF[heads], whole.modulus_HqF[heads], square, horizon, forecast)
 
 
 class TensorParallelRanks:

@@ -1,0 +1,86 @@
+"""A small network for every KV head of a model, which scores slots: what `reasonkv calibrate --forecast` fits.
+
+Legend: L layers, H KV heads, X inputs, U hidden units, B rows, N slots.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+@dataclass(frozen=True, eq=False)
+class Network:
+    """score(x) = out . gelu(hidden' x + bias) + linear . x, with weights of its own for every KV head.
+
+    Args:
+        hidden_HXU, bias_HU, out_HU, linear_HX: weights, float32; of all layers with an axis L in front.
+    """
+
+    hidden_HXU: Tensor
+    bias_HU: Tensor
+    out_HU: Tensor
+    linear_HX: Tensor
+
+    def __call__(self, x_BHNX: Tensor) -> Tensor:
+        """Return scores [B, H, N] in the dtype of the inputs; of one layer's network."""
+        hidden_HXU, bias_HU, out_HU, linear_HX = (weight.to(x_BHNX.dtype) for weight in self.tensors().values())
+        units_BHNU = functional.gelu(x_BHNX @ hidden_HXU + bias_HU[:, None])
+        scores: Tensor = (units_BHNU @ out_HU[..., None] + x_BHNX @ linear_HX[..., None])[..., 0]
+        return scores
+
+    @property
+    def inputs(self) -> int:
+        """Numbers that describe a slot."""
+        return self.linear_HX.shape[-1]
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers it consists of."""
+        return sum(tensor.numel() for tensor in self.tensors().values())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the weights by name: hidden, bias, out, linear."""
+        return {one.name.partition("_")[0]: getattr(self, one.name) for one in fields(self)}
+
+    def part(self, index: int | slice | list[int]) -> Network:
+        """Return one layer's network, or those of some layers, or of some of one layer's heads."""
+        return Network(*(tensor[index] for tensor in self.tensors().values()))
+
+    def to(self, *args: Any) -> Network:
+        """Return the same network on a device or in a dtype."""
+        return replace(self, **{one.name: getattr(self, one.name).to(*args) for one in fields(self)})
+
+    def fits(self) -> bool:
+        """Return whether the shapes belong together and all numbers are finite; of all layers."""
+        hidden_LHXU, bias_LHU, out_LHU, linear_LHX = self.tensors().values()
+        if hidden_LHXU.ndim != 4 or not hidden_LHXU.numel():
+            return False
+        L, H, X, U = hidden_LHXU.shape
+        fit = bias_LHU.shape == out_LHU.shape == (L, H, U) and linear_LHX.shape == (L, H, X)
+        return fit and all(bool(tensor.isfinite().all()) for tensor in self.tensors().values())
+
+    @classmethod
+    def fresh(cls, layers: int, heads: int, inputs: int, units: int, seed: int = 0) -> Network:
+        """Return the network before it is fitted: hidden weights of variance 1 / inputs, and scores that are all 0."""
+        generator = torch.Generator().manual_seed(seed)
+        hidden = torch.randn(layers, heads, inputs, units, generator=generator) * inputs**-0.5
+        nothing = torch.zeros(layers, heads, units)
+        return cls(hidden, nothing, nothing.clone(), torch.zeros(layers, heads, inputs))
+
+    def of_scaled(self, mean_LHX: Tensor, deviation_LHX: Tensor) -> Network:
+        """Return the network of plain inputs that scores as this one does inputs less their mean, over their deviation.
+
+        Up to a constant of each head, which changes no order.
+        """
+        hidden_LHXU = self.hidden_HXU / deviation_LHX[..., None]
+        bias_LHU = self.bias_HU - (mean_LHX[..., None, :] @ hidden_LHXU)[..., 0, :]
+        return Network(hidden_LHXU, bias_LHU, self.out_HU, self.linear_HX / deviation_LHX)
+
+
+FORECAST_FEATURES = 7
+"""Inputs of a forecast beside the key (`reasonkv.methods.forecast`)."""
