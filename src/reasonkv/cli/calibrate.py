@@ -58,8 +58,8 @@ def calibrate(
 
                 found, fitted = add_forecast(job, loaded.model, loaded.tokenizer, found, tasks=tasks, progress=bar)
                 note(
-                    f"Forecast: {fitted.network.numbers:,} numbers, fitted to {fitted.compactions} compactions. On others, "
-                    f"its choice holds {fitted.share:.0%} of the attention that the best one holds, a choice by the "
+                    f"Forecast: {fitted.network.numbers:,} numbers, fitted to {fitted.compactions} compactions. Of the "
+                    f"attention that the best choice holds on others, its own holds {fitted.share:.0%}, one by the "
                     f"newest queries' attention {fitted.attention_share:.0%}."
                 )
         if (found.tokens or 0) < _FEW_TOKENS:

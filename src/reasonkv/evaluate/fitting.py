@@ -142,12 +142,14 @@ def fit_forecast(
     seen: list[Compaction] = []
     for number in range(1, rounds + 1):
         known = calibration if network is None else replace(calibration, forecast=network)
-        found = _record(model, rows, known, budgets, partial(progress, f"replay {number}"))
+        every = 2 if number < rounds else 1  # the last policy is the one that counts
+        places = range(0, len(rows), every)
+        found = _record(model, rows, places, known, budgets, partial(progress, f"replay {number}"))
         if len(found) < 2:
             raise CalibrationError(
                 f"The texts are too short to fit a forecast: they need {min(budgets) * 3 // 2} tokens after the prompt."
             )
-        seen = [*found, *seen[::2]]  # half of what the policy before left, so that its slots are not forgotten
+        seen += found  # slots that another policy left are not forgotten
         fitted_to = [one for one in seen if one.row not in held_out] or seen
         network = _fit(model, fitted_to, seed, partial(progress, f"fit {number}"))
     assert network is not None
@@ -190,17 +192,20 @@ class _Recorder(Forecast):
 def _record(
     model: PreTrainedModel,
     rows: Sequence[TraceRow],
+    asked: Sequence[int],
     calibration: Calibration,
     budgets: Sequence[int],
     on_rows: Callable[[int, int], None],
 ) -> list[Compaction]:
-    """Replay all rows, and return their compactions, without those after which full KV attends to nothing."""
+    """Replay the rows asked for, and return their compactions, without those after which nothing is attended to."""
     config, found, done = model.config.get_text_config(), list[Compaction](), 0
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     a_slot = len(bounded_layers(model.config)) * heads * (calibration.head_dim + 8) * 2
-    size = sum(3 * len(row.output_T) for row in rows) * a_slot  # a compaction every b / 2 tokens shows 3 b / 2 slots
+    size = (
+        sum(3 * len(rows[place].output_T) for place in asked) * a_slot
+    )  # a compaction every b / 2 tokens shows 3 b / 2 slots
     for turn, tokens in enumerate(budgets):
-        places = range(len(rows))[turn :: len(budgets)]
+        places = asked[turn :: len(budgets)]
         for first in range(0, len(places), _BATCH):
             own = places[first : first + _BATCH]
             batch, sink = [rows[place] for place in own], dict[tuple[int, int], list[Compaction]]()
@@ -216,7 +221,7 @@ def _record(
                 for _ in feed(model, cache, batch, distances=cache.tokens_to_next_event, score=False):
                     pass
             done += len(batch)
-            on_rows(done, len(rows))
+            on_rows(done, len(asked))
             for (row, _), layers in sink.items():
                 if len({one.inputs_LHNX.shape for one in layers}) > 1:
                     raise CalibrationError("The model's layers differ in their heads, so one forecast cannot fit them.")
