@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from reasonkv.network import FORECAST_FEATURES, Network
 from reasonkv.view import SlotView
 
 
@@ -73,3 +74,11 @@ def random_view(
         None if queries_BHqTD is None else queries_BHqTD.to(dtype),
         **options,  # type: ignore[arg-type]
     )
+
+
+def random_network(heads: int, head_dim: int, seed: int = 0) -> Network:
+    """One layer's forecast with random weights."""
+    draw = torch.Generator().manual_seed(seed)
+    inputs, units = head_dim + FORECAST_FEATURES, 4
+    shapes = ((heads, inputs, units), (heads, units), (heads, units), (heads, inputs))
+    return Network(*(torch.randn(shape, generator=draw) * inputs**-0.5 for shape in shapes))

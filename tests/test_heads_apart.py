@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from slot_views import random_view
+from slot_views import random_network, random_view
 from torch import Tensor
 
 from reasonkv.calibration import LayerStatistics
@@ -78,7 +78,8 @@ def whole_views(method: Method) -> list[SlotView]:
         }
         draw = torch.Generator().manual_seed(layer)
         mean = torch.randn(H * G, D // 2, dtype=torch.complex64, generator=draw)
-        statistics = LayerStatistics(mean, mean.abs() + torch.rand(H * G, D // 2, generator=draw), mean.abs().square())
+        modulus = mean.abs() + torch.rand(H * G, D // 2, generator=draw)
+        statistics = LayerStatistics(mean, modulus, mean.abs().square(), forecast=random_network(H, D, layer))
         seen = Observed(
             torch.randn(B, H * G, 40, D, generator=draw), torch.arange(40).expand(B, -1),
             torch.ones(B, 40, dtype=torch.bool), layer=layer, rotary=rotary,
@@ -103,14 +104,15 @@ def part_of(view: SlotView, rank: int, ranks: int, threads: Threads) -> SlotView
     by_head = {name: x[:, heads] for name, x in vars(view).items() if isinstance(x, Tensor) and "_BH" in name}
     by_head.pop("queries_BHqTD", None)
     whole = view.calibration
-    assert whole is not None and whole.square_HqF is not None
+    assert whole is not None and whole.square_HqF is not None and whole.forecast is not None
     return replace(
         view, **by_head,
         queries_BHqTD=None if view.queries_BHqTD is None else view.queries_BHqTD[:, queries],
         state={name: x[:, heads] for name, x in view.state.items()},
         row_state={name: x if x.ndim == 1 else x[:, queries] for name, x in view.row_state.items()},
         calibration=LayerStatistics(
-            whole.mean_HqF[queries], whole.modulus_HqF[queries], whole.square_HqF[queries]
+            whole.mean_HqF[queries], whole.modulus_HqF[queries], whole.square_HqF[queries],
+            forecast=whole.forecast.part(heads),
         ),
         query_heads=H * G // ranks, first_head=heads.start, ranks=threads.of(rank),
     )  # fmt: skip

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from slot_views import make_view
+from slot_views import make_view, random_network
 from torch import Tensor
 
 from reasonkv import get_method, method_names
@@ -28,6 +28,7 @@ AXIS = 7  # the pair that RoPE turns least: all queries point there, prompt keys
 SPECS = {
     "curdkv": ["curdkv:window=0,sinks=0"],
     "expected": ["expected:sinks=0"],
+    "forecast": ["forecast:window=8"],
     "lagkv": ["lagkv:lag=16,sinks=0", "lagkv:sinks=0"],
     "rkv": ["rkv:weight=1", "rkv:variant=vase,weight=0,window=8"],  # each term alone; both are shares over all slots
     "snapkv": ["snapkv:window=8"],
@@ -84,7 +85,8 @@ def both_views(method: Method, prompt: int, seed: int) -> tuple[SlotView, SlotVi
     mean = torch.randn(H, D // 2, dtype=torch.complex64, generator=draw)
     whole = replace(
         view, values_BHND=values, state=state, row_state=row_state, rotary=ROTARY, query_heads=H,
-        prompt_length_B=torch.tensor([prompt]), calibration=LayerStatistics(mean, mean.abs() + 0.3),
+        prompt_length_B=torch.tensor([prompt]),
+        calibration=LayerStatistics(mean, mean.abs() + 0.3, forecast=random_network(H, D, seed)),
         output_projection_HqDM=torch.randn(H, D, 24, generator=draw),
     )  # fmt: skip
     slots = {

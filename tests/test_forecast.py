@@ -1,0 +1,146 @@
+"""forecast: its inputs written out, networks in calibration files, and fitting that finds what there is to find."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from models import calibration, tiny_model
+from slot_views import random_network, random_view
+
+from reasonkv import CompressedCache, MethodError, get_method
+from reasonkv.calibration import CalibrationError, load_calibration, save_calibration
+from reasonkv.calibration.files import read_tensors, write_tensors
+from reasonkv.evaluate.chunks import TraceRow
+from reasonkv.evaluate.fitting import _ATTENTION, Compaction, _fit, _share, fit_forecast
+from reasonkv.methods.forecast import Forecast
+from reasonkv.network import Network
+from reasonkv.rotary import Rotary
+from reasonkv.view import LayerStatistics, SlotView
+
+D = 16
+ROTARY = Rotary(10000.0 ** (-torch.arange(D // 2) / (D // 2)))
+
+
+def view_of(B: int = 2, H: int = 2, N: int = 40, window: int = 24) -> SlotView:
+    view = random_view(B=B, H=H, N=N, D=D, group=3, queries=window, dtype=torch.float64)
+    mean = torch.zeros(3 * H, D // 2, dtype=torch.complex64)
+    statistics = LayerStatistics(mean, mean.abs(), forecast=random_network(H, D))
+    return replace(view, rotary=ROTARY, calibration=statistics)
+
+
+def test_inputs_and_score_are_the_definition_written_out() -> None:
+    view, method = view_of(), Forecast(window=24)
+    inputs, scores = method.inputs(view), method.score(view)
+    queries, network = view.queries_BHgTD(), method.network(view)
+    assert view.query_positions_BT is not None
+    for b, h, n in ((0, 0, 3), (0, 1, 39), (1, 0, 20), (1, 1, 30)):
+        position, key = view.positions_BHN[b, h, n], view.keys_BHND[b, h, n]
+        attention = torch.zeros(3, 24, dtype=torch.float64)
+        for g in range(3):
+            for t in range(24):
+                seen = view.positions_BHN[b, h] <= view.query_positions_BT[b, t]
+                logits = (view.keys_BHND[b, h] @ queries[b, h, g, t] * view.scaling).masked_fill(~seen, -torch.inf)
+                attention[g, t] = logits.softmax(-1)[n]
+        wanted = [
+            attention.mean(), attention.mean(1).max(), attention.mean(0).max(), attention[:, -16:].mean(),
+        ]  # fmt: skip
+        numbers = [math.log(max(float(one), 1e-9)) for one in wanted]
+        numbers += [math.log(max(1, int(view.length_B[b] - position)))]
+        numbers += [math.log(float(key.norm())), math.log(float(view.values_BHND[b, h, n].norm()))]
+        plain = ROTARY.unrotate(key[None], position[None])[0]
+        x = torch.cat([plain, torch.tensor(numbers, dtype=torch.float64)])
+        torch.testing.assert_close(inputs[b, h, n], x, rtol=1e-9, atol=1e-9)
+        hidden, bias, out, linear = (weight[h].double() for weight in network.tensors().values())
+        score = sum(
+            out[u] * torch.nn.functional.gelu((hidden[:, u] * x).sum() + bias[u]) for u in range(len(out))
+        ) + (linear * x).sum()  # fmt: skip
+        torch.testing.assert_close(scores[b, h, n], score, rtol=1e-9, atol=1e-9)
+
+
+def test_scaled_inputs_give_the_same_order() -> None:
+    draw = torch.Generator().manual_seed(0)
+    x, network = torch.randn(1, 2, 50, D + 7, generator=draw), random_network(2, D)
+    mean, deviation = torch.randn(2, D + 7, generator=draw), 0.5 + torch.rand(2, D + 7, generator=draw)
+    scaled = network((x - mean[:, None]) / deviation[:, None])
+    difference = scaled - network.of_scaled(mean, deviation)(x)
+    torch.testing.assert_close(difference, difference[..., :1].expand_as(difference), rtol=0, atol=1e-4)
+
+
+def test_a_calibration_without_a_network_or_with_another_models_is_one_sentence() -> None:
+    view = view_of()
+    assert view.calibration is not None
+    with pytest.raises(MethodError, match=r"fit one with `reasonkv calibrate --forecast`\.$"):
+        Forecast().score(replace(view, calibration=replace(view.calibration, forecast=None)))
+    with pytest.raises(MethodError, match=r"keys of another size"):
+        Forecast().score(replace(view, calibration=replace(view.calibration, forecast=random_network(2, D + 2))))
+
+
+def test_networks_are_stored_in_half_precision_and_damage_is_found(tmp_path: Path) -> None:
+    found, path = calibration(tiny_model("llama")), tmp_path / "a.safetensors"
+    save_calibration(path, found)
+    read = load_calibration(path)
+    assert found.forecast is not None and read.forecast is not None
+    for name, weight in found.forecast.tensors().items():
+        assert torch.equal(read.forecast.tensors()[name], weight.half().float())
+    assert read.digest != replace(read, forecast=None).digest
+    header, parts = read_tensors(path, "calibration", CalibrationError)
+    facts = {name: value for name, value in header.items() if name not in ("format", "version")}
+    for damage in (
+        {"forecast.bias": None},
+        {"forecast.out": parts["forecast.out"][:, :, :-1]},
+        {"forecast.linear": parts["forecast.linear"] * torch.inf},
+        {"forecast.hidden": parts["forecast.hidden"][0]},
+        {name: parts[name][:-1] for name in parts if name.startswith("forecast.")},
+    ):
+        changed = {name: x.contiguous() for name, x in (parts | damage).items() if x is not None}
+        write_tensors(path, "calibration", changed, facts)
+        with pytest.raises(CalibrationError, match=r"^\S+ is damaged: .*\.$"):
+            load_calibration(path)
+
+
+def test_a_fit_finds_a_rule_that_recent_attention_does_not_know() -> None:
+    """Planted: the attention to come is decided by one dimension of the key, another one in every head."""
+    model, draw = tiny_model("llama"), torch.Generator().manual_seed(0)
+    L, H = model.config.num_hidden_layers, model.config.num_key_value_heads
+    seen = []
+    for row in range(24):
+        inputs = torch.randn(L, H, 60, D + 7, generator=draw)
+        decides = torch.stack([inputs[layer, h, :, (3 * layer + h) % D] for layer in range(L) for h in range(H)])
+        target = (3 * decides.view(L, H, 60)).softmax(-1)
+        seen.append(Compaction(inputs.half(), target, 20, row))
+    network = _fit(model, seen[:20], 0, lambda done, of: None)
+    found = _share(seen[20:], lambda one: network_of_all(network, one))
+    assert found > 0.9
+    assert _share(seen[20:], lambda one: one.inputs_LHNX[..., _ATTENTION].float()) < 0.6
+
+
+def network_of_all(network: Network, one: Compaction) -> torch.Tensor:
+    return torch.stack([network.part(layer)(x[None].float())[0] for layer, x in enumerate(one.inputs_LHNX)])
+
+
+def test_fitting_replays_and_its_networks_serve_the_model() -> None:
+    model = tiny_model("llama")
+    draw = torch.Generator().manual_seed(1)
+    rows = [TraceRow(*torch.randint(5, 200, (120,), generator=draw).split([20, 100])) for _ in range(9)]
+    stages: list[str] = []
+    fitted = fit_forecast(
+        model, rows, replace(calibration(model), forecast=None), budgets=(24, 32),
+        progress=lambda what, done, of: stages.append(what),
+    )  # fmt: skip
+    assert list(dict.fromkeys(stages)) == ["replay 1", "fit 1", "replay 2", "fit 2"]
+    again = fit_forecast(model, rows, replace(calibration(model), forecast=None), budgets=(24, 32))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(fitted.network.tensors().values(), again.network.tensors().values(), strict=True)
+    )
+    assert 0.0 < fitted.share <= 1.0 and fitted.compactions > 8
+    known = replace(calibration(model), forecast=fitted.network)
+    with CompressedCache(model, get_method("forecast"), tokens=24, interval=8, calibration=known) as cache:
+        model.generate(rows[0].prompt_P[None], past_key_values=cache, max_new_tokens=40, do_sample=False)
+        assert cache.stats().rows[0].events > 0
+    with pytest.raises(CalibrationError, match=r"too short to fit a forecast"):
+        fit_forecast(model, [TraceRow(row.prompt_P, row.output_T[:20]) for row in rows], known, budgets=(24,))
