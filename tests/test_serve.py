@@ -212,6 +212,10 @@ def test_the_first_start_makes_the_statistics_that_later_ones_find(
     next(tmp_path.glob("*/*")).unlink()
     code, _, stderr = run(*asked)
     assert code == 2 and "could not be calibrated" in stderr and len(started) == 2
+    # networks are fitted to a use, which only the user knows
+    code, _, stderr = run("serve", "other/model", "--method", "forecast", "--budget", "512")
+    assert code == 2 and "--task QUESTIONS --forecast --out stats.safetensors" in " ".join(stderr.split())
+    assert len(started) == len(commands) == 2
 
 
 @pytest.mark.usefixtures("installed")

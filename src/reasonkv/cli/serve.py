@@ -147,6 +147,11 @@ def _statistics(given: Path | None, folder: str, parts: Collection[str], *, dry_
     for found in (Path(folder) / FILE if given is None else given, cached):
         if found.is_file():
             return found
+    if "forecast" in parts:
+        raise UsageError(
+            f"forecast is fitted to what a model will be used for; run `reasonkv calibrate --model {folder} --task "
+            "QUESTIONS --forecast --out stats.safetensors` first and give --calibration stats.safetensors."
+        )
     command = ["calibrate", "--model", folder, "--task", "program", "--task", "recall", "--out", str(cached)]
     command += ["--horizon"] if "horizon" in parts else []
     note(f"There are no query statistics of {folder} yet; making them: reasonkv {shlex.join(command)}")
