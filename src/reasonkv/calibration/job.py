@@ -49,7 +49,8 @@ class CorpusJob:
             names = " and ".join(name.strip("_") for name in sources)
             raise CorpusError(f"Give exactly one of {names}.")
         for name, value in vars(self).items():
-            if isinstance(value, int) and not 1 <= value < 2**31 and name not in ("seed", "horizon", "warmup"):
+            is_count = isinstance(value, int) and not isinstance(value, bool) and name not in ("seed", "warmup")
+            if is_count and not 1 <= value < 2**31:
                 raise CorpusError(f"{name} must be at least 1 and below 2^31, not {value}.")
             if isinstance(value, float) and not 0 < value < float("inf"):
                 raise CorpusError(f"{name} must be a number above 0, not {value}.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -114,7 +115,7 @@ def export_pt(calibration: Calibration, path: Path | str) -> None:
     if calibration.horizon_LHqJ is not None:
         offsets = [2**j for j in range(calibration.horizon_LHqJ.shape[-1])]
         metadata |= {"build_variational_horizon": True, "oracle_offsets": offsets}
-    parts = parts_of(calibration)
+    parts = parts_of(replace(calibration, forecast=None))  # which no public code reads
     # each head a tensor of its own: a view would take the whole storage into the file with it
     entries = {_entry(i, h): {_NAMES[name]: tensor[i, h].clone() for name, tensor in parts.items()} for i, h in heads}
     buffer = io.BytesIO()
