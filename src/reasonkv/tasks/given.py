@@ -12,15 +12,14 @@ from typing import Annotated, Any
 from annotated_types import Ge, Lt
 from pydantic import TypeAdapter
 
-from reasonkv.tasks.base import Grade, Problem, Task, TaskError
-from reasonkv.tasks.data import read_rows
+from reasonkv.tasks.base import Problem, Task, TaskError
 from reasonkv.tasks.options import THINK, THINK_END, TaskOptions
+from reasonkv.tasks.rows import read_rows
 
-SHAPES = (
+_SHAPES = (
     "prompt + output (also as token ids: prompt_token_ids + output_token_ids), vLLM's outputs, requests and responses "
     "of the OpenAI API (choices), and samples of lm-eval (resps)"
 )
-"""The shapes that are known, for people."""
 _PROMPTS = ("prompt_token_ids", "messages", "prompt")
 _OUTPUTS = ("output_token_ids", "token_ids", "output", "completion", "text")
 
@@ -75,15 +74,13 @@ class GivenTraces(Task):
     skipped: tuple[str, ...] = ()
     think_end: str = THINK_END
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "size", len(self.traces))  # derived
+
     @property
     def digest(self) -> str:
         """Twelve hex digits that stand for the traces."""
         return hashlib.sha256(json.dumps([asdict(one) for one in self.traces]).encode()).hexdigest()[:12]
-
-    @property
-    def size(self) -> int:  # type: ignore[override]
-        """Number of traces."""
-        return len(self.traces)
 
     def problem(self, example: int, *, seed: int = 0, split: str = "test") -> Problem:
         """Return the prompt of a trace.
@@ -96,10 +93,6 @@ class GivenTraces(Task):
         trace = self.traces[example]
         prompt = trace.messages[-1].get("content", "") if trace.messages else trace.prompt
         return Problem(self.name, example, seed, split, str(prompt), str(trace.output), "")
-
-    def grade(self, problem: Problem, output: str) -> Grade:
-        """Return a score of 0: there is nothing to grade by."""
-        return Grade(0.0, None)
 
 
 def given_traces(path: str, options: TaskOptions) -> GivenTraces:
@@ -129,7 +122,7 @@ def given_traces(path: str, options: TaskOptions) -> GivenTraces:
                 skipped.append(f"object {number} {problem}")
     if not found:
         why = f" ({skipped[0]})" if skipped else ""
-        raise TaskError(f"{path} holds no traces{why}; known are {SHAPES}.")
+        raise TaskError(f"{path} holds no traces{why}; known are {_SHAPES}.")
     return GivenTraces(path, tuple(found), tuple(skipped), options.think_end)
 
 
