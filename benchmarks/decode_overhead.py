@@ -6,13 +6,13 @@ the mechanism, or its gain: keys are written in place instead of concatenated, a
 
 from __future__ import annotations
 
+import argparse
 import copy
 import time
-from collections.abc import Sequence
 from functools import partial
 
 import torch
-from timing import by_turns, interval, median, options, publish, ratio
+from timing import by_turns, interval, median, publish, ratio, script
 from transformers import AutoModelForCausalLM, Cache, DynamicCache, LogitsProcessor, PreTrainedModel, Qwen3Config
 
 from reasonkv import Budget, CompressedCache
@@ -76,10 +76,9 @@ def decode_rate(
     return {"rate": len(ids) * (len(clock.times) - 1) / (clock.times[-1] - clock.times[0])}
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    small = {"tokens": 40, "new": 4, "pairs": 2, "batch": 2}
-    # snapkv keeps its ring of queries
-    given = options(__file__, __doc__, argv, small, tokens=2000, new=32, pairs=7, batch=8, method="snapkv")
+# snapkv keeps its ring of queries
+@script(small={"tokens": 40, "new": 4, "pairs": 2, "batch": 2}, tokens=2000, new=32, pairs=7, batch=8, method="snapkv")
+def main(given: argparse.Namespace) -> None:
     prompt, rows, rates = given.tokens - given.new, [], {}
     for name, model in (("testbed, fp32", load_testbed()[0]), ("KV-heavy, bf16", kv_heavy())):
         ids = torch.randint(5, 100, (given.batch, prompt), generator=torch.Generator().manual_seed(0))
@@ -101,7 +100,3 @@ def main(argv: Sequence[str] | None = None) -> None:
         ]
     title = f"Decode rate at {given.tokens} tokens, batch {given.batch}, {given.method}, no compaction"
     publish(given, title, rows, rates=rates)
-
-
-if __name__ == "__main__":
-    main()

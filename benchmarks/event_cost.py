@@ -13,12 +13,13 @@ measured in the same run. `FORMULAS` says what was counted.
 
 from __future__ import annotations
 
+import argparse
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from timing import interval, median, median_interval, options, publish
+from timing import interval, median, median_interval, publish, script
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
@@ -215,9 +216,11 @@ def rates() -> tuple[float, float]:
     return 2 * 2048**3 / median(products), x.numel() / median(exponentials)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    small = {"layers": 1, "repeats": 1, "methods": ["snapkv", "kara"]}
-    given = options(__file__, __doc__, argv, small, layers=36, repeats=5, dtype="float32", methods=("all",))
+@script(
+    small={"layers": 1, "repeats": 1, "methods": ["snapkv", "kara"]},
+    layers=36, repeats=5, dtype="float32", methods=("all",),
+)  # fmt: skip
+def main(given: argparse.Namespace) -> None:
     torch.manual_seed(0)
     model, rows, evicting = skeleton(given.layers), [], (get_method(name) for name in method_names())
     # the others evict nothing, or look into the future
@@ -239,7 +242,3 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{spec:30s} {middle:8.1f} ms, {middle / max(least):5.2f} times the least", flush=True)
     geometry = f"{given.layers} layers at Qwen3-8B geometry, {HELD} -> {KEEP} slots, {given.dtype}"
     publish(given, f"One compaction of {geometry}, one row, CPU", rows)
-
-
-if __name__ == "__main__":
-    main()

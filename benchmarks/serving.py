@@ -26,13 +26,13 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
-from timing import environment, options, publish, ratio
+from timing import environment, publish, ratio, script
 
 BLOCK, PROMPT, LONG_PROMPT = 128, 40, 1000
 METHODS = ("random", "vase-dkv", "kara", "cask:mass=none")
@@ -291,15 +291,14 @@ def median_of(arm: str, rounds: list[list[dict[str, Any]]]) -> dict[str, Any]:
     return {"arm": arm, **found, "rounds": [one for one, _ in pairs]}
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    # at_once: sequences of full KV that the blocks hold; rounds: of stock against the arms at 256; repeats: of the time
-    # to the first token; parts: a file that finished measurements are kept in, and read from
-    small = {"arms": ["stock", "random@256"], "requests": 4, "tokens": 300, "at_once": 2, "rounds": 1, "repeats": 1,
-             "eager": True}  # fmt: skip
-    given = options(
-        __file__, __doc__, argv, small, arms=tuple(ARMS), requests=64, tokens=2000, at_once=8, rounds=3, repeats=30,
-        parts="", kv_heavy=False, eager=False,
-    )  # fmt: skip
+# at_once: sequences of full KV that the blocks hold; rounds: of stock against the arms at 256; repeats: of the time
+# to the first token; parts: a file that finished measurements are kept in, and read from
+@script(
+    small={"arms": ["stock", "random@256"], "requests": 4, "tokens": 300, "at_once": 2, "rounds": 1, "repeats": 1,
+           "eager": True},
+    arms=tuple(ARMS), requests=64, tokens=2000, at_once=8, rounds=3, repeats=30, parts="", kv_heavy=False, eager=False,
+)  # fmt: skip
+def main(given: argparse.Namespace) -> None:
     if given.out is not None and (given.kv_heavy or given.eager) and not given.small:
         given.out = given.out.with_stem(given.out.stem + "_kv_heavy" * given.kv_heavy + "_eager" * given.eager)
     os.environ |= ENVIRONMENT
@@ -329,7 +328,3 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     publish(given, title, rows, arms=found, steps_by_batch=steps, first_token=first, prompt=PROMPT, block=BLOCK,
             measured_on=where)  # fmt: skip
-
-
-if __name__ == "__main__":
-    main()

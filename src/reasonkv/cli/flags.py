@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin,
 
 from cyclopts import Group, Parameter, Token
 
-from reasonkv.cli.console import quiet_libraries
+from reasonkv.cli.console import note, quiet_libraries, show
 from reasonkv.cli.mistakes import UsageError
 from reasonkv.evaluate.job import split_specs
 from reasonkv.numbers import misfit
@@ -91,6 +91,13 @@ class ModelFlags:
             revision=self.revision, adapter=self.adapter, device_map=self.device_map,
         )  # fmt: skip
         return loaded if self.kv_dtype == "auto" else replace(loaded, kv_dtype=self.kv_dtype)
+
+
+def load(model: ModelFlags, out: Path | None = None) -> LoadedModel:
+    """Load a model, and note what runs where."""
+    loaded = model.load()
+    note(f"{loaded.name}: {loaded.dtype} on {loaded.device_name}" + (f"; results in {show(out)}" if out else ""))
+    return loaded
 
 
 def command(function: Callable[..., int | None]) -> Callable[..., int | None]:
