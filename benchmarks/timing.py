@@ -44,9 +44,7 @@ def script(small: Mapping[str, Any], **defaults: Any) -> Callable[[Callable[[arg
             parser = argparse.ArgumentParser(
                 description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
             )
-            parser.add_argument(
-                "--small", action="store_true", help="a run of seconds: shows that the script works"
-            )
+            parser.add_argument("--small", action="store_true", help="a run of seconds: shows that the script works")
             parser.add_argument("--out", type=Path, help="JSON file to write (default: results/SCRIPT.json)")
             for name, default in ({"threads": torch.get_num_threads()} | defaults).items():
                 kind: dict[str, Any] = {"type": type(default), "default": default, "help": f"default: {default}"}

@@ -32,7 +32,6 @@ class LayerKind:
         bytes_per_token: of keys and values, as transformers caches them.
         bytes_fixed: of states that do not grow.
         window: most tokens they hold, or None.
-
     """
 
     kind: str
@@ -54,7 +53,6 @@ def footprint(config: PreTrainedConfig) -> list[LayerKind]:
 
     Raises:
         FootprintError: the model cannot be run without weights.
-
     """
     dtype = text_config(config).dtype or torch.bfloat16
     cache = DynamicCache(config=config)

@@ -48,7 +48,6 @@ class Finished:
         ok: it ended by itself without an error.
         output: its standard output, 1 MB at most.
         error: the last line of its standard error, or why it was stopped.
-
     """
 
     ok: bool
@@ -64,7 +63,6 @@ def run_python(code: str, stdin: str = "", *, seconds: float = 20.0, megabytes: 
         stdin: its standard input.
         seconds: wall-clock time and CPU time it may take.
         megabytes: address space it may use.
-
     """
     prefix, user = _confinement()
     # files and not pipes: a limit holds for them, and children that outlive the process do not keep them open for us
@@ -109,7 +107,6 @@ def call_function(path: str, function: str, arguments: Sequence[Any], *, seconds
 
     Raises:
         TaskError: it failed, took too long, or returned what JSON cannot hold.
-
     """
     given = json.dumps({"path": path, "function": function, "arguments": list(arguments)}, default=str)
     finished = run_python(_CALL, given, seconds=seconds)
