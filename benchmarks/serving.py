@@ -258,13 +258,8 @@ PARTS: dict[str, Callable[[argparse.Namespace, list[str], int], Any]] = {
 def measured(given: argparse.Namespace, part: str, arms: list[str], number: int) -> Any:
     """Return one measurement, made in a process of its own, or read from `--parts` if an earlier run finished it."""
     key = [part, arms, number, given.kv_heavy, given.eager, given.requests, given.tokens, given.at_once, given.repeats]
-    return kept(given.parts, key, lambda: alone(PARTS[part], given, arms, number))
-
-
-def alone(work: Callable[..., Any], *arguments: Any) -> Any:
-    """Return what a function returns in a new process, where no engine has left anything behind."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(work, *arguments).result()
+        return kept(given.parts, key, lambda: pool.submit(PARTS[part], given, arms, number).result())
 
 
 def kept(parts: str, key: list[Any], measure: Callable[[], Any]) -> Any:

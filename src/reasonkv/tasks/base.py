@@ -16,6 +16,7 @@ import itertools
 import random
 import reprlib
 from abc import ABC, abstractmethod
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from enum import IntEnum
@@ -99,8 +100,7 @@ class Draw:
 
     def weighted(self, cumulative: Sequence[float]) -> int:
         """Draw an index with probability proportional to the steps of the cumulative weights."""
-        point = self.unit() * cumulative[-1]
-        return next((index for index, edge in enumerate(cumulative) if point < edge), len(cumulative) - 1)
+        return min(bisect_right(cumulative, self.unit() * cumulative[-1]), len(cumulative) - 1)
 
 
 @dataclass
@@ -236,11 +236,7 @@ class GeneratedTask(Task):
         return f"{self.name}:{','.join(f'{one.name}={getattr(self, one.name)}' for one in fields(self))}"
 
     def problem(self, example: int, *, seed: int = 0, split: str = "test") -> Problem:
-        """Return problem number `example` (0, 1, ...) of split "test" or "train".
-
-        Raises:
-            TaskError: another split, or a negative example.
-        """
+        """Return problem number `example` (0, 1, ...) of split "test" or "train"; others raise a TaskError."""
         draft = self.draft_of(example, seed=seed, split=split)
         texts = (draft.prompt, draft.trace, draft.trace[draft.trace.index(THINK_END) + 1 :])
         return Problem(self.name, example, seed, split, *map(" ".join, texts))

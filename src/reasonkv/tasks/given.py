@@ -29,13 +29,7 @@ TokenId = Annotated[int, Ge(0), Lt(2**31)]
 
 @dataclass(frozen=True)
 class GivenTrace:
-    """One prompt with its output.
-
-    Args:
-        prompt: as the model read it, as text or token ids; or the messages of a chat.
-        output: text or token ids.
-        reasoning: thinking that a server split off from the output.
-    """
+    """One prompt, as the model read it or as messages, with its output and the thinking that a server split off it."""
 
     prompt: str | list[TokenId] | list[dict[str, Any]]
     output: str | list[TokenId]
@@ -60,14 +54,7 @@ _CHECKED = TypeAdapter(GivenTrace)
 
 @dataclass(frozen=True)
 class GivenTraces(Task):
-    """Traces of a file; trace i is problem i, and outputs are not graded.
-
-    Args:
-        name: the file as the user wrote it.
-        traces: in the order of the file.
-        skipped: lines that are no traces, in words.
-        think_end: text that ends thinking.
-    """
+    """Traces of a file as the user named it; trace i is problem i, and outputs are not graded."""
 
     name: str
     traces: tuple[GivenTrace, ...]
@@ -106,8 +93,7 @@ def given_traces(path: str, options: TaskOptions) -> GivenTraces:
     if place.is_dir():
         merged = place / "merged" / "merged.jsonl"
         files = [merged] if merged.is_file() else sorted(place.glob("*.jsonl"))
-    found: list[GivenTrace] = []
-    skipped: list[str] = []
+    found, skipped = list[GivenTrace](), list[str]()
     for file in files:
         rows, unread = read_rows(file)
         skipped += unread

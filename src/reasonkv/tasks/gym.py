@@ -112,12 +112,13 @@ def gym_names() -> list[str]:
 
 
 def _create(name: str, config: Mapping[str, Any]) -> Any:
-    try:
-        import reasoning_gym
-    except ImportError:
-        raise TaskError('Tasks gym:NAME need the package reasoning-gym; run pip install "reasonkv[tasks]".') from None
-    if name not in gym_names():
+    known = gym_names()
+    if not known:
+        raise TaskError('Tasks gym:NAME need the package reasoning-gym; run pip install "reasonkv[tasks]".')
+    if name not in known:
         raise TaskError(f"reasoning-gym has no generator {name!r}; `reasonkv tasks` lists them.")
+    import reasoning_gym
+
     try:
         return reasoning_gym.create_dataset(name, **config)
     except (TypeError, ValueError, AssertionError) as error:

@@ -77,8 +77,7 @@ def hub_rows(
 
 
 def _read_lines(path: Path) -> tuple[list[Row], list[str]]:
-    rows: list[Row] = []
-    skipped: list[str] = []
+    rows, skipped = list[Row](), list[str]()
     for number, line in enumerate(path.open("rb"), 1):
         if not line.strip():
             continue
