@@ -23,13 +23,12 @@ def standard_task(
     Raises:
         TaskError: an unknown option, or its data cannot be had.
     """
-    spec = ":".join(filter(None, (name, subset)))
+    spec, text = ":".join(filter(None, (name, subset))), (given or {}).get("length")
     for key in given or ():
         if key != "length":
             raise TaskError(f"The benchmark {name} takes the option length=TOKENS, not {key}.")
     declared = standard_tasks()[name].subset(subset)
-    if given:
-        text = given["length"]
+    if text is not None:
         if not (text.isascii() and text.isdigit() and len(text) < 10):
             raise TaskError(f"length of {spec} must be a whole number of tokens, not {text!r}.")
         declared, spec = replace(declared, length=int(text)), f"{spec},length={text}"
