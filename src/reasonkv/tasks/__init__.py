@@ -93,8 +93,8 @@ def get_task(spec: str, options: TaskOptions | None = None) -> Task:
         "gym": partial(gym.gym_task, spec, chosen, options.think_end),
         "niah": needles,
         "ruler": needles,
-        **{one: partial(_installed, point, options, chosen) for one, point in installed.items()},
         **{one: partial(hub.standard_task, one, options, subset, chosen) for one in benchmarks},
+        **{one: partial(_installed, point, options, chosen) for one, point in installed.items()},
     }
     if name in makers:
         return makers[name]()
