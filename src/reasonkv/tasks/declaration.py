@@ -140,7 +140,8 @@ class Declaration:
 @cache
 def standard_tasks() -> Mapping[str, Declaration]:
     """Return the declarations of all named benchmarks (`standard/NAME.yaml`) by name."""
-    return {path.stem: Declaration.from_file(path) for path in sorted((Path(__file__).parent / "standard").iterdir())}
+    files = sorted((Path(__file__).parent / "standard").glob("*.yaml"))
+    return {path.stem: Declaration.from_file(path) for path in files}
 
 
 def declaration_of(spec: str) -> Declaration | None:
