@@ -12,8 +12,8 @@ import time
 from functools import partial
 
 import torch
-from timing import by_turns, interval, median, publish, ratio, script
-from transformers import AutoModelForCausalLM, Cache, DynamicCache, LogitsProcessor, PreTrainedModel, Qwen3Config
+from timing import by_turns, interval, median, publish, random_model, ratio, script
+from transformers import Cache, DynamicCache, LogitsProcessor, PreTrainedModel
 
 from reasonkv import Budget, CompressedCache
 from reasonkv.testbed import load_testbed
@@ -40,11 +40,7 @@ class Clock(LogitsProcessor):
 def kv_heavy() -> PreTrainedModel:
     """Return a random model in which the cache is most of the work: 8 layers, 16 query and 8 KV heads of 128, bf16."""
     torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=256, hidden_size=256, intermediate_size=512, num_hidden_layers=8, num_attention_heads=16,
-        num_key_value_heads=8, head_dim=128,
-    )  # fmt: skip
-    return AutoModelForCausalLM.from_config(config).to(torch.bfloat16).eval()
+    return random_model(8, 16, 8, vocab_size=256, hidden_size=256, intermediate_size=512).to(torch.bfloat16)
 
 
 def prefilled(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, method: str | None) -> Cache:

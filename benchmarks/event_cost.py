@@ -19,9 +19,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from timing import interval, median, median_interval, publish, script
+from timing import interval, median, median_interval, publish, random_model, script
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+from transformers import PreTrainedModel
 
 from reasonkv import Budget, CompressedCache, get_method
 from reasonkv.budget import Window
@@ -106,11 +106,8 @@ def cold_milliseconds(work: Callable[[], object]) -> float:
 
 def skeleton(layers: int) -> PreTrainedModel:
     """A model of the right number of layers and heads that is never run: what caches are made for."""
-    config = Qwen3Config(
-        vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=layers, num_attention_heads=QUERY_HEADS,
-        num_key_value_heads=KV_HEADS, head_dim=D, rope_theta=1e6, max_position_embeddings=32768,
-    )  # fmt: skip
-    return Qwen3ForCausalLM(config).eval()
+    few = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8}
+    return random_model(layers, QUERY_HEADS, KV_HEADS, rope_theta=1e6, max_position_embeddings=32768, **few)
 
 
 def random_calibration(layers: int) -> Calibration:

@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timing import environment, publish, ratio, script
+from timing import environment, publish, random_model, ratio, script
 
 BLOCK, PROMPT, LONG_PROMPT = 128, 40, 1000
 METHODS = ("random", "vase-dkv", "kara", "cask:mass=none")
@@ -76,16 +76,14 @@ def configuration(arm: str) -> dict[str, Any] | None:
 
 def make_kv_heavy(folder: str) -> None:
     """2 layers of 8 KV heads and 16 query heads of 128, narrow otherwise, with the bundled model's tokenizer."""
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
     from reasonkv.testbed import testbed_path
 
     torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=186, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=16,
-        num_key_value_heads=8, head_dim=128, max_position_embeddings=4096, tie_word_embeddings=True, eos_token_id=2,
+    model = random_model(
+        2, 16, 8, vocab_size=186, hidden_size=256, intermediate_size=512, max_position_embeddings=4096,
+        tie_word_embeddings=True, eos_token_id=2,
     )  # fmt: skip
-    Qwen3ForCausalLM(config).save_pretrained(folder)
+    model.save_pretrained(folder)
     for file in testbed_path().glob("tokenizer*"):
         shutil.copy(file, folder)
 

@@ -105,6 +105,14 @@ def ratio(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float,
     return median_interval([a / b for a, b in zip(ours, theirs, strict=True)])
 
 
+def random_model(layers: int, query_heads: int, kv_heads: int, **fields: Any) -> transformers.PreTrainedModel:
+    """Return a Qwen3 of random weights with heads of 128; `fields` are further ones of its configuration."""
+    config = transformers.Qwen3Config(
+        num_hidden_layers=layers, num_attention_heads=query_heads, num_key_value_heads=kv_heads, head_dim=128, **fields
+    )
+    return transformers.Qwen3ForCausalLM(config).eval()
+
+
 def environment() -> dict[str, Any]:
     """Return device, versions, threads, load and commit, as written beside every result."""
     commit = subprocess.run(
