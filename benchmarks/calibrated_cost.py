@@ -8,12 +8,12 @@ keys and values of all layers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import argparse
 from functools import partial
 
 import torch
 from event_cost import KV_HEADS, QUERY_HEADS, D, cold_milliseconds
-from timing import by_turns, interval, median, median_interval, options, publish
+from timing import by_turns, interval, median, median_interval, publish, script
 
 from reasonkv import Method, get_method
 from reasonkv.compaction import compact_pair
@@ -74,9 +74,8 @@ def once(keep: int, layers: int, rotary: Rotary) -> dict[str, float]:
     return timed
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    small = {"repeats": 2, "layers": 2, "budgets": ["160"]}
-    given = options(__file__, __doc__, argv, small, repeats=7, layers=36, budgets=("384", "1024"))
+@script(small={"repeats": 2, "layers": 2, "budgets": ["160"]}, repeats=7, layers=36, budgets=("384", "1024"))
+def main(given: argparse.Namespace) -> None:
     torch.manual_seed(0)
     rotary = Rotary(1.0 / THETA ** (torch.arange(0, D, 2) / D))
     rows = []
@@ -91,7 +90,3 @@ def main(argv: Sequence[str] | None = None) -> None:
             })  # fmt: skip
     title = f"One compaction of {given.layers} layers at Qwen3-8B geometry, budget + {INTERVAL} -> budget, float32"
     publish(given, f"{title}, batch 1", rows)
-
-
-if __name__ == "__main__":
-    main()

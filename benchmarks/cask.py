@@ -9,7 +9,9 @@ from pathlib import Path
 
 import altair as alt
 import pandas as pd
+import yaml
 from tables import (
+    EXPERIMENTS,
     METRICS,
     Gains,
     by_budget,
@@ -29,26 +31,8 @@ from reasonkv.report.charts import facets
 from reasonkv.report.metrics import DIAGNOSTICS
 
 _FIDELITY = ("kl", "top1", "answer_top1")
-_FIGURE = (
-    "full", "random", "snapkv:window=16", "rkv", "expected", "triattention", "triattention:mode=global", "cask",
-    "cask:profile=paper",
-)  # fmt: skip
-_PARTS = {
-    "cask:core_ratio=0.0,core_least=0,fold=none": "stage 1 only",
-    "cask:fold=none": "no folding",
-    "cask:fold=neighbours": "folding whatever is adjacent",
-    "cask:fold=neighbours,mass=none": "the same without log mass",
-    "cask:core_ratio=0.0,core_least=0": "no core",
-    "cask:per_layer=True": "a plan per layer",
-    "cask:prompt_share=0.5": "half to the prompt",
-}
-"""Variants of CASK under the names they were recorded by."""
-_PAPER = "cask:profile=paper"
-_PINNED = "triattention:profile=paper"
-"""The reference's baseline on long prompts: it pins the prompt, or what fits of its beginning."""
-_OURS = ("cask", _PAPER, "triattention", "triattention:mode=per_layer_per_head")
-_RIVALS = ("triattention", "triattention:mode=global", "triattention:mode=per_layer_per_head", "expected", "rkv",
-           "random")  # fmt: skip
+_PAGE = yaml.safe_load((EXPERIMENTS / "cask.yaml").read_text())["page"]
+_PARTS, _PAPER, _PINNED = _PAGE["parts"], _PAGE["paper"], _PAGE["pinned"]
 
 
 def build(source: Path, to: Path) -> None:
@@ -118,8 +102,11 @@ def _label(method: str) -> str:
 
 def _verdicts(gains: Gains, title: str) -> str:
     """How often each of our methods wins against each rival at equal slots."""
-    rows = [[one, *(count_verdicts(gains.over(rival, [one]).dropna()) for rival in _RIVALS)] for one in _OURS]
-    table = markdown(["ours", *(f"against {rival}" for rival in _RIVALS)], rows)
+    rows = [
+        [one, *(count_verdicts(gains.over(rival, [one]).dropna()) for rival in _PAGE["rivals"])]
+        for one in _PAGE["ours"]
+    ]
+    table = markdown(["ours", *(f"against {rival}" for rival in _PAGE["rivals"])], rows)
     return f"**{title}**: cells in which ours is better / undecided / worse\n\n{table}\n\n"
 
 
@@ -178,8 +165,8 @@ def _counted(found: Counter[str]) -> str:
 
 def _figure(data: pd.DataFrame, y: alt.Y, path: Path, note: str) -> None:
     """A panel per family and policy, a line per method, with a band of one standard error."""
-    data = data[data["method"].isin(_FIGURE)].rename(columns={"group": "panel"})
-    facets(data, "budget, slots per KV head", y, path, column="panel", columns=3, names=_FIGURE, note=note)
+    data = data[data["method"].isin(_PAGE["figure"])].rename(columns={"group": "panel"})
+    facets(data, "budget, slots per KV head", y, path, column="panel", columns=3, names=_PAGE["figure"], note=note)
 
 
 def build_prompt_share(source: Path, to: Path) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
-from tables import METRICS, Gains, by_budget, load, markdown, means, plus_minus, sizes, verdict, words
+import yaml
+from tables import EXPERIMENTS, METRICS, Gains, by_budget, load, markdown, means, plus_minus, sizes, verdict, words
 
 
 @dataclass(frozen=True)
@@ -25,34 +27,12 @@ class Claim:
     words: str
     better: str
     worse: str
-    metrics: tuple[str, ...] = ("kl", "correct")
+    metrics: Sequence[str] = ("kl", "correct")
     at_least: bool = False
-    families: tuple[str, ...] = ()
+    families: Sequence[str] = ()
 
 
-_ATTNV, _DKV = "vase-attnv:window=16", "vase-dkv:window=16"
-_LOOPS, _FACTS = ("kl", "correct", "repetition"), ("kl", "answer_top1", "correct")
-# fmt: off
-CLAIMS = (
-    Claim("Evicting tokens with large value ranges is far worse than evicting at random, and makes traces loop",
-          "random", f"{_ATTNV},evict_large=True", _LOOPS),
-    Claim("Sampling beats taking the best by the same scores", _ATTNV, f"{_ATTNV},sample=False"),
-    Claim("The reserve of large value ranges adds to sampling", _ATTNV, f"{_ATTNV},n_large=4"),
-    Claim("The value range is a better reserve than a random one", _ATTNV, f"{_ATTNV},magnitude=random"),
-    Claim("A fresh projection at every event beats a fixed one", _DKV, f"{_DKV},redraw=False"),
-    Claim("The random projection beats the plain product of norms", _DKV, f"{_DKV},projection=0"),
-    Claim("Attention in both directions beats causal scoring", "kara", "kara:causal=True"),
-    Claim("Attention in both directions beats causal scoring, both without chunks",
-          "kara:token2chunk=False", "kara:token2chunk=False,causal=True"),
-    Claim("Token2Chunk adds to it", "kara", "kara:token2chunk=False"),
-    Claim("Random with the prompt kept is at least as good as VaSE-AttnV", "random", _ATTNV, at_least=True),
-    Claim("Random with the prompt kept is at least as good as VaSE-DKV", "random", _DKV, at_least=True),
-    Claim("Random with the prompt kept fails facts stated once, which VaSE-AttnV keeps", _ATTNV, "random", _FACTS,
-          families=("recall",)),
-    Claim("Random with the prompt kept fails facts stated once, which VaSE-DKV keeps", _DKV, "random", _FACTS,
-          families=("recall",)),
-)
-# fmt: on
+CLAIMS = [Claim(**one) for one in yaml.safe_load((EXPERIMENTS / "claims.yaml").read_text())["claims"]]
 _KIND = {"kl": "replay", "answer_top1": "replay", "correct": "answers", "repetition": "answers"}
 _ENOUGH = 2 / 3  # of the decided cells on one side, and at least a third of all decided: the claim is judged
 

@@ -6,14 +6,14 @@ the mechanism, or its gain: keys are written in place instead of concatenated, a
 
 from __future__ import annotations
 
+import argparse
 import copy
 import time
-from collections.abc import Sequence
 from functools import partial
 
 import torch
-from timing import by_turns, interval, median, options, publish, ratio
-from transformers import AutoModelForCausalLM, Cache, DynamicCache, LogitsProcessor, PreTrainedModel, Qwen3Config
+from timing import by_turns, interval, median, publish, random_model, ratio, script
+from transformers import Cache, DynamicCache, LogitsProcessor, PreTrainedModel
 
 from reasonkv import Budget, CompressedCache
 from reasonkv.testbed import load_testbed
@@ -40,11 +40,7 @@ class Clock(LogitsProcessor):
 def kv_heavy() -> PreTrainedModel:
     """Return a random model in which the cache is most of the work: 8 layers, 16 query and 8 KV heads of 128, bf16."""
     torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=256, hidden_size=256, intermediate_size=512, num_hidden_layers=8, num_attention_heads=16,
-        num_key_value_heads=8, head_dim=128,
-    )  # fmt: skip
-    return AutoModelForCausalLM.from_config(config).to(torch.bfloat16).eval()
+    return random_model(8, 16, 8, vocab_size=256, hidden_size=256, intermediate_size=512).to(torch.bfloat16)
 
 
 def prefilled(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, method: str | None) -> Cache:
@@ -76,10 +72,9 @@ def decode_rate(
     return {"rate": len(ids) * (len(clock.times) - 1) / (clock.times[-1] - clock.times[0])}
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    small = {"tokens": 40, "new": 4, "pairs": 2, "batch": 2}
-    # snapkv keeps its ring of queries
-    given = options(__file__, __doc__, argv, small, tokens=2000, new=32, pairs=7, batch=8, method="snapkv")
+# snapkv keeps its ring of queries
+@script(small={"tokens": 40, "new": 4, "pairs": 2, "batch": 2}, tokens=2000, new=32, pairs=7, batch=8, method="snapkv")
+def main(given: argparse.Namespace) -> None:
     prompt, rows, rates = given.tokens - given.new, [], {}
     for name, model in (("testbed, fp32", load_testbed()[0]), ("KV-heavy, bf16", kv_heavy())):
         ids = torch.randint(5, 100, (given.batch, prompt), generator=torch.Generator().manual_seed(0))
@@ -101,7 +96,3 @@ def main(argv: Sequence[str] | None = None) -> None:
         ]
     title = f"Decode rate at {given.tokens} tokens, batch {given.batch}, {given.method}, no compaction"
     publish(given, title, rows, rates=rates)
-
-
-if __name__ == "__main__":
-    main()

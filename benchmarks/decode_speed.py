@@ -9,12 +9,12 @@ queries of every step, selection methods, which evict nothing, full KV, and meth
 
 from __future__ import annotations
 
+import argparse
 import time
-from collections.abc import Sequence
 from functools import partial
 
 import torch
-from timing import by_turns, interval, median, median_interval, options, publish, ratio
+from timing import by_turns, interval, median, median_interval, publish, ratio, script
 from transformers import PreTrainedModel
 
 from reasonkv import Budget, CompressedCache, get_method
@@ -44,10 +44,11 @@ def decode(
     return {"rate": len(prompt_BL) * tokens / took, "share": 100 * inside / took, "event": each}
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    small = {"batch": 2, "tokens": 80, "prompt": 16, "budget": 48, "interval": 16, "rounds": 2, "methods": ["snapkv"]}
-    given = options(__file__, __doc__, argv, small, batch=16, tokens=2000, prompt=64, budget=256, interval=128,
-                    rounds=5, methods=("all",))  # fmt: skip
+@script(
+    small={"batch": 2, "tokens": 80, "prompt": 16, "budget": 48, "interval": 16, "rounds": 2, "methods": ["snapkv"]},
+    batch=16, tokens=2000, prompt=64, budget=256, interval=128, rounds=5, methods=("all",),
+)  # fmt: skip
+def main(given: argparse.Namespace) -> None:
     budget = Budget(given.budget, interval=given.interval, prompt="count")
     specs = dict.fromkeys([BASE, *(methods() if given.methods == ["all"] else given.methods)])
     prompt = torch.randint(5, 100, (given.batch, given.prompt), generator=torch.Generator().manual_seed(0))
@@ -70,7 +71,3 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"{given.interval} tokens, testbed float32"
     )
     publish(given, title, rows, rounds=found)
-
-
-if __name__ == "__main__":
-    main()

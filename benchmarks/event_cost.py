@@ -13,14 +13,15 @@ measured in the same run. `FORMULAS` says what was counted.
 
 from __future__ import annotations
 
+import argparse
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from timing import interval, median, median_interval, options, publish
+from timing import interval, median, median_interval, publish, random_model, script
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+from transformers import PreTrainedModel
 
 from reasonkv import Budget, CompressedCache, get_method
 from reasonkv.budget import Window
@@ -105,11 +106,8 @@ def cold_milliseconds(work: Callable[[], object]) -> float:
 
 def skeleton(layers: int) -> PreTrainedModel:
     """A model of the right number of layers and heads that is never run: what caches are made for."""
-    config = Qwen3Config(
-        vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=layers, num_attention_heads=QUERY_HEADS,
-        num_key_value_heads=KV_HEADS, head_dim=D, rope_theta=1e6, max_position_embeddings=32768,
-    )  # fmt: skip
-    return Qwen3ForCausalLM(config).eval()
+    few = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8}
+    return random_model(layers, QUERY_HEADS, KV_HEADS, rope_theta=1e6, max_position_embeddings=32768, **few)
 
 
 def random_calibration(layers: int) -> Calibration:
@@ -215,9 +213,11 @@ def rates() -> tuple[float, float]:
     return 2 * 2048**3 / median(products), x.numel() / median(exponentials)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    small = {"layers": 1, "repeats": 1, "methods": ["snapkv", "kara"]}
-    given = options(__file__, __doc__, argv, small, layers=36, repeats=5, dtype="float32", methods=("all",))
+@script(
+    small={"layers": 1, "repeats": 1, "methods": ["snapkv", "kara"]},
+    layers=36, repeats=5, dtype="float32", methods=("all",),
+)  # fmt: skip
+def main(given: argparse.Namespace) -> None:
     torch.manual_seed(0)
     model, rows, evicting = skeleton(given.layers), [], (get_method(name) for name in method_names())
     # the others evict nothing, or look into the future
@@ -239,7 +239,3 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{spec:30s} {middle:8.1f} ms, {middle / max(least):5.2f} times the least", flush=True)
     geometry = f"{given.layers} layers at Qwen3-8B geometry, {HELD} -> {KEEP} slots, {given.dtype}"
     publish(given, f"One compaction of {geometry}, one row, CPU", rows)
-
-
-if __name__ == "__main__":
-    main()

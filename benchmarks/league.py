@@ -103,9 +103,9 @@ def _log_ratios(kl: pd.DataFrame, rivals: dict[str, str]) -> pd.Series:
 
 
 def _order(table: pd.DataFrame, ranks: pd.Series) -> list[str]:
-    """Return the methods, best mean rank first."""
+    """Return the methods, best mean rank first, and the ceiling before all."""
     methods = [one for one in table.index.unique("method") if one != "full"]
-    return sorted(methods, key=lambda one: ranks.get(one, 0.0))
+    return sorted(methods, key=lambda one: (one != CEILING, ranks.get(one, 0.0)))
 
 
 def _league(policy: str, replay: pd.DataFrame, answers: pd.DataFrame, gains: dict[str, pd.Series]) -> str:
@@ -175,7 +175,7 @@ def _unlike(replay: pd.DataFrame) -> str:
 def _heat(replay: pd.DataFrame, gains: pd.Series, policy: str, path: Path) -> None:
     """Methods by mean rank, cells by family and budget: how much lower or higher the KL is than random's."""
     kl = means(replay, "kl")
-    order = sorted(_order(kl, _ranks(kl, "kl", True)), key=lambda one: one != CEILING)
+    order = _order(kl, _ranks(kl, "kl", True))
     data = _log_ratios(kl, _rivals(replay)).clip(-2, 2).rename("ratio").to_frame()
     data["mark"] = gains.map(verdict).eq("undecided").reindex(data.index, fill_value=False).map({True: "·", False: ""})
     data = data.reset_index()

@@ -5,11 +5,11 @@ Program traces of about 1,000 tokens, one method, one budget. Both ways must giv
 
 from __future__ import annotations
 
+import argparse
 import time
-from collections.abc import Sequence
 
 import torch
-from timing import options, publish
+from timing import publish, script
 
 from reasonkv import Budget, get_method
 from reasonkv.evaluate.cells import RunConfig
@@ -19,9 +19,8 @@ from reasonkv.tasks import get_task
 from reasonkv.testbed import load_testbed
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    small = {"tokens": 64, "limit": 2, "lines": 8}
-    given = options(__file__, __doc__, argv, small, method="snapkv", tokens=256, limit=16, lines=76)
+@script(small={"tokens": 64, "limit": 2, "lines": 8}, method="snapkv", tokens=256, limit=16, lines=76)
+def main(given: argparse.Namespace) -> None:
     model, tokenizer = load_testbed()
     problems = [get_task(f"program:lines={given.lines}").problem(example) for example in range(given.limit)]
     prompts, outputs = (
@@ -50,7 +49,3 @@ def main(argv: Sequence[str] | None = None) -> None:
         largest_nll_gap=max(abs(a.metrics.nll - b.metrics.nll) for a, b in zip(fast, slow, strict=True)),
         events=[outcome.stats.events for outcome in fast],
     )  # fmt: skip
-
-
-if __name__ == "__main__":
-    main()

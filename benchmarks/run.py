@@ -20,13 +20,13 @@ from typing import Any
 
 import yaml
 from rich.console import Console
+from tables import EXPERIMENTS
 
 from reasonkv.evaluate.job import BudgetOptions, GenerateJob, ReplayJob
 from reasonkv.evaluate.run import run
 from reasonkv.models import load_model
 from reasonkv.tasks import get_task, task_names
 
-EXPERIMENTS = Path(__file__).parent / "experiments"
 RULE = {"interval": 32, "sinks": 4, "recent": 16}
 LEAST = 24  # slots: sinks, recent and a few to choose
 

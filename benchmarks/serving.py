@@ -26,13 +26,13 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
-from timing import environment, options, publish, ratio
+from timing import environment, publish, random_model, ratio, script
 
 BLOCK, PROMPT, LONG_PROMPT = 128, 40, 1000
 METHODS = ("random", "vase-dkv", "kara", "cask:mass=none")
@@ -76,16 +76,14 @@ def configuration(arm: str) -> dict[str, Any] | None:
 
 def make_kv_heavy(folder: str) -> None:
     """2 layers of 8 KV heads and 16 query heads of 128, narrow otherwise, with the bundled model's tokenizer."""
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
     from reasonkv.testbed import testbed_path
 
     torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=186, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=16,
-        num_key_value_heads=8, head_dim=128, max_position_embeddings=4096, tie_word_embeddings=True, eos_token_id=2,
+    model = random_model(
+        2, 16, 8, vocab_size=186, hidden_size=256, intermediate_size=512, max_position_embeddings=4096,
+        tie_word_embeddings=True, eos_token_id=2,
     )  # fmt: skip
-    Qwen3ForCausalLM(config).save_pretrained(folder)
+    model.save_pretrained(folder)
     for file in testbed_path().glob("tokenizer*"):
         shutil.copy(file, folder)
 
@@ -258,13 +256,8 @@ PARTS: dict[str, Callable[[argparse.Namespace, list[str], int], Any]] = {
 def measured(given: argparse.Namespace, part: str, arms: list[str], number: int) -> Any:
     """Return one measurement, made in a process of its own, or read from `--parts` if an earlier run finished it."""
     key = [part, arms, number, given.kv_heavy, given.eager, given.requests, given.tokens, given.at_once, given.repeats]
-    return kept(given.parts, key, lambda: alone(PARTS[part], given, arms, number))
-
-
-def alone(work: Callable[..., Any], *arguments: Any) -> Any:
-    """Return what a function returns in a new process, where no engine has left anything behind."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(work, *arguments).result()
+        return kept(given.parts, key, lambda: pool.submit(PARTS[part], given, arms, number).result())
 
 
 def kept(parts: str, key: list[Any], measure: Callable[[], Any]) -> Any:
@@ -291,15 +284,14 @@ def median_of(arm: str, rounds: list[list[dict[str, Any]]]) -> dict[str, Any]:
     return {"arm": arm, **found, "rounds": [one for one, _ in pairs]}
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    # at_once: sequences of full KV that the blocks hold; rounds: of stock against the arms at 256; repeats: of the time
-    # to the first token; parts: a file that finished measurements are kept in, and read from
-    small = {"arms": ["stock", "random@256"], "requests": 4, "tokens": 300, "at_once": 2, "rounds": 1, "repeats": 1,
-             "eager": True}  # fmt: skip
-    given = options(
-        __file__, __doc__, argv, small, arms=tuple(ARMS), requests=64, tokens=2000, at_once=8, rounds=3, repeats=30,
-        parts="", kv_heavy=False, eager=False,
-    )  # fmt: skip
+# at_once: sequences of full KV that the blocks hold; rounds: of stock against the arms at 256; repeats: of the time
+# to the first token; parts: a file that finished measurements are kept in, and read from
+@script(
+    small={"arms": ["stock", "random@256"], "requests": 4, "tokens": 300, "at_once": 2, "rounds": 1, "repeats": 1,
+           "eager": True},
+    arms=tuple(ARMS), requests=64, tokens=2000, at_once=8, rounds=3, repeats=30, parts="", kv_heavy=False, eager=False,
+)  # fmt: skip
+def main(given: argparse.Namespace) -> None:
     if given.out is not None and (given.kv_heavy or given.eager) and not given.small:
         given.out = given.out.with_stem(given.out.stem + "_kv_heavy" * given.kv_heavy + "_eager" * given.eager)
     os.environ |= ENVIRONMENT
@@ -329,7 +321,3 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     publish(given, title, rows, arms=found, steps_by_batch=steps, first_token=first, prompt=PROMPT, block=BLOCK,
             measured_on=where)  # fmt: skip
-
-
-if __name__ == "__main__":
-    main()

@@ -7,13 +7,13 @@ policy), every so many steps a few rows are compacted. The same tokens are fed t
 
 from __future__ import annotations
 
+import argparse
 import time
-from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
 import torch
-from timing import by_turns, options, publish
+from timing import by_turns, publish, script
 
 from reasonkv import CompressedCache, get_method
 from reasonkv.budget import Window
@@ -60,9 +60,8 @@ def decode(apart: int, events: Events | None, method: str, steps: int) -> dict[s
     return found | {"compactions": before, "stopped": stopped, "held": held}
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    small = {"rounds": 1, "steps": 150}
-    given = options(__file__, __doc__, argv, small, method="kara", rounds=3, steps=1500)
+@script(small={"rounds": 1, "steps": 150}, method="kara", rounds=3, steps=1500)
+def main(given: argparse.Namespace) -> None:
     period = WINDOW.size + 1
     listed = {
         most: periodic_events(WINDOW, [PROMPT] * ROWS, [PROMPT + given.steps] * ROWS, period, most)
@@ -85,7 +84,3 @@ def main(argv: Sequence[str] | None = None) -> None:
         })  # fmt: skip
     title = f"Decode steps of {ROWS} rows, {given.method}, windows of {WINDOW.size} kept to {WINDOW.tokens}"
     publish(given, title, rows, window=WINDOW.to_dict(), period=period)
-
-
-if __name__ == "__main__":
-    main()

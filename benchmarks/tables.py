@@ -21,6 +21,7 @@ from reasonkv.evaluate.manifest import MANIFEST
 from reasonkv.evaluate.table import KEPT, Difference, paired_difference, read_manifest, read_results
 
 RESULTS = Path(__file__).parent.parent / "docs" / "results"
+EXPERIMENTS = Path(__file__).parent / "experiments"
 POLICIES = {"count": "prompt compressible", "on_top": "prompt kept"}
 METRICS = {
     "kl": (-1.0, 3, "KL, nats"),
@@ -206,18 +207,10 @@ def by_budget(
     head: Callable[[str, str], str] = lambda group, size: f"{size} slots",
     name: Callable[[str], str] = str,
 ) -> str:
-    """Return a table for each group, with a row a method and a column a budget; a cell that did not run is "-".
-
-    Args:
-        texts: of the cells.
-        title: the line above a group's table.
-        head: the heading of a group's budget.
-        name: a method's word.
-    """
+    """Return a table for each group, with a row a method (by its `name`) and a column a budget; "-" is no cell."""
     parts = []
     for group, own in texts[texts.index.get_level_values("size") != ""].groupby("group", sort=False):
-        cells, budgets = own.droplevel("group").to_dict(), sizes(own)
-        methods = dict.fromkeys(own.index.get_level_values("method"))
+        cells, budgets, methods = own.droplevel("group").to_dict(), sizes(own), own.index.unique("method")
         rows = [[name(one), *(cells.get((one, size), "-") for size in budgets)] for one in methods]
         parts.append(f"{title(group)}\n\n{markdown(['method', *(head(group, size) for size in budgets)], rows)}\n")
     return "\n".join(parts)

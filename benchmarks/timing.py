@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import subprocess
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,42 +23,49 @@ from reasonkv.files import write_atomically
 RESULTS = Path(__file__).parent / "results"
 Measures = dict[str, list[float]]
 """Values by what was measured, one a round."""
+Main = Callable[[Sequence[str] | None], None]
 
 
-def options(
-    file: str, doc: str | None, argv: Sequence[str] | None, small: Mapping[str, Any], **defaults: Any
-) -> argparse.Namespace:
-    """Return a script's options: a flag for each default, of its type; a tuple takes several words.
+def script(small: Mapping[str, Any], **defaults: Any) -> Callable[[Callable[[argparse.Namespace], None]], Main]:
+    """Make a function of options the `main` of its module, and run it where the module is a script.
 
-    `--threads`, `--small` and `--out` belong to every script. Without `--out`, the JSON file is `results/SCRIPT.json`;
-    a small run writes none.
+    There is a flag for each default, of its type; a tuple takes several words. `--threads`, `--small` and `--out`
+    belong to every script. Without `--out`, the JSON file is `results/SCRIPT.json`; a small run writes none.
 
     Args:
-        file: the script.
-        doc: its docstring.
-        argv: its arguments; those of the command line if None.
         small: defaults of `--small`, a run of seconds that shows that the script works, and measures nothing.
         defaults: all others.
     """
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--small", action="store_true", help="a run of seconds that shows that the script works")
-    parser.add_argument("--out", type=Path, help="JSON file to write (default: results/SCRIPT.json)")
-    defaults = {"threads": torch.get_num_threads()} | defaults
-    for name, default in defaults.items():
-        flag, shown = "--" + name.replace("_", "-"), f"default: {default}"
-        if isinstance(default, bool):
-            parser.add_argument(flag, action="store_true")
-        elif isinstance(default, tuple):
-            parser.add_argument(flag, nargs="+", default=list(default), help="several words")
-        else:
-            parser.add_argument(flag, type=type(default), default=default, help=shown)
-    if parser.parse_known_args(argv)[0].small:
-        parser.set_defaults(**small)
-    given = parser.parse_args(argv)
-    if given.out is None and not given.small:
-        given.out = RESULTS / f"{Path(file).stem}.json"
-    torch.set_num_threads(given.threads)
-    return given
+
+    def wrap(function: Callable[[argparse.Namespace], None]) -> Main:
+        module = sys.modules[function.__module__]
+
+        def main(argv: Sequence[str] | None = None) -> None:
+            parser = argparse.ArgumentParser(
+                description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+            )
+            parser.add_argument("--small", action="store_true", help="a run of seconds: shows that the script works")
+            parser.add_argument("--out", type=Path, help="JSON file to write (default: results/SCRIPT.json)")
+            for name, default in ({"threads": torch.get_num_threads()} | defaults).items():
+                kind: dict[str, Any] = {"type": type(default), "default": default, "help": f"default: {default}"}
+                if isinstance(default, bool):
+                    kind = {"action": "store_true"}
+                elif isinstance(default, tuple):
+                    kind = {"nargs": "+", "default": list(default), "help": "several words"}
+                parser.add_argument("--" + name.replace("_", "-"), **kind)
+            if parser.parse_known_args(argv)[0].small:
+                parser.set_defaults(**small)
+            given = parser.parse_args(argv)
+            if given.out is None and not given.small:
+                given.out = RESULTS / f"{Path(str(module.__file__)).stem}.json"
+            torch.set_num_threads(given.threads)
+            function(given)
+
+        if function.__module__ == "__main__":
+            main()
+        return main
+
+    return wrap
 
 
 def by_turns(
@@ -95,6 +103,14 @@ def median(values: Sequence[float]) -> float:
 def ratio(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float, float]:
     """Return the median of the ratios of paired rounds, and its interval."""
     return median_interval([a / b for a, b in zip(ours, theirs, strict=True)])
+
+
+def random_model(layers: int, query_heads: int, kv_heads: int, **fields: Any) -> transformers.PreTrainedModel:
+    """Return a Qwen3 of random weights with heads of 128; `fields` are further ones of its configuration."""
+    config = transformers.Qwen3Config(
+        num_hidden_layers=layers, num_attention_heads=query_heads, num_key_value_heads=kv_heads, head_dim=128, **fields
+    )
+    return transformers.Qwen3ForCausalLM(config).eval()
 
 
 def environment() -> dict[str, Any]:

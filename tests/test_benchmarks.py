@@ -22,8 +22,8 @@ from reasonkv.evaluate.manifest import Arguments
 from reasonkv.tasks import TaskOptions, get_task
 from reasonkv.tasks.base import TaskError
 from reasonkv.tasks.data import DataTask
+from reasonkv.tasks.declaration import standard_tasks
 from reasonkv.tasks.grade import GRADERS
-from reasonkv.tasks.hub import standard_tasks
 
 N = 20
 LONGBENCH = standard_tasks()["longbench"].subsets

@@ -12,12 +12,14 @@ from typing import Any
 import pytest
 
 from reasonkv.tasks import get_task
-from reasonkv.tasks.base import UNREAD, TaskError
-from reasonkv.tasks.data import compile_template, data_task, read_rows
-from reasonkv.tasks.grade import GRADERS, after_thinking, get_grader, last_box, last_number
-from reasonkv.tasks.hub import standard_task, standard_tasks
+from reasonkv.tasks.base import UNREAD, TaskError, after_thinking
+from reasonkv.tasks.data import compile_template, data_task
+from reasonkv.tasks.declaration import standard_tasks
+from reasonkv.tasks.grade import GRADERS, get_grader, last_box, last_number
+from reasonkv.tasks.hub import standard_task
 from reasonkv.tasks.needle import KINDS, needle_task
 from reasonkv.tasks.options import TaskOptions
+from reasonkv.tasks.rows import read_rows
 from reasonkv.tasks.sandbox import call_function, run_python
 
 

@@ -65,7 +65,6 @@ class Budget:
 
     Raises:
         BudgetError: fields of the wrong type, or that contradict each other.
-
     """
 
     tokens: int | None = None
@@ -102,7 +101,6 @@ class Budget:
 
         Args:
             recent: newest slots the method itself always keeps; the larger of it and the budget's counts, once.
-
         """
         if self.tokens is None or self.sinks + max(self.recent, recent) <= self.tokens:
             return self.sinks, max(self.recent, recent)
@@ -118,7 +116,6 @@ class Budget:
 
         Raises:
             BudgetError: protected slots exceed `tokens`.
-
         """
         if self.tokens is None:
             return  # a share keeps at least what is protected
@@ -166,7 +163,6 @@ class Budget:
         Raises:
             BudgetError: it is given twice, or makes no sense.
             TypeError: a field that no budget has.
-
         """
         known = BudgetFields.__annotations__
         for name in given.keys() - known.keys():
@@ -185,7 +181,6 @@ class Budget:
 
         Raises:
             BudgetError: unknown fields, or derived ones that contradict the others.
-
         """
         kind: type[Budget] = Budget
         for field_name, one in (("retention", Window), ("events", ExplicitEventsWindow), ("period", PeriodicWindow)):
@@ -224,7 +219,6 @@ class Window(Budget):
 
     Raises:
         BudgetError: fields that contradict each other.
-
     """
 
     tokens: int = field(init=False, default=0)
@@ -259,7 +253,6 @@ class Window(Budget):
 
         Raises:
             BudgetError: the buffer is too small.
-
         """
         if recent > self.buffer:
             raise BudgetError(
@@ -299,7 +292,6 @@ class ExplicitEventsWindow(Window):
 
     Raises:
         BudgetError: fields that contradict each other.
-
     """
 
     events: tuple[int, ...] = ()
@@ -324,7 +316,6 @@ class PeriodicWindow(Window):
 
     Raises:
         BudgetError: fields that contradict each other.
-
     """
 
     period: int = 1024

@@ -32,7 +32,6 @@ class Checkpoint:
         source: a folder or a hub name.
         options: revision and GGUF file, where there are any.
         adapter: folder or hub name of a LoRA adapter for it.
-
     """
 
     name: str
@@ -71,7 +70,6 @@ def find_checkpoint(
 
     Raises:
         ModelError: one sentence.
-
     """
     path = Path(name).expanduser()
     if name == TESTBED:
@@ -111,7 +109,6 @@ def load_config(name: str, revision: str | None = None) -> PreTrainedConfig:
 
     Raises:
         ModelError: one sentence.
-
     """
     found = find_checkpoint(name, revision, weights=False)
     try:

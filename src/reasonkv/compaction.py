@@ -23,7 +23,6 @@ def gather_slots(buffer_BHAD: Tensor, rows: list[int], kept_BHK: Tensor) -> Tens
 
     Returns:
         [len(rows), H, K, D], contiguous.
-
     """
     _, H, A, D = buffer_BHAD.shape
     row_starts = torch.tensor(rows, device=buffer_BHAD.device)[:, None, None] * (H * A)
@@ -55,7 +54,6 @@ def merge_slots(
 
     Returns:
         `kept_BHKD`.
-
     """
     merge, kept_BHK = plan.merge, plan.kept_BHK
     assert merge is not None
@@ -118,7 +116,6 @@ def compact_pair(
         rows: batch rows the plan is for.
         plan: what to keep and merge.
         positions_BHN: token indices of the slots the plan is about.
-
     """
     keys, values = gather_slots(keys_BHAD, rows, plan.kept_BHK), gather_slots(values_BHAD, rows, plan.kept_BHK)
     if plan.merge is not None:

@@ -34,7 +34,6 @@ class Report:
         layers: its kinds of layers and what they keep; empty if that cannot be known without weights.
         problems: what needs attention, one sentence each.
         advice: one sentence on what to do next.
-
     """
 
     versions: dict[str, str]
@@ -55,7 +54,6 @@ def examine(model: str | None = None, budget: int = 1024) -> Report:
 
     Raises:
         BudgetError: no such budget.
-
     """
     budget = whole_number(budget, "budget", 1)
     versions = package_versions()

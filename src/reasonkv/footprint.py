@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -32,7 +31,6 @@ class LayerKind:
         bytes_per_token: of keys and values, as transformers caches them.
         bytes_fixed: of states that do not grow.
         window: most tokens they hold, or None.
-
     """
 
     kind: str
@@ -54,7 +52,6 @@ def footprint(config: PreTrainedConfig) -> list[LayerKind]:
 
     Raises:
         FootprintError: the model cannot be run without weights.
-
     """
     dtype = text_config(config).dtype or torch.bfloat16
     cache = DynamicCache(config=config)
@@ -73,13 +70,12 @@ def footprint(config: PreTrainedConfig) -> list[LayerKind]:
         window = layer.sliding_window if isinstance(layer, DynamicSlidingWindowLayer) else None
         kind = types[index] if index < len(types) else "full_attention" if window is None else "sliding_attention"
         key = (kind.replace("_", " "), type(layer) in BOUNDED, window)
-        so_far = kinds.get(key) or LayerKind(key[0], 0, key[1], 0, 0, window)
-        kinds[key] = replace(
-            so_far,
-            layers=so_far.layers + 1,
-            bytes_per_token=so_far.bytes_per_token + _token_bytes(layer),
-            bytes_fixed=so_far.bytes_fixed + _state_bytes(layer),
-        )
+        one = kinds.get(key) or LayerKind(key[0], 0, key[1], 0, 0, window)
+        per_token = _nbytes([getattr(layer, "keys", None), getattr(layer, "values", None)]) // _TOKENS
+        is_state = isinstance(layer, LinearAttentionCacheLayerMixin)
+        fixed = _nbytes([*layer.conv_states.values(), *layer.recurrent_states.values()]) if is_state else 0
+        grown = (one.layers + 1, one.bounded, one.bytes_per_token + per_token, one.bytes_fixed + fixed)
+        kinds[key] = LayerKind(one.kind, *grown, window)
     return list(kinds.values())
 
 
@@ -94,16 +90,6 @@ def _fill_plainly(cache: DynamicCache, decoder: PreTrainedConfig, dtype: torch.d
         heads = getattr(own, "num_key_value_heads", None) or own.num_attention_heads
         shape = (1, heads, _TOKENS, head_dim_of(own))
         layer.keys, layer.values = (torch.empty(shape, dtype=dtype, device="meta") for _ in range(2))
-
-
-def _token_bytes(layer: Any) -> int:
-    return _nbytes([getattr(layer, "keys", None), getattr(layer, "values", None)]) // _TOKENS
-
-
-def _state_bytes(layer: Any) -> int:
-    if not isinstance(layer, LinearAttentionCacheLayerMixin):
-        return 0
-    return _nbytes([*layer.conv_states.values(), *layer.recurrent_states.values()])
 
 
 def _nbytes(tensors: Sequence[Tensor | None]) -> int:

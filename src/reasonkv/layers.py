@@ -34,7 +34,6 @@ def cache_layers(config: PreTrainedConfig) -> list[Any]:
 
     Raises:
         KeyError: a layer type that transformers has no cache for.
-
     """
     return list(DynamicCache(config=config).layers)
 
@@ -63,7 +62,6 @@ def layer_rotaries(config: PreTrainedConfig) -> list[Rotary]:
 
     Raises:
         RotaryError: RoPE that cannot be undone.
-
     """
     decoder, layers = text_config(config), cache_layers(config)
     layers += [None] * (decoder.num_hidden_layers - len(layers))  # layers that read another layer's keys

@@ -13,24 +13,13 @@ from typing import Any, Literal
 
 import torch
 from pydantic_core import from_json
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from reasonkv.checkpoints import Checkpoint, ModelError, find_checkpoint, first_line, need_package, why_not_loaded
 from reasonkv.identity import device_words, model_hash
 from reasonkv.offload import input_device
 
-DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float64": torch.float64,
-}
+DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 _SMALL = 20_000_000  # parameters; smaller models gain nothing from bfloat16 or from a second thread on a CPU
 
 
@@ -45,7 +34,6 @@ class LoadedModel:
         hash: of configuration, tensor names and shapes, and a sample of the query weights; not of the folder's name.
         calibration_file: statistics of its queries, where they are not looked up beside it.
         kv_dtype: "int8" or "int4" of the slots that bounded methods keep; None for the model's own.
-
     """
 
     name: str
@@ -100,7 +88,6 @@ def load_model(
 
     Raises:
         ModelError: one sentence.
-
     """
     place = _device(device)
     if dtype not in {"auto", *DTYPES}:

@@ -47,7 +47,6 @@ def hash_bits(
 
     Returns:
         int64 in [0, 2 ** 32), the broadcast shape.
-
     """
     state: tuple[Word, Word] = _START
     # Plain integers first: they cost nothing. Then [H], [B], and only the last step is of full size.
@@ -73,7 +72,6 @@ def uniform(
 
     Returns:
         float32, an odd multiple of 2 ** -24 and hence exact: never 0, never 1, and the same on every device.
-
     """
     bits = hash_bits(positions, seed=seed, row_seed=row_seed, layer=layer, head=head, event=event, draw=draw)
     return ((bits >> 9).float() + 0.5) * 2.0**-23
@@ -84,7 +82,6 @@ def gumbel(uniform: Tensor) -> Tensor:
 
     Returns:
         float32, between -2.9 and 16.7 for the uniforms of this module.
-
     """
     return (-torch.log(-torch.log(uniform.double()))).float()
 
@@ -94,7 +91,6 @@ def normal(uniform: Tensor) -> Tensor:
 
     Returns:
         float32, between -5.4 and 5.4 for the uniforms of this module.
-
     """
     normals: Tensor = torch.special.ndtri(uniform.double())
     return normals.float()

@@ -28,7 +28,6 @@ def periodic_events(
 
     Raises:
         BudgetError: a period that is too short, or no rows to a round.
-
     """
     policy = PeriodicWindow(window.size, window.buffer, window.retention, period=period, most=most)
     rows = [policy.row()] * len(prompts)

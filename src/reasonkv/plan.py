@@ -26,7 +26,6 @@ class Merge:
             weights return the chosen key bit for bit.
         value_weights_BHN: the same for values.
         rotary: when given, every member's key is first turned from its own position to that of the kept slot.
-
     """
 
     into_BHN: Tensor
@@ -46,7 +45,6 @@ class Plan:
         state: method state that the plan itself rewrites, by name, [B, H, K]; all other state moves with its slot.
         log_mass_BHK: float32, added to the logits of every kept slot from now on; None leaves what stands there.
         fallbacks: names of the fallbacks that decided this plan; counted per row in the records.
-
     """
 
     kept_BHK: Tensor
@@ -71,7 +69,6 @@ class Plan:
 
         Raises:
             PlanError: wrong shape, indices out of range, not strictly ascending, or a protected slot dropped.
-
         """
         B, H, N = shape_BHN
         kept = self.kept_BHK

@@ -32,7 +32,6 @@ def protected_slots(
     Returns:
         bool [B, H, N]. Of a row whose prompt does not fit into a budget that keeps it, the prompt is not protected;
         runtimes that can refuse such a row do so before.
-
     """
     budget, device = budgets[0], index_BHN.device
     if isinstance(budget, Window):

@@ -38,7 +38,6 @@ def resolve_budget(method: Method, budget: Budget | int | None) -> tuple[Method,
 
     Raises:
         BudgetError: a budget that is missing, not wanted, or too small for what is protected.
-
     """
     name = method.name
     if not method.bounded:
@@ -80,7 +79,6 @@ def check_window(budget: Budget | None, *, reopen_prompt: bool, listed: bool) ->
 
     Raises:
         BudgetError: listed events for a budget that decides for itself, or a prompt in the middle of the windows.
-
     """
     if isinstance(budget, (ExplicitEventsWindow, PeriodicWindow)):
         raise BudgetError("A cache lists its rows' events itself; give it a Window and window_events.")
@@ -95,7 +93,6 @@ def row_budgets(budget: Budget | None, events: Sequence[tuple[int, int]] | None,
 
     Raises:
         BudgetError: an event of a row that is not in the batch, or two events of a row too close.
-
     """
     if events is None or budget is None:
         return [budget] * batch
@@ -115,7 +112,6 @@ def broadcast_per_prompt(values: Sequence[int] | None, batch: int, name: str) ->
 
     Raises:
         BudgetError: values that do not divide the batch.
-
     """
     if values is None:
         return None
@@ -136,7 +132,6 @@ def check_model(model: PreTrainedModel | PreTrainedConfig, method: Method | None
     Args:
         model: the model, or its configuration.
         method: the method, if what it needs of the model is to be checked, too.
-
     """
     config = model if isinstance(model, PreTrainedConfig) else getattr(model, "config", None)
     if not isinstance(config, PreTrainedConfig):

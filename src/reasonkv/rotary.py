@@ -45,7 +45,6 @@ class Rotary:
         scaling: factor on every rotated vector (YaRN's attention factor, otherwise 1); un-rotating divides by it.
         interleaved: dimensions 2f and 2f + 1 are a pair, instead of f and F + f.
         at_end: the last 2F dimensions are rotated (latent attention), instead of the first.
-
     """
 
     inv_freq: Tensor
@@ -65,7 +64,6 @@ class Rotary:
         Raises:
             RotaryError: a variant whose frequencies depend on the sequence's length or that is not known, or a
                 missing or unknown layer type.
-
         """
         config = copy.deepcopy(config.get_text_config())  # transformers' functions complete the parameters in place
         config.standardize_rope_params()
@@ -104,7 +102,6 @@ class Rotary:
         Args:
             x: [..., N, D], any float dtype; computed in float32 (float64 for float64) and returned in its dtype.
             positions: integers that broadcast to [..., N].
-
         """
         return self._turn(x, self._phases(x, positions), self.scaling)
 
@@ -152,7 +149,6 @@ class RotaryLimits:
     Args:
         switch: tokens after which the model changes its frequencies and computes its cache anew (longrope), or None.
         has_axes: tokens of images and videos have several positions.
-
     """
 
     switch: int | None = None

@@ -29,7 +29,6 @@ class Lengths(NamedTuple):
         logical: tokens seen, L.
         physical: slots stored per KV head, P.
         prompt: tokens of the prompt, known from the first forward on.
-
     """
 
     logical: int = 0
@@ -64,7 +63,6 @@ def next_event(budget: Budget | None, state: Lengths) -> int | None:
     Args:
         budget: None for a cache without bound.
         state: the sequence now.
-
     """
     if budget is None:
         return None
@@ -100,7 +98,6 @@ def step(budget: Budget | None, state: Lengths, fed: int) -> tuple[Lengths, int 
 
     Raises:
         BudgetError: the forward does not end at the event of an `ExplicitEventsWindow`, or no window is whole.
-
     """
     grown = Lengths(state.logical + fed, state.physical + fed, state.prompt)
     boundary = next_event(budget, state)
@@ -127,7 +124,6 @@ class Event(NamedTuple):
         before: its state before the forward.
         held: slots it holds until the event, the forward's among them.
         after: its state after the event, which keeps `after.physical`.
-
     """
 
     row: int
@@ -144,7 +140,6 @@ class BatchSchedule:
 
     Args:
         places: rows there can be at once; each has a place, from 0 on.
-
     """
 
     def __init__(self, places: int) -> None:
@@ -183,7 +178,6 @@ class BatchSchedule:
 
         Raises:
             BudgetError: as `step`.
-
         """
         now = self._numbers[:, places_B]
         grown = now[:2] + fed_B
@@ -244,7 +238,6 @@ def periodic_round(policy: PeriodicWindow, step: int, raw: Mapping[Row, int]) ->
 
     Returns:
         Those with most uncompressed tokens first; of equals, those that stand first in `raw`.
-
     """
     if step == 0 or step % policy.period:
         return []
@@ -295,7 +288,6 @@ def bound(budget: Budget | None, prompt: int, max_length: int, max_piece: int = 
         max_length: most tokens the sequence will ever see.
         max_piece: most tokens of one forward after the prompt. The prompt is fed whole, or in chunks that end at its
             boundaries.
-
     """
     if budget is None:
         return max_length

@@ -42,7 +42,6 @@ class CompactionGroup:
         events: compactions of each so far.
         seeds: row seeds.
         prompt_spans: half-open ranges of token indices that count as prompt; the first of each begins at 0.
-
     """
 
     rows: Sequence[int]
@@ -85,7 +84,6 @@ class SlotStore:
         dtype, device: of the keys.
         needs: what the method asks for.
         capacity: slots a row can ever keep, where known: what is stored is then allocated once.
-
     """
 
     def __init__(
@@ -114,7 +112,6 @@ class SlotStore:
             query_heads: Hq.
             head_dim: of the queries in the ring.
             observed_dim: of the queries that the method observes, where it differs.
-
         """
         if self.needs.queries and self.ring is None:
             shape = (self.rows, self.needs.queries, query_heads, head_dim)
@@ -134,7 +131,6 @@ class SlotStore:
 
         Raises:
             PlanError: it changes the shape of a row's state, a defect of the method.
-
         """
         if row_b is None:
             method.observe(self.row_state, seen)
@@ -237,7 +233,6 @@ def newest_queries(ring_RTHqD: Tensor, row_b: Tensor, length_b: Tensor, count: i
 
     Returns:
         Queries [b, Hq, count, D] and their token indices, int64 [b, count].
-
     """
     _, T, Hq, D = ring_RTHqD.shape
     token_bn = length_b[:, None] - count + torch.arange(count, device=ring_RTHqD.device)
@@ -254,7 +249,6 @@ def make_view(kind: type[View], store: SlotStore, group: CompactionGroup, **runt
         store: the layer's.
         group: the sequences; their forward has been attended.
         runtime: the fields of the view that only the runtime knows: keys and values, scaling, seed, layer, ...
-
     """
     row_b, length_b, compacted_b, event_b, seed_b, prompt_b = group.numbers(store.device)
     needs, held = store.needs, group.held
@@ -287,7 +281,6 @@ def make_plans(method: Method, views: Sequence[SlotView], keep: int) -> list[Pla
 
     Raises:
         PlanError: a plan that cannot be carried out, a defect of the method.
-
     """
     with torch.autocast(views[0].positions_BHN.device.type, enabled=False):  # scores are float32 whoever calls
         plans = method.plan_layers(views, keep)

@@ -90,7 +90,6 @@ class SlotView:
         output_projection_HqDM: float32 slices of the output projection (query head, head_dim, model width), or None.
         reference: full KV's attention over the whole traces, for methods that declare `Requirements(future=True)`; None
             wherever the future is not known.
-
     """
 
     keys_BHND: Tensor
@@ -132,7 +131,6 @@ class SlotView:
 
         Raises:
             ValueError: the method declared no `needs.queries`.
-
         """
         if self.queries_BHqTD is None:
             raise ValueError("This method needs recent queries; declare them in Requirements(queries=T).")
@@ -147,7 +145,6 @@ class SlotView:
         Args:
             x: any shape, the same on all ranks; of "mean", a mean over this rank's heads.
             how: the reduction that made it.
-
         """
         if self.ranks is None:
             return x
@@ -166,7 +163,6 @@ class SlotView:
 
         Raises:
             ValueError: there is no reference, or a row has seen more tokens than its trace has.
-
         """
         if self.reference is None:
             raise ValueError("This method needs the attention still to come; declare it in Requirements(future=True).")
@@ -185,7 +181,6 @@ class SlotView:
         Args:
             draw: number of the draw within the event, for methods that need several.
             per_event: fresh numbers at every event; False gives a token the same number for ever.
-
         """
         event_B = self.event_B if per_event else torch.zeros_like(self.event_B)
         last_head = self.first_head + self.positions_BHN.shape[1]

@@ -8,11 +8,12 @@ from __future__ import annotations
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from reasonkv.tasks.base import END_THINK, LABELS, LETTERS
+from reasonkv.tasks.base import LABELS, LETTERS
+from reasonkv.tasks.options import THINK_END
 
 _FAMILY_MARKS = ("<program>", "<recall>", "<longdoc>", "<search>", "<arithmetic>")
 _SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<unk>")
-_SECTIONS = ("<think>", END_THINK, "<answer>", "</answer>")
+_SECTIONS = ("<think>", THINK_END, "<answer>", "</answer>")
 _MARKS = (*"+-*/%=;:,.?!()[]|#", "<", ">", "->")
 _WORDS = ("left", "all", "from", "to", "go", "back", "path", "dead", "end", "carry", "sum", "none")
 _RESERVED = tuple(f"<reserved{number}>" for number in range(8))

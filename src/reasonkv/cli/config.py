@@ -67,11 +67,7 @@ def check_flat(options: Mapping[str, Any], source: str) -> dict[str, Any]:
 def parse_options(app: App, command: str, options: Mapping[str, Any], source: str) -> dict[str, Any]:
     """Return the arguments that a command would be called with, if its `--config` file held these options.
 
-    Args:
-        app: a new application, which is then of no further use.
-        command: its name.
-        options: as in the file.
-        source: where they come from, for errors.
+    `app` is a new application, which is then of no further use; `source` is named in errors.
 
     Raises:
         CycloptsError: an option that the command does not have, or a value that does not fit.

@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
@@ -18,9 +18,8 @@ if TYPE_CHECKING:
 
 def print_json(data: Any) -> None:
     """Print one JSON document; dataclasses become objects."""
-    print(
-        json.dumps(asdict(data) if is_dataclass(data) and not isinstance(data, type) else data, indent=2, default=str)
-    )
+    plain = asdict(data) if is_dataclass(data) and not isinstance(data, type) else data
+    print(json.dumps(plain, indent=2, default=str))
 
 
 def note(text: str) -> None:
@@ -28,7 +27,7 @@ def note(text: str) -> None:
     print(text, file=sys.stderr)
 
 
-def print_tables(tables: Iterable[Any], *under: str) -> None:
+def print_tables(tables: Iterable[Any], *under: str, warnings: Iterable[str] = ()) -> None:
     """Print rich tables and sentences under them; without a terminal, wide enough for every column of ours."""
     from rich.console import Console
 
@@ -37,6 +36,28 @@ def print_tables(tables: Iterable[Any], *under: str) -> None:
         console.print(table)
     for text in under:
         console.print(text, style="dim", highlight=False)
+    for sentence in warnings:
+        print(f"Warning: {sentence}")
+
+
+def print_list(
+    headings: Sequence[str], rows: Iterable[Sequence[str]], right: bool = False, width: int | None = None
+) -> None:
+    """Print a light table: its first column does not wrap; numbers stand on the `right`; `width` without a terminal."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(header_style="bold", box=box.SIMPLE_HEAD, padding=(0, 2, 0, 0), pad_edge=False)
+    for place, heading in enumerate(headings):
+        is_left = not right or place in (0, 2)
+        table.add_column(
+            heading, no_wrap=not right and not place, overflow="ellipsis" if right or not place else "fold",
+            justify="left" if is_left else "right",
+        )  # fmt: skip
+    for row in rows:
+        table.add_row(*row)
+    Console(width=None if Console().is_terminal else width).print(table)
 
 
 def show(path: Path) -> str:

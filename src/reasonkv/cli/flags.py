@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin,
 
 from cyclopts import Group, Parameter, Token
 
-from reasonkv.cli.console import quiet_libraries
+from reasonkv.cli.console import note, quiet_libraries, show
 from reasonkv.cli.mistakes import UsageError
 from reasonkv.evaluate.job import split_specs
 from reasonkv.numbers import misfit
@@ -93,6 +93,13 @@ class ModelFlags:
         return loaded if self.kv_dtype == "auto" else replace(loaded, kv_dtype=self.kv_dtype)
 
 
+def load(model: ModelFlags, out: Path | None = None) -> LoadedModel:
+    """Load a model, and note what runs where."""
+    loaded = model.load()
+    note(f"{loaded.name}: {loaded.dtype} on {loaded.device_name}" + (f"; results in {show(out)}" if out else ""))
+    return loaded
+
+
 def command(function: Callable[..., int | None]) -> Callable[..., int | None]:
     """Return a command whose parameters that are dataclasses are flags, one for each field.
 
@@ -108,15 +115,12 @@ def command(function: Callable[..., int | None]) -> Callable[..., int | None]:
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> int | None:
-        for name, (cls, given) in made.items():
-            flags = kwargs.get(name) or given()
-            check_values(vars(flags), cls.__name__)
-            kwargs[name] = build(cls, flags)
-        check_values({name: value for name, value in kwargs.items() if name not in made})
-        return function(*args, **kwargs)
+        given = {name: kwargs.get(name) or flags() for name, (_, flags) in made.items()}
+        check_values(kwargs | given)
+        return function(*args, **kwargs | {name: build(made[name][0], flags) for name, flags in given.items()})
 
     signature = inspect.signature(function)
-    optional = {name: given() for name, (_, given) in made.items() if not _requires(given)}
+    optional = {name: flags() for name, (_, flags) in made.items() if not _requires(flags)}
     parameters = [one.replace(default=optional.get(one.name, one.default)) for one in signature.parameters.values()]
     run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     plain = {name: Annotated[hint, Parameter(group=GROUPS[""])] for name, hint in hints.items() if name != "return"}
@@ -159,8 +163,7 @@ def _requires(cls: type) -> bool:
 
 def build(cls: type, given: Any) -> Any:
     """Return the instance of `cls` that flags stand for; `cls` checks the values."""
-    hints = get_type_hints(cls)
-    values = {one.name: getattr(given, one.name) for one in fields(given)}
+    hints, values = get_type_hints(cls), vars(given)
     return cls(**{name: build(hints[name], one) if is_dataclass(one) else one for name, one in values.items()})
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from cyclopts import Parameter
 
@@ -16,12 +16,6 @@ from reasonkv.evaluate.job import MOST_ANSWERS, BudgetOptions, Sampling
 from reasonkv.numbers import TOO_MANY
 from reasonkv.tasks.options import TaskOptions
 
-if TYPE_CHECKING:
-    from reasonkv.evaluate.cells import RunConfig
-    from reasonkv.evaluate.decoding import TextRules
-    from reasonkv.models import LoadedModel
-
-MOST = {"--limit": MOST_ANSWERS, "--max-new-tokens": TOO_MANY}
 WRITING = Parameter(group=GROUPS["Sampling"])
 
 
@@ -59,16 +53,19 @@ def generate(
         seed: Seed of problems, sampling and methods.
     """
     from reasonkv.evaluate.cells import make_config
-    from reasonkv.evaluate.decoding import TextRules
-    from reasonkv.evaluate.generate import render
+    from reasonkv.evaluate.decoding import Request, TextRules, decode_batch
+    from reasonkv.evaluate.generate import decode, encode, render, room
     from reasonkv.evaluate.published import fill
+    from reasonkv.models import one_thread_if_small
+    from reasonkv.resolve import context_length
+    from reasonkv.runtimes.transformers import CompressedCache
     from reasonkv.tasks import get_task
 
-    for name, value in (("--limit", limit), ("--max-new-tokens", max_new_tokens)):
-        if not 1 <= value < MOST[name]:
-            raise UsageError(
-                f"{name} must be at least 1, not {value}." if value < 1 else f"{name} must be below {MOST[name]:,}."
-            )
+    for name, value, most in (("--limit", limit, MOST_ANSWERS), ("--max-new-tokens", max_new_tokens, TOO_MANY)):
+        if value < 1:
+            raise UsageError(f"{name} must be at least 1, not {value}.")
+        if value >= most:
+            raise UsageError(f"{name} must be below {most:,}.")
     words = text if prompt is None else prompt
     if (words is None) == (task is None) or (text is not None and prompt is not None):
         raise UsageError("Give either a prompt or --task NAME, as in: reasonkv generate 'What is 6 times 7?'.")
@@ -81,17 +78,30 @@ def generate(
     family = None if task is None else get_task(task, options)
     problems: Sequence[Any] = [None] if family is None else [family.problem(i, seed=seed) for i in range(limit)]
     loaded = model.load()
+    lm, tokenizer, context = loaded.model, loaded.tokenizer, context_length(loaded.model)
     sampling = fill(sampling, loaded, () if task is None else (task,), options.thinking)
     sampling = sampling.stopping(() if family is None else family.stop)
-    rules = TextRules(loaded.tokenizer, sampling, options.think_end)
-    rows = []
-    for problem in problems:
+    rules, rows = TextRules(tokenizer, sampling, options.think_end), []
+    for example, problem in enumerate(problems):
         asked = str(words) if problem is None else problem.prompt
         own = options if family is None else family.prompt_options(options)
-        rendered = render(loaded.tokenizer, asked, own, from_data=family is None or family.chat)
-        row = _answer(loaded, rendered, cell, rules, max_new_tokens, seed, getattr(problem, "example", 0))
-        row["correct"] = None if family is None else family.check(problem, row["output"])
-        row["example"] = getattr(problem, "example", None)
+        rendered, special = render(tokenizer, asked, own, from_data=family is None or family.chat)
+        ids = encode(tokenizer, rendered, special=special)
+        if len(ids) == 0 or (context is not None and len(ids) >= context):
+            raise UsageError(f"The prompt has {len(ids)} tokens; {loaded.name} takes 1 to {(context or 0) - 1}.")
+        request = Request(ids, room(lm, len(ids), max_new_tokens), example)
+        cache = CompressedCache(
+            lm, cell.method.for_tokenizer(tokenizer), cell.budget, prompt_lengths=[len(ids)], seed=seed,
+            row_seeds=[example], max_length=len(ids) + request.limit, calibration=loaded.calibration_file,
+            dtype=loaded.kv_dtype,
+        )  # fmt: skip
+        with one_thread_if_small(lm), cache:
+            (answer,) = decode_batch(lm, cache, [request], sampling=sampling, seed=seed, rules=rules)
+        output, stats = decode(tokenizer, answer.tokens, sampling.stop), answer.stats
+        row = {"prompt": rendered, "output": output, "truncated": answer.truncated, "output_tokens": len(answer.tokens)}
+        row |= {name: getattr(stats, name) for name in stats.__dataclass_fields__}
+        row["correct"] = None if family is None else family.check(problem, output)
+        row["example"] = None if family is None else example
         rows.append(row)
         if not json:
             _print(row)
@@ -99,53 +109,6 @@ def generate(
         print_json({"model": loaded.name, "method": cell.method.spec(), "rows": rows})
     elif family:
         print(f"{sum(bool(row['correct']) for row in rows)} of {len(rows)} right.")
-
-
-def _answer(
-    loaded: LoadedModel,
-    prompt: tuple[str, bool],
-    cell: RunConfig,
-    rules: TextRules,
-    max_new_tokens: int,
-    seed: int,
-    row_seed: int,
-) -> dict[str, Any]:
-    """Generate one answer; the text and what the cache held."""
-    from reasonkv.evaluate.decoding import Request, decode_batch
-    from reasonkv.evaluate.generate import decode, encode, room
-    from reasonkv.models import one_thread_if_small
-    from reasonkv.resolve import context_length
-    from reasonkv.runtimes.transformers import CompressedCache
-
-    text, special = prompt
-    ids, context = encode(loaded.tokenizer, text, special=special), context_length(loaded.model)
-    if len(ids) == 0 or (context is not None and len(ids) >= context):
-        raise UsageError(f"The prompt has {len(ids)} tokens; {loaded.name} takes 1 to {(context or 0) - 1}.")
-    most = room(loaded.model, len(ids), max_new_tokens)
-    with (
-        one_thread_if_small(loaded.model),
-        CompressedCache(
-            loaded.model,
-            cell.method.for_tokenizer(loaded.tokenizer),
-            cell.budget,
-            prompt_lengths=[len(ids)],
-            seed=seed,
-            row_seeds=[row_seed],
-            max_length=len(ids) + most,
-            calibration=loaded.calibration_file,
-            dtype=loaded.kv_dtype,
-        ) as cache,
-    ):
-        request = Request(ids, most, row_seed)
-        (answer,) = decode_batch(loaded.model, cache, [request], sampling=rules.sampling, seed=seed, rules=rules)
-    stats = answer.stats
-    return {
-        "prompt": text,
-        "output": decode(loaded.tokenizer, answer.tokens, rules.sampling.stop),
-        "truncated": answer.truncated,
-        "output_tokens": len(answer.tokens),
-        **{name: getattr(stats, name) for name in stats.__dataclass_fields__},
-    }
 
 
 def _print(row: dict[str, Any]) -> None:

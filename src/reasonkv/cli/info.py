@@ -5,7 +5,7 @@ from __future__ import annotations
 from inspect import cleandoc
 from typing import TYPE_CHECKING, Any
 
-from reasonkv.cli.console import note, print_json, quiet_libraries
+from reasonkv.cli.console import note, print_json, print_list, quiet_libraries
 from reasonkv.cli.flags import Json
 from reasonkv.cli.mistakes import FAILED
 
@@ -48,42 +48,25 @@ def tasks(*, json: Json = False) -> None:
 
     Example: `reasonkv tasks`
     """
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
     from reasonkv.tasks import task_catalogue
     from reasonkv.tasks.gym import gym_names
 
-    found = task_catalogue()
+    found, names = task_catalogue(), gym_names()
     if json:
-        print_json({"tasks": found, "gym": gym_names()})
+        print_json({"tasks": found, "gym": names})
         return
-    table = Table(header_style="bold", box=box.SIMPLE_HEAD, padding=(0, 2, 0, 0), pad_edge=False)
-    table.add_column("--task", no_wrap=True)
-    table.add_column("what", overflow="fold")
-    for name, title in found.items():
-        table.add_row(name, title)
-    Console().print(table)
-    names = gym_names()
+    print_list(["--task", "what"], found.items())
     print(f"gym: {', '.join(names)}" if names else 'gym:NAME needs pip install "reasonkv[tasks]".')
 
 
 def _print_list() -> None:
     """Print every method; only those of other packages are imported for it."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
     from reasonkv.methods import CATALOGUE, MethodError, method_names
 
-    table = Table(header_style="bold", box=box.SIMPLE_HEAD, padding=(0, 2, 0, 0), pad_edge=False)
-    table.add_column("method", no_wrap=True)
-    for heading in ("keeps", "paper", "vllm"):
-        table.add_column(heading, overflow="fold")
+    rows = []
     for name in method_names():
         if name in CATALOGUE:
-            table.add_row(name, *CATALOGUE[name][1:])
+            rows.append((name, *CATALOGUE[name][1:]))
             continue
         try:
             row = _describe(name)
@@ -91,8 +74,8 @@ def _print_list() -> None:
             note(str(error))
         else:
             on_vllm = row["runtimes"][-1].removeprefix("vllm with ").replace("vllm", "yes")
-            table.add_row(name, row["title"], row["paper"], on_vllm.replace("transformers", "no"))
-    Console(width=None if Console().is_terminal else 100).print(table)
+            rows.append((name, row["title"], row["paper"], on_vllm.replace("transformers", "no")))
+    print_list(["method", "keeps", "paper", "vllm"], rows, width=100)
     print("All run on transformers; vllm: whether vLLM runs them, too, or with which option.")
     print("reasonkv methods NAME has a method's formula and options; give them as NAME:KEY=VALUE,KEY=VALUE.")
 
@@ -174,24 +157,18 @@ def _print_one(row: dict[str, Any]) -> None:
 
 def _print_layers(layers: list[LayerKind], budget: int) -> None:
     """Print what every kind of layer keeps, bytes of all layers of the kind."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
     from reasonkv.doctor import LONG
 
-    table = Table(header_style="bold", box=box.SIMPLE_HEAD, padding=(0, 2, 0, 0), pad_edge=False)
-    heads = ("layers", "how many", "bounded", "bytes a token", "fixed KiB", "MiB at 32k", f"with {budget:,} tokens")
-    for number, head in enumerate(heads):
-        table.add_column(head, justify="left" if number in (0, 2) else "right")
-    for one in layers:
-        sizes = (one.bytes_at(LONG) / 2**20, one.bytes_at(LONG, budget) / 2**20)
-        window = "" if one.window is None else f", window {one.window:,}"
-        table.add_row(
-            one.kind + window, str(one.layers), "yes" if one.bounded else "stock", f"{one.bytes_per_token:,}",
-            f"{one.bytes_fixed / 2**10:,.0f}", *(f"{size:,.1f}" for size in sizes),
-        )  # fmt: skip
-    Console().print(table)
+    heads = ["layers", "how many", "bounded", "bytes a token", "fixed KiB", "MiB at 32k", f"with {budget:,} tokens"]
+    rows = [
+        (
+            one.kind + ("" if one.window is None else f", window {one.window:,}"), str(one.layers),
+            "yes" if one.bounded else "stock", f"{one.bytes_per_token:,}", f"{one.bytes_fixed / 2**10:,.0f}",
+            *(f"{one.bytes_at(LONG, most) / 2**20:,.1f}" for most in (None, budget)),
+        )
+        for one in layers
+    ]  # fmt: skip
+    print_list(heads, rows, right=True)
 
 
 def doctor(*, model: str | None = None, budget: int = 1024, json: Json = False) -> int:

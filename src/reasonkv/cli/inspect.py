@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from cyclopts import Parameter
 
@@ -14,9 +14,6 @@ from reasonkv.cli.flags import GROUPS, ConfigFile, ModelFlags, Without, command
 from reasonkv.cli.mistakes import UsageError
 from reasonkv.evaluate.job import BudgetOptions, TraceSettings
 from reasonkv.tasks.options import TaskOptions
-
-if TYPE_CHECKING:
-    from reasonkv.report.inspector import Inspection
 
 FILES = Parameter(group=GROUPS["output"])
 
@@ -61,73 +58,50 @@ def inspect(
         out: The page to write.
         save: Also keep the data and the plans in this folder.
     """
+    from reasonkv.evaluate.cells import make_config
     from reasonkv.evaluate.table import read_manifest
     from reasonkv.files import write_atomically
+    from reasonkv.methods import refuse_future
     from reasonkv.report.folder import inspect_folder
-    from reasonkv.report.inspector import inspector_page
+    from reasonkv.report.inspector import Inspector, inspector_page
+    from reasonkv.report.sources import prompt_trace, task_trace, text_trace
+    from reasonkv.tasks import get_task
 
     if text is not None and (folder or task or generate or traces.is_file):
         raise UsageError("--text is a trace of its own; leave the folder, --task, --traces and --generate out.")
     if traces.is_file and (folder or task or options.prompt):
         raise UsageError("A file of --traces has its own prompts; leave the folder, --task and --prompt out.")
     if folder is None:
-        loading = replace(loading, model=model or "testbed")
+        cell, at = make_config(method or "rkv", budget), example or 0
         task = f"traces:{traces.source}" if traces.is_file else task
         question = options.prompt if task is None else None
-        found = _Wanted(task or "program", question, text, example or 0, generate, seed, traces, options)
-        made = _inspect_new(loading, method or "rkv", budget, found)
+        task = task or "program"
+        if question is not None:
+            question, options = _file_or_text(question), replace(options, prompt=None)
+        elif text is None:  # what is wrong with the choice is reported before the model loads
+            get_task(task, options).problem(at, seed=seed)
+        if generate:
+            refuse_future(cell.method)
+        loaded = replace(loading, model=model or "testbed").load()
+        if text is not None:
+            row, subject = text_trace(loaded, text, question, options)
+        elif question is not None:
+            row, subject = prompt_trace(loaded, question, seed, traces, options)
+        else:
+            row, subject = task_trace(loaded, task, at, seed, traces, options)
+        inspector = Inspector(loaded, cell)
+        made = inspector.generation(row, subject) if generate else inspector.replay(row, subject)
     else:
         if budget.window is not None or budget.keep or len(budget.tokens) > 1:
             raise UsageError("A results folder has its own budgets; choose one of its sizes by --budget TOKENS.")
         loaded = replace(loading, model=model or read_manifest(folder)["model"]["name"]).load()
         choices = {"task": task, "example": example, "method": method, "tokens": next(iter(budget.tokens), None)}
-        choices |= {"grade": options.grade}
-        made = inspect_folder(folder, loaded, choices, generate=generate)
+        made = inspect_folder(folder, loaded, choices | {"grade": options.grade}, generate=generate)
     write_atomically(out, inspector_page(made.data).encode())
     if (place := save or folder) is not None:
         note(f"Data and plans: {show(made.save(place))}")
     print(show(out))
     print(_summary(made.data))
-
-
-@dataclass(frozen=True)
-class _Wanted:
-    """Which trace: of a text, of a question, or of a task's problem."""
-
-    task: str
-    question: str | None
-    text: Path | None
-    example: int
-    generate: bool
-    seed: int
-    traces: TraceSettings
-    options: TaskOptions
-
-
-def _inspect_new(model: ModelFlags, method: str, budget: BudgetOptions, wanted: _Wanted) -> Inspection:
-    from reasonkv.evaluate.cells import make_config
-    from reasonkv.methods import refuse_future
-    from reasonkv.report.inspector import Inspector
-    from reasonkv.report.sources import prompt_trace, task_trace, text_trace
-    from reasonkv.tasks import get_task
-
-    cell, options, seed = make_config(method, budget), wanted.options, wanted.seed
-    question = wanted.question
-    if question is not None:
-        question, options = _file_or_text(question), replace(options, prompt=None)
-    elif wanted.text is None:  # what is wrong with the choice is reported before the model loads
-        get_task(wanted.task, options).problem(wanted.example, seed=seed)
-    if wanted.generate:
-        refuse_future(cell.method)
-    loaded = model.load()
-    if wanted.text is not None:
-        row, subject = text_trace(loaded, wanted.text, question, options)
-    elif question is not None:
-        row, subject = prompt_trace(loaded, question, seed, wanted.traces, options)
-    else:
-        row, subject = task_trace(loaded, wanted.task, wanted.example, seed, wanted.traces, options)
-    inspector = Inspector(loaded, cell)
-    return inspector.generation(row, subject) if wanted.generate else inspector.replay(row, subject)
 
 
 def _file_or_text(given: str) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from reasonkv.cli.console import note, print_json, print_tables, progress_bars, show
-from reasonkv.cli.flags import ConfigFile, Json, ModelFlags, Out, Without, command
+from reasonkv.cli.flags import ConfigFile, Json, ModelFlags, Out, Without, command, load
 from reasonkv.evaluate.job import GenerateJob, Job, ReplayJob, TuneJob
 
 if TYPE_CHECKING:
@@ -44,10 +44,13 @@ def evaluate(*, job: GenerateJob, out: Out, model: ModelFlags, json: Json = Fals
 
 def _run(job: ReplayJob | GenerateJob, out: Path, model: ModelFlags, json: bool) -> None:
     from reasonkv.evaluate.cells import check_job
+    from reasonkv.evaluate.endpoint import Endpoint
 
     loaded: LoadedModel | Endpoint
     if isinstance(job, GenerateJob) and job.endpoint is not None:
-        job, loaded = _connect(job, model, out)
+        loaded = Endpoint.connect(job.endpoint, model.model)
+        job = loaded.fitted(job)
+        note(f"{loaded.name} at {loaded.url}: {', '.join(map(str, job.methods))}; results in {show(out)}")
     else:
         check_job(job)  # what is wrong with it is reported before the model takes its time to load
         loaded = load(model, out)
@@ -55,17 +58,6 @@ def _run(job: ReplayJob | GenerateJob, out: Path, model: ModelFlags, json: bool)
     result = run_and_show(job, loaded, out, quiet=json)
     if json:
         print_json(result)
-
-
-def _connect(job: GenerateJob, model: ModelFlags, out: Path) -> tuple[GenerateJob, Endpoint]:
-    """Return a job as a server runs it, and the server."""
-    from reasonkv.evaluate.endpoint import Endpoint
-
-    assert job.endpoint is not None
-    endpoint = Endpoint.connect(job.endpoint, model.model)
-    job = endpoint.fitted(job)
-    note(f"{endpoint.name} at {endpoint.url}: {', '.join(map(str, job.methods))}; results in {show(out)}")
-    return job, endpoint
 
 
 def _show_first_prompts(job: Job, loaded: LoadedModel) -> None:
@@ -84,22 +76,12 @@ def _show_first_prompts(job: Job, loaded: LoadedModel) -> None:
         note(f"{spec}, the first prompt:\n{shown}")
 
 
-def load(model: ModelFlags, out: Path) -> LoadedModel:
-    """Load a model, and note what runs where."""
-    loaded = model.load()
-    note(f"{loaded.name}: {loaded.dtype} on {loaded.device_name}; results in {show(out)}")
-    return loaded
-
-
 def run_and_show(
     job: ReplayJob | GenerateJob, loaded: LoadedModel | Endpoint, out: Path, *, quiet: bool, name: str | None = None
 ) -> dict[str, Any]:
-    """Run a job into a folder and, unless `quiet`, print its tables; return what `--json` prints.
+    """Run a job into a folder, recorded under the command `name`; print its tables unless `quiet`.
 
-    Args:
-        job, loaded, out: what to run, on which model or server, into which folder.
-        quiet: print nothing on stdout.
-        name: the command that the folder is recorded under, if not the job's own.
+    Returns what `--json` prints.
     """
     from reasonkv.evaluate.cells import count_steps
     from reasonkv.evaluate.endpoint import Endpoint
@@ -138,9 +120,7 @@ def run_and_show(
             shown.append(f"Figure:  {show(out / FIGURE)}")
     found["warnings"] = warnings = sanity_warnings(frame)
     if not quiet:
-        print_tables(tables, caption)
-        for sentence in warnings:
-            print(f"Warning: {sentence}")
+        print_tables(tables, caption, warnings=warnings)
         print("\n".join(shown))
     return found
 

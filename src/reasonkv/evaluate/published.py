@@ -9,7 +9,7 @@ from typing import TypeVar
 from reasonkv.evaluate.job import GenerateJob, JobError, ReplayJob
 from reasonkv.evaluate.settings import Sampling
 from reasonkv.models import LoadedModel
-from reasonkv.tasks.hub import declaration_of
+from reasonkv.tasks.declaration import declaration_of
 
 S = TypeVar("S", bound=Sampling)
 J = TypeVar("J", bound=ReplayJob | GenerateJob)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import sys
 from collections.abc import Callable
 from dataclasses import fields
 from functools import partial
@@ -11,12 +10,10 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
-from .arithmetic import Arithmetic
 from .base import Draft, Draw, GeneratedTask, Grade, Kind, Problem, Task, TaskError, split_of
 from .longdoc import LongDoc
 from .options import TaskOptions
-from .program import Program
-from .recall import Recall
+from .programs import Arithmetic, Program, Recall
 from .search import Search
 
 __all__ = [
@@ -45,16 +42,14 @@ def task_names() -> list[str]:
 
 def task_catalogue() -> dict[str, str]:
     """Return every form and name that `get_task` accepts with one line about it."""
-    from .hub import standard_tasks
+    from .declaration import standard_tasks
 
-    modules = {name: sys.modules[family.__module__].__doc__ or "" for name, family in _FAMILIES.items()}
-    families = {name: text.splitlines()[0].partition(": ")[2] for name, text in modules.items()}
+    families = {name: str(one.__doc__).splitlines()[0].partition(": ")[2] for name, one in _FAMILIES.items()}
     named = {
         f"{name}:SET" if one.subsets else name: ": ".join(filter(None, (one.title, ", ".join(one.subsets))))
         for name, one in standard_tasks().items()
     }
-    added = {point.name: point.value for point in entry_points(group=_GROUP)}
-    return families | _FORMS | named | added
+    return families | _FORMS | named | {point.name: point.value for point in entry_points(group=_GROUP)}
 
 
 def get_task(spec: str, options: TaskOptions | None = None) -> Task:
@@ -68,54 +63,45 @@ def get_task(spec: str, options: TaskOptions | None = None) -> Task:
 
     Raises:
         TaskError: one sentence.
-
     """
     options = options or TaskOptions()
     name, _, rest = spec.partition(":")
     if name in _FAMILIES:
         return _family(name, rest)
+    from . import data, declaration, given, gym, hub, needle, rows
+
     if name == "traces":
-        from .given import given_traces
-
-        return given_traces(rest, options)
-    from .data import SUFFIXES, data_task, read_rows
-    from .gym import gym_task
-    from .hub import hub_task, standard_task, standard_tasks, yaml_task
-    from .needle import needle_task
-
+        return given.given_traces(rest, options)
     if spec.endswith((".yaml", ".yml")):
-        return yaml_task(Path(spec).expanduser(), options)
-    if spec.endswith(SUFFIXES):
-        rows, skipped = read_rows(Path(spec).expanduser())
-        return data_task(spec, rows, options, skipped)
+        return hub.yaml_task(Path(spec).expanduser(), options)
+    if spec.endswith(rows.SUFFIXES):
+        found, skipped = rows.read_rows(Path(spec).expanduser())
+        return data.data_task(spec, found, options, skipped)
+    benchmarks, installed = declaration.standard_tasks(), {one.name: one for one in entry_points(group=_GROUP)}
     parts = [part.strip() for part in rest.split(",")]
-    has_subsets = name in {"hub", "gym", "ruler"} or name in standard_tasks()
+    has_subsets = name in {"hub", "gym", "ruler"} or name in benchmarks
     subset = parts.pop(0) if has_subsets and "=" not in parts[0] else ""
-    given: dict[str, str] = {}
+    chosen: dict[str, str] = {}
     for option in filter(None, parts):
         key, equals, value = option.partition("=")
         if not equals:
             raise TaskError(f"Write options of the task {name} as key=value, not {option!r}.")
-        given[key] = value
+        chosen[key] = value
+    needles = partial(needle.needle_task, spec, chosen, options.think_end)
     makers: dict[str, Callable[[], Task]] = {
-        "hub": lambda: hub_task(spec, options, given),
-        "gym": lambda: gym_task(spec, given, options.think_end),
-        "niah": lambda: needle_task(spec, given, options.think_end),
-        "ruler": lambda: needle_task(spec, given, options.think_end),
-        **{point.name: partial(_installed, point, options, given) for point in entry_points(group=_GROUP)},
+        "hub": partial(hub.hub_task, spec, options, chosen),
+        "gym": partial(gym.gym_task, spec, chosen, options.think_end),
+        "niah": needles,
+        "ruler": needles,
+        **{one: partial(hub.standard_task, one, options, subset, chosen) for one in benchmarks},
+        **{one: partial(_installed, point, options, chosen) for one, point in installed.items()},
     }
     if name in makers:
         return makers[name]()
-    if name not in standard_tasks():
-        known = [*_FAMILIES, *makers, *standard_tasks()]
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
-        listed = f"{', '.join(_FAMILIES)}, a file such as questions.jsonl, and those of `reasonkv tasks`"
-        raise TaskError(f"There is no task {name!r}{hint}; the tasks are {listed}.")
-    if set(given) - {"length"}:
-        unknown = next(iter(set(given) - {"length"}))
-        raise TaskError(f"The benchmark {name} takes the option length=TOKENS, not {unknown}.")
-    return standard_task(name, options, subset, given.get("length"))
+    near = difflib.get_close_matches(name, [*_FAMILIES, *makers], n=1)
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    listed = f"{', '.join(_FAMILIES)}, a file such as questions.jsonl, and those of `reasonkv tasks`"
+    raise TaskError(f"There is no task {name!r}{hint}; the tasks are {listed}.")
 
 
 def _installed(point: Any, options: TaskOptions, given: dict[str, str]) -> Task:

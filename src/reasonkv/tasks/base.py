@@ -1,4 +1,4 @@
-"""What all task families share: problems, dials, splits and answer checking.
+"""What all tasks share: problems, grades, and the draws, dials and splits of generated families.
 
 A family is a frozen dataclass whose fields are its *dials* (difficulty settings). Its method `draft(draw)` turns a
 stream of random numbers into a prompt and a reference trace.
@@ -16,6 +16,7 @@ import itertools
 import random
 import reprlib
 from abc import ABC, abstractmethod
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from enum import IntEnum
@@ -23,13 +24,11 @@ from types import MappingProxyType
 from typing import Any, TypeVar
 
 from reasonkv.errors import ReasonKVError
-from reasonkv.tasks.options import TaskOptions
+from reasonkv.tasks.options import THINK, THINK_END, TaskOptions
 
 LETTERS = tuple("abcdefghijklmnopqrstuvwxyz")
 LABELS = tuple(f"n{number:02d}" for number in range(96))
-END_THINK = "</think>"
 
-_SPLITS = ("test", "train")
 _TEST_SHARE = 64  # of 256
 _T = TypeVar("_T")
 
@@ -86,6 +85,11 @@ class Draw:
         """Draw one item; all are equally likely."""
         return items[self.below(len(items))]
 
+    def run(self, items: Sequence[_T], count: int) -> Sequence[_T]:
+        """Draw `count` neighbours, in their order."""
+        first = self.below(len(items) - count + 1)
+        return items[first : first + count]
+
     def sample(self, items: Sequence[_T], count: int) -> list[_T]:
         """Draw `count` different items in random order."""
         pool = list(items)
@@ -96,8 +100,7 @@ class Draw:
 
     def weighted(self, cumulative: Sequence[float]) -> int:
         """Draw an index with probability proportional to the steps of the cumulative weights."""
-        point = self.unit() * cumulative[-1]
-        return next((index for index, edge in enumerate(cumulative) if point < edge), len(cumulative) - 1)
+        return min(bisect_right(cumulative, self.unit() * cumulative[-1]), len(cumulative) - 1)
 
 
 @dataclass
@@ -108,6 +111,10 @@ class Draft:
     trace: list[str] = field(default_factory=list)
     kinds: list[Kind] = field(default_factory=list)
 
+    def ask(self, words: str) -> None:
+        """Append words to the prompt."""
+        self.prompt += words.split()
+
     def write(self, words: str, kind: Kind = Kind.COPY) -> None:
         """Append words of one kind to the trace; `r:3` is a retrieved 3 and `a:3` a calculated one."""
         for word in words.split():
@@ -116,21 +123,9 @@ class Draft:
             self.kinds.append(kind if marked is None else marked)
 
 
-def dial(default: Any, help: str, **values: tuple[Any, ...]) -> Any:
-    """Declare a dial with one line of help; it takes a whole number in `range` or one of the words in `choices`."""
-    return field(default=default, metadata={"help": help, **values})
-
-
 @dataclass(frozen=True)
 class Grade:
-    """How right an output is.
-
-    Args:
-        score: from 0 (wrong) to 1 (right).
-        extracted: the answer that was read, or None where none could be read.
-        error: why the grader failed, or None.
-
-    """
+    """How right an output is: a score from 0 to 1, the answer that was read, and why the grader failed, if it did."""
 
     score: float
     extracted: str | None
@@ -158,6 +153,8 @@ class Task(ABC):
     """Texts that end an output."""
     max_new_tokens: int | None = None
     """The authors' limit, or None where they name none."""
+    think_end: str = THINK_END
+    """Text that ends thinking."""
 
     @abstractmethod
     def problem(self, example: int, *, seed: int = 0, split: str = "test") -> Problem:
@@ -165,12 +162,16 @@ class Task(ABC):
 
         Raises:
             TaskError: there is no such problem.
-
         """
 
-    @abstractmethod
     def grade(self, problem: Problem, output: str) -> Grade:
-        """Score a decoded generation; thinking is not graded."""
+        """Score a decoded generation; thinking is not graded, and thinking that never ends is no answer."""
+        answer = after_thinking(output, self.think_end)
+        return UNREAD if answer is None else self.grade_answer(problem, answer)
+
+    def grade_answer(self, problem: Problem, answer: str) -> Grade:
+        """Score what follows the thinking; here 0, as of a task without answers."""
+        return UNREAD
 
     def check(self, problem: Problem, output: str) -> bool:
         """Return whether an output scores 1."""
@@ -185,6 +186,29 @@ class Task(ABC):
         return options
 
 
+def after_thinking(output: str, end: str = THINK_END, *, required: bool = False) -> str | None:
+    """Return what follows the last end-of-thinking marker; None where thinking never ends.
+
+    Args:
+        output: a decoded generation.
+        end: the marker.
+        required: an output without any marker counts as unfinished thinking (the prompt opened it).
+    """
+    _, found, answer = output.rpartition(end)
+    return answer if found else None if required or THINK in output else output
+
+
+def check_example(example: int) -> None:
+    """Raise a TaskError for a negative number of a problem."""
+    if example < 0:
+        raise TaskError(f"Examples are counted from 0, so there is no example {example}.")
+
+
+def dial(default: Any, help: str, **values: tuple[Any, ...]) -> Any:
+    """Declare a dial with one line of help; it takes a whole number in `range` or one of the words in `choices`."""
+    return field(default=default, metadata={"help": help, **values})
+
+
 @dataclass(frozen=True)
 class GeneratedTask(Task):
     """Base of the families: a frozen dataclass of dials plus `draft`."""
@@ -195,10 +219,9 @@ class GeneratedTask(Task):
 
     def __post_init__(self) -> None:
         for one in fields(self):
-            value = getattr(self, one.name)
-            if "choices" in one.metadata:
-                allowed = f"one of {', '.join(one.metadata['choices'])}"
-                fits = value in one.metadata["choices"]
+            value, choices = getattr(self, one.name), one.metadata.get("choices")
+            if choices:
+                allowed, fits = f"one of {', '.join(choices)}", value in choices
             else:
                 low, high = one.metadata["range"]
                 allowed = f"a whole number from {low} to {high}"
@@ -213,28 +236,21 @@ class GeneratedTask(Task):
         return f"{self.name}:{','.join(f'{one.name}={getattr(self, one.name)}' for one in fields(self))}"
 
     def problem(self, example: int, *, seed: int = 0, split: str = "test") -> Problem:
-        """Return problem number `example` (0, 1, ...) of split "test" or "train".
-
-        Raises `TaskError` for another split or a negative example.
-        """
+        """Return problem number `example` (0, 1, ...) of split "test" or "train"; others raise a TaskError."""
         draft = self.draft_of(example, seed=seed, split=split)
-        answer = draft.trace[draft.trace.index(END_THINK) + 1 :]
-        return Problem(self.name, example, seed, split, " ".join(draft.prompt), " ".join(draft.trace), " ".join(answer))
+        texts = (draft.prompt, draft.trace, draft.trace[draft.trace.index(THINK_END) + 1 :])
+        return Problem(self.name, example, seed, split, *map(" ".join, texts))
 
     def draft_of(self, example: int, *, seed: int, split: str) -> Draft:
         """Return the draft behind `problem(example)`: the first draw whose prompt is in the split."""
-        if split not in _SPLITS:
+        if split not in ("test", "train"):
             raise TaskError(f"There is no split {split!r}; the splits are test and train.")
-        if example < 0:
-            raise TaskError(f"Examples are counted from 0, so there is no example {example}.")
+        check_example(example)
         drafts = (self.draft(Draw(f"{self.spec}/{split}/{seed}/{example}/{attempt}")) for attempt in itertools.count())
         return next(draft for draft in drafts if split_of(" ".join(draft.prompt)) == split)
 
     def grade(self, problem: Problem, output: str) -> Grade:
-        """Score 1 if `output` closes its thinking and then gives the answer, word for word.
-
-        `output` is the decoded generation with or without special tokens.
-        """
+        """Score 1 if an output, with or without special tokens, ends its thinking and then gives the answer's words."""
         words = final_answer(output)
         return Grade(float(words == problem.answer.split()), None if words is None else " ".join(words))
 
@@ -247,4 +263,4 @@ def split_of(prompt: str) -> str:
 def final_answer(output: str) -> list[str] | None:
     """Return the words after `</think>` up to the end of the sequence, or None if thinking never ends."""
     words = list(itertools.takewhile(lambda word: word not in ("<eos>", "<pad>"), output.split()))
-    return words[words.index(END_THINK) + 1 :] if END_THINK in words else None
+    return words[words.index(THINK_END) + 1 :] if THINK_END in words else None

@@ -23,8 +23,7 @@ _STARRED = (
 )  # fmt: skip
 # what a solution may take for granted
 _PREAMBLE = "\n".join([
-    *(f"from {name} import *" for name in _STARRED),
-    *(f"import {name}" for name in _STARRED if name not in ("builtins", "typing")),
+    *(f"from {name} import *" for name in _STARRED), *(f"import {name}" for name in _STARRED[:-2]),
     "sys.setrecursionlimit(50000)\n",
 ])  # fmt: skip
 _CALL = """
@@ -37,10 +36,7 @@ print("\\n" + _json.dumps(_found))
 
 
 def grade_code(output: str, answers: Sequence[str], row: Mapping[str, Any], *, seconds: float = 20.0) -> Grade:
-    """Run the last block of Python code with the answer's test code after it, in a process with limits.
-
-    The process has no network, 20 s and 1 GiB. The score is 1 if it ends without an error.
-    """
+    """Score 1 if the last block of Python code and the answer's test code end without an error, in 20 s and 1 GiB."""
     blocks = _BLOCK.findall(output)
     if not blocks:
         return UNREAD
@@ -62,7 +58,8 @@ def grade_livecodebench(output: str, answers: Sequence[str], row: Mapping[str, A
     if len(fences) < 2:
         return UNREAD
     code = "\n".join(lines[fences[-2] + 1 : fences[-1]])
-    name = _name_of_function(row)
+    given = row.get("metadata") or "{}"
+    name = (json.loads(given) if isinstance(given, str) else given).get("func_name")
     program = f"{_PREAMBLE}\n{code}\n" + ("" if name is None else _CALL.format(name=name))
     for test in read_tests(row):
         done = run_python(program, test["input"], seconds=_TEST_SECONDS, megabytes=_TEST_MEGABYTES)
@@ -92,29 +89,20 @@ def read_tests(row: Mapping[str, Any]) -> list[dict[str, str]]:
         raise TaskError(f"The tests of a LiveCodeBench problem cannot be read ({error}).") from None
 
 
-def _name_of_function(row: Mapping[str, Any]) -> str | None:
-    given = row.get("metadata") or "{}"
-    name = (json.loads(given) if isinstance(given, str) else given).get("func_name")
-    return None if name is None else str(name)
-
-
 def _same_value(output: str, wanted: str) -> bool:
-    lines = output.strip().split("\n")
     try:
-        return bool(json.loads(lines[-1]) == json.loads(wanted))
+        return bool(json.loads(output.strip().split("\n")[-1]) == json.loads(wanted))
     except ValueError:
         return False
 
 
 def _same_lines(output: str, wanted: str) -> bool:
     found, expected = ([line.strip() for line in text.strip().split("\n")] for text in (output, wanted))
-    return len(found) == len(expected) and all(
-        one == other or _same_numbers(one, other) for one, other in zip(found, expected, strict=True)
-    )
+    return len(found) == len(expected) and all(map(_same_words, found, expected))
 
 
-def _same_numbers(one: str, other: str) -> bool:
+def _same_words(one: str, other: str) -> bool:
     try:
-        return [Decimal(part) for part in one.split()] == [Decimal(part) for part in other.split()]
+        return one == other or [*map(Decimal, one.split())] == [*map(Decimal, other.split())]
     except InvalidOperation:
         return False

@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from reasonkv.tasks.base import UNREAD, Grade, Problem, Task, TaskError
 from reasonkv.tasks.declaration import Declaration
-from reasonkv.tasks.grade import Grader, after_thinking, get_grader
+from reasonkv.tasks.grade import Grader, get_grader
 from reasonkv.tasks.options import THINK_END, TaskOptions
-from reasonkv.tasks.rows import SUFFIXES, Row, read_rows
-
-__all__ = ["SUFFIXES", "DataTask", "Row", "compile_template", "data_task", "read_rows"]
+from reasonkv.tasks.rows import Row, read_rows
 
 _PROMPTS = ("prompt", "question", "problem", "input", "instruction")
 _ANSWERS = ("answer", "answers", "target", "output", "solution")
 _FIELD = re.compile(r"\{(\w+)\}")
-_BETWEEN_SHOTS = "\n\n"
+_NUMBER = re.compile(r"\s*\$?[-+]?[\d,]*\.?\d+%?\s*")
 
 
 @dataclass(frozen=True)
@@ -29,17 +26,16 @@ class DataTask(Task):
     """Problems whose prompts and answers come from rows of data.
 
     Args:
-        spec: the task as the user wrote it.
+        name: the task as the user wrote it.
         rows: the data; problem i of seed s is row i of an order shuffled by s (seed 0: the order of the data).
         declared: the task, with prompt, answer and grader.
         think_end: what ends thinking.
         skipped: lines and rows that cannot be used, in words.
         examples: rows of worked examples.
         tokenizer: counts tokens where prompts are cut; `for_tokenizer` sets it.
-
     """
 
-    spec: str
+    name: str
     rows: Sequence[Row]
     declared: Declaration
     think_end: str = THINK_END
@@ -47,32 +43,22 @@ class DataTask(Task):
     examples: Sequence[Row] = ()
     tokenizer: Any = None
 
+    _render: Callable[[Row], str] = field(init=False, repr=False, compare=False)
+    _answers: Callable[[Row], list[str]] = field(init=False, repr=False, compare=False)
+    _grader: Grader = field(init=False, repr=False, compare=False)
+
     chat = True
 
-    @property
-    def name(self) -> str:  # type: ignore[override]
-        """The task as the user wrote it."""
-        return self.spec
-
-    @property
-    def size(self) -> int:  # type: ignore[override]
-        """Number of problems."""
-        return len(self.rows)
-
-    @property
-    def sampling(self) -> Mapping[str, float]:  # type: ignore[override]
-        """What the task's authors draw with."""
-        return {str(name): value for name, value in self.declared.sampling.items()}
-
-    @property
-    def stop(self) -> Sequence[str]:  # type: ignore[override]
-        """Texts that end an output."""
-        return tuple(self.declared.stop)
-
-    @property
-    def max_new_tokens(self) -> int | None:  # type: ignore[override]
-        """The authors' limit."""
-        return self.declared.max_new_tokens
+    def __post_init__(self) -> None:
+        own = self.declared
+        derived = {
+            "size": len(self.rows), "sampling": {str(name): value for name, value in own.sampling.items()},
+            "stop": tuple(own.stop), "max_new_tokens": own.max_new_tokens,
+            "_render": compile_template(own.prompt or ""), "_answers": _answers_by(own.answer or ""),
+            "_grader": get_grader(own.grade or "exact"),
+        }  # fmt: skip
+        for name, value in derived.items():
+            object.__setattr__(self, name, value)
 
     def for_tokenizer(self, tokenizer: Any) -> DataTask:
         """Return the task with a tokenizer that counts the tokens of prompts."""
@@ -87,57 +73,35 @@ class DataTask(Task):
 
         Raises:
             TaskError: there are fewer rows.
-
         """
         if not 0 <= example < len(self.rows):
-            raise TaskError(f"{self.spec} has {len(self.rows)} problems, so there is no problem {example}.")
+            raise TaskError(f"{self.name} has {len(self.rows)} problems, so there is no problem {example}.")
         row = self._row(example, seed, split)
         prompt = self._cut(self._shots(row) + self._render(row))
-        return Problem(self.spec, example, seed, split, prompt, "", "\n".join(self._answers(row)))
+        return Problem(self.name, example, seed, split, prompt, "", "\n".join(self._answers(row)))
 
-    def grade(self, problem: Problem, output: str) -> Grade:
-        """Score a decoded generation; thinking is not graded, and thinking that never ends is no answer.
-
-        What a grader raises is a note in the grade: one output must not end a run.
-        """
-        part = after_thinking(output, self.think_end)
-        if part is None:
+    def grade_answer(self, problem: Problem, answer: str) -> Grade:
+        """Score what follows the thinking; what a grader raises is a note in the grade: it must not end a run."""
+        found = answer if self.declared.extract is None else _last_match(self.declared.extract, answer)
+        if found is None:
             return UNREAD
-        if self.declared.extract is not None:
-            part = _last_match(self.declared.extract, part)
-            if part is None:
-                return UNREAD
         row = self._row(problem.example, problem.seed, problem.split)
-        answers = [self._without_ignored(answer) for answer in self._answers(row)]
+        output, *answers = (self._without_ignored(one) for one in (found, *self._answers(row)))
         try:
-            return self._grader(self._without_ignored(part), answers, row)
+            return self._grader(output, answers, row)
         except Exception as error:
             return Grade(0.0, None, f"{type(error).__name__}: {error}"[:300])
 
     def _row(self, example: int, seed: int, split: str) -> Row:
-        return self.rows[self._order(seed)[-1 - example if split == "train" else example]]
-
-    @cached_property
-    def _grader(self) -> Grader:
-        assert self.declared.grade is not None
-        return get_grader(self.declared.grade)
-
-    @cached_property
-    def _render(self) -> Callable[[Row], str]:
-        assert self.declared.prompt is not None
-        return compile_template(self.declared.prompt)
-
-    @cached_property
-    def _answers(self) -> Callable[[Row], list[str]]:
-        assert self.declared.answer is not None
-        return _answers_by(self.declared.answer)
+        order = list(range(len(self.rows)))
+        if seed:
+            random.Random(seed).shuffle(order)
+        return self.rows[order[-1 - example if split == "train" else example]]
 
     def _shots(self, row: Row) -> str:
-        if not self.declared.shots:
-            return ""
         answers = self._answers if self.declared.shot is None else _answers_by(self.declared.shot)
         chosen = [one for one in self.examples if one != row][: self.declared.shots]
-        return "".join(f"{self._render(one)} {answers(one)[0]}{_BETWEEN_SHOTS}" for one in chosen)
+        return "".join(f"{self._render(one)} {answers(one)[0]}\n\n" for one in chosen)
 
     def _cut(self, prompt: str) -> str:
         """Cut the middle out of a prompt of more than `length` tokens, as LongBench does."""
@@ -154,12 +118,6 @@ class DataTask(Task):
         for pattern in self.declared.ignore:
             text = re.sub(pattern, "", text)
         return text
-
-    def _order(self, seed: int) -> Sequence[int]:
-        order = list(range(len(self.rows)))
-        if seed:
-            random.Random(seed).shuffle(order)
-        return order
 
 
 def data_task(
@@ -184,25 +142,42 @@ def data_task(
 
     Raises:
         TaskError: no rows that fit, or nothing to guess from.
-
     """
     if not rows:
         raise TaskError(f"{spec} has no problems.")
     first, declared = rows[0], (declared or Declaration()).filled(options)
-    template = _template_text(declared.prompt) if declared.prompt is not None else None
+    template = declared.prompt
     if template is None:
         template = "{{ " + _guess(spec, first, _PROMPTS, "prompt") + " }}"
+    elif template.startswith("@"):
+        try:
+            template = Path(template[1:]).expanduser().read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise TaskError(f"The template {template[1:]} cannot be read ({error}).") from None
     answer = declared.answer or _guess(spec, first, _ANSWERS, "answer")
-    grade = declared.grade or ("number" if _is_number(_first_text(first, answer)) else "exact")
-    get_grader(grade)  # a grader that is missing is said before a model is loaded
-    declared = replace(declared, prompt=template, answer=answer, grade=grade)
+    usual = "exact" if first.get(answer) is None or not _NUMBER.fullmatch(_texts(first[answer])[0]) else "number"
+    declared = replace(declared, prompt=template, answer=answer, grade=declared.grade or usual)
+    task = DataTask(spec, rows, declared, options.think_end)
     if declared.shots and not examples:
         if options.shots_from is None:
             raise TaskError(f"{spec} names no file of worked examples; give one with --shots-from.")
         examples, _ = read_rows(options.shots_from.expanduser())
-    task = DataTask(spec, rows, declared, options.think_end, (), examples)
-    usable, unusable = _check_rows(task)
-    return replace(task, rows=usable, skipped=(*skipped, *unusable))
+    usable: list[Row] = []
+    unusable: dict[str, list[int]] = {}
+    for number, row in enumerate(rows, 1):
+        try:
+            task._render(row)
+            if not any(answer.strip() for answer in task._answers(row)):
+                raise TaskError("A row of the data has an empty answer.")
+        except TaskError as error:
+            unusable.setdefault(str(error), []).append(number)
+        else:
+            usable.append(row)
+    if not usable:
+        raise TaskError(next(iter(unusable)))
+    more = {reason: f" and {len(numbers) - 1} more" if len(numbers) > 1 else "" for reason, numbers in unusable.items()}
+    left_out = [f"row {numbers[0]}{more[reason]}: {reason}" for reason, numbers in unusable.items()]
+    return replace(task, rows=usable, skipped=(*skipped, *left_out), examples=examples)
 
 
 def compile_template(template: str) -> Callable[[Row], str]:
@@ -210,7 +185,6 @@ def compile_template(template: str) -> Callable[[Row], str]:
 
     Raises:
         TaskError: a template that is no Jinja; the function raises it for a field that a row lacks.
-
     """
     if "{{" not in template and "{%" not in template:
         return lambda row: _FIELD.sub(lambda found: str(_field(row, found[1])), template)
@@ -233,34 +207,6 @@ def compile_template(template: str) -> Callable[[Row], str]:
     return fill
 
 
-def _check_rows(task: DataTask) -> tuple[list[Row], list[str]]:
-    """Return the rows that give a prompt and an answer, and one sentence for each kind of row that does not."""
-    usable: list[Row] = []
-    unusable: dict[str, list[int]] = {}
-    for number, row in enumerate(task.rows, 1):
-        try:
-            task._render(row)
-            if not any(answer.strip() for answer in task._answers(row)):
-                raise TaskError("A row of the data has an empty answer.")
-        except TaskError as error:
-            unusable.setdefault(str(error), []).append(number)
-        else:
-            usable.append(row)
-    if not usable:
-        raise TaskError(next(iter(unusable)))
-    more = {reason: f" and {len(numbers) - 1} more" if len(numbers) > 1 else "" for reason, numbers in unusable.items()}
-    return usable, [f"row {numbers[0]}{more[reason]}: {reason}" for reason, numbers in unusable.items()]
-
-
-def _template_text(prompt: str) -> str:
-    if not prompt.startswith("@"):
-        return prompt
-    try:
-        return Path(prompt[1:]).expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise TaskError(f"The template {prompt[1:]} cannot be read ({error}).") from None
-
-
 def _answers_by(answer: str) -> Callable[[Row], list[str]]:
     """Return what reads the accepted answers of a row, from a field or by a Jinja template."""
     if "{{" not in answer and "{%" not in answer:
@@ -271,12 +217,8 @@ def _answers_by(answer: str) -> Callable[[Row], list[str]]:
 
 def _last_match(pattern: str, text: str) -> str | None:
     """Return the first group that matched in the last match of a pattern, or the match where it has no groups."""
-    found: re.Match[str] | None = None
-    for found in re.finditer(pattern, text):  # noqa: B007 - the last one is wanted
-        pass
-    if found is None:
-        return None
-    return next((group for group in found.groups() if group), found[0] if not found.groups() else "").strip() or None
+    found = next(reversed(list(re.finditer(pattern, text))), None)
+    return None if found is None else next(filter(None, found.groups() or (found[0],)), "").strip() or None
 
 
 def _field(row: Row, name: str) -> Any:
@@ -297,11 +239,3 @@ def _texts(value: Any) -> list[str]:
     if not values:
         raise TaskError("A row of the data has an empty list of answers.")
     return [str(one) for one in values]
-
-
-def _first_text(row: Row, answer: str) -> str:
-    return _texts(row[answer])[0] if answer in row and row[answer] is not None else ""
-
-
-def _is_number(text: str) -> bool:
-    return re.fullmatch(r"\s*\$?[-+]?[\d,]*\.?\d+%?\s*", text) is not None

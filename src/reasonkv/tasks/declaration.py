@@ -6,12 +6,15 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
 from annotated_types import Ge, MaxLen
+from pydantic import ValidationError
 from typing_extensions import TypedDict
 
+from reasonkv.inputs import parse_json, parse_yaml, reason
 from reasonkv.tasks.base import TaskError
 from reasonkv.tasks.options import TaskOptions
 
@@ -27,14 +30,12 @@ class Choices(TypedDict):
 
 @dataclass(frozen=True, kw_only=True)
 class Declaration:
-    """A task of data.
+    """A task of data; of `TaskOptions`, those with a field here replace it.
 
     Args:
         title: one line about it.
         dataset: a hub dataset, or a file of rows beside the declaration.
-        config: configuration of the hub dataset.
-        split: split of the hub dataset.
-        revision: of the hub dataset; None is the newest.
+        config, split, revision: of the hub dataset.
         prompt: template of the prompt; None guesses the field.
         answer: field or template of the answer; None guesses the field.
         grade: grader; None guesses it.
@@ -94,10 +95,8 @@ class Declaration:
         """Return the declaration of a YAML file.
 
         Raises:
-            TaskError: no file, no YAML, or a key that there is not.
+            TaskError: no file, no YAML, or a key or value that no task has.
         """
-        from reasonkv.inputs import parse_yaml
-
         try:
             found = parse_yaml(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
@@ -108,21 +107,13 @@ class Declaration:
         for key in found:
             if key not in known:
                 raise TaskError(f"{path} has the key {key!r}; a task has {', '.join(known)}.")
-        declared = cls._typed(found, path)
-        for name in declared.subsets:
-            cls._typed({**found, "subsets": {}, **declared.subsets[name]}, path)
-        return declared
-
-    @classmethod
-    def _typed(cls, found: Mapping[str, Any], path: Path) -> Declaration:
-        from pydantic import ValidationError
-
-        from reasonkv.inputs import parse_json, reason
-
         try:
-            return parse_json(json.dumps(found), cls)
+            declared = parse_json(json.dumps(found), cls)
+            for own in declared.subsets.values():
+                parse_json(json.dumps({**found, "subsets": {}, **own}), cls)
         except ValidationError as error:
             raise TaskError(f"{path} is no task: {reason(error)}.") from None
+        return declared
 
     def subset(self, name: str) -> Declaration:
         """Return the declaration of one subset; the empty name is the whole where there are none.
@@ -139,8 +130,28 @@ class Declaration:
 
     def filled(self, options: TaskOptions) -> Declaration:
         """Return the declaration with what `options` set in its place."""
-        names = ("prompt", "answer", "grade", "extract", "shots")
-        given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-        if options.shots_from is not None:
-            given["shots_from"] = str(options.shots_from)
+        names = ("prompt", "answer", "grade", "extract", "shots", "shots_from")
+        given: dict[str, Any] = {name: one for name in names if (one := getattr(options, name)) is not None}
+        if "shots_from" in given:
+            given["shots_from"] = str(given["shots_from"])
         return replace(self, **given)
+
+
+@cache
+def standard_tasks() -> Mapping[str, Declaration]:
+    """Return the declarations of all named benchmarks (`standard/NAME.yaml`) by name."""
+    files = sorted((Path(__file__).parent / "standard").glob("*.yaml"))
+    return {path.stem: Declaration.from_file(path) for path in files}
+
+
+def declaration_of(spec: str) -> Declaration | None:
+    """Return the declaration of a task by its name or YAML file; None for families, files of rows and generators.
+
+    Raises:
+        TaskError: the file cannot be read, or there is no such subset.
+    """
+    if spec.endswith((".yaml", ".yml")):
+        return Declaration.from_file(Path(spec).expanduser())
+    name, _, rest = spec.partition(":")
+    subset = rest.partition(",")[0]
+    return standard_tasks()[name].subset("" if "=" in subset else subset) if name in standard_tasks() else None

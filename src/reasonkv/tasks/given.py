@@ -12,15 +12,14 @@ from typing import Annotated, Any
 from annotated_types import Ge, Lt
 from pydantic import TypeAdapter
 
-from reasonkv.tasks.base import Grade, Problem, Task, TaskError
-from reasonkv.tasks.data import read_rows
+from reasonkv.tasks.base import Problem, Task, TaskError
 from reasonkv.tasks.options import THINK, THINK_END, TaskOptions
+from reasonkv.tasks.rows import read_rows
 
-SHAPES = (
+_SHAPES = (
     "prompt + output (also as token ids: prompt_token_ids + output_token_ids), vLLM's outputs, requests and responses "
     "of the OpenAI API (choices), and samples of lm-eval (resps)"
 )
-"""The shapes that are known, for people."""
 _PROMPTS = ("prompt_token_ids", "messages", "prompt")
 _OUTPUTS = ("output_token_ids", "token_ids", "output", "completion", "text")
 
@@ -30,13 +29,7 @@ TokenId = Annotated[int, Ge(0), Lt(2**31)]
 
 @dataclass(frozen=True)
 class GivenTrace:
-    """One prompt with its output.
-
-    Args:
-        prompt: as the model read it, as text or token ids; or the messages of a chat.
-        output: text or token ids.
-        reasoning: thinking that a server split off from the output.
-    """
+    """One prompt, as the model read it or as messages, with its output and the thinking that a server split off it."""
 
     prompt: str | list[TokenId] | list[dict[str, Any]]
     output: str | list[TokenId]
@@ -61,29 +54,20 @@ _CHECKED = TypeAdapter(GivenTrace)
 
 @dataclass(frozen=True)
 class GivenTraces(Task):
-    """Traces of a file; trace i is problem i, and outputs are not graded.
-
-    Args:
-        name: the file as the user wrote it.
-        traces: in the order of the file.
-        skipped: lines that are no traces, in words.
-        think_end: text that ends thinking.
-    """
+    """Traces of a file as the user named it; trace i is problem i, and outputs are not graded."""
 
     name: str
     traces: tuple[GivenTrace, ...]
     skipped: tuple[str, ...] = ()
     think_end: str = THINK_END
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "size", len(self.traces))  # derived
+
     @property
     def digest(self) -> str:
         """Twelve hex digits that stand for the traces."""
         return hashlib.sha256(json.dumps([asdict(one) for one in self.traces]).encode()).hexdigest()[:12]
-
-    @property
-    def size(self) -> int:  # type: ignore[override]
-        """Number of traces."""
-        return len(self.traces)
 
     def problem(self, example: int, *, seed: int = 0, split: str = "test") -> Problem:
         """Return the prompt of a trace.
@@ -97,10 +81,6 @@ class GivenTraces(Task):
         prompt = trace.messages[-1].get("content", "") if trace.messages else trace.prompt
         return Problem(self.name, example, seed, split, str(prompt), str(trace.output), "")
 
-    def grade(self, problem: Problem, output: str) -> Grade:
-        """Return a score of 0: there is nothing to grade by."""
-        return Grade(0.0, None)
-
 
 def given_traces(path: str, options: TaskOptions) -> GivenTraces:
     """Read the traces of a file, or of a folder of runs (`merged/merged.jsonl`, or all its .jsonl files).
@@ -113,8 +93,7 @@ def given_traces(path: str, options: TaskOptions) -> GivenTraces:
     if place.is_dir():
         merged = place / "merged" / "merged.jsonl"
         files = [merged] if merged.is_file() else sorted(place.glob("*.jsonl"))
-    found: list[GivenTrace] = []
-    skipped: list[str] = []
+    found, skipped = list[GivenTrace](), list[str]()
     for file in files:
         rows, unread = read_rows(file)
         skipped += unread
@@ -129,7 +108,7 @@ def given_traces(path: str, options: TaskOptions) -> GivenTraces:
                 skipped.append(f"object {number} {problem}")
     if not found:
         why = f" ({skipped[0]})" if skipped else ""
-        raise TaskError(f"{path} holds no traces{why}; known are {SHAPES}.")
+        raise TaskError(f"{path} holds no traces{why}; known are {_SHAPES}.")
     return GivenTraces(path, tuple(found), tuple(skipped), options.think_end)
 
 

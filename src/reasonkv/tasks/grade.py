@@ -11,13 +11,14 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib.util import find_spec
+from operator import eq
 from pathlib import Path
 from typing import Any
 
+from reasonkv.tasks import longbench
 from reasonkv.tasks.base import UNREAD, Grade, TaskError
 from reasonkv.tasks.code import grade_code, grade_livecodebench
-from reasonkv.tasks.longbench import RULES
-from reasonkv.tasks.options import THINK, THINK_END
+from reasonkv.tasks.sandbox import call_function
 
 _NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?(?:[eE][-+]?\d+)?(?![\w])|[-+]?\.\d+")
 _BRACES = re.compile(r"\\(?:boxed|fbox)\s*\{|[{}]")
@@ -27,24 +28,8 @@ _CHOICES = (
     re.compile(r"(?m)^\s*\**([A-J])(?:[.:)]|\**\s*$)"),
 )
 
-
 Grader = Callable[[str, Sequence[str], Mapping[str, Any]], Grade]
 """Called as `grader(answer_part, accepted_answers, row_of_data)`."""
-
-
-def after_thinking(output: str, end: str = THINK_END, *, required: bool = False) -> str | None:
-    """Return what follows the last end-of-thinking marker; None where thinking never ends.
-
-    Args:
-        output: a decoded generation.
-        end: the marker.
-        required: an output without any marker counts as unfinished thinking (the prompt opened it).
-
-    """
-    _, found, answer = output.rpartition(end)
-    if found:
-        return answer
-    return None if required or THINK in output else output
 
 
 def boxes(text: str) -> list[str]:
@@ -81,50 +66,6 @@ def final_line(text: str) -> str | None:
     return str(named[-1]).strip(" \t*.") if named else None
 
 
-def grade_math(output: str, answers: Sequence[str], row: Mapping[str, Any]) -> Grade:
-    """Compare the last box, or else the last number, with the answer as mathematics (math-verify, 5 s each)."""
-    from math_verify import parse, verify
-
-    extracted = last_box(output) or last_number(output)
-    if extracted is None:
-        return UNREAD
-    # the library's limits are signals, which only the main thread receives
-    limit = 5 if threading.current_thread() is threading.main_thread() else None
-    found, *wanted = (
-        parse(f"\\boxed{{{text}}}", parsing_timeout=limit)
-        for text in (extracted, *(last_box(answer) or answer for answer in answers))
-    )
-    return Grade(float(any(verify(one, found, timeout_seconds=limit) for one in wanted)), extracted)
-
-
-def grade_number(output: str, answers: Sequence[str], row: Mapping[str, Any]) -> Grade:
-    """Compare the last number of the answer line, or else of the output, with the answer's to six digits."""
-    extracted = last_number(final_line(output) or "") or last_number(output)
-    if extracted is None:
-        return UNREAD
-    value = float(extracted)
-    wanted = [float(number) for number in map(last_number, answers) if number is not None]
-    return Grade(float(any(abs(value - one) <= 1e-6 * max(1.0, abs(one)) for one in wanted)), extracted)
-
-
-def grade_exact(output: str, answers: Sequence[str], row: Mapping[str, Any]) -> Grade:
-    """Compare the answer line, or else the whole output, with the answer; case and spaces do not count."""
-    extracted = final_line(output) or output.strip()
-    if not extracted:
-        return UNREAD
-    return Grade(float(any(_folded(extracted) == _folded(answer) for answer in answers)), extracted)
-
-
-def grade_choice(output: str, answers: Sequence[str], row: Mapping[str, Any]) -> Grade:
-    """Compare the letter chosen last (A to J) with the answer's letter."""
-    for text in filter(None, (final_line(output), output)):
-        for pattern in _CHOICES:
-            found = pattern.findall(text)
-            if found:
-                return Grade(float(found[-1] in {answer.strip().strip("()") for answer in answers}), str(found[-1]))
-    return UNREAD
-
-
 def grade_contains(output: str, answers: Sequence[str], row: Mapping[str, Any]) -> Grade:
     """Return the share of the answers that the output contains (RULER's measure); case does not count."""
     if not output.strip():
@@ -133,27 +74,74 @@ def grade_contains(output: str, answers: Sequence[str], row: Mapping[str, Any]) 
     return Grade(sum(answer.casefold() in text for answer in answers) / len(answers), output.strip())
 
 
-def grade_rouge(output: str, answers: Sequence[str], row: Mapping[str, Any]) -> Grade:
-    """Return the best ROUGE-L F-measure over the answers."""
-    if not output.strip():
+def _best(
+    read: Callable[[str], str | None], score: Callable[[str, str], float], output: str, answers: Sequence[str], row: Any
+) -> Grade:
+    """Grade what `read` finds in an output by its best score against an accepted answer."""
+    found = read(output)
+    if not found:
         return UNREAD
+    return Grade(float(max(score(found, one) for one in answers)), found.strip() if read is _whole else found)
+
+
+def _whole(output: str) -> str:
+    return output if output.strip() else ""
+
+
+def _number(output: str) -> str | None:
+    return last_number(final_line(output) or "") or last_number(output)
+
+
+def _same_number(found: str, answer: str) -> bool:
+    wanted = last_number(answer)
+    return wanted is not None and abs(float(found) - float(wanted)) <= 1e-6 * max(1.0, abs(float(wanted)))
+
+
+def _same_words(found: str, answer: str) -> bool:
+    return found.casefold().split() == answer.casefold().split()
+
+
+def _same_mathematics(found: str, answer: str) -> bool:
+    from math_verify import parse, verify
+
+    # the library's limits are signals, which only the main thread receives
+    limit = 5 if threading.current_thread() is threading.main_thread() else None
+    given, wanted = (parse(f"\\boxed{{{text}}}", parsing_timeout=limit) for text in (found, last_box(answer) or answer))
+    return bool(verify(wanted, given, timeout_seconds=limit))
+
+
+def _choice(output: str) -> str | None:
+    texts = filter(None, (final_line(output), output))
+    letters = (pattern.findall(text) for text in texts for pattern in _CHOICES)
+    return next((str(found[-1]) for found in letters if found), None)
+
+
+def _rouge(found: str, answer: str) -> float:
     from rouge_score.rouge_scorer import RougeScorer
 
-    scorer = RougeScorer(["rougeL"])
-    return Grade(max(scorer.score(answer, output)["rougeL"].fmeasure for answer in answers), output.strip())
+    return float(RougeScorer(["rougeL"]).score(answer, found)["rougeL"].fmeasure)
 
 
 GRADERS: dict[str, Grader] = {
-    "math": grade_math,
-    "number": grade_number,
-    "exact": grade_exact,
-    "choice": grade_choice,
+    "math": partial(_best, lambda text: last_box(text) or last_number(text), _same_mathematics),
+    "number": partial(_best, _number, _same_number),  # of the answer line, or else of the output; to six digits
+    "exact": partial(_best, lambda text: final_line(text) or text.strip(), _same_words),
+    "choice": partial(_best, _choice, lambda found, answer: found == answer.strip().strip("()")),
     "contains": grade_contains,
-    "rouge": grade_rouge,
+    "rouge": partial(_best, _whole, _rouge),
     "code": grade_code,
     "livecodebench": grade_livecodebench,
-    **RULES,
+    "f1": partial(_best, _whole, longbench.qa_f1),
+    "edit": partial(_best, longbench.first_code, longbench.likeness),
+    "longbench-f1-zh": partial(_best, _whole, longbench.qa_f1_characters),
+    "longbench-rouge": partial(_best, _whole, longbench.rouge_l),
+    "longbench-rouge-zh": partial(_best, _whole, longbench.rouge_l_characters),
+    "longbench-count": partial(_best, _whole, longbench.number_share),
+    "longbench-retrieval": partial(_best, _whole, longbench.number_share),
+    "longbench-classification": longbench.grade_classification,
+    "longbench-v2": partial(_best, longbench.chosen, eq),
 }
+"""By name; where the table has two functions, the first reads the answer and the second compares it."""
 _NEEDS = {"math": "math_verify", "rouge": "rouge_score"}
 
 
@@ -165,7 +153,6 @@ def get_grader(name: str) -> Grader:
 
     Raises:
         TaskError: there is no such grader or file.
-
     """
     if name in GRADERS:
         package = _NEEDS.get(name)
@@ -183,8 +170,6 @@ def get_grader(name: str) -> Grader:
 
 
 def _grade_by_file(path: str, function: str, output: str, answers: Sequence[str], row: Mapping[str, Any]) -> Grade:
-    from reasonkv.tasks.sandbox import call_function
-
     try:
         returned = call_function(path, function, [output, list(answers), dict(row)])
     except TaskError as error:  # one output's failure must not end a run
@@ -193,7 +178,3 @@ def _grade_by_file(path: str, function: str, output: str, answers: Sequence[str]
     if isinstance(score, (bool, int, float)) and 0 <= score <= 1:
         return Grade(float(score), None if extracted is None else str(extracted))
     return Grade(0.0, None, f"The grader {path}:{function} must return a score from 0 to 1, not {score!r}.")
-
-
-def _folded(text: str) -> str:
-    return " ".join(text.casefold().split())

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from reasonkv.tasks.base import UNREAD, Grade, Problem, Task, TaskError
-from reasonkv.tasks.grade import after_thinking, boxes, final_line, last_number
+from reasonkv.tasks.base import UNREAD, Grade, Problem, Task, TaskError, check_example
+from reasonkv.tasks.grade import boxes, final_line, last_number
 from reasonkv.tasks.options import THINK_END
 
 # Small models answer at once where a prompt shows an answer line, and reason where it asks for a box.
@@ -27,15 +28,14 @@ class GymTask(Task):
     """Problems of a generator.
 
     Args:
-        spec: the task as the user wrote it.
+        name: the task as the user wrote it.
         dataset: the generator's name.
         per_prompt: problems in one prompt.
         config: options of the generator.
         think_end: what ends thinking.
-
     """
 
-    spec: str
+    name: str
     dataset: str
     per_prompt: int
     config: Mapping[str, Any]
@@ -43,15 +43,9 @@ class GymTask(Task):
 
     chat = True
 
-    @property
-    def name(self) -> str:  # type: ignore[override]
-        """The task as the user wrote it."""
-        return self.spec
-
     def problem(self, example: int, *, seed: int = 0, split: str = "test") -> Problem:
         """Return problem number `example`: items `per_prompt * example` and on of the generator with this seed."""
-        if example < 0:
-            raise TaskError(f"Examples are counted from 0, so there is no example {example}.")
+        check_example(example)
         items = self._items(example, seed, split)
         if self.per_prompt == 1:
             prompt = _ONE.format(question=items[0]["question"].strip())
@@ -59,18 +53,15 @@ class GymTask(Task):
             questions = "\n\n".join(f"Problem {n}: {item['question'].strip()}" for n, item in enumerate(items, 1))
             prompt = _MANY.format(count=self.per_prompt, questions=questions)
         answer = "\n".join(str(item["answer"]) for item in items)
-        return Problem(self.spec, example, seed, split, prompt, "", answer)
+        return Problem(self.name, example, seed, split, prompt, "", answer)
 
-    def grade(self, problem: Problem, output: str) -> Grade:
+    def grade_answer(self, problem: Problem, answer: str) -> Grade:
         """Return the mean of the generator's own scores; of several problems, the last whole round of boxes."""
-        part = after_thinking(output, self.think_end)
-        if part is None:
-            return UNREAD
         items = self._items(problem.example, problem.seed, problem.split)
         if self.per_prompt == 1:
-            found: list[str | None] = [final_line(part)]
+            found: list[str | None] = [final_line(answer)]
         else:
-            boxed = boxes(part)
+            boxed = boxes(answer)
             start = max(0, len(boxed) // self.per_prompt - 1) * self.per_prompt
             found = [*boxed[start:], *[None] * self.per_prompt][: self.per_prompt]
         if all(one is None for one in found):
@@ -95,16 +86,10 @@ class GymTask(Task):
 
 
 def gym_task(spec: str, options: Mapping[str, str], think_end: str = THINK_END) -> GymTask:
-    """Make the task of `gym:NAME,per_prompt=4,option=value`.
-
-    Args:
-        spec: the task as the user wrote it.
-        options: what follows the name, as text; numbers and true/false are read as such.
-        think_end: what ends thinking.
+    """Make the task of `gym:NAME,per_prompt=4,option=value`; numbers and true/false are read as such.
 
     Raises:
         TaskError: no such generator or option, or the package is missing.
-
     """
     dataset = spec.partition(":")[2].partition(",")[0].strip()
     config = {key: _value(text) for key, text in options.items()}
@@ -127,12 +112,13 @@ def gym_names() -> list[str]:
 
 
 def _create(name: str, config: Mapping[str, Any]) -> Any:
-    try:
-        import reasoning_gym
-    except ImportError:
-        raise TaskError('Tasks gym:NAME need the package reasoning-gym; run pip install "reasonkv[tasks]".') from None
-    if name not in gym_names():
+    known = gym_names()
+    if not known:
+        raise TaskError('Tasks gym:NAME need the package reasoning-gym; run pip install "reasonkv[tasks]".')
+    if name not in known:
         raise TaskError(f"reasoning-gym has no generator {name!r}; `reasonkv tasks` lists them.")
+    import reasoning_gym
+
     try:
         return reasoning_gym.create_dataset(name, **config)
     except (TypeError, ValueError, AssertionError) as error:
@@ -143,15 +129,12 @@ def _value(text: str) -> Any:
     if text.lower() in {"true", "false"}:
         return text.lower() == "true"
     for kind in (int, float):
-        try:
+        with suppress(ValueError):
             return kind(text)
-        except ValueError:
-            continue
     return text
 
 
 def _is_number(answer: Any) -> bool:
-    try:
+    with suppress(TypeError, ValueError):
         return math.isfinite(float(answer))
-    except (TypeError, ValueError):
-        return False
+    return False

@@ -4,57 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 
 from reasonkv.tasks.base import Draw, TaskError
 from reasonkv.tasks.data import DataTask, data_task
-from reasonkv.tasks.declaration import Choices, Declaration
+from reasonkv.tasks.declaration import Choices, Declaration, standard_tasks
 from reasonkv.tasks.options import TaskOptions
-from reasonkv.tasks.rows import SUFFIXES, Row, dataset_rows, read_rows
-
-_FOLDER = Path(__file__).parent / "standard"
+from reasonkv.tasks.rows import SUFFIXES, Row, hub_rows, read_rows
 
 
-@cache
-def standard_tasks() -> Mapping[str, Declaration]:
-    """Return the declarations of all named benchmarks by name."""
-    return {path.stem: Declaration.from_file(path) for path in sorted(_FOLDER.glob("*.yaml"))}
+def standard_task(
+    name: str, options: TaskOptions, subset: str = "", given: Mapping[str, str] | None = None
+) -> DataTask:
+    """Make a named benchmark or one of its subsets; what `options` set replaces what its file says.
 
-
-def declaration_of(spec: str) -> Declaration | None:
-    """Return the declaration of a task by its name or YAML file; None for families, files of rows and generators.
+    `given` may hold `length`, the tokens that longer prompts are cut to, in the middle.
 
     Raises:
-        TaskError: the file cannot be read, or there is no such subset.
-
+        TaskError: an unknown option, or its data cannot be had.
     """
-    if spec.endswith((".yaml", ".yml")):
-        return Declaration.from_file(Path(spec).expanduser())
-    name, _, rest = spec.partition(":")
-    subset = rest.partition(",")[0]
-    return standard_tasks()[name].subset("" if "=" in subset else subset) if name in standard_tasks() else None
-
-
-def standard_task(name: str, options: TaskOptions, subset: str = "", length: str | None = None) -> DataTask:
-    """Make a named benchmark; what `options` set replaces what its file says.
-
-    Args:
-        name: the benchmark.
-        options: of the run.
-        subset: one of its subsets, where it has some.
-        length: tokens that longer prompts are cut to, in the middle.
-
-    Raises:
-        TaskError: its data cannot be had.
-
-    """
-    spec = ":".join(filter(None, (name, subset)))
+    spec, text = ":".join(filter(None, (name, subset))), (given or {}).get("length")
+    for key in given or ():
+        if key != "length":
+            raise TaskError(f"The benchmark {name} takes the option length=TOKENS, not {key}.")
     declared = standard_tasks()[name].subset(subset)
-    if length is not None:
-        if not (length.isascii() and length.isdigit() and len(length) < 10):
-            raise TaskError(f"length of {spec} must be a whole number of tokens, not {length!r}.")
-        declared, spec = replace(declared, length=int(length)), f"{spec},length={length}"
+    if text is not None:
+        if not (text.isascii() and text.isdigit() and len(text) < 10):
+            raise TaskError(f"length of {spec} must be a whole number of tokens, not {text!r}.")
+        declared, spec = replace(declared, length=int(text)), f"{spec},length={text}"
     return _declared_task(spec, declared, options, subset or name)
 
 
@@ -63,7 +40,6 @@ def yaml_task(path: Path, options: TaskOptions) -> DataTask:
 
     Raises:
         TaskError: the file or its data cannot be read.
-
     """
     declared = Declaration.from_file(path)
     if declared.dataset is None:
@@ -76,15 +52,12 @@ def hub_task(spec: str, options: TaskOptions, given: Mapping[str, str]) -> DataT
 
     Raises:
         TaskError: an unknown option, or its data cannot be had.
-
     """
     unknown = sorted(set(given) - {"config", "split", "revision"})
     if unknown:
         raise TaskError(f"A hub dataset takes config, split and revision, not {unknown[0]}.")
     dataset = spec.partition(":")[2].partition(",")[0].strip()
-    declared = Declaration(
-        dataset=dataset, config=given.get("config"), split=given.get("split", "test"), revision=given.get("revision")
-    )
+    declared = replace(Declaration(dataset=dataset), **given)  # type: ignore[arg-type]
     return _declared_task(spec, declared, options, dataset.rpartition("/")[2])
 
 
@@ -104,27 +77,25 @@ def _declared_task(
 def _rows(
     declared: Declaration, split: str, options: TaskOptions, name: str, beside: Path | None
 ) -> tuple[Sequence[Row], list[str]]:
-    assert declared.dataset is not None
+    """Return the rows of a split, and what of them cannot be read."""
     rows: Sequence[Row]
-    if beside is not None and declared.dataset.endswith(SUFFIXES):
-        own = declared.dataset if split == declared.split else split  # examples come from a file of their own
-        rows, skipped = read_rows(beside / own)
+    dataset = str(declared.dataset)
+    is_own = split == declared.split
+    if beside is not None and dataset.endswith(SUFFIXES):
+        rows, skipped = read_rows(beside / (dataset if is_own else split))  # examples come from a file of their own
     else:
-        names = [name] if split != declared.split else [name, declared.dataset.rpartition("/")[2]]
-        rows, skipped = dataset_rows(
-            declared.dataset, declared.config, split, declared.revision, options.data_dir, names
-        )  # fmt: skip
-    if not declared.rename:
-        return rows, skipped
-    return [{declared.rename.get(key, key): value for key, value in row.items()} for row in rows], skipped
+        names = [name, dataset.rpartition("/")[2]] if is_own else [name]
+        rows, skipped = hub_rows(dataset, declared.config, split, declared.revision, options.data_dir, names)
+    new = declared.rename
+    return [{new.get(key, key): value for key, value in row.items()} for row in rows] if new else rows, skipped
 
 
 def _with_choices(row: Row, fields: Choices, number: int) -> Row:
     """Return the row with `choices` in an order drawn from its number, and `choice`, the right one's letter."""
     names = [fields["right"], *fields["wrong"]]
-    missing = next((name for name in names if name not in row), None)
-    if missing is not None:
-        raise TaskError(f"A row of the data has no field {missing!r}; its fields are {', '.join(map(str, row))}.")
-    texts = [row[name] for name in names]
-    order = Draw(f"choices/{number}").sample(range(len(texts)), len(texts))
-    return {**row, "choices": [str(texts[at]).strip() for at in order], "choice": "ABCDEFGHIJ"[order.index(0)]}
+    for name in names:
+        if name not in row:
+            raise TaskError(f"A row of the data has no field {name!r}; its fields are {', '.join(map(str, row))}.")
+    order = Draw(f"choices/{number}").sample(range(len(names)), len(names))
+    texts = [str(row[names[at]]).strip() for at in order]
+    return {**row, "choices": texts, "choice": "ABCDEFGHIJ"[order.index(0)]}

@@ -9,15 +9,11 @@ from __future__ import annotations
 import re
 import string
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from difflib import SequenceMatcher
-from functools import partial
 from typing import Any
 
 from reasonkv.tasks.base import UNREAD, Grade
-
-Score = Callable[[str, str], float]
-"""Of an output and one accepted answer, from 0 to 1."""
 
 _CHINESE_MARKS = frozenset(
     "！？｡。＂＃＄％＆＇（）＊＋，－／：；＜＝＞＠［＼］＾＿｀｛｜｝～｟｠｢｣､、〃》「」『』【】〔〕〖〗〘〙〚〛〜〝〞〟〰〾〿–—‘’‛“”„‟…‧﹏."
@@ -65,17 +61,10 @@ def number_share(output: str, answer: str) -> float:
     return numbers.count(wanted[0]) / len(numbers) if numbers and wanted else 0.0
 
 
-def best_of(score: Score, output: str, answers: Sequence[str], row: Mapping[str, Any]) -> Grade:
-    """Grade an output by its best score over the answers."""
-    if not output.strip():
-        return UNREAD
-    return Grade(max(score(output, answer) for answer in answers), output.strip())
-
-
 def grade_classification(output: str, answers: Sequence[str], row: Mapping[str, Any]) -> Grade:
-    """Divide 1 by the classes that the output names, if the right one is among them.
+    """Divide 1 by the classes of `all_classes` that the output names, if the right one is among them.
 
-    A class that is part of the right one's name does not count. The row's field `all_classes` lists the classes.
+    A class that is part of the right one's name does not count.
     """
     named = [name for name in row.get("all_classes") or answers if name in output]
 
@@ -89,38 +78,22 @@ def grade_classification(output: str, answers: Sequence[str], row: Mapping[str, 
     return Grade(max(map(score, answers)), output.strip()) if named else UNREAD
 
 
-def grade_edit(output: str, answers: Sequence[str], row: Mapping[str, Any]) -> Grade:
-    """Return how alike the answer and the output's first line of code are, in steps of 0.01 (code completion).
-
-    Lines with a backquote or a comment are no code. Likeness is difflib's ratio, as where the authors' package
-    fuzzywuzzy is installed alone.
-    """
+def first_code(output: str) -> str:
+    """Return the first line of code; lines with a backquote or a comment are none."""
     lines = output.lstrip("\n").split("\n")
     first = next((line for line in lines if not any(mark in line for mark in ("`", "#", "//"))), "")
-    if not first.strip():
-        return UNREAD
-    return Grade(max(round(100 * SequenceMatcher(None, first, answer).ratio()) / 100 for answer in answers), first)
+    return first if first.strip() else ""
 
 
-def grade_v2(output: str, answers: Sequence[str], row: Mapping[str, Any]) -> Grade:
-    """Compare the letter after "The correct answer is", in parentheses or else without, with the answer's."""
+def likeness(line: str, answer: str) -> float:
+    """Return difflib's ratio in steps of 0.01, as where the authors' package fuzzywuzzy is installed alone."""
+    return round(100 * SequenceMatcher(None, line, answer).ratio()) / 100
+
+
+def chosen(output: str) -> str | None:
+    """Return the letter after "The correct answer is", in parentheses or else without."""
     text = output.replace("*", "")
-    found = next((match[1] for pattern in _CHOICE if (match := pattern.search(text))), None)
-    return UNREAD if found is None else Grade(float(found in answers), found)
-
-
-RULES: dict[str, Callable[[str, Sequence[str], Mapping[str, Any]], Grade]] = {
-    "f1": partial(best_of, qa_f1),
-    "edit": grade_edit,
-    "longbench-f1-zh": partial(best_of, qa_f1_characters),
-    "longbench-rouge": partial(best_of, rouge_l),
-    "longbench-rouge-zh": partial(best_of, rouge_l_characters),
-    "longbench-count": partial(best_of, number_share),
-    "longbench-retrieval": partial(best_of, number_share),
-    "longbench-classification": grade_classification,
-    "longbench-v2": grade_v2,
-}
-"""Graders by name."""
+    return next((match[1] for pattern in _CHOICE if (match := pattern.search(text))), None)
 
 
 def _plain_words(text: str) -> list[str]:

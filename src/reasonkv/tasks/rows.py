@@ -15,14 +15,10 @@ SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
 
 def read_rows(path: Path) -> tuple[list[Row], list[str]]:
-    """Read a .jsonl, .json, .csv or .parquet file.
-
-    Returns:
-        The rows, and one sentence for each line that could not be read.
+    """Return the rows of a .jsonl, .json, .csv or .parquet file, and a sentence for each line that cannot be read.
 
     Raises:
         TaskError: the file cannot be read at all.
-
     """
     if not path.is_file():
         raise TaskError(f"There is no file {path}.")
@@ -31,8 +27,8 @@ def read_rows(path: Path) -> tuple[list[Row], list[str]]:
             return _read_lines(path)
         if path.suffix == ".json":
             found = from_json(path.read_bytes())
-            inner = list(found.values()) if isinstance(found, dict) else []
-            rows = found if isinstance(found, list) else next((one for one in inner if isinstance(one, list)), [])
+            lists = [found, *(found.values() if isinstance(found, dict) else ())]
+            rows = next((one for one in lists if isinstance(one, list)), [])
             return [row for row in rows if isinstance(row, dict)], []
         import pandas
 
@@ -45,32 +41,24 @@ def read_rows(path: Path) -> tuple[list[Row], list[str]]:
         raise TaskError(f"{path} cannot be read as {path.suffix} ({' '.join(str(error).split())[:200]}).") from None
 
 
-def dataset_rows(
+def hub_rows(
     dataset: str, config: str | None, split: str, revision: str | None, data_dir: Path | None, names: Sequence[str]
 ) -> tuple[Sequence[Row], list[str]]:
-    """Return the rows of a hub dataset, from `data_dir` where one is given.
+    """Return the rows of a hub dataset; from `data_dir`, if given, which holds NAME.jsonl, .json, .csv or .parquet.
 
-    Args:
-        dataset: its name on the hub.
-        config: its configuration, or None.
-        split: its split.
-        revision: of the repository, or None for the newest.
-        data_dir: folder that holds NAME.jsonl, .json, .csv or .parquet.
-        names: what NAME may be, the best first.
+    `names` are what NAME may be, the best first.
 
     Raises:
         TaskError: neither the folder nor the hub has it.
-
     """
     if data_dir is not None:
-        files = [data_dir.expanduser() / f"{name}{suffix}" for name in names for suffix in SUFFIXES]
+        folder = data_dir.expanduser()
+        files = [folder / f"{name}{suffix}" for name in names for suffix in SUFFIXES]
         found = next((file for file in files if file.is_file()), None)
         if found is not None:
             return read_rows(found)
-        raise TaskError(
-            f"{data_dir.expanduser()} has no file {names[0]}{SUFFIXES[0]}, {', '.join(SUFFIXES[1:-1])} or "
-            f"{SUFFIXES[-1]} with rows of {dataset}."
-        )
+        suffixes = f"{', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
+        raise TaskError(f"{folder} has no file {names[0]}{suffixes} with rows of {dataset}.")
     try:
         from datasets import load_dataset
     except ImportError:
@@ -89,21 +77,19 @@ def dataset_rows(
 
 
 def _read_lines(path: Path) -> tuple[list[Row], list[str]]:
-    rows: list[Row] = []
-    skipped: list[str] = []
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = from_json(line.decode(errors="replace"))
-            except ValueError as error:
-                skipped.append(f"line {number} is no JSON ({error})")
-                continue
-            if isinstance(row, dict):
-                rows.append(row)
-            else:
-                skipped.append(f"line {number} is no JSON object")
+    rows, skipped = list[Row](), list[str]()
+    for number, line in enumerate(path.open("rb"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = from_json(line.decode(errors="replace"))
+        except ValueError as error:
+            skipped.append(f"line {number} is no JSON ({error})")
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
+        else:
+            skipped.append(f"line {number} is no JSON object")
     return rows, skipped
 
 

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
+from itertools import product
 from typing import IO, Any
 
 from reasonkv.tasks.base import TaskError
@@ -42,14 +43,7 @@ _NOBODY = 65534
 
 @dataclass(frozen=True)
 class Finished:
-    """What became of a process.
-
-    Args:
-        ok: it ended by itself without an error.
-        output: its standard output, 1 MB at most.
-        error: the last line of its standard error, or why it was stopped.
-
-    """
+    """Whether a process ended by itself without an error; 1 MB of its output; its last error, or why it was stopped."""
 
     ok: bool
     output: str
@@ -57,15 +51,7 @@ class Finished:
 
 
 def run_python(code: str, stdin: str = "", *, seconds: float = 20.0, megabytes: int = 1024) -> Finished:
-    """Run Python code in an empty folder with limits.
-
-    Args:
-        code: the program.
-        stdin: its standard input.
-        seconds: wall-clock time and CPU time it may take.
-        megabytes: address space it may use.
-
-    """
+    """Run Python code in an empty folder, with limits on wall-clock and CPU time and on address space."""
     prefix, user = _confinement()
     # files and not pipes: a limit holds for them, and children that outlive the process do not keep them open for us
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as errors:
@@ -109,7 +95,6 @@ def call_function(path: str, function: str, arguments: Sequence[Any], *, seconds
 
     Raises:
         TaskError: it failed, took too long, or returned what JSON cannot hold.
-
     """
     given = json.dumps({"path": path, "function": function, "arguments": list(arguments)}, default=str)
     finished = run_python(_CALL, given, seconds=seconds)
@@ -125,15 +110,10 @@ def _confinement() -> tuple[tuple[str, ...], int | None]:
     Root is not held to a number of processes, so it gives the code to nobody where that user can run this Python.
     """
     users: list[int | None] = [_NOBODY, None] if os.geteuid() == 0 else [None]
-    found = [_NAMESPACES, ()] if shutil.which("unshare") else [()]
-    for prefix in found:
-        for user in users:
-            try:
-                command = [*prefix, sys.executable, "-I", "-c", "pass"]
-                tried = subprocess.run(command, capture_output=True, check=False, cwd="/", user=user)
-            except OSError:
-                continue
-            if tried.returncode == 0:
+    for prefix, user in product([_NAMESPACES, ()] if shutil.which("unshare") else [()], users):
+        with suppress(OSError):
+            command = [*prefix, sys.executable, "-I", "-c", "pass"]
+            if subprocess.run(command, capture_output=True, check=False, cwd="/", user=user).returncode == 0:
                 return prefix, user
     return (), None
 

@@ -1,19 +1,3 @@
-"""`search`: find a way through a directed graph, depth first, and write every step down.
-
-    <search> n40 a n07 ; n40 b n33 ; n40 c none ; n33 a n12 ; ... n07 0 n12 0 n51 2 ... ? n12 to n51 <think>
-    f n12 go n12 1 ; n12 a n40 0 ; g n40 go n40 1 ; n40 a n07 0 ; h n07 go n07 1 ; n07 a none ;
-    g n40 back n40 1 ; n40 a n07 1 ; n40 b n33 0 ; h n33 go n33 1 ; n33 a n12 1 ; n33 b n51 2 ;
-    i n51 end </think> i n51 h n33 g n40 f n12
-
-Letters number the edges of a node in the order they are tried, and `none` ends them. A digit after a node's name is its
-state: 0 never visited, 1 visited, 2 the goal. The letters from f on are the places of a stack, which holds the way from
-the start to the current node. `go` writes the next place. `back` reads the place before and tries the edges of its node
-again from the first. The answer is the stack, read from the goal to the start.
-
-The trace is long and repeats most things. What the search needs (which nodes were visited, the bottom of the stack) is
-written once or a few times and read much later. A cache that loses it sends the search round in circles.
-"""
-
 from __future__ import annotations
 
 import itertools
@@ -31,7 +15,23 @@ _Graph = list[list[int]]  # children of each node, in the order they are tried
 
 @dataclass(frozen=True)
 class Search(GeneratedTask):
-    """The dials of `search`; the default trace is about 580 tokens."""
+    """`search`: find a way through a directed graph, depth first, and write every step down.
+
+        <search> n40 a n07 ; n40 b n33 ; n40 c none ; n33 a n12 ; ... n07 0 n12 0 n51 2 ... ? n12 to n51 <think>
+        f n12 go n12 1 ; n12 a n40 0 ; g n40 go n40 1 ; n40 a n07 0 ; h n07 go n07 1 ; n07 a none ;
+        g n40 back n40 1 ; n40 a n07 1 ; n40 b n33 0 ; h n33 go n33 1 ; n33 a n12 1 ; n33 b n51 2 ;
+        i n51 end </think> i n51 h n33 g n40 f n12
+
+    Letters number the edges of a node in the order they are tried, and `none` ends them. A digit after a node's
+    name is its state: 0 never visited, 1 visited, 2 the goal. The letters from f on are the places of a stack,
+    which holds the way from the start to the current node. `go` writes the next place. `back` reads the place
+    before and tries the edges of its node again from the first. The answer is the stack, read from the goal to the
+    start.
+
+    The trace is long and repeats most things. What the search needs (which nodes were visited, the bottom of the
+    stack) is written once or a few times and read much later. A cache that loses it sends the search round in
+    circles. The default trace is about 580 tokens.
+    """
 
     name = "search"
 

@@ -1,14 +1,16 @@
-"""`reasonkv calibrate`: statistics of a model's queries, for the methods that score with them."""
+"""`reasonkv calibrate` and `train-gate`: what some methods have to know of a model beforehand."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
 from reasonkv.calibration.job import CalibrateJob
 from reasonkv.cli.console import note, print_json, print_tables, progress_bars, quiet_libraries, show
-from reasonkv.cli.flags import GROUPS, ConfigFile, Json, ModelFlags, Without, command
+from reasonkv.cli.flags import GROUPS, ConfigFile, Json, ModelFlags, Without, command, load
+from reasonkv.seer.job import TrainGateJob
 
 if TYPE_CHECKING:
     from reasonkv.calibration import Calibration
@@ -34,19 +36,22 @@ def calibrate(
     Args:
         model: The bundled testbed, a model folder, or a hub name; with --import, the model that the file must fit.
     """
+    from reasonkv.calibration import import_pt, load_calibration
     from reasonkv.calibration.run import run, write
 
     if job.import_ is not None:
-        found = _read(job, model)
-    else:
-        from dataclasses import replace
+        found = import_pt(job.import_) if job.import_.suffix == ".pt" else load_calibration(job.import_)
+        if model is not None:
+            from reasonkv.checkpoints import load_config
 
+            quiet_libraries()
+            found.check(load_config(model))
+    else:
         from reasonkv.models import one_thread_if_small
         from reasonkv.tasks import get_task
 
         tasks = [get_task(spec) for spec in job.task]
-        loaded = replace(loading, model=model or "testbed").load()
-        note(f"{loaded.name}: {loaded.dtype} on {loaded.device_name}")
+        loaded = load(replace(loading, model=model or "testbed"))
         with one_thread_if_small(loaded.model), progress_bars(1) as bar:
 
             def progress(done: int) -> None:
@@ -75,20 +80,6 @@ def calibrate(
         print(f"{what:<12}{show(where)}")
 
 
-def _read(job: CalibrateJob, model: str | None) -> Calibration:
-    """Read a file, and check it against the model's configuration if one is named."""
-    from reasonkv.calibration import import_pt, load_calibration
-
-    assert job.import_ is not None
-    found = import_pt(job.import_) if job.import_.suffix == ".pt" else load_calibration(job.import_)
-    if model is not None:
-        from reasonkv.checkpoints import load_config
-
-        quiet_libraries()
-        found.check(load_config(model))
-    return found
-
-
 def _print(found: Calibration) -> None:
     from rich.table import Table
 
@@ -104,3 +95,41 @@ def _print(found: Calibration) -> None:
         f"rotary pairs, {tokens} tokens{'' if found.verified else ', unverified (imported)'}. R = |mean of q| / mean "
         "of |q|; 1: all queries point one way. Means are weighted by |mean of q|.",
     )
+
+
+@command
+def train_gate(
+    *,
+    job: TrainGateJob,
+    model: Annotated[ModelFlags, Without(("calibration", "kv_dtype"))],
+    json: Json = False,
+    config: ConfigFile = None,
+) -> None:
+    """Train the gate that the method seer chooses pages with; the model itself is not changed.
+
+    Example: `reasonkv train-gate --model Qwen/Qwen3-8B --text book.txt --out reasonkv_gate.safetensors`
+
+    The gate learns to predict the model's own attention. Afterwards it is compared with an untrained gate and with
+    Quest on held-out text, by the share of attention that falls on equally many pages.
+    """
+    from reasonkv.models import one_thread_if_small
+    from reasonkv.seer.training import run
+    from reasonkv.tasks import get_task
+
+    tasks = [get_task(spec) for spec in job.task]
+    loaded = load(model)
+    with one_thread_if_small(loaded.model), progress_bars(1) as bar:
+
+        def progress(step: int, loss: float) -> None:
+            bar(f"steps, loss {loss:.3f}", step, job.steps)
+
+        made = run(job, loaded.model, loaded.tokenizer, tasks=tasks, progress=progress)
+    parameters = made.gate.parameters
+    if json:
+        facts = {"file": job.out, "page_size": job.page_size, "parameters": parameters, "source": made.source}
+        print_json({**facts, "loss": made.loss, "attention_kept": made.attention_kept})
+        return
+    print(f"Trained {parameters:,} parameters in {job.steps:,} steps on {made.source}: {show(job.out)}")
+    for pages, shares in made.attention_kept.items():
+        words = ", ".join(f"{name} {share:.1%}" for name, share in shares.items())
+        print(f"Attention on {pages} pages of {job.page_size} tokens, held-out text: {words}")
