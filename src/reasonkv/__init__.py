@@ -44,8 +44,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "CASK", "H2O", "RKV", "TOVA", "AdaKV", "BeaconKV", "Budget", "BudgetError", "ChunkKV", "CompressedCache",
-    "CurDKV", "DefensiveKV", "ExpectedAttention", "Forecast", "FullKV", "ImportanceSampling", "Kara", "KeyDiff", "Knorm",
-    "LagKV", "Merge", "Method", "MethodError", "Oracle", "Plan", "PyramidKV", "Quest", "RandomAttention",
+    "CurDKV", "DefensiveKV", "ExpectedAttention", "Forecast", "FullKV", "ImportanceSampling", "Kara", "KeyDiff",
+    "Knorm", "LagKV", "Merge", "Method", "MethodError", "Oracle", "Plan", "PyramidKV", "Quest", "RandomAttention",
     "RandomEviction", "ReasonKVError", "Requirements", "ScorerMethod", "SeerAttention", "SlotView", "SnapKV",
     "StreamingLLM", "TriAttention", "UnsupportedModelError", "VaseAttnV", "VaseDKV", "Window", "generate_with",
     "get_method", "method_names",
