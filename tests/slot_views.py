@@ -81,4 +81,6 @@ def random_network(heads: int, head_dim: int, seed: int = 0) -> Network:
     draw = torch.Generator().manual_seed(seed)
     inputs, units = head_dim + FORECAST_FEATURES, 4
     shapes = ((heads, inputs, units), (heads, units), (heads, units), (heads, inputs))
-    return Network(*(torch.randn(shape, generator=draw) * inputs**-0.5 for shape in shapes))
+    weights = [torch.randn(shape, generator=draw) * inputs**-0.5 for shape in shapes]
+    far = 0.5 + 2 * torch.rand(heads, inputs, generator=draw)
+    return Network(*weights, -far, far)

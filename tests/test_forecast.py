@@ -54,7 +54,8 @@ def test_inputs_and_score_are_the_definition_written_out() -> None:
         plain = ROTARY.unrotate(key[None], position[None])[0]
         x = torch.cat([plain, torch.tensor(numbers, dtype=torch.float64)])
         torch.testing.assert_close(inputs[b, h, n], x, rtol=1e-9, atol=1e-9)
-        hidden, bias, out, linear = (weight[h].double() for weight in network.tensors().values())
+        hidden, bias, out, linear, low, high = (weight[h].double() for weight in network.tensors().values())
+        x = torch.minimum(torch.maximum(x, low), high)
         score = sum(
             out[u] * torch.nn.functional.gelu((hidden[:, u] * x).sum() + bias[u]) for u in range(len(out))
         ) + (linear * x).sum()  # fmt: skip
@@ -67,6 +68,7 @@ def test_scaled_inputs_give_the_same_order() -> None:
     mean, deviation = torch.randn(2, D + 7, generator=draw), 0.5 + torch.rand(2, D + 7, generator=draw)
     scaled = network((x - mean[:, None]) / deviation[:, None])
     difference = scaled - network.of_scaled(mean, deviation)(x)
+    assert bool((x > network.of_scaled(mean, deviation).high_HX[:, None]).any())
     torch.testing.assert_close(difference, difference[..., :1].expand_as(difference), rtol=0, atol=1e-4)
 
 

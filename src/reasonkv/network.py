@@ -12,23 +12,31 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+_FAR = 1e4  # within float16
+
 
 @dataclass(frozen=True, eq=False)
 class Network:
     """score(x) = out . gelu(hidden' x + bias) + linear . x, with weights of its own for every KV head.
 
+    Inputs beyond what the network was fitted to count as the farthest it was: older tokens as the oldest, for one.
+
     Args:
         hidden_HXU, bias_HU, out_HU, linear_HX: weights, float32; of all layers with an axis L in front.
+        low_HX, high_HX: range of the inputs.
     """
 
     hidden_HXU: Tensor
     bias_HU: Tensor
     out_HU: Tensor
     linear_HX: Tensor
+    low_HX: Tensor
+    high_HX: Tensor
 
     def __call__(self, x_BHNX: Tensor) -> Tensor:
         """Return scores [B, H, N] in the dtype of the inputs; of one layer's network."""
-        hidden_HXU, bias_HU, out_HU, linear_HX = (weight.to(x_BHNX.dtype) for weight in self.tensors().values())
+        hidden_HXU, bias_HU, out_HU, linear_HX, low_HX, high_HX = self.to(x_BHNX.dtype).tensors().values()
+        x_BHNX = x_BHNX.clamp(low_HX[:, None], high_HX[:, None])
         units_BHNU = functional.gelu(x_BHNX @ hidden_HXU + bias_HU[:, None])
         scores: Tensor = (units_BHNU @ out_HU[..., None] + x_BHNX @ linear_HX[..., None])[..., 0]
         return scores
@@ -44,7 +52,7 @@ class Network:
         return sum(tensor.numel() for tensor in self.tensors().values())
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the weights by name: hidden, bias, out, linear."""
+        """Return the numbers by name: hidden, bias, out, linear, low, high."""
         return {one.name.partition("_")[0]: getattr(self, one.name) for one in fields(self)}
 
     def part(self, index: int | slice | list[int]) -> Network:
@@ -57,11 +65,11 @@ class Network:
 
     def fits(self) -> bool:
         """Return whether the shapes belong together and all numbers are finite; of all layers."""
-        hidden_LHXU, bias_LHU, out_LHU, linear_LHX = self.tensors().values()
-        if hidden_LHXU.ndim != 4 or not hidden_LHXU.numel():
+        if self.hidden_HXU.ndim != 4 or not self.hidden_HXU.numel():
             return False
-        L, H, X, U = hidden_LHXU.shape
-        fit = bias_LHU.shape == out_LHU.shape == (L, H, U) and linear_LHX.shape == (L, H, X)
+        L, H, X, U = self.hidden_HXU.shape
+        fit = self.bias_HU.shape == self.out_HU.shape == (L, H, U)
+        fit &= self.linear_HX.shape == self.low_HX.shape == self.high_HX.shape == (L, H, X)
         return fit and all(bool(tensor.isfinite().all()) for tensor in self.tensors().values())
 
     @classmethod
@@ -70,7 +78,8 @@ class Network:
         generator = torch.Generator().manual_seed(seed)
         hidden = torch.randn(layers, heads, inputs, units, generator=generator) * inputs**-0.5
         nothing = torch.zeros(layers, heads, units)
-        return cls(hidden, nothing, nothing.clone(), torch.zeros(layers, heads, inputs))
+        linear = torch.zeros(layers, heads, inputs)
+        return cls(hidden, nothing, nothing.clone(), linear, linear - _FAR, linear + _FAR)
 
     def of_scaled(self, mean_LHX: Tensor, deviation_LHX: Tensor) -> Network:
         """Return the network of plain inputs that scores as this one does inputs less their mean, over their deviation.
@@ -79,7 +88,8 @@ class Network:
         """
         hidden_LHXU = self.hidden_HXU / deviation_LHX[..., None]
         bias_LHU = self.bias_HU - (mean_LHX[..., None, :] @ hidden_LHXU)[..., 0, :]
-        return Network(hidden_LHXU, bias_LHU, self.out_HU, self.linear_HX / deviation_LHX)
+        low_LHX, high_LHX = (mean_LHX + bound * deviation_LHX for bound in (self.low_HX, self.high_HX))
+        return Network(hidden_LHXU, bias_LHU, self.out_HU, self.linear_HX / deviation_LHX, low_LHX, high_LHX)
 
 
 FORECAST_FEATURES = 7

@@ -1,8 +1,8 @@
 """Calibration files, and where a model's file is found.
 
 A calibration file is safetensors. It holds `mean_real`, `mean_imag`, `modulus` and, where known, `square`, each float32
-[layers, query heads, rotary pairs]; where fitted, `horizon` [layers, query heads, distances]; and `forecast.hidden`,
-`forecast.bias`, `forecast.out` and `forecast.linear` in float16 (`reasonkv.network`). All else is text in the header.
+[layers, query heads, rotary pairs]; where fitted, `horizon` [layers, query heads, distances]; and a `reasonkv.network`
+in float16, `forecast.hidden` and so on. All else is text in the header.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -171,7 +172,7 @@ def assembled(parts: Mapping[str, Tensor], head_dim: int, **facts: Any) -> Calib
     """Return the statistics that `parts_of` took apart; raises KeyError where one is missing."""
     facts |= {"horizon_LHqJ": parts.get("horizon"), "head_dim": head_dim}
     if any(name.startswith(_FORECAST) for name in parts):
-        names = ("hidden", "bias", "out", "linear")
+        names = (one.name.partition("_")[0] for one in fields(Network))
         facts["forecast"] = Network(*(parts[f"{_FORECAST}{name}"].float() for name in names))
     mean = torch.complex(parts["mean_real"], parts["mean_imag"])
     return Calibration(mean, parts["modulus"], parts.get("square"), **facts)

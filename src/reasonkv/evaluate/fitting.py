@@ -42,6 +42,7 @@ BUDGETS = (64, 128, 256)
 """Tokens kept beside the prompt; rows take turns. Compactions come every half of it."""
 ROUNDS, UNITS, EPOCHS, RATE = 2, 32, 8, 5e-3
 _ATTENTION, _VALUE = -7, -1  # places among a slot's inputs
+_ANSWER = 1024  # most tokens of an answer, unless the job has a window
 _BATCH = 8  # rows replayed at once
 _COMPACTIONS = 4  # of one optimizer step
 _MOST_BYTES = 2**31  # of what is recorded in a round
@@ -79,7 +80,7 @@ def own_answers(
     *,
     limit: int,
     seed: int = 0,
-    most: int = 1024,
+    most: int = _ANSWER,
     on_tokens: OnTokens = lambda count: None,
 ) -> list[TraceRow]:
     """Return training problems with what full KV answers, greedily; `limit` problems of each task.
@@ -238,8 +239,11 @@ def _fit(model: PreTrainedModel, seen: Sequence[Compaction], seed: int, on_step:
     device = seen[0].inputs_LHNX.device
     sample_LHnX = torch.cat([one.inputs_LHNX for one in seen[:: -(-len(seen) // 64)]], 2).float()
     mean_LHX, deviation_LHX = sample_LHnX.mean(2), sample_LHnX.std(2).clamp(min=1e-3)
-    network = Network.fresh(L, H, X, UNITS, seed).to(device)
-    weights = [tensor.requires_grad_() for tensor in network.tensors().values()]
+    weights = list(Network.fresh(L, H, X, UNITS, seed).to(device).tensors().values())
+    ends = [torch.stack([getattr(one.inputs_LHNX, how)(2) for one in seen]) for how in ("amin", "amax")]
+    scaled = [(end.float() - mean_LHX) / deviation_LHX for end in (ends[0].amin(0), ends[1].amax(0))]
+    network = Network(*weights[:4], *scaled)
+    weights = [weight.requires_grad_() for weight in weights[:4]]
     optimizer = torch.optim.AdamW(weights, lr=RATE, weight_decay=1e-4)
     generator = torch.Generator().manual_seed(seed)
     steps = [
@@ -259,7 +263,7 @@ def _fit(model: PreTrainedModel, seen: Sequence[Compaction], seed: int, on_step:
             (torch.stack(losses).sum() / len(chosen)).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             on_step(step + 1, len(steps))
-    fitted = Network(*(weight.detach() for weight in weights)).of_scaled(mean_LHX, deviation_LHX)
+    fitted = Network(*(x.detach() for x in network.tensors().values())).of_scaled(mean_LHX, deviation_LHX)
     whole = model.config.get_text_config().num_hidden_layers
     own = torch.tensor(bounded_layers(model.config))
     spread = [
@@ -312,9 +316,11 @@ def add_forecast(
     def on_tokens(count: int) -> None:
         nonlocal written
         written += count
-        progress("tokens of answers", written, 1024 * job.limit * len(asked))
+        progress("tokens of answers", written, (job.window or _ANSWER) * job.limit * len(asked))
 
-    rows = own_answers(model, tokenizer, asked, limit=job.limit, seed=job.seed, on_tokens=on_tokens)
+    rows = own_answers(
+        model, tokenizer, asked, limit=job.limit, seed=job.seed, most=job.window or _ANSWER, on_tokens=on_tokens
+    )
     known = [task for task in tasks if not task.chat]
     if job.text is not None or known:
         passages, _ = read_corpus(job, model, tokenizer, known)
