@@ -25,7 +25,7 @@ _SERVER.set_forkserver_preload(
 
 def start(function: Callable[..., Any], *arguments: Any) -> BaseProcess:
     """Call a function of this module in a process of its own, which prints nothing."""
-    process = _SERVER.Process(target=_quiet, args=(function, *arguments))
+    process = _SERVER.Process(target=_quiet, args=(function, *arguments), daemon=True)
     process.start()
     return process
 
