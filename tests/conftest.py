@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from browser import open_page
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
+
+__all__ = ["open_page"]
 
 
 @pytest.fixture(autouse=True)

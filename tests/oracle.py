@@ -70,10 +70,10 @@ class FoldedSlots:
                 for head, slots in enumerate(heads):
                     slots.append((key[row, head, column - q], value[row, head, column - q], 0.0))
                     keys, values, mass = zip(*slots, strict=True)
-                    for member in range(head * group, (head + 1) * group):
-                        logits = torch.stack(keys) @ query[row, member, column]
-                        logits = logits * (D**-0.5 if scaling is None else scaling) + query.new_tensor(mass)
-                        out[row, column, member] = logits.softmax(-1) @ torch.stack(values)
+                    members = slice(head * group, (head + 1) * group)
+                    logits = query[row, members, column] @ torch.stack(keys).T
+                    logits = logits * (D**-0.5 if scaling is None else scaling) + query.new_tensor(mass)
+                    out[row, column, members] = logits.softmax(-1) @ torch.stack(values)
         for rows, plan, positions in self.plans.get(self.start, []):
             for place, row in enumerate(rows):
                 for head in range(len(self.slots[row])):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import shlex
 import subprocess
 import sys
+from contextlib import chdir, redirect_stdout
 from pathlib import Path
 
 from tiny import save_tiny
@@ -23,19 +25,27 @@ def python_blocks(page: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", page, re.S)
 
 
-def run_python(blocks: list[str], folder: Path) -> str:
-    """Run blocks as one program in `folder` and return what it prints.
-
-    The hub model is replaced by a tiny random one with a chat template, and an answer of 8,192 tokens by one of 700,
-    which is still long enough to be compressed.
-    """
-    model = save_tiny(folder / "model")
+def hub_model(folder: Path) -> Path:
+    """Save what stands for the hub model: a tiny random one with a chat template."""
+    model = save_tiny(folder)
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokenizer.chat_template = CHAT_TEMPLATE
     tokenizer.save_pretrained(model)
-    code = "\n".join(blocks).replace(HUB_MODEL, str(model)).replace("max_new_tokens=8192", "max_new_tokens=700")
+    return model
+
+
+def runnable(blocks: list[str], model: Path) -> str:
+    """Blocks as one program on that model.
+
+    An answer of 8,192 tokens becomes one of 700, which is still long enough to be compressed.
+    """
+    return "\n".join(blocks).replace(HUB_MODEL, str(model)).replace("max_new_tokens=8192", "max_new_tokens=700")
+
+
+def run_python(blocks: list[str], folder: Path) -> str:
+    """Run blocks as a program of their own in `folder` and return what it prints."""
     script = folder / "snippet.py"
-    script.write_text(code)
+    script.write_text(runnable(blocks, hub_model(folder / "model")))
     done = subprocess.run(
         [sys.executable, script],
         capture_output=True,
@@ -47,6 +57,14 @@ def run_python(blocks: list[str], folder: Path) -> str:
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def run_here(blocks: list[str], model: Path, folder: Path, page: str) -> str:
+    """Run blocks in this process, in `folder` and with no name defined, and return what they print."""
+    out, names = io.StringIO(), {"__name__": "__main__"}
+    with chdir(folder), redirect_stdout(out):
+        exec(compile(runnable(blocks, model), page, "exec"), names)  # the page's own code
+    return out.getvalue()
 
 
 def environment() -> dict[str, str]:

@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from snippets import commands, parses, python_blocks, run_python
+from snippets import commands, hub_model, parses, python_blocks, run_here
 
 from reasonkv.budget import slot_bytes
 from reasonkv.tasks import get_task, task_names
@@ -81,9 +81,14 @@ def test_pages_load_nothing_from_the_network(site: Path) -> None:
         assert not re.search(r"(url\(|@import)\s*[\"']?(https?:)?//", style.read_text()), style
 
 
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return hub_model(tmp_path_factory.mktemp("hub") / "model")
+
+
 @pytest.mark.parametrize("page", SNIPPETS)
-def test_python_of_a_page_runs(page: str, tmp_path: Path) -> None:
-    printed = run_python(python_blocks((DOCS / page).read_text()), tmp_path)
+def test_python_of_a_page_runs(page: str, model: Path, tmp_path: Path) -> None:
+    printed = run_here(python_blocks((DOCS / page).read_text()), model, tmp_path, page)
     if "max_new_tokens=8192" in (DOCS / page).read_text():
         assert "compaction" in printed
 

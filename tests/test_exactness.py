@@ -128,13 +128,23 @@ def test_every_supported_family_is_exact(family: str, batch_kind: str) -> None:
     check(Case("random", family, "decode", batch_kind, kernel, "count"))
 
 
-@pytest.mark.parametrize("batch_kind", list(BATCHES))
-@pytest.mark.parametrize("pieces", list(PIECES))
-@pytest.mark.parametrize("method", ["snapkv", "cask", "h2o"])
-def test_a_share_of_the_length_is_exact(method: str, pieces: str, batch_kind: str) -> None:
-    for prompt in ("count", "keep", "on_top"):
-        limits = Budget(keep=0.3, interval=5, sinks=1, recent=6, prompt=prompt)  # type: ignore[arg-type]
-        check(Case(method, "qwen3", pieces, batch_kind, "sdpa", prompt), limits=limits)
+SHARES = [["snapkv", "cask", "h2o"], list(PIECES), list(BATCHES), ["count", "keep", "on_top"]]
+
+
+def check_share(method: str, pieces: str, batch_kind: str, prompt: str) -> None:
+    limits = Budget(keep=0.3, interval=5, sinks=1, recent=6, prompt=prompt)  # type: ignore[arg-type]
+    check(Case(method, "qwen3", pieces, batch_kind, "sdpa", prompt), limits=limits)
+
+
+@pytest.mark.parametrize("values", AllPairs(SHARES), ids="-".join)
+def test_a_share_of_the_length_is_exact(values: list[str]) -> None:
+    check_share(*values)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("values", product(*SHARES), ids="-".join)
+def test_a_share_of_the_length_is_exact_in_every_combination(values: tuple[str, ...]) -> None:
+    check_share(*values)
 
 
 @pytest.mark.parametrize("batch_kind", list(BATCHES))

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from browser import needs_browser, open_page
+from browser import OpenPage, needs_browser
 from tiny import TASK, tiny_loaded
 
 from reasonkv import Budget, get_method
@@ -166,7 +166,7 @@ def test_no_text_can_end_its_script_element() -> None:
 
 @needs_browser
 @pytest.mark.parametrize("width", [1440, 390])
-def test_the_page_works_in_a_browser_and_no_request_leaves_it(tmp_path: Path, width: int) -> None:
+def test_the_page_works_in_a_browser_and_no_request_leaves_it(open_page: OpenPage, tmp_path: Path, width: int) -> None:
     path = tmp_path / "page.html"
     path.write_text(inspector_page(big()))
     with open_page(path, width, 900, dark=width == 390) as tab:
@@ -211,7 +211,9 @@ def opened(tmp_path: Path) -> Path:
 
 
 @needs_browser
-def test_the_details_stay_below_the_controls_and_speak_only_of_focused_tokens(tmp_path: Path) -> None:
+def test_the_details_stay_below_the_controls_and_speak_only_of_focused_tokens(
+    open_page: OpenPage, tmp_path: Path
+) -> None:
     with open_page(opened(tmp_path)) as tab:
         tab.handle.click("text=First token that differs")
         for share in (0.3, 0.8, 1.0):
@@ -228,7 +230,7 @@ def test_the_details_stay_below_the_controls_and_speak_only_of_focused_tokens(tm
 
 
 @needs_browser
-def test_a_removed_inspector_stops_playing(tmp_path: Path) -> None:
+def test_a_removed_inspector_stops_playing(open_page: OpenPage, tmp_path: Path) -> None:
     with open_page(opened(tmp_path)) as tab:
         left = tab.evaluate(
             """async () => {
@@ -247,7 +249,7 @@ def test_a_removed_inspector_stops_playing(tmp_path: Path) -> None:
 
 
 @needs_browser
-def test_what_full_kv_looked_at_and_the_cache_had_dropped_is_named(tmp_path: Path) -> None:
+def test_what_full_kv_looked_at_and_the_cache_had_dropped_is_named(open_page: OpenPage, tmp_path: Path) -> None:
     data = big()
     levels = np.zeros(data["attention"]["shape"], "u1")
     length, query = data["events"]["length"], 1000
@@ -271,7 +273,9 @@ def test_what_full_kv_looked_at_and_the_cache_had_dropped_is_named(tmp_path: Pat
 
 @needs_browser
 @pytest.mark.parametrize("kind", ["replay", "generation"])
-def test_a_run_that_never_parts_says_so_whatever_its_answer_is_worth(tmp_path: Path, kind: str) -> None:
+def test_a_run_that_never_parts_says_so_whatever_its_answer_is_worth(
+    open_page: OpenPage, tmp_path: Path, kind: str
+) -> None:
     data = big(600)
     wrong = {"text": "7", "closed": True, "correct": False, "truncated": False}
     data |= {"kind": kind, "first_mismatch": None, "answer": {"full": wrong, "shown": wrong}}
@@ -287,7 +291,7 @@ def test_a_run_that_never_parts_says_so_whatever_its_answer_is_worth(tmp_path: P
 
 
 @needs_browser
-def test_thirty_layers_keep_the_names_of_their_rows(tmp_path: Path) -> None:
+def test_thirty_layers_keep_the_names_of_their_rows(open_page: OpenPage, tmp_path: Path) -> None:
     path = tmp_path / "page.html"
     path.write_text(inspector_page(big(1200, layers=30, heads=2)))
     with open_page(path) as tab:

@@ -6,7 +6,6 @@ import json
 import os
 import random
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 from command_line import run, sentence
+from processes import kill, run_command, start
 from tiny import TASK, save_tiny
 
 from reasonkv.cli.plan import make_groups
@@ -103,17 +103,15 @@ def test_the_merged_folder_is_what_one_command_would_leave(whole: Path, model: s
 
 def test_three_random_kills_leave_the_records_of_an_uninterrupted_plan(whole: Path, model: str, tmp_path: Path) -> None:
     file, out = plan(tmp_path, model), tmp_path / "out"
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    start = [sys.executable, "-m", "reasonkv", "run", str(file), "--out", str(out), "--ray", "off"]
+    words = ["run", str(file), "--out", str(out), "--ray", "off"]
     draw = random.Random(5)
     for third in range(3):
         wanted = draw.randrange(third * CELLS // 3 + 1, (third + 1) * CELLS // 3)
-        process = subprocess.Popen(start, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while process.poll() is None and len(list(out.glob("cells/**/records.jsonl"))) < wanted:
+        process = start(run_command, words)
+        while process.is_alive() and len(list(out.glob("cells/**/records.jsonl"))) < wanted:
             time.sleep(0.02)
         time.sleep(draw.uniform(0, 0.05))
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL, "the plan must not have ended by itself"
+        kill(process, "the plan")
     assert run("run", file, "--out", out, "--ray", "off").exit_code == 0
     assert records(out) == records(whole)
     again = run("run", file, "--out", out, "--ray", "off")

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import random
 import shlex
-import subprocess
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from browser import CHROMIUM, needs_browser, open_page
+from browser import OpenPage, needs_browser
 from command_line import run, sentence
 from report_folders import HOSTILE, METHODS, TASKS, make_answer, make_folder, make_record, write_folder
 from test_inspector import big as big_inspection
@@ -48,7 +47,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 @needs_browser
-def test_five_thousand_records_load_and_ask_for_nothing(large: tuple[Path, Path]) -> None:
+def test_five_thousand_records_load_and_ask_for_nothing(open_page: OpenPage, large: tuple[Path, Path]) -> None:
     folder, path = large
     assert len(read_results([folder])) == 5000
     assert path.stat().st_size < 3_500_000
@@ -59,7 +58,7 @@ def test_five_thousand_records_load_and_ask_for_nothing(large: tuple[Path, Path]
 
 
 @needs_browser
-def test_the_table_says_what_the_summary_says_and_sorts(large: tuple[Path, Path]) -> None:
+def test_the_table_says_what_the_summary_says_and_sorts(open_page: OpenPage, large: tuple[Path, Path]) -> None:
     folder, path = large
     rows = summarize(read_results([folder])).to_dict("records")
     script = """() => [...document.querySelectorAll('[data-mount=summary] tbody tr')].map(
@@ -87,7 +86,9 @@ def test_the_table_says_what_the_summary_says_and_sorts(large: tuple[Path, Path]
 
 
 @needs_browser
-def test_charts_show_every_method_and_answer_to_switches_and_legend(large: tuple[Path, Path]) -> None:
+def test_charts_show_every_method_and_answer_to_switches_and_legend(
+    open_page: OpenPage, large: tuple[Path, Path]
+) -> None:
     with open_page(large[1]) as page:
         page.handle.wait_for_selector(".chart[data-metric=top1] svg")
         count = "name => document.querySelectorAll(`.chart[data-metric=top1] svg .${name}`).length"
@@ -110,7 +111,9 @@ def test_charts_show_every_method_and_answer_to_switches_and_legend(large: tuple
 
 
 @needs_browser
-def test_the_inspector_is_built_when_it_is_reached_and_its_slider_works_here(large: tuple[Path, Path]) -> None:
+def test_the_inspector_is_built_when_it_is_reached_and_its_slider_works_here(
+    open_page: OpenPage, large: tuple[Path, Path]
+) -> None:
     tokens = "() => document.querySelectorAll('#inspector .flow .t').length"
     with open_page(large[1]) as page:
         page.handle.wait_for_timeout(200)
@@ -132,7 +135,9 @@ def test_the_inspector_is_built_when_it_is_reached_and_its_slider_works_here(lar
 
 @needs_browser
 @pytest.mark.parametrize("dark", [False, True])
-def test_a_phone_scrolls_tables_inside_their_frame_only(large: tuple[Path, Path], dark: bool) -> None:
+def test_a_phone_scrolls_tables_inside_their_frame_only(
+    open_page: OpenPage, large: tuple[Path, Path], dark: bool
+) -> None:
     with open_page(large[1], 390, 844, dark=dark) as page:
         for name in ("inspector", "records"):
             page.evaluate("name => document.getElementById(name).scrollIntoView()", name)
@@ -143,7 +148,7 @@ def test_a_phone_scrolls_tables_inside_their_frame_only(large: tuple[Path, Path]
 
 
 @needs_browser
-def test_text_of_records_stays_text(small: tuple[Path, Path]) -> None:
+def test_text_of_records_stays_text(open_page: OpenPage, small: tuple[Path, Path]) -> None:
     with open_page(small[1]) as page:
         page.evaluate("() => document.querySelectorAll('.waiting').forEach(one => one.scrollIntoView())")
         page.handle.wait_for_selector("[data-mount=records][data-ready]")
@@ -217,7 +222,7 @@ def test_a_wide_folder_leaves_its_crossings_to_the_frontier(tmp_path: Path) -> N
 
 
 @needs_browser
-def test_accuracies_are_those_of_the_summary(small: tuple[Path, Path]) -> None:
+def test_accuracies_are_those_of_the_summary(open_page: OpenPage, small: tuple[Path, Path]) -> None:
     rows = summarize(read_results([small[0]])).to_dict("records")
     cohort = json.loads(small[1].read_text().split('id="report">')[1].split("</script>")[0])["cohorts"][0]
     table = {one["key"]: [one["texts"][at] for at in one["at"]] for one in cohort["columns"]}
@@ -322,16 +327,12 @@ def test_a_method_that_keeps_everything_stands_beside_the_others_and_is_not_comp
 
 
 @needs_browser
-def test_the_page_prints(large: tuple[Path, Path], tmp_path: Path) -> None:
-    pdf = tmp_path / "report.pdf"
-    subprocess.run(
-        [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", f"--print-to-pdf={pdf}",
-         f"--user-data-dir={tmp_path / 'profile'}", large[1].resolve().as_uri()],
-        check=True, capture_output=True, timeout=120,
-    )  # fmt: skip
-    data = pdf.read_bytes()
-    assert data.startswith(b"%PDF") and len(data) > 50_000
+def test_the_page_prints(open_page: OpenPage, large: tuple[Path, Path], tmp_path: Path) -> None:
     with open_page(large[1]) as page:
+        pdf = tmp_path / "report.pdf"
+        page.handle.pdf(path=pdf)
+        data = pdf.read_bytes()
+        assert data.startswith(b"%PDF") and len(data) > 50_000
         page.handle.emulate_media(media="print")
         page.handle.wait_for_selector(".chart svg")
         assert page.evaluate("() => document.querySelector('.glance').offsetHeight") > 100

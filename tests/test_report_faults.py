@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from browser import needs_browser, open_page
+from browser import OpenPage, needs_browser
 from report_folders import make_answer, make_folder, make_record, write_folder
 
 from reasonkv.evaluate.records import ReplayRecord
@@ -97,7 +97,7 @@ def test_two_points_have_bars_and_three_a_band() -> None:
 
 @needs_browser
 @pytest.mark.parametrize("width", [1280, 390])
-def test_charts_of_every_switch_draw_without_an_error(tmp_path: Path, width: int) -> None:
+def test_charts_of_every_switch_draw_without_an_error(open_page: OpenPage, tmp_path: Path, width: int) -> None:
     dice = random.Random(0)
     made = [make_record(task, name, tokens, i, dice).model_copy(update={"physical_mean": 0.0 if i else 5.0})
             for task in ("program", "recall") for i in range(2)
