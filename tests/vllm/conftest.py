@@ -15,7 +15,18 @@ except ModuleNotFoundError:
     MISSING = True
 NEED_VLLM = [
     f"test_{name}.py"
-    for name in ["blocks", "contract", "inert", "memory", "parity", "periodic", "ranks", "requests", "server"]
+    for name in [
+        "blocks",
+        "contract",
+        "hybrids",
+        "inert",
+        "memory",
+        "parity",
+        "periodic",
+        "ranks",
+        "requests",
+        "server",
+    ]
 ]
 collect_ignore = NEED_VLLM if MISSING else []
 

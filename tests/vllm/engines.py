@@ -100,8 +100,11 @@ def runtime_of(llm: Any) -> Any:
 
 
 def manager_of(llm: Any) -> Any:
-    """The scheduler's manager of blocks."""
-    return core_of(llm).scheduler.kv_cache_manager.coordinator.single_type_managers[0]
+    """The scheduler's manager of blocks, of the first group of layers that are bounded."""
+    from reasonkv.runtimes.vllm.manager import BoundedManager
+
+    managers = core_of(llm).scheduler.kv_cache_manager.coordinator.single_type_managers
+    return next((one for one in managers if isinstance(one, BoundedManager)), managers[0])
 
 
 def greedy(tokens: int, **options: Any) -> Any:
@@ -173,14 +176,20 @@ def serve(llm: Any, asked: list[list[int]], sampling: Any) -> Run:
 
 def reference(
     method: str | Method, budget: Budget | None, asked: list[list[int]], tokens: int, dtype: torch.dtype = torch.float32,
-    text: list[list[int]] | None = None, **options: Any,
+    text: list[list[int]] | None = None, model: Any = None, **options: Any,
 ) -> Run:  # fmt: skip
-    """The same requests through the transformers runtime, in one left-padded batch; with a text, it says that."""
-    model, tokenizer = load_testbed(dtype)
+    """The same requests through the transformers runtime, in one left-padded batch; with a text, it says that.
+
+    The model is the bundled one unless another is given.
+    """
+    made = get_method(method)
+    if model is None:
+        model, tokenizer = load_testbed(dtype)
+        made = made.for_tokenizer(tokenizer)
     longest = max(map(len, asked))
     ids = torch.tensor([[0] * (longest - len(row)) + row for row in asked])
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in asked])
-    made, _ = resolve_budget(get_method(method).for_tokenizer(tokenizer), budget)
+    made, _ = resolve_budget(made, budget)
     recorder = Recorder()
 
     def say(said: Tensor, scores: Tensor) -> Tensor:
@@ -282,11 +291,19 @@ class Watcher:
             if one.budget is None:
                 assert len(blocks) == -(-one.state.logical // manager.block_size)
             if name in batch.req_id_to_index:
-                row = batch.block_table[0].block_table.np[batch.req_id_to_index[name]]
+                table = batch.block_table[manager.kv_cache_group_id]
+                row = table.block_table.np[batch.req_id_to_index[name]]
                 assert row[: len(blocks)].tolist() == blocks
             self.most[short] = max(self.most[short], len(blocks))
             self.last[short] = len(blocks)
-        owned = [block.block_id for blocks in manager.req_to_blocks.values() for block in blocks]
+        managers = core_of(self.llm).scheduler.kv_cache_manager.coordinator.single_type_managers
+        owned = [
+            block.block_id
+            for one in managers  # all groups of layers take their blocks from one pool
+            for blocks in one.req_to_blocks.values()
+            for block in blocks
+            if not block.is_null
+        ]
         assert len(set(owned)) == len(owned)  # no block belongs to two requests
 
     def run(self) -> None:

@@ -35,6 +35,10 @@ FUNCTIONS = {
     ("v1/attention/backend.py", "AttentionMetadataBuilder.build"): "self common_prefix_len common_attn_metadata "
     "fast_build",
     ("v1/attention/backends/registry.py", "register_backend"): "backend class_path is_mamba",
+    ("v1/core/kv_cache_utils.py", "get_kv_cache_groups"): "vllm_config kv_cache_spec",
+    ("v1/kv_cache_interface.py", "MambaSpec.max_memory_usage_bytes"): "self vllm_config",
+    ("v1/kv_cache_interface.py", "SlidingWindowSpec.max_memory_usage_bytes"): "self vllm_config",
+    ("model_executor/layers/attention/attention.py", "Attention.get_kv_cache_spec"): "self vllm_config",
     ("v1/worker/gpu_worker.py", "Worker.execute_model"): "self scheduler_output",
     ("v1/worker/gpu_worker.py", "Worker.determine_available_memory"): "self",
     ("v1/worker/cpu_worker.py", "CPUWorker.determine_available_memory"): "self",
@@ -65,6 +69,9 @@ WORDS = {
     SCHEDULER: "self.kv_cache_manager self.max_model_len self.requests grammar_compile_error_reqs "
     "kv_transfer_params,ec_transfer_params=self._free_request(request)",
     "v1/core/kv_cache_coordinator.py": "self.single_type_managers self.block_pool",
+    "v1/core/kv_cache_utils.py": "except(AssertionError,ValueError): exceptAssertionError:",
+    "v1/kv_cache_interface.py": "classChunkedLocalAttentionSpec( defunpadded_page_size_bytes(self) sliding_window:",
+    "config/scheduler.py": "disable_hybrid_kv_cache_manager",
     "v1/request.py": "self.skip_reading_prefix_cache self.num_prompt_tokens self.max_tokens",
     "v1/worker/gpu_model_runner.py": "self.input_batch self.input_ids",
     "v1/worker/gpu_input_batch.py": "defreq_ids(self)",

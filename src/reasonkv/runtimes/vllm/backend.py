@@ -2,7 +2,8 @@
 
 Three things differ from a stock backend. The metadata builder gives the kernels physical lengths. Keys and values are
 written at physical slots inside `forward`, because vLLM's runner would write them at logical positions. After a layer
-has attended, the runtime sees its queries. A layer without a runtime, as in another engine of the process, is stock.
+has attended, the runtime sees its queries. A layer without a runtime is stock: one of a hybrid model that slides over a
+window, or of another engine of the process.
 
 `backend.CPU_ATTN`, `backend.FLASH_ATTN` and `backend.TRITON_ATTN` are the backends. Each is made when first asked for,
 because its stock backend cannot be imported on other platforms. Only `CPU_ATTN` has been run.
@@ -36,8 +37,10 @@ class StepRuntime(Protocol):
     fed: Mapping[str, int] | None
     """Tokens of every request of the step under way; None in a step that no scheduler asked for (warm-up)."""
 
-    def physical_metadata(self, common: CommonAttentionMetadata, block_size: int) -> CommonAttentionMetadata:
-        """Return a step's metadata with physical lengths and slots."""
+    def physical_metadata(
+        self, common: CommonAttentionMetadata, block_size: int, number: int = 0
+    ) -> CommonAttentionMetadata:
+        """Return a step's metadata with physical lengths and slots, for layer `number` and those that share blocks."""
 
     def after_attention(self, number: int, query: Tensor) -> None:
         """Take in the rotated queries of layer `number`, which has attended."""
@@ -54,18 +57,19 @@ class CompressedBuilder:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._runtime: StepRuntime | None = None
+        self._impl: CompressedImpl | None = None  # of one of the layers that share blocks; they are alike
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> Any:
         """Build the metadata of one step; of a warm-up step, the stock one."""
         common = common_attn_metadata
-        if self._runtime is None:
+        if self._impl is None:
             layers = get_layers_from_vllm_config(self.vllm_config, Attention, self.layer_names)  # type: ignore[attr-defined]
-            self._runtime = next((layer.impl.runtime for layer in layers.values()), None)
-        if self._runtime is not None and self._runtime.fed is not None:
-            common = self._runtime.physical_metadata(common, self.kv_cache_spec.block_size)  # type: ignore[attr-defined]
+            self._impl = next(iter(layers.values())).impl
+        runtime, number = self._impl.runtime, self._impl.layer_number
+        if runtime is not None and runtime.fed is not None:
+            common = runtime.physical_metadata(common, self.kv_cache_spec.block_size, number)  # type: ignore[attr-defined]
         return super().build(common_prefix_len, common, fast_build)  # type: ignore[misc]
 
 
@@ -82,7 +86,8 @@ class CompressedImpl:
         output: Tensor, *args: Any, **kwargs: Any,
     ) -> Tensor:  # fmt: skip
         """Attend as the stock implementation does; `attn_metadata` is None while the engine warms up."""
-        if attn_metadata is not None:
+        # a layer that reads another one's keys (Gemma 3n) writes none
+        if attn_metadata is not None and self.kv_sharing_target_layer_name is None:  # type: ignore[attr-defined]
             slots = attn_metadata.slot_mapping[: key.shape[0]]
             n = slots.shape[0]
             self.do_kv_cache_update(layer, key[:n], value[:n], kv_cache, slots)  # type: ignore[attr-defined]

@@ -46,6 +46,7 @@ class Layer:
     module: Any  # vLLM's attention layer, which owns the blocks (`kv_cache`) and the implementation (`impl`)
     slots: PagedSlotStore  # what is stored beside keys and values
     calibration: LayerStatistics | None = None  # of its queries, this rank's heads
+    group: int = 0  # which of vLLM's groups of layers; each has a block table of its own
     layout: Layout | None = None  # where the platform puts keys and values, once blocks exist
     codec: Codec | None = None  # what they stand for, if they are stored in 8 bits
 
@@ -111,10 +112,10 @@ class Compactor:
     token_ids: Tensor | None = None  # int32 [rows, length], tokens of every request, if the method needs them
     observer: Observer | None = None  # sees every plan
 
-    def run(self, step: StepLayout, block_table: Tensor, running: Mapping[str, RunningRequest]) -> None:
+    def run(self, step: StepLayout, block_tables: Mapping[int, Tensor], running: Mapping[str, RunningRequest]) -> None:
         """Plan and carry out the compactions of a step whose attention is over, in all layers.
 
-        `block_table` is the step's, [requests or more, blocks], in the batch's order.
+        `block_tables` are the step's, by `Layer.group`: [requests or more, blocks], in the batch's order.
 
         Nothing of a request is rewritten before its plans were made and checked: those of a layer, or of all layers
         for methods of model scope. A request that is not `running` any more is left out. Raises a PlanError for a plan
@@ -131,7 +132,7 @@ class Compactor:
         groups = [_group(part) for part in parts]
         for layers in together:
             for due, group in zip(parts, groups, strict=True):
-                self._compact(layers, block_table, due, group)
+                self._compact(layers, block_tables, due, group)
         for one in (one for due in parts for one in due):
             one.request.compactions += 1
             one.request.compacted_slots = one.after.physical
@@ -139,22 +140,26 @@ class Compactor:
             self.meter.dropped += one.held - one.after.physical
 
     def _compact(
-        self, layers: Sequence[Layer], block_table: Tensor, due: list[DueCompaction], group: CompactionGroup
+        self,
+        layers: Sequence[Layer],
+        block_tables: Mapping[int, Tensor],
+        due: list[DueCompaction],
+        group: CompactionGroup,
     ) -> None:
         """Compact one group of requests, in one or all layers."""
-        index_b = torch.tensor(group.batch_rows, device=block_table.device)
+        index_b = torch.tensor(group.batch_rows, device=layers[0].module.kv_cache.device)
         block_size = layers[0].module.kv_cache.shape[2]
-        blocks_BM = block_table[index_b, : -(-group.held // block_size)]
+        blocks = {one: table[index_b, : -(-group.held // block_size)] for one, table in block_tables.items()}
         for layer in layers:
-            layer.slots.use_blocks(blocks_BM)
-        views = [self.view(layer, due, group, blocks_BM) for layer in layers]
+            layer.slots.use_blocks(blocks[layer.group])
+        views = [self.view(layer, due, group, blocks[layer.group]) for layer in layers]
         plans = self._plans(due, views)
         if self.observer is not None:
             for layer, view, plan in zip(layers, views, plans, strict=True):
                 self.observer(layer.index, [one.name for one in due], view, plan)
         self.meter.note_plans(plans, len(self.layers))
         for layer, view, plan in zip(layers, views, plans, strict=True):
-            _rewrite(layer, blocks_BM, plan, view)
+            _rewrite(layer, blocks[layer.group], plan, view)
             layer.slots.write_compacted(group.numbers(layer.slots.device)[0], plan, view)
 
     def _plans(self, due: list[DueCompaction], views: list[PagedView]) -> list[Plan]:

@@ -86,7 +86,7 @@ class BoundedManager(FullAttentionManager):  # type: ignore[misc]
         super().__init__(*args, **kwargs)
         self.allocations: dict[str, RequestAllocation] = {}
         self.prompts: OrderedDict[str, int] = OrderedDict()
-        self.layers = 0  # of the model; our scheduler shows them
+        self.layers = 0  # that are bounded, of all groups; our scheduler shows them
         self.steps = 0  # with at least one token, so far
 
     def get_num_blocks_to_allocate(
@@ -198,7 +198,7 @@ class BoundedManager(FullAttentionManager):  # type: ignore[misc]
         return None if boundary is None else boundary - state.logical
 
     def held(self, request_id: str) -> dict[str, int] | None:
-        """Return what a request holds that is about to be freed, and the bytes of a slot in all of this rank's layers.
+        """Return what a request holds that is about to be freed, and the bytes of a slot in this rank's bounded layers.
 
         None: it has had no step.
         """
@@ -206,7 +206,7 @@ class BoundedManager(FullAttentionManager):  # type: ignore[misc]
         if one is None:
             return None
         state = one.now
-        slot_bytes = self.kv_cache_spec.page_size_bytes * self.layers // self.block_size
+        slot_bytes = self.kv_cache_spec.unpadded_page_size_bytes * self.layers // self.block_size
         return {"tokens": state.logical, "slots": state.physical, "slot_bytes": slot_bytes}
 
     def _new_allocation(self, request_id: str, num_tokens: int, computed: int) -> RequestAllocation:

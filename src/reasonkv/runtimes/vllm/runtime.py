@@ -12,30 +12,21 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from vllm.config import get_layers_from_vllm_config
 from vllm.logger import init_logger
-from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from reasonkv import schedule
 from reasonkv.budget import Budget, ExplicitEventsWindow
-from reasonkv.methods import Method, Observed
+from reasonkv.methods import Method
 from reasonkv.runtimes.vllm import setup
 from reasonkv.runtimes.vllm.compactions import Compactor, Layer
 from reasonkv.runtimes.vllm.config import KEY, SCHEDULER, EngineConfig, ServingError, has_scheduler
 from reasonkv.runtimes.vllm.metrics import Exporter, Meter, note_resumed
+from reasonkv.runtimes.vllm.observing import Observing
 from reasonkv.runtimes.vllm.options import RequestConfig, method_of
 from reasonkv.runtimes.vllm.slots import PagedSlotStore
-from reasonkv.runtimes.vllm.step import (
-    QueryGroup,
-    RunningRequest,
-    StepLayout,
-    StepNote,
-    StepPlaces,
-    padded,
-    to_device,
-)
+from reasonkv.runtimes.vllm.step import RunningRequest, StepLayout, StepNote, StepPlaces, padded, to_device
 from reasonkv.schedule import BatchSchedule
 
 logger = init_logger("vllm.reasonkv")
@@ -61,12 +52,10 @@ class Runtime:
         self._note: StepNote | None = None  # what the scheduler says about the step
         self._pending: StepLayout | None = None  # the step before, if it has compactions that are not carried out yet
         self._computed: dict[str, int] = {}  # tokens that the scheduler counts as computed before the step
-        self._places: StepPlaces | None = None
+        self._places: dict[int, StepPlaces] = {}  # of the newest step, by group of layers
         self._sent: tuple[NDArray[np.int64], Tensor] | None = None  # rows and dropped slots, on host and device
-        self._ring_lines: Tensor | None = None
-        self._query_groups: list[QueryGroup] | None = None
         self._suspended: dict[str, Callable[[int], None]] = {}  # preempted requests: what starts them again
-        self._modules = get_layers_from_vllm_config(vllm_config, Attention)
+        self._modules = setup.growing_layers(vllm_config)
         setup.check_layers(self._modules, vllm_config)
         self.layers: list[Layer] = []
         self.use(config)
@@ -88,20 +77,19 @@ class Runtime:
         known = None
         if needs.calibration:
             known = setup.statistics_of(self.vllm_config, config.calibration, needs, self.device)
-        before: list[Layer | None] = [*self.layers] or [None] * len(self._modules)
-        self.layers = []
-        for (name, module), known_layer in zip(self._modules.items(), before, strict=True):
+        before, self.layers = self.layers, []
+        for number, (name, module) in enumerate(self._modules.items()):
             index = extract_layer_index(name)
             of_rank = [slice(self.rank * n, (self.rank + 1) * n) for n in (module.num_heads, module.num_kv_heads)]
             statistics = None if known is None else setup.own_heads(known.layer(index), *of_rank)
-            layer = Layer(index, module, self._slot_store(module, 0), statistics)
-            if known_layer is not None:
-                layer.layout, layer.codec = known_layer.layout, known_layer.codec
-            self.layers.append(layer)
+            slots = self._slot_store(module, 0)
+            known_layer = before[number] if before else Layer(index, module, slots)
+            self.layers.append(replace(known_layer, slots=slots, calibration=statistics))
+        indices = [layer.index for layer in self.layers]
         self.compactor = Compactor(
             method, config.seed, self.layers, self.meter,
             first_head=self.rank * next(iter(self._modules.values())).num_kv_heads,
-            rotary=setup.rotary_of(self.vllm_config, self.device) if rotates else None,
+            rotary=setup.rotary_of(self.vllm_config, indices, self.device) if rotates else None,
             ranks=setup.TensorParallelRanks() if self.vllm_config.parallel_config.tensor_parallel_size > 1 else None,
         )  # fmt: skip
         self.allocate(self.rows)
@@ -114,6 +102,7 @@ class Runtime:
         # requests with full KV store nothing beside their blocks: what they would write goes to the row behind the last
         self.free_full_rows = list(reversed(range(rows, rows + most)))
         self.lengths = BatchSchedule(rows + most)
+        self.observing = Observing(self.config.method, self.lengths, rows, self.compactor.rotary)
         for layer in self.layers:
             layer.slots = self._slot_store(layer.module, rows + 1)
             if layer.layout is not None:
@@ -149,9 +138,14 @@ class Runtime:
         slots.prepare(method, module.num_heads, module.head_size)
         return slots
 
-    def find_layout(self) -> None:
-        """Ask the platform where it puts keys and values, once blocks exist and before any request runs."""
-        for layer in self.layers:
+    def find_layout(self, groups: list[list[str]]) -> None:
+        """Ask the platform where it puts keys and values, once blocks exist and before any request runs.
+
+        `groups` are the names of layers that share block tables.
+        """
+        group_of = {name: number for number, names in enumerate(groups) for name in names}
+        for name, layer in zip(self._modules, self.layers, strict=True):
+            layer.group = group_of[name]
             layer.layout, layer.codec = setup.layout_of(layer.module, self.vllm_config.model_config.dtype)
 
     @property
@@ -200,22 +194,21 @@ class Runtime:
                 assert isinstance(window, ExplicitEventsWindow)
                 self.lengths.set_budget(one.row, schedule.listed(window, one.state.logical + self.fed[name]))
 
-    def physical_metadata(self, common: CommonAttentionMetadata, block_size: int) -> CommonAttentionMetadata:
+    def physical_metadata(
+        self, common: CommonAttentionMetadata, block_size: int, number: int = 0
+    ) -> CommonAttentionMetadata:
         """Return a step's attention metadata with physical lengths and slots, for the kernels.
 
-        Raises a RuntimeError where the scheduler counts other tokens than the worker.
+        It is asked for once a step and group of layers, by one of the group's, `number`. Raises a RuntimeError where
+        the scheduler counts other tokens than the worker.
         """
-        assert self.fed is not None
-        step = StepLayout(self.fed, self.requests, self._batch_order(common))
-        self.step, self._ring_lines, self._query_groups = step, None, None
-        self._agree("tokens", step, [self._computed.get(name, 0) for name in step.order], step.lengths)
-        numbers = np.stack([np.minimum(step.rows, self.rows), step.lengths - step.held])
-        if self._sent is None or not np.array_equal(self._sent[0], numbers):
-            self._sent = numbers, to_device(numbers, self.device)
-        row_B, dropped_B = self._sent[1]
-        self._places = StepPlaces(
-            step, row_B, dropped_B, common.query_start_loc, common.seq_lens, common.block_table_tensor
-        )
+        group = self.layers[number].group
+        if self.step is None:
+            self._begin_step(common, group)
+        places = self._places[group] = next(iter(self._places.values())).for_layers(common.block_table_tensor)
+        step = places.step
+        assert self._sent is not None
+        numbers, (_, dropped_B) = self._sent
         lengths_B, upper_B = common.seq_lens, common.seq_lens_cpu_upper_bound
         if upper_B is not None:
             upper_B = upper_B - padded(torch.from_numpy(numbers[1]), common.num_reqs, 0).to(upper_B.dtype)
@@ -223,8 +216,21 @@ class Runtime:
             seq_lens=lengths_B - padded(dropped_B, common.num_reqs, 0).to(lengths_B.dtype),
             seq_lens_cpu_upper_bound=upper_B,
             max_seq_len=step.longest,
-            slot_mapping=padded(self._places.physical_slots(block_size), len(common.slot_mapping), -1),
+            slot_mapping=padded(places.physical_slots(block_size), len(common.slot_mapping), -1),
         )
+
+    def _begin_step(self, common: CommonAttentionMetadata, group: int) -> None:
+        """Find out what the step does to every request, which is the same for all groups of layers."""
+        assert self.fed is not None
+        step = self.step = StepLayout(self.fed, self.requests, self._batch_order(common))
+        self._agree("tokens", step, [self._computed.get(name, 0) for name in step.order], step.lengths)
+        numbers = np.stack([np.minimum(step.rows, self.rows), step.lengths - step.held])
+        if self._sent is None or not np.array_equal(self._sent[0], numbers):
+            self._sent = numbers, to_device(numbers, self.device)
+        row_B, dropped_B = self._sent[1]
+        places = StepPlaces(step, row_B, dropped_B, common.query_start_loc, common.seq_lens, common.block_table_tensor)
+        self._places = {group: places}
+        self.observing.begin(places)
 
     def _agree(self, what: str, step: StepLayout, theirs: list[int], ours: NDArray[np.int64]) -> None:
         """Raise a RuntimeError where the scheduler counts otherwise than the worker."""
@@ -235,23 +241,19 @@ class Runtime:
 
     def after_attention(self, number: int, query: Tensor) -> None:
         """Remember a layer's rotated queries [tokens, Hq, D], padding behind them, for compactions of this step on."""
-        places, layer = self._places, self.layers[number]
-        if self.step is None or places is None:  # a warm-up that no scheduler asked for
+        if self.step is None:  # a warm-up that no scheduler asked for
             return
+        layer = self.layers[number]
         if number == 0 and self.compactor.token_ids is not None:
-            self._note_tokens(places, self.compactor.token_ids)
-        if layer.slots.ring is not None:
-            if self._ring_lines is None:
-                self._ring_lines = places.ring_lines(layer.slots.ring.shape[1], self.rows)
-            layer.slots.remember_queries(query[: self.step.tokens], self._ring_lines)
-        if self.config.method.needs.observes:
-            self._observe(places, layer, query)
+            self._note_tokens(self._places[layer.group], self.compactor.token_ids)
+        self.observing.take_in(layer, query)
 
     def end(self, seconds: float) -> None:
         """Move the requests on after a step that took so long, the compactions at its beginning included."""
         step, self.step, self.fed = self.step, None, None
         if step is not None:
             step.end()
+            self.observing.end()
             if self._note is not None:
                 theirs = [self._note.slots[name] for name in step.order]
                 self._agree("slots", step, theirs, self.lengths.lengths(step.rows)[1])
@@ -265,19 +267,11 @@ class Runtime:
         if step is None:
             return
         start = time.perf_counter()
-        assert self._places is not None
-        self.compactor.run(step, self._places.block_table, self.requests)
+        running = [one.request.row for one in step.due if self.requests.get(one.name) is one.request]
+        self.observing.before_compaction(self.layers, running)
+        tables = {group: places.block_table for group, places in self._places.items()}
+        self.compactor.run(step, tables, self.requests)
         self.meter.seconds += time.perf_counter() - start
-
-    def _observe(self, places: StepPlaces, layer: Layer, query: Tensor) -> None:
-        assert self.compactor.rotary is not None
-        if self._query_groups is None:
-            self._query_groups = places.query_groups()
-        with torch.autocast(self.device.type, enabled=False):
-            for one in self._query_groups:
-                queries_bHqnD = query[one.token_bn].transpose(1, 2)
-                seen = Observed(queries_bHqnD, one.position_bn, one.valid_bn, layer.index, self.compactor.rotary)
-                layer.slots.observe(self.config.method, one.row_b, seen)
 
     def _note_tokens(self, places: StepPlaces, token_ids: Tensor) -> None:
         buffers = getattr(self.runner, "input_buffers", None)
@@ -332,6 +326,7 @@ class Runtime:
         """Give a request a row; `computed` tokens of its prompt are in blocks that it shares with others."""
         row = (self.free_full_rows if budget is None else self.free_rows).pop()
         if budget is not None:
+            self.observing.start(row)
             for layer in self.layers:
                 layer.slots.start(row)
         self.lengths.start(row, budget, schedule.Lengths(computed, computed, prompt))

@@ -19,6 +19,7 @@ from vllm.v1.request import Request
 from reasonkv.runtimes.vllm.config import KEY, EngineConfig, has_scheduler
 from reasonkv.runtimes.vllm.manager import BoundedManager
 from reasonkv.runtimes.vllm.options import RequestConfig
+from reasonkv.runtimes.vllm.spec import bounded_groups, stock_blocks
 
 logger = init_logger("vllm.reasonkv")
 
@@ -36,11 +37,15 @@ class Scheduler(StockScheduler):  # type: ignore[misc]
         super().__init__(vllm_config, *args, **kwargs)
         managers = self.kv_cache_manager.coordinator.single_type_managers
         bounded = [one for one in managers if isinstance(one, BoundedManager) and has_scheduler(vllm_config)]
+        # one for every group of layers that grow; all follow the same budgets, so the first speaks for all
+        self._every_bounded: list[BoundedManager] = bounded
         self._bounded: BoundedManager | None = bounded[0] if bounded else None
         self._compression = EngineConfig.of(vllm_config)
-        if self._bounded is not None:
-            self._bounded.requests = self.requests
-            self._bounded.layers = sum(len(one.layer_names) for one in self.kv_cache_config.kv_cache_groups)
+        groups = self.kv_cache_config.kv_cache_groups
+        self._stock_blocks = stock_blocks(groups, vllm_config) if bounded else 0
+        for one in bounded:
+            one.requests = self.requests
+            one.layers = sum(len(group.layer_names) for group in bounded_groups(groups))
 
     def add_request(self, request: Request) -> None:
         """Take a new request; one with full KV gets no more tokens than the cache holds when it is alone."""
@@ -49,7 +54,8 @@ class Scheduler(StockScheduler):  # type: ignore[misc]
         if not is_new or self._bounded is None or not RequestConfig.wants_full_kv(request.sampling_params):
             return
         # the first block is vLLM's null block
-        slots = (self._bounded.block_pool.num_gpu_blocks - 1) * self._bounded.block_size
+        blocks = self._bounded.block_pool.num_gpu_blocks - 1 - self._stock_blocks
+        slots = blocks // len(self._every_bounded) * self._bounded.block_size
         room = slots + 1 - request.num_prompt_tokens  # the token sampled last is never fed
         if room < 1:
             why = (
@@ -80,7 +86,8 @@ class Scheduler(StockScheduler):  # type: ignore[misc]
         """Schedule a step, and note for the workers what it leaves."""
         scheduled = super().schedule(*args, **kwargs)
         if self._bounded is not None:
-            setattr(scheduled, KEY, self._bounded.end_step(scheduled.num_scheduled_tokens))
+            notes = [one.end_step(scheduled.num_scheduled_tokens) for one in self._every_bounded]
+            setattr(scheduled, KEY, notes[0])
         return scheduled
 
     def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:

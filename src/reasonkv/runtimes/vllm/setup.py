@@ -8,19 +8,63 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from vllm.config import get_layers_from_vllm_config
 from vllm.distributed import get_tp_group
+from vllm.model_executor.layers.attention import Attention
 from vllm.platforms import current_platform
+from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec, FullAttentionSpec, MambaSpec, SlidingWindowSpec
 
 from reasonkv.calibration import Calibration, CalibrationError
 from reasonkv.calibration.files import FILE, load_calibration
-from reasonkv.layers import bounded_layers, cache_layers, layer_rotaries
+from reasonkv.layers import layer_rotaries
 from reasonkv.methods import Method, Requirements
 from reasonkv.resolve import check_model
 from reasonkv.rotary import Rotary, RotaryError, RotaryLimits
 from reasonkv.runtimes.vllm.backend import CompressedImpl
-from reasonkv.runtimes.vllm.config import ServingError
+from reasonkv.runtimes.vllm.config import EngineConfig, ServingError
 from reasonkv.runtimes.vllm.layout import Codec, Layout, LayoutError
+from reasonkv.runtimes.vllm.spec import BoundedSpec
 from reasonkv.view import LayerStatistics
+
+STOCK = (SlidingWindowSpec, ChunkedLocalAttentionSpec, MambaSpec)
+"""Caches of a fixed size (windows, recurrent states, convolutions), which stay as vLLM makes them."""
+
+
+def growing_layers(vllm_config: Any) -> dict[str, Any]:
+    """Return the attention layers whose cache grows with every token, by name, in the order they run."""
+    layers = get_layers_from_vllm_config(vllm_config, Attention)
+    return {name: one for name, one in layers.items() if _grows(one.get_kv_cache_spec(vllm_config))}
+
+
+def _grows(spec: Any) -> bool:
+    return type(spec) is FullAttentionSpec and spec.sliding_window is None and spec.attention_chunk_size is None
+
+
+def bounded_specs(
+    found: dict[str, Any], config: EngineConfig, max_length: int, max_chunk: int, *, allows_groups: bool
+) -> dict[str, Any]:
+    """Return every layer's cache as the scheduler is to see it: a budget for those that grow, others as they are.
+
+    `found` is what vLLM has, by layer; `allows_groups`: vLLM gives kinds of layers blocks of their own. Raises a
+    ServingError for a kind of cache that is neither, or for layers that grow but are of different shapes.
+    """
+    grows = {name: _grows(spec) for name, spec in found.items()}
+    foreign = [name for name, spec in found.items() if not grows[name] and type(spec) not in STOCK]
+    if foreign:
+        kind = type(found[foreign[0]]).__name__
+        raise ServingError(f"Layer {foreign[0]} keeps a cache of vLLM's kind {kind}, which reasonkv does not bound.")
+    is_hybrid = not all(grows.values())
+    if is_hybrid and not allows_groups:
+        raise ServingError(
+            "A hybrid model needs blocks of their own for layers of each kind; drop --disable-hybrid-kv-cache-manager."
+        )
+    made = {
+        name: BoundedSpec.of(spec, config, max_length, max_chunk, is_hybrid=is_hybrid) if grows[name] else spec
+        for name, spec in found.items()
+    }
+    if len({made[name] for name, one in grows.items() if one}) > 1:
+        raise ServingError("Full-attention layers of different shapes are not served yet; use them with transformers.")
+    return made
 
 
 def check_layers(modules: dict[str, Any], vllm_config: Any) -> None:
@@ -28,9 +72,6 @@ def check_layers(modules: dict[str, Any], vllm_config: Any) -> None:
     problems = check_model(vllm_config.model_config.hf_config)
     if problems:
         raise ServingError(problems[0])
-    config = vllm_config.model_config.hf_config
-    if len(bounded_layers(config)) < len(cache_layers(config)):
-        raise ServingError("Models with sliding or recurrent layers are not served yet; use them with transformers.")
     if not modules:
         raise ServingError("The model has no attention layers that reasonkv could bound.")
     for name, module in modules.items():
@@ -40,10 +81,13 @@ def check_layers(modules: dict[str, Any], vllm_config: Any) -> None:
                 "--attention-backend FLASH_ATTN or TRITON_ATTN (CPU_ATTN on CPU), and start each engine in a process "
                 "of its own."
             )
-        if module.kv_sharing_target_layer_name is not None:
-            raise ServingError("Layers that share keys and values are not served: one's compaction would cut another.")
         if module.head_size_v != module.head_size:
             raise ServingError("Values of another width than keys are not served yet.")
+
+    names = modules.keys()
+    every = get_layers_from_vllm_config(vllm_config, Attention).values()
+    if any(one.kv_sharing_target_layer_name in names for one in every):
+        raise ServingError("Layers that share keys and values are not served: one's compaction would cut another.")
 
 
 def layout_of(module: Any, dtype: torch.dtype) -> tuple[Layout, Codec | None]:
@@ -74,8 +118,8 @@ def with_markers(method: Method, vllm_config: Any) -> Method:
     return method.for_tokenizer(AutoTokenizer.from_pretrained(model.tokenizer))
 
 
-def rotary_of(vllm_config: Any, device: torch.device) -> Rotary:
-    """Return the rotary embedding of the full-attention layers; raise a ServingError if it cannot be undone."""
+def rotary_of(vllm_config: Any, layers: list[int], device: torch.device) -> Rotary:
+    """Return the rotary embedding of the bounded layers, by index; raise a ServingError if it cannot be undone."""
     config = vllm_config.model_config.hf_config
     if RotaryLimits.of(config).has_axes:
         raise ServingError(
@@ -83,9 +127,10 @@ def rotary_of(vllm_config: Any, device: torch.device) -> Rotary:
             "method that does not, such as snapkv."
         )
     try:
-        first, *others = layer_rotaries(config)
+        every = layer_rotaries(config)
     except RotaryError as error:
         raise ServingError(str(error)) from None
+    first, *others = (every[layer] for layer in layers)
     if any(other is not first for other in others):
         raise ServingError("The model rotates only some of its layers, which this method cannot be served with yet.")
     return first.to(device)

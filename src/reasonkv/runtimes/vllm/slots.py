@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from reasonkv.methods import Method
 from reasonkv.slots import SlotStore
 
 
@@ -16,6 +17,20 @@ class PagedSlotStore(SlotStore):
     """
 
     _block_table: Tensor | None = None
+    waiting: Tensor | None = None
+    """Queries that a method which observes several decode steps at once was not given yet: a ring as `ring`."""
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of everything stored here."""
+        return super().bytes + (0 if self.waiting is None else self.waiting.nbytes)
+
+    def prepare(self, method: Method, query_heads: int, head_dim: int, observed_dim: int | None = None) -> None:
+        """Allocate what has a row per request, as `SlotStore.prepare`, and the ring of queries that wait."""
+        super().prepare(method, query_heads, head_dim, observed_dim)
+        if self.needs.observes and self.needs.observe_steps > 1:
+            shape = (self.rows, self.needs.observe_steps, query_heads, head_dim)
+            self.waiting = torch.zeros(shape, dtype=self.dtype, device=self.device)
 
     def slot_bytes(self) -> int:
         """Return the bytes of one slot of all heads."""

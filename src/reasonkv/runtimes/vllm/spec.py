@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Self
 
@@ -23,14 +24,17 @@ class BoundedSpec(FullAttentionSpec):  # type: ignore[misc]
     recent: int = 0  # newest slots that the method itself protects
 
     @classmethod
-    def of(cls, spec: FullAttentionSpec, config: EngineConfig, max_length: int, max_chunk: int) -> BoundedSpec:
-        """Return a stock full-attention spec with an engine's budget."""
+    def of(
+        cls, spec: FullAttentionSpec, config: EngineConfig, max_length: int, max_chunk: int, *, is_hybrid: bool = False
+    ) -> BoundedSpec:
+        """Return a stock full-attention spec with an engine's budget; `is_hybrid`: other layers are of other kinds."""
         stock = {one.name: getattr(spec, one.name) for one in fields(FullAttentionSpec) if one.init}
         needs = config.method.needs
         # what a method collects of a prompt's tokens would be missing where another request fed them, and a merge
-        # changes slots that others read
+        # changes slots that others read; the other layers of a hybrid would share answers, too, which compressed
+        # attention wrote
         collects = needs.observes or needs.token_ids or needs.merges or bool(needs.stored_state)
-        own = None if collects or max_chunk > 1 else max(1, needs.queries)
+        own = None if collects or is_hybrid or max_chunk > 1 else max(1, needs.queries)
         return cls(
             **stock, budget=config.budget, max_length=max_length, max_chunk=max_chunk, own_tokens=own,
             recent=needs.recent,
@@ -80,7 +84,18 @@ class BoundedSpec(FullAttentionSpec):  # type: ignore[misc]
 
     @classmethod
     def merge(cls, specs: list[Self]) -> Self:
-        """Return one spec for the layers of a group, which all have the same budget."""
+        """Return one spec for the layers of a group; an AssertionError tells vLLM that these are no group."""
         if any(spec != specs[0] for spec in specs):
-            raise ValueError("Layers of different shapes cannot share blocks under a budget.")
+            raise AssertionError("Layers of different kinds or shapes cannot share blocks under a budget.")
         return specs[0]
+
+
+def bounded_groups(groups: Sequence[Any]) -> list[Any]:
+    """Return those of vLLM's groups of layers whose requests have a budget; all have the same spec."""
+    return [one for one in groups if isinstance(one.kv_cache_spec, BoundedSpec)]
+
+
+def stock_blocks(groups: Sequence[Any], vllm_config: Any) -> int:
+    """Return the most blocks a request holds in the other groups: windows, states and convolutions of a hybrid."""
+    specs = [one.kv_cache_spec for one in groups if not isinstance(one.kv_cache_spec, BoundedSpec)]
+    return sum(-(-one.max_memory_usage_bytes(vllm_config) // one.page_size_bytes) for one in specs)

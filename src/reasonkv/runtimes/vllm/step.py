@@ -7,6 +7,7 @@ each token goes is computed on the device, from what vLLM sent there anyway: a s
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -146,6 +147,12 @@ class StepPlaces:
         block_table: [requests or more, blocks], of the kernel's blocks.
 
     """
+
+    def for_layers(self, block_table: Tensor) -> StepPlaces:
+        """Return the same for layers that have blocks of their own."""
+        other = copy(self)
+        other.block_table = block_table
+        return other
 
     def __init__(
         self, step: StepLayout, row_B: Tensor, dropped_B: Tensor, query_start_loc: Tensor, seq_lens: Tensor,

@@ -14,7 +14,7 @@ from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.attention.selector import get_attn_backend
-from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.core.kv_cache_utils import get_kv_cache_groups
 
 from reasonkv.runtimes.vllm.backend import DRIVEN
 from reasonkv.runtimes.vllm.config import (
@@ -26,7 +26,8 @@ from reasonkv.runtimes.vllm.config import (
     installed_package,
 )
 from reasonkv.runtimes.vllm.runtime import Runtime
-from reasonkv.runtimes.vllm.spec import BoundedSpec
+from reasonkv.runtimes.vllm.setup import bounded_specs
+from reasonkv.runtimes.vllm.spec import BoundedSpec, bounded_groups, stock_blocks
 
 if current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker as PlatformWorker
@@ -84,22 +85,24 @@ class Worker(PlatformWorker):  # type: ignore[misc]
         found: dict[str, Any] = super().get_kv_cache_spec()
         if self.compression is None:
             return found
-        foreign = sorted(name for name, spec in found.items() if type(spec) is not FullAttentionSpec)
-        if foreign:
-            raise ServingError(f"Only full-attention layers are served, and {foreign[0]} is none.")
-        longest, config = self.model_config.max_model_len, self.compression
         chunk = 1 if has_scheduler(self.vllm_config) else self.scheduler_config.max_num_batched_tokens
-        return {name: BoundedSpec.of(spec, config, longest, chunk) for name, spec in found.items()}
+        return bounded_specs(
+            found, self.compression, self.model_config.max_model_len, chunk,
+            allows_groups=not self.scheduler_config.disable_hybrid_kv_cache_manager,
+        )  # fmt: skip
 
     def determine_available_memory(self) -> Any:
         """Return the bytes for blocks: vLLM's, less what each request that they hold keeps beside them."""
         found = super().determine_available_memory()
         if self.runtime is None:
             return found
-        spec, runtime = next(iter(self.get_kv_cache_spec().values())), self.runtime
-        page = spec.page_size_bytes * len(runtime.layers)
+        runtime, groups = self.runtime, get_kv_cache_groups(self.vllm_config, self.get_kv_cache_spec())
+        bounded = bounded_groups(groups)
+        spec = bounded[0].kv_cache_spec
+        page = max(one.kv_cache_spec.page_size_bytes * len(one.layer_names) for one in groups)
         beside = runtime.slot_bytes * spec.block_size
-        request = spec.blocks(self._fewest_slots(spec)) * (page + beside) + runtime.row_bytes
+        fewest = spec.blocks(self._fewest_slots(spec)) * len(bounded)
+        request = fewest * (page + beside) + runtime.row_bytes
         rows = runtime.rows_in(found // request + 1)  # one more than fit: what is left of the memory may hold one
         return max(0, found - (rows + 1) * runtime.row_bytes) * page // (page + beside)
 
@@ -112,22 +115,26 @@ class Worker(PlatformWorker):  # type: ignore[misc]
         super().initialize_from_config(kv_cache_config)
         if self.runtime is None:
             return
-        spec = kv_cache_config.kv_cache_groups[0].kv_cache_spec
+        groups = kv_cache_config.kv_cache_groups
+        bounded = bounded_groups(groups)
+        spec, others = bounded[0].kv_cache_spec, stock_blocks(groups, self.vllm_config)
         longest = self.model_config.max_model_len
-        blocks, needed = kv_cache_config.num_blocks - 1, spec.blocks(spec.slots_in_prefill(longest, longest))
+        blocks = kv_cache_config.num_blocks - 1
+        needed = spec.blocks(spec.slots_in_prefill(longest, longest)) * len(bounded) + others
         if needed > blocks:
             raise ServingError(
                 f"A prompt of {longest} tokens needs {needed} blocks until it is compacted, but there are {blocks}; "
                 "lower --max-model-len, give the cache more memory, or set prefill_chunk so that prompts are compacted "
                 "as they come."
             )
-        self.runtime.find_layout()
-        self.runtime.allocate(self.runtime.rows_in(blocks // spec.blocks(self._fewest_slots(spec))))
-        steady = spec.blocks(spec.slots_in_decode(1))
+        self.runtime.find_layout([one.layer_names for one in groups])
+        self.runtime.allocate(self.runtime.rows_in(blocks // (spec.blocks(self._fewest_slots(spec)) * len(bounded))))
+        steady = spec.blocks(spec.slots_in_decode(1)) * len(bounded) + others
         logger.info(
             "reasonkv on vLLM %s: %s. %d blocks of %d a request (full KV: up to %d), so %d requests at once; "
             "%.1f MiB of queries and token indices beside the cache, for %d of them.",
-            self._vllm_version, self.runtime.config.describe(), steady, spec.block_size, spec.blocks(longest),
+            self._vllm_version, self.runtime.config.describe(), steady, spec.block_size,
+            spec.blocks(longest) * len(bounded) + others,
             blocks // steady, self.runtime.bytes / 2**20, self.runtime.rows,
         )  # fmt: skip
 
