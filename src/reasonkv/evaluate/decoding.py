@@ -59,13 +59,7 @@ class Generated:
 
 @dataclass(frozen=True)
 class TextRules:
-    """What the text of an output decides: where it stops, and when its thinking is ended.
-
-    Args:
-        tokenizer: the model's.
-        sampling: stop texts and the budget of thinking.
-        think_end: text that ends thinking.
-    """
+    """What the text of an output decides: where it stops, and when its thinking is ended."""
 
     tokenizer: PreTrainedTokenizerBase
     sampling: Sampling
@@ -141,13 +135,9 @@ def decode_rows(
     A sequence writes what `model.generate` would write for it alone, up to rounding.
 
     Args:
-        model: a causal language model.
         cache: empty, made with the requests' prompt lengths.
-        requests: the sequences.
         sampling: how tokens are drawn; None is greedy.
-        seed: of sampling.
         rules: needed where sampling has stop texts or a budget of thinking.
-        on_tokens: called after every step.
 
     Raises:
         DecodingError: the logits hold NaN, or rules are missing.

@@ -18,11 +18,7 @@ LOOKUP = 0.5
 
 
 class Diagnostics:
-    """An observer for `CompressedCache` that measures what every row's plans cost; rows must stay where they are.
-
-    Args:
-        reference: full KV's attention over the very rows that are fed.
-    """
+    """An observer for `CompressedCache` that measures what every row's plans cost; rows must stay where they are."""
 
     def __init__(self, reference: FullAttention) -> None:
         self._reference = reference
@@ -50,11 +46,6 @@ def lost_attention(reference: FullAttention, what_became: Fates, row: int) -> di
     """Return how much of full KV's attention went to evicted tokens, mean over layers and KV heads.
 
     The intervals are those from one compaction to the next, the last to the trace's end. A merged token is not evicted.
-
-    Args:
-        reference: full KV's attention.
-        what_became: of the row's tokens.
-        row: batch row.
 
     Returns:
         "lost_attention": attention that the queries of the intervals pay to tokens evicted by then, as a part of all

@@ -31,8 +31,6 @@ def next_tokens(
         sampling: temperature, top-k, nucleus and min-p, applied in this order; with a temperature of 0 the most likely
             token is taken.
         logits_BV: the model's logits, any float dtype.
-        step: number of the output token, from 0.
-        seed: the run's seed.
         row_seed_B: int64, see `reasonkv.evaluate.generate.row_seed`.
     """
     if not sampling.temperature:

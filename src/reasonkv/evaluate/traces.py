@@ -50,9 +50,7 @@ class Trace:
     """One prompt with its output (end-of-sequence token included if it was reached).
 
     Args:
-        example: number of the problem.
-        prompt_P: int64 token ids.
-        output_T: int64 token ids.
+        prompt_P, output_T: int64 token ids.
         teacher: full KV's log-probabilities at the T positions that predict `output_T`.
         correct: whether the task's checker accepts the output; None where there is nothing to check it by.
         answer_at: index in `output_T` of the first token after the last `</think>`, or None if there is none.
@@ -97,18 +95,9 @@ def load_or_make_traces(
     """Return a task's traces, from `folder` where they are and made where they are not.
 
     Args:
-        model: the full-KV model, with its stock attention.
-        tokenizer: its tokenizer.
-        task: where problems come from.
         task_spec: the task as the user wrote it.
-        examples: numbers of the problems, in the order wanted.
-        seed: of the problems and of sampling.
-        settings: how traces are made.
         folder: the results folder; `traces-<task>.safetensors` and `.json` are written there after every batch.
-        batch_size: sequences generated at once.
         on_done: called with the number of traces that are there.
-        on_tokens: called after every step with the tokens it wrote.
-        options: how problems become prompts.
 
     Raises:
         TraceError: a prompt that leaves no room for output.
