@@ -63,8 +63,8 @@ def inspect(
     """
     from reasonkv.evaluate.table import read_manifest
     from reasonkv.files import write_atomically
-    from reasonkv.report.folder import inspect_folder
     from reasonkv.report.inspector import inspector_page
+    from reasonkv.report.sources import inspect_folder
 
     if text is not None and (folder or task or generate or traces.is_file):
         raise UsageError("--text is a trace of its own; leave the folder, --task, --traces and --generate out.")

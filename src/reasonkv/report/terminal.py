@@ -36,8 +36,6 @@ def make_table(
     """Return a rich table.
 
     Args:
-        title: above the table.
-        left: headings of the first columns.
         right: headings of the columns after them, aligned to the right.
         rows: the cells of each row.
         last: headings of the last columns, aligned to the left.
@@ -148,7 +146,6 @@ def answers_caption(frame: pd.DataFrame, sampling: Sampling | None = None) -> st
     """Return what an evaluation's numbers are, in sentences.
 
     Args:
-        frame: the records behind the table.
         sampling: how answers were sampled, None for greedy.
     """
     counts = frame.groupby("task", sort=False)["example"].nunique()
