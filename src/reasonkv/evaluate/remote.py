@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from reasonkv.budget import Budget
-from reasonkv.evaluate.cells import RunConfig
+from reasonkv.evaluate.cells import RunConfig, job_arguments
 from reasonkv.evaluate.endpoint import Endpoint, EndpointError
 from reasonkv.evaluate.generate import row_seed
 from reasonkv.evaluate.job import GenerateJob
@@ -25,7 +25,7 @@ from reasonkv.evaluate.manifest import Manifest, Weights
 from reasonkv.evaluate.matching import attended_slots, walk
 from reasonkv.evaluate.progress import Progress, silent
 from reasonkv.evaluate.records import AnswerItem, AnswerRecord
-from reasonkv.evaluate.run import AnswerTask, Session, job_arguments, run_tasks
+from reasonkv.evaluate.run import AnswerTask, Session, run_tasks
 from reasonkv.evaluate.traces import TraceError
 from reasonkv.tasks import Problem, TaskError, get_task
 from reasonkv.tasks.needle import NeedleTask

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any, cast
 
 from reasonkv.calibration import Calibration, find_calibration
-from reasonkv.evaluate.cells import RunConfig, check_job, make_budgets, make_methods, plan_cells
+from reasonkv.evaluate.cells import RunConfig, check_job, job_arguments, make_budgets, make_methods, plan_cells
 from reasonkv.evaluate.decoding import Request, TextRules, decode_rows
 from reasonkv.evaluate.generate import decode, graded, opens_thinking, room, row_seed, thinking_tokens
-from reasonkv.evaluate.job import GenerateJob, Job, ReplayJob, Sampling
+from reasonkv.evaluate.job import GenerateJob, Job, ReplayJob
 from reasonkv.evaluate.manifest import Manifest, Weights, open_results
 from reasonkv.evaluate.merging import adopt
 from reasonkv.evaluate.progress import Meter, Progress, silent
@@ -113,26 +113,6 @@ def run_tasks(
             for config in plan_cells(methods, budgets, job.budget.mean_slots, task.rows, layers):
                 task.run(config)
         return list(file.records.values())
-
-
-def job_arguments(job: Job) -> dict[str, Any]:
-    """Return what a manifest says of a job, whatever runs it."""
-    arguments: dict[str, Any] = {
-        "task": list(job.task),
-        "methods": [method.spec() for method in make_methods(job)],
-        "budgets": [one.to_dict() for one in make_budgets(job.budget)],
-        "mean_slots": list(job.budget.mean_slots),
-        "limit": job.limit,
-        "seed": job.seed,
-    }
-    if chosen := job.options.to_dict():
-        arguments["options"] = chosen
-    if isinstance(job, GenerateJob):
-        drawn = job.sampling.to_dict() if job.sampling != Sampling() else None
-        arguments |= {"samples": job.samples, "sampling": drawn, "max_new_tokens": job.max_new_tokens}
-    elif isinstance(job, ReplayJob):
-        arguments |= {"traces": job.traces.to_dict()} | ({"diagnostics": True} if job.diagnostics else {})
-    return arguments
 
 
 @dataclass(frozen=True)
