@@ -15,10 +15,10 @@ from reasonkv.evaluate.frontier import Target, read_comparable
 from reasonkv.evaluate.job import BudgetOptions, GenerateJob, ReplayJob, TraceSettings
 from reasonkv.evaluate.run import run
 from reasonkv.models import LoadedModel, load_model
-from reasonkv.report.folder import inspect_folder
 from reasonkv.report.frontier import summarize_frontier
 from reasonkv.report.inspector import inspector_page
 from reasonkv.report.report import report_html
+from reasonkv.report.sources import inspect_folder
 from reasonkv.seer.gate import random_gate, save_gate
 
 ROWS = [

@@ -12,8 +12,8 @@ from transformers import Qwen3ForCausalLM
 
 from reasonkv import Budget
 from reasonkv.calibration import import_pt
-from reasonkv.evaluate.cask_diagnostics import MEASURES, CaskDiagnostics, CaskEvent, trace_means
 from reasonkv.evaluate.chunks import TraceRow, feed
+from reasonkv.evaluate.diagnostics import MEASURES, CaskDiagnostics, CaskEvent, trace_means
 from reasonkv.evaluate.reference import FullAttention
 from reasonkv.methods.cask import CaskPlan
 from reasonkv.plan import Plan

@@ -13,10 +13,9 @@ from tiny import tiny_model
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from reasonkv import Budget, CompressedCache
-from reasonkv.evaluate.decoding import DecodingError, Generated, Request, decode_batch
+from reasonkv.evaluate.decoding import DecodingError, Generated, Request, decode_batch, next_tokens
 from reasonkv.evaluate.generate import end_tokens, row_seed
 from reasonkv.evaluate.job import Sampling
-from reasonkv.evaluate.sampling import next_tokens
 
 BUDGET = Budget(24, interval=12, sinks=2, recent=8, prompt="on_top")
 SAMPLING = Sampling(temperature=0.9, top_p=0.9)

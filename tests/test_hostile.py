@@ -14,9 +14,9 @@ from good_files import JOBS, ROWS, Good, is_one_sentence, read_everything, write
 
 from reasonkv.evaluate.run import run as run_job
 from reasonkv.models import load_model
-from reasonkv.report.folder import inspect_folder
 from reasonkv.report.inspector import inspector_page
 from reasonkv.report.report import report_html
+from reasonkv.report.sources import inspect_folder
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from command_line import run as run_command
 
-from reasonkv.evaluate.generate import graded, opens_thinking, render, thinking_tokens
+from reasonkv.evaluate.generate import decode, graded, opens_thinking, render, thinking_tokens
 from reasonkv.evaluate.job import BudgetOptions, GenerateJob, JobError, ReplayJob
 from reasonkv.evaluate.run import run
 from reasonkv.evaluate.sanity import sanity_warnings
@@ -129,12 +129,13 @@ def test_thinking_that_the_prompt_opened_and_that_never_ends_is_no_answer() -> N
     ids = tokenizer("so it is 42", add_special_tokens=False)["input_ids"]
     for prompt, opened in (("<think>", True), ("<think>x</think>", False), ("hi", False)):
         assert opens_thinking(tokenizer, torch.tensor(list(map(ord, prompt))), "</think>") is opened
-        found = graded(task, task.problem(0), ids, tokenizer, TaskOptions(), opened=opened)
-        assert (found["output"], found["thinking_tokens"]) == ("so it is 42", len(ids) * opened)
+        found = graded(task, task.problem(0), decode(tokenizer, ids), opened)
+        assert found["output"] == "so it is 42"
+        assert thinking_tokens(tokenizer, ids, "</think>", opened) == len(ids) * opened
         assert found["score"] == (0 if opened else 1)
     ended = tokenizer("so</think>42", add_special_tokens=False)["input_ids"]
-    found = graded(task, task.problem(0), ended, tokenizer, TaskOptions(), opened=True)
-    assert (found["score"], found["thinking_tokens"]) == (1, len("so</think>"))
+    assert graded(task, task.problem(0), decode(tokenizer, ended), opened=True)["score"] == 1
+    assert thinking_tokens(tokenizer, ended, "</think>", opened=True) == len("so</think>")
 
 
 def test_a_template_that_refuses_is_one_sentence() -> None:

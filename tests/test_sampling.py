@@ -13,13 +13,12 @@ from transformers import GenerationConfig
 from transformers.generation import LogitsProcessorList, MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from reasonkv import CompressedCache
-from reasonkv.evaluate.decoding import DecodingError, Generated, Request, TextRules, decode_batch
+from reasonkv.evaluate.decoding import FIRST, DecodingError, Generated, Request, TextRules, decode_batch, likely_tokens
 from reasonkv.evaluate.generate import decode as text_of
 from reasonkv.evaluate.generate import encode
 from reasonkv.evaluate.job import GenerateJob, JobError, ReplayJob, Sampling, TraceSettings
 from reasonkv.evaluate.published import DIRECT, OPEN, THINKING, fill, with_published
 from reasonkv.evaluate.run import run
-from reasonkv.evaluate.sampling import FIRST, likely_tokens
 from reasonkv.models import LoadedModel
 from reasonkv.tasks import TaskOptions, get_task
 from reasonkv.tasks.declaration import Declaration

@@ -62,9 +62,8 @@ def inspect(
     from reasonkv.evaluate.table import read_manifest
     from reasonkv.files import write_atomically
     from reasonkv.methods import refuse_future
-    from reasonkv.report.folder import inspect_folder
     from reasonkv.report.inspector import Inspector, inspector_page
-    from reasonkv.report.sources import prompt_trace, task_trace, text_trace
+    from reasonkv.report.sources import inspect_folder, prompt_trace, task_trace, text_trace
     from reasonkv.tasks import get_task
 
     if text is not None and (folder or task or generate or traces.is_file):

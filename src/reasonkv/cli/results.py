@@ -281,8 +281,8 @@ def demo(
     """
     from reasonkv.cli.jobs import run_and_show
     from reasonkv.evaluate import demo
-    from reasonkv.report.folder import inspect_folder
     from reasonkv.report.report import write_report
+    from reasonkv.report.sources import inspect_folder
 
     options = {"limit": limit, "seed": seed, "batch_size": batch_size}
     jobs: dict[str, ReplayJob | GenerateJob] = {

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from reasonkv.budget import Budget, BudgetError, Window
-from reasonkv.evaluate.job import RULE, BudgetOptions, GenerateJob, Job, JobError
+from reasonkv.evaluate.job import RULE, BudgetOptions, GenerateJob, Job, JobError, ReplayJob, Sampling
 from reasonkv.evaluate.matching import budget_for_mean, check_matchable
 from reasonkv.methods import Method, get_method, layer_budgets, refuse_future
 from reasonkv.resolve import resolve_budget
@@ -101,6 +101,26 @@ def check_job(job: Job) -> list[RunConfig]:
 def count_steps(job: Job) -> int:
     """Return how often `run` reports something as finished: every cell of each task, and the traces of a replay."""
     return len(job.task) * (len(check_job(job)) + (not isinstance(job, GenerateJob)))
+
+
+def job_arguments(job: Job) -> dict[str, Any]:
+    """Return what a manifest says of a job, whatever runs it."""
+    arguments: dict[str, Any] = {
+        "task": list(job.task),
+        "methods": [method.spec() for method in make_methods(job)],
+        "budgets": [one.to_dict() for one in make_budgets(job.budget)],
+        "mean_slots": list(job.budget.mean_slots),
+        "limit": job.limit,
+        "seed": job.seed,
+    }
+    if chosen := job.options.to_dict():
+        arguments["options"] = chosen
+    if isinstance(job, GenerateJob):
+        drawn = job.sampling.to_dict() if job.sampling != Sampling() else None
+        arguments |= {"samples": job.samples, "sampling": drawn, "max_new_tokens": job.max_new_tokens}
+    elif isinstance(job, ReplayJob):
+        arguments |= {"traces": job.traces.to_dict()} | ({"diagnostics": True} if job.diagnostics else {})
+    return arguments
 
 
 def plan_cells(

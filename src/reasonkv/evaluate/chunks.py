@@ -67,9 +67,6 @@ def feed(
     stores nor counts them.
 
     Args:
-        model: a causal language model.
-        cache: its `past_key_values`.
-        rows: the traces.
         distances: asked before every chunk; None: the cache never compacts.
         max_piece: most tokens of one forward after the prompt; 1 feeds token by token.
         score: False only fills the cache: hardly any logits are computed, and none are yielded.

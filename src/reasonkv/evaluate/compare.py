@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from reasonkv.errors import ReasonKVError
-from reasonkv.evaluate.table import Difference, paired_difference, read_manifest, read_results
+from reasonkv.evaluate.table import Difference, by_key, paired_difference, read_manifest, read_results
 
 MEASURES = ("same", "sequence_ratio", "rouge_l", "semantic")
 """Likeness to full KV's output of the same problem and sample, each from 0 to 1 (`semantic`: from -1)."""
@@ -118,10 +118,6 @@ def read_answers_of(folders: Sequence[Path]) -> pd.DataFrame:
 def pair_outputs(frame: pd.DataFrame, encode: Encode | None = None) -> pd.DataFrame:
     """Return every bounded answer beside full KV's own, with the measures of their likeness as columns.
 
-    Args:
-        frame: answers (`read_answers_of`).
-        encode: for `semantic`, which is left out without it.
-
     Returns:
         The bounded rows; further columns `full_output`, `full_score`, `problem` and those of `MEASURES`.
 
@@ -154,11 +150,6 @@ class Likeness:
     """One cell against full KV. With fewer than `table.LEAST` problems the ends of intervals are NaN.
 
     Args:
-        model, task, method, rule, tokens, regime: the cell; regimes stand apart.
-        n: problems.
-        answers: pairs of outputs.
-        score, full_score: means of the task's score, the method's and full KV's.
-        versus_full: their paired difference.
         measures: mean of each measure, as its difference to 0.
         saved_bytes: share of full KV's bytes that is not held at the end.
     """
@@ -182,8 +173,8 @@ def summarize_pairs(pairs: pd.DataFrame, *, seed: int = 0) -> list[Likeness]:
     """Return one row for each method and budget on each task, regimes apart, in the order they first occur."""
     found = []
     for (model, task, label, rule, tokens, regime), part in pairs.groupby(CELL, sort=False):
-        measures = {name: _by_problem(part, name) for name in MEASURES if name in part}
-        scores, of_full = _by_problem(part, "correct"), _by_problem(part, "full_score")
+        measures = {name: by_key(part, name, "problem") for name in MEASURES if name in part}
+        scores, of_full = by_key(part, "correct", "problem"), by_key(part, "full_score", "problem")
         found.append(
             Likeness(
                 model=model,
@@ -233,7 +224,7 @@ def compare_cells(pairs: pd.DataFrame, ours: str, theirs: str, *, seed: int = 0)
         shared = set(first["problem"]) & set(second["problem"])
         if shared:
             differences = {
-                name: _difference(_by_problem(first, name), _by_problem(second, name), seed)
+                name: _difference(by_key(first, name, "problem"), by_key(second, name, "problem"), seed)
                 for name in ("correct", *MEASURES)
                 if name in own
             }
@@ -243,14 +234,7 @@ def compare_cells(pairs: pd.DataFrame, ours: str, theirs: str, *, seed: int = 0)
     return found
 
 
-def _by_problem(part: pd.DataFrame, name: str) -> dict[tuple[str, int], float]:
-    columns = (part["problem"], part["sample"], part[name].astype(float))
-    return {(problem, int(sample)): value for problem, sample, value in zip(*columns, strict=True)}
-
-
-def _difference(
-    ours: Mapping[tuple[str, int], float], theirs: Mapping[tuple[str, int], float], seed: int
-) -> Difference:
+def _difference(ours: Mapping[Any, float], theirs: Mapping[Any, float], seed: int) -> Difference:
     found = paired_difference(ours, theirs, seed=seed)
     assert found is not None, "both have problems in common"
     return found

@@ -36,9 +36,7 @@ class EndpointError(ReasonKVError, RuntimeError):
     """A server that cannot be reached or refuses a request; the message is one sentence.
 
     Args:
-        sentence: the message.
         refused: the server lives and refuses this request alone.
-
     """
 
     def __init__(self, sentence: str, *, refused: bool = False) -> None:
@@ -79,12 +77,10 @@ class Endpoint:
 
     Args:
         url: up to and with `/v1`.
-        name: the model's name there.
         is_vllm: whether it takes vLLM's own fields.
         context: most tokens of prompt and output together, if it says so.
         served: what our server does; None of others.
         tokenizer: for tasks whose length is counted in tokens; None where no folder was given.
-
     """
 
     url: str
@@ -105,7 +101,6 @@ class Endpoint:
 
         Raises:
             EndpointError: there is no such server or model.
-
         """
         url = (url if "://" in url else f"http://{url}").rstrip("/")
         found = cls(url if url.endswith("/v1") else f"{url}/v1", model)
@@ -131,7 +126,6 @@ class Endpoint:
 
         Raises:
             JobError: the job names others, or sampling that a server cannot do.
-
         """
         served = self.served
         methods, options = [get_method("full")], BudgetOptions()
@@ -153,12 +147,9 @@ class Endpoint:
 
         Args:
             path: below `/v1`, or with `root` beside it.
-            body: what to send; None only reads.
-            root: see `path`.
 
         Raises:
             EndpointError: no answer, or a refusal.
-
         """
         url = (self.url.removesuffix("/v1") if root else self.url) + path
         headers = {

@@ -45,7 +45,6 @@ class Estimate:
         output_tokens: decoded one by one, at most.
         bytes_peak: of keys and values of the largest batch, at most.
         seconds: on one worker, at most.
-        rates: measured.
     """
 
     cells: int

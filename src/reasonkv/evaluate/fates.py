@@ -27,9 +27,6 @@ class EventPlan:
     """The plan of one event of one layer and one row, as carried out.
 
     Args:
-        layer: index of the layer in the model.
-        row: batch row.
-        event: number of the row's event, from 0.
         length: tokens the row had seen.
         positions_HN: int32, token index of every slot held before the event.
         kept_HK: int32, slots that stayed, ascending.
@@ -99,7 +96,6 @@ def fates(plans: Sequence[EventPlan], tokens: int, *, row: int = 0, layers: Sequ
     Args:
         plans: of one cache, in the order they were carried out; those of other rows are left out.
         tokens: N, tokens the row has been fed.
-        row: batch row.
         layers: layers to tell about; none named: those that have plans.
 
     Raises:

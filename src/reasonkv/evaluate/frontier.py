@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, product
 from pathlib import Path
@@ -20,9 +20,10 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from reasonkv.evaluate.regime import regime
+from reasonkv.evaluate.matching import regime
 from reasonkv.evaluate.statistics import (
     LEAST,
+    RESAMPLES,
     Difference,
     bootstrap_means,
     holm,
@@ -48,10 +49,7 @@ class Point:
     """One cell on one task in one regime.
 
     Args:
-        task, method: the task, and the method's label.
         rule: every field of the budget but its size, as canonical JSON.
-        regime: of all its records.
-        tokens: the budget's.
         values: the metric by example.
         full: full KV's on the same examples, as far as it ran.
         physical_mean, bytes_held: slots attended and bytes held, means over examples.
@@ -126,8 +124,6 @@ class UsableBudget:
         low: lower end of the 95 % interval; equal to `smallest` it means "or less". None: not reached either.
         high: upper end; None where more than 2.5 % of resamples do not reach the target. Below `LEAST` examples there
             is no interval, and both are None.
-        smallest, largest: measured.
-        examples: in all points together.
         fails_above: measured budgets above one that keeps the target, which do not keep it.
     """
 
@@ -153,9 +149,6 @@ def usable_budget(
 
     Args:
         points: of one task, method, rule and regime, at one or more budgets.
-        target: what has to be kept; relative targets need full KV on every example.
-        axis: what the budget is measured in.
-        seed: of the resampling.
         resamples: bootstrap samples; those that hold no example of some point are left out.
 
     Raises:
@@ -275,9 +268,7 @@ def between(
     The pair of methods is named beforehand, so Holm's correction runs over these pairs alone.
 
     Args:
-        points, metric, axis, seed: as in `crossings`.
         ours: label of the method at the smaller budget.
-        theirs: label of the other.
 
     Raises:
         FrontierError: no compressed cell of one of them, or none at an equal or larger budget of the other.
@@ -301,16 +292,30 @@ def between(
 
 def _compared(pairs: Iterable[tuple[Point, Point]], metric: str, seed: int, better: bool = False) -> list[Comparison]:
     """Compare and correct over all pairs; in their order, with `better` only those where the first is better."""
-    sign = 1 if HIGHER_IS_BETTER[metric] else -1
     pairs = [pair for pair in pairs if pair[0].values.keys() & pair[1].values]
-    signed = [[{k: sign * v for k, v in one.values.items()} for one in pair] for pair in pairs]
-    p_values = [paired_p_value([a[k] - b[k] for k in sorted(a.keys() & b.keys())]) for a, b in signed]
+    values = [(ours.values, theirs.values) for ours, theirs in pairs]
+    return [Comparison(*pairs[at], gain, p) for at, gain, p in compare_values(values, metric, seed, better, 2000)]
+
+
+def compare_values(
+    pairs: Sequence[tuple[Mapping[int, float], Mapping[int, float]]],
+    metric: str,
+    seed: int,
+    better: bool = True,
+    resamples: int = RESAMPLES,
+) -> list[tuple[int, Difference, float]]:
+    """Return place, gain and p-value of pairs of values by example; Holm's correction runs over all that are given.
+
+    A gain is positive where the first of a pair is better, and `better` leaves the other pairs out.
+    """
+    sign = 1 if HIGHER_IS_BETTER[metric] else -1
+    gains = [{one: sign * (ours[one] - theirs[one]) for one in sorted(ours.keys() & theirs)} for ours, theirs in pairs]
     found = []
-    for pair, (a, b), p in zip(pairs, signed, holm(p_values), strict=True):
-        if not better or sum(a[k] - b[k] for k in a.keys() & b.keys()) > 0:
-            advantage = paired_difference(a, b, seed=seed, resamples=2000)
-            assert advantage is not None
-            found.append(Comparison(*pair, advantage, p))
+    for at, p in enumerate(holm([paired_p_value(list(one.values())) for one in gains])):
+        if not better or sum(gains[at].values()) > 0:
+            gain = paired_difference(gains[at], dict.fromkeys(gains[at], 0.0), seed=seed, resamples=resamples)
+            if gain is not None:
+                found.append((at, gain, p))
     return found
 
 

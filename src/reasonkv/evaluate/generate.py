@@ -39,9 +39,6 @@ def render(
     """Return a prompt as the model reads it, and whether the tokenizer's special tokens are still to be added.
 
     Args:
-        tokenizer: the model's.
-        text: the user's message.
-        options: chat, system and thinking.
         from_data: the text is a question in words; else it is in the bundled model's own form.
 
     Raises:
@@ -80,14 +77,7 @@ def opens_thinking(tokenizer: PreTrainedTokenizerBase, prompt_P: Tensor, think_e
 def thinking_tokens(
     tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], think_end: str, opened: bool = False
 ) -> int:
-    """Return how many tokens of an output belong to thinking: up to its last end mark, or all if it never ends.
-
-    Args:
-        tokenizer: the model's.
-        tokens: of the output.
-        think_end: the mark.
-        opened: the prompt opened thinking.
-    """
+    """Return how many tokens of an output belong to thinking: up to its last end mark, or all if it never ends."""
     text = str(tokenizer.decode(tokens, skip_special_tokens=False))
     head, mark, _ = text.rpartition(think_end)
     if not mark:
@@ -133,20 +123,11 @@ def room(model: PreTrainedModel, prompt: int, limit: int) -> int:
     return limit if context is None else min(limit, context - prompt)
 
 
-def graded(
-    task: Task,
-    problem: Problem,
-    tokens: Sequence[int],
-    tokenizer: PreTrainedTokenizerBase,
-    options: TaskOptions,
-    stop: Sequence[str] = (),
-    opened: bool = False,
-) -> dict[str, Any]:
-    """Return the fields of an answer's record that its text decides: the text, its grade, its tokens of thinking.
+def graded(task: Task, problem: Problem, text: str, opened: bool = False) -> dict[str, Any]:
+    """Return the fields of an answer's record that its text decides: the text and its grade.
 
     With `opened`, the output continues the thinking of its prompt; if that never ends, there is no answer.
     """
-    text = decode(tokenizer, tokens, stop)
     grade = task.grade(problem, THINK + text if opened else text)
     return {
         "output": text,
@@ -154,5 +135,4 @@ def graded(
         "score": grade.score,
         "extracted": grade.extracted,
         "grader_error": grade.error,
-        "thinking_tokens": thinking_tokens(tokenizer, tokens, options.think_end, opened),
     }

@@ -1,4 +1,4 @@
-"""Equal physical lengths: which budget gives a wanted mean, from the schedule alone.
+"""What follows from the schedule alone: which budget gives a wanted mean length, and what a budget did to its tokens.
 
 Methods and prompt policies differ in what they count, so equal `tokens` is not equal memory. Two cells are compared
 when their mean physical length differs by under 2 %. Methods that keep everything and select have no such length to
@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import functools
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import islice
+from typing import Literal
 
 from reasonkv.budget import Budget, BudgetError, Window
+from reasonkv.evaluate.records import AnswerRecord, ReplayRecord
 from reasonkv.methods import Method, layer_budgets
 from reasonkv.schedule import Lengths, next_event, step
 
@@ -48,24 +51,35 @@ def check_matchable(methods: Iterable[Method]) -> None:
         )
 
 
-def attended_slots(budget: Budget | None, prompt: int, length: int) -> int:
-    """Return the slots attended, summed over the tokens fed after the prompt, of a sequence fed one token at a time.
+def walk(budget: Budget | None, prompt: int, length: int) -> Iterator[tuple[Lengths, int, Lengths, bool]]:
+    """Yield the chunks of a sequence that is fed alone: prompt first, each up to the next compaction.
 
     Args:
         budget: None for full KV.
-        prompt: tokens of the prompt, fed in chunks that end at its boundaries.
+        prompt: tokens of the prompt.
         length: tokens fed in all, prompt included.
+
+    Yields:
+        Lengths before a chunk, its tokens, lengths after it, and whether it ends in a compaction.
     """
-    state, total = Lengths(prompt=prompt), 0
+    state = Lengths(prompt=prompt)
     while state.logical < length:
         end = prompt if state.logical < prompt else length
         event = next_event(budget, state)
-        fed = min(end, event if event is not None else end) - state.logical
-        if state.logical >= prompt:
-            # token i of the chunk (from 1) attends to what was held and to the i newest
-            total += fed * state.physical + fed * (fed + 1) // 2
-        state, _ = step(budget, state, fed)
-    return total
+        fed = min(end, end if event is None else event) - state.logical
+        after, kept = step(budget, state, fed)
+        yield state, fed, after, kept is not None
+        state = after
+
+
+def attended_slots(budget: Budget | None, prompt: int, length: int) -> int:
+    """Return the slots attended, summed over the tokens fed after the prompt one at a time; arguments as in `walk`."""
+    return sum(
+        # token i of the chunk (from 1) attends to what was held and to the i newest
+        fed * before.physical + fed * (fed + 1) // 2
+        for before, fed, _, _ in walk(budget, prompt, length)
+        if before.logical >= prompt
+    )
 
 
 def mean_physical(
@@ -79,10 +93,8 @@ def mean_physical(
 
     Args:
         budget: None for full KV.
-        prompts: tokens of each row's prompt.
         lengths: tokens fed of each row, prompt included; more than its prompt.
         method: one whose layers have budgets of their own; None for all others.
-        layers: compressed layers.
 
     Raises:
         BudgetError: a layer's share cannot hold what is protected.
@@ -113,10 +125,6 @@ def budget_for_mean(
 
     Args:
         budget: everything but its `tokens` (of a `Window`, its retention), which are solved.
-        target: mean slots attended per token fed after the prompt.
-        prompts: tokens of each row's prompt.
-        lengths: tokens fed of each row, prompt included.
-        method, layers: as in `mean_physical`.
 
     Raises:
         BudgetError: the target lies outside what this budget can reach on these rows.
@@ -139,3 +147,47 @@ def budget_for_mean(
         )
     enough = low + bisect_left(range(low, high), target, key=mean)  # a larger budget never attends to fewer slots
     return sized(budget, min((max(low, enough - 1), enough), key=lambda size: abs(mean(size) - target)))
+
+
+# -- regimes ----------------------------------------------------------------------------------------------------------
+
+Regime = Literal["compressed", "prompt_fills_budget", "uncompressed", "selecting"]
+PREFIX_GUARD = "prefix_budget_exhausted"
+
+
+def regime(record: ReplayRecord | AnswerRecord) -> Regime:
+    """Return what a record says anything about.
+
+    - "uncompressed": no compaction ran; the numbers are full KV's, whatever the method.
+    - "prompt_fills_budget": compactions ran, but the method had no decode tokens to choose from. Either it says so
+      itself (the fallback `prefix_budget_exhausted`), or the prompt is kept inside the budget and fills it together
+      with the sinks and the recent window, or every compaction cut the prompt and decoding never met another one.
+    - "compressed": decoding went on compressing, with tokens of its own to choose from.
+    - "selecting": the method kept everything, and every decoded token read a part of it.
+
+    With `prompt="count"` a prompt larger than the budget does not by itself fill it: its tokens may be dropped, so from
+    the first compaction of decoding on the method chooses among both.
+    """
+    budget = None if record.budget is None else Budget.from_dict(record.budget)
+    exhausted = record.guards.get(PREFIX_GUARD, 0) > 0
+    return regime_of(budget, record.prompt_tokens, record.events, exhausted, record.selects)
+
+
+def regime_of(budget: Budget | None, prompt: int, events: int, exhausted: bool, selects: bool) -> Regime:
+    """Return the regime from the fields of a record that decide it."""
+    if selects:
+        return "selecting"
+    if events == 0 or budget is None:
+        return "uncompressed"
+    if exhausted or (
+        budget.tokens and budget.prompt == "keep" and max(prompt, budget.sinks) + budget.recent >= budget.tokens
+    ):
+        return "prompt_fills_budget"
+    return "compressed" if events > _prompt_events(budget, prompt, events) else "prompt_fills_budget"
+
+
+@functools.lru_cache(maxsize=4096)
+def _prompt_events(budget: Budget, prompt: int, most: int) -> int:
+    """Compactions while the prompt is fed, counted up to `most`; the schedule alone decides."""
+    compactions = (compacted for _, _, _, compacted in walk(budget, prompt, prompt) if compacted)
+    return sum(islice(compactions, most))

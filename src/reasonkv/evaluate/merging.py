@@ -21,8 +21,6 @@ def adopt(file: RecordFile[Any], kind: type[Any], run: str, sources: Sequence[Pa
 
     Args:
         file: the records of that folder; those it has already stay.
-        kind: of the records.
-        run: its `Manifest.run`.
         sources: results folders of the same task, model and settings, such as full KV's.
 
     Raises:

@@ -89,8 +89,6 @@ class TraceScore:
 
         Args:
             logits_NV: the bounded cache's logits, any float dtype.
-            tokens_N: int64, the trace's tokens at those positions.
-            teacher: the full-KV model's log-probabilities at the same positions.
         """
         for start in range(0, len(tokens_N), size := _slice(logits_NV)):
             stop = start + size

@@ -51,11 +51,9 @@ class Cell:
     """One method at one budget on one task, or full KV on it.
 
     Args:
-        source: the model.
         job: one task, one seed, and full KV with at most one method at one budget.
         folder: its results folder.
         full: full KV's cell of the same task, which runs before.
-        label: method and budget in words.
     """
 
     source: ModelSource
@@ -108,7 +106,6 @@ def make_cells(source: ModelSource, job: J, cells: Path, place: str) -> Iterator
     """Yield the cells of a job, of each task full KV's first.
 
     Args:
-        source, job: the model, and a job with one seed.
         cells: folder of all cells; full KV's are in `cells/full`, for all jobs to which full KV is the same.
         place: folder in it for the cells of this job.
 
@@ -135,13 +132,6 @@ def full_cell(source: ModelSource, job: J, task: str, folder: Path) -> Cell:
 
 def make_group(name: str, source: ModelSource, job: J, seed: int, out: Path) -> Group:
     """Return one job of a plan with one model and seed.
-
-    Args:
-        name: of the job in the plan.
-        source: the model.
-        job: its seed does not count.
-        seed: of problems, sampling and methods.
-        out: the plan's folder.
 
     Raises:
         MethodError, BudgetError, JobError: a method or budget that does not exist, or a bounded method without one.
@@ -178,10 +168,8 @@ def attempt(
     """Run a cell and return why it failed; None where it is done. Nothing is raised, so that other cells go on.
 
     Args:
-        cell: what to run.
         failed_before: why full KV's cell failed, if it did.
         threads: of torch, in a worker that has so many cores.
-        progress: of this cell.
     """
     if failed_before is not None:
         return "full KV's cell of this task failed"
@@ -218,7 +206,6 @@ def run_on_ray(cells: Sequence[Cell], tell: Tell, *, cores: int, address: str | 
 
     Args:
         cells: full KV's cells before those that need them.
-        tell: called in this process.
         cores: per cell.
         address: of a running cluster whose machines share the results folder; None starts Ray on this machine.
     """

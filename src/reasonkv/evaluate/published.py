@@ -48,9 +48,6 @@ def fill(sampling: S, model: LoadedModel, tasks: Sequence[str] = (), thinking: s
     The model's family decides, then the files of the tasks, then the model's generation_config.json.
 
     Args:
-        sampling: what is given.
-        model: the model.
-        tasks: as the user wrote them.
         thinking: on, off, or None for the chat template's default.
 
     Raises:

@@ -24,8 +24,6 @@ from reasonkv.files import NO_LINKS
 from reasonkv.inputs import Amount, Count, Number, Share, Whole, reason
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from reasonkv.tasks import Problem
 
 RECORDS = "records.jsonl"
@@ -175,9 +173,6 @@ class FullOutput(JsonlRecord):
     """Full KV's output for one sample of one example, which the other methods' outputs are compared with.
 
     Args:
-        example: number of the problem.
-        sample: number of the sample.
-        prompt_tokens: tokens of the prompt.
         tokens: ids, the end-of-sequence token included.
     """
 
@@ -188,11 +183,21 @@ class FullOutput(JsonlRecord):
     tokens: list[TokenId] = Field(min_length=1)
 
 
-class Asked:
-    """One answer to write: a problem and the number of a sample."""
+@dataclass(frozen=True)
+class AnswerItem:
+    """One answer to write.
+
+    Args:
+        problem: what is asked.
+        prompt_P: token ids of the prompt; a server takes the fields of its request that hold it.
+        opened: whether the prompt ends with thinking under way.
+        sample: number of the sample.
+    """
 
     problem: Problem
-    sample: int
+    prompt_P: Any
+    opened: bool = False
+    sample: int = 0
 
     @property
     def example(self) -> int:
@@ -205,21 +210,11 @@ class Asked:
         return record_key(self.example, self.sample)
 
 
-@dataclass(frozen=True)
-class AnswerItem(Asked):
-    """One answer to write, with the token ids of its prompt."""
-
-    problem: Problem
-    prompt_P: Tensor
-    sample: int
-
-
 class RecordFile(Generic[R]):
     """A record file that is being written; a last line that a kill tore is cut off first.
 
     Args:
         path: the file, which need not exist.
-        kind: of its records.
 
     Raises:
         RecordError: a line is damaged, or two lines are the same record.

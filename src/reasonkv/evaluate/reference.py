@@ -74,7 +74,6 @@ class FullAttention:
         """Feed the traces through full KV once and keep the queries and keys.
 
         Args:
-            model: a causal language model.
             rows: the traces; tokens are counted from the first of the prompt, and the last output token is not fed.
 
         Raises:
@@ -129,10 +128,7 @@ class FullAttention:
         """Return `received` from the queries of each interval between compactions.
 
         Args:
-            layer: index in the model.
-            row: batch row.
             edges: ascending token indices; interval e holds the queries edges[e]..edges[e + 1] - 1.
-            reduce: sum or maximum over an interval's queries.
 
         Returns:
             float32 [E, H, N], E = len(edges) - 1, N = edges[-1]; 0 at tokens later than the interval.

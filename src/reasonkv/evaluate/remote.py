@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,20 +17,16 @@ from pathlib import Path
 from typing import Any, cast
 
 from reasonkv.budget import Budget
-from reasonkv.evaluate.cells import RunConfig, make_budgets, make_methods, plan_cells
+from reasonkv.evaluate.cells import RunConfig, job_arguments
 from reasonkv.evaluate.endpoint import Endpoint, EndpointError
 from reasonkv.evaluate.generate import row_seed
 from reasonkv.evaluate.job import GenerateJob
-from reasonkv.evaluate.manifest import Manifest, Weights, open_results
-from reasonkv.evaluate.matching import attended_slots
+from reasonkv.evaluate.manifest import Manifest, Weights
+from reasonkv.evaluate.matching import attended_slots, walk
 from reasonkv.evaluate.progress import Progress, silent
-from reasonkv.evaluate.records import RECORDS, AnswerRecord, Asked, FullOutput, RecordFile
-from reasonkv.evaluate.run import FULL_LIMIT, LONGER, MORE, Session, TaskRun
-from reasonkv.evaluate.settings import Sampling
-from reasonkv.evaluate.text import first_divergence, repetition
-from reasonkv.evaluate.traces import TraceError, file_name
-from reasonkv.methods import get_method
-from reasonkv.schedule import Lengths, next_event, step
+from reasonkv.evaluate.records import AnswerItem, AnswerRecord
+from reasonkv.evaluate.run import AnswerTask, Session, run_tasks
+from reasonkv.evaluate.traces import TraceError
 from reasonkv.tasks import Problem, TaskError, get_task
 from reasonkv.tasks.needle import NeedleTask
 from reasonkv.tasks.options import THINK
@@ -44,10 +39,6 @@ def run_remote(
 
     Args:
         job: what to run; its methods and budget are the server's (`Endpoint.fitted`).
-        endpoint: the server.
-        folder: results folder; new, or one that the same job began.
-        progress: called as answers come.
-        command: the name it is recorded under; "evaluate" unless given.
 
     Returns:
         Every record of the folder.
@@ -56,82 +47,44 @@ def run_remote(
         EndpointError: the server is away, or refused requests; what it answered is in the folder.
         JobError, TaskError, TraceError: arguments that cannot be carried out.
         ResultsError, RecordError: the folder belongs to something else, or is damaged.
-
     """
     job = endpoint.fitted(job)
-    methods, budgets = make_methods(job), make_budgets(job.budget)
-    arguments: dict[str, Any] = {
+    about: dict[str, Any] = {
         "endpoint": "reasonkv" if endpoint.served else "vllm" if endpoint.is_vllm else "openai",
-        "task": list(job.task),
-        "methods": [method.spec() for method in methods],
-        "budgets": [one.to_dict() for one in budgets],
-        "limit": job.limit,
-        "seed": job.seed,
-        "samples": job.samples,
-        "sampling": job.sampling.to_dict() if job.sampling != Sampling() else None,
-        "max_new_tokens": job.max_new_tokens,
+        **job_arguments(job),
     }
+    del about["mean_slots"]  # a server has one budget
     if endpoint.served is not None:
-        arguments["server_seed"] = endpoint.served.seed
-    if job.options.to_dict():
-        arguments["options"] = job.options.to_dict()
+        about["server_seed"] = endpoint.served.seed
     # weights cannot be seen from here; a replica at another URL may go on with a folder
-    named = Weights(name=endpoint.name, hash=hashlib.sha256(endpoint.name.encode()).hexdigest()[:16])
-    manifest = Manifest(command=command or "evaluate", arguments=arguments, model=named, device=endpoint.url)
-    with open_results(folder, manifest):
-        file = RecordFile(folder / RECORDS, AnswerRecord)
-        session = Session(job, cast(Any, endpoint), folder, progress, manifest.run, file, None)
-        for spec in job.task:
-            task = RemoteTask(session, spec)
-            for config in plan_cells(methods, budgets):
-                task.run(config)
-        return list(file.records.values())
+    weights = Weights(name=endpoint.name, hash=hashlib.sha256(endpoint.name.encode()).hexdigest()[:16])
+    manifest = Manifest(command=command or "evaluate", arguments=about, model=weights, device=endpoint.url)
+    return run_tasks(RemoteTask, job, endpoint, folder, manifest, progress)
 
 
-@dataclass(frozen=True)
-class ServerItem(Asked):
-    """One answer to write: the problem, the sample's number, and the prompt as the server takes it."""
-
-    problem: Problem
-    path: str  # of the API
-    prompt: Mapping[str, Any]  # the fields of the request that hold it
-    prompt_tokens: int | None = None  # where the server tells before
-    sample: int = 0
-    opened: bool = False  # the prompt ends with thinking under way
-
-
-class RemoteTask(TaskRun):
-    """The problems of one task, answered by a server."""
-
-    kind = AnswerRecord
+class RemoteTask(AnswerTask):
+    """The problems of one task, answered by a server, all of them in one batch."""
 
     def __init__(self, session: Session, spec: str) -> None:
-        self.endpoint, self.job = cast(Endpoint, session.model), cast(GenerateJob, session.job)
-        task = get_task(spec, self.job.options)
-        if self.endpoint.tokenizer is None and isinstance(task, NeedleTask):
+        self.endpoint = cast(Endpoint, session.model)
+        if self.endpoint.tokenizer is None and isinstance(get_task(spec, session.job.options), NeedleTask):
             raise TaskError(f"{spec} counts in tokens; give the folder of the server's tokenizer as --model.")
         super().__init__(session, spec)
-        self.outputs = RecordFile(session.folder / f"outputs-{file_name(spec)}.jsonl", FullOutput)
-        problems = [self.task.problem(example, seed=self.job.seed) for example in self.examples]
+        self.rows = None  # the server has its budget already
+
+    def make_batches(self, problems: Sequence[Problem]) -> list[list[AnswerItem]]:
+        """Return the answers to ask for."""
         with ThreadPool(self.job.concurrency) as pool:
             asked = pool.map(self._prompt, problems)
-        self.batches = [[replace(one, sample=sample) for one in asked for sample in range(self.job.samples)]]
-        self.limit = self.job.max_new_tokens or FULL_LIMIT
-        self.run(RunConfig(get_method("full"), None))
-        longest = max(len(self.outputs.records[item.output_key].tokens) for item in self.batches[0])
-        self.limit = self.job.max_new_tokens or math.ceil(LONGER * longest) + MORE
+        return [[replace(one, sample=sample) for one in asked for sample in range(self.job.samples)]]
 
-    def is_whole(self, config: RunConfig, item: ServerItem) -> bool:
-        """Return whether full KV's record has its output in the folder."""
-        return config.budget is not None or item.output_key in self.outputs.records
-
-    def execute(self, config: RunConfig, batch: Sequence[ServerItem]) -> Iterator[AnswerRecord]:
+    def execute(self, config: RunConfig, batch: Sequence[AnswerItem]) -> Iterator[AnswerRecord]:
         """Ask for what is missing of a batch, all at once, and yield records as answers come."""
         there = self.session.file.records
         missing = [one for one in batch if self.key(config, one) not in there or not self.is_whole(config, one)]
         refused, failed = list[EndpointError](), list[EndpointError]()
 
-        def ask(item: ServerItem) -> tuple[ServerItem, Answer | EndpointError]:
+        def ask(item: AnswerItem) -> tuple[AnswerItem, Answer | EndpointError]:
             try:
                 return item, failed[0] if failed else self._ask(config, item)
             except EndpointError as error:
@@ -143,7 +96,14 @@ class RemoteTask(TaskRun):
                     (refused if answer.refused else failed).append(answer)
                     continue
                 self.meter.add(len(answer.tokens))
-                yield self._record(config, item, answer)
+                slot_bytes = 0 if self.endpoint.served is None else self.endpoint.served.slot_bytes
+                fed = answer.prompt_tokens + answer.output_tokens - 1
+                yield self.answer(
+                    config, item, answer.prompt_tokens, answer.tokens, answer.text, output_tokens=answer.output_tokens,
+                    seconds=round(answer.seconds, 4), truncated=answer.truncated,
+                    thinking_tokens=answer.thinking_tokens,
+                    **held(config.budget, answer.prompt_tokens, fed, slot_bytes),
+                )  # fmt: skip
         if failed:
             raise failed[0]
         if refused:
@@ -151,7 +111,7 @@ class RemoteTask(TaskRun):
                 f"The server refused {len(refused)} of {len(missing)} requests, the first one so: {refused[0]}"
             )
 
-    def _prompt(self, problem: Problem) -> ServerItem:
+    def _prompt(self, problem: Problem) -> AnswerItem:
         """Return a prompt as the server takes it; vLLM makes its token ids."""
         options, ask = self.task.prompt_options(self.job.options), self.endpoint.ask
         system = [] if options.system is None else [{"role": "system", "content": options.system}]
@@ -161,8 +121,8 @@ class RemoteTask(TaskRun):
         chats = options.chat == "on" or (options.chat == "auto" and self.task.chat)
         if not self.endpoint.is_vllm:
             if chats:
-                return ServerItem(problem, "/chat/completions", chat)
-            return ServerItem(problem, "/completions", {"prompt": problem.prompt})
+                return AnswerItem(problem, chat)
+            return AnswerItem(problem, {"prompt": problem.prompt})
         named: dict[str, Any] = {"model": self.endpoint.name}
         plain: dict[str, Any] = {"prompt": problem.prompt, "add_special_tokens": self.task.chat}
         try:
@@ -179,18 +139,20 @@ class RemoteTask(TaskRun):
             )
         whole = str(ask("/detokenize", named | {"tokens": found["tokens"]}, root=True)["prompt"])
         opened = whole.rfind(THINK) > whole.rfind(options.think_end)
-        return ServerItem(problem, "/completions", {"prompt": found["tokens"]}, int(found["count"]), opened=opened)
+        return AnswerItem(problem, {"prompt": found["tokens"]}, opened)
 
-    def _ask(self, config: RunConfig, item: ServerItem) -> Answer:
+    def _ask(self, config: RunConfig, item: AnswerItem) -> Answer:
         """Send one request."""
         sampling, endpoint, began = self.job.sampling, self.endpoint, time.perf_counter()
-        room = None if endpoint.context is None or item.prompt_tokens is None else endpoint.context - item.prompt_tokens
+        ids = item.prompt_P.get("prompt")
+        counted = len(ids) if isinstance(ids, list) else None
+        room = None if endpoint.context is None or counted is None else endpoint.context - counted
         # what a server takes unless told otherwise may come from the model's generation_config.json
         usual = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0} if endpoint.is_vllm else {}
         given = {name: getattr(sampling, name) for name in ("top_k", "min_p", "repetition_penalty")}
         body: dict[str, Any] = {
             "model": endpoint.name,
-            **item.prompt,
+            **item.prompt_P,
             "max_tokens": self.limit if room is None else min(self.limit, room),
             "temperature": sampling.temperature,
             "top_p": sampling.top_p if sampling.draws else 1.0,
@@ -207,7 +169,8 @@ class RemoteTask(TaskRun):
         if endpoint.served is not None:
             wish = {"seed": own} if config.budget is not None else {"enabled": False}
             body["vllm_xargs"] = {"reasonkv": json.dumps(wish)}
-        found = Answer.of(endpoint.ask(item.path, body), self.job.options.think_end, item.prompt_tokens)
+        path = "/chat/completions" if "messages" in item.prompt_P else "/completions"
+        found = Answer.of(endpoint.ask(path, body), self.job.options.think_end, counted)
         found = replace(found, seconds=time.perf_counter() - began)
         if not endpoint.is_vllm:
             return found
@@ -221,30 +184,6 @@ class RemoteTask(TaskRun):
         counted = int(endpoint.ask("/tokenize", named | words, root=True)["count"])
         return replace(found, thinking_tokens=min(found.output_tokens, counted))
 
-    def _record(self, config: RunConfig, item: ServerItem, answer: Answer) -> AnswerRecord:
-        place: dict[str, Any] = {"example": item.example, "sample": item.sample, "prompt_tokens": answer.prompt_tokens}
-        if config.budget is None:  # before the record, so that a record never lacks its output
-            self.outputs.append([FullOutput(**place, tokens=answer.tokens)])
-        full = self.outputs.records[item.output_key].tokens
-        grade = self.task.grade(item.problem, THINK + answer.text if item.opened else answer.text)
-        slot_bytes = 0 if self.endpoint.served is None else self.endpoint.served.slot_bytes
-        return AnswerRecord(
-            **self.identity(config),
-            **place,
-            **held(config.budget, answer.prompt_tokens, answer.prompt_tokens + answer.output_tokens - 1, slot_bytes),
-            output_tokens=answer.output_tokens,
-            seconds=round(answer.seconds, 4),
-            truncated=answer.truncated,
-            repetition=repetition(answer.tokens),
-            first_divergence=first_divergence(answer.tokens, full),
-            output=answer.text,
-            correct=grade.score == 1,
-            score=grade.score,
-            extracted=grade.extracted,
-            grader_error=grade.error,
-            thinking_tokens=answer.thinking_tokens,
-        )
-
 
 @dataclass(frozen=True)
 class Answer:
@@ -257,7 +196,6 @@ class Answer:
         truncated: whether the limit ended it.
         thinking_tokens: None where the server does not tell.
         seconds: from the request to the answer.
-
     """
 
     text: str
@@ -274,7 +212,6 @@ class Answer:
 
         Raises:
             EndpointError: it is none.
-
         """
         try:
             choice, usage = response["choices"][0], response.get("usage") or {}
@@ -299,28 +236,21 @@ def held(budget: Budget | None, prompt: int, fed: int, slot_bytes: int) -> dict[
 
     Args:
         budget: None for full KV.
-        prompt: tokens of the prompt.
         fed: tokens fed in all, prompt included.
         slot_bytes: of one slot in all layers; 0 where it is not known.
-
     """
-    state, peak, events = Lengths(prompt=prompt), 0, 0
-    while state.logical < fed:
-        end = prompt if state.logical < prompt else fed
-        event = next_event(budget, state)
-        n = min(end, end if event is None else event) - state.logical
-        peak = max(peak, state.physical + n)
-        state, kept = step(budget, state, n)
-        events += kept is not None
+    slots = peak = events = 0
+    for before, n, after_it, compacted in walk(budget, prompt, fed):
+        slots, peak, events = after_it.physical, max(peak, before.physical + n), events + compacted
     after = fed - prompt
     return {
         "physical_mean": attended_slots(budget, prompt, fed) / after if after else 0.0,
         "physical_peak": float(peak),
-        "physical_terminal": float(state.physical),
-        "saved_ratio_terminal": 1 - state.physical / fed,
-        "bytes_held": state.physical * slot_bytes,
+        "physical_terminal": float(slots),
+        "saved_ratio_terminal": 1 - slots / fed,
+        "bytes_held": slots * slot_bytes,
         "bytes_peak": peak * slot_bytes,
         "bytes_full": fed * slot_bytes,
         "events": events,
-        "tokens_dropped": fed - state.physical,
+        "tokens_dropped": fed - slots,
     }

@@ -27,14 +27,7 @@ class ReplayError(ReasonKVError, RuntimeError):
 
 @dataclass(frozen=True)
 class Replayed:
-    """One trace's outcome.
-
-    Args:
-        metrics: means over output tokens.
-        stats: physical lengths, bytes and compactions at the end.
-        seconds: wall-clock seconds of the batch divided by its rows.
-        diagnostics: measures of what was lost, where asked for.
-    """
+    """One trace's outcome."""
 
     metrics: TraceMetrics
     stats: RowStats
@@ -63,17 +56,11 @@ def replay_batch(
     not counted, while the method's use of it is.
 
     Args:
-        model: the model that wrote the traces.
-        traces: rows of the batch.
-        config: what to replay them through.
-        seed: of methods that draw random numbers.
         chunked: feed in chunks that end where the schedule compacts; False feeds token by token after the prompt, which
             gives the same numbers slowly.
-        calibration: statistics of the model's queries, for methods that need them; looked up unless given.
         diagnostics: also measure what was lost, against full KV's attention over the trace; a bounded method then
             takes about twice as long.
         dtype: of the slots a bounded method keeps, as in `CompressedCache`.
-        on_tokens: called after every chunk.
 
     Raises:
         BudgetError: a prompt does not fit.

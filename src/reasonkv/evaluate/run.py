@@ -5,16 +5,15 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 from reasonkv.calibration import Calibration, find_calibration
-from reasonkv.evaluate.cells import RunConfig, check_job, make_budgets, make_methods, plan_cells
-from reasonkv.evaluate.decoding import Generated, Request, TextRules, decode_rows
-from reasonkv.evaluate.generate import graded, opens_thinking, room, row_seed
-from reasonkv.evaluate.job import GenerateJob, Job, ReplayJob, Sampling
+from reasonkv.evaluate.cells import RunConfig, check_job, job_arguments, make_budgets, make_methods, plan_cells
+from reasonkv.evaluate.decoding import Request, TextRules, decode_rows
+from reasonkv.evaluate.generate import decode, graded, opens_thinking, room, row_seed, thinking_tokens
+from reasonkv.evaluate.job import GenerateJob, Job, ReplayJob
 from reasonkv.evaluate.manifest import Manifest, Weights, open_results
 from reasonkv.evaluate.merging import adopt
 from reasonkv.evaluate.progress import Meter, Progress, silent
@@ -36,7 +35,7 @@ from reasonkv.layers import bounded_layers
 from reasonkv.methods import Method, get_method
 from reasonkv.models import LoadedModel, one_thread_if_small
 from reasonkv.runtimes.transformers import CompressedCache, RowStats
-from reasonkv.tasks import get_task
+from reasonkv.tasks import Problem, get_task
 from reasonkv.tasks.given import GivenTraces
 
 FULL_LIMIT = 2048
@@ -57,9 +56,6 @@ def run(
     """Run a job into a results folder, or finish one that was stopped.
 
     Args:
-        job, model: what to run, on which model.
-        folder: results folder; new, or one that the same job began.
-        progress: called after every batch.
         command: the name it is recorded under; "replay" or "evaluate" unless given.
         sources: finished folders of parts of the job, whose records, traces and outputs are taken.
 
@@ -74,70 +70,62 @@ def run(
     """
     check_job(job)  # what is wrong with the arguments alone is reported before any work
     job = with_published(job, model)
-    methods, budgets = make_methods(job), make_budgets(job.budget)
-    layers = len(bounded_layers(model.model.config))
+    kind = GenerateTask if isinstance(job, GenerateJob) else ReplayTask
+    needed = any(method.needs.calibration for method in make_methods(job))
+    calibration = find_calibration(model.model, model.calibration_file) if needed else None
+    arguments: dict[str, Any] = {"dtype": model.dtype, **job_arguments(job)}
+    if calibration is not None:
+        arguments["calibration"] = calibration.digest
+    if model.kv_dtype is not None:
+        arguments["kv_dtype"] = model.kv_dtype
+    if isinstance(job, ReplayJob) and isinstance(task := get_task(job.task[0], job.options), GivenTraces):
+        arguments["given"] = task.digest
     named = command or ("evaluate" if isinstance(job, GenerateJob) else "replay")
-    with open_session(job, methods, model, folder, progress, named) as session:
-        adopt(session.file, _task_of(job).kind, session.run, sources)
+    weights = Weights(name=model.name, hash=model.hash)
+    manifest = Manifest(command=named, arguments=arguments, model=weights, device=model.device_name)
+    layers = len(bounded_layers(model.model.config))
+    with one_thread_if_small(model.model):
+        return run_tasks(
+            kind, job, model, folder, manifest, progress, calibration=calibration, layers=layers, sources=sources
+        )
+
+
+def run_tasks(
+    kind: type[TaskRun],
+    job: Job,
+    model: Any,
+    folder: Path,
+    manifest: Manifest,
+    progress: Progress,
+    *,
+    calibration: Calibration | None = None,
+    layers: int = 1,
+    sources: Sequence[Path] = (),
+) -> list[Any]:
+    """Hold a results folder, run what is missing of every task, and return all records; errors as in `run`."""
+    with open_results(folder, manifest):
+        file = RecordFile(folder / RECORDS, kind.kind)
+        adopt(file, kind.kind, manifest.run, sources)
+        session = Session(job, model, folder, progress, manifest.run, file, calibration)
+        methods, budgets = make_methods(job), make_budgets(job.budget)
         for spec in job.task:
-            task = session.task(spec)
+            task = kind(session, spec)
             for config in plan_cells(methods, budgets, job.budget.mean_slots, task.rows, layers):
                 task.run(config)
-        return list(session.file.records.values())
+        return list(file.records.values())
 
 
 @dataclass(frozen=True)
 class Session:
-    """What the runs into one results folder share."""
+    """What the runs into one results folder share; the model of a remote run is an `Endpoint`."""
 
     job: Job
-    model: LoadedModel
+    model: Any
     folder: Path
     progress: Progress
     run: str
     file: RecordFile[Any]
     calibration: Calibration | None
-
-    def task(self, spec: str) -> TaskRun:
-        """Return one task of the job, with full KV's traces or outputs made."""
-        return _task_of(self.job)(self, spec)
-
-
-@contextmanager
-def open_session(
-    job: Job, methods: Sequence[Method], model: LoadedModel, folder: Path, progress: Progress, command: str
-) -> Iterator[Session]:
-    """Hold a results folder for one job and process; arguments and errors as in `run`.
-
-    Args:
-        methods: those of the job, as they run.
-    """
-    needed = any(method.needs.calibration for method in methods)
-    calibration = find_calibration(model.model, model.calibration_file) if needed else None
-    arguments: dict[str, Any] = {
-        "dtype": model.dtype,
-        "task": list(job.task),
-        "methods": [method.spec() for method in methods],
-        "budgets": [one.to_dict() for one in make_budgets(job.budget)],
-        "mean_slots": list(job.budget.mean_slots),
-    } | {"limit": job.limit, "seed": job.seed}
-    arguments |= {"options": chosen} if (chosen := job.options.to_dict()) else {}
-    if calibration is not None:
-        arguments["calibration"] = calibration.digest
-    if getattr(model, "kv_dtype", None) is not None:  # a server has none
-        arguments["kv_dtype"] = model.kv_dtype
-    if isinstance(job, GenerateJob):
-        drawn = job.sampling.to_dict() if job.sampling != Sampling() else None
-        arguments |= {"samples": job.samples, "sampling": drawn, "max_new_tokens": job.max_new_tokens}
-    elif isinstance(job, ReplayJob):
-        arguments |= {"traces": job.traces.to_dict()} | ({"diagnostics": True} if job.diagnostics else {})
-        if isinstance(task := get_task(job.task[0], job.options), GivenTraces):
-            arguments["given"] = task.digest
-    named = Weights(name=model.name, hash=model.hash)
-    manifest = Manifest(command=command, arguments=arguments, model=named, device=model.device_name)
-    with open_results(folder, manifest), one_thread_if_small(model.model):
-        file = RecordFile(folder / RECORDS, _task_of(job).kind)
-        yield Session(job, model, folder, progress, manifest.run, file, calibration)
 
 
 class TaskRun(ABC):
@@ -146,28 +134,29 @@ class TaskRun(ABC):
     kind: type[Measured]
     batches: list[list[Any]]
     meter: Meter
-    rows: list[tuple[int, int]]
-    """Of every item, tokens of the prompt and tokens that full KV fed in all."""
+    rows: list[tuple[int, int]] | None = None
+    """Of every item, tokens of the prompt and tokens that full KV fed in all; None where budgets do not need them."""
 
     def __init__(self, session: Session, spec: str) -> None:
         self.session, self.spec, job = session, spec, session.job
         self.task = get_task(spec, job.options).for_tokenizer(session.model.tokenizer)
         self.examples = range(job.limit if self.task.size is None else min(job.limit, self.task.size))
-        self._finished: dict[RunConfig, list[Any]] = {}
+        self._finished: set[RunConfig] = set()
 
-    def in_batches(self, items: Sequence[Any]) -> None:
+    def in_batches(self, items: Sequence[Any]) -> list[list[Any]]:
         """Cut the items into batches, the same every time."""
         size = self.session.job.batch_size
-        self.batches = [list(items[at : at + size]) for at in range(0, len(items), size)]
+        return [list(items[at : at + size]) for at in range(0, len(items), size)]
 
-    def run(self, config: RunConfig) -> list[Any]:
-        """Run what is missing of one configuration; return its records.
+    def run(self, config: RunConfig) -> None:
+        """Run what is missing of one configuration.
 
         A batch that was stopped half-way is run again whole and its missing records written, so that no record depends,
         even in its last bit, on where a run was stopped.
         """
         if config in self._finished:
-            return self._finished[config]
+            return
+        self._finished.add(config)
         records, total = self.session.file.records, sum(map(len, self.batches))
         keys = [[self.key(config, item) for item in batch] for batch in self.batches]
         self.meter = Meter(self.session.progress, f"{self.spec}: {config.label}", total)
@@ -177,8 +166,6 @@ class TaskRun(ABC):
                     self.session.file.append([record])
                     self._count(keys)
             self._count(keys)
-        self._finished[config] = [records[key] for batch in keys for key in batch]
-        return self._finished[config]
 
     def _count(self, keys: Sequence[Sequence[str]]) -> None:
         """Show how many records are there, and how many of them are right."""
@@ -210,16 +197,16 @@ class TaskRun(ABC):
             "seed": self.session.job.seed,
         }
 
-    def record(self, config: RunConfig, stats: RowStats, seconds: float, **own: Any) -> Any:
-        """Return a record of what a cache held, and of fields of its own."""
-        measured = vars(stats) | {"guards": stats.fallbacks, "seconds": round(seconds, 4)}
-        saved = 1 - stats.physical_terminal / stats.length
-        return self.kind(**self.identity(config), **measured, saved_ratio_terminal=saved, **own)
-
     def runnable(self, config: RunConfig) -> tuple[Method, Calibration | None]:
         """Return the method as the model runs it, and the statistics that it needs."""
         calibration = self.session.calibration if config.method.needs.calibration else None
         return config.method.for_tokenizer(self.session.model.tokenizer), calibration
+
+
+def measured(stats: RowStats, seconds: float) -> dict[str, Any]:
+    """Return the fields of a record that say what a cache held."""
+    saved = 1 - stats.physical_terminal / stats.length
+    return vars(stats) | {"guards": stats.fallbacks, "seconds": round(seconds, 4), "saved_ratio_terminal": saved}
 
 
 class ReplayTask(TaskRun):
@@ -237,113 +224,115 @@ class ReplayTask(TaskRun):
             on_tokens=meter.add, options=self.job.options,
         )  # fmt: skip
         traces.sort(key=lambda trace: (len(trace.output_T), len(trace.prompt_P), trace.example))
-        self.in_batches(traces)
+        self.batches = self.in_batches(traces)
         self.rows = [(len(trace.prompt_P), trace.row.fed) for trace in traces]
 
-    def execute(self, config: RunConfig, batch: Sequence[Trace]) -> list[ReplayRecord]:
+    def execute(self, config: RunConfig, batch: Sequence[Trace]) -> Iterator[ReplayRecord]:
         """Replay one batch."""
         method, calibration = self.runnable(config)
         outcomes = replay_batch(
-            self.session.model.model,
-            batch,
-            RunConfig(method, config.budget),
-            seed=self.job.seed,
-            calibration=calibration,
-            diagnostics=self.job.diagnostics,
-            dtype=self.session.model.kv_dtype,
+            self.session.model.model, batch, RunConfig(method, config.budget), seed=self.job.seed,
+            calibration=calibration, diagnostics=self.job.diagnostics, dtype=self.session.model.kv_dtype,
             on_tokens=self.meter.add,
-        )
-        return [
-            self.record(
-                config,
-                outcome.stats,
-                outcome.seconds,
-                example=trace.example,
-                prompt_tokens=len(trace.prompt_P),
-                output_tokens=len(trace.output_T),
+        )  # fmt: skip
+        for trace, outcome in zip(batch, outcomes, strict=True):
+            yield ReplayRecord(
+                **self.identity(config), **measured(outcome.stats, outcome.seconds), **vars(outcome.metrics),
+                example=trace.example, prompt_tokens=len(trace.prompt_P), output_tokens=len(trace.output_T),
                 trace_correct=trace.correct,
-                **vars(outcome.metrics),
                 diagnostics={name: round(measure, 6) for name, measure in outcome.diagnostics.items()},
-            )
-            for trace, outcome in zip(batch, outcomes, strict=True)
-        ]
+            )  # fmt: skip
 
 
-class GenerateTask(TaskRun):
-    """The problems of one task, answered; full KV's answers come first, since limits and comparisons follow from them.
-
-    Prompts of similar length stand together, since they are padded to the longest.
-    """
+class AnswerTask(TaskRun):
+    """The problems of one task, answered; full KV answers first, since limits and comparisons follow from that."""
 
     kind = AnswerRecord
 
     def __init__(self, session: Session, spec: str) -> None:
         super().__init__(session, spec)
-        self.job, model = cast(GenerateJob, session.job), session.model
+        self.job = cast(GenerateJob, session.job)
         self.outputs = RecordFile(session.folder / f"outputs-{file_name(spec)}.jsonl", FullOutput)
-        problems = [self.task.problem(example, seed=self.job.seed) for example in self.examples]
-        prompts = encode_prompts(model.model, model.tokenizer, self.task, problems, self.job.options)
-        pairs = zip(problems, prompts, strict=True)
-        items = [AnswerItem(*pair, sample) for pair in pairs for sample in range(self.job.samples)]
-        items.sort(key=lambda item: (len(item.prompt_P), item.example, item.sample))
-        self.longest = max(len(prompt_P) for prompt_P in prompts)
-        self.in_batches(items)
-        self.sampling = self.job.sampling.stopping(self.task.stop)
-        self.limit = self.job.max_new_tokens or self.task.max_new_tokens or FULL_LIMIT
+        self.batches = self.make_batches([self.task.problem(one, seed=self.job.seed) for one in self.examples])
+        self.limit = self.job.max_new_tokens or self.full_limit()
         self.run(RunConfig(get_method("full"), None))
-        outputs = [self.outputs.records[item.output_key] for item in items]
+        outputs = [self.outputs.records[item.output_key] for batch in self.batches for item in batch]
         self.limit = self.job.max_new_tokens or math.ceil(LONGER * max(len(one.tokens) for one in outputs)) + MORE
         self.rows = [(one.prompt_tokens, one.prompt_tokens + len(one.tokens) - 1) for one in outputs]
+
+    @abstractmethod
+    def make_batches(self, problems: Sequence[Problem]) -> list[list[Any]]:
+        """Return the answers to write."""
+
+    def full_limit(self) -> int:
+        """Return the most tokens that full KV writes where the job has no limit."""
+        return FULL_LIMIT
 
     def is_whole(self, config: RunConfig, item: AnswerItem) -> bool:
         """Return whether full KV's record has its output in the folder."""
         return config.budget is not None or item.output_key in self.outputs.records
 
+    def answer(
+        self, config: RunConfig, item: Any, prompt_tokens: int, tokens: list[int], text: str, **own: Any
+    ) -> AnswerRecord:
+        """Return the record of an answer; what full KV wrote is kept first, so that a record never lacks its output.
+
+        Args:
+            tokens: ids of the output.
+            text: the output, which continues the thinking of its prompt where `item.opened`.
+        """
+        place = {"example": item.example, "sample": item.sample, "prompt_tokens": prompt_tokens}
+        if config.budget is None:
+            self.outputs.append([FullOutput(**place, tokens=tokens)])
+        full = self.outputs.records[item.output_key].tokens
+        return AnswerRecord(
+            **self.identity(config), **place, repetition=repetition(tokens),
+            first_divergence=first_divergence(tokens, full), **own,
+            **graded(self.task, item.problem, text, item.opened),
+        )  # fmt: skip
+
+
+class GenerateTask(AnswerTask):
+    """Answers of a model in this process. Prompts of similar length stand together, since they are padded."""
+
+    def make_batches(self, problems: Sequence[Problem]) -> list[list[AnswerItem]]:
+        """Return the answers to write, shortest prompts first."""
+        model, options = self.session.model, self.job.options
+        prompts = encode_prompts(model.model, model.tokenizer, self.task, problems, options)
+        opened = [opens_thinking(model.tokenizer, prompt_P, options.think_end) for prompt_P in prompts]
+        asked = zip(problems, prompts, opened, strict=True)
+        items = [AnswerItem(*one, sample) for one in asked for sample in range(self.job.samples)]
+        items.sort(key=lambda item: (len(item.prompt_P), item.example, item.sample))
+        self.longest = max(len(prompt_P) for prompt_P in prompts)
+        self.sampling = self.job.sampling.stopping(self.task.stop)
+        return self.in_batches(items)
+
+    def full_limit(self) -> int:
+        """Return the task's own limit, if it has one."""
+        return self.task.max_new_tokens or FULL_LIMIT
+
     def execute(self, config: RunConfig, batch: Sequence[AnswerItem]) -> Iterator[AnswerRecord]:
         """Answer one batch."""
-        model, job, (method, calibration) = self.session.model.model, self.job, self.runnable(config)
+        model, tokenizer = self.session.model.model, self.session.model.tokenizer
+        job, (method, calibration) = self.job, self.runnable(config)
         requests = [
             Request(item.prompt_P, room(model, len(item.prompt_P), self.limit), row_seed(item.example, item.sample))
             for item in batch
         ]
         with CompressedCache(
-            model,
-            method,
-            config.budget,
-            prompt_lengths=[len(one.prompt_P) for one in requests],
-            seed=job.seed,
+            model, method, config.budget, prompt_lengths=[len(one.prompt_P) for one in requests], seed=job.seed,
             row_seeds=[one.row_seed for one in requests],
             # the task's longest, so that no byte count depends on a batch
-            max_length=self.longest + room(model, self.longest, self.limit),
-            calibration=calibration,
+            max_length=self.longest + room(model, self.longest, self.limit), calibration=calibration,
             dtype=self.session.model.kv_dtype if config.budget is not None else None,
-        ) as cache:
-            rules = TextRules(self.session.model.tokenizer, self.sampling, job.options.think_end)
-            for number, answer in decode_rows(
+        ) as cache:  # fmt: skip
+            rules = TextRules(tokenizer, self.sampling, job.options.think_end)
+            for number, found in decode_rows(
                 model, cache, requests, sampling=self.sampling, seed=job.seed, rules=rules, on_tokens=self.meter.add
             ):
-                yield self.answer(config, batch[number], answer)
-
-    def answer(self, config: RunConfig, item: AnswerItem, answer: Generated) -> Any:
-        """Return the record of an answer; what full KV wrote is kept first, so that a record never lacks its output."""
-        place = {"example": item.example, "sample": item.sample, "prompt_tokens": len(item.prompt_P)}
-        if config.budget is None:
-            self.outputs.append([FullOutput(**place, tokens=answer.tokens)])
-        full = self.outputs.records[item.output_key].tokens
-        tokenizer, options = self.session.model.tokenizer, self.job.options
-        opened = opens_thinking(tokenizer, item.prompt_P, options.think_end)
-        return self.record(
-            config,
-            answer.stats,
-            answer.seconds,
-            **place,
-            output_tokens=len(answer.tokens),
-            truncated=answer.truncated,
-            repetition=repetition(answer.tokens),
-            first_divergence=first_divergence(answer.tokens, full),
-            **graded(self.task, item.problem, answer.tokens, tokenizer, options, self.sampling.stop, opened),
-        )
-
-
-def _task_of(job: Job) -> type[TaskRun]:
-    return GenerateTask if isinstance(job, GenerateJob) else ReplayTask
+                item, tokens = batch[number], found.tokens
+                yield self.answer(
+                    config, item, len(item.prompt_P), tokens, decode(tokenizer, tokens, self.sampling.stop),
+                    output_tokens=len(tokens), truncated=found.truncated, **measured(found.stats, found.seconds),
+                    thinking_tokens=thinking_tokens(tokenizer, tokens, job.options.think_end, item.opened),
+                )  # fmt: skip

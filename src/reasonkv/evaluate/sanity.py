@@ -9,12 +9,7 @@ SOLVED, CUT_OFF, LOOPING, UNREAD = 0.1, 0.5, 0.3, 0.2
 
 
 def sanity_warnings(frame: pd.DataFrame) -> list[str]:
-    """Return a sentence for each task on which full KV itself fails, with what to try.
-
-    Args:
-        frame: records of a replay or an evaluation (`reasonkv.evaluate.table.to_frame`).
-
-    """
+    """Return a sentence for each task on which full KV itself fails, with what to try."""
     found = []
     for task, own in frame[frame["method"] == "full"].groupby("task", sort=False):
         n = len(own)

@@ -108,9 +108,6 @@ def paired_difference(
 
     Args:
         ours: values by example, or by (example, sample); an example that is drawn brings all its samples.
-        theirs: the values they are compared with.
-        seed: of the resampling.
-        resamples: bootstrap samples.
     """
     shared = sorted(ours.keys() & theirs.keys())
     if not shared:

@@ -17,6 +17,7 @@ from pydantic_core import from_json
 
 from reasonkv.budget import Budget
 from reasonkv.evaluate.manifest import MANIFEST, Manifest, ResultsError
+from reasonkv.evaluate.matching import PREFIX_GUARD, regime_of
 from reasonkv.evaluate.records import (
     RECORDS,
     AnswerRecord,
@@ -27,7 +28,6 @@ from reasonkv.evaluate.records import (
     read_lines,
     whole_lines,
 )
-from reasonkv.evaluate.regime import PREFIX_GUARD, regime_of
 from reasonkv.evaluate.statistics import (
     LEAST,
     RESAMPLES,
@@ -151,7 +151,6 @@ def to_frame(records: Sequence[ReplayRecord | AnswerRecord], folder: str = "") -
 
     Args:
         records: of one kind.
-        folder: where they come from.
     """
     rows = []
     for record in records:
@@ -220,9 +219,7 @@ def summarize(frame: pd.DataFrame, *, regimes: bool = False, seed: int = 0) -> p
     (`Difference` or None). Rows stand in the order in which tasks and methods first occur, budgets ascending.
 
     Args:
-        frame: records of one kind.
         regimes: whether a cell whose records fall into several regimes has a row for each.
-        seed: of the bootstrap.
     """
     (kind,) = frame["kind"].unique()
     known = [name for name in (*METRICS[kind], *diagnostics(frame)) if name in frame and frame[name].notna().any()]
@@ -259,9 +256,9 @@ def diagnostics(frame: pd.DataFrame) -> Iterator[str]:
     return (name for name in DIAGNOSTICS if name in frame)
 
 
-def by_key(part: pd.DataFrame, metric: str) -> dict[Any, float]:
-    """Return a metric of one cell by (example, sample), where it exists."""
-    columns = (part["example"], part["sample"], part[metric].astype(float))
+def by_key(part: pd.DataFrame, metric: str, unit: str = "example") -> dict[Any, float]:
+    """Return a metric of one cell by (example, sample), where it exists; examples are told apart by a column."""
+    columns = (part[unit], part["sample"], part[metric].astype(float))
     return {(example, sample): value for example, sample, value in zip(*columns, strict=True) if not math.isnan(value)}
 
 

@@ -22,7 +22,6 @@ class Target:
     """What has to be kept.
 
     Args:
-        metric: top1, nll, kl or accuracy.
         value: the number, or the factor where relative.
         relative: times full KV's mean on the same examples.
     """

@@ -19,9 +19,6 @@ def repetition(tokens: Sequence[int]) -> float:
     Only exact, immediate periodicity counts; text that comes back to the same words after others is no loop. The run
     ends with its last token that still follows the period, so that a last, unfinished repeat counts as well.
 
-    Args:
-        tokens: ids of one output.
-
     Returns:
         0 to 1; 0 for no tokens.
     """

@@ -50,9 +50,7 @@ class Trace:
     """One prompt with its output (end-of-sequence token included if it was reached).
 
     Args:
-        example: number of the problem.
-        prompt_P: int64 token ids.
-        output_T: int64 token ids.
+        prompt_P, output_T: int64 token ids.
         teacher: full KV's log-probabilities at the T positions that predict `output_T`.
         correct: whether the task's checker accepts the output; None where there is nothing to check it by.
         answer_at: index in `output_T` of the first token after the last `</think>`, or None if there is none.
@@ -97,18 +95,9 @@ def load_or_make_traces(
     """Return a task's traces, from `folder` where they are and made where they are not.
 
     Args:
-        model: the full-KV model, with its stock attention.
-        tokenizer: its tokenizer.
-        task: where problems come from.
         task_spec: the task as the user wrote it.
-        examples: numbers of the problems, in the order wanted.
-        seed: of the problems and of sampling.
-        settings: how traces are made.
         folder: the results folder; `traces-<task>.safetensors` and `.json` are written there after every batch.
-        batch_size: sequences generated at once.
         on_done: called with the number of traces that are there.
-        on_tokens: called after every step with the tokens it wrote.
-        options: how problems become prompts.
 
     Raises:
         TraceError: a prompt that leaves no room for output.
@@ -117,11 +106,12 @@ def load_or_make_traces(
     path = folder / f"traces-{file_name(task_spec)}.safetensors"
     origin: dict[str, Any] = {"task": task_spec, "seed": seed, "settings": settings.to_dict()}
     found = _read(path, origin, vocabulary_of(model))
+    maker = _Maker(model, tokenizer, task, seed, settings, options or TaskOptions(), on_tokens)
     on_done(len(found.keys() & set(examples)))
     missing = [example for example in examples if example not in found]
     for first in range(0, len(missing), batch_size):
         batch = [task.problem(example, seed=seed) for example in missing[first : first + batch_size]]
-        made = _make(model, tokenizer, task, batch, seed, settings, options or TaskOptions(), on_tokens)
+        made = maker.make(batch)
         found |= {trace.example: trace for trace in made}
         _write(path, [found[example] for example in sorted(found)], origin)
         on_done(len(found.keys() & set(examples)))
@@ -196,64 +186,62 @@ def vocabulary_of(model: PreTrainedModel) -> int:
     return int(model.config.get_text_config().vocab_size)
 
 
-def _make(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    task: Task,
-    problems: Sequence[Problem],
-    seed: int,
-    settings: TraceSettings,
-    options: TaskOptions,
-    on_tokens: OnTokens,
-) -> list[Trace]:
-    if isinstance(task, GivenTraces):
-        pairs = [encode_given(tokenizer, task.traces[problem.example], options) for problem in problems]
-        prompts = [prompt_P for prompt_P, _ in pairs]
-        _check_prompts(model, task, prompts)
-        known = vocabulary_of(model)
+@dataclass(frozen=True)
+class _Maker:
+    """Makes the traces of a task."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    task: Task
+    seed: int
+    settings: TraceSettings
+    options: TaskOptions
+    on_tokens: OnTokens
+
+    def make(self, problems: Sequence[Problem]) -> list[Trace]:
+        prompts, outputs = self.given(problems) if isinstance(self.task, GivenTraces) else self.written(problems)
+        teachers = reference_logprobs(self.model, prompts, outputs)
+        traces = []
+        for problem, prompt, output, teacher in zip(problems, prompts, outputs, teachers, strict=True):
+            text = str(self.tokenizer.decode(output, skip_special_tokens=True))
+            correct = None if isinstance(self.task, GivenTraces) else self.task.check(problem, text)
+            traces.append(Trace(problem.example, prompt, output, teacher, correct))
+        return traces
+
+    def given(self, problems: Sequence[Problem]) -> tuple[list[Tensor], list[Tensor]]:
+        """Return prompts and outputs of a file."""
+        assert isinstance(self.task, GivenTraces)
+        own = [self.task.traces[problem.example] for problem in problems]
+        pairs = [encode_given(self.tokenizer, one, self.options) for one in own]
+        prompts, known = [prompt_P for prompt_P, _ in pairs], vocabulary_of(self.model)
+        _check_prompts(self.model, self.task, prompts)
         for problem, pair in zip(problems, pairs, strict=True):
             if len(pair[1]) == 0 or max(int(one.max()) for one in pair) >= known:
+                name = self.task.name
                 raise TraceError(
-                    f"Trace {problem.example} of {task.name} has no output, or token ids beyond the model's {known:,}."
+                    f"Trace {problem.example} of {name} has no output, or token ids beyond the model's {known:,}."
                 )
-        outputs = [output_T[: room(model, len(prompt_P), len(output_T))] for prompt_P, output_T in pairs]
-    else:
-        prompts = encode_prompts(model, tokenizer, task, problems, options)
-        outputs = _outputs(model, tokenizer, task, problems, prompts, seed, settings, options, on_tokens)
-    teachers = reference_logprobs(model, prompts, outputs)
-    traces = []
-    for problem, prompt, output, teacher in zip(problems, prompts, outputs, teachers, strict=True):
-        text = str(tokenizer.decode(output, skip_special_tokens=True))
-        correct = None if isinstance(task, GivenTraces) else task.check(problem, text)
-        traces.append(Trace(problem.example, prompt, output, teacher, correct))
-    return traces
+        return prompts, [output_T[: room(self.model, len(prompt_P), len(output_T))] for prompt_P, output_T in pairs]
 
-
-def _outputs(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    task: Task,
-    problems: Sequence[Problem],
-    prompts: Sequence[Tensor],
-    seed: int,
-    settings: TraceSettings,
-    options: TaskOptions,
-    on_tokens: OnTokens,
-) -> list[Tensor]:
-    """Return what full KV writes, or the task's reference text."""
-    most = room(model, max(len(prompt) for prompt in prompts), settings.max_new_tokens)
-    if settings.source == "reference":
-        if task.chat:
-            raise TraceError(f"The task {task.name} has no reference traces; use traces=greedy or sampled.")
-        tail = torch.tensor(end_tokens(model)[:1], dtype=torch.long)
-        return [torch.cat([encode(tokenizer, problem.trace), tail])[:most] for problem in problems]
-    requests = [Request(prompt, most, problem.example) for prompt, problem in zip(prompts, problems, strict=True)]
-    sampling = settings.sampling.stopping(task.stop)
-    rules = TextRules(tokenizer, sampling, options.think_end)
-    # with nothing evicted it writes what the stock cache writes, several times faster in large batches
-    with CompressedCache(model, "full", prompt_lengths=[len(prompt) for prompt in prompts]) as cache:
-        written = decode_batch(model, cache, requests, sampling=sampling, seed=seed, rules=rules, on_tokens=on_tokens)
-    return [torch.tensor(one.tokens) for one in written]
+    def written(self, problems: Sequence[Problem]) -> tuple[list[Tensor], list[Tensor]]:
+        """Return prompts, and what full KV writes, or the task's reference text."""
+        model, tokenizer, task = self.model, self.tokenizer, self.task
+        prompts = encode_prompts(model, tokenizer, task, problems, self.options)
+        most = room(model, max(len(prompt) for prompt in prompts), self.settings.max_new_tokens)
+        if self.settings.source == "reference":
+            if task.chat:
+                raise TraceError(f"The task {task.name} has no reference traces; use traces=greedy or sampled.")
+            tail = torch.tensor(end_tokens(model)[:1], dtype=torch.long)
+            return prompts, [torch.cat([encode(tokenizer, problem.trace), tail])[:most] for problem in problems]
+        requests = [Request(prompt, most, problem.example) for prompt, problem in zip(prompts, problems, strict=True)]
+        sampling = self.settings.sampling.stopping(task.stop)
+        rules = TextRules(tokenizer, sampling, self.options.think_end)
+        # with nothing evicted it writes what the stock cache writes, several times faster in large batches
+        with CompressedCache(model, "full", prompt_lengths=[len(prompt) for prompt in prompts]) as cache:
+            found = decode_batch(
+                model, cache, requests, sampling=sampling, seed=self.seed, rules=rules, on_tokens=self.on_tokens
+            )
+        return prompts, [torch.tensor(one.tokens) for one in found]
 
 
 def _write(path: Path, traces: Sequence[Trace], origin: dict[str, Any]) -> None:

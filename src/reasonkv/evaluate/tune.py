@@ -7,7 +7,7 @@ of the longest sequence, where nothing is evicted; of a `Window`, the slots kept
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from pathlib import Path
@@ -24,6 +24,7 @@ from reasonkv.evaluate.frontier import (
     Point,
     Target,
     UsableBudget,
+    compare_values,
     measured_points,
     usable_budget,
 )
@@ -33,7 +34,8 @@ from reasonkv.evaluate.merging import merge, without_full
 from reasonkv.evaluate.progress import Progress, silent
 from reasonkv.evaluate.records import AnswerRecord, ReplayRecord
 from reasonkv.evaluate.run import run
-from reasonkv.evaluate.table import Difference, holm, paired_difference, paired_p_value, to_frame
+from reasonkv.evaluate.statistics import Difference
+from reasonkv.evaluate.table import to_frame
 from reasonkv.evaluate.traces import file_name
 from reasonkv.methods import Method
 from reasonkv.models import LoadedModel
@@ -50,10 +52,8 @@ class Probe:
     """One budget that was run.
 
     Args:
-        tokens: the budget's.
         keeps: whether its compressed examples keep the target; None where there are none, or where full KV's share on
             them is 0, so that a relative target asks for nothing.
-        mean: the metric over them; None where there are none.
         full: full KV's on the same examples, where it ran.
         examples: compressed ones.
         regimes: bounded records by regime.
@@ -72,7 +72,6 @@ class Fall:
     """A larger budget that did worse than a smaller one.
 
     Args:
-        smaller, larger: tokens.
         drop: how much worse, over the examples both have, with a 95 % interval.
         p: of the paired t test, Holm-adjusted over all pairs of probes.
     """
@@ -93,8 +92,6 @@ class Search:
     """What a search found for one method on one task.
 
     Args:
-        task, method: the task, and the method's label.
-        target: what had to be kept.
         status: "reached"; "at most" the smallest budget allowed, which keeps it; "not reached" by any budget at which
             decoding is compressed; "never compressed" at the smallest budget already.
         bracket: the largest budget that missed the target and the smallest above it that kept it. With "at most" the
@@ -144,15 +141,12 @@ def tune(
     in `folder/cells`, so a search that was stopped, or one for another target, continues; `folder` itself holds what
     `run` would leave for the probes of this search. Arguments and errors are those of `reasonkv.evaluate.run.run`.
 
-    Args:
-        on_probe: called with every probe.
-
     Raises:
         FrontierError: a job that cannot be searched.
     """
     target, rule, methods = check_search(job)
     inner, cells, found = _inner_job(job), folder / "cells", list[Search]()
-    folders, sizes = list[Path](), list[BudgetOptions]()
+    folders, sizes = list[Path](), set[int]()
     for spec in job.task:
         place = cells / file_name(str(spec))
         alone = replace(inner, task=(spec,), methods=("full",), budget=BudgetOptions())
@@ -161,10 +155,10 @@ def tune(
         for method in methods:
 
             def run_cell(tokens: int, spec: Any = spec, method: Method = method, place: Path = place) -> Records:
-                name, size = method.spec(), _with_size(job.budget, tokens)
+                name = method.spec()
                 folders.append(place / file_name(f"{name}-{tokens}"))
-                sizes.append(size)
-                own = replace(inner, task=(spec,), methods=("full", name), budget=size)
+                sizes.add(tokens)
+                own = replace(inner, task=(spec,), methods=("full", name), budget=_with_sizes(job.budget, [tokens]))
                 return run(own, model, folders[-1], without_full(progress), sources=[place / "full"])
 
             low, high = budget_range(rule, method, full)
@@ -174,21 +168,15 @@ def tune(
                 )
             )
     names = ("full", *(method.spec() for method in methods))
-    merge(replace(inner, methods=names, budget=_together(sizes)), folder, folders)
+    merge(replace(inner, methods=names, budget=_with_sizes(job.budget, sizes)), folder, folders)
     return found
 
 
-def _with_size(budget: BudgetOptions, tokens: int) -> BudgetOptions:
-    """Return the rule at one size, which of a window is the slots kept of it."""
+def _with_sizes(budget: BudgetOptions, sizes: Iterable[int]) -> BudgetOptions:
+    """Return the rule at some sizes, which of a window are the slots kept of it."""
     if budget.window is not None:
-        return replace(budget, retention=(tokens / budget.window,))
-    return replace(budget, tokens=(tokens,))
-
-
-def _together(sizes: Sequence[BudgetOptions]) -> BudgetOptions:
-    """Return the rule with all sizes that were run."""
-    tokens, shares = ([one for size in sizes for one in getattr(size, name)] for name in ("tokens", "retention"))
-    return replace(sizes[0], tokens=sorted(set(tokens)), retention=sorted(set(shares)))
+        return replace(budget, retention=[one / budget.window for one in sorted(sizes)])
+    return replace(budget, tokens=sorted(sizes))
 
 
 def check_search(job: TuneJob) -> tuple[Target, Budget, list[Method]]:
@@ -224,13 +212,7 @@ def _inner_job(job: TuneJob) -> ReplayJob | GenerateJob:
 
 
 def budget_range(rule: Budget, method: Method, full: Records) -> tuple[int, int]:
-    """Return the smallest budget that holds what may never be evicted, and one that evicts nothing of full KV's rows.
-
-    Args:
-        rule: every field of the budget but its size.
-        method: its own window counts as protected.
-        full: full KV's records of one task.
-    """
+    """Return the smallest budget that holds what is never evicted, and one that evicts nothing of full KV's rows."""
     if isinstance(rule, Window):
         return 1, rule.size
     low = smallest(rule, method, max(one.prompt_tokens for one in full))
@@ -260,10 +242,6 @@ def find_usable_budget(
         run_cell: called once per budget.
         low: the smallest budget allowed.
         high: a budget that evicts nothing, which is not run.
-        target: what has to be kept.
-        resolution: where to stop, as a ratio of budgets above 1.
-        seed: of the bootstrap.
-        on_probe: called with every probe.
 
     Raises:
         FrontierError: the range is empty, full KV is missing for a relative target, or a cell has no bounded records.
@@ -331,13 +309,6 @@ def _middle(low: int, high: int, resolution: float) -> int | None:
 
 
 def _falls(points: dict[int, Point], metric: str, seed: int) -> tuple[Fall, ...]:
-    sign = 1 if HIGHER_IS_BETTER[metric] else -1
     pairs = list(combinations(sorted(points), 2))
-    gains = []
-    for smaller, larger in pairs:
-        ours, theirs = points[smaller].values, points[larger].values
-        gains.append({one: sign * (ours[one] - theirs[one]) for one in ours.keys() & theirs.keys()})
-    p_values = holm([paired_p_value(list(one.values())) for one in gains])  # over the rises, too
-    drops = [paired_difference(gain, dict.fromkeys(gain, 0.0), seed=seed) for gain in gains]
-    found = zip(pairs, drops, p_values, strict=True)
-    return tuple(Fall(*pair, drop, p) for pair, drop, p in found if drop is not None and drop.mean > 1e-12)
+    found = compare_values([(points[one].values, points[other].values) for one, other in pairs], metric, seed)
+    return tuple(Fall(*pairs[at], drop, p) for at, drop, p in found if drop.mean > 1e-12)

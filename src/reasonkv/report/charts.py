@@ -37,7 +37,6 @@ def looks(names: Sequence[str], known: Mapping[str, Style] | None = None, column
     """Return encodings that give every method its colour, marker and dash.
 
     Args:
-        names: the methods of a chart.
         known: their styles, where they are not those of `styles`.
         columns: of a legend below the chart; 0: the legend stands on the right.
     """
@@ -126,14 +125,9 @@ def facets(
         data: columns x, y, low, high, method, and those that `column` and `row` name.
         x: title of the x axis, or that of each column; the axis is logarithmic with a tick at every value.
         y: the y axis; its title stands at the first panel of each row.
-        path: PNG to write.
         column: what tells panels apart.
-        columns: panels side by side; with `row`, what a row has not is left empty.
         row: a column whose values are rows of panels, and the titles of their y axes.
-        width, height: of a panel.
         band: whether a standard error is shaded.
-        names: methods in the legend's order; those of `data` unless given.
-        note: a line under the figure.
     """
     drawn = set(data.loc[data["x"] > 0, "method"])
     look = looks([one for one in names or data["method"].unique() if one in drawn], columns=4)
@@ -185,8 +179,6 @@ def report_chart(summary: pd.DataFrame, kind: str, baseline: pd.DataFrame | None
     cells are filled marks on a line, those of other regimes hollow marks beside it.
 
     Args:
-        summary: the cohort's, with regimes.
-        kind: `replay` or `evaluate`.
         baseline: rows of random with the prompt kept, to be drawn beside the methods.
     """
     every = summary if baseline is None else pd.concat([summary, baseline], ignore_index=True)
@@ -252,9 +244,7 @@ def replay_figure(
 
     Args:
         summary: of a replay, without regimes.
-        path: PNG to write.
         by_mean: against the mean slots attended per output token, not the budget's.
-        note: a line under the figure.
         metrics: one row of panels each.
     """
     axis, known = "physical_mean" if by_mean else "tokens", {one.key: one for one in METRICS["replay"]}
@@ -278,10 +268,6 @@ def frontier_figure(
     Args:
         points: from `measured_points`; those of other regimes are left out (say how many in `note`), and so are those
             with fewer than half of the task's examples, whose mean is that of the longest rows alone.
-        path: PNG to write.
-        metric: the points'.
-        target: drawn as a dotted line.
-        note: a line under the figure.
 
     Raises:
         FrontierError: no compressed point.

@@ -31,7 +31,6 @@ class Cohort:
     """Records that may be compared with each other, full KV's among them.
 
     Args:
-        folder: where they come from.
         name: the job and the prompt policy in words.
         frame: records of one budget rule.
         summary: with regimes apart.

@@ -26,9 +26,6 @@ def column(key: str, label: str, meaning: str, texts: Iterable[str], *, words: b
     """Return a column for the page's script: its different texts, and which of them every row has.
 
     Args:
-        key: its name.
-        label: the heading.
-        meaning: one sentence.
         texts: the cells; "-" where there is nothing.
         words: the column is no number, so it is sorted and aligned as text.
     """

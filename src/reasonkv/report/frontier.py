@@ -41,8 +41,6 @@ class Frontier:
     """A frontier, ready to be shown.
 
     Args:
-        target: what has to be kept.
-        axis: what budgets are measured in.
         points: every cell, by regime.
         usable: by (task, method, rule), from compressed points alone; why not, where there is none.
         crossings: between compressed points, the surest first; with `pair` all pairs of those two methods.
@@ -187,12 +185,8 @@ def summarize_frontier(
     """Return usable budgets and crossings of records that may be compared (`frontier.read_comparable`).
 
     Args:
-        frame: records of one kind, full KV's among them for a relative target.
-        target: what has to be kept; its metric is the one read.
-        axis: what budgets are measured in.
         pair: labels of two methods: then these are compared, at equal and smaller budgets of the first.
         compare: look for crossings; they take long where there are many cells.
-        seed: of the bootstrap.
 
     Raises:
         FrontierError: records without that metric, a relative target without full KV, or a pair without cells.
@@ -250,7 +244,6 @@ def search_tables(searches: Sequence[Search], window: int | None = None) -> list
     """Return one table per task of what a search for the smallest usable budget found.
 
     Args:
-        searches: of one target.
         window: size of the windows whose kept slots were searched, if any.
     """
     tables = []

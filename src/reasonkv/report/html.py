@@ -34,8 +34,6 @@ def render(
     Args:
         template: a file in `report/templates` that extends `page.html.j2`.
         styles: stylesheets in `report/assets`, after `base.css`.
-        scripts: scripts in `report/assets`, run in this order after the body, the data, `base.js` and `code`.
-        code: scripts as text.
         data: JSON-ready values; each becomes `<script type="application/json" id="NAME">`.
         values: what the template shows, `title` among them; text is escaped.
 

@@ -81,7 +81,6 @@ class Subject:
     Args:
         task: name of the task with its dials, or of the text.
         example: number of the problem, or of the line.
-        seed: of the problem, of sampling, and of methods that draw random numbers.
         row_seed: a further one of the sequence; the example unless given.
         expected: the right answer; None where there is none.
         check: returns whether an output is right; None where nobody knows.
@@ -115,8 +114,6 @@ class Inspector:
     """A method at a budget on a model, ready to inspect sequences.
 
     Args:
-        model: the model.
-        config: method and budget.
         calibration: statistics of the model's queries; looked up beside the model unless given.
     """
 
@@ -126,10 +123,6 @@ class Inspector:
 
     def replay(self, row: TraceRow, subject: Subject) -> Inspection:
         """Feed a trace through the cache and return what became of every token.
-
-        Args:
-            row: prompt and output.
-            subject: what the trace is about.
 
         Raises:
             BudgetError, UnsupportedModelError, CalibrationError: the method cannot run on this trace.
@@ -146,8 +139,6 @@ class Inspector:
         """Let the cache write its own answer and return what became of every token of it, beside full KV's trace.
 
         Args:
-            full: full KV's trace of the same prompt.
-            subject: what the trace is about.
             sampling: None for greedy.
             max_new_tokens: most tokens to write; None: 1.25 times full KV's output and 32 more.
 
@@ -197,8 +188,6 @@ class Inspector:
         """Return what the page needs of one trace, JSON-ready; arrays are base64 of little-endian integers.
 
         Args:
-            row: the trace whose tokens have fates.
-            subject: what it is about.
             recorder: observes the feeding; None where `plans` are known.
             plans: as carried out while the trace was written.
         """

@@ -45,9 +45,7 @@ def write_report(folders: Sequence[Path], path: Path, *, title: str = TITLE) -> 
     """Write the report of one or more results folders, and return its path.
 
     Args:
-        folders: made by `reasonkv replay`, `evaluate` or `demo`.
         path: HTML file to write, whole or not at all.
-        title: heading of the page.
 
     Raises:
         ResultsError: a folder holds no results, is named twice, or an inspection in it is damaged.

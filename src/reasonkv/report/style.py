@@ -19,7 +19,6 @@ class Style:
     """How a method is drawn.
 
     Args:
-        colour: as in `#0072B2`.
         marker: o s ^ D v P X or *.
         dash: lengths of dashes and gaps in line widths, in turn; empty for a solid line.
     """
@@ -64,11 +63,7 @@ _FIRST_FREE = 8 + len(_LATER)
 
 
 def styles(methods: Sequence[str]) -> dict[str, Style]:
-    """Return a style for every label; no two share colour and marker as long as there are some left.
-
-    Args:
-        methods: labels, a method's name with or without options; the order decides for names that are not fixed.
-    """
+    """Return a style for every label; no two share colour and marker as long as there are some left."""
     names = list(dict.fromkeys(_name(label) for label in methods))
     others = [name for name in names if name not in FIXED]
     bases = {name: FIXED[name] if name in FIXED else _place(_FIRST_FREE + others.index(name)) for name in names}

@@ -10,7 +10,7 @@ from rich import box
 from rich.table import Table
 
 from reasonkv.evaluate.job import Sampling
-from reasonkv.report.metrics import DIAGNOSTICS
+from reasonkv.report.metrics import DIAGNOSTICS, METRICS
 from reasonkv.report.wording import (
     PROMPT_WORDS,
     budget_sentence,
@@ -36,8 +36,6 @@ def make_table(
     """Return a rich table.
 
     Args:
-        title: above the table.
-        left: headings of the first columns.
         right: headings of the columns after them, aligned to the right.
         rows: the cells of each row.
         last: headings of the last columns, aligned to the left.
@@ -83,12 +81,11 @@ def _mean(metric: str, digits: int = 0, scale: float = 1, missing: str = "-") ->
 
 def replay_tables(summary: pd.DataFrame) -> list[Table]:
     """Return one table per task of a replay's summary."""
-    columns: dict[str, Callable[[Row], str]] = {
-        "n": lambda row: str(row["n"]), "top-1 %": _text("top1", 1, 100), "NLL": _text("nll", 3), "KL": _text("kl", 3),
-        "mean slots": _text("physical_mean"), "peak slots": _text("physical_peak"),
-        "saved bytes %": _text("saved_bytes", 1, 100),
-        "s/trace": _mean("seconds", 2),  # a batch's time divided by its rows: it has no spread of its own
-    }  # fmt: skip
+    named = {one.key: one for one in METRICS["replay"]}
+    shown = [named[key] for key in ("top1", "nll", "kl", "physical_mean", "physical_peak", "saved_bytes")]
+    columns: dict[str, Callable[[Row], str]] = {"n": lambda row: str(row["n"])}
+    columns |= {one.label: _text(one.key, one.digits, one.scale) for one in shown}
+    columns["s/trace"] = _mean("seconds", 2)  # a batch's time divided by its rows: it has no spread of its own
     if "slots_read_mean" in summary:
         columns["slots read"] = lambda row: (
             "all" if pd.isna(row["slots_read_mean"]) else estimate_text(row, "slots_read_mean", 0)
@@ -148,7 +145,6 @@ def answers_caption(frame: pd.DataFrame, sampling: Sampling | None = None) -> st
     """Return what an evaluation's numbers are, in sentences.
 
     Args:
-        frame: the records behind the table.
         sampling: how answers were sampled, None for greedy.
     """
     counts = frame.groupby("task", sort=False)["example"].nunique()
