@@ -36,6 +36,7 @@ class LayerStorage(SlotStore):
         self.keys, self.values = self._new(0, keys, values)  # [B, H, A, D]; A > capacity while staging
         self.home: tuple[Tensor, Tensor] | None = None  # the permanent pair, put aside while staging
         self._waiting: list[Observed] = []  # decode steps that the method has not been given yet
+        self._waiting_bytes = 0  # of a row, where as many wait as may; what waits now depends on the rest of the batch
 
     @property
     def allocated(self) -> int:
@@ -74,6 +75,8 @@ class LayerStorage(SlotStore):
             self.observe(method, None, seen)
             return
         self._waiting.append(seen)
+        if self.needs.observe_steps > 1:
+            self._waiting_bytes = self.needs.observe_steps * seen.queries_BHqqD[0].nbytes
         if len(self._waiting) == self.needs.observe_steps or any(keep is not None for keep in plan.keep):
             self._observe_waiting(method)
 
@@ -129,8 +132,7 @@ class LayerStorage(SlotStore):
     def bytes_per_row(self) -> int:
         """Bytes of a row that do not depend on its slots: its part of the ring of queries, and what is observed."""
         kept = [*self.row_state.values(), *([] if self.ring is None else [self.ring])]
-        waiting = [self._waiting[0].queries_BHqqD] * self.needs.observe_steps if self._waiting else []
-        return sum(tensor[0].nbytes for tensor in (*kept, *waiting))
+        return sum(tensor[0].nbytes for tensor in kept) + self._waiting_bytes
 
     def select_rows(self, index: Tensor) -> None:
         """Reorder, repeat or drop rows everywhere (beams)."""
