@@ -140,14 +140,15 @@ def check_compactions(llm: Any, asked: list[list[int]]) -> None:
     made, moved = runtime_of(llm), 0
     compact = made.compactor._compact
 
-    def checked(layers: Any, block_table: Any, due: Any, group: Any) -> None:
+    def checked(layers: Any, block_tables: Any, due: Any, group: Any) -> None:
         nonlocal moved
         plans: list[Any] = []
         made.compactor.observer = lambda layer, rows, view, plan: plans.append((view.keys_BHND, view.values_BHND, plan))
-        blocks = block_table[torch.tensor(group.batch_rows)][:, : -(-group.held // layers[0].module.kv_cache.shape[2])]
+        table = block_tables[layers[0].group]
+        blocks = table[torch.tensor(group.batch_rows)][:, : -(-group.held // layers[0].module.kv_cache.shape[2])]
         every = torch.arange(group.held).expand(len(due), layers[0].slots.heads, -1)
         before = [{kind: layer.read_stored(kind, blocks, every) for kind in ("keys", "values")} for layer in layers]
-        compact(layers, block_table, due, group)
+        compact(layers, block_tables, due, group)
         for layer, stored, (*seen, plan) in zip(layers, before, plans, strict=True):
             kept, alone = plan.kept_BHK, torch.ones_like(plan.kept_BHK, dtype=torch.bool)
             if plan.merge is not None:
