@@ -24,7 +24,7 @@ from engines import engine, greedy, prompts
 with engine(Path(sys.argv[1])) as llm:
     outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts()], greedy(100), use_tqdm=False)
     print("TOKENS", json.dumps([list(output.outputs[0].token_ids) for output in outputs]))
-assert not [name for name in sys.modules if name.startswith("reasonkv.runtimes.vllm")]
+assert not {f"reasonkv.runtimes.vllm.{name}" for name in ("backend", "scheduler", "worker")} & set(sys.modules)
 """
 
 
@@ -38,6 +38,7 @@ def test_without_configuration_tokens_and_attention_are_stock(folder: Path) -> N
         [sys.executable, "-c", STOCK, str(folder)], capture_output=True, text=True, timeout=120,
         env=os.environ | {"VLLM_PLUGINS": "", "PYTHONPATH": str(Path(__file__).parent)},
     )  # fmt: skip
+    assert without_plugin.returncode == 0, without_plugin.stderr[-2000:]
     line = next((one for one in without_plugin.stdout.splitlines() if one.startswith("TOKENS ")), None)
     assert line is not None, without_plugin.stderr[-2000:]
     expected = json.loads(line.removeprefix("TOKENS "))
