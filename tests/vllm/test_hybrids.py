@@ -133,8 +133,9 @@ def test_a_request_that_opts_out_keeps_full_kv_beside_compressed_ones(hybrid: Hy
     stock = reference("full", None, prompts, 150, model=hybrid.model).tokens
     assert [watcher.tokens[str(number)] for number in range(3)] == [compressed[0], stock[1], compressed[2]]
     assert compressed[1] != stock[1]
-    steady = -(-(64 + 32) // 32)
-    assert [watcher.last[str(number)] for number in range(3)] == [steady, -(-(47 + 149) // 32), steady]
+    size = manager_of(hybrid.llm).block_size  # vLLM takes larger ones where a state would not fit
+    steady = -(-(64 + 32) // size)
+    assert [watcher.last[str(number)] for number in range(3)] == [steady, -(-(47 + 149) // size), steady]
 
 
 def test_all_blocks_come_back_and_every_text_is_its_own_whoever_is_aborted(hybrid: Hybrid) -> None:
@@ -224,5 +225,6 @@ def test_latent_attention_is_refused_before_its_weights_are_loaded(tmp_path: Pat
     made = tiny_config("deepseek_v2", architectures=["DeepseekV2ForCausalLM"], first_k_dense_replace=4)
     made.save_pretrained(tmp_path)  # and no weights
     given = {"method": "random", **SMALL}
-    with pytest.raises(ServingError, match="latent attention"), engine(tmp_path, given, skip_tokenizer_init=True):
+    options = {"skip_tokenizer_init": True, "max_model_len": 512}
+    with pytest.raises(ServingError, match="latent attention"), engine(tmp_path, given, **options):
         pass
