@@ -60,14 +60,16 @@ def test_model_types_that_differ_from_the_oracle_are_refused() -> None:
 
 
 def test_only_layers_that_grow_are_bounded() -> None:
-    ids = torch.randint(5, 200, (1, 300), generator=torch.Generator().manual_seed(0))
-    with CompressedCache(hybrid(), "snapkv:window=4,kernel=3", **LIMITS) as cache:
-        held = []
-        for size in (100, 300):
-            cache.reset()
-            with torch.no_grad():
-                hybrid()(ids[:, :size], past_key_values=cache, use_cache=True)
-            held.append(cache.stats().bytes_allocated)
+    ids = torch.randint(5, 200, (1, 16_000), generator=torch.Generator().manual_seed(0))
+    held = []
+    for size in (2_000, 16_000):
+        spec = "snapkv:window=4,kernel=3"
+        with CompressedCache(hybrid(), spec, prompt_lengths=[500], **LIMITS) as cache, torch.no_grad():
+            for part in ids[:, :size].split(500, 1):
+                hybrid()(part, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            stats = cache.stats()
+        assert stats.rows[0].length == size
+        held.append((stats.bytes_allocated, stats.bytes_allocated_peak, stats.bytes_beside))
     kinds = [isinstance(layer, CompressedLayer) for layer in cache.layers]
     assert kinds == [False, True, False, True]
     assert type(cache.layers[0]) is LinearAttentionLayer
