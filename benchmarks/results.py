@@ -1,6 +1,6 @@
 """Make every table and figure of docs/results again from the records that are kept there.
 
-python benchmarks/results.py                     # all; or some: families league cask claims prompt_share pretrained
+python benchmarks/results.py                     # all; or some: families league cask claims prompt_share ..
 python benchmarks/results.py --to elsewhere      # the same, beside the committed ones
 python benchmarks/results.py keep league results/league    # first keep what run.py left there
 """
@@ -8,6 +8,7 @@ python benchmarks/results.py keep league results/league    # first keep what run
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 import cask
@@ -24,6 +25,7 @@ BUILDERS = {
     "league": league.build,
     "prompt_share": cask.build_prompt_share,
     "pretrained": pretrained.build,
+    "lead": partial(pretrained.build, over="expected", by="docs/methods/forecast.md"),
 }
 
 

@@ -75,7 +75,7 @@ def keep(roots: Iterable[Path], folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     split = {name: "BYTE_STREAM_SPLIT" for name in ("kl",) if name in frame}
     pq.write_table(
-        table, folder / KEPT, compression="zstd", compression_level=22, column_encoding=split,
+        table, folder / KEPT, compression="brotli", compression_level=11, column_encoding=split,
         use_dictionary=[name for name in frame if name not in split], write_statistics=False,
     )  # fmt: skip
     return folder / KEPT
