@@ -72,10 +72,10 @@ def test_all_blocks_come_back_and_every_text_is_its_own_whoever_is_aborted_or_pr
     longest = prompts((310,) * 8)
     watcher = Watcher(small_engine, repeats=True)
     asked: dict[str, tuple[list[int], int]] = {}
-    for number in range(100):
+    for number in range(200):
         ids = draw.choice(longest)[: draw.randint(1, 180)]
         asked[f"r{number}"] = (ids, draw.randint(1, 60))
-    aborted = set(draw.sample(sorted(asked), 20))
+    aborted = set(draw.sample(sorted(asked), 40))
     for name, (ids, tokens) in asked.items():
         watcher.add(name, ids, tokens)
     doomed = {name: draw.randint(0, 30) for name in aborted}  # tokens after which they are aborted
@@ -83,7 +83,7 @@ def test_all_blocks_come_back_and_every_text_is_its_own_whoever_is_aborted_or_pr
     while watcher.engine.has_unfinished_requests():
         watcher.step()
         steps += 1
-        if steps % 75 == 0:  # admission reserves all that a request will need, so only force preempts it
+        if steps % 150 == 0:  # admission reserves all that a request will need, so only force preempts it
             watcher.preempt_all()
         for name in [name for name, after in doomed.items() if len(watcher.tokens.get(name, ())) >= after]:
             watcher.engine.abort_request([name])
