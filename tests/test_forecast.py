@@ -5,17 +5,19 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
 from models import calibration, tiny_model
 from slot_views import random_network, random_view
+from torch import Tensor
 
 from reasonkv import CompressedCache, MethodError, get_method
 from reasonkv.calibration import CalibrationError, load_calibration, save_calibration
 from reasonkv.calibration.files import read_tensors, write_tensors
 from reasonkv.evaluate.chunks import TraceRow
-from reasonkv.evaluate.fitting import _ATTENTION, Compaction, _fit, _share, fit_forecast
+from reasonkv.evaluate.fitting import _ATTENTION, Compaction, _fit, _Recorder, _share, fit_forecast
 from reasonkv.methods.forecast import Forecast
 from reasonkv.network import Network
 from reasonkv.rotary import Rotary
@@ -104,6 +106,45 @@ def test_networks_are_stored_in_half_precision_and_damage_is_found(tmp_path: Pat
             load_calibration(path)
 
 
+class Known:
+    """Attention to come that is known: of row 0, whose trace has 50 tokens."""
+
+    def __init__(self, H: int) -> None:
+        self.lengths = [50]
+        self.by_reduce = dict(
+            zip(("sum", "max"), torch.rand(2, H, 50, generator=torch.Generator().manual_seed(3)), strict=True)
+        )
+
+    def received(self, layer: int, row: int, start: int, end: int, reduce: Literal["sum", "max"] = "sum") -> Tensor:
+        assert (row, start, end) == (0, 40, 50)
+        return self.by_reduce[reduce]
+
+
+def test_a_recorded_compaction_is_the_target_written_out_and_evicts_by_the_network_once_there_is_one() -> None:
+    known, sink, protected = (
+        Known(2),
+        dict[tuple[int, int], list[Compaction]](),
+        torch.zeros(1, 2, 40, dtype=torch.bool),
+    )
+    protected[..., [0, 1, 39]] = True
+    view = replace(view_of(B=1), is_protected_BHN=protected, reference=known, rows=(0,))
+    recorder, inputs = _Recorder(window=24, sink=sink), Forecast(window=24).inputs(view)
+    assert torch.equal(recorder.plan(view, 20).kept_BHK, Forecast(window=24).plan(view, 20).kept_BHK)
+    [found] = sink[0, 0]
+    assert found.stayed == 17
+    for h in range(2):
+        norms = view.values_BHND[0, h].norm(dim=-1)
+        parts = [known.by_reduce[how][h, :40] * norms for how in ("sum", "max")]
+        target = sum(part[2:39] / part[2:39].sum() for part in parts)
+        torch.testing.assert_close(found.target_LHN[h], target, rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(found.inputs_LHNX[h], inputs[0, h, 2:39].half(), rtol=0, atol=0)
+    assert view.calibration is not None
+    bare = replace(view, calibration=replace(view.calibration, forecast=None))
+    by_attention = inputs[..., _ATTENTION].exp() * view.values_BHND.norm(dim=-1)
+    by_attention = by_attention.masked_fill(protected, torch.inf)
+    assert torch.equal(recorder.plan(bare, 20).kept_BHK, by_attention.topk(20).indices.sort().values)
+
+
 def test_a_fit_finds_a_rule_that_recent_attention_does_not_know() -> None:
     """Planted: the attention to come is decided by one dimension of the key, another one in every head."""
     model, draw = tiny_model("llama"), torch.Generator().manual_seed(0)
@@ -120,7 +161,7 @@ def test_a_fit_finds_a_rule_that_recent_attention_does_not_know() -> None:
     assert _share(seen[20:], lambda one: one.inputs_LHNX[..., _ATTENTION].float()) < 0.6
 
 
-def network_of_all(network: Network, one: Compaction) -> torch.Tensor:
+def network_of_all(network: Network, one: Compaction) -> Tensor:
     return torch.stack([network.part(layer)(x[None].float())[0] for layer, x in enumerate(one.inputs_LHNX)])
 
 

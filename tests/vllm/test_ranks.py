@@ -20,7 +20,8 @@ from reasonkv import Budget, testbed
 from reasonkv.methods import get_method
 
 METHODS = {
-    "random": "head", "expected": "head", "tova": "layer", "cask:mass=none": "model", "triattention:mode=global": "model"
+    "random": "head", "expected": "head", "forecast": "head", "tova": "layer", "cask:mass=none": "model",
+    "triattention:mode=global": "model",
 }  # fmt: skip
 GIVEN: dict[str, Any] = {"tokens": 64, "interval": 32, "sinks": 4, "recent": 16, "prompt": "count"}
 LENGTHS, TOKENS, SEED = (40, 90, 130), 70, 7
