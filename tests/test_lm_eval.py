@@ -134,3 +134,12 @@ def test_lm_evals_command_line_finds_the_model(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(sys, "argv", [*command, "--model_args", "pretrained=nowhere/at-all,method=snapkv"])
     with pytest.raises(SystemExit, match=r"^Error: snapkv needs a budget"):  # which Python prints, with exit code 1
         runpy.run_module("reasonkv.lm_eval", run_name="__main__")
+
+
+def test_a_dataset_without_network_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable() -> None:
+        raise ConnectionError("Couldn't reach 'openai/gsm8k' on the Hub")
+
+    monkeypatch.setattr("lm_eval.__main__.cli_evaluate", unreachable)
+    with pytest.raises(SystemExit, match=r"^Error: Couldn't reach 'openai/gsm8k' on the Hub$"):
+        runpy.run_module("reasonkv.lm_eval", run_name="__main__")

@@ -17,7 +17,7 @@ def main() -> None:
         sys.exit(f'Error: lm-eval cannot be imported ({error}); run pip install "reasonkv[lm-eval]".')
     try:
         cli_evaluate()
-    except ReasonKVError as error:
+    except (ReasonKVError, ConnectionError) as error:  # the latter: a dataset without network
         sys.exit(f"Error: {error}")
 
 
