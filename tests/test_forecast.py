@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Literal
 
 import pytest
 import torch
+from command_line import run
 from models import calibration, tiny_model
 from slot_views import random_network, random_view
 from torch import Tensor
@@ -180,10 +182,22 @@ def test_fitting_replays_and_its_networks_serve_the_model() -> None:
         torch.equal(a, b)
         for a, b in zip(fitted.network.tensors().values(), again.network.tensors().values(), strict=True)
     )
-    assert 0.0 < fitted.share <= 1.0 and fitted.compactions > 8
+    assert fitted.share is not None and 0.0 < fitted.share <= 1.0 and fitted.compactions > 8
+    assert fit_forecast(model, rows[:4], calibration(model), budgets=(24,), rounds=1).share is None  # none is left over
     known = replace(calibration(model), forecast=fitted.network)
     with CompressedCache(model, get_method("forecast"), tokens=24, interval=8, calibration=known) as cache:
         model.generate(rows[0].prompt_P[None], past_key_values=cache, max_new_tokens=40, do_sample=False)
         assert cache.stats().rows[0].events > 0
     with pytest.raises(CalibrationError, match=r"too short to fit a forecast"):
         fit_forecast(model, [TraceRow(row.prompt_P, row.output_T[:20]) for row in rows], known, budgets=(24,))
+
+
+def test_the_command_line_fits_to_questions_of_a_file(tmp_path: Path) -> None:
+    questions, out = tmp_path / "q.jsonl", tmp_path / "stats.safetensors"
+    lines = [{"ask": f"list data {n} {n + 1} {n + 2} ask sum", "is": "x"} for n in range(4)]
+    questions.write_text("\n".join(map(json.dumps, lines)))
+    asked = ["--prompt", "{ask}", "--answer", "is", "--chat", "off", "--limit", "2", "--window", "240"]
+    code, said, told = run("calibrate", "--task", str(questions), *asked, "--forecast", "--out", str(out))
+    assert code == 0, told
+    assert "none is left over to measure it on" in told and str(out.name) in said
+    assert load_calibration(out).forecast is not None

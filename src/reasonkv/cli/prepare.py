@@ -11,6 +11,7 @@ from reasonkv.calibration.job import CalibrateJob
 from reasonkv.cli.console import note, print_json, print_tables, progress_bars, quiet_libraries, show
 from reasonkv.cli.flags import GROUPS, ConfigFile, Json, ModelFlags, Without, command, load
 from reasonkv.seer.job import TrainGateJob
+from reasonkv.tasks.options import TaskOptions
 
 if TYPE_CHECKING:
     from reasonkv.calibration import Calibration
@@ -22,6 +23,7 @@ _FEW_TOKENS = 2048
 def calibrate(
     *,
     job: CalibrateJob,
+    options: TaskOptions,
     model: Annotated[str | None, Parameter(group=GROUPS["ModelFlags"])] = None,
     loading: Annotated[ModelFlags, Without(("model", "calibration", "kv_dtype"))],
     json: Json = False,
@@ -50,7 +52,7 @@ def calibrate(
         from reasonkv.models import one_thread_if_small
         from reasonkv.tasks import get_task
 
-        tasks = [get_task(spec) for spec in job.task]
+        tasks = [get_task(spec, options) for spec in job.task]
         loaded = load(replace(loading, model=model or "testbed"))
         with one_thread_if_small(loaded.model), progress_bars(1) as bar:
 
@@ -61,11 +63,15 @@ def calibrate(
             if job.forecast:
                 from reasonkv.evaluate.fitting import add_forecast
 
-                found, fitted = add_forecast(job, loaded.model, loaded.tokenizer, found, tasks=tasks, progress=bar)
+                found, fitted = add_forecast(
+                    job, loaded.model, loaded.tokenizer, found, tasks=tasks, options=options, progress=bar
+                )
+                note(f"Forecast: {fitted.network.numbers:,} numbers, fitted to {fitted.compactions} compactions.")
                 note(
-                    f"Forecast: {fitted.network.numbers:,} numbers, fitted to {fitted.compactions} compactions. Of the "
-                    f"attention that the best choice holds on others, its own holds {fitted.share:.0%}, one by the "
-                    f"newest queries' attention {fitted.attention_share:.0%}."
+                    "Of fewer than 8 texts none is left over to measure it on."
+                    if fitted.share is None or fitted.attention_share is None
+                    else f"On other texts its choice holds {fitted.share:.0%} of the attention that the best holds, a "
+                    f"choice by the newest queries' attention {fitted.attention_share:.0%}."
                 )
         if (found.tokens or 0) < _FEW_TOKENS:
             note(f"Only {found.tokens:,} tokens were averaged; some thousands give steadier statistics.")

@@ -62,15 +62,19 @@ class Compaction(NamedTuple):
 
 
 class Fitted(NamedTuple):
-    """The networks, and the share of the best possible target that a choice by them holds on held-out compactions.
+    """The networks, and how well they do on every eighth text, which they were not fitted to.
 
-    `attention_share` is that of a choice by the newest queries' attention.
+    Args:
+        network: of all layers' KV heads.
+        compactions: that they were fitted to.
+        share: of the target that the best choice holds, what a choice by them holds; None where no text is left over.
+        attention_share: the same of a choice by the newest queries' attention.
     """
 
     network: Network
-    share: float
-    attention_share: float
     compactions: int
+    share: float | None = None
+    attention_share: float | None = None
 
 
 def own_answers(
@@ -80,6 +84,7 @@ def own_answers(
     *,
     limit: int,
     seed: int = 0,
+    options: TaskOptions | None = None,
     most: int = _ANSWER,
     on_tokens: OnTokens = lambda count: None,
 ) -> list[TraceRow]:
@@ -90,6 +95,7 @@ def own_answers(
         tasks: where problems come from, of their training split.
         limit: problems of each.
         seed: of the problems.
+        options: how problems become prompts.
         most: tokens of an answer.
         on_tokens: called after every step with the tokens it wrote.
 
@@ -99,7 +105,7 @@ def own_answers(
     rows = []
     for task in tasks:
         problems = [task.problem(example, seed=seed, split="train") for example in range(limit)]
-        prompts = encode_prompts(model, tokenizer, task, problems, TaskOptions())
+        prompts = encode_prompts(model, tokenizer, task, problems, options)
         for first in range(0, limit, 4 * _BATCH):
             batch = prompts[first : first + 4 * _BATCH]
             requests = [Request(prompt, room(model, len(prompt), most)) for prompt in batch]
@@ -151,13 +157,16 @@ def fit_forecast(
                 f"The texts are too short to fit a forecast: they need {min(budgets) * 3 // 2} tokens after the prompt."
             )
         seen += found  # slots that another policy left are not forgotten
-        fitted_to = [one for one in seen if one.row not in held_out] or seen
+        fitted_to = [one for one in seen if one.row not in held_out]
         network = _fit(model, fitted_to, seed, partial(progress, f"fit {number}"))
     assert network is not None
-    others = [one for one in seen if one.row in held_out] or seen
+    others = [one for one in seen if one.row in held_out]
+    if not others:
+        return Fitted(network, len(fitted_to))
     own = network.to(model.device).part(list(bounded_layers(model.config)))
     share = _share(others, lambda one: _all(own, one.inputs_LHNX.float()))
-    return Fitted(network, share, _share(others, lambda one: one.inputs_LHNX[..., _ATTENTION].float()), len(fitted_to))
+    by_attention = _share(others, lambda one: one.inputs_LHNX[..., _ATTENTION].float())
+    return Fitted(network, len(fitted_to), share, by_attention)
 
 
 @dataclass(frozen=True)
@@ -295,6 +304,7 @@ def add_forecast(
     calibration: Calibration,
     *,
     tasks: Sequence[Task] = (),
+    options: TaskOptions | None = None,
     progress: Callable[[str, int, int], None] = lambda what, done, of: None,
 ) -> tuple[Calibration, Fitted]:
     """Return a calibration with the networks that its job asks for beside it, and how well they do.
@@ -305,6 +315,7 @@ def add_forecast(
         model, tokenizer: as in `fit_forecast`.
         calibration: the model's.
         tasks: those that `job.task` names.
+        options: how their problems become prompts.
         progress: as in `fit_forecast`.
 
     Raises:
@@ -319,7 +330,14 @@ def add_forecast(
         progress("tokens of answers", written, (job.window or _ANSWER) * job.limit * len(asked))
 
     rows = own_answers(
-        model, tokenizer, asked, limit=job.limit, seed=job.seed, most=job.window or _ANSWER, on_tokens=on_tokens
+        model,
+        tokenizer,
+        asked,
+        limit=job.limit,
+        seed=job.seed,
+        options=options,
+        most=job.window or _ANSWER,
+        on_tokens=on_tokens,
     )
     known = [task for task in tasks if not task.chat]
     if job.text is not None or known:
