@@ -25,7 +25,7 @@ BUILDERS = {
     "league": league.build,
     "prompt_share": cask.build_prompt_share,
     "pretrained": pretrained.build,
-    "lead": partial(pretrained.build, over="expected", by="docs/methods/forecast.md"),
+    "lead": partial(pretrained.build, over="expected", by="docs/results/lead/README.md"),
 }
 
 
