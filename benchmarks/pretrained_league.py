@@ -6,6 +6,7 @@ from pathlib import Path
 
 import altair as alt
 import pandas as pd
+from claims import judge
 from scipy.stats import spearmanr
 from tables import CELL, Gains, load, manifests, markdown, means, plus_minus, sizes, text, words
 
@@ -19,7 +20,8 @@ _CHANCE = 0.05
 
 def build(source: Path, to: Path) -> None:
     """Write the tables and the figure of `source` into `to`."""
-    replay = load(source)["replay"]
+    records = load(source)
+    replay = records["replay"][~records["replay"]["method"].str.contains(":")]  # parts left out belong to the claims
     kl = means(replay, "kl", "top1", "physical_mean")
     about = next(iter(manifests(source).values()))
     parts = [f"Model {about['model']['name']}, {about['device']}, {about['arguments']['dtype']}; made by "
@@ -27,6 +29,8 @@ def build(source: Path, to: Path) -> None:
     for group, own in replay.groupby("group", sort=False):
         parts.append(_league(str(group), own, kl.xs(group, level="group", drop_level=False)))
     parts.append(_agreement(kl, means(load(source.parent / "league", source.parent / "cask")["replay"], "kl")))
+    judged, details = judge(records, "pretrained_claims")
+    parts.append(f"## Claims of the papers\n\n{judged}\n{details}")
     (to / "tables.md").write_text("\n".join(parts))
     _draw(kl, to / f"{source.name}.png")
 
