@@ -128,7 +128,7 @@ def test_an_experiment_of_one_small_part_runs_and_its_records_can_be_kept(
 
 
 @pytest.mark.parametrize(
-    "name", ["calibrated_cost", "decode_overhead", "decode_speed", "event_cost", "replay_speed", "stalls"]
+    "name", ["calibrated_cost", "decode_overhead", "decode_speed", "event_cost", "floor", "replay_speed", "stalls"]
 )
 def test_a_timing_script_finishes_in_its_small_mode(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script(name, monkeypatch).main(["--small", "--out", str(tmp_path / "found.json")])
