@@ -25,7 +25,7 @@ from reasonkv.runtimes.vllm.config import EngineConfig, ServingError
 
 COMMANDS = (
     "demo", "methods", "doctor", "generate", "replay", "evaluate", "tune", "frontier", "report", "inspect", "calibrate",
-    "train-gate", "serve", "run", "compare",
+    "train-gate", "serve", "run", "compare", "plan-capacity",
 )  # fmt: skip
 
 
