@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from decoding import (
-    LARGE, SMALL, Bounded, Steady, Subject, calibration_of, load, plain, run_seconds, step_ms, text_ids,
+    LARGE, SMALL, Bounded, Floor, Steady, Subject, calibration_of, load, plain, run_seconds, step_ms, text_ids,
 )  # fmt: skip
 from timing import by_turns, interval, median, publish, random_model, ratio, script
 from transformers import DynamicCache, PreTrainedModel
@@ -73,6 +73,7 @@ def cell(
         every = zip(*(found[f"stock {one}"]["ms"] for one in lengths), strict=False)
         return [run_seconds(lengths, ms, PROMPT, tokens) for ms in every]
 
+    floor = Floor(subject)
     where = {"model": subject.name, "batch": batch, "budget": budget.tokens}
     of_stock = {tokens: stock_seconds(tokens) for tokens in answers}
     per_token = subject.token_bytes * batch
@@ -83,13 +84,15 @@ def cell(
             stock_steps = found[f"stock {lengths[-1]}"]["ms"]
             steps = stock_steps if arm == "stock" else found[f"static {answers[-1]}"]["ms"]
             own = of_stock if arm == "stock" else {n: [ms * n / 1e3 for ms in found[f"static {n}"]["ms"]] for n in answers}
-            row |= {"step p50 ms": median(steps), "step p99 ms": None, "ms per compaction": None,
+            row |= {"step p50 ms": median(steps), "of the floor": median(steps) / floor.step_ms(batch, lengths[-1]),
+                    "step p99 ms": None, "ms per compaction": None,
                     "compactions, % of decoding": None, "KV MB": per_token * longest / 1e6}  # fmt: skip
         else:
             every: list[Steady] = list(found[arm]["steady"])
             one = sum(every[1:], every[0])
             own = {n: [bounded_seconds(found, lengths, each, budget, n) for each in every] for n in answers}
-            row |= {"step p50 ms": one.percentile(50), "step p99 ms": one.percentile(99),
+            row |= {"step p50 ms": one.percentile(50), "of the floor": one.mean_ms / floor.bounded_ms(batch, budget),
+                    "step p99 ms": one.percentile(99),
                     "ms per compaction": median(one.compaction_ms), "compactions, % of decoding": one.share,
                     "KV MB": one.kv_bytes / 1e6}  # fmt: skip
         for n in answers:
@@ -100,7 +103,8 @@ def cell(
     return {
         "rows": rows,
         "lengths": [
-            {**where, "cache": kind, "tokens held": int(tokens), "ms per step": median(own["ms"])}
+            {**where, "cache": kind, "tokens held": int(tokens), "ms per step": median(own["ms"]),
+             "of the floor": median(own["ms"]) / floor.step_ms(batch, int(tokens))}
             for (kind, tokens), own in ((arm.split(), own) for arm, own in found.items() if "ms" in own)
         ],
         "equal": [

@@ -18,6 +18,7 @@ from reasonkv.calibration import Calibration
 from reasonkv.calibration.job import CalibrateJob
 from reasonkv.calibration.run import run as calibrate
 from reasonkv.evaluate.fitting import add_forecast
+from reasonkv.floor import compaction, decode_step, measure_rates, prompt_tokens, shape_of
 from reasonkv.models import ModelError, load_model
 from reasonkv.runtimes.transformers.attention import LogitRule
 from reasonkv.tasks import get_task
@@ -47,6 +48,31 @@ class Subject:
         """Bytes of a token's keys and values in all layers."""
         layers = plain(self.model, "stock", 1, 8).layers
         return sum(layer.keys.nbytes + layer.values.nbytes for layer in layers) // 8
+
+
+class Floor:
+    """The time that a model's decode steps and prompts cannot go below on this machine (`reasonkv.floor`)."""
+
+    def __init__(self, subject: Subject) -> None:
+        self.dtype, self.shape = subject.model.dtype, shape_of(subject.model.config)
+        self.rates = measure_rates(self.dtype)
+
+    def step_ms(self, batch: int, slots: float, budget: Budget | None = None) -> float:
+        """Return milliseconds of a decode step; with a budget, its part of a compaction included."""
+        seconds = decode_step(self.shape, batch, slots, self.dtype).seconds(self.rates)
+        if budget is not None and budget.tokens is not None:
+            held = budget.tokens + budget.interval
+            seconds += compaction(self.shape, batch, held, budget.tokens, self.dtype).seconds(self.rates) / budget.interval
+        return 1e3 * seconds
+
+    def bounded_ms(self, batch: int, budget: Budget) -> float:
+        """Return mean milliseconds of a step of a cache that stays within a budget."""
+        assert budget.tokens is not None
+        return self.step_ms(batch, budget.tokens + budget.interval / 2, budget)
+
+    def prompt_seconds(self, batch: int, tokens: int) -> float:
+        """Return seconds of feeding so many tokens of every row at once."""
+        return prompt_tokens(self.shape, batch, tokens, 0, self.dtype).seconds(self.rates)
 
 
 def load(name: str) -> Subject | None:
