@@ -17,16 +17,25 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from decoding import (
-    LARGE, SMALL, Bounded, Floor, Steady, Subject, calibration_of, load, plain, run_seconds, step_ms, text_ids,
+    LARGE,
+    SMALL,
+    Bounded,
+    Floor,
+    Steady,
+    Subject,
+    calibration_of,
+    load,
+    plain,
+    run_seconds,
+    step_ms,
+    text_ids,
 )  # fmt: skip
 from timing import by_turns, interval, median, publish, random_model, ratio, script
 from transformers import DynamicCache, PreTrainedModel
 
 from reasonkv import Budget, CompressedCache, get_method
-from reasonkv.calibration import Calibration
 from reasonkv.methods import method_classes
 
 DOZEN = (
@@ -51,22 +60,20 @@ def bounded_methods() -> list[str]:
 def length_ms(subject: Subject, kind: str, batch: int, tokens: int, steps: int) -> dict[str, float]:
     """Measure the median milliseconds of a step at a length, with a cache that holds every token."""
     cache = plain(subject.model, kind, batch, tokens)
-    return {"ms": median(step_ms(subject.model, cache, batch, steps))}
+    return {"ms": median(step_ms(subject.model, cache, batch, steps, warm_up=1, most_ms=1000))}
 
 
 def cell(
-    subject: Subject, batch: int, budget: Budget, methods: Sequence[str], lengths: Sequence[int],
-    given: argparse.Namespace, calibration: Calibration | None,
-) -> dict[str, list[dict[str, Any]]]:  # fmt: skip
+    subject: Subject, batch: int, budget: Budget, bounded: Mapping[str, Bounded], given: argparse.Namespace
+) -> dict[str, list[dict[str, Any]]]:
     """Measure a model at a batch size: rows of the tables "methods", "lengths" and "equal"."""
-    answers, longest = given.answers, max(given.answers) + PROMPT
+    answers, lengths, longest = given.answers, given.lengths, max(given.answers) + PROMPT
     arms: dict[str, Any] = {
         f"{kind} {tokens}": partial(length_ms, subject, kind, batch, tokens, given.steps)
         for kind, at in (("stock", lengths), ("full", lengths[:3]), ("static", [*answers]))
         for tokens in at
     }
-    for method in methods:
-        arms[method] = lambda one=Bounded(subject, method, budget, calibration, steps=given.steps): {"steady": one.measure(batch)}
+    arms |= {method: partial(steady, one, batch) for method, one in bounded.items()}
     found = by_turns(arms, given.rounds, warm_up=0, seconds=given.seconds)
 
     def stock_seconds(tokens: int) -> list[float]:
@@ -78,12 +85,13 @@ def cell(
     of_stock = {tokens: stock_seconds(tokens) for tokens in answers}
     per_token = subject.token_bytes * batch
     rows = []
-    for arm in ("stock", "static", *methods):
+    for arm in ("stock", "static", *bounded):
         row: dict[str, Any] = {**where, "cache": arm}
         if arm in ("stock", "static"):
             stock_steps = found[f"stock {lengths[-1]}"]["ms"]
             steps = stock_steps if arm == "stock" else found[f"static {answers[-1]}"]["ms"]
-            own = of_stock if arm == "stock" else {n: [ms * n / 1e3 for ms in found[f"static {n}"]["ms"]] for n in answers}
+            static = {n: [ms * n / 1e3 for ms in found[f"static {n}"]["ms"]] for n in answers}
+            own = of_stock if arm == "stock" else static
             row |= {"step p50 ms": median(steps), "of the floor": median(steps) / floor.step_ms(batch, lengths[-1]),
                     "step p99 ms": None, "ms per compaction": None,
                     "compactions, % of decoding": None, "KV MB": per_token * longest / 1e6}  # fmt: skip
@@ -97,7 +105,9 @@ def cell(
                     "KV MB": one.kv_bytes / 1e6}  # fmt: skip
         for n in answers:
             row[f"tokens/s, answers of {n}"] = batch * n / median(own[n])
-            row |= interval(ratio(of_stock[n][: len(own[n])], own[n][: len(of_stock[n])]), f"{n}: over stock")
+            beside = zip(of_stock[n], own[n], strict=False)
+            names = (f"over stock, answers of {n}", f"{n}, low", f"{n}, high")
+            row |= zip(names, ratio(*zip(*beside, strict=True)), strict=True)
         rows.append(row)
         print(f"{where['model']}, batch {batch}, {arm}: {row['step p50 ms']:.0f} ms a step", flush=True)
     return {
@@ -116,6 +126,11 @@ def cell(
     }  # fmt: skip
 
 
+def steady(one: Bounded, batch: int) -> dict[str, Steady]:
+    """Measure a bounded cache."""
+    return {"steady": one.measure(batch)}
+
+
 def bounded_seconds(found: Found, lengths: Sequence[int], steady: Steady, budget: Budget, tokens: int) -> float:
     """Return the seconds of a run: as full KV of ours until the first compaction, and steady steps from there on."""
     assert budget.tokens is not None
@@ -125,13 +140,15 @@ def bounded_seconds(found: Found, lengths: Sequence[int], steady: Steady, budget
 
 
 @torch.no_grad()
-def whole_run(subject: Subject, method: str | None, budget: Budget, batch: int, prompt: int, tokens: int) -> float:
-    """Return the seconds of decoding `tokens` tokens after a prompt, step by step."""
+def whole_run(
+    subject: Subject, method: str | None, budget: Budget, batch: int, prompt: int, tokens: int
+) -> dict[str, float]:
+    """Measure the seconds of decoding `tokens` tokens after a prompt, step by step."""
     assert subject.tokenizer is not None
     model, ids = subject.model, text_ids(subject.tokenizer, prompt).expand(batch, -1)
     cache = DynamicCache(config=model.config) if method is None else CompressedCache(model, method, budget)
     model(ids, past_key_values=cache, logits_to_keep=1)
-    return sum(step_ms(model, cache, batch, tokens, warm_up=0)) / 1e3
+    return {"s": sum(step_ms(model, cache, batch, tokens, warm_up=0)) / 1e3}
 
 
 def check(subject: Subject, given: argparse.Namespace) -> list[dict[str, Any]]:
@@ -143,10 +160,9 @@ def check(subject: Subject, given: argparse.Namespace) -> list[dict[str, Any]]:
         f"{kind} {one}": partial(length_ms, subject, kind, batch, one, given.steps)
         for kind in ("stock", "full") for one in lengths
     }  # fmt: skip
-    bounded = Bounded(subject, "random", budget, steps=given.steps)
-    arms["random"] = lambda: {"steady": bounded.measure(batch)}
-    for name, method in (("whole stock", None), ("whole random", "random")):
-        arms[name] = lambda method=method: {"s": whole_run(subject, method, budget, batch, PROMPT, tokens)}
+    arms["random"] = partial(steady, Bounded(subject, "random", budget, steps=given.steps), batch)
+    for arm, method in (("stock", None), ("random", "random")):
+        arms[f"whole {arm}"] = partial(whole_run, subject, method, budget, batch, PROMPT, tokens)
     found: Found = by_turns(arms, 1, warm_up=0)
     summed = {
         "stock": run_seconds(lengths, [median(found[f"stock {one}"]["ms"]) for one in lengths], PROMPT, tokens),
@@ -166,13 +182,13 @@ def stack() -> PreTrainedModel:
     return random_model(2, 32, 8, dtype=torch.bfloat16, max_position_embeddings=40960, **fields)
 
 
-# seconds: after which no further round of a cell begins
+# seconds: of a cell, after which no further round of it begins; minutes: after which no further cell begins
 @script(
     small={"model": "testbed", "large": "", "batches": ["2"], "methods": ["random", "expected", "triattention"],
            "budget": 32, "interval": 16, "lengths": ["64", "512", "2048"], "answers": ["256"], "steps": 2, "rounds": 1,
            "check_batch": 2, "check_tokens": 128, "stack_batch": 0},
     model=SMALL, large=LARGE, batches=("1", "8", "32"), methods=DOZEN, budget=256, interval=128,
-    lengths=("512", "1024", "2048", "4096"), answers=("1024", "4096"), steps=6, rounds=3, seconds=75.0,
+    lengths=("512", "1024", "2048", "4096"), answers=("1024", "4096"), steps=6, rounds=5, seconds=45.0, minutes=9.0,
     large_methods=FEW, large_budget=512, large_batch=32, stack_batch=8, check_batch=8, check_tokens=256,
 )  # fmt: skip
 def main(given: argparse.Namespace) -> None:
@@ -182,21 +198,28 @@ def main(given: argparse.Namespace) -> None:
     began, methods = time.monotonic(), bounded_methods() if given.methods == ["all"] else given.methods
     plans: list[tuple[str, list[int], Sequence[str], int]] = [
         (given.model, list(map(int, given.batches)), methods, given.budget),
-        (STACK if given.stack_batch else "", [given.stack_batch], given.large_methods, given.large_budget),
         (given.large, [given.large_batch], given.large_methods, given.large_budget),
+        (STACK if given.stack_batch else "", [given.stack_batch], given.large_methods, given.large_budget),
     ]
+    left_out = []
     for name, batches, chosen, tokens in plans:
-        subject = Subject(name, stack()) if name == STACK else load(name) if name else None
+        subject = Subject(STACK, stack()) if name == STACK else load(name) if name else None
         if subject is None:
             continue
         budget = Budget(tokens, interval=given.interval, prompt="count")
         calibration = calibration_of(subject, chosen)
+        bounded = {one: Bounded(subject, one, budget, calibration, steps=given.steps) for one in chosen}
         for batch in batches:
-            for table, rows in cell(subject, batch, budget, chosen, given.lengths, given, calibration).items():
+            if time.monotonic() - began > 60 * given.minutes:
+                left_out.append(f"{subject.name} at batch {batch}")
+                continue
+            for table, rows in cell(subject, batch, budget, bounded, given).items():
                 tables[table] += rows
         if name == given.model:
             tables["check"] = check(subject, given)
     if not tables["rows"]:
         raise SystemExit("No model was there, so nothing was measured.")
+    if left_out:
+        print(f"Not measured, for time: {', '.join(left_out)}.")
     title = f"Decoding after a prompt of {PROMPT} tokens, a compaction every {given.interval} tokens"
-    publish(given, title, tables.pop("rows"), **tables, seconds=time.monotonic() - began)
+    publish(given, title, tables.pop("rows"), **tables, left_out=left_out, seconds=time.monotonic() - began)

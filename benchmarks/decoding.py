@@ -62,7 +62,8 @@ class Floor:
         seconds = decode_step(self.shape, batch, slots, self.dtype).seconds(self.rates)
         if budget is not None and budget.tokens is not None:
             held = budget.tokens + budget.interval
-            seconds += compaction(self.shape, batch, held, budget.tokens, self.dtype).seconds(self.rates) / budget.interval
+            moved = compaction(self.shape, batch, held, budget.tokens, self.dtype)
+            seconds += moved.seconds(self.rates) / budget.interval
         return 1e3 * seconds
 
     def bounded_ms(self, batch: int, budget: Budget) -> float:
@@ -139,10 +140,15 @@ def plain(model: PreTrainedModel, kind: str, batch: int, tokens: int, room: int 
 
 
 @torch.no_grad()
-def step_ms(model: PreTrainedModel, cache: Cache, batch: int, steps: int, warm_up: int = WARM_UP) -> list[float]:
-    """Decode greedily and return the milliseconds of every step after the first `warm_up`."""
-    ids, taken = torch.full((batch, 1), 9), []
-    for _ in range(warm_up + steps):
+def step_ms(
+    model: PreTrainedModel, cache: Cache, batch: int, steps: int, warm_up: int = WARM_UP, most_ms: float = float("inf")
+) -> list[float]:
+    """Decode greedily and return the milliseconds of every step after the first `warm_up`.
+
+    After the third of them, and once they took `most_ms` together, no further one is made: long steps vary little.
+    """
+    ids, taken = torch.full((batch, 1), 9), list[float]()
+    while len(taken) < warm_up + steps and (len(taken) < warm_up + 3 or sum(taken[warm_up:]) < most_ms):
         start = time.perf_counter()
         ids = model(ids, past_key_values=cache, use_cache=True).logits[:, -1].argmax(-1, keepdim=True)
         taken.append(1e3 * (time.perf_counter() - start))

@@ -1,6 +1,6 @@
 """Decode for `against_kvpress.py`, one turn at a time, with kvpress or with reasonkv, whichever is installed.
 
-Reads a JSON object a line: method, batch, budget, interval, prompt (token ids), and the step that compacts first; writes
+Reads a JSON object a line: method, batch, budget, interval, prompt (token ids), and the step that compacts; writes
 one back: milliseconds of every step, and the slots held at the end. It stands alone, since kvpress lives in a virtual
 environment of its own.
 """
@@ -51,7 +51,8 @@ def reasonkv_turn(model: Any, order: dict[str, Any]) -> dict[str, Any]:
     """Decode with a compressed cache; all tokens but one count as answer, so that none are dropped before."""
     from reasonkv import Budget, CompressedCache
 
-    budget, prompt = Budget(order["budget"], interval=order["interval"], prompt="count"), torch.tensor([order["prompt"]])
+    budget = Budget(order["budget"], interval=order["interval"], prompt="count")
+    prompt = torch.tensor([order["prompt"]])
     with CompressedCache(model, order["method"], budget, prompt_lengths=1) as cache:
         for ids in (prompt[:, :1], prompt[:, 1:]):
             model(ids, past_key_values=cache, logits_to_keep=1)

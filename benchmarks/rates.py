@@ -96,8 +96,8 @@ def beside(
 @script(
     small={"model": "testbed", "methods": ["random"], "budget": 32, "interval": 16, "limit": 2, "lines": 8,
            "trace": 64, "batch": 2, "prompt": 16, "tokens": 40, "rounds": 1},
-    model=SMALL, methods=("random", "knorm", "expected", "snapkv"), budget=256, interval=128, limit=8, lines=40,
-    trace=768, batch=8, prompt=256, tokens=160, rounds=3, seconds=50.0,
+    model=SMALL, methods=("random", "knorm", "expected", "snapkv"), budget=256, interval=128, limit=4, lines=40,
+    trace=768, batch=8, prompt=256, tokens=96, rounds=3, seconds=60.0,
 )  # fmt: skip
 def main(given: argparse.Namespace) -> None:
     torch.manual_seed(0)
@@ -113,11 +113,10 @@ def main(given: argparse.Namespace) -> None:
     for method in given.methods:
         config = RunConfig(get_method(method), budget)
         arms[method] = partial(timed, partial(replay, subject, traces, config))
-    rows = beside("replay", PROMPT_RATE, lambda arm: prompts, by_turns(arms, given.rounds, warm_up=0, seconds=given.seconds))
+    turns = {"rounds": given.rounds, "warm_up": 0, "seconds": given.seconds}
+    rows = beside("replay", PROMPT_RATE, lambda arm: prompts, by_turns(arms, **turns))
     arms = {
-        method or GENERATE: partial(
-            timed, partial(generate, subject, method, own, batch, given.prompt, given.tokens)
-        )
+        method or GENERATE: partial(timed, partial(generate, subject, method, own, batch, given.prompt, given.tokens))
         for method, own in ((None, None), ("full", None), *((method, budget) for method in given.methods))
     }
 
@@ -128,7 +127,7 @@ def main(given: argparse.Namespace) -> None:
         prefill = floor.prompt_seconds(batch, given.prompt)
         return batch * given.tokens / (prefill + given.tokens * floor.step_ms(batch, slots) / 1e3)
 
-    rows += beside("evaluate", GENERATE, generation_floor, by_turns(arms, given.rounds, warm_up=0, seconds=given.seconds))
+    rows += beside("evaluate", GENERATE, generation_floor, by_turns(arms, **turns))
     starts = by_turns({f"reasonkv {one[0]}": partial(cpu_seconds, one) for one in COMMANDS}, 3, warm_up=1)
     title = (
         f"{subject.name} {subject.dtype}: replay of {given.limit} traces of {traces[0].row.fed} tokens, generation of "

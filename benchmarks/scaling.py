@@ -11,7 +11,6 @@ import argparse
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
 
 import torch
 from decoding import SMALL, Bounded, Floor, Subject, load

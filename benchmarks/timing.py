@@ -121,11 +121,16 @@ def random_model(
     return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
+def commit() -> str:
+    """Return the short name of the commit that is checked out; empty outside a repository."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    return subprocess.run(
+        command, capture_output=True, text=True, cwd=Path(__file__).parent, check=False
+    ).stdout.strip()
+
+
 def environment() -> dict[str, Any]:
     """Return device, versions, threads, load and commit, as written beside every result."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
-    ).stdout.strip()
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if "model name" in line]
@@ -133,7 +138,7 @@ def environment() -> dict[str, Any]:
     return {
         "device": torch.cuda.get_device_name(0) if torch.cuda.is_available() else processor,
         "threads": torch.get_num_threads(), "cores": os.cpu_count(), "torch": torch.__version__,
-        "transformers": transformers.__version__, "python": platform.python_version(), "commit": commit,
+        "transformers": transformers.__version__, "python": platform.python_version(), "commit": commit(),
     }  # fmt: skip
 
 
@@ -153,7 +158,7 @@ def publish(given: argparse.Namespace, title: str, rows: Sequence[Mapping[str, A
 
 
 def shown(value: Any) -> Any:
-    """Return an option as it is recorded: of a folder its name, since its place says something of this machine alone."""
+    """Return an option as it is recorded: of a folder its name, since its place is this machine's."""
     return Path(value).name if isinstance(value, str | Path) and Path(value).is_dir() and str(value) else value
 
 

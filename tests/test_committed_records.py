@@ -125,13 +125,3 @@ def test_an_experiment_of_one_small_part_runs_and_its_records_can_be_kept(
         ("program:lines=4, prompt kept", *cell) for cell in (("full", ""), ("random", "32"))
     ]
     assert found["top1", "mean"].iloc[0] == 1
-
-
-@pytest.mark.parametrize(
-    "name", ["calibrated_cost", "decode_overhead", "decode_speed", "event_cost", "replay_speed", "stalls"]
-)
-def test_a_timing_script_finishes_in_its_small_mode(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    script(name, monkeypatch).main(["--small", "--out", str(tmp_path / "found.json")])
-    found = json.loads((tmp_path / "found.json").read_text())
-    assert found["rows"]
-    assert {"device", "threads", "torch", "commit"} <= set(found["environment"])
