@@ -100,15 +100,15 @@ def scaling(found: Row) -> list[str]:
     return parts + (["**Flat in the logical length**\n", table(flat, "from", "to", "time over")] if flat else [])
 
 
-def serving(found: Row) -> list[str]:
-    """Return the table of `serving_load.py`."""
+def whole(found: Row) -> list[str]:
+    """Return the only table of a file, as it is."""
     return [table(found["rows"])]
 
 
 SECTIONS = {
     "decode": ("Decoding", decode), "against_kvpress": ("Beside kvpress", kvpress),
-    "serving_load": ("vLLM under load", serving), "scaling": ("Scaling", scaling),
-    "rates": ("Replay, evaluate, start-up", rates),
+    "serving_load": ("vLLM under load", whole), "scaling": ("Scaling", scaling),
+    "rates": ("Replay, evaluate, start-up", rates), "floor": ("Floors and their profiles", whole),
 }  # fmt: skip
 
 

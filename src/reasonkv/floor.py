@@ -154,15 +154,21 @@ def weights_work(shape: Shape, tokens: int, dtype: torch.dtype) -> Work:
     return Work(dtype.itemsize * shape.weights_read(tokens), 2 * tokens * shape.active_parameters)
 
 
-def attention_work(shape: Shape, batch: int, tokens: int, slots: float, dtype: torch.dtype) -> Work:
-    """Return what attention, its cache and recurrent states move and compute; arguments as of `prompt_tokens`."""
+def attention_work(
+    shape: Shape, batch: int, tokens: int, slots: float, dtype: torch.dtype, seen: float | None = None
+) -> Work:
+    """Return what attention, its cache and recurrent states move and compute; arguments as of `prompt_tokens`.
+
+    Layers that no compressed cache bounds hold what they would of `seen` tokens; without it, of as many as `slots`.
+    """
     moved = operations = 0.0
     for kind, per_slot in zip(shape.kinds, shape.operations_per_slot, strict=True):
+        held = slots if kind.bounded or seen is None else seen
         limit = float("inf") if kind.window is None else kind.window
-        read = min(slots + tokens, limit + tokens - 1)  # the first token's window begins before the last one's
+        read = min(held + tokens, limit + tokens - 1)  # the first token's window begins before the last one's
         moved += 2 * kind.bytes_fixed + kind.bytes_per_token * (read + tokens)
-        growing = min(max(int(limit - slots), 0), tokens) if limit < float("inf") else tokens
-        operations += per_slot * (growing * slots + growing * (growing + 1) / 2)
+        growing = tokens if limit == float("inf") else min(max(int(limit - held), 0), tokens)
+        operations += per_slot * (growing * held + growing * (growing + 1) / 2)
         operations += per_slot * (tokens - growing) * limit if growing < tokens else 0.0
     return Work(batch * moved * dtype.itemsize / shape.element_size, batch * operations)
 

@@ -78,6 +78,35 @@ def measure_rates(dtype: torch.dtype, device: torch.device | str = "cpu") -> Rat
     return Rates(max(read, copied), 2 * side**3 / _seconds(lambda: a @ a, place))
 
 
+def measure_products(rows: int, width: int, out: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> float:
+    """Return the seconds a weight [out, width] takes in a product with that many rows, out of memory and not a cache.
+
+    A square product says little about the few rows of a decode step, for which most libraries have slower code.
+    """
+    place = torch.device(device)
+    each = out * width * dtype.itemsize
+    copies = max(2, (2**30 if place.type != "cpu" else 3 * 2**26) // each)
+    weights = [torch.ones(out, width, dtype=dtype, device=place) for _ in range(copies)]
+    x = torch.ones(rows, width, dtype=dtype, device=place)
+    return _seconds(lambda: [torch.nn.functional.linear(x, one) for one in weights], place) / copies
+
+
+def measure_attention(
+    batch: int, kv_heads: int, group: int, dim: int, slots: int, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> float:
+    """Return the seconds one layer's attention takes: a token of each sequence, `group` query heads a KV head."""
+    place = torch.device(device)
+    each = 2 * batch * kv_heads * slots * dim * dtype.itemsize
+    copies = max(2, (2**30 if place.type != "cpu" else 2**26) // each)
+    query = torch.ones(batch, kv_heads, group, dim, dtype=dtype, device=place)
+    kept = [torch.ones(2, batch, kv_heads, slots, dim, dtype=dtype, device=place) for _ in range(copies)]
+
+    def work() -> object:
+        return [torch.nn.functional.scaled_dot_product_attention(query, one[0], one[1]) for one in kept]
+
+    return _seconds(work, place) / copies
+
+
 def _seconds(work: Callable[[], object], place: torch.device) -> float:
     """Return the median time of a few runs after one that warms up."""
     took = []

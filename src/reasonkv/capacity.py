@@ -1,0 +1,306 @@
+"""How many requests run at once on given devices, and how fast, by the floor model: with full KV and bounded.
+
+A request has a prompt and an answer of fixed lengths. Requests are at all stages of their answers at once, so each
+holds on average what it holds on average over its answer. Links between devices cost nothing here.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from transformers import PreTrainedConfig
+
+from reasonkv.budget import Budget
+from reasonkv.floor import FloorError, Shape, Work, attention_work, compaction, shape_of, weights_work
+from reasonkv.layers import head_dim_of, is_latent, text_config
+from reasonkv.rates import GPUS, Rates, measure_attention, measure_products, measure_rates
+from reasonkv.schedule import Lengths, bound, next_event, step
+
+THIS = ("this", "cpu")
+"""Names of this machine in place of a GPU's: its accelerator if there is one, and its CPU in any case."""
+_MEASURED_BATCH, _MEASURED_SLOTS = 64, 4096  # the most that efficiencies are measured with
+
+
+class Device(NamedTuple):
+    """What a plan counts with.
+
+    Args:
+        name: in words.
+        memory: bytes.
+        rates: peaks of a data sheet, or measured.
+        products: share of the rates that products with weights reach; 1 of a data sheet.
+        attention: the same of attention.
+    """
+
+    name: str
+    memory: float
+    rates: Rates
+    products: float = 1.0
+    attention: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Load:
+    """What is asked of the devices.
+
+    Args:
+        requests: Requests in all.
+        length: Tokens of a request, its prompt among them; 32k is 32,768.
+        prompt: Tokens of its prompt; 1k is 1,024.
+        tensor_parallel: Devices that share every layer.
+        pipeline_parallel: Stages of layers, one after the other.
+        data_parallel: Copies of the whole, behind one router.
+        reserve: Share of the memory that neither weights nor cache take: activations, graphs, other processes.
+    """
+
+    requests: int = 256
+    length: str = "32k"
+    prompt: str = "1k"
+    tensor_parallel: int = 1
+    pipeline_parallel: int = 1
+    data_parallel: int = 1
+    reserve: float = 0.1
+
+    def __post_init__(self) -> None:
+        for name in ("requests", "tensor_parallel", "pipeline_parallel", "data_parallel"):
+            if getattr(self, name) < 1:
+                raise FloorError(f"{name} must be a whole number of at least 1, not {getattr(self, name)}.")
+        if not 0 <= self.reserve < 1:
+            raise FloorError(f"reserve must be a share of the memory, at least 0 and below 1, not {self.reserve}.")
+        if not amount(self.prompt, "prompt") < amount(self.length, "length"):
+            raise FloorError(f"A request of {self.length} tokens cannot have a prompt of {self.prompt}; lower prompt.")
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """What runs, under one rule of what is kept.
+
+    Args:
+        kept: the rule in words.
+        slots_mean: slots of a request per KV head and layer, mean over its answer.
+        slots_peak: the most it ever holds.
+        bytes_mean: of a request's cache on all devices of a copy, mean over its answer.
+        bytes_peak: the most.
+        at_once: requests that run at once on all copies, as their mean bytes fit; no more than are asked for.
+        at_once_surely: those that fit if all are at their peak together.
+        step_ms: one token of every running request of a copy, milliseconds.
+        tokens_per_second: answer tokens, of all copies, prompts and compactions included.
+        hours: until all requests have their answers.
+    """
+
+    kept: str
+    slots_mean: float
+    slots_peak: int
+    bytes_mean: float
+    bytes_peak: float
+    at_once: int
+    at_once_surely: int
+    step_ms: float
+    tokens_per_second: float
+    hours: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One model on given devices.
+
+    Args:
+        device: its name.
+        devices: how many.
+        parameters: of the model.
+        weight_bytes: of one copy of the weights, on the device that holds the most.
+        cache_memory: bytes that a device has left for keys and values.
+        kv_copies: how often each KV head is stored, because there are more ranks than heads, or they do not divide.
+        full: with full KV.
+        bounded: with the budget.
+    """
+
+    device: str
+    devices: int
+    parameters: int
+    weight_bytes: float
+    cache_memory: float
+    kv_copies: float
+    full: Capacity
+    bounded: Capacity
+
+
+def amount(text: str, name: str) -> int:
+    """Return the whole number that "32768", "32k" or "1m" says; k is 1,024.
+
+    Raises:
+        FloorError: it is none, or none of at least 1.
+    """
+    found = re.fullmatch(r"(\d{1,9})([km]?)", text.strip().lower())
+    if found is None or int(found[1]) < 1:
+        raise FloorError(f"{name} must be a whole number of tokens such as 32768 or 32k, not {text!r}.")
+    return int(found[1]) * {"": 1, "k": 2**10, "m": 2**20}[found[2]]
+
+
+def find_device(name: str, dtype: torch.dtype) -> Device:
+    """Return a GPU of the table by its name, or this machine by its measured rates.
+
+    Raises:
+        FloorError: an unknown name.
+    """
+    for known, gpu in GPUS.items():
+        if known.lower() == name.lower():
+            return Device(known, gpu.memory, gpu.rates)
+    if name.lower() not in THIS:
+        raise FloorError(f"There is no GPU {name!r} in the table; choose one of {', '.join(GPUS)}, or this, or cpu.")
+    if name.lower() == "this" and torch.cuda.is_available():
+        about = torch.cuda.get_device_properties(0)
+        return Device(about.name, about.total_memory, measure_rates(dtype, "cuda"))
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return Device("this CPU", memory, measure_rates(dtype))
+
+
+def with_efficiencies(
+    device: Device, config: PreTrainedConfig, batch: int, slots: int, dtype: torch.dtype, place: str
+) -> Device:
+    """Return a device with what its products and its attention reach of its rates, at a batch and a number of slots.
+
+    One layer's largest weight and one layer's attention are timed.
+    """
+    decoder = text_config(config)
+    batch, slots = min(batch, _MEASURED_BATCH), min(slots, _MEASURED_SLOTS)
+    width = decoder.hidden_size
+    out = int(getattr(decoder, "intermediate_size", None) or 4 * width)
+    product = Work(width * out * dtype.itemsize, 2.0 * batch * width * out)
+    products = product.seconds(device.rates) / measure_products(batch, width, out, dtype, place)
+    if is_latent(decoder):
+        return device._replace(products=min(1.0, products))
+    heads, dim = decoder.num_attention_heads, head_dim_of(decoder)
+    kv_heads = getattr(decoder, "num_key_value_heads", None) or heads
+    layer = Work(2.0 * batch * kv_heads * slots * dim * dtype.itemsize, 4.0 * batch * heads * slots * dim)
+    took = measure_attention(batch, kv_heads, heads // kv_heads, dim, slots, dtype, place)
+    return device._replace(products=min(1.0, products), attention=min(1.0, layer.seconds(device.rates) / took))
+
+
+def step_seconds(shape: Shape, device: Device, batch: int, slots: float, seen: float, dtype: torch.dtype) -> float:
+    """Return the time of a decode step: products with weights, then attention over that many slots."""
+    products = weights_work(shape, batch, dtype).seconds(device.rates) / device.products
+    attention = attention_work(shape, batch, 1, slots - 1, dtype, seen).seconds(device.rates)
+    return products + attention / device.attention
+
+
+def slots_over_answer(budget: Budget | None, prompt: int, length: int) -> tuple[float, int]:
+    """Return the slots a request holds on average over its answer, and how many compactions that has."""
+    state, _ = step(budget, Lengths(0, 0, prompt), prompt)
+    total, compactions = 0.0, 0
+    while state.logical < length:
+        event = next_event(budget, state)
+        fed = min(length, event or length) - state.logical
+        total += fed * state.physical + fed * (fed + 1) / 2
+        state, kept = step(budget, state, fed)
+        compactions += kept is not None
+    return total / (length - prompt), compactions
+
+
+def plan_capacity(
+    config: PreTrainedConfig, device: Device, load: Load, budget: Budget, dtype: torch.dtype, place: str | None = None
+) -> Plan:
+    """Return what runs on the devices, with full KV and under a budget.
+
+    Args:
+        config: the model's.
+        device: each of them.
+        load: requests, and how the devices share the model.
+        budget: of the bounded cache.
+        dtype: of weights, keys and values.
+        place: torch's name of a device of this machine, to time products and attention at the plan's own batch.
+
+    Raises:
+        FloorError: the weights do not fit, or the model cannot be divided so.
+        FootprintError: a model whose cache cannot be measured without weights.
+    """
+    shape, decoder = shape_of(config), text_config(config)
+    layers, ranks, stages = decoder.num_hidden_layers, load.tensor_parallel, load.pipeline_parallel
+    if stages > layers:
+        raise FloorError(f"{layers} layers cannot be divided among {stages} pipeline stages.")
+    if decoder.num_attention_heads % ranks:
+        raise FloorError(
+            f"{decoder.num_attention_heads} query heads do not divide among {ranks} tensor-parallel ranks."
+        )
+    heads = 1 if is_latent(decoder) else getattr(decoder, "num_key_value_heads", None) or decoder.num_attention_heads
+    copies = math.ceil(heads / ranks) * ranks / heads
+    deepest = math.ceil(layers / stages) / layers  # share of the layers on the stage that has most
+    ends = [shape.head, max(0, shape.parameters - shape.dense - shape.experts - shape.head)]
+    held = (shape.dense + shape.experts) * deepest + (sum(ends) if stages == 1 else max(ends))
+    weight_bytes = held * dtype.itemsize / ranks
+    memory = device.memory * (1 - load.reserve) - weight_bytes
+    if memory <= 0:
+        raise FloorError(
+            f"The weights take {weight_bytes / 1e9:,.1f} GB of each device, and {device.name} has "
+            f"{device.memory * (1 - load.reserve) / 1e9:,.1f} GB without the reserve; raise tensor_parallel or "
+            "pipeline_parallel, or take a larger device."
+        )
+    found = [
+        _capacity(shape, config, device, load, one, dtype, (memory, copies, deepest), place) for one in (None, budget)
+    ]
+    devices = ranks * stages * load.data_parallel
+    return Plan(device.name, devices, shape.parameters, weight_bytes, memory, copies, *found)
+
+
+def _capacity(
+    shape: Shape, config: PreTrainedConfig, device: Device, load: Load, budget: Budget | None, dtype: torch.dtype,
+    division: tuple[float, float, float], place: str | None,
+) -> Capacity:  # fmt: skip
+    memory, copies, deepest = division
+    prompt, length = amount(load.prompt, "prompt"), amount(load.length, "length")
+    ranks, stages, answer = load.tensor_parallel, load.pipeline_parallel, length - prompt
+    slots, compactions = slots_over_answer(budget, prompt, length)
+    peak, seen = bound(budget, prompt, length), (prompt + length) / 2
+    means = _cache_bytes(shape, slots, seen, dtype) * copies
+    peaks = _cache_bytes(shape, peak, length, dtype) * copies
+    share = deepest / ranks  # of a request's cache on the device that holds most of it
+    asked = math.ceil(load.requests / load.data_parallel)
+    running, surely = (min(asked, int(memory / (one * share))) for one in (means, peaks))
+    words = "full KV" if budget is None else budget.describe()
+    if running == 0:
+        return Capacity(words, slots, peak, means, peaks, 0, 0, 0.0, 0.0, math.inf)
+    micro = math.ceil(running / stages)
+    if place is not None:
+        device = with_efficiencies(device, config, micro, math.ceil(slots), dtype, place)
+    part = _part(shape, deepest, ranks, copies)
+    tick = step_seconds(part, device, micro, slots, seen, dtype)
+    kept = max(1, int(slots))
+    moved = compactions * compaction(part, 1, kept + 1, kept, dtype).seconds(device.rates)
+    whole = weights_work(part, prompt, dtype).plus(attention_work(part, 1, prompt, 0, dtype))
+    prefill = whole.operations / device.rates.operations_per_second / device.products
+    each = answer * tick / micro + prefill + moved  # seconds of a stage for one request
+    rate = load.data_parallel * answer / each
+    return Capacity(
+        words, slots, peak, means, peaks, running * load.data_parallel, surely * load.data_parallel,
+        1e3 * tick * stages, rate, load.requests * answer / rate / 3600,
+    )  # fmt: skip
+
+
+def _part(shape: Shape, deepest: float, ranks: int, copies: float) -> Shape:
+    """Return what one device has of a model: the stage with most layers, and its share of their heads."""
+    share = deepest / ranks
+    kinds = [
+        replace(
+            one,
+            bytes_per_token=round(one.bytes_per_token * share * copies),
+            bytes_fixed=round(one.bytes_fixed * share),
+        )
+        for one in shape.kinds
+    ]
+    return replace(
+        shape, dense=round(shape.dense * share), experts=round(shape.experts * share), head=round(shape.head / ranks),
+        operations_per_slot=tuple(one * share for one in shape.operations_per_slot), kinds=tuple(kinds),
+    )  # fmt: skip
+
+
+def _cache_bytes(shape: Shape, slots: float, seen: float, dtype: torch.dtype) -> float:
+    held = (
+        one.bytes_fixed + one.bytes_per_token * min(slots if one.bounded else seen, one.window or math.inf)
+        for one in shape.kinds
+    )
+    return sum(held) * dtype.itemsize / shape.element_size
