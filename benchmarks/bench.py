@@ -42,7 +42,7 @@ class Script:
 
 
 SCRIPTS = (
-    Script("decode", 11, models=2), Script("against_kvpress", 5, models=2), Script("rates", 3), Script("scaling", 3),
+    Script("decode", 10, models=2), Script("against_kvpress", 5, models=2), Script("rates", 3), Script("scaling", 3.5),
     Script("serving_load", 4, models=0, vllm=True),
 )  # fmt: skip
 
