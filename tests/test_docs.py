@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 from snippets import commands, hub_model, parses, python_blocks, run_here
 
-from reasonkv.budget import slot_bytes
 from reasonkv.tasks import get_task, task_names
 
 ROOT = Path(__file__).parent.parent
@@ -119,11 +118,11 @@ def test_dial_tables_are_the_dataclasses(family: str) -> None:
     assert rows == expected
 
 
-def test_the_byte_table_is_slot_bytes() -> None:
+def test_the_byte_table_adds_up() -> None:
     rows = re.findall(r"^\| \S+ \| (\d+) \| (\d+) \| (\d+) \| (.*) \|$", (DOCS / "concepts.md").read_text(), re.M)
     assert len(rows) == 2
     for layers, heads, size, rest in rows:
-        slot = slot_bytes(int(size), int(size), 2)
+        slot = (int(size) + int(size)) * 2  # key and value, bf16
         token = slot * int(layers) * int(heads)
         shown = [f"{slot}", f"{token:,}", f"{token * 32768 // 2**20:,} MiB", f"{token * 1152 // 2**20} MiB"]
         assert rest.split(" | ") == shown

@@ -7,9 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reasonkv import Budget
+from reasonkv.batch_schedule import BatchSchedule
 from reasonkv.methods import get_method
 from reasonkv.runtimes.vllm.step import RunningRequest, StepLayout, StepPlaces
-from reasonkv.schedule import BatchSchedule, Lengths, step
+from reasonkv.schedule import Lengths, step
 
 PLACES, BLOCK = 7, 4
 BUDGET, METHOD = Budget(8, interval=4, sinks=1, recent=2, prompt="count"), get_method("random")

@@ -106,7 +106,9 @@ class WholeModel(PyramidKV):
 
 
 def test_a_method_of_model_scope_cannot_have_layers_of_its_own() -> None:
-    with pytest.raises(BudgetError, match="plans all layers at once, so they cannot have budgets of their own"):
+    with pytest.raises(
+        BudgetError, match="plans all layers at once, so they cannot have budgets or turns of their own"
+    ):
         CompressedCache(MODEL, WholeModel(), Budget(128, prompt="count"))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
@@ -11,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import batch, tiny_model
 
-from reasonkv import Budget, BudgetError, CompressedCache, Window, schedule
+from reasonkv import Budget, BudgetError, CompressedCache, Window, batch_schedule, schedule
+from reasonkv.batch_schedule import BatchSchedule, Event
 from reasonkv.budget import ExplicitEventsWindow
-from reasonkv.schedule import BatchSchedule, Event, Lengths, bound, capacity, next_event, one_by_one, step, target
+from reasonkv.schedule import Lengths, bound, capacity, next_event, one_by_one, step, target
 
 
 @st.composite
@@ -25,9 +27,13 @@ def budgets(draw: st.DrawFn, shares: bool = True) -> Budget:
     recent = draw(st.integers(0, tokens - sinks))
     trigger = draw(st.sampled_from(["occupancy", "grid"]))
     cut = draw(st.sampled_from(["prefill", "first_event"]))
+    interval = draw(st.integers(1, 16))
+    stagger = draw(st.just(1) | st.integers(1, interval))
     return Budget(
         **size,
-        interval=draw(st.integers(1, 16)),
+        interval=interval,
+        stagger=stagger,
+        turn=draw(st.integers(0, stagger - 1)),
         sinks=sinks,
         recent=recent,
         prompt=draw(st.sampled_from(["count", "on_top", *(["keep"] if is_share else [])])),
@@ -48,8 +54,11 @@ def naive_kept(budget: Budget, L: int, prompt: int) -> int:
     return max(least, int(counted * Fraction(str(budget.keep))))
 
 
-def naive_event(budget: Budget, state: Lengths) -> bool:
-    """Whether a compaction runs at `state`, right after its newest token, by the rules of the budget's docstring."""
+def naive_event(budget: Budget, state: Lengths, is_first: bool) -> bool:
+    """Whether a compaction runs at `state`, right after its newest token, by the rules of the budget's docstring.
+
+    `is_first`: none ran yet but those that the prompt's length alone made.
+    """
     L, P, prompt = state.logical, state.physical, state.prompt
     on_top = min(L, prompt) if budget.prompt == "on_top" else 0
     tokens = naive_kept(budget, L, prompt)
@@ -58,17 +67,22 @@ def naive_event(budget: Budget, state: Lengths) -> bool:
         return bool(budget.prefill_chunk) and L % budget.prefill_chunk == 0 and over
     if prompt == L:
         return budget.cut_prompt == "prefill" and over
+    early = budget.turn * budget.interval // budget.stagger
     if budget.trigger == "occupancy":
-        return on_top + tokens + budget.interval <= P
+        return on_top + tokens + budget.interval - (early if is_first else 0) <= P
     counted = P - prompt if budget.trigger_counts == "decode" else P
-    return L % budget.interval == 0 and counted >= tokens and over
+    return (L + early) % budget.interval == 0 and counted >= tokens and over
 
 
 def naive_walk(budget: Budget, prompt: int, length: int) -> list[Lengths]:
-    states, state = [], Lengths(prompt=prompt)
+    states, state, is_first = [], Lengths(prompt=prompt), True
     for _ in range(length):
         state = state._replace(logical=state.logical + 1, physical=state.physical + 1)
-        if naive_event(budget, state):
+        if naive_event(budget, state, is_first):
+            is_forced = state.logical <= prompt
+            if state.logical == prompt + 1 and budget.cut_prompt == "first_event":
+                is_forced = naive_event(budget, state, is_first=False)  # due without coming early
+            is_first = is_first and is_forced
             state = state._replace(physical=target(budget, state))
         states.append(state)
     return states
@@ -164,7 +178,8 @@ def test_courses_say_what_step_says(rows: list[tuple[Budget | None, int]], data:
 
 def test_courses_ask_for_the_next_event_once_an_event(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    monkeypatch.setattr(schedule, "next_event", lambda *given: asked.append(1) or next_event(*given))
+    for module in (schedule, batch_schedule):
+        monkeypatch.setattr(module, "next_event", lambda *given: asked.append(1) or next_event(*given))
     courses, events = BatchSchedule(1), 0
     courses.start(0, Budget(64, interval=32, recent=16, prompt="count"), Lengths(prompt=10))
     for _ in range(1000):
@@ -297,7 +312,9 @@ MODEL = tiny_model("llama", torch.float32)
 @settings(max_examples=60, deadline=None)
 @given(
     st.sampled_from(["random", "keydiff", "streaming", "snapkv:window=3,kernel=3"]),
-    budgets(shares=False).filter(lambda b: b.tokens >= b.sinks + max(b.recent, 3)),
+    budgets(shares=False)
+    .filter(lambda b: b.tokens >= b.sinks + max(b.recent, 3))
+    .map(lambda b: replace(b, stagger=1, turn=0)),  # layers in turns: tests/test_stagger.py
     st.lists(st.integers(1, 30), min_size=1, max_size=3),
     st.lists(st.integers(1, 12), min_size=1, max_size=10),
 )

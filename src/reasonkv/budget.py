@@ -21,6 +21,8 @@ Trigger = Literal["occupancy", "grid"]
 TriggerCounts = Literal["all", "decode"]
 CutPrompt = Literal["prefill", "first_event"]
 _CHOICES = {"prompt": PromptPolicy, "trigger": Trigger, "trigger_counts": TriggerCounts, "cut_prompt": CutPrompt}
+_LEAST = {"tokens": 1, "interval": 1, "sinks": 0, "recent": 0, "prefill_chunk": 1, "stagger": 1, "turn": 0}
+_OMITTED = {"keep": None, "stagger": 1, "turn": 0}  # written only where they are something else
 _SINKS, _RECENT = 4, 64  # defaults, which shrink where they do not fit
 
 
@@ -37,6 +39,7 @@ class BudgetFields(TypedDict, total=False):
     trigger_counts: TriggerCounts
     cut_prompt: CutPrompt
     prefill_chunk: int | None
+    stagger: int
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,9 @@ class Budget:
         keep: instead of `tokens`, the share of the logical length that is kept, between 0 and 1. The share counts what
             `tokens` would count: with `prompt="on_top"` the tokens after the prompt. It is rounded down, at least
             `sinks + recent` slots are kept, and the cache grows with the text.
+        stagger: compact the layers in so many turns, spread over the interval, so that no decode step waits for all of
+            them; layer l has turn l modulo `stagger`. 1: all layers at once, as papers do.
+        turn: of one layer: its first compaction after the prompt comes `turn / stagger` of an interval early.
 
     Raises:
         BudgetError: fields of the wrong type, or that contradict each other.
@@ -77,13 +83,15 @@ class Budget:
     cut_prompt: CutPrompt = "prefill"
     prefill_chunk: int | None = None
     keep: float | None = None
+    stagger: int = 1
+    turn: int = 0
 
     def __post_init__(self) -> None:
         if (self.tokens is None) == (self.keep is None):
             raise BudgetError("A budget needs either tokens, such as tokens=512, or a share, such as keep=0.25.")
         if self.keep is not None:
             object.__setattr__(self, "keep", share_of_one(self.keep, "keep"))
-        for name, least in (("tokens", 1), ("interval", 1), ("sinks", 0), ("recent", 0), ("prefill_chunk", 1)):
+        for name, least in _LEAST.items():
             if getattr(self, name) is not None or name not in ("tokens", "prefill_chunk"):
                 object.__setattr__(self, name, whole_number(getattr(self, name), name, least))
         for name, allowed in _CHOICES.items():
@@ -94,7 +102,14 @@ class Budget:
             raise BudgetError("prefill_chunk compacts inside the prompt, so it needs cut_prompt='prefill'.")
         if self.trigger_counts == "decode" and self.trigger != "grid":
             raise BudgetError("trigger_counts='decode' belongs to trigger='grid'.")
+        if self.stagger > self.interval or self.turn >= self.stagger:
+            raise BudgetError(f"stagger must be at most the interval of {self.interval}, and turn less than stagger.")
         self.check_protected()
+
+    @property
+    def early(self) -> int:
+        """Tokens by which the compactions of this turn come before those of the first."""
+        return self.turn * self.interval // self.stagger
 
     def protected(self, recent: int = 0) -> tuple[int, int]:
         """Return how many first and how many newest slots no compaction evicts.
@@ -153,8 +168,8 @@ class Budget:
         return kept + {"count": "", "keep": " with the prompt", "on_top": " and the prompt"}[self.prompt]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return every field, for records and manifests; `keep` only where it is given."""
-        return {name: value for name, value in asdict(self).items() if name != "keep" or value is not None}
+        """Return every field, for records and manifests; `keep` and `stagger` only where they are given."""
+        return {name: value for name, value in asdict(self).items() if _OMITTED.get(name, ...) != value}
 
     @classmethod
     def from_fields(cls, budget: Budget | int | None, given: Mapping[str, Any]) -> Budget | None:
@@ -231,6 +246,8 @@ class Window(Budget):
     cut_prompt: CutPrompt = field(init=False, default="prefill")
     prefill_chunk: int | None = field(init=False, default=None)
     keep: float | None = field(init=False, default=None)
+    stagger: int = field(init=False, default=1)
+    turn: int = field(init=False, default=0)
     size: int = 512
     buffer: int = 64
     retention: float = 0.3
@@ -334,8 +351,3 @@ class PeriodicWindow(Window):
     def row(self) -> ExplicitEventsWindow:
         """One row's budget, before it has had an event."""
         return ExplicitEventsWindow(self.size, self.buffer, self.retention)
-
-
-def slot_bytes(key_dim: int, value_dim: int, element_size: int, state_bytes: int = 0) -> int:
-    """Return the bytes of one slot of one KV head: key, value, and `state_bytes` of what is stored beside them."""
-    return (key_dim + value_dim) * element_size + state_bytes

@@ -13,13 +13,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import NamedTuple, TypeVar
 
-import numpy as np
-from numpy.typing import NDArray
-
 from reasonkv.budget import Budget, BudgetError, ExplicitEventsWindow, PeriodicWindow, Window
-
-Integers = NDArray[np.int64]
-_NEVER = np.iinfo(np.int64).max
 
 
 class Lengths(NamedTuple):
@@ -83,11 +77,12 @@ def next_event(budget: Budget | None, state: Lengths) -> int | None:
     first_decode = max(state.logical, state.prompt) + 1
     on_top = _on_top(budget, state.prompt)
     if budget.trigger == "occupancy":
-        return max(first_decode, _first_with(budget, state.prompt, dropped + on_top + budget.interval))
+        early = budget.early if dropped <= _dropped_by_prompt(budget, state.prompt) else 0
+        return max(first_decode, _first_with(budget, state.prompt, dropped + on_top + budget.interval - early))
     counted_out = state.prompt if budget.trigger_counts == "decode" else 0
     # a compaction must evict something, so at least one slot more than is kept has to be held
     first = _first_with(budget, state.prompt, dropped + max(counted_out, on_top + 1))
-    return _ceil_to(max(first_decode, first), budget.interval)
+    return _ceil_to(max(first_decode, first) + budget.early, budget.interval) - budget.early
 
 
 def step(budget: Budget | None, state: Lengths, fed: int) -> tuple[Lengths, int | None]:
@@ -114,87 +109,6 @@ def one_by_one(budget: Budget | None, state: Lengths, length: int) -> Lengths:
         end = length if boundary is None else min(boundary, length)
         state, _ = step(budget, state, end - state.logical)
     return state
-
-
-class Event(NamedTuple):
-    """One row's event at the end of a forward.
-
-    Args:
-        row: which one, counted among the forward's.
-        before: its state before the forward.
-        held: slots it holds until the event, the forward's among them.
-        after: its state after the event, which keeps `after.physical`.
-    """
-
-    row: int
-    before: Lengths
-    held: int
-    after: Lengths
-
-
-class BatchSchedule:
-    """Many rows on their way through their budgets: of each it says what `step` says.
-
-    Between two events of a row nothing but its length grows. So a forward of all rows is a few array operations, and
-    `next_event` is asked once an event instead of once a token.
-
-    Args:
-        places: rows there can be at once; each has a place, from 0 on.
-    """
-
-    def __init__(self, places: int) -> None:
-        self.budgets: list[Budget | None] = [None] * places
-        self.prompts = [0] * places
-        self._numbers = np.zeros((3, places), dtype=np.int64)
-        self._lengths, self._held, self._boundaries = self._numbers
-        self._peaks = [0] * places  # before the newest event
-
-    def start(self, place: int, budget: Budget | None, state: Lengths) -> None:
-        """A row begins; None is one without bound."""
-        self._lengths[place], self._held[place], self.prompts[place] = state
-        self._peaks[place] = 0
-        self.set_budget(place, budget)
-
-    def set_budget(self, place: int, budget: Budget | None) -> None:
-        """From now on a row follows this one."""
-        self.budgets[place] = budget
-        boundary = next_event(budget, self.state(place))
-        self._boundaries[place] = _NEVER if boundary is None else boundary
-
-    def state(self, place: int) -> Lengths:
-        """A row now."""
-        return Lengths(int(self._lengths[place]), int(self._held[place]), self.prompts[place])
-
-    def peak(self, place: int) -> int:
-        """Most slots a row held at once so far, until its events among them."""
-        return max(self._peaks[place], int(self._held[place]))
-
-    def lengths(self, places_B: Integers) -> Integers:
-        """Logical and physical lengths of some rows, [2, B]."""
-        return self._numbers[:2, places_B]
-
-    def advance(self, places_B: Integers, fed_B: Integers) -> list[Event]:
-        """Feed so many tokens to each of some rows in one forward.
-
-        Raises:
-            BudgetError: as `step`.
-        """
-        now = self._numbers[:, places_B]
-        grown = now[:2] + fed_B
-        due = [(row, int(places_B[row])) for row in np.flatnonzero(grown[0] >= now[2]).tolist()]
-        events = []
-        for row, place in due:
-            before = self.state(place)
-            after, keep = step(self.budgets[place], before, int(fed_B[row]))
-            if keep is not None:
-                events.append(Event(row, before, int(grown[1, row]), after))
-        self._numbers[:2, places_B] = grown
-        for row, _, held, after in events:
-            place = places_B[row]
-            self._held[place], self._peaks[place] = after.physical, max(self._peaks[place], held)
-        for _, place in due:
-            self.set_budget(place, self.budgets[place])
-        return events
 
 
 def open_tokens(window: Window, before: Lengths, after: Lengths) -> tuple[int, int]:
@@ -299,6 +213,15 @@ def bound(budget: Budget | None, prompt: int, max_length: int, max_piece: int = 
 
 def _on_top(budget: Budget, prompt: int) -> int:
     return prompt if budget.prompt == "on_top" else 0
+
+
+def _dropped_by_prompt(budget: Budget, prompt: int) -> int:
+    """Slots that were dropped because of the prompt's length, before decoding had an event of its own."""
+    if not budget.early:
+        return 0
+    length = prompt + (budget.cut_prompt == "first_event")
+    over = length - target(budget, Lengths(length, length, prompt))
+    return over if budget.cut_prompt == "prefill" or over >= budget.interval else 0
 
 
 def _least(budget: Budget, prompt: int) -> int:

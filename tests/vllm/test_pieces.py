@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from reasonkv import Budget
+from reasonkv.batch_schedule import BatchSchedule
 from reasonkv.methods import Method, Observed, get_method
 from reasonkv.plan import PlanError
 from reasonkv.rotary import Rotary
 from reasonkv.runtimes.vllm.step import RunningRequest, StepLayout, StepPlaces
-from reasonkv.schedule import BatchSchedule, Lengths
+from reasonkv.schedule import Lengths
 from reasonkv.slots import SlotStore
 
 HQ, D, PLACES = 4, 16, 5

@@ -21,7 +21,7 @@ __all__ = [
 
 Metric = Literal["top1", "nll", "kl", "accuracy"]
 
-RULE = ("interval", "sinks", "recent", "prompt", "trigger", "trigger_counts", "cut_prompt", "prefill_chunk")
+RULE = ("interval", "sinks", "recent", "prompt", "trigger", "trigger_counts", "cut_prompt", "prefill_chunk", "stagger")
 """Fields of a budget that say when compactions run and what they protect; the others are its size."""
 MOST_ANSWERS = 10**6
 """Most problems of a task, and most samples of a problem: their list is made before anything runs."""
@@ -61,6 +61,7 @@ class BudgetOptions:
         trigger_counts: Slots that the grid trigger counts: all, or those beyond the prompt's length (decode).
         cut_prompt: When a prompt longer than the budget is cut: after the prefill, or at the first_event of decoding.
         prefill_chunk: Also cut inside the prompt, every so many tokens.
+        stagger: Turns in which layers are compacted, spread over the interval; 1 is all at once.
     """
 
     tokens: Sequence[int] = ()
@@ -77,6 +78,7 @@ class BudgetOptions:
     trigger_counts: TriggerCounts = "all"
     cut_prompt: CutPrompt = "prefill"
     prefill_chunk: int | None = None
+    stagger: int = 1
 
     def __post_init__(self) -> None:
         for name in ("tokens", "keep", "mean_slots", "retention"):

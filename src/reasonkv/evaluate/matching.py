@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
@@ -105,9 +106,9 @@ def mean_physical(
         raise ValueError("A mean physical length needs rows with tokens after their prompt.")
     total = 0.0
     for prompt, length in rows:
-        shares = [budget] if method is None else layer_budgets(method, budget, layers, prompt)
-        slots = sum(attended_slots(own, prompt, length) for own in shares)
-        total += slots / len(shares) / (length - prompt)
+        shares = Counter(layer_budgets(method, budget, layers, prompt))
+        slots = sum(count * attended_slots(own, prompt, length) for own, count in shares.items())
+        total += slots / layers / (length - prompt)
     return total / len(rows)
 
 

@@ -263,12 +263,14 @@ def refuse_future(method: Method) -> None:
 
 
 def layer_budgets(
-    method: Method, budget: Budget | None, layers: int, prompt: int | None = None
+    method: Method | None, budget: Budget | None, layers: int, prompt: int | None = None
 ) -> Sequence[Budget | None]:
-    """Return the budget of every compressed layer of one sequence; all the same unless the method divides it.
+    """Return the budget of every compressed layer of one sequence.
+
+    All are the same unless the method divides the tokens or `stagger` gives layers their turns.
 
     Args:
-        method: a method.
+        method: a method; None stands for any that divides nothing.
         budget: what is divided; None for full KV.
         layers: compressed layers.
         prompt: tokens of the prompt, None while it is not known.
@@ -276,12 +278,18 @@ def layer_budgets(
     Raises:
         BudgetError: a share that cannot hold what is protected, or a budget or method whose layers must be alike.
     """
-    if budget is None or not method.needs.layer_budgets:
+    divides = method is not None and method.needs.layer_budgets
+    if budget is None or not (divides or budget.stagger > 1):
         return [budget] * layers
+    if method is not None and method.needs.scope == "model":
+        raise BudgetError(f"{method.name} plans all layers at once, so they cannot have budgets or turns of their own.")
+    own = _divided(method, budget, layers, prompt) if method is not None and divides else [budget] * layers
+    return [replace(one, turn=layer % budget.stagger) for layer, one in enumerate(own)]
+
+
+def _divided(method: Method, budget: Budget, layers: int, prompt: int | None) -> list[Budget]:
     if isinstance(budget, Window):
         raise BudgetError(f"{method.name} divides tokens among layers, which a Window has none of; give it a Budget.")
-    if method.needs.scope == "model":
-        raise BudgetError(f"{method.name} plans all layers at once, so they cannot have budgets of their own.")
     sinks, recent = budget.protected(method.needs.recent)
     least, protected = sinks + recent, f"{sinks} sinks and {recent} recent tokens"
     if budget.prompt == "keep" and prompt is not None:

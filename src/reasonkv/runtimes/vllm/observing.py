@@ -14,11 +14,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from reasonkv.batch_schedule import BatchSchedule
 from reasonkv.methods import Method, Observed
 from reasonkv.rotary import Rotary
 from reasonkv.runtimes.vllm.compactions import Layer
 from reasonkv.runtimes.vllm.step import QueryGroup, StepPlaces, to_device
-from reasonkv.schedule import BatchSchedule
 from reasonkv.slots import newest_queries
 
 _TOKENS_AT_ONCE = 512  # of all requests together: methods make copies in float64

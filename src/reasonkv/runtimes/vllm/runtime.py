@@ -17,6 +17,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from reasonkv import schedule
+from reasonkv.batch_schedule import BatchSchedule
 from reasonkv.budget import Budget, ExplicitEventsWindow
 from reasonkv.methods import Method
 from reasonkv.runtimes.vllm import setup
@@ -27,7 +28,6 @@ from reasonkv.runtimes.vllm.observing import Observing
 from reasonkv.runtimes.vllm.options import RequestConfig, method_of
 from reasonkv.runtimes.vllm.slots import PagedSlotStore
 from reasonkv.runtimes.vllm.step import RunningRequest, StepLayout, StepNote, StepPlaces, padded, to_device
-from reasonkv.schedule import BatchSchedule
 
 logger = init_logger("vllm.reasonkv")
 

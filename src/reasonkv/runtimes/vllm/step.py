@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from reasonkv import schedule
+from reasonkv.batch_schedule import BatchSchedule
 from reasonkv.budget import Budget
 from reasonkv.methods import Method
-from reasonkv.schedule import BatchSchedule
 
 
 @dataclass(kw_only=True)
