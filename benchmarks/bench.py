@@ -60,7 +60,7 @@ def command_of(script: Script, given: argparse.Namespace) -> list[str] | None:
         python = ROOT / given.vllm / "bin" / "python"
         if not python.exists():
             return None
-    models = ["--model", given.model, "--large", given.large][: 2 * script.models]
+    models = ["--model", given.model, "--large", given.large][: 0 if given.small else 2 * script.models]
     out = ["--out", str(given.results / f"{script.name}.json")]
     return [str(python), str(ROOT / "benchmarks" / f"{script.name}.py"), *models, *out, *["--small"] * given.small]
 

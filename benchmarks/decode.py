@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -182,14 +183,16 @@ def stack() -> PreTrainedModel:
     return random_model(2, 32, 8, dtype=torch.bfloat16, max_position_embeddings=40960, **fields)
 
 
+# staggered: methods that are also timed with their layers compacted in `stagger` turns;
 # seconds: of a cell, after which no further round of it begins; minutes: after which no further cell begins
 @script(
     small={"model": "testbed", "large": "", "batches": ["2"], "methods": ["random", "expected", "triattention"],
            "budget": 32, "interval": 16, "lengths": ["64", "512", "2048"], "answers": ["256"], "steps": 2, "rounds": 1,
-           "check_batch": 2, "check_tokens": 128, "stack_batch": 0},
+           "check_batch": 2, "check_tokens": 128, "stack_batch": 0, "stagger": 2},
     model=SMALL, large=LARGE, batches=("1", "8", "32"), methods=DOZEN, budget=256, interval=128,
     lengths=("512", "1024", "2048", "4096"), answers=("1024", "4096"), steps=4, rounds=5, seconds=45.0, minutes=7.0,
-    large_methods=FEW, large_budget=512, large_batch=32, stack_batch=8, check_batch=8, check_tokens=192,
+    staggered=("expected", "rkv"), stagger=8, large_methods=FEW, large_budget=512, large_batch=32, stack_batch=8,
+    check_batch=8, check_tokens=192,
 )  # fmt: skip
 def main(given: argparse.Namespace) -> None:
     torch.manual_seed(0)
@@ -209,6 +212,10 @@ def main(given: argparse.Namespace) -> None:
         budget = Budget(tokens, interval=given.interval, prompt="count")
         calibration = calibration_of(subject, chosen)
         bounded = {one: Bounded(subject, one, budget, calibration, steps=given.steps) for one in chosen}
+        for one in [one for one in given.staggered if one in chosen]:
+            turns = replace(budget, stagger=given.stagger)
+            label = f"{one}, {given.stagger} turns"
+            bounded[label] = Bounded(subject, one, turns, calibration, steps=given.steps)
         for batch in batches:
             if time.monotonic() - began > 60 * given.minutes:
                 left_out.append(f"{subject.name} at batch {batch}")

@@ -166,7 +166,8 @@ class Steady:
         event_ms: of steps with one.
         compaction_ms: of it the cache's own work.
         kv_bytes: of keys, values and all that stands beside them.
-        interval: steps from one compaction to the next.
+        interval: steps from one compaction of a layer to its next.
+        turns: compactions in it, each of some of the layers.
     """
 
     plain_ms: list[float]
@@ -174,22 +175,23 @@ class Steady:
     compaction_ms: list[float]
     kv_bytes: int
     interval: int
+    turns: int = 1
 
     @property
     def mean_ms(self) -> float:
         """Of a step, its part of the compactions included."""
-        return float(np.median(self.plain_ms)) + float(np.median(self.compaction_ms)) / self.interval
+        return float(np.median(self.plain_ms)) + self.turns * float(np.median(self.compaction_ms)) / self.interval
 
     @property
     def share(self) -> float:
         """Compactions' part of the time, in percent."""
-        return 100 * float(np.median(self.compaction_ms)) / self.interval / self.mean_ms
+        return 100 * (1 - float(np.median(self.plain_ms)) / self.mean_ms)
 
     def percentile(self, percent: float) -> float:
-        """Return a percentile of the steps of a generation, one in `interval` of which compacts."""
+        """Return a percentile of the steps of a generation, `turns` of `interval` of which compact."""
         every = np.array([*self.plain_ms, *self.event_ms])
-        weight = np.repeat([(self.interval - 1) / len(self.plain_ms), 1 / len(self.event_ms)],
-                           [len(self.plain_ms), len(self.event_ms)])  # fmt: skip
+        counts = [len(self.plain_ms), len(self.event_ms)]
+        weight = np.repeat([(self.interval - self.turns) / counts[0], self.turns / counts[1]], counts)
         order = np.argsort(every)
         reached = np.cumsum(weight[order]) / self.interval
         return float(every[order][np.searchsorted(reached, percent / 100 - 1e-9)])
@@ -197,11 +199,12 @@ class Steady:
     def __add__(self, other: Steady) -> Steady:
         """Both."""
         lists = (self.plain_ms + other.plain_ms, self.event_ms + other.event_ms)
-        return Steady(*lists, self.compaction_ms + other.compaction_ms, other.kv_bytes, self.interval)
+        ends = (other.kv_bytes, self.interval, self.turns)
+        return Steady(*lists, self.compaction_ms + other.compaction_ms, *ends)
 
 
 class Bounded:
-    """A bounded cache in the middle of a long generation: just after a compaction, and just before the next.
+    """A bounded cache in the middle of a long generation: just after a compaction, and just before the next one.
 
     One row is prefilled by the model with twice the budget, which compacts it; the other rows are its copies. With a
     `length`, or without a tokenizer, random keys and values are written instead of it, and compacted on the way.
@@ -217,7 +220,8 @@ class Bounded:
         length: int | None = None,
     ) -> None:  # fmt: skip
         assert budget.tokens is not None
-        self.model, self.budget, self.steps = subject.model, budget, min(steps, (budget.interval - 2) // 2 - WARM_UP)
+        turn = budget.interval // budget.stagger
+        self.model, self.budget, self.steps = subject.model, budget, min(steps, (turn - 2) // 2 - WARM_UP)
         prompt, tokenizer = length or 2 * budget.tokens, None if length else subject.tokenizer
         ids = None if tokenizer is None else text_ids(tokenizer, prompt + budget.interval)
         self.after = CompressedCache(
@@ -228,7 +232,7 @@ class Bounded:
             self._feed(self.after, ids, start, prompt if tokenizer else min(prompt, start + CHUNK))
         self.before = copy.deepcopy(self.after)
         (left,) = self.before.tokens_to_next_event()
-        assert left == budget.interval
+        assert left == turn
         self._feed(self.before, ids, prompt, prompt + left - WARM_UP - self.steps)
         self.after.detach()
         self.before.detach()
@@ -248,11 +252,11 @@ class Bounded:
             cache.batch_repeat_interleave(batch)
             found.append(step_ms(self.model, cache, batch, self.steps))
         inside = 1e3 * (before.compaction_seconds - self.before.compaction_seconds)
-        assert inside > 0 and before.tokens_to_next_event()[0] == self.budget.interval
+        assert inside > 0 and before.stats().rows[0].events == self.before.stats().rows[0].events + 1
         stats = before.stats()
         *rest, last = found[1]
         held = stats.bytes_allocated + stats.bytes_beside
-        return Steady(found[0] + rest, [last], [inside], held, self.budget.interval)
+        return Steady(found[0] + rest, [last], [inside], held, self.budget.interval, self.budget.stagger)
 
 
 def run_seconds(lengths: Sequence[int], ms: Sequence[float], first: int, tokens: int) -> float:

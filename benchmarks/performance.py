@@ -114,7 +114,7 @@ SECTIONS = {
 
 def is_query_free(method: str) -> bool:
     """Return whether a method reads no queries."""
-    needs = get_method(method).needs
+    needs = get_method(method.partition(",")[0]).needs
     return not (needs.queries or needs.observes)
 
 
@@ -150,6 +150,9 @@ def targets(found: Mapping[str, Row]) -> list[Row]:
         judged("compactions at most 3 % of decoding, interval 128", [one[:2] for one in shares], 3.0, least=False),
         judged("methods without queries: at most 1.5 %",
                [one[:2] for one in shares if is_query_free(one[2])], 1.5, least=False),
+        judged("the 99th percentile of steps within 1.3 x the median, layers in turns",
+               [(f"{row['model']}, {row['cache']}, batch {row['batch']}", row["step p99 ms"] / row["step p50 ms"])
+                for row in bounded if "turns" in row["cache"]], 1.3, least=False),
         judged("nothing dropped: at least 1.0 x stock",
                [(f"{row['model']}, batch {row['batch']}, {row['tokens held']} tokens", row["ours over stock"])
                 for row in rows("decode", "equal")], 1.0),

@@ -59,6 +59,8 @@ def test_steps_with_a_compaction_count_once_an_interval(script: Scripts) -> None
     steady = script("decoding").Steady([1.0, 3.0, 2.0], [50.0], [40.0], 0, 20)
     assert steady.mean_ms == 2.0 + 40 / 20 and steady.share == pytest.approx(50)
     assert (steady.percentile(50), steady.percentile(94), steady.percentile(99)) == (2.0, 3.0, 50.0)
+    turns = script("decoding").Steady([1.0, 3.0, 2.0], [50.0], [40.0], 0, 20, turns=4)
+    assert turns.mean_ms == 2.0 + 4 * 40 / 20 and (turns.percentile(79), turns.percentile(81)) == (3.0, 50.0)
 
 
 def test_a_bounded_cache_is_timed_up_to_its_compaction_at_the_length_asked_for(script: Scripts) -> None:
@@ -72,6 +74,15 @@ def test_a_bounded_cache_is_timed_up_to_its_compaction_at_the_length_asked_for(s
         assert before.length == after.length + 16 - 3 - decoding.WARM_UP and before.events == after.events
         steady = one.measure(2)
         assert len(steady.plain_ms) == 5 and len(steady.event_ms) == 1 and steady.kv_bytes > 0
+
+
+def test_layers_in_turns_are_timed_up_to_the_first_turn(script: Scripts) -> None:
+    decoding = script("decoding")
+    budget = script("reasonkv").Budget(64, interval=32, prompt="count", stagger=2)
+    one = decoding.Bounded(decoding.load("testbed"), "random", budget, steps=3)
+    assert one.before.stats().rows[0].length == 128 + 16 - 3 - decoding.WARM_UP
+    steady = one.measure(2)
+    assert steady.turns == 2 and len(steady.event_ms) == 1 and len(steady.compaction_ms) == 1
 
 
 def test_no_further_round_begins_when_the_seconds_are_over(script: Scripts, monkeypatch: pytest.MonkeyPatch) -> None:
