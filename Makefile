@@ -13,6 +13,10 @@ export PYTHONDONTWRITEBYTECODE :=
 VLLM_PYTHON ?= python3.11
 VLLM_VENV ?= .venv-vllm
 VLLM_BIN := $(VLLM_VENV)/bin
+# make bench: hub names or folders of the smaller and the larger model, and further words, such as --again
+MODEL ?=
+LARGE ?=
+BENCH ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-vllm demo test test-all test-vllm lint format docs dist bench bench-vllm clean
@@ -77,8 +81,8 @@ dist: $(BIN)/.dev  ## build the wheel and the source archive into dist/
 	$(BIN)/$(INSTALL) --constraint constraints.txt hatchling
 	$(BIN)/python -m hatchling build
 
-bench: $(BIN)/.dev  ## the benchmarks whose results are committed
-	$(BIN)/python benchmarks/replay_speed.py && $(BIN)/python benchmarks/decode_overhead.py && $(BIN)/python benchmarks/event_cost.py
+bench: $(BIN)/.dev  ## the CPU benchmarks of speed, 20 minutes on 2 quiet cores: docs/performance.md
+	$(BIN)/python benchmarks/bench.py $(if $(MODEL),--model $(MODEL)) $(if $(LARGE),--large $(LARGE)) --vllm $(VLLM_VENV) $(BENCH)
 
 clean:  ## remove the virtual environment and caches
-	rm -rf $(VENV) $(VLLM_VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis dist build
+	rm -rf $(VENV) $(VLLM_VENV) .venv-kvpress .mypy_cache .ruff_cache .pytest_cache .hypothesis dist build

@@ -26,7 +26,7 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -158,14 +158,15 @@ class Serving:
         """Of all steps so far."""
         return sum(taken for *_, taken in self.steps)
 
-    def step(self) -> None:
-        """One step of the engine."""
+    def step(self) -> list[Any]:
+        """One step of the engine; what it reports."""
         before = time.perf_counter()
-        outputs = self.engine.step()
+        outputs: list[Any] = self.engine.step()
         taken = time.perf_counter() - before
         self.steps.append((len(self.core.scheduler.running), len(self.core.scheduler.waiting), taken))
         self.said += self.steps[-1][0]
         self.first += [self.seconds for output in outputs if len(output.outputs[0].token_ids) == 1]
+        return outputs
 
 
 def serve(llm: Any, ids: list[list[int]], tokens: int) -> Serving:
@@ -174,6 +175,15 @@ def serve(llm: Any, ids: list[list[int]], tokens: int) -> Serving:
     while not serving.is_done:
         serving.step()
     return serving
+
+
+def serve_by_turns(servings: Sequence[Serving], turn: int = TURN) -> None:
+    """Serve all to the end; whichever has said least so far takes the next steps."""
+    while going := [one for one in servings if not one.is_done]:
+        behind = min(going, key=lambda one: one.said)
+        for _ in range(turn):
+            if not behind.is_done:
+                behind.step()
 
 
 def throughput(run: argparse.Namespace, arms: list[str], number: int) -> list[dict[str, Any]]:
@@ -191,11 +201,7 @@ def throughput(run: argparse.Namespace, arms: list[str], number: int) -> list[di
                 runtime.meter.seconds = runtime.meter.step_seconds = 0.0
                 meters[arm] = runtime.meter
             servings[arm] = Serving(llm, prompts(llm, requests, PROMPT), tokens, whole=True)
-        while any(not one.is_done for one in servings.values()):
-            behind = min((one for one in servings.values() if not one.is_done), key=lambda one: one.said)
-            for _ in range(TURN):
-                if not behind.is_done:
-                    behind.step()
+        serve_by_turns(list(servings.values()))
     return [summary(arm, one, requests * tokens, blocks, meters.get(arm)) for arm, one in servings.items()]
 
 

@@ -8,6 +8,7 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,7 @@ def script(small: Mapping[str, Any], **defaults: Any) -> Callable[[Callable[[arg
 
 
 def by_turns(
-    arms: Mapping[str, Callable[[], Mapping[str, float]]], rounds: int, warm_up: int = 1
+    arms: Mapping[str, Callable[[], Mapping[str, Any]]], rounds: int, warm_up: int = 1, seconds: float | None = None
 ) -> dict[str, Measures]:
     """Return what every arm measured in every round; arms take turns, so that a slow minute hits all alike.
 
@@ -77,9 +78,14 @@ def by_turns(
         arms: what to run, by name.
         rounds: that count.
         warm_up: rounds before them.
+        seconds: no further round begins if it would probably end later than this; one that counts is always made.
     """
     found: dict[str, Measures] = {name: {} for name in arms}
+    began = time.monotonic()
     for number in range(warm_up + rounds):
+        done = time.monotonic() - began
+        if seconds is not None and number > warm_up and done * (number + 1) / number > seconds:
+            break
         for name, arm in arms.items():
             for measure, value in arm().items():
                 if number >= warm_up:
@@ -105,19 +111,26 @@ def ratio(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float,
     return median_interval([a / b for a, b in zip(ours, theirs, strict=True)])
 
 
-def random_model(layers: int, query_heads: int, kv_heads: int, **fields: Any) -> transformers.PreTrainedModel:
+def random_model(
+    layers: int, query_heads: int, kv_heads: int, dtype: torch.dtype = torch.float32, **fields: Any
+) -> transformers.PreTrainedModel:
     """Return a Qwen3 of random weights with heads of 128; `fields` are further ones of its configuration."""
     config = transformers.Qwen3Config(
         num_hidden_layers=layers, num_attention_heads=query_heads, num_key_value_heads=kv_heads, head_dim=128, **fields
     )
-    return transformers.Qwen3ForCausalLM(config).eval()
+    return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+
+
+def commit() -> str:
+    """Return the short name of the commit that is checked out; empty outside a repository."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    return subprocess.run(
+        command, capture_output=True, text=True, cwd=Path(__file__).parent, check=False
+    ).stdout.strip()
 
 
 def environment() -> dict[str, Any]:
     """Return device, versions, threads, load and commit, as written beside every result."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
-    ).stdout.strip()
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if "model name" in line]
@@ -125,7 +138,7 @@ def environment() -> dict[str, Any]:
     return {
         "device": torch.cuda.get_device_name(0) if torch.cuda.is_available() else processor,
         "threads": torch.get_num_threads(), "cores": os.cpu_count(), "torch": torch.__version__,
-        "transformers": transformers.__version__, "python": platform.python_version(), "commit": commit,
+        "transformers": transformers.__version__, "python": platform.python_version(), "commit": commit(),
     }  # fmt: skip
 
 
@@ -134,13 +147,19 @@ def publish(given: argparse.Namespace, title: str, rows: Sequence[Mapping[str, A
     table = Table(*rows[0], title=title)
     for row in rows:
         table.add_row(*(f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row.values()))
-    Console().print(table)
+    console = Console()
+    Console(width=max(console.width, 16 * len(rows[0]))).print(table)
     if given.out is not None:
-        chosen = {name: value for name, value in vars(given).items() if name not in ("out", "small")}
+        chosen = {name: shown(value) for name, value in vars(given).items() if name not in ("out", "small")}
         data = {"title": title, "environment": environment(), "options": chosen, "rows": rows, **extra}
         given.out.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(given.out, (json.dumps(data, indent=1, default=str) + "\n").encode())
         print(f"written to {given.out}")
+
+
+def shown(value: Any) -> Any:
+    """Return an option as it is recorded: of a folder its name, since its place is this machine's."""
+    return Path(value).name if isinstance(value, str | Path) and Path(value).is_dir() and str(value) else value
 
 
 def interval(values: tuple[float, float, float], name: str = "median") -> dict[str, float]:

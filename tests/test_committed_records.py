@@ -125,33 +125,3 @@ def test_an_experiment_of_one_small_part_runs_and_its_records_can_be_kept(
         ("program:lines=4, prompt kept", *cell) for cell in (("full", ""), ("random", "32"))
     ]
     assert found["top1", "mean"].iloc[0] == 1
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["calibrated_cost", "decode_overhead", "decode_speed", "event_cost", "floor", "gpu", "replay_speed", "stalls"],
-)
-def test_a_timing_script_finishes_in_its_small_mode(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    script(name, monkeypatch).main(["--small", "--out", str(tmp_path / "found.json")])
-    found = json.loads((tmp_path / "found.json").read_text())
-    assert found["rows"]
-    assert {"device", "threads", "torch", "commit"} <= set(found["environment"])
-
-
-def test_the_gpu_script_continues_and_says_what_was_not_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    main, rows = script("gpu", monkeypatch).main, tmp_path / "rows.jsonl"
-    asked = ["--small", "--device", "cpu", "--methods", "random", "forecast", "--batches", "1", "--rows", str(rows)]
-    main(asked)
-    first = rows.read_text()
-    assert "forecast, 1, 128: no file of a fit" in capsys.readouterr().out
-    rows.write_text("".join(first.splitlines(keepends=True)[:-1]))
-    main(asked)
-    assert [json.loads(line)["kept"] for line in rows.read_text().splitlines()] == [
-        json.loads(line)["kept"] for line in first.splitlines()
-    ]
-    assert capsys.readouterr().out.count("tokens/s\n") == 1
-    rows.unlink()
-    main([*asked, "--minutes", "0"])
-    assert "no time left" in capsys.readouterr().out and not rows.exists()
