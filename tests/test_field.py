@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from same_choice import check_same_choice, row_of
 from torch.testing import assert_close
 
+from reasonkv.methods.ams import AMS
 from reasonkv.methods.base import Method, Observed
 from reasonkv.methods.beaconkv import BeaconKV, farthest
 from reasonkv.methods.cake import CAKE
@@ -64,6 +65,8 @@ METHODS: list[Method] = [
     SageKV(),
     RPC(window=8),
     InertiaKV(refresh=4, window=32),
+    AMS("snapkv:window=8", window=8, least=6),
+    AMS("keydiff", window=16, least=3, floor=1, most=9),
 ]
 ids = [f"{number}-{method.spec()}" for number, method in enumerate(METHODS)]
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from reasonkv import Budget, CompressedCache
+from reasonkv.methods.ams import AMS
 from reasonkv.methods.base import Method, Observed
 from reasonkv.methods.beaconkv import BeaconKV, farthest
 from reasonkv.methods.cake import CAKE
@@ -55,6 +56,7 @@ METHODS: list[Method] = [
     SageKV(),
     RPC(window=4),
     InertiaKV(window=5),
+    AMS("expected", window=6, least=3, floor=1),
 ]
 LENGTHS, PROMPTS = [60, 53], [24, 17]
 BUDGET = Budget(16, interval=5, sinks=2, recent=3, prompt="count")

@@ -11,6 +11,7 @@ from reasonkv.errors import ReasonKVError
 if TYPE_CHECKING:
     from reasonkv.methods import Method, MethodError, Requirements, ScorerMethod, get_method, method_names
     from reasonkv.methods.adakv import AdaKV
+    from reasonkv.methods.ams import AMS
     from reasonkv.methods.beaconkv import BeaconKV
     from reasonkv.methods.cake import CAKE
     from reasonkv.methods.cask import CASK
@@ -53,7 +54,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "CAKE", "CASK", "GKV", "H2O", "NACL", "RKV", "RPC", "TOVA", "AdaKV", "BeaconKV", "Budget", "BudgetError",
+    "AMS", "CAKE", "CASK", "GKV", "H2O", "NACL", "RKV", "RPC", "TOVA", "AdaKV", "BeaconKV", "Budget", "BudgetError",
     "ChunkKV", "CompressedCache", "CurDKV", "DefensiveKV", "ExpectedAttention", "Forecast", "FullKV",
     "ImportanceSampling", "InertiaKV", "Kara", "KeyDiff", "Keyformer", "Knorm", "LagKV", "LazyEviction", "Merge",
     "Method", "MethodError", "Oracle", "Plan", "PyramidKV", "Quest", "RaaS", "RandomAttention", "RandomEviction",

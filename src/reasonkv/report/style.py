@@ -49,6 +49,7 @@ _LATER = (
     "vase-attnv", "vase-dkv", "kara", "h2o", "tova", "curdkv", "chunkkv", "lagkv", "defensivekv", "beaconkv",
     "random-attention", "quest", "seer", "pyramidkv", "adakv", "importance", "forecast",
     "gkv", "lazyeviction", "raas", "cake", "keyformer", "nacl", "scissorhands", "sagekv", "rpc", "inertiakv",
+    "ams",
 )  # fmt: skip
 
 
