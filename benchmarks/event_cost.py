@@ -102,6 +102,7 @@ FORMULAS = {
     "sagekv": attention(1),
     "rpc": attention(32),
     "inertiakv": attention(128),
+    "d2o": attention(128) + Formula(2 * KV_HEADS * HELD * KEEP * D, quadratic=True),
     "ams": attention(64) + attention(32),
 }
 """Of one layer, by spec, or else by name."""

@@ -19,6 +19,7 @@ from reasonkv.methods.beaconkv import BeaconKV, farthest
 from reasonkv.methods.cake import CAKE
 from reasonkv.methods.chunkkv import ChunkKV
 from reasonkv.methods.curdkv import CurDKV
+from reasonkv.methods.d2o import D2O
 from reasonkv.methods.defensivekv import DefensiveKV, projected_norms
 from reasonkv.methods.gkv import GKV
 from reasonkv.methods.h2o import H2O
@@ -65,6 +66,7 @@ METHODS: list[Method] = [
     SageKV(),
     RPC(window=8),
     InertiaKV(refresh=4, window=32),
+    D2O(window=16),
     AMS("snapkv:window=8", window=8, least=6),
     AMS("keydiff", window=16, least=3, floor=1, most=9),
 ]

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from reasonkv.methods.cask import CASK
     from reasonkv.methods.chunkkv import ChunkKV
     from reasonkv.methods.curdkv import CurDKV
+    from reasonkv.methods.d2o import D2O
     from reasonkv.methods.defensivekv import DefensiveKV
     from reasonkv.methods.expected import ExpectedAttention
     from reasonkv.methods.forecast import Forecast
@@ -54,8 +55,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "AMS", "CAKE", "CASK", "GKV", "H2O", "NACL", "RKV", "RPC", "TOVA", "AdaKV", "BeaconKV", "Budget", "BudgetError",
-    "ChunkKV", "CompressedCache", "CurDKV", "DefensiveKV", "ExpectedAttention", "Forecast", "FullKV",
+    "AMS", "CAKE", "CASK", "D2O", "GKV", "H2O", "NACL", "RKV", "RPC", "TOVA", "AdaKV", "BeaconKV", "Budget",
+    "BudgetError", "ChunkKV", "CompressedCache", "CurDKV", "DefensiveKV", "ExpectedAttention", "Forecast", "FullKV",
     "ImportanceSampling", "InertiaKV", "Kara", "KeyDiff", "Keyformer", "Knorm", "LagKV", "LazyEviction", "Merge",
     "Method", "MethodError", "Oracle", "Plan", "PyramidKV", "Quest", "RaaS", "RandomAttention", "RandomEviction",
     "ReasonKVError", "Requirements", "SageKV", "Scissorhands", "ScorerMethod", "SeerAttention", "SlotView", "SnapKV",

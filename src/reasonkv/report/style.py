@@ -49,7 +49,7 @@ _LATER = (
     "vase-attnv", "vase-dkv", "kara", "h2o", "tova", "curdkv", "chunkkv", "lagkv", "defensivekv", "beaconkv",
     "random-attention", "quest", "seer", "pyramidkv", "adakv", "importance", "forecast",
     "gkv", "lazyeviction", "raas", "cake", "keyformer", "nacl", "scissorhands", "sagekv", "rpc", "inertiakv",
-    "ams",
+    "ams", "d2o",
 )  # fmt: skip
 
 
