@@ -17,22 +17,15 @@ from reasonkv import Budget, CompressedCache
 from reasonkv.methods.ams import AMS
 from reasonkv.methods.base import Method, Observed
 from reasonkv.methods.beaconkv import BeaconKV, farthest
-from reasonkv.methods.cake import CAKE
 from reasonkv.methods.chunkkv import ChunkKV
 from reasonkv.methods.curdkv import CurDKV
 from reasonkv.methods.defensivekv import DefensiveKV
 from reasonkv.methods.gkv import GKV
 from reasonkv.methods.h2o import H2O
-from reasonkv.methods.inertiakv import InertiaKV
 from reasonkv.methods.keyformer import Keyformer
 from reasonkv.methods.lagkv import LagKV
-from reasonkv.methods.lazyeviction import LazyEviction
-from reasonkv.methods.nacl import NACL
 from reasonkv.methods.raas import RaaS
 from reasonkv.methods.random import RandomAttention
-from reasonkv.methods.rpc import RPC
-from reasonkv.methods.sagekv import SageKV
-from reasonkv.methods.scissorhands import Scissorhands
 from reasonkv.methods.tova import TOVA
 from reasonkv.rotary import Rotary
 
@@ -47,15 +40,8 @@ METHODS: list[Method] = [
     BeaconKV(beacons=4, window=4, recent=4),
     RandomAttention(recent=3),
     GKV(window=4),
-    LazyEviction(alpha=0.02, window=5),
     RaaS(page=4, window=5),
-    CAKE(window=6),
     Keyformer(window=5),
-    NACL(window=6),
-    Scissorhands(window=6),
-    SageKV(),
-    RPC(window=4),
-    InertiaKV(window=5),
     AMS("expected", window=6, least=3, floor=1),
 ]
 LENGTHS, PROMPTS = [60, 53], [24, 17]
