@@ -111,6 +111,16 @@ def test_ams_by_hand() -> None:
     assert sorted(largest.tolist()) == [0, 1, 5, 6, 7]
 
 
+def test_floors_that_just_fit_leave_nothing_to_attention() -> None:
+    method = AMS("keydiff", mass=0.01, least=3, floor=2)
+    mass = torch.tensor([0.3, 0.3, 0.28, 0.02, 0.02, 0.02, 0.02, 0.02, 0.02])[None, None]
+    is_out = torch.zeros(1, 1, 9, dtype=torch.bool)
+    assert method.segments(mass, is_out)[0, 0].tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    score = torch.arange(9.0)[None, None]
+    for keep, kept in ((6, [1, 2, 4, 5, 7, 8]), (5, [0, 1, 2, 5, 8])):
+        assert sorted(method.order(score, mass, is_out, keep)[0, 0].topk(keep).indices.tolist()) == kept
+
+
 def test_one_segment_is_the_base_method() -> None:
     method = AMS("keydiff", window=8)
     view = field_view(method, 60, (99,))
