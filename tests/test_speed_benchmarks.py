@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = [
-    "calibrated_cost", "decode", "decode_overhead", "event_cost", "floor", "gpu", "rates", "replay_speed",
+    "calibrated_cost", "decode", "decode_overhead", "event_cost", "floor", "gpu", "prefill", "rates", "replay_speed",
     "scaling", "stalls",
 ]  # fmt: skip
 Scripts = Callable[[str], ModuleType]
@@ -38,7 +38,9 @@ def test_a_timing_script_finishes_in_its_small_mode(name: str, tmp_path: Path, s
         made = performance.block(tmp_path)
         assert found["title"] in made
         assert made.count("Not measured yet") == len(performance.SECTIONS) - 1
-        assert all(str(row.get("cache", row.get("axis", row.get("path")))) in made for row in found["rows"])
+        assert all(
+            str(row.get("cache", row.get("axis", row.get("path", row.get("prompt"))))) in made for row in found["rows"]
+        )
 
 
 def test_the_page_of_performance_is_made_from_the_committed_files(script: Scripts) -> None:
