@@ -134,7 +134,7 @@ def test_what_was_measured_at_this_commit_is_not_measured_again(
     (tmp_path / "rates.json").write_text(finished("old"))
     words = ["--results", str(tmp_path), "--vllm", str(tmp_path)]
     for more, want in (
-        ([], {"against_kvpress", "rates", "scaling"}),
+        ([], {"against_kvpress", "prefill", "rates", "scaling"}),
         (["decode"], set()),
         (["--again", "decode"], {"decode"}),
     ):
