@@ -199,14 +199,14 @@ def test_a_window_with_a_period_needs_our_scheduler() -> None:
 
 
 def test_a_request_opts_out_as_an_object_or_as_text() -> None:
-    for given, wants in (
-        ({"enabled": False}, True),
-        ('{"enabled": false}', True),
-        ({"enabled": "no"}, False),
-        (None, False),
+    for given, enabled in (
+        ({"enabled": False}, False),
+        ('{"enabled": false}', False),
+        ({"enabled": "no"}, True),
+        (None, True),
     ):
-        assert RequestConfig.wants_full_kv(SimpleNamespace(extra_args={"reasonkv": given})) is wants
-    assert not RequestConfig.wants_full_kv(None)
+        assert RequestConfig.asked(SimpleNamespace(extra_args={"reasonkv": given})).enabled is enabled
+    assert RequestConfig.asked(None) == RequestConfig()
 
 
 def test_a_request_sets_its_seed_as_an_object_or_as_text() -> None:

@@ -103,8 +103,6 @@ class EngineConfig:
             raise ServingError(str(error)) from None
         check_method(method)
         assert budget is not None  # None only for a method that keeps everything, which is refused above
-        if budget.stagger > 1:
-            raise ServingError("vLLM's layers share their blocks, so they have no turns: leave out stagger.")
         return cls(method, budget, seed, calibration, log_requests, untested)
 
     def to_dict(self) -> dict[str, Any]:

@@ -318,7 +318,7 @@ class Runtime:
             method = engine_method
         # one and the same object for all requests with equal options, so that they are planned together
         method = next((one.method for one in self.requests.values() if one.method == method), method)
-        self._start(name, prompt, schedule.row_budget(budget), method, asked.seed, computed)
+        self._start(name, prompt, self._budget_of(prompt, asked.seed), method, asked.seed, computed)
 
     def _start(
         self, name: str, prompt: int, budget: Budget | None, method: Method, seed: int, computed: int = 0
@@ -332,10 +332,14 @@ class Runtime:
         self.lengths.start(row, budget, schedule.Lengths(computed, computed, prompt))
         self.requests[name] = RunningRequest(lengths=self.lengths, row=row, method=method, seed=seed)
 
+    def _budget_of(self, prompt: int, seed: int) -> Budget:
+        """What a request follows; only our scheduler knows its seed."""
+        return schedule.row_budget(self.config.budget, prompt, seed if self.has_scheduler else 0)
+
     def _suspend(self, name: str) -> None:
         """Free a preempted request's row; it restarts with the same prompt length, budget, method and seed."""
         one = self.requests[name]
-        budget = None if one.budget is None else schedule.row_budget(self.config.budget)
+        budget = None if one.budget is None else self._budget_of(one.state.prompt, one.seed)
         self._suspended[name] = partial(self._start, name, one.state.prompt, budget, one.method, one.seed)
         self._free(name)
 
