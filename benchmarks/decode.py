@@ -12,10 +12,12 @@ with a real run of a smaller size.
 from __future__ import annotations
 
 import argparse
+import gc
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -60,6 +62,7 @@ def bounded_methods() -> list[str]:
 
 def length_ms(subject: Subject, kind: str, batch: int, tokens: int, steps: int) -> dict[str, float]:
     """Measure the median milliseconds of a step at a length, with a cache that holds every token."""
+    gc.collect()  # a cache of gigabytes may still stand in a cycle
     cache = plain(subject.model, kind, batch, tokens)
     return {"ms": median(step_ms(subject.model, cache, batch, steps, warm_up=1, most_ms=1000))}
 
@@ -156,7 +159,7 @@ def check(subject: Subject, given: argparse.Namespace) -> list[dict[str, Any]]:
     """Compare sums of windows with real runs of stock and of a bounded cache."""
     batch, tokens = given.check_batch, given.check_tokens
     budget = Budget(tokens // 4, interval=tokens // 8, prompt="count")
-    lengths = (tokens // 4, tokens // 2, tokens)
+    lengths = (PROMPT, PROMPT + tokens // 2, PROMPT + tokens)
     arms: dict[str, Any] = {
         f"{kind} {one}": partial(length_ms, subject, kind, batch, one, given.steps)
         for kind in ("stock", "full") for one in lengths
@@ -204,7 +207,8 @@ def main(given: argparse.Namespace) -> None:
         (given.large, [given.large_batch], given.large_methods, given.large_budget),
         (STACK if given.stack_batch else "", [given.stack_batch], given.large_methods, given.large_budget),
     ]
-    left_out = []
+    left_out = [f"{Path(name).name} at batch {batch}" for name, batches, *_ in plans if name for batch in batches]
+    title = f"Decoding after a prompt of {PROMPT} tokens, a compaction every {given.interval} tokens"
     for name, batches, chosen, tokens in plans:
         subject = Subject(STACK, stack()) if name == STACK else load(name) if name else None
         if subject is None:
@@ -214,19 +218,18 @@ def main(given: argparse.Namespace) -> None:
         bounded = {one: Bounded(subject, one, budget, calibration, steps=given.steps) for one in chosen}
         for one in [one for one in given.staggered if one in chosen]:
             turns = replace(budget, stagger=given.stagger)
-            label = f"{one}, {given.stagger} turns"
-            bounded[label] = Bounded(subject, one, turns, calibration, steps=given.steps)
+            bounded[f"{one}, {given.stagger} turns"] = Bounded(subject, one, turns, calibration, steps=given.steps)
         for batch in batches:
             if time.monotonic() - began > 60 * given.minutes:
-                left_out.append(f"{subject.name} at batch {batch}")
                 continue
             for table, rows in cell(subject, batch, budget, bounded, given).items():
                 tables[table] += rows
-        if name == given.model:
-            tables["check"] = check(subject, given)
+            left_out.remove(f"{subject.name} at batch {batch}")
+            if name == given.model and batch == batches[-1]:
+                tables["check"] = check(subject, given)
+            # after every cell, so that a run that is stopped leaves what it measured
+            publish(given, title, **tables, left_out=left_out, seconds=time.monotonic() - began)
     if not tables["rows"]:
         raise SystemExit("No model was there, so nothing was measured.")
     if left_out:
-        print(f"Not measured, for time: {', '.join(left_out)}.")
-    title = f"Decoding after a prompt of {PROMPT} tokens, a compaction every {given.interval} tokens"
-    publish(given, title, tables.pop("rows"), **tables, left_out=left_out, seconds=time.monotonic() - began)
+        print(f"Not measured: {', '.join(left_out)}.")

@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections import defaultdict
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -66,21 +67,23 @@ class Load(Serving):
 )  # fmt: skip
 def main(given: argparse.Namespace) -> None:
     os.environ |= ENVIRONMENT
-    began, rows, left_out = time.monotonic(), [], []
+    began, rows, left_out = time.monotonic(), [], [int(one) for one in given.load]
     longest = given.prompt + given.tokens
     blocks = given.at_once * -(-longest // BLOCK)
-    given.eager = True
+    title = (
+        f"vLLM under load: prompts of {given.prompt}, answers of {given.tokens} tokens, {blocks} blocks of {BLOCK}, a "
+        "model of random weights with 2 layers of 8 KV heads of 128, float32, eager"
+    )
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        make_kv_heavy(folder)
-        given.model = folder
-        most = max(map(int, given.load))
-        engines = {arm: stack.enter_context(engine_of(given, arm, blocks, longest, most)) for arm in given.arms}
+        given.model, given.eager = str(Path(folder) / "kv-heavy"), True
+        make_kv_heavy(given.model)
+        engines = {
+            arm: stack.enter_context(engine_of(given, arm, blocks, longest, max(left_out))) for arm in given.arms
+        }
         for llm in engines.values():
             serve(llm, prompts(llm, 2, given.prompt), 8)  # warms up
-        for requests in map(int, given.load):
-            if time.monotonic() - began > given.seconds:
-                left_out.append(requests)
-                continue
+        while left_out and time.monotonic() - began < given.seconds:
+            requests = left_out.pop(0)
             loads = {arm: Load(llm, prompts(llm, requests, given.prompt), given.tokens) for arm, llm in engines.items()}
             serve_by_turns(list(loads.values()), TURN)
             found = {arm: load.row() for arm, load in loads.items()}
@@ -89,13 +92,7 @@ def main(given: argparse.Namespace) -> None:
                 {"requests": requests, "cache": arm, **row, "over stock": row["tokens/s"] / stock}
                 for arm, row in found.items()
             ]
-            said = ", ".join(f"{arm} {row['tokens/s']:.0f}" for arm, row in found.items())
-            print(f"{requests} requests: {said} tokens/s", flush=True)
-        given.model = "KV-heavy"
+            # after every load, so that a run that is stopped leaves what it measured
+            publish(given, title, rows, left_out=left_out, seconds=time.monotonic() - began)
     if left_out:
         print(f"Not measured, for time: {', '.join(map(str, left_out))} requests.")
-    title = (
-        f"vLLM under load: prompts of {given.prompt}, answers of {given.tokens} tokens, {blocks} blocks of {BLOCK}, a "
-        "model of random weights with 2 layers of 8 KV heads of 128, float32, eager"
-    )
-    publish(given, title, rows, left_out=left_out, seconds=time.monotonic() - began)

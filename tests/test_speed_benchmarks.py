@@ -118,8 +118,8 @@ def test_kvpress_that_cannot_be_installed_is_one_sentence(
         against.main(["--small", "--venv", str(tmp_path / "venv")])
 
 
-def finished(commit: str) -> str:
-    return json.dumps({"environment": {"commit": commit}})
+def finished(commit: str, **more: object) -> str:
+    return json.dumps({"environment": {"commit": commit}, **more})
 
 
 def test_what_was_measured_at_this_commit_is_not_measured_again(
@@ -130,6 +130,7 @@ def test_what_was_measured_at_this_commit_is_not_measured_again(
     monkeypatch.setattr(bench, "finishes", lambda command, seconds: ran.append(Path(command[1]).stem) or True)
     (tmp_path / "decode.json").write_text(finished("abc"))
     (tmp_path / "rates.json").write_text(finished("old"))
+    (tmp_path / "scaling.json").write_text(finished("abc", left_out=["a cell"]))
     words = ["--results", str(tmp_path), "--vllm", str(tmp_path)]
     for more, want in (
         ([], {"against_kvpress", "rates", "scaling"}),
