@@ -46,7 +46,7 @@ DOZEN = (
     "vase-attnv", "kara", "curdkv", "h2o", "forecast",
 )  # fmt: skip
 FEW = ("random", "expected", "rkv")
-STACK = "2 layers of Qwen3-8B's shape, random weights"
+STACK = "Qwen3-8B's shape, 2 layers"
 PROMPT = 128
 """Tokens of the prompt of the runs that are summed up."""
 EQUAL = (512, 2048)
@@ -217,8 +217,9 @@ def main(given: argparse.Namespace) -> None:
         calibration = calibration_of(subject, chosen)
         bounded = {one: Bounded(subject, one, budget, calibration, steps=given.steps) for one in chosen}
         for one in [one for one in given.staggered if one in chosen]:
-            turns = replace(budget, stagger=given.stagger)
-            bounded[f"{one}, {given.stagger} turns"] = Bounded(subject, one, turns, calibration, steps=given.steps)
+            turns = replace(budget, stagger=min(given.stagger, subject.model.config.num_hidden_layers))
+            label = f"{one}, {turns.stagger} turns"
+            bounded[label] = Bounded(subject, one, turns, calibration, steps=given.steps)
         for batch in batches:
             if time.monotonic() - began > 60 * given.minutes:
                 continue
