@@ -20,7 +20,7 @@ import numpy as np
 from serving import BLOCK, ENVIRONMENT, Serving, engine_of, make_kv_heavy, prompts, serve, serve_by_turns
 from timing import publish, script
 
-ARMS = ("stock", "random@256", "expected@256")
+ARMS = ("stock", "random@128", "expected@128")
 TURN = 20
 """Steps that an engine takes at a time."""
 
@@ -62,8 +62,8 @@ class Load(Serving):
 
 # at_once: whole sequences that the blocks hold; seconds: after which no larger load begins
 @script(
-    small={"arms": ["stock", "random@256"], "load": ["1", "3"], "prompt": 300, "tokens": 140, "at_once": 2},
-    arms=ARMS, load=("1", "16", "64", "256"), prompt=1000, tokens=140, at_once=16, seconds=120.0,
+    small={"arms": ["stock", "random@128"], "load": ["1", "3"], "prompt": 300, "tokens": 140, "at_once": 2},
+    arms=ARMS, load=("1", "16", "64", "256"), prompt=600, tokens=260, at_once=16, seconds=120.0,
 )  # fmt: skip
 def main(given: argparse.Namespace) -> None:
     os.environ |= ENVIRONMENT
@@ -75,7 +75,7 @@ def main(given: argparse.Namespace) -> None:
         "model of random weights with 2 layers of 8 KV heads of 128, float32, eager"
     )
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        given.model, given.eager = str(Path(folder) / "kv-heavy"), True
+        given.model, given.eager, given.policy = str(Path(folder) / "kv-heavy"), True, "count"
         make_kv_heavy(given.model)
         engines = {
             arm: stack.enter_context(engine_of(given, arm, blocks, longest, max(left_out))) for arm in given.arms
