@@ -85,7 +85,7 @@ def cell(
         return [run_seconds(lengths, ms, PROMPT, tokens) for ms in every]
 
     floor = Floor(subject)
-    where = {"model": subject.name, "batch": batch, "budget": budget.tokens}
+    where = {"model": f"{subject.name} {subject.dtype}", "batch": batch, "budget": budget.tokens}
     of_stock = {tokens: stock_seconds(tokens) for tokens in answers}
     per_token = subject.token_bytes * batch
     rows = []
@@ -173,7 +173,7 @@ def check(subject: Subject, given: argparse.Namespace) -> list[dict[str, Any]]:
         "random": bounded_seconds(found, lengths, found["random"]["steady"][0], budget, tokens),
     }
     return [
-        {"model": subject.name, "batch": batch, "tokens": tokens, "budget": budget.tokens, "cache": arm,
+        {"model": f"{subject.name} {subject.dtype}", "batch": batch, "tokens": tokens, "budget": budget.tokens, "cache": arm,
          "summed s": seconds, "whole run s": found[f"whole {arm}"]["s"][0],
          "summed over whole": seconds / found[f"whole {arm}"]["s"][0]}
         for arm, seconds in summed.items()

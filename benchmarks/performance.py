@@ -180,7 +180,7 @@ def block(results: Path = RESULTS) -> str:
         if name in found:
             parts += [f"{found[name]['title']}.\n", *build(found[name]), about(found[name])]
         else:
-            parts.append(f"Not measured yet: `benchmarks/results/{name}.json` is not there.\n")
+            parts.append(f"Not measured yet; `python benchmarks/{name}.py` does it.\n")
     return "\n".join(parts)
 
 
