@@ -31,6 +31,7 @@ from decoding import (
     calibration_of,
     load,
     plain,
+    ragged_mask,
     run_seconds,
     step_ms,
     text_ids,
@@ -51,6 +52,8 @@ PROMPT = 128
 """Tokens of the prompt of the runs that are summed up."""
 EQUAL = (512, 2048)
 """Lengths at which nothing was dropped and ours is compared with stock."""
+RAGGED = 8
+"""Largest batch at which rows of different lengths are measured, too."""
 Found = Mapping[str, Mapping[str, Sequence[Any]]]
 
 
@@ -61,10 +64,16 @@ def bounded_methods() -> list[str]:
 
 
 def length_ms(subject: Subject, kind: str, batch: int, tokens: int, steps: int) -> dict[str, float]:
-    """Measure the median milliseconds of a step at a length, with a cache that holds every token."""
+    """Measure the median milliseconds of a step at a length, with a cache that holds every token.
+
+    Args:
+        kind: as of `plain`; "-ragged" behind it: the rows are left-padded, the longest is as long.
+    """
     gc.collect()  # a cache of gigabytes may still stand in a cycle
-    cache = plain(subject.model, kind, batch, tokens)
-    return {"ms": median(step_ms(subject.model, cache, batch, steps, warm_up=1, most_ms=1000))}
+    kind, _, ragged = kind.partition("-")
+    mask = ragged_mask(batch, tokens) if ragged else None
+    cache = plain(subject.model, kind, batch, tokens, mask)
+    return {"ms": median(step_ms(subject.model, cache, batch, steps, warm_up=1, most_ms=1000, mask_BL=mask))}
 
 
 def cell(
@@ -72,9 +81,10 @@ def cell(
 ) -> dict[str, list[dict[str, Any]]]:
     """Measure a model at a batch size: rows of the tables "methods", "lengths" and "equal"."""
     answers, lengths, longest = given.answers, given.lengths, max(given.answers) + PROMPT
+    ragged = [(f"{kind}-ragged", EQUAL[1:]) for kind in ("stock", "full") if 1 < batch <= RAGGED]
     arms: dict[str, Any] = {
         f"{kind} {tokens}": partial(length_ms, subject, kind, batch, tokens, given.steps)
-        for kind, at in (("stock", lengths), ("full", lengths[:3]), ("static", [*answers]))
+        for kind, at in (("stock", lengths), ("full", lengths[:3]), ("static", answers), *ragged)
         for tokens in at
     }
     arms |= {method: partial(steady, one, batch) for method, one in bounded.items()}
@@ -122,10 +132,12 @@ def cell(
             for (kind, tokens), own in ((arm.split(), own) for arm, own in found.items() if "ms" in own)
         ],
         "equal": [
-            {**where, "tokens held": tokens, "stock ms": median(found[f"stock {tokens}"]["ms"]),
-             "ours ms": median(found[f"full {tokens}"]["ms"]),
-             **interval(ratio(found[f"stock {tokens}"]["ms"], found[f"full {tokens}"]["ms"]), "ours over stock")}
-            for tokens in EQUAL if f"full {tokens}" in found
+            {**where, "tokens held": tokens, "rows": "of different lengths" if more else "equally long",
+             "stock ms": median(found[f"stock{more} {tokens}"]["ms"]),
+             "ours ms": median(found[f"full{more} {tokens}"]["ms"]),
+             **interval(ratio(found[f"stock{more} {tokens}"]["ms"], found[f"full{more} {tokens}"]["ms"]),
+                        "ours over stock")}
+            for more in ("", "-ragged") for tokens in EQUAL if f"full{more} {tokens}" in found
         ],
     }  # fmt: skip
 
@@ -173,7 +185,8 @@ def check(subject: Subject, given: argparse.Namespace) -> list[dict[str, Any]]:
         "random": bounded_seconds(found, lengths, found["random"]["steady"][0], budget, tokens),
     }
     return [
-        {"model": f"{subject.name} {subject.dtype}", "batch": batch, "tokens": tokens, "budget": budget.tokens, "cache": arm,
+        {"model": f"{subject.name} {subject.dtype}", "batch": batch, "tokens": tokens, "budget": budget.tokens,
+         "cache": arm,
          "summed s": seconds, "whole run s": found[f"whole {arm}"]["s"][0],
          "summed over whole": seconds / found[f"whole {arm}"]["s"][0]}
         for arm, seconds in summed.items()

@@ -75,7 +75,7 @@ def decode(found: Row) -> list[str]:
         {**row, "ours over stock": bracketed(row, "ours over stock")}
         for row in found["equal"]
     ]  # fmt: skip
-    names = ("model", "batch", "tokens held", "stock ms", "ours ms", "ours over stock")
+    names = ("model", "batch", "tokens held", "rows", "stock ms", "ours ms", "ours over stock")
     parts += ["**Nothing dropped: a step of ours and of stock at equal length**\n", table(equal, *names)]
     parts += ["**Steps of caches that hold every token**\n", table(found["lengths"])]
     if found["check"]:

@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = [
-    "calibrated_cost", "decode", "decode_overhead", "event_cost", "floor", "rates", "replay_speed", "scaling",
+    "calibrated_cost", "decode", "event_cost", "floor", "rates", "replay_speed", "scaling",
     "stalls",
 ]  # fmt: skip
 Scripts = Callable[[str], ModuleType]
@@ -175,3 +175,11 @@ def test_targets_say_yes_no_or_not_measured(script: Scripts) -> None:
         "of": "1 of 2",
     }
     assert judged("a", [("x", 1.2), ("y", 0.9)], 1.5, least=False)["met"] == "yes"
+
+
+def test_rows_of_different_lengths_are_padded_on_the_left(script: Scripts) -> None:
+    decoding = script("decoding")
+    mask = decoding.ragged_mask(3, 8)
+    assert mask[:, :4].tolist() == [[1, 1, 1, 1], [0, 0, 1, 1], [0, 0, 0, 0]] and mask[:, 4:].all()
+    cache = decoding.plain(decoding.load("testbed").model, "full", 3, 8, mask)
+    assert [row.length for row in cache.stats().rows] == [8, 6, 4]
