@@ -86,8 +86,7 @@ class Side:
         event = max(0.0, float(ms[at] - np.median(plain)))
         mean = float(np.median(plain)) + event / order["interval"]
         assert found["held"] == order["budget"] + AFTER, "both sides retain equally many tokens"
-        return {"rate": 1e3 * order["batch"] / mean, "p50": float(np.median(plain)), "event": event,
-                "share": 100 * event / order["interval"] / mean}  # fmt: skip
+        return {"rate": 1e3 * order["batch"] / mean, "p50": float(np.median(plain)), "event": event}
 
     def _answer(self) -> dict[str, Any]:
         assert self.process.stdout is not None
@@ -123,7 +122,7 @@ def cell(
     for method in methods:
         theirs, ours = found[f"kvpress {method}"], found[f"reasonkv {method}"]
         rows.append({
-            "model": label, "batch": batch, "budget": budget, "method": method,
+            "model": f"{label} {dtype}", "batch": batch, "budget": budget, "method": method,
             "kvpress tokens/s": median(theirs["rate"]), "ours tokens/s": median(ours["rate"]),
             **interval(ratio(ours["rate"], theirs["rate"]), "ours over kvpress"),
             "kvpress step p50 ms": median(theirs["p50"]), "ours step p50 ms": median(ours["p50"]),

@@ -48,9 +48,10 @@ SCRIPTS = (
 
 
 def is_done(script: Script, results: Path) -> bool:
-    """Return whether a script's results are of the commit that is checked out."""
+    """Return whether a script's results are whole, and of the commit that is checked out."""
     path = results / f"{script.name}.json"
-    return path.exists() and json.loads(path.read_text())["environment"]["commit"] == commit() != ""
+    found = json.loads(path.read_text()) if path.exists() else {}
+    return bool(found) and found["environment"]["commit"] == commit() != "" and not found.get("left_out")
 
 
 def command_of(script: Script, given: argparse.Namespace) -> list[str] | None:

@@ -12,10 +12,12 @@ with a real run of a smaller size.
 from __future__ import annotations
 
 import argparse
+import gc
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +31,7 @@ from decoding import (
     calibration_of,
     load,
     plain,
+    ragged_mask,
     run_seconds,
     step_ms,
     text_ids,
@@ -44,11 +47,13 @@ DOZEN = (
     "vase-attnv", "kara", "curdkv", "h2o", "forecast",
 )  # fmt: skip
 FEW = ("random", "expected", "rkv")
-STACK = "2 layers of Qwen3-8B's shape, random weights"
+STACK = "Qwen3-8B's shape, 2 layers"
 PROMPT = 128
 """Tokens of the prompt of the runs that are summed up."""
 EQUAL = (512, 2048)
 """Lengths at which nothing was dropped and ours is compared with stock."""
+RAGGED = 8
+"""Largest batch at which rows of different lengths are measured, too."""
 Found = Mapping[str, Mapping[str, Sequence[Any]]]
 
 
@@ -59,9 +64,16 @@ def bounded_methods() -> list[str]:
 
 
 def length_ms(subject: Subject, kind: str, batch: int, tokens: int, steps: int) -> dict[str, float]:
-    """Measure the median milliseconds of a step at a length, with a cache that holds every token."""
-    cache = plain(subject.model, kind, batch, tokens)
-    return {"ms": median(step_ms(subject.model, cache, batch, steps, warm_up=1, most_ms=1000))}
+    """Measure the median milliseconds of a step at a length, with a cache that holds every token.
+
+    Args:
+        kind: as of `plain`; "-ragged" behind it: the rows are left-padded, the longest is as long.
+    """
+    gc.collect()  # a cache of gigabytes may still stand in a cycle
+    kind, _, ragged = kind.partition("-")
+    mask = ragged_mask(batch, tokens) if ragged else None
+    cache = plain(subject.model, kind, batch, tokens, mask)
+    return {"ms": median(step_ms(subject.model, cache, batch, steps, warm_up=1, most_ms=1000, mask_BL=mask))}
 
 
 def cell(
@@ -69,9 +81,10 @@ def cell(
 ) -> dict[str, list[dict[str, Any]]]:
     """Measure a model at a batch size: rows of the tables "methods", "lengths" and "equal"."""
     answers, lengths, longest = given.answers, given.lengths, max(given.answers) + PROMPT
+    ragged = [(f"{kind}-ragged", EQUAL[1:]) for kind in ("stock", "full") if 1 < batch <= RAGGED]
     arms: dict[str, Any] = {
         f"{kind} {tokens}": partial(length_ms, subject, kind, batch, tokens, given.steps)
-        for kind, at in (("stock", lengths), ("full", lengths[:3]), ("static", [*answers]))
+        for kind, at in (("stock", lengths), ("full", lengths[:3]), ("static", answers), *ragged)
         for tokens in at
     }
     arms |= {method: partial(steady, one, batch) for method, one in bounded.items()}
@@ -82,7 +95,7 @@ def cell(
         return [run_seconds(lengths, ms, PROMPT, tokens) for ms in every]
 
     floor = Floor(subject)
-    where = {"model": subject.name, "batch": batch, "budget": budget.tokens}
+    where = {"model": f"{subject.name} {subject.dtype}", "batch": batch, "budget": budget.tokens}
     of_stock = {tokens: stock_seconds(tokens) for tokens in answers}
     per_token = subject.token_bytes * batch
     rows = []
@@ -119,10 +132,12 @@ def cell(
             for (kind, tokens), own in ((arm.split(), own) for arm, own in found.items() if "ms" in own)
         ],
         "equal": [
-            {**where, "tokens held": tokens, "stock ms": median(found[f"stock {tokens}"]["ms"]),
-             "ours ms": median(found[f"full {tokens}"]["ms"]),
-             **interval(ratio(found[f"stock {tokens}"]["ms"], found[f"full {tokens}"]["ms"]), "ours over stock")}
-            for tokens in EQUAL if f"full {tokens}" in found
+            {**where, "tokens held": tokens, "rows": "of different lengths" if more else "equally long",
+             "stock ms": median(found[f"stock{more} {tokens}"]["ms"]),
+             "ours ms": median(found[f"full{more} {tokens}"]["ms"]),
+             **interval(ratio(found[f"stock{more} {tokens}"]["ms"], found[f"full{more} {tokens}"]["ms"]),
+                        "ours over stock")}
+            for more in ("", "-ragged") for tokens in EQUAL if f"full{more} {tokens}" in found
         ],
     }  # fmt: skip
 
@@ -156,7 +171,7 @@ def check(subject: Subject, given: argparse.Namespace) -> list[dict[str, Any]]:
     """Compare sums of windows with real runs of stock and of a bounded cache."""
     batch, tokens = given.check_batch, given.check_tokens
     budget = Budget(tokens // 4, interval=tokens // 8, prompt="count")
-    lengths = (tokens // 4, tokens // 2, tokens)
+    lengths = (PROMPT, PROMPT + tokens // 2, PROMPT + tokens)
     arms: dict[str, Any] = {
         f"{kind} {one}": partial(length_ms, subject, kind, batch, one, given.steps)
         for kind in ("stock", "full") for one in lengths
@@ -170,7 +185,8 @@ def check(subject: Subject, given: argparse.Namespace) -> list[dict[str, Any]]:
         "random": bounded_seconds(found, lengths, found["random"]["steady"][0], budget, tokens),
     }
     return [
-        {"model": subject.name, "batch": batch, "tokens": tokens, "budget": budget.tokens, "cache": arm,
+        {"model": f"{subject.name} {subject.dtype}", "batch": batch, "tokens": tokens, "budget": budget.tokens,
+         "cache": arm,
          "summed s": seconds, "whole run s": found[f"whole {arm}"]["s"][0],
          "summed over whole": seconds / found[f"whole {arm}"]["s"][0]}
         for arm, seconds in summed.items()
@@ -204,7 +220,8 @@ def main(given: argparse.Namespace) -> None:
         (given.large, [given.large_batch], given.large_methods, given.large_budget),
         (STACK if given.stack_batch else "", [given.stack_batch], given.large_methods, given.large_budget),
     ]
-    left_out = []
+    left_out = [f"{Path(name).name} at batch {batch}" for name, batches, *_ in plans if name for batch in batches]
+    title = f"Decoding after a prompt of {PROMPT} tokens, a compaction every {given.interval} tokens"
     for name, batches, chosen, tokens in plans:
         subject = Subject(STACK, stack()) if name == STACK else load(name) if name else None
         if subject is None:
@@ -213,20 +230,20 @@ def main(given: argparse.Namespace) -> None:
         calibration = calibration_of(subject, chosen)
         bounded = {one: Bounded(subject, one, budget, calibration, steps=given.steps) for one in chosen}
         for one in [one for one in given.staggered if one in chosen]:
-            turns = replace(budget, stagger=given.stagger)
-            label = f"{one}, {given.stagger} turns"
+            turns = replace(budget, stagger=min(given.stagger, subject.model.config.num_hidden_layers))
+            label = f"{one}, {turns.stagger} turns"
             bounded[label] = Bounded(subject, one, turns, calibration, steps=given.steps)
         for batch in batches:
             if time.monotonic() - began > 60 * given.minutes:
-                left_out.append(f"{subject.name} at batch {batch}")
                 continue
             for table, rows in cell(subject, batch, budget, bounded, given).items():
                 tables[table] += rows
-        if name == given.model:
-            tables["check"] = check(subject, given)
+            left_out.remove(f"{subject.name} at batch {batch}")
+            if name == given.model and batch == batches[-1]:
+                tables["check"] = check(subject, given)
+            # after every cell, so that a run that is stopped leaves what it measured
+            publish(given, title, **tables, left_out=left_out, seconds=time.monotonic() - began)
     if not tables["rows"]:
         raise SystemExit("No model was there, so nothing was measured.")
     if left_out:
-        print(f"Not measured, for time: {', '.join(left_out)}.")
-    title = f"Decoding after a prompt of {PROMPT} tokens, a compaction every {given.interval} tokens"
-    publish(given, title, tables.pop("rows"), **tables, left_out=left_out, seconds=time.monotonic() - began)
+        print(f"Not measured: {', '.join(left_out)}.")

@@ -108,7 +108,7 @@ def calibration_of(subject: Subject, methods: Sequence[str], limit: int = 2) -> 
 
 
 @torch.no_grad()
-def fill(cache: Cache, model: PreTrainedModel, batch: int, tokens: int) -> Cache:
+def fill(cache: Cache, model: PreTrainedModel, batch: int, tokens: int, mask_BL: Tensor | None = None) -> Cache:
     """Write random keys and values of so many tokens to all layers, equal in all rows; nothing else of a model runs.
 
     A `CompressedCache` is announced a forward and gets queries, and compacts where its schedule says.
@@ -119,7 +119,7 @@ def fill(cache: Cache, model: PreTrainedModel, batch: int, tokens: int) -> Cache
     ours = isinstance(cache, CompressedCache)
     if ours:
         cache.token_ids.announced = torch.zeros(batch, tokens, dtype=torch.int64)
-        cache.begin_forward(batch, tokens, None)
+        cache.begin_forward(batch, tokens, mask_BL)
     for index, layer in enumerate(model.get_decoder().layers):
         pair = torch.randn(2, 1, config.num_key_value_heads, tokens, dim, dtype=model.dtype)
         keys, values = pair.expand(2, batch, -1, -1, -1)
@@ -130,27 +130,41 @@ def fill(cache: Cache, model: PreTrainedModel, batch: int, tokens: int) -> Cache
     return cache
 
 
-def plain(model: PreTrainedModel, kind: str, batch: int, tokens: int, room: int = 64) -> Cache:
+def ragged_mask(batch: int, tokens: int) -> Tensor:
+    """Return a mask [B, L] of left pads: rows of all lengths from the whole down to half of it."""
+    pads_B1 = torch.arange(batch)[:, None] * tokens // max(1, 2 * batch - 2)
+    return (torch.arange(tokens) >= pads_B1).long()
+
+
+def plain(
+    model: PreTrainedModel, kind: str, batch: int, tokens: int, mask_BL: Tensor | None = None, room: int = 64
+) -> Cache:
     """Return a cache that holds every token: "stock" (dynamic), "static" (as large as tokens + room), or "full"."""
     if kind == "static":
         cache: Cache = StaticCache(config=model.config, max_cache_len=tokens + room)
     else:
         cache = CompressedCache(model, "full") if kind == "full" else DynamicCache(config=model.config)
-    return fill(cache, model, batch, tokens)
+    return fill(cache, model, batch, tokens, mask_BL)
 
 
 @torch.no_grad()
 def step_ms(
-    model: PreTrainedModel, cache: Cache, batch: int, steps: int, warm_up: int = WARM_UP, most_ms: float = float("inf")
-) -> list[float]:
+    model: PreTrainedModel, cache: Cache, batch: int, steps: int, warm_up: int = WARM_UP,
+    most_ms: float = float("inf"), mask_BL: Tensor | None = None,
+) -> list[float]:  # fmt: skip
     """Decode greedily and return the milliseconds of every step after the first `warm_up`.
 
     After the third of them, and once they took `most_ms` together, no further one is made: long steps vary little.
     """
     ids, taken = torch.full((batch, 1), 9), list[float]()
     while len(taken) < warm_up + steps and (len(taken) < warm_up + 3 or sum(taken[warm_up:]) < most_ms):
+        mask_BL = None if mask_BL is None else torch.nn.functional.pad(mask_BL, (0, 1), value=1)
         start = time.perf_counter()
-        ids = model(ids, past_key_values=cache, use_cache=True).logits[:, -1].argmax(-1, keepdim=True)
+        ids = (
+            model(ids, attention_mask=mask_BL, past_key_values=cache, use_cache=True)
+            .logits[:, -1]
+            .argmax(-1, keepdim=True)
+        )
         taken.append(1e3 * (time.perf_counter() - start))
     if isinstance(cache, CompressedCache):
         cache.detach()

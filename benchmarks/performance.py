@@ -41,7 +41,9 @@ def table(rows: Iterable[Row], *columns: str) -> str:
 
 
 def bracketed(row: Row, middle: str, low: str = "95 % low", high: str = "95 % high") -> str:
-    """Return a ratio with its interval."""
+    """Return a ratio with its interval, which one round does not have."""
+    if row[low] == row[high]:
+        return f"{row[middle]:.2f}"
     return f"{row[middle]:.2f} ({row[low]:.2f} to {row[high]:.2f})"
 
 
@@ -49,7 +51,7 @@ def about(found: Row) -> str:
     """Return where and how something was measured."""
     where = found["environment"]
     versions = f"torch {where['torch']}, transformers {where['transformers']}"
-    left = f" Not measured, for time: {', '.join(map(str, found['left_out']))}." if found.get("left_out") else ""
+    left = f" Not measured: {', '.join(map(str, found['left_out']))}." if found.get("left_out") else ""
     return f"{where['device']}, {where['threads']} threads, {versions}, commit {where['commit']}.{left}\n"
 
 
@@ -73,7 +75,7 @@ def decode(found: Row) -> list[str]:
         {**row, "ours over stock": bracketed(row, "ours over stock")}
         for row in found["equal"]
     ]  # fmt: skip
-    names = ("model", "batch", "tokens held", "stock ms", "ours ms", "ours over stock")
+    names = ("model", "batch", "tokens held", "rows", "stock ms", "ours ms", "ours over stock")
     parts += ["**Nothing dropped: a step of ours and of stock at equal length**\n", table(equal, *names)]
     parts += ["**Steps of caches that hold every token**\n", table(found["lengths"])]
     if found["check"]:
@@ -181,7 +183,7 @@ def block(results: Path = RESULTS) -> str:
         if name in found:
             parts += [f"{found[name]['title']}.\n", *build(found[name]), about(found[name])]
         else:
-            parts.append(f"Not measured yet: `benchmarks/results/{name}.json` is not there.\n")
+            parts.append(f"Not measured yet; `python benchmarks/{name}.py` does it.\n")
     return "\n".join(parts)
 
 

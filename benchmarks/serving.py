@@ -59,8 +59,8 @@ WORKER = "reasonkv.runtimes.vllm.worker.Worker"
 SCHEDULER = "reasonkv.runtimes.vllm.scheduler.Scheduler"
 
 
-def configuration(arm: str) -> dict[str, Any] | None:
-    """What `--additional-config` gets under "reasonkv"; None for stock vLLM."""
+def configuration(arm: str, policy: str = "on_top") -> dict[str, Any] | None:
+    """What `--additional-config` gets under "reasonkv"; None for stock vLLM. `policy` is the prompt's."""
     if arm == "stock":
         return None
     from reasonkv.testbed import testbed_path
@@ -68,7 +68,7 @@ def configuration(arm: str) -> dict[str, Any] | None:
     method, _, tokens = arm.rpartition("@")
     if tokens in SCHEDULES:
         return {"method": method, "window": SCHEDULES[tokens]}
-    given: dict[str, Any] = {"method": method, "tokens": int(tokens), "interval": 128}
+    given: dict[str, Any] = {"method": method, "tokens": int(tokens), "interval": 128, "prompt": policy}
     if method.startswith("cask"):
         given["calibration"] = str(testbed_path() / "reasonkv_calibration.safetensors")
     return given
@@ -95,7 +95,7 @@ def engine_of(run: argparse.Namespace, arm: str, blocks: int, longest: int, requ
 
     from reasonkv.testbed import testbed_path
 
-    given, model = configuration(arm), run.model or str(testbed_path())
+    given, model = configuration(arm, getattr(run, "policy", "on_top")), run.model or str(testbed_path())
     options = {} if given is None else {"worker_cls": WORKER, "additional_config": {"reasonkv": given}}
     if given is not None and "window" in given:
         options["scheduler_cls"] = SCHEDULER

@@ -13,13 +13,14 @@ import tempfile
 import time
 from collections import defaultdict
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from serving import BLOCK, ENVIRONMENT, Serving, engine_of, make_kv_heavy, prompts, serve, serve_by_turns
 from timing import publish, script
 
-ARMS = ("stock", "random@256", "expected@256")
+ARMS = ("stock", "random@128", "expected@128")
 TURN = 20
 """Steps that an engine takes at a time."""
 
@@ -61,26 +62,28 @@ class Load(Serving):
 
 # at_once: whole sequences that the blocks hold; seconds: after which no larger load begins
 @script(
-    small={"arms": ["stock", "random@256"], "load": ["1", "3"], "prompt": 300, "tokens": 140, "at_once": 2},
-    arms=ARMS, load=("1", "16", "64", "256"), prompt=1000, tokens=140, at_once=16, seconds=120.0,
+    small={"arms": ["stock", "random@128"], "load": ["1", "3"], "prompt": 300, "tokens": 140, "at_once": 2},
+    arms=ARMS, load=("1", "16", "64", "256"), prompt=600, tokens=260, at_once=16, seconds=120.0,
 )  # fmt: skip
 def main(given: argparse.Namespace) -> None:
     os.environ |= ENVIRONMENT
-    began, rows, left_out = time.monotonic(), [], []
+    began, rows, left_out = time.monotonic(), [], [int(one) for one in given.load]
     longest = given.prompt + given.tokens
     blocks = given.at_once * -(-longest // BLOCK)
-    given.eager = True
+    title = (
+        f"vLLM under load: prompts of {given.prompt}, answers of {given.tokens} tokens, {blocks} blocks of {BLOCK}, a "
+        "model of random weights with 2 layers of 8 KV heads of 128, float32, eager"
+    )
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        make_kv_heavy(folder)
-        given.model = folder
-        most = max(map(int, given.load))
-        engines = {arm: stack.enter_context(engine_of(given, arm, blocks, longest, most)) for arm in given.arms}
+        given.model, given.eager, given.policy = str(Path(folder) / "kv-heavy"), True, "count"
+        make_kv_heavy(given.model)
+        engines = {
+            arm: stack.enter_context(engine_of(given, arm, blocks, longest, max(left_out))) for arm in given.arms
+        }
         for llm in engines.values():
             serve(llm, prompts(llm, 2, given.prompt), 8)  # warms up
-        for requests in map(int, given.load):
-            if time.monotonic() - began > given.seconds:
-                left_out.append(requests)
-                continue
+        while left_out and time.monotonic() - began < given.seconds:
+            requests = left_out.pop(0)
             loads = {arm: Load(llm, prompts(llm, requests, given.prompt), given.tokens) for arm, llm in engines.items()}
             serve_by_turns(list(loads.values()), TURN)
             found = {arm: load.row() for arm, load in loads.items()}
@@ -89,13 +92,7 @@ def main(given: argparse.Namespace) -> None:
                 {"requests": requests, "cache": arm, **row, "over stock": row["tokens/s"] / stock}
                 for arm, row in found.items()
             ]
-            said = ", ".join(f"{arm} {row['tokens/s']:.0f}" for arm, row in found.items())
-            print(f"{requests} requests: {said} tokens/s", flush=True)
-        given.model = "KV-heavy"
+            # after every load, so that a run that is stopped leaves what it measured
+            publish(given, title, rows, left_out=left_out, seconds=time.monotonic() - began)
     if left_out:
         print(f"Not measured, for time: {', '.join(map(str, left_out))} requests.")
-    title = (
-        f"vLLM under load: prompts of {given.prompt}, answers of {given.tokens} tokens, {blocks} blocks of {BLOCK}, a "
-        "model of random weights with 2 layers of 8 KV heads of 128, float32, eager"
-    )
-    publish(given, title, rows, left_out=left_out, seconds=time.monotonic() - began)

@@ -14,8 +14,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = [
-    "calibrated_cost", "decode", "decode_overhead", "event_cost", "floor", "gpu", "prefill", "rates", "replay_speed",
-    "scaling", "stalls",
+    "calibrated_cost", "decode", "event_cost", "floor", "gpu", "prefill", "rates", "replay_speed", "scaling",
+    "stalls",
 ]  # fmt: skip
 Scripts = Callable[[str], ModuleType]
 
@@ -120,8 +120,8 @@ def test_kvpress_that_cannot_be_installed_is_one_sentence(
         against.main(["--small", "--venv", str(tmp_path / "venv")])
 
 
-def finished(commit: str) -> str:
-    return json.dumps({"environment": {"commit": commit}})
+def finished(commit: str, **more: object) -> str:
+    return json.dumps({"environment": {"commit": commit}, **more})
 
 
 def test_what_was_measured_at_this_commit_is_not_measured_again(
@@ -132,6 +132,7 @@ def test_what_was_measured_at_this_commit_is_not_measured_again(
     monkeypatch.setattr(bench, "finishes", lambda command, seconds: ran.append(Path(command[1]).stem) or True)
     (tmp_path / "decode.json").write_text(finished("abc"))
     (tmp_path / "rates.json").write_text(finished("old"))
+    (tmp_path / "scaling.json").write_text(finished("abc", left_out=["a cell"]))
     words = ["--results", str(tmp_path), "--vllm", str(tmp_path)]
     for more, want in (
         ([], {"against_kvpress", "prefill", "rates", "scaling"}),
@@ -195,3 +196,11 @@ def test_the_gpu_script_continues_and_says_what_was_not_run(
     rows.unlink()
     main([*asked, "--minutes", "0"])
     assert "no time left" in capsys.readouterr().out and not rows.exists()
+
+
+def test_rows_of_different_lengths_are_padded_on_the_left(script: Scripts) -> None:
+    decoding = script("decoding")
+    mask = decoding.ragged_mask(3, 8)
+    assert mask[:, :4].tolist() == [[1, 1, 1, 1], [0, 0, 1, 1], [0, 0, 0, 0]] and mask[:, 4:].all()
+    cache = decoding.plain(decoding.load("testbed").model, "full", 3, 8, mask)
+    assert [row.length for row in cache.stats().rows] == [8, 6, 4]
