@@ -32,6 +32,7 @@ from transformers.initialization import no_init_weights
 from reasonkv import CompressedCache, get_method
 from reasonkv.calibration import Calibration
 from reasonkv.floor import GPUS, decode_step, shape_of
+from reasonkv.testbed import load_testbed
 
 SHAPES = {
     "Qwen3-8B": {"hidden_size": 4096, "num_hidden_layers": 36, "num_attention_heads": 32, "intermediate_size": 12288},
@@ -158,8 +159,9 @@ def serving_row(given: argparse.Namespace, shape: str, method: str) -> Row:
     ours = {"worker_cls": WORKER, "additional_config": {KEY: kept}} if method else {}
     with tempfile.TemporaryDirectory() as folder:
         model_of(shape, "meta", given.layers).config.save_pretrained(folder)
+        load_testbed()[1].save_pretrained(folder)  # any tokenizer will do
         llm = LLM(
-            folder, load_format="dummy", skip_tokenizer_init=True, dtype="bfloat16", enable_prefix_caching=False,
+            folder, load_format="dummy", dtype="bfloat16", enable_prefix_caching=False,
             max_model_len=given.prompt + given.serving_tokens, **ours,
         )  # fmt: skip
     asked = [{"prompt_token_ids": [7 + number] * given.prompt} for number in range(given.requests)]
