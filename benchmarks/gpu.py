@@ -178,8 +178,7 @@ def cells(given: argparse.Namespace) -> Iterator[tuple[str, str, Row, Callable[.
     no_fit = "" if given.forecast else "no file of a fit; give --forecast FILE"
     batches, answers = ([int(one) for one in some] for some in (given.batches, given.answers))
     for number, shape in enumerate(given.shapes):
-        few = batches if number == 0 else batches[-2:-1] or batches
-        for batch in few:
+        for batch in batches if number == 0 else batches[-2:-1] or batches:
             for method in given.methods:
                 key = {"shape": shape, "kept": method, "batch": batch, "logical": 2 * given.budget}
                 yield shape, method, key, bounded_row, no_fit if method == "forecast" else ""

@@ -205,7 +205,7 @@ def check_engine(vllm_config: Any, config: EngineConfig) -> None:
     cache_dtype = vllm_config.cache_config.cache_dtype
     backend = getattr(getattr(vllm_config, "attention_config", None), "backend", None)
     backend = getattr(backend, "name", backend)
-    apart = _not_in_stages(config.method)
+    apart = not_in_stages(config.method)
     refused = {
         "speculative decoding, whose rejected tokens cannot be rolled back out of a compressed cache; drop "
         "--speculative-config": vllm_config.speculative_config is not None,
@@ -243,7 +243,7 @@ def check_engine(vllm_config: Any, config: EngineConfig) -> None:
         )
 
 
-def _not_in_stages(method: Method) -> str:
+def not_in_stages(method: Method) -> str:
     """Return why a method cannot run where every worker has some of the layers, and what to do; "" where it can."""
     if method.needs.scope == "model":
         return "because its layers decide together and lie in different workers; use --tensor-parallel-size"
