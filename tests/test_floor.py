@@ -231,8 +231,11 @@ def test_the_command_measures_this_machine(folder: Path) -> None:
     ("options", "words"),
     [
         ("--gpu H900", "There is no GPU 'H900' in the table"),
-        ("--length 32q", "length must be a whole number of tokens"),
-        ("--length 0", "length must be a whole number of tokens"),
+        ("--length 32q", "length must be 1 to 16m tokens, a whole number such as 32768 or 32k, not '32q'"),
+        ("--length 0", "length must be 1 to 16m tokens"),
+        ("--length 17m", "length must be 1 to 16m tokens"),
+        (f"--length 1{30 * '0'}", "length must be 1 to 16m tokens"),
+        (f"--requests 1{30 * '0'}", "--requests cannot be used"),
         ("--prompt 32k", "cannot have a prompt of 32k"),
         ("--requests 0", "requests must be a whole number of at least 1"),
         ("--tensor-parallel 3", "4 query heads do not divide among 3"),
