@@ -1,14 +1,11 @@
 """Decoding on a GPU at Qwen3-8B and 14B shapes with random weights: one command, under 8 minutes, resumable.
 
 Every finished row is appended to a JSON-lines file, and a row that is there is not run again. No row begins after
-`--minutes`. What was not run is printed with the reason, a missing package or file for instance.
+`--minutes`. What was not run is printed with the reason. `--small` shows on a CPU that it works, and measures nothing.
 
 Rows are windows of steps, not whole answers. Full KV is timed at the middle of an answer of 1k, 4k or 16k tokens,
 where a step takes what the mean step does; its cache is filled with random numbers. A bounded cache is prefilled until
 it has compacted, and is timed over an interval with one compaction. Peak bytes are CUDA's; on a CPU, the cache's.
-
-    python benchmarks/gpu.py            # again: continues
-    python benchmarks/gpu.py --small    # on a CPU: shows that it works, and measures nothing
 """
 
 from __future__ import annotations
@@ -32,6 +29,7 @@ from transformers.initialization import no_init_weights
 from reasonkv import CompressedCache, get_method
 from reasonkv.calibration import Calibration
 from reasonkv.floor import GPUS, decode_step, shape_of
+from reasonkv.testbed import load_testbed
 
 SHAPES = {
     "Qwen3-8B": {"hidden_size": 4096, "num_hidden_layers": 36, "num_attention_heads": 32, "intermediate_size": 12288},
@@ -157,9 +155,12 @@ def serving_row(given: argparse.Namespace, shape: str, method: str) -> Row:
     kept = {"method": method, "tokens": given.budget, "interval": given.interval, "prompt": "count"}
     ours = {"worker_cls": WORKER, "additional_config": {KEY: kept}} if method else {}
     with tempfile.TemporaryDirectory() as folder:
-        model_of(shape, "meta", given.layers).config.save_pretrained(folder)
+        config = model_of(shape, "meta", given.layers).config
+        config.architectures = ["Qwen3ForCausalLM"]
+        config.save_pretrained(folder)
+        load_testbed()[1].save_pretrained(folder)  # any tokenizer will do
         llm = LLM(
-            folder, load_format="dummy", skip_tokenizer_init=True, dtype="bfloat16", enable_prefix_caching=False,
+            folder, load_format="dummy", dtype="bfloat16", enable_prefix_caching=False,
             max_model_len=given.prompt + given.serving_tokens, **ours,
         )  # fmt: skip
     asked = [{"prompt_token_ids": [7 + number] * given.prompt} for number in range(given.requests)]
@@ -176,8 +177,7 @@ def cells(given: argparse.Namespace) -> Iterator[tuple[str, str, Row, Callable[.
     no_fit = "" if given.forecast else "no file of a fit; give --forecast FILE"
     batches, answers = ([int(one) for one in some] for some in (given.batches, given.answers))
     for number, shape in enumerate(given.shapes):
-        few = batches if number == 0 else batches[-2:-1] or batches
-        for batch in few:
+        for batch in batches if number == 0 else batches[-2:-1] or batches:
             for method in given.methods:
                 key = {"shape": shape, "kept": method, "batch": batch, "logical": 2 * given.budget}
                 yield shape, method, key, bounded_row, no_fit if method == "forecast" else ""
@@ -214,8 +214,7 @@ def main(given: argparse.Namespace) -> None:
         words = ", ".join(f"{one}" for one in list(key.values())[:4])
         if any(key.items() <= row.items() for row in done):
             continue
-        if not reason and given.device == "cuda" and not torch.cuda.is_available():
-            reason = "there is no GPU"
+        reason = "there is no GPU" if given.device == "cuda" and not torch.cuda.is_available() else reason
         if not reason and time.perf_counter() - began > 60 * given.minutes:
             reason = "no time left; run the command again"
         if reason:
@@ -233,15 +232,17 @@ def main(given: argparse.Namespace) -> None:
                     row = partial(work, given, models[shape], name, key["batch"])(key["logical"])
         except torch.OutOfMemoryError:
             row = {"tokens/s": 0.0, "note": "out of memory"}
+        except Exception as error:  # one row that fails must not cost the others
+            left.append(f"{words}: {type(error).__name__}: {str(error)[:200]}")
+            continue
         torch.cuda.empty_cache()
         done.append(key | row)
         file.parent.mkdir(parents=True, exist_ok=True)
         with file.open("a") as out:
             out.write(json.dumps(done[-1]) + "\n")
         print(f"{words}: {row['tokens/s']:,.0f} tokens/s", flush=True)
-    names = list(dict.fromkeys(name for row in done for name in row if name not in ("device", "budget")))
-    if done:
-        table = [{name: row.get(name, "") for name in names} for row in done]
+    names = dict.fromkeys(name for row in done for name in row if name not in ("device", "budget"))
+    if table := [{name: row.get(name, "") for name in names} for row in done]:
         publish(
             given, f"Decoding in bfloat16 on {given.device}, random weights, budget {given.budget}", table, not_run=left
         )

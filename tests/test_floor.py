@@ -173,7 +173,8 @@ def test_no_more_run_than_are_asked_for_and_none_where_none_fits() -> None:
     few = plan_capacity(small(), toy(4000), Load(**ANSWER | {"requests": 3}), RULE, BF16)
     assert few.full.at_once == few.bounded.at_once == 3
     tight = plan_capacity(small(), toy(300), Load(**ANSWER), RULE, BF16)
-    assert (tight.full.at_once, tight.full.tokens_per_second, tight.bounded.at_once) == (0, 0.0, 1)
+    assert (tight.full.at_once, tight.full.tokens_per_second, tight.full.hours) == (0, 0.0, None)
+    assert tight.bounded.at_once == 1
 
 
 def test_an_efficiency_stretches_its_own_part_of_a_step() -> None:
@@ -204,6 +205,17 @@ def test_the_command_plans_from_a_configuration_alone(folder: Path) -> None:
     assert data["device"] == "H200" and data["devices"] == 4 and data["kv_copies"] == 2
     assert any("refuses" in one for one in data["notes"])
     assert data["bounded"]["slots_peak"] == 1024 + 2048 + 128
+    share = run("plan-capacity", "--model", folder, "--keep", "0.25")
+    assert "25 % of the tokens and the prompt" in share.stdout and "--method random --keep 0.25\n" in share.stdout
+    window = run("plan-capacity", "--model", folder, "--window", 512, "--method", "kara")
+    assert "kara, 154 of every 512 tokens" in window.stdout and "--window 512" in window.stdout
+    stages = run("plan-capacity", "--model", folder, "--pipeline-parallel", 2, "--data-parallel", 3)
+    assert (
+        stages.stdout.endswith(" --pipeline-parallel-size 2 --data-parallel-size 3\n")
+        and "refuses" not in stages.stderr
+    )
+    together = run("plan-capacity", "--model", folder, "--pipeline-parallel", 2, "--method", "triattention:mode=global")
+    assert "refuses triattention with pipeline parallelism, because its layers decide together" in together.stderr
 
 
 def test_the_command_measures_this_machine(folder: Path) -> None:
@@ -219,8 +231,11 @@ def test_the_command_measures_this_machine(folder: Path) -> None:
     ("options", "words"),
     [
         ("--gpu H900", "There is no GPU 'H900' in the table"),
-        ("--length 32q", "length must be a whole number of tokens"),
-        ("--length 0", "length must be a whole number of tokens"),
+        ("--length 32q", "length must be 1 to 16m tokens, a whole number such as 32768 or 32k, not '32q'"),
+        ("--length 0", "length must be 1 to 16m tokens"),
+        ("--length 17m", "length must be 1 to 16m tokens"),
+        (f"--length 1{30 * '0'}", "length must be 1 to 16m tokens"),
+        (f"--requests 1{30 * '0'}", "--requests cannot be used"),
         ("--prompt 32k", "cannot have a prompt of 32k"),
         ("--requests 0", "requests must be a whole number of at least 1"),
         ("--tensor-parallel 3", "4 query heads do not divide among 3"),

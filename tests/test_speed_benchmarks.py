@@ -186,7 +186,9 @@ def test_the_gpu_script_continues_and_says_what_was_not_run(
     asked = ["--small", "--device", "cpu", "--methods", "random", "forecast", "--batches", "1", "--rows", str(rows)]
     main(asked)
     first = rows.read_text()
-    assert "forecast, 1, 128: no file of a fit" in capsys.readouterr().out
+    left = capsys.readouterr().out.split("Not run:\n")[1].splitlines()
+    assert left[0] == "tiny, forecast, 1, 128: no file of a fit; give --forecast FILE"
+    assert len(left) == 4 and all("vllm is not installed" in one for one in left[1:])
     rows.write_text("".join(first.splitlines(keepends=True)[:-1]))
     main(asked)
     assert [json.loads(line)["kept"] for line in rows.read_text().splitlines()] == [

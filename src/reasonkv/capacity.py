@@ -62,7 +62,7 @@ class Capacity:
         at_once_surely: those that fit if all are at their peak together.
         step_ms: one token of every running request of a copy, milliseconds.
         tokens_per_second: answer tokens, of all copies, prompts and compactions included.
-        hours: until all requests have their answers.
+        hours: until all requests have their answers; None where no request fits.
     """
 
     kept: str
@@ -74,7 +74,7 @@ class Capacity:
     at_once_surely: int
     step_ms: float
     tokens_per_second: float
-    hours: float
+    hours: float | None
 
 
 @dataclass(frozen=True)
@@ -251,7 +251,7 @@ def _capacity(
     running, surely = (min(asked, int(memory / (one * share))) for one in (means, peaks))
     words = "full KV" if budget is None else budget.describe()
     if running == 0:
-        return Capacity(words, slots, peak, means, peaks, 0, 0, 0.0, 0.0, math.inf)
+        return Capacity(words, slots, peak, means, peaks, 0, 0, 0.0, 0.0, None)
     micro = math.ceil(running / stages)
     if place is not None:
         device = with_efficiencies(device, config, micro, math.ceil(slots), dtype, place)

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from reasonkv.errors import ReasonKVError
 
+_LONGEST = 2**24  # every compaction of a request is counted
+
 
 class CapacityError(ReasonKVError, ValueError):
     """A load that no device can carry, or an unknown device; the message is one sentence."""
@@ -50,9 +52,10 @@ def amount(text: str, name: str) -> int:
     """Return the whole number that "32768", "32k" or "1m" says; k is 1,024.
 
     Raises:
-        CapacityError: it is none, or none of at least 1.
+        CapacityError: it is none, or out of range.
     """
     found = re.fullmatch(r"(\d{1,9})([km]?)", text.strip().lower())
-    if found is None or int(found[1]) < 1:
-        raise CapacityError(f"{name} must be a whole number of tokens such as 32768 or 32k, not {text!r}.")
-    return int(found[1]) * {"": 1, "k": 2**10, "m": 2**20}[found[2]]
+    tokens = int(found[1]) * {"": 1, "k": 2**10, "m": 2**20}[found[2]] if found else 0
+    if not 1 <= tokens <= _LONGEST:
+        raise CapacityError(f"{name} must be 1 to 16m tokens, a whole number such as 32768 or 32k, not {text[:40]!r}.")
+    return tokens

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -16,6 +15,7 @@ from reasonkv.load import Load
 if TYPE_CHECKING:
     from reasonkv.budget import Budget
     from reasonkv.capacity import Capacity, Plan
+    from reasonkv.methods import Method
 
 
 @command
@@ -65,10 +65,11 @@ def plan_capacity(
     place = None if device.name in capacity.GPUS else "cpu" if "CPU" in device.name else "cuda"
     assert resolved is not None
     plan = capacity.plan_capacity(config, device, load, resolved, of, place)
-    notes = _notes(config, load, plan, measured=place is not None)
-    serve = serve_line(model, chosen.spec(), budget, tokens)
-    for name, value in (("--tensor-parallel-size", load.tensor_parallel), ("--data-parallel-size", load.data_parallel)):
-        serve += f" {name} {value}" if value > 1 and not serve.startswith("#") else ""
+    notes = _notes(config, load, plan, chosen, measured=place is not None)
+    serve = serve_line(model, method, budget, tokens)
+    for way in ("tensor", "pipeline", "data"):
+        size = getattr(load, f"{way}_parallel")
+        serve += f" --{way}-parallel-size {size}" if size > 1 and not serve.startswith("#") else ""
     if json:
         print_json({"model": model, "method": chosen.spec(), **asdict(plan), "notes": notes, "serve": serve})
         return
@@ -77,7 +78,7 @@ def plan_capacity(
         f"{model}: {size:,.2f} billion parameters. Each of {plan.devices} x {plan.device} holds {weights:,.1f} GB of "
         f"weights and has {left:,.1f} GB left for keys and values."
     )
-    names = ("", "full KV", f"{chosen.spec()}, {plan.bounded.kept}")
+    names = ("", "full KV", f"{chosen.name}, {plan.bounded.kept}")
     pairs = zip(_cells(plan.full), _cells(plan.bounded), strict=True)
     print_list(names, ((name, full, bounded) for (name, full), (_, bounded) in pairs), right=True, width=110)
     for one in notes:
@@ -109,12 +110,14 @@ def _cells(found: Capacity) -> list[tuple[str, str]]:
         ("requests at once (all at their most)", f"{found.at_once:,} ({found.at_once_surely:,})"),
         ("decode step, ms", f"{found.step_ms:,.1f}" if fits else "-"),
         ("answer tokens per second", f"{found.tokens_per_second:,.0f}" if fits else "no request fits"),
-        ("hours for all requests", f"{found.hours:,.2f}" if math.isfinite(found.hours) else "-"),
+        ("hours for all requests", "-" if found.hours is None else f"{found.hours:,.2f}"),
     ]
 
 
-def _notes(config: object, load: Load, plan: Plan, *, measured: bool) -> list[str]:
+def _notes(config: object, load: Load, plan: Plan, method: Method, *, measured: bool) -> list[str]:
     """Return what has to be known beside the numbers, one sentence each."""
+    from reasonkv.runtimes.vllm.config import not_in_stages
+
     said = ["Speeds at a data sheet's peaks: an upper bound for any engine. Links between devices cost nothing here."]
     if measured:
         said = ["Speeds at rates measured now, with the share of them that products and attention reach here."]
@@ -123,8 +126,8 @@ def _notes(config: object, load: Load, plan: Plan, *, measured: bool) -> list[st
             f"Each KV head is stored {plan.kv_copies:g} times, because KV heads do not divide among "
             f"{load.tensor_parallel} ranks; reasonkv's vLLM runtime refuses that."
         )
-    if load.pipeline_parallel > 1:
-        said.append("reasonkv's vLLM runtime refuses pipeline parallelism; the bounded column is what it would give.")
+    if load.pipeline_parallel > 1 and (reason := not_in_stages(method)):
+        said.append(f"reasonkv's vLLM runtime refuses {method.name} with pipeline parallelism, {reason}.")
     if getattr(config, "quantization_config", None):
         said.append("The checkpoint is quantised; its weights are counted in the dtype all the same.")
     return said
