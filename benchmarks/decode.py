@@ -170,7 +170,7 @@ def whole_run(
 def check(subject: Subject, given: argparse.Namespace) -> list[dict[str, Any]]:
     """Compare sums of windows with real runs of stock and of a bounded cache."""
     batch, tokens = given.check_batch, given.check_tokens
-    budget = Budget(tokens // 4, interval=tokens // 8, prompt="count")
+    budget = Budget(tokens // 4, interval=max(12, tokens // 8), prompt="count")
     lengths = (PROMPT, PROMPT + tokens // 2, PROMPT + tokens)
     arms: dict[str, Any] = {
         f"{kind} {one}": partial(length_ms, subject, kind, batch, one, given.steps)
