@@ -43,7 +43,7 @@ class Script:
 
 SCRIPTS = (
     Script("decode", 10, models=2), Script("against_kvpress", 5, models=2), Script("rates", 3), Script("scaling", 3.5),
-    Script("serving_load", 4, models=0, vllm=True),
+    Script("prefill", 2), Script("serving_load", 4, models=0, vllm=True),
 )  # fmt: skip
 
 

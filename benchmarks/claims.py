@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,7 +32,6 @@ class Claim:
     families: Sequence[str] = ()
 
 
-CLAIMS = [Claim(**one) for one in yaml.safe_load((EXPERIMENTS / "claims.yaml").read_text())["claims"]]
 _KIND = {"kl": "replay", "answer_top1": "replay", "correct": "answers", "repetition": "answers"}
 _ENOUGH = 2 / 3  # of the decided cells on one side, and at least a third of all decided: the claim is judged
 
@@ -40,8 +39,25 @@ _ENOUGH = 2 / 3  # of the decided cells on one side, and at least a third of all
 def build(source: Path, to: Path) -> None:
     """Write the tables of `source` into `to`."""
     records = load(source)
+    values = "\n".join(_values(records[kind], metric) for metric, kind in _KIND.items())
+    judged, details = judge(records, "claims")
+    (to / "tables.md").write_text(f"""\
+Made by `python benchmarks/results.py claims`; see README.md for what the words mean.
+
+## Verdicts
+
+{judged}
+## Every cell
+
+{details}{values}
+""")
+
+
+def judge(records: Mapping[str, pd.DataFrame], experiment: str) -> tuple[str, str]:
+    """Return the table of verdicts on the claims of an experiment's file, and the tables of their cells."""
     judged, details = [], ""
-    for claim in CLAIMS:
+    claims = yaml.safe_load((EXPERIMENTS / f"{experiment}.yaml").read_text())["claims"]
+    for claim in [Claim(**one) for one in claims]:
         for metric in claim.metrics:
             found = _differences(records[_KIND[metric]], claim, metric)
             if not len(found):
@@ -52,27 +68,20 @@ def build(source: Path, to: Path) -> None:
             average = sum(one.mean for one in found) / len(found)
             verdicts_text = " / ".join(map(str, counts))
             judged.append(
-                [claim.words, title, verdicts_text, f"{average:+.{digits}f}", _judge(*counts, at_least=claim.at_least)]
+                [claim.words, title, verdicts_text, f"{average:+.{digits}f}", _word(*counts, at_least=claim.at_least)]
             )
             rows = [[group, size, words(one, digits), verdict(one)] for (group, _, size), one in found.items()]
             details += f"**{claim.words}** (`{claim.better}` against `{claim.worse}`, {title})\n\n"
             details += markdown(["family", "budget", "difference", "verdict"], rows) + "\n\n"
     head = ["claim", "measure", "cells better / undecided / worse", "mean difference", "verdict"]
-    values = "\n".join(_values(records[kind], metric) for metric, kind in _KIND.items())
-    (to / "tables.md").write_text(f"""\
-Made by `python benchmarks/results.py claims`; see README.md for what the words mean.
-
-## Verdicts
-
-{markdown(head, judged)}
+    return (
+        f"""{markdown(head, judged)}
 
 A claim holds, or does not, where at least a third of its cells are decided and two thirds of those \n\
 agree, or, of `at least as good`, where no more than a sixth are worse; positive differences speak for it.
-
-## Every cell
-
-{details}{values}
-""")
+""",
+        details,
+    )
 
 
 def _differences(frame: pd.DataFrame, claim: Claim, metric: str) -> pd.Series:
@@ -85,7 +94,7 @@ def _differences(frame: pd.DataFrame, claim: Claim, metric: str) -> pd.Series:
     return found[sorted(found.index, key=lambda cell: (groups.index(cell[0]), order.index(cell[2])))]
 
 
-def _judge(better: int, undecided: int, worse: int, *, at_least: bool) -> str:
+def _word(better: int, undecided: int, worse: int, *, at_least: bool) -> str:
     decided = better + worse
     if at_least and worse <= (better + undecided + worse) / 6:
         return "holds"

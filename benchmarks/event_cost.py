@@ -92,6 +92,18 @@ FORMULAS = {
     "lagkv": ONCE + ONCE + ONCE + ONCE,
     "defensivekv": attention(32) + Formula(2 * QUERY_HEADS * (HELD - KEEP) * D * WIDTH),
     "beaconkv": attention(32),
+    "gkv": attention(8),
+    "lazyeviction": attention(128),
+    "raas": attention(128),
+    "cake": attention(32),
+    "keyformer": attention(128) + Formula(0, 2 * QUERY_HEADS * 128 * HELD),  # two logarithms per number of noise
+    "nacl": attention(32),
+    "scissorhands": attention(128),
+    "sagekv": attention(1),
+    "rpc": attention(32),
+    "inertiakv": attention(128),
+    "d2o": attention(128) + Formula(2 * KV_HEADS * HELD * KEEP * D, quadratic=True),
+    "ams": attention(64) + attention(32),
 }
 """Of one layer, by spec, or else by name."""
 

@@ -16,6 +16,7 @@ import claims
 import families
 import league
 import pretrained
+import pretrained_league
 from tables import RESULTS, keep
 
 BUILDERS = {
@@ -25,6 +26,7 @@ BUILDERS = {
     "league": league.build,
     "prompt_share": cask.build_prompt_share,
     "pretrained": pretrained.build,
+    "pretrained_league": pretrained_league.build,
     "lead": partial(pretrained.build, over="expected", by="docs/results/lead/README.md"),
 }
 

@@ -6,8 +6,10 @@ cells first ran. The size of full KV is "".
 
 from __future__ import annotations
 
+import base64
 import json
 import math
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -42,7 +44,8 @@ _PRECISE = ("top1", "answer_top1")  # shares whose differences may be exactly 0
 
 def manifests(folder: Path) -> dict[str, Any]:
     """Return the manifests that are kept in a folder's table, by results folder."""
-    return dict(json.loads(pq.read_schema(folder / KEPT).metadata[_MANIFESTS]))
+    packed = pq.read_schema(folder / KEPT).metadata[_MANIFESTS]
+    return dict(json.loads(zlib.decompress(base64.b85decode(packed))))
 
 
 def keep(roots: Iterable[Path], folder: Path) -> Path:
@@ -70,15 +73,20 @@ def keep(roots: Iterable[Path], folder: Path) -> Path:
     for name in frame:
         if frame[name].dtype.kind in "if" and name not in _PRECISE:
             frame[name] = frame[name].astype("float32" if frame[name].dtype.kind == "f" else "int32")
-    table = pa.Table.from_pandas(frame, preserve_index=False)
-    table = table.replace_schema_metadata({**(table.schema.metadata or {}), _MANIFESTS: json.dumps(about).encode()})
     folder.mkdir(parents=True, exist_ok=True)
-    split = {name: "BYTE_STREAM_SPLIT" for name in ("kl",) if name in frame}
+    return write(pa.Table.from_pandas(frame, preserve_index=False), about, folder / KEPT)
+
+
+def write(table: pa.Table, about: Mapping[str, Any], path: Path) -> Path:
+    """Write records as small as they get, with the manifests of their runs; return the path."""
+    packed = base64.b85encode(zlib.compress(json.dumps(about).encode(), 9))  # a parquet file holds its schema twice
+    table = table.replace_schema_metadata({**(table.schema.metadata or {}), _MANIFESTS: packed})
+    split = {name: "BYTE_STREAM_SPLIT" for name in ("kl",) if name in table.column_names}
     pq.write_table(
-        table, folder / KEPT, compression="brotli", compression_level=11, column_encoding=split,
-        use_dictionary=[name for name in frame if name not in split], write_statistics=False,
+        table, path, compression="brotli", compression_level=11, column_encoding=split,
+        use_dictionary=[name for name in table.column_names if name not in split], write_statistics=False,
     )  # fmt: skip
-    return folder / KEPT
+    return path
 
 
 def load(*folders: Path) -> dict[str, pd.DataFrame]:
@@ -96,6 +104,8 @@ def load(*folders: Path) -> dict[str, pd.DataFrame]:
     frame["kind"] = frame["kind"].replace("evaluate", "answers").mask(name.str.startswith("lost"), "lost")
     frame["policy"] = name.str.rpartition("-")[2]
     frame["group"] = frame["task"] + ", " + frame["policy"].map(POLICIES)
+    if "model" in frame and frame["model"].nunique() > 1:
+        frame["group"] = frame["model"] + ", " + frame["group"]
     frame["method"] = frame["label"]
     frame["size"] = frame["budget"].map({text: _size(text) for text in frame["budget"].dropna().unique()}).fillna("")
     key = ["kind", *CELL]

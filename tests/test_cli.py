@@ -25,7 +25,7 @@ from reasonkv.runtimes.vllm.config import EngineConfig, ServingError
 
 COMMANDS = (
     "demo", "methods", "doctor", "generate", "replay", "evaluate", "tune", "frontier", "report", "inspect", "calibrate",
-    "train-gate", "serve", "run", "compare",
+    "train-gate", "serve", "run", "compare", "plan-capacity",
 )  # fmt: skip
 
 
@@ -195,7 +195,17 @@ def test_methods_says_of_every_method_what_an_engine_of_vllm_would() -> None:
     served = {name: row["runtimes"][1] for name, row in rows.items() if len(row["runtimes"]) > 1}
     assert served["cask"] == "vllm with mass=none"
     assert served["snapkv"] == "vllm"
-    assert set(rows) - set(served) == {"full", "h2o", "importance", "pyramidkv", "quest", "seer", "oracle"}
+    assert set(rows) - set(served) == {
+        "d2o",
+        "full",
+        "h2o",
+        "importance",
+        "keyformer",
+        "pyramidkv",
+        "quest",
+        "seer",
+        "oracle",
+    }
 
 
 def test_the_list_of_methods_fits_100_columns_and_one_method_has_its_options() -> None:

@@ -38,6 +38,12 @@ SPECS = {
     "adakv": "adakv:base=snapkv:window=6;kernel=3",
     "beaconkv": "beaconkv:beacons=4,window=4,recent=6",
     "random-attention": "random-attention:recent=6",
+    "gkv": "gkv:window=4",
+    "ams": "ams:base=snapkv:window=6;kernel=3,window=6,least=4",
+    "lazyeviction": "lazyeviction:alpha=0.02",
+    "raas": "raas:page=4",
+    "cake": "cake:window=6",
+    "rpc": "rpc:window=6",
 }
 
 

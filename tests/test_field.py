@@ -2,30 +2,40 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from field_views import ROTARY, D, attention, field_view, observe, ring
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from same_choice import check_same_choice, row_of
-from slot_views import make_view
-from torch import Tensor
 from torch.testing import assert_close
 
+from reasonkv.methods.ams import AMS
 from reasonkv.methods.base import Method, Observed
 from reasonkv.methods.beaconkv import BeaconKV, farthest
+from reasonkv.methods.cake import CAKE
 from reasonkv.methods.chunkkv import ChunkKV
 from reasonkv.methods.curdkv import CurDKV
+from reasonkv.methods.d2o import D2O
 from reasonkv.methods.defensivekv import DefensiveKV, projected_norms
+from reasonkv.methods.gkv import GKV
 from reasonkv.methods.h2o import H2O
+from reasonkv.methods.inertiakv import InertiaKV
+from reasonkv.methods.keyformer import Keyformer
 from reasonkv.methods.lagkv import LagKV
+from reasonkv.methods.lazyeviction import LazyEviction
+from reasonkv.methods.nacl import NACL
+from reasonkv.methods.raas import RaaS
 from reasonkv.methods.random import RandomAttention
+from reasonkv.methods.rpc import RPC
+from reasonkv.methods.sagekv import SageKV
+from reasonkv.methods.scissorhands import Scissorhands
 from reasonkv.methods.snapkv import SnapKV
 from reasonkv.methods.tova import TOVA
 from reasonkv.plan import Plan, PlanError
-from reasonkv.rotary import Rotary
 from reasonkv.view import SlotView
 
 METHODS: list[Method] = [
@@ -45,76 +55,22 @@ METHODS: list[Method] = [
     BeaconKV(beacons=4, window=3, recent=6),
     RandomAttention(recent=8),
     RandomAttention(recent=8, prompt="cap", cap=5, pinned=3, block=4, shared=True),
+    GKV(),
+    GKV("paper", memory="mean", kernel=5, weight=0.1),
+    LazyEviction(alpha=0.01, window=32),
+    RaaS(page=4, window=32),
+    CAKE(window=8),
+    Keyformer(window=16),
+    NACL(window=8),
+    Scissorhands(window=32),
+    SageKV(),
+    RPC(window=8),
+    InertiaKV(refresh=4, window=32),
+    D2O(window=16),
+    AMS("snapkv:window=8", window=8, least=6),
+    AMS("keydiff", window=16, least=3, floor=1, most=9),
 ]
-ROTARY = Rotary(10000.0 ** (-torch.arange(8) / 8))
-D, WIDTH = 16, 24
 ids = [f"{number}-{method.spec()}" for number, method in enumerate(METHODS)]
-
-
-def field_view(
-    method: Method,
-    N: int = 90,
-    lengths: tuple[int, ...] = (90,),
-    prompts: tuple[int, ...] = (20,),
-    *,
-    H: int = 2,
-    group: int = 2,
-    keep_prompt: bool = False,
-    dtype: torch.dtype = torch.float32,
-    seed: int = 0,
-) -> SlotView:
-    """A view with all a method asks for; rows hold N of their tokens: the last 30, and others they kept before.
-
-    Row b is drawn from a seed of its own, so that it can be made alone: `field_view` of its length and prompt.
-    """
-    needs, rows = method.needs, []
-    for b, (length, prompt) in enumerate(zip(lengths, prompts, strict=True)):
-        draw = torch.Generator().manual_seed(1000 * seed + length)
-        new = min(30, N)
-        heads = 1 if needs.scope != "head" else H
-        old = torch.rand(heads, length - new, generator=draw).argsort(-1)[:, : N - new].sort(-1).values
-        positions = torch.cat([old, torch.arange(length - new, length).expand(heads, -1)], -1).expand(H, N)
-        keys, values = torch.randn(2, 1, H, N, D, generator=draw) + torch.randn(2, 1, H, 1, D, generator=draw)
-        queries = torch.randn(1, H * group, length, D, generator=draw).to(dtype)
-        T = min(needs.queries, length)
-        view = make_view(
-            keys.to(dtype), queries[:, :, length - T :] if T else None, positions=positions, sinks=2,
-            recent=max(4, needs.recent), prompt=prompt, keep_prompt=keep_prompt, event=b, row_seeds=(b,),
-        )  # fmt: skip
-        state = {}
-        for name, declared in needs.slot_state.items():
-            assert not isinstance(declared.initial, str)
-            old_state = torch.rand(1, H, N, generator=draw)
-            state[name] = old_state.masked_fill(positions[None] >= length - new, declared.initial)
-        row_state: dict[str, Tensor] = {}
-        if needs.observes:
-            row_state = method.new_row_state(1, H * group, D, keys.device)
-            for start, end in ((0, prompt), (prompt, length - 1), (length - 1, length)):
-                observe(method, row_state, queries[:, :, start:end], start)
-        rows.append(
-            replace(
-                view,
-                values_BHND=values.to(dtype),
-                state=state,
-                row_state=row_state,
-                prompt_length_B=torch.tensor([prompt]),
-            )
-        )
-    projection = torch.randn(H * group, D, WIDTH, generator=torch.Generator().manual_seed(1))
-    joined = {field.name: getattr(rows[0], field.name) for field in fields(SlotView)}
-    for name, first in joined.items():
-        if isinstance(first, Tensor):
-            joined[name] = torch.cat([getattr(row, name) for row in rows])
-        elif isinstance(first, dict):
-            joined[name] = {key: torch.cat([getattr(row, name)[key] for row in rows]) for key in first}
-    joined |= {"rotary": ROTARY, "output_projection_HqDM": projection, "query_heads": H * group}
-    return SlotView(**joined)
-
-
-def observe(method: Method, state: dict[str, Tensor], queries: Tensor, start: int) -> None:
-    if queries.shape[2]:
-        positions = torch.arange(start, start + queries.shape[2])[None]
-        method.observe(state, Observed(queries, positions, positions >= 0, 0, ROTARY))
 
 
 # ------------------------------------------------------------------------------------------------------ every method
@@ -160,23 +116,6 @@ def test_a_broken_key_or_value_is_an_error_and_not_a_winner(method: Method) -> N
 
 
 # ------------------------------------------------------------------------------------ formulas, slowly and explicitly
-
-
-def attention(view: SlotView, b: int, h: int, queries_TD: Tensor, positions: list[int]) -> list[list[float]]:
-    """Softmax attention of queries to the slots of one head, one query and one slot at a time."""
-    rows = []
-    for query, position in zip(queries_TD.double(), positions, strict=True):
-        weights = []
-        for key, slot in zip(view.keys_BHND[b, h].double(), view.positions_BHN[b, h].tolist(), strict=True):
-            weights.append(float((query @ key * view.scaling).exp()) if slot <= position else 0.0)
-        rows.append([weight / sum(weights) for weight in weights])
-    return rows
-
-
-def ring(view: SlotView, b: int, q: int) -> tuple[Tensor, list[int]]:
-    """The newest queries of one query head, and their positions."""
-    assert view.queries_BHqTD is not None and view.query_positions_BT is not None
-    return view.queries_BHqTD[b, q], view.query_positions_BT[b].tolist()
 
 
 def test_tova_is_the_mean_over_all_query_heads() -> None:

@@ -14,13 +14,17 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from reasonkv import Budget, CompressedCache
+from reasonkv.methods.ams import AMS
 from reasonkv.methods.base import Method, Observed
 from reasonkv.methods.beaconkv import BeaconKV, farthest
 from reasonkv.methods.chunkkv import ChunkKV
 from reasonkv.methods.curdkv import CurDKV
 from reasonkv.methods.defensivekv import DefensiveKV
+from reasonkv.methods.gkv import GKV
 from reasonkv.methods.h2o import H2O
+from reasonkv.methods.keyformer import Keyformer
 from reasonkv.methods.lagkv import LagKV
+from reasonkv.methods.raas import RaaS
 from reasonkv.methods.random import RandomAttention
 from reasonkv.methods.tova import TOVA
 from reasonkv.rotary import Rotary
@@ -35,6 +39,10 @@ METHODS: list[Method] = [
     DefensiveKV(window=6),
     BeaconKV(beacons=4, window=4, recent=4),
     RandomAttention(recent=3),
+    GKV(window=4),
+    RaaS(page=4, window=5),
+    Keyformer(window=5),
+    AMS("expected", window=6, least=3, floor=1),
 ]
 LENGTHS, PROMPTS = [60, 53], [24, 17]
 BUDGET = Budget(16, interval=5, sinks=2, recent=3, prompt="count")

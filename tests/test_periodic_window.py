@@ -38,8 +38,8 @@ def test_a_round_takes_the_rows_with_most_uncompressed_tokens() -> None:
 
 
 def test_uncompressed_tokens_count_from_the_prompt_or_the_last_windows_buffer() -> None:
-    row = row_budget(POLICY)
-    assert isinstance(row, ExplicitEventsWindow) and row_budget(Budget(128, prompt="count")) == Budget(
+    row = row_budget(POLICY, 9)
+    assert isinstance(row, ExplicitEventsWindow) and row_budget(Budget(128, prompt="count"), 9) == Budget(
         128, prompt="count"
     )
     assert raw_tokens(row, Lengths(3, 3, prompt=5)) == 0  # the prompt is not whole yet
@@ -51,7 +51,7 @@ def test_uncompressed_tokens_count_from_the_prompt_or_the_last_windows_buffer() 
 @pytest.mark.parametrize("phase", range(12))
 def test_capacity_holds_a_row_alone_whenever_it_comes(prompt: int, phase: int) -> None:
     longest = prompt + 150
-    row, state, peak = row_budget(POLICY), Lengths(prompt, prompt, prompt), prompt
+    row, state, peak = row_budget(POLICY, 9), Lengths(prompt, prompt, prompt), prompt
     assert isinstance(row, ExplicitEventsWindow)
     for now in range(phase + 1, phase + 151):
         length = state.logical + 1

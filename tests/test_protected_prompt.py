@@ -43,6 +43,16 @@ SPECS = {
     "beaconkv": ["beaconkv:beacons=4,window=3,recent=6"],
     "cask": ["cask", "cask:variant=paper", "cask:fold=none"],
     "kara": ["kara:queries=24"],
+    "gkv": ["gkv"],
+    "d2o": ["d2o:window=16"],
+    "ams": ["ams:base=snapkv:window=8,window=8,least=8", "ams:base=knorm,window=8,least=8,floor=2,mass=0.1"],
+    "lazyeviction": ["lazyeviction:alpha=0.01"],
+    "raas": ["raas:page=5", "raas:page=5,rule=alpha,alpha=0.05"],
+    "cake": ["cake:window=8"],
+    "keyformer": ["keyformer:window=16"],
+    "nacl": ["nacl:window=8"],
+    "scissorhands": ["scissorhands:window=16"],
+    "rpc": ["rpc:window=8"],
 }
 METHODS = [
     get_method(spec)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
@@ -28,12 +27,10 @@ def budgets(draw: st.DrawFn, shares: bool = True) -> Budget:
     trigger = draw(st.sampled_from(["occupancy", "grid"]))
     cut = draw(st.sampled_from(["prefill", "first_event"]))
     interval = draw(st.integers(1, 16))
-    stagger = draw(st.just(1) | st.integers(1, interval))
     return Budget(
         **size,
         interval=interval,
-        stagger=stagger,
-        turn=draw(st.integers(0, stagger - 1)),
+        early=draw(st.just(0) | st.integers(0, interval - 1)),
         sinks=sinks,
         recent=recent,
         prompt=draw(st.sampled_from(["count", "on_top", *(["keep"] if is_share else [])])),
@@ -67,11 +64,10 @@ def naive_event(budget: Budget, state: Lengths, is_first: bool) -> bool:
         return bool(budget.prefill_chunk) and L % budget.prefill_chunk == 0 and over
     if prompt == L:
         return budget.cut_prompt == "prefill" and over
-    early = budget.turn * budget.interval // budget.stagger
     if budget.trigger == "occupancy":
-        return on_top + tokens + budget.interval - (early if is_first else 0) <= P
+        return on_top + tokens + budget.interval - (budget.early if is_first else 0) <= P
     counted = P - prompt if budget.trigger_counts == "decode" else P
-    return (L + early) % budget.interval == 0 and counted >= tokens and over
+    return (L + budget.early) % budget.interval == 0 and counted >= tokens and over
 
 
 def naive_walk(budget: Budget, prompt: int, length: int) -> list[Lengths]:
@@ -312,9 +308,7 @@ MODEL = tiny_model("llama", torch.float32)
 @settings(max_examples=60, deadline=None)
 @given(
     st.sampled_from(["random", "keydiff", "streaming", "snapkv:window=3,kernel=3"]),
-    budgets(shares=False)
-    .filter(lambda b: b.tokens >= b.sinks + max(b.recent, 3))
-    .map(lambda b: replace(b, stagger=1, turn=0)),  # layers in turns: tests/test_stagger.py
+    budgets(shares=False).filter(lambda b: b.tokens >= b.sinks + max(b.recent, 3)),
     st.lists(st.integers(1, 30), min_size=1, max_size=3),
     st.lists(st.integers(1, 12), min_size=1, max_size=10),
 )

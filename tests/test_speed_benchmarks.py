@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = [
-    "calibrated_cost", "decode", "event_cost", "floor", "rates", "replay_speed", "scaling",
+    "calibrated_cost", "decode", "event_cost", "floor", "gpu", "prefill", "rates", "replay_speed", "scaling",
     "stalls",
 ]  # fmt: skip
 Scripts = Callable[[str], ModuleType]
@@ -38,7 +38,9 @@ def test_a_timing_script_finishes_in_its_small_mode(name: str, tmp_path: Path, s
         made = performance.block(tmp_path)
         assert found["title"] in made
         assert made.count("Not measured yet") == len(performance.SECTIONS) - 1
-        assert all(str(row.get("cache", row.get("axis", row.get("path")))) in made for row in found["rows"])
+        assert all(
+            str(row.get("cache", row.get("axis", row.get("path", row.get("prompt"))))) in made for row in found["rows"]
+        )
 
 
 def test_the_page_of_performance_is_made_from_the_committed_files(script: Scripts) -> None:
@@ -133,7 +135,7 @@ def test_what_was_measured_at_this_commit_is_not_measured_again(
     (tmp_path / "scaling.json").write_text(finished("abc", left_out=["a cell"]))
     words = ["--results", str(tmp_path), "--vllm", str(tmp_path)]
     for more, want in (
-        ([], {"against_kvpress", "rates", "scaling"}),
+        ([], {"against_kvpress", "prefill", "rates", "scaling"}),
         (["decode"], set()),
         (["--again", "decode"], {"decode"}),
     ):
@@ -175,6 +177,27 @@ def test_targets_say_yes_no_or_not_measured(script: Scripts) -> None:
         "of": "1 of 2",
     }
     assert judged("a", [("x", 1.2), ("y", 0.9)], 1.5, least=False)["met"] == "yes"
+
+
+def test_the_gpu_script_continues_and_says_what_was_not_run(
+    tmp_path: Path, script: Scripts, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main, rows = script("gpu").main, tmp_path / "rows.jsonl"
+    asked = ["--small", "--device", "cpu", "--methods", "random", "forecast", "--batches", "1", "--rows", str(rows)]
+    main(asked)
+    first = rows.read_text()
+    left = capsys.readouterr().out.split("Not run:\n")[1].splitlines()
+    assert left[0] == "tiny, forecast, 1, 128: no file of a fit; give --forecast FILE"
+    assert len(left) == 4 and all("vllm is not installed" in one for one in left[1:])
+    rows.write_text("".join(first.splitlines(keepends=True)[:-1]))
+    main(asked)
+    assert [json.loads(line)["kept"] for line in rows.read_text().splitlines()] == [
+        json.loads(line)["kept"] for line in first.splitlines()
+    ]
+    assert capsys.readouterr().out.count("tokens/s\n") == 1
+    rows.unlink()
+    main([*asked, "--minutes", "0"])
+    assert "no time left" in capsys.readouterr().out and not rows.exists()
 
 
 def test_rows_of_different_lengths_are_padded_on_the_left(script: Scripts) -> None:

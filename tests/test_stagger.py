@@ -15,7 +15,6 @@ from reasonkv import Budget, BudgetError, CompressedCache, schedule
 from reasonkv.evaluate.matching import budget_for_mean, mean_physical
 from reasonkv.methods import layer_budgets
 from reasonkv.methods.pyramidkv import PyramidKV
-from reasonkv.runtimes.vllm.config import EngineConfig, ServingError
 
 MODEL, LAYERS = tiny_model("qwen3"), 3
 BUDGET = Budget(16, interval=6, sinks=2, recent=3, prompt="count", stagger=3)
@@ -33,7 +32,7 @@ def feed(cache: CompressedCache, start: int, end: int) -> None:
 @pytest.mark.parametrize("fields", [{}, {"trigger": "grid"}, {"prompt": "on_top"}, {"cut_prompt": "first_event"}])
 def test_every_layer_follows_its_turn_and_no_step_compacts_two(fields: dict[str, Any]) -> None:
     budget = replace(BUDGET, **fields)
-    own = [replace(budget, turn=layer) for layer in range(LAYERS)]
+    own = [replace(budget, stagger=1, early=2 * layer) for layer in range(LAYERS)]
     assert layer_budgets(None, budget, LAYERS) == own
     states = [[schedule.Lengths(prompt=p) for p in PROMPTS] for _ in own]
     at: Counter[tuple[int, int]] = Counter()  # layers compacted, by row and its length
@@ -75,22 +74,22 @@ def test_turns_are_spread_over_the_interval_and_over_many_layers() -> None:
     turns = [one.early for one in layer_budgets(None, Budget(64, interval=128, stagger=8), 24) if one]
     assert turns == [16 * (layer % 8) for layer in range(24)]
     divided = layer_budgets(PyramidKV(), Budget(256, stagger=2), 4)
-    assert [one.turn for one in divided if one] == [0, 1, 0, 1]
+    assert [one.early for one in divided if one] == [0, 64, 0, 64]
     assert len({one.tokens for one in divided if one}) == 4
 
 
 def test_a_mean_length_is_solved_over_the_turns() -> None:
     found = budget_for_mean(replace(BUDGET, interval=60, stagger=6), 40.0, [26, 13], [300, 250], layers=6)
     assert mean_physical(found, [26, 13], [300, 250], layers=6) == pytest.approx(40, abs=0.6)
-    assert found.stagger == 6 and found.turn == 0
+    assert found.stagger == 6 and found.early == 0
 
 
 def test_records_name_turns_only_where_there_are_some() -> None:
-    assert "stagger" not in Budget(64).to_dict() and "turn" not in Budget(64).to_dict()
+    assert not {"stagger", "early"} & set(Budget(64).to_dict())
     assert Budget.from_dict(BUDGET.to_dict()) == BUDGET
 
 
-@pytest.mark.parametrize("fields", [{"stagger": 7}, {"stagger": 0}, {"stagger": 2, "turn": 2}, {"turn": 1}])
+@pytest.mark.parametrize("fields", [{"stagger": 7}, {"stagger": 0}, {"stagger": 2, "early": 2}, {"early": 6}])
 def test_turns_that_cannot_be_are_one_sentence(fields: dict[str, int]) -> None:
     with pytest.raises(BudgetError, match="stagger must be"):
         Budget(16, interval=6, **fields)
@@ -99,5 +98,3 @@ def test_turns_that_cannot_be_are_one_sentence(fields: dict[str, int]) -> None:
 def test_what_cannot_take_turns_says_so() -> None:
     with pytest.raises(BudgetError, match="cask plans all layers at once, so they cannot have budgets or turns"):
         CompressedCache(MODEL, "cask", tokens=64, stagger=2, calibration=calibration(MODEL))
-    with pytest.raises(ServingError, match="layers share their blocks, so they have no turns"):
-        EngineConfig.parse({"method": "snapkv", "tokens": 128, "stagger": 4})

@@ -11,25 +11,37 @@ from reasonkv.errors import ReasonKVError
 if TYPE_CHECKING:
     from reasonkv.methods import Method, MethodError, Requirements, ScorerMethod, get_method, method_names
     from reasonkv.methods.adakv import AdaKV
+    from reasonkv.methods.ams import AMS
     from reasonkv.methods.beaconkv import BeaconKV
+    from reasonkv.methods.cake import CAKE
     from reasonkv.methods.cask import CASK
     from reasonkv.methods.chunkkv import ChunkKV
     from reasonkv.methods.curdkv import CurDKV
+    from reasonkv.methods.d2o import D2O
     from reasonkv.methods.defensivekv import DefensiveKV
     from reasonkv.methods.expected import ExpectedAttention
     from reasonkv.methods.forecast import Forecast
     from reasonkv.methods.full import FullKV
+    from reasonkv.methods.gkv import GKV
     from reasonkv.methods.h2o import H2O
     from reasonkv.methods.importance import ImportanceSampling
+    from reasonkv.methods.inertiakv import InertiaKV
     from reasonkv.methods.kara import Kara
     from reasonkv.methods.keydiff import KeyDiff
+    from reasonkv.methods.keyformer import Keyformer
     from reasonkv.methods.knorm import Knorm
     from reasonkv.methods.lagkv import LagKV
+    from reasonkv.methods.lazyeviction import LazyEviction
+    from reasonkv.methods.nacl import NACL
     from reasonkv.methods.oracle import Oracle
     from reasonkv.methods.pyramidkv import PyramidKV
     from reasonkv.methods.quest import Quest
+    from reasonkv.methods.raas import RaaS
     from reasonkv.methods.random import RandomAttention, RandomEviction
     from reasonkv.methods.rkv import RKV
+    from reasonkv.methods.rpc import RPC
+    from reasonkv.methods.sagekv import SageKV
+    from reasonkv.methods.scissorhands import Scissorhands
     from reasonkv.methods.seer import SeerAttention
     from reasonkv.methods.snapkv import SnapKV
     from reasonkv.methods.streaming import StreamingLLM
@@ -43,10 +55,11 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "CASK", "H2O", "RKV", "TOVA", "AdaKV", "BeaconKV", "Budget", "BudgetError", "ChunkKV", "CompressedCache",
-    "CurDKV", "DefensiveKV", "ExpectedAttention", "Forecast", "FullKV", "ImportanceSampling", "Kara", "KeyDiff",
-    "Knorm", "LagKV", "Merge", "Method", "MethodError", "Oracle", "Plan", "PyramidKV", "Quest", "RandomAttention",
-    "RandomEviction", "ReasonKVError", "Requirements", "ScorerMethod", "SeerAttention", "SlotView", "SnapKV",
+    "AMS", "CAKE", "CASK", "D2O", "GKV", "H2O", "NACL", "RKV", "RPC", "TOVA", "AdaKV", "BeaconKV", "Budget",
+    "BudgetError", "ChunkKV", "CompressedCache", "CurDKV", "DefensiveKV", "ExpectedAttention", "Forecast", "FullKV",
+    "ImportanceSampling", "InertiaKV", "Kara", "KeyDiff", "Keyformer", "Knorm", "LagKV", "LazyEviction", "Merge",
+    "Method", "MethodError", "Oracle", "Plan", "PyramidKV", "Quest", "RaaS", "RandomAttention", "RandomEviction",
+    "ReasonKVError", "Requirements", "SageKV", "Scissorhands", "ScorerMethod", "SeerAttention", "SlotView", "SnapKV",
     "StreamingLLM", "TriAttention", "UnsupportedModelError", "VaseAttnV", "VaseDKV", "Window", "generate_with",
     "get_method", "method_names",
 ]  # fmt: skip

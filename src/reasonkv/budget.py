@@ -21,8 +21,8 @@ Trigger = Literal["occupancy", "grid"]
 TriggerCounts = Literal["all", "decode"]
 CutPrompt = Literal["prefill", "first_event"]
 _CHOICES = {"prompt": PromptPolicy, "trigger": Trigger, "trigger_counts": TriggerCounts, "cut_prompt": CutPrompt}
-_LEAST = {"tokens": 1, "interval": 1, "sinks": 0, "recent": 0, "prefill_chunk": 1, "stagger": 1, "turn": 0}
-_OMITTED = {"keep": None, "stagger": 1, "turn": 0}  # written only where they are something else
+_LEAST = {"tokens": 1, "interval": 1, "sinks": 0, "recent": 0, "prefill_chunk": 1, "stagger": 1, "early": 0}
+_OMITTED = {"keep": None, "stagger": 1, "early": 0}  # written only where they are something else
 _SINKS, _RECENT = 4, 64  # defaults, which shrink where they do not fit
 
 
@@ -65,9 +65,9 @@ class Budget:
         keep: instead of `tokens`, the share of the logical length that is kept, between 0 and 1. The share counts what
             `tokens` would count: with `prompt="on_top"` the tokens after the prompt. It is rounded down, at least
             `sinks + recent` slots are kept, and the cache grows with the text.
-        stagger: compact the layers in so many turns, spread over the interval, so that no decode step waits for all of
-            them; layer l has turn l modulo `stagger`. 1: all layers at once, as papers do.
-        turn: of one layer: its first compaction after the prompt comes `turn / stagger` of an interval early.
+        stagger: compact in so many turns, spread over the interval, so that no decode step waits for all: layers take
+            turns in transformers, requests in vLLM. 1: all at once, as papers do.
+        early: tokens by which the first compaction after the prompt comes early; what `stagger` gives each turn.
 
     Raises:
         BudgetError: fields of the wrong type, or that contradict each other.
@@ -84,7 +84,7 @@ class Budget:
     prefill_chunk: int | None = None
     keep: float | None = None
     stagger: int = 1
-    turn: int = 0
+    early: int = 0
 
     def __post_init__(self) -> None:
         if (self.tokens is None) == (self.keep is None):
@@ -102,14 +102,11 @@ class Budget:
             raise BudgetError("prefill_chunk compacts inside the prompt, so it needs cut_prompt='prefill'.")
         if self.trigger_counts == "decode" and self.trigger != "grid":
             raise BudgetError("trigger_counts='decode' belongs to trigger='grid'.")
-        if self.stagger > self.interval or self.turn >= self.stagger:
-            raise BudgetError(f"stagger must be at most the interval of {self.interval}, and turn less than stagger.")
+        if self.stagger > self.interval or self.early >= self.interval or (self.stagger > 1 and self.early):
+            raise BudgetError(
+                f"stagger must be at most the interval of {self.interval}, early less than it, and only one is given."
+            )
         self.check_protected()
-
-    @property
-    def early(self) -> int:
-        """Tokens by which the compactions of this turn come before those of the first."""
-        return self.turn * self.interval // self.stagger
 
     def protected(self, recent: int = 0) -> tuple[int, int]:
         """Return how many first and how many newest slots no compaction evicts.
@@ -247,7 +244,7 @@ class Window(Budget):
     prefill_chunk: int | None = field(init=False, default=None)
     keep: float | None = field(init=False, default=None)
     stagger: int = field(init=False, default=1)
-    turn: int = field(init=False, default=0)
+    early: int = field(init=False, default=0)
     size: int = 512
     buffer: int = 64
     retention: float = 0.3

@@ -6,24 +6,28 @@ holds on average what it holds on average over its answer. Links between devices
 
 from __future__ import annotations
 
+import copy
 import math
 import os
-import re
+import time
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
-from transformers import PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers.initialization import no_init_weights
 
 from reasonkv.budget import Budget
-from reasonkv.floor import FloorError, Shape, Work, attention_work, compaction, shape_of, weights_work
+from reasonkv.floor import Shape, Work, attention_work, compaction, shape_of, weights_work
 from reasonkv.layers import head_dim_of, is_latent, text_config
-from reasonkv.rates import GPUS, Rates, measure_attention, measure_products, measure_rates
+from reasonkv.load import CapacityError, Load, amount
+from reasonkv.rates import GPUS as GPUS
+from reasonkv.rates import Clock, Rates, measure_attention, measure_rates, shortest
 from reasonkv.schedule import Lengths, bound, next_event, step
 
 THIS = ("this", "cpu")
 """Names of this machine in place of a GPU's: its accelerator if there is one, and its CPU in any case."""
-_MEASURED_BATCH, _MEASURED_SLOTS = 64, 4096  # the most that efficiencies are measured with
+_MEASURED_BATCH, _MEASURED_SLOTS, _MEASURED_BYTES = 64, 4096, 2**29  # the most that efficiencies are measured with
 
 
 class Device(NamedTuple):
@@ -44,38 +48,6 @@ class Device(NamedTuple):
     attention: float = 1.0
 
 
-@dataclass(frozen=True, kw_only=True)
-class Load:
-    """What is asked of the devices.
-
-    Args:
-        requests: Requests in all.
-        length: Tokens of a request, its prompt among them; 32k is 32,768.
-        prompt: Tokens of its prompt; 1k is 1,024.
-        tensor_parallel: Devices that share every layer.
-        pipeline_parallel: Stages of layers, one after the other.
-        data_parallel: Copies of the whole, behind one router.
-        reserve: Share of the memory that neither weights nor cache take: activations, graphs, other processes.
-    """
-
-    requests: int = 256
-    length: str = "32k"
-    prompt: str = "1k"
-    tensor_parallel: int = 1
-    pipeline_parallel: int = 1
-    data_parallel: int = 1
-    reserve: float = 0.1
-
-    def __post_init__(self) -> None:
-        for name in ("requests", "tensor_parallel", "pipeline_parallel", "data_parallel"):
-            if getattr(self, name) < 1:
-                raise FloorError(f"{name} must be a whole number of at least 1, not {getattr(self, name)}.")
-        if not 0 <= self.reserve < 1:
-            raise FloorError(f"reserve must be a share of the memory, at least 0 and below 1, not {self.reserve}.")
-        if not amount(self.prompt, "prompt") < amount(self.length, "length"):
-            raise FloorError(f"A request of {self.length} tokens cannot have a prompt of {self.prompt}; lower prompt.")
-
-
 @dataclass(frozen=True)
 class Capacity:
     """What runs, under one rule of what is kept.
@@ -90,7 +62,7 @@ class Capacity:
         at_once_surely: those that fit if all are at their peak together.
         step_ms: one token of every running request of a copy, milliseconds.
         tokens_per_second: answer tokens, of all copies, prompts and compactions included.
-        hours: until all requests have their answers.
+        hours: until all requests have their answers; None where no request fits.
     """
 
     kept: str
@@ -102,7 +74,7 @@ class Capacity:
     at_once_surely: int
     step_ms: float
     tokens_per_second: float
-    hours: float
+    hours: float | None
 
 
 @dataclass(frozen=True)
@@ -130,56 +102,72 @@ class Plan:
     bounded: Capacity
 
 
-def amount(text: str, name: str) -> int:
-    """Return the whole number that "32768", "32k" or "1m" says; k is 1,024.
-
-    Raises:
-        FloorError: it is none, or none of at least 1.
-    """
-    found = re.fullmatch(r"(\d{1,9})([km]?)", text.strip().lower())
-    if found is None or int(found[1]) < 1:
-        raise FloorError(f"{name} must be a whole number of tokens such as 32768 or 32k, not {text!r}.")
-    return int(found[1]) * {"": 1, "k": 2**10, "m": 2**20}[found[2]]
-
-
-def find_device(name: str, dtype: torch.dtype) -> Device:
+def find_device(name: str, dtype: torch.dtype, clock: Clock = time.perf_counter) -> Device:
     """Return a GPU of the table by its name, or this machine by its measured rates.
 
     Raises:
-        FloorError: an unknown name.
+        CapacityError: an unknown name.
     """
     for known, gpu in GPUS.items():
         if known.lower() == name.lower():
             return Device(known, gpu.memory, gpu.rates)
     if name.lower() not in THIS:
-        raise FloorError(f"There is no GPU {name!r} in the table; choose one of {', '.join(GPUS)}, or this, or cpu.")
+        raise CapacityError(f"There is no GPU {name!r} in the table; choose one of {', '.join(GPUS)}, or this, or cpu.")
     if name.lower() == "this" and torch.cuda.is_available():
         about = torch.cuda.get_device_properties(0)
         return Device(about.name, about.total_memory, measure_rates(dtype, "cuda"))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return Device("this CPU", memory, measure_rates(dtype))
+    return Device("this CPU", memory, measure_rates(dtype, clock=clock))
 
 
+@torch.no_grad()
 def with_efficiencies(
-    device: Device, config: PreTrainedConfig, batch: int, slots: int, dtype: torch.dtype, place: str
-) -> Device:
+    device: Device, config: PreTrainedConfig, batch: int, slots: int, dtype: torch.dtype, place: str,
+    clock: Clock = time.perf_counter,
+) -> Device:  # fmt: skip
     """Return a device with what its products and its attention reach of its rates, at a batch and a number of slots.
 
-    One layer's largest weight and one layer's attention are timed.
+    Timed are a step of the model without a cache (its first layers, 0.5 GB of them, in weights that mean nothing), and
+    one layer's attention. A square product, by which the rates go, says little about the few rows of a step.
+
+    Raises:
+        CapacityError: a model whose first layers cannot be run alone.
     """
     decoder = text_config(config)
     batch, slots = min(batch, _MEASURED_BATCH), min(slots, _MEASURED_SLOTS)
-    width = decoder.hidden_size
-    out = int(getattr(decoder, "intermediate_size", None) or 4 * width)
-    product = Work(width * out * dtype.itemsize, 2.0 * batch * width * out)
-    products = product.seconds(device.rates) / measure_products(batch, width, out, dtype, place)
+    few = _first_layers(config, dtype)
+    least = weights_work(shape_of(few), batch, dtype).seconds(device.rates)
+    try:
+        with no_init_weights(), torch.device(place):
+            model = AutoModelForCausalLM.from_config(few, dtype=dtype).eval()
+        for parameter in model.parameters():
+            parameter.fill_(0.01)
+        ids = torch.ones(batch, 1, dtype=torch.long, device=place)
+        took = shortest(lambda: model(ids, use_cache=False), torch.device(place), clock)
+    except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+        raise CapacityError(
+            f"The first layers of {config.model_type} cannot be timed alone on {device.name}; name a GPU of the table."
+        ) from error
+    device = device._replace(products=min(1.0, least / took))
     if is_latent(decoder):
-        return device._replace(products=min(1.0, products))
+        return device
     heads, dim = decoder.num_attention_heads, head_dim_of(decoder)
     kv_heads = getattr(decoder, "num_key_value_heads", None) or heads
     layer = Work(2.0 * batch * kv_heads * slots * dim * dtype.itemsize, 4.0 * batch * heads * slots * dim)
-    took = measure_attention(batch, kv_heads, heads // kv_heads, dim, slots, dtype, place)
-    return device._replace(products=min(1.0, products), attention=min(1.0, layer.seconds(device.rates) / took))
+    took = measure_attention(batch, kv_heads, heads // kv_heads, dim, slots, dtype, place, clock)
+    return device._replace(attention=min(1.0, layer.seconds(device.rates) / took))
+
+
+def _first_layers(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedConfig:
+    """Return the configuration of a model's first layers, of 0.5 GB at most but one at least."""
+    few = copy.deepcopy(config)
+    decoder, shape = text_config(few), shape_of(config)
+    each = (shape.dense + shape.experts) * dtype.itemsize / decoder.num_hidden_layers
+    decoder.num_hidden_layers = max(1, min(decoder.num_hidden_layers, int(_MEASURED_BYTES / each)))
+    types = getattr(decoder, "layer_types", None)
+    if types:
+        decoder.layer_types = types[: decoder.num_hidden_layers]
+    return few
 
 
 def step_seconds(shape: Shape, device: Device, batch: int, slots: float, seen: float, dtype: torch.dtype) -> float:
@@ -190,16 +178,16 @@ def step_seconds(shape: Shape, device: Device, batch: int, slots: float, seen: f
 
 
 def slots_over_answer(budget: Budget | None, prompt: int, length: int) -> tuple[float, int]:
-    """Return the slots a request holds on average over its answer, and how many compactions that has."""
+    """Return the slots that tokens of an answer attend to on average, and those its compactions keep, summed up."""
     state, _ = step(budget, Lengths(0, 0, prompt), prompt)
-    total, compactions = 0.0, 0
+    total, moved = 0.0, 0
     while state.logical < length:
         event = next_event(budget, state)
         fed = min(length, event or length) - state.logical
         total += fed * state.physical + fed * (fed + 1) / 2
         state, kept = step(budget, state, fed)
-        compactions += kept is not None
-    return total / (length - prompt), compactions
+        moved += kept or 0
+    return total / (length - prompt), moved
 
 
 def plan_capacity(
@@ -216,15 +204,15 @@ def plan_capacity(
         place: torch's name of a device of this machine, to time products and attention at the plan's own batch.
 
     Raises:
-        FloorError: the weights do not fit, or the model cannot be divided so.
+        CapacityError: the weights do not fit, or the model cannot be divided so.
         FootprintError: a model whose cache cannot be measured without weights.
     """
     shape, decoder = shape_of(config), text_config(config)
     layers, ranks, stages = decoder.num_hidden_layers, load.tensor_parallel, load.pipeline_parallel
     if stages > layers:
-        raise FloorError(f"{layers} layers cannot be divided among {stages} pipeline stages.")
+        raise CapacityError(f"{layers} layers cannot be divided among {stages} pipeline stages.")
     if decoder.num_attention_heads % ranks:
-        raise FloorError(
+        raise CapacityError(
             f"{decoder.num_attention_heads} query heads do not divide among {ranks} tensor-parallel ranks."
         )
     heads = 1 if is_latent(decoder) else getattr(decoder, "num_key_value_heads", None) or decoder.num_attention_heads
@@ -235,7 +223,7 @@ def plan_capacity(
     weight_bytes = held * dtype.itemsize / ranks
     memory = device.memory * (1 - load.reserve) - weight_bytes
     if memory <= 0:
-        raise FloorError(
+        raise CapacityError(
             f"The weights take {weight_bytes / 1e9:,.1f} GB of each device, and {device.name} has "
             f"{device.memory * (1 - load.reserve) / 1e9:,.1f} GB without the reserve; raise tensor_parallel or "
             "pipeline_parallel, or take a larger device."
@@ -254,7 +242,7 @@ def _capacity(
     memory, copies, deepest = division
     prompt, length = amount(load.prompt, "prompt"), amount(load.length, "length")
     ranks, stages, answer = load.tensor_parallel, load.pipeline_parallel, length - prompt
-    slots, compactions = slots_over_answer(budget, prompt, length)
+    slots, kept = slots_over_answer(budget, prompt, length)
     peak, seen = bound(budget, prompt, length), (prompt + length) / 2
     means = _cache_bytes(shape, slots, seen, dtype) * copies
     peaks = _cache_bytes(shape, peak, length, dtype) * copies
@@ -263,14 +251,14 @@ def _capacity(
     running, surely = (min(asked, int(memory / (one * share))) for one in (means, peaks))
     words = "full KV" if budget is None else budget.describe()
     if running == 0:
-        return Capacity(words, slots, peak, means, peaks, 0, 0, 0.0, 0.0, math.inf)
+        return Capacity(words, slots, peak, means, peaks, 0, 0, 0.0, 0.0, None)
     micro = math.ceil(running / stages)
     if place is not None:
         device = with_efficiencies(device, config, micro, math.ceil(slots), dtype, place)
     part = _part(shape, deepest, ranks, copies)
     tick = step_seconds(part, device, micro, slots, seen, dtype)
-    kept = max(1, int(slots))
-    moved = compactions * compaction(part, 1, kept + 1, kept, dtype).seconds(device.rates)
+    moved = compaction(part, 1, kept + 1, kept, dtype).seconds(device.rates) if kept else 0.0
+    # prompts are computed beside decode steps, which read the weights anyway
     whole = weights_work(part, prompt, dtype).plus(attention_work(part, 1, prompt, 0, dtype))
     prefill = whole.operations / device.rates.operations_per_second / device.products
     each = answer * tick / micro + prefill + moved  # seconds of a stage for one request

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from statistics import median
 from typing import NamedTuple
 
 import torch
 
-_ROUNDS = 5  # of each measurement; their median counts
+Clock = Callable[[], float]
+"""Returns seconds. `time.process_time` leaves out what other jobs take, and adds threads up."""
+_ROUNDS = 5  # of each measurement; the fastest counts, because other jobs only make a device slower
 
 
 class Rates(NamedTuple):
@@ -61,7 +62,7 @@ GPUS: dict[str, Gpu] = {
 """Published figures of boards; SXM where a name has several forms and says none."""
 
 
-def measure_rates(dtype: torch.dtype, device: torch.device | str = "cpu") -> Rates:
+def measure_rates(dtype: torch.dtype, device: torch.device | str = "cpu", clock: Clock = time.perf_counter) -> Rates:
     """Measure a device's rates in about a second, with torch's threads as they are set.
 
     Bytes: the faster of reading 256 MiB (1 GiB on a GPU) and copying it, read and written. Operations: the product of
@@ -73,27 +74,15 @@ def measure_rates(dtype: torch.dtype, device: torch.device | str = "cpu") -> Rat
     target = torch.empty_like(source)
     side = 8192 if on_gpu else 2048
     a = torch.ones(side, side, dtype=dtype, device=place)
-    read = source.nbytes / _seconds(source.sum, place)
-    copied = 2 * source.nbytes / _seconds(lambda: target.copy_(source), place)
-    return Rates(max(read, copied), 2 * side**3 / _seconds(lambda: a @ a, place))
-
-
-def measure_products(rows: int, width: int, out: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> float:
-    """Return the seconds a weight [out, width] takes in a product with that many rows, out of memory and not a cache.
-
-    A square product says little about the few rows of a decode step, for which most libraries have slower code.
-    """
-    place = torch.device(device)
-    each = out * width * dtype.itemsize
-    copies = max(2, (2**30 if place.type != "cpu" else 3 * 2**26) // each)
-    weights = [torch.ones(out, width, dtype=dtype, device=place) for _ in range(copies)]
-    x = torch.ones(rows, width, dtype=dtype, device=place)
-    return _seconds(lambda: [torch.nn.functional.linear(x, one) for one in weights], place) / copies
+    read = source.nbytes / shortest(source.sum, place, clock)
+    copied = 2 * source.nbytes / shortest(lambda: target.copy_(source), place, clock)
+    return Rates(max(read, copied), 2 * side**3 / shortest(lambda: a @ a, place, clock))
 
 
 def measure_attention(
-    batch: int, kv_heads: int, group: int, dim: int, slots: int, dtype: torch.dtype, device: torch.device | str = "cpu"
-) -> float:
+    batch: int, kv_heads: int, group: int, dim: int, slots: int, dtype: torch.dtype, device: torch.device | str = "cpu",
+    clock: Clock = time.perf_counter,
+) -> float:  # fmt: skip
     """Return the seconds one layer's attention takes: a token of each sequence, `group` query heads a KV head."""
     place = torch.device(device)
     each = 2 * batch * kv_heads * slots * dim * dtype.itemsize
@@ -104,16 +93,16 @@ def measure_attention(
     def work() -> object:
         return [torch.nn.functional.scaled_dot_product_attention(query, one[0], one[1]) for one in kept]
 
-    return _seconds(work, place) / copies
+    return shortest(work, place, clock) / copies
 
 
-def _seconds(work: Callable[[], object], place: torch.device) -> float:
-    """Return the median time of a few runs after one that warms up."""
+def shortest(work: Callable[[], object], place: torch.device, clock: Clock) -> float:
+    """Return the shortest time of a few runs after one that warms up."""
     took = []
     for _ in range(1 + _ROUNDS):
-        start = time.perf_counter()
+        start = clock()
         work()
         if place.type != "cpu":
             torch.accelerator.synchronize(place)
-        took.append(time.perf_counter() - start)
-    return median(took[1:])
+        took.append(clock() - start)
+    return min(took[1:])

@@ -159,9 +159,19 @@ def periodic_round(policy: PeriodicWindow, step: int, raw: Mapping[Row, int]) ->
     return sorted(ready, key=lambda row: -raw[row])[: policy.most]
 
 
-def row_budget(budget: Budget) -> Budget:
-    """What one row of an engine starts with: the engine's budget, or a list that its steps will add events to."""
-    return budget.row() if isinstance(budget, PeriodicWindow) else budget
+def in_turn(budget: Budget, number: int) -> Budget:
+    """Return what the layer or request of a number follows, where all take turns."""
+    if budget.stagger == 1:
+        return budget
+    return replace(budget, stagger=1, early=number % budget.stagger * budget.interval // budget.stagger)
+
+
+def row_budget(budget: Budget, prompt: int, seed: int = 0) -> Budget:
+    """What one row of an engine starts with: the engine's budget in its turn, or a list that its steps add events to.
+
+    Its turn follows from its own prompt's length and seed, so that a row gets the same whatever else is running.
+    """
+    return budget.row() if isinstance(budget, PeriodicWindow) else in_turn(budget, prompt + seed)
 
 
 def raw_tokens(window: ExplicitEventsWindow, state: Lengths) -> int:

@@ -26,6 +26,7 @@ NEED_VLLM = [
         "ranks",
         "requests",
         "server",
+        "stages",
     ]
 ]
 collect_ignore = NEED_VLLM if MISSING else []

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import same_choice
 import torch
 from engines import Run
 from torch import Tensor
@@ -130,6 +131,9 @@ def nudged(method: Method, draw: int) -> Method:
             found.append(row._replace(scores_MN=moved(row.scores_MN, every), vectors_ND=vectors))
         return found
 
+    def plan(self: Any, view: SlotView, keep: int) -> Any:  # of any other method: keys, values and queries are moved
+        return kind.plan(self, same_choice.moved(view, generator), keep)
+
     changes: dict[type, dict[str, Callable[..., Any]]] = {
         ScorerMethod: {"score": slot_scores},
         Kara: {"score": window_scores},
@@ -137,7 +141,7 @@ def nudged(method: Method, draw: int) -> Method:
         VaseAttnV: {"magnitudes": magnitudes, "attention": attention},
         CASK: {"rows": rows},
     }
-    (own,) = [functions for base, functions in changes.items() if isinstance(method, base)]
+    own = next((functions for base, functions in changes.items() if isinstance(method, base)), {"plan": plan})
     made: Method = object.__new__(type(f"Nudged{kind.__name__}", (kind,), dict(own)))
     made.__dict__.update(vars(method))
     return made

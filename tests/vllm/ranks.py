@@ -34,3 +34,16 @@ def serve_on_ranks(llm: Any, given: dict[str, Any], asked: list[list[int]], toke
         for name, layer, event in parts[0]
     }
     return Run([list(output.outputs[0].token_ids) for output in outputs], kept)
+
+
+def serve_on_stages(llm: Any, given: dict[str, Any], asked: list[list[int]], tokens: int) -> Run:
+    """All requests at once; what every stage kept of its own layers."""
+    llm.collective_rpc(start, args=(given,))
+    outputs = llm.generate([{"prompt_token_ids": ids} for ids in asked], greedy(tokens), use_tqdm=False)
+    number = {output.request_id: index for index, output in enumerate(outputs)}
+    kept: Kept = {
+        (number[name.split("-")[0]], layer, event): slots
+        for part in llm.collective_rpc(kept_by)
+        for (name, layer, event), slots in part.items()
+    }
+    return Run([list(output.outputs[0].token_ids) for output in outputs], kept)

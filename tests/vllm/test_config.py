@@ -111,7 +111,6 @@ RANDOM = EngineConfig.parse({"method": "random", "tokens": 256})
         ({"speculative_config": object()}, "speculative decoding"),
         ({"kv_transfer_config": object()}, "KV connectors"),
         ({"lora_config": object()}, "LoRA"),
-        ({"parallel_config__pipeline_parallel_size": 2}, "pipeline parallelism"),
         ({"parallel_config__decode_context_parallel_size": 2}, "context parallelism"),
         ({"parallel_config__use_ubatching": True}, "microbatching"),
         ({"parallel_config__tensor_parallel_size": 3}, "8 KV heads do not divide among 3 ranks"),
@@ -128,6 +127,17 @@ def test_an_engine_that_would_go_wrong_is_refused_in_one_sentence(changes: dict[
     check_engine(stock(), RANDOM)
     with pytest.raises(ServingError, match=sentence):
         check_engine(stock(**changes), RANDOM)
+
+
+@pytest.mark.parametrize("method", ["cask:mass=none", "triattention:mode=global"])
+def test_pipeline_stages_are_refused_for_methods_whose_layers_decide_together(method: str) -> None:
+    stages = stock(parallel_config__pipeline_parallel_size=2)
+    check_engine(stages, RANDOM)
+    config = EngineConfig.parse({"method": method, "tokens": 256, "calibration": "stats.safetensors"})
+    check_engine(stock(), config)
+    with pytest.raises(ServingError, match="pipeline parallelism, because its layers decide together") as error:
+        check_engine(stages, config)
+    assert "\n" not in str(error.value)
 
 
 def test_versions_of_vllm_that_were_never_tried_are_refused_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,14 +209,14 @@ def test_a_window_with_a_period_needs_our_scheduler() -> None:
 
 
 def test_a_request_opts_out_as_an_object_or_as_text() -> None:
-    for given, wants in (
-        ({"enabled": False}, True),
-        ('{"enabled": false}', True),
-        ({"enabled": "no"}, False),
-        (None, False),
+    for given, enabled in (
+        ({"enabled": False}, False),
+        ('{"enabled": false}', False),
+        ({"enabled": "no"}, True),
+        (None, True),
     ):
-        assert RequestConfig.wants_full_kv(SimpleNamespace(extra_args={"reasonkv": given})) is wants
-    assert not RequestConfig.wants_full_kv(None)
+        assert RequestConfig.asked(SimpleNamespace(extra_args={"reasonkv": given})).enabled is enabled
+    assert RequestConfig.asked(None) == RequestConfig()
 
 
 def test_a_request_sets_its_seed_as_an_object_or_as_text() -> None:

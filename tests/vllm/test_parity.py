@@ -73,7 +73,8 @@ def test_all_tokens_and_kept_slots_equal_the_transformers_runtimes(threshold_eng
     "method",
     [
         "vase-dkv:window=16", "vase-attnv:window=16", "triattention", "cask:mass=none", "cask:mass=none,per_layer=true",
-        "kara", "snapkv:window=16", "rkv", "keydiff", "tova", "expected", "forecast", "beaconkv:recent=16",
+        "kara", "snapkv:window=16", "rkv", "keydiff", "tova", "expected", "forecast", "beaconkv:recent=16", "gkv",
+        "raas:page=4", "sagekv", "rpc:window=16", "inertiakv",
     ],
 )  # fmt: skip
 def test_requests_agree_until_a_near_tie(threshold_engine: Any, method: str) -> None:

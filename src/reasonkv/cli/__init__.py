@@ -17,7 +17,13 @@ __all__ = ["main", "make_app", "run"]
 
 COMMANDS = {
     "Start here": ("results:demo", "info:methods", "info:tasks", "info:doctor"),
-    "Use a model": ("generate:generate", "serve:serve", "prepare:calibrate", "prepare:train_gate"),
+    "Use a model": (
+        "generate:generate",
+        "serve:serve",
+        "capacity:plan_capacity",
+        "prepare:calibrate",
+        "prepare:train_gate",
+    ),
     "Measure": ("jobs:replay", "jobs:evaluate", "jobs:tune", "plan:run"),
     "Read results": ("results:report", "results:frontier", "inspect:inspect", "results:compare"),
 }

@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 GROUPS = {
     name: Group.create_ordered(title)
     for name, title in {
-        "": "What to run", "TaskOptions": "Questions", "BudgetOptions": "Budget", "TraceSettings": "Traces",
-        "Sampling": "Generation", "GateRecipe": "Training", "ModelFlags": "Model", "output": "Output",
+        "": "What to run", "Load": "Load", "TaskOptions": "Questions", "BudgetOptions": "Budget",
+        "TraceSettings": "Traces", "Sampling": "Generation", "GateRecipe": "Training", "ModelFlags": "Model",
+        "output": "Output",
     }.items()
 }  # fmt: skip
 """Headings in `--help`, by the class whose fields stand under them."""

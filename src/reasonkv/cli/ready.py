@@ -37,7 +37,10 @@ def python_line(method: str, budget: BudgetOptions, tokens: int) -> str:
 
 
 def serve_line(model: str, method: str, budget: BudgetOptions, tokens: int) -> str:
-    """Return the `reasonkv serve` command for a method's spec at a size; or why vLLM does not run it."""
+    """Return the `reasonkv serve` command for a method's spec at a size; or why vLLM does not run it.
+
+    A size of 0 is the budget's share.
+    """
     from reasonkv.methods import get_method
     from reasonkv.runtimes.vllm.config import vllm_variant
 
@@ -50,7 +53,7 @@ def serve_line(model: str, method: str, budget: BudgetOptions, tokens: int) -> s
         words += ["--window", str(budget.window), "--window-buffer", str(budget.window_buffer)]
         words += ["--retention", f"{tokens / budget.window:g}"]
     else:
-        words += ["--budget", str(tokens)]
+        words += ["--budget", str(tokens)] if tokens else ["--keep", f"{budget.keep[0]:g}"]
         for name, value in rule_fields(budget).items():
             words += [NAMES.get(f"BudgetOptions.{name}", (f"--{name.replace('_', '-')}",))[0], str(value)]
     return shlex.join(words)

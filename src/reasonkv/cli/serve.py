@@ -33,7 +33,7 @@ def serve(
     /,
     *others: Annotated[str, Parameter(allow_leading_hyphen=True, show=False)],
     method: str,
-    budget: Annotated[BudgetOptions, Without(("mean_slots", "stagger"))],
+    budget: Annotated[BudgetOptions, Without(("mean_slots",))],
     seed: int | None = None,
     calibration: Path | None = None,
     log_requests: bool = False,

@@ -61,7 +61,7 @@ class BudgetOptions:
         trigger_counts: Slots that the grid trigger counts: all, or those beyond the prompt's length (decode).
         cut_prompt: When a prompt longer than the budget is cut: after the prefill, or at the first_event of decoding.
         prefill_chunk: Also cut inside the prompt, every so many tokens.
-        stagger: Turns in which layers are compacted, spread over the interval; 1 is all at once.
+        stagger: Turns in which layers (when serving, requests) are compacted, spread over the interval; 1: all at once.
     """
 
     tokens: Sequence[int] = ()

@@ -20,6 +20,7 @@ from reasonkv.methods.ops import top_k_slots
 from reasonkv.methods.options import checked
 from reasonkv.plan import Plan
 from reasonkv.rotary import Rotary
+from reasonkv.schedule import in_turn
 from reasonkv.view import SlotView
 
 OF_VARIANT: Any = None
@@ -284,7 +285,7 @@ def layer_budgets(
     if method is not None and method.needs.scope == "model":
         raise BudgetError(f"{method.name} plans all layers at once, so they cannot have budgets or turns of their own.")
     own = _divided(method, budget, layers, prompt) if method is not None and divides else [budget] * layers
-    return [replace(one, turn=layer % budget.stagger) for layer, one in enumerate(own)]
+    return [in_turn(one, layer) for layer, one in enumerate(own)]
 
 
 def _divided(method: Method, budget: Budget, layers: int, prompt: int | None) -> list[Budget]:

@@ -8,13 +8,11 @@ import torch
 from torch import Tensor
 
 from reasonkv.methods.base import Method, Observed, Requirements, SlotState
-from reasonkv.methods.ops import attend, free_slots, top_k_slots, upcast
+from reasonkv.methods.ops import free_slots, top_k_slots, upcast
 from reasonkv.methods.options import Share, Size
+from reasonkv.methods.received import FRESH, first_fresh, received
 from reasonkv.plan import Plan
 from reasonkv.view import SlotView
-
-_FRESH = -1.0  # state of a slot that no compaction has seen; attention is never negative
-_ROWS_AT_ONCE = 256  # query rows of a product; more would not fit a core's cache beside thousands of slots
 
 
 @dataclass(frozen=True)
@@ -40,7 +38,7 @@ class H2O(Method):
 
     @property
     def needs(self) -> Requirements:
-        state = {"attention": SlotState(_FRESH)}
+        state = {"attention": SlotState(FRESH)}
         return Requirements(queries=self.window, observes=True, whole_prompt=True, slot_state=state)
 
     def new_row_state(self, rows: int, query_heads: int, head_dim: int, device: torch.device) -> dict[str, Tensor]:
@@ -71,50 +69,19 @@ class H2O(Method):
     def accumulated(self, view: SlotView) -> Tensor:
         """Return the attention every slot received from all queries counted so far, float32 [B, H, N]."""
         stored_BHN = view.state["attention"]
-        is_fresh_BHN = stored_BHN < 0
-        first_B1 = view.positions_BHN.where(is_fresh_BHN, view.length_B[:, None, None]).amin((1, 2))[:, None]
+        first_B1 = first_fresh(view, stored_BHN)
         assert view.queries_BHqTD is not None and view.query_positions_BT is not None
         total_BHN = stored_BHN.clamp(min=0.0).to(upcast(view.keys_BHND[:0]).dtype)
         ring_counts_BT = view.query_positions_BT >= first_B1
         positions_Bq = view.row_state["positions"]
         if positions_Bq.shape[1]:
-            total_BHN = total_BHN + received(view, view.row_state["queries"], positions_Bq >= first_B1)
+            total_BHN = total_BHN + self.received(
+                view, view.row_state["queries"], positions_Bq, positions_Bq >= first_B1
+            )
             start_B1 = positions_Bq.where(positions_Bq >= 0, view.length_B[:, None]).amin(1, keepdim=True)
             ring_counts_BT = ring_counts_BT & (view.query_positions_BT < start_B1)
-        return total_BHN + received(view, view.queries_BHqTD, ring_counts_BT)
+        return total_BHN + self.received(view, view.queries_BHqTD, view.query_positions_BT, ring_counts_BT)
 
-
-def received(view: SlotView, queries_BHqTD: Tensor, counts_BT: Tensor) -> Tensor:
-    """Return the attention that queries pay to every slot: summed over those that count, mean over the query heads.
-
-    Some queries at a time: no matrix of all queries and slots is formed, and no query meets a slot after its own block.
-
-    Args:
-        view: one layer's slots.
-        queries_BHqTD: rotated queries of the newest T columns of every sequence; padding precedes every token.
-        counts_BT: bool; a query that counts sees every slot up to its own, as it did in the model.
-
-    Returns:
-        float32 (float64 for float64 keys) [B, H, N].
-    """
-    (B, H, N, _), T = view.keys_BHND.shape, queries_BHqTD.shape[2]
-    keys_BHND, queries_BHgTD = upcast(view.keys_BHND), torch.unflatten(queries_BHqTD, 1, (H, -1))
-    group = queries_BHgTD.shape[2]
-    weights_RT = (counts_BT.to(keys_BHND.dtype) / group).repeat_interleave(H, 0)
-    total_BHN = torch.zeros(B, H, N, dtype=torch.float64, device=keys_BHND.device)  # sums of thousands of queries
-    step = max(1, _ROWS_AT_ONCE // group)
-    for start in range(0, T, step):
-        at = slice(start, min(start + step, T))
-        seen, own = N - T + at.stop, at.stop - start  # slots up to the block's last token, and tokens of the block
-        if seen <= 0:  # padding alone
-            continue
-
-        def summed(block: slice, attention_rgTn: Tensor, at: slice = at) -> Tensor:
-            weights_r1q = weights_RT[block, None, at].repeat(1, 1, group)
-            return torch.bmm(weights_r1q, attention_rgTn.flatten(1, 2))[:, 0]
-
-        later_Tt = torch.ones(own, own, dtype=torch.bool, device=keys_BHND.device).triu(1)[:, -min(own, seen) :]
-        later_BHTt = later_Tt.expand(B, H, -1, -1)
-        queries_BHgtD, keys_BHnD = queries_BHgTD[:, :, :, at], keys_BHND[:, :, :seen]
-        total_BHN[:, :, :seen] += attend(queries_BHgtD, keys_BHnD, view.scaling, summed, later_BHTt=later_BHTt)
-    return total_BHN.to(keys_BHND.dtype)
+    def received(self, view: SlotView, queries_BHqTD: Tensor, positions_BT: Tensor, counts_BT: Tensor) -> Tensor:
+        """Return what queries at these positions add to every slot's sum, float32 [B, H, N]."""
+        return received(view, queries_BHqTD, counts_BT)

@@ -98,6 +98,14 @@ def free_slots(view: SlotView, keep: int) -> Tensor:
     return keep - is_protected_BHN.sum(-1, keepdim=True) + newest_BH1
 
 
+def leading_slots(view: SlotView) -> Tensor:
+    """Return the protected slots before the first one that is not, bool [B, H, N]: a kept prompt and sinks.
+
+    What a method counts, averages or compares is of the other slots, however long the prompt is.
+    """
+    return view.is_protected_BHN.cumprod(-1).bool()
+
+
 def ranks(x: Tensor) -> Tensor:
     """Return the rank of every entry of the last axis, int64, 0 for the smallest; of equal ones the later is higher."""
     order = x.argsort(dim=-1, stable=True)

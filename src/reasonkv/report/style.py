@@ -48,6 +48,8 @@ FIXED = {
 _LATER = (
     "vase-attnv", "vase-dkv", "kara", "h2o", "tova", "curdkv", "chunkkv", "lagkv", "defensivekv", "beaconkv",
     "random-attention", "quest", "seer", "pyramidkv", "adakv", "importance", "forecast",
+    "gkv", "lazyeviction", "raas", "cake", "keyformer", "nacl", "scissorhands", "sagekv", "rpc", "inertiakv",
+    "ams", "d2o",
 )  # fmt: skip
 
 

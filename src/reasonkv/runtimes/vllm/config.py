@@ -103,8 +103,6 @@ class EngineConfig:
             raise ServingError(str(error)) from None
         check_method(method)
         assert budget is not None  # None only for a method that keeps everything, which is refused above
-        if budget.stagger > 1:
-            raise ServingError("vLLM's layers share their blocks, so they have no turns: leave out stagger.")
         return cls(method, budget, seed, calibration, log_requests, untested)
 
     def to_dict(self) -> dict[str, Any]:
@@ -207,12 +205,13 @@ def check_engine(vllm_config: Any, config: EngineConfig) -> None:
     cache_dtype = vllm_config.cache_config.cache_dtype
     backend = getattr(getattr(vllm_config, "attention_config", None), "backend", None)
     backend = getattr(backend, "name", backend)
+    apart = not_in_stages(config.method)
     refused = {
         "speculative decoding, whose rejected tokens cannot be rolled back out of a compressed cache; drop "
         "--speculative-config": vllm_config.speculative_config is not None,
         "KV connectors and offloading, which expect a block to hold consecutive tokens; drop "
         "--kv-transfer-config": vllm_config.kv_transfer_config is not None,
-        "pipeline parallelism; use --tensor-parallel-size": parallel.pipeline_parallel_size > 1,
+        f"{config.method.name} with pipeline parallelism, {apart}": parallel.pipeline_parallel_size > 1 and bool(apart),
         "context parallelism, which spreads one request's tokens over ranks": parallel.decode_context_parallel_size > 1
         or parallel.prefill_context_parallel_size > 1,
         f"blocks of {cache_dtype}, whose codes or scales belong to several slots at once; give --kv-cache-dtype fp8 or "
@@ -242,6 +241,15 @@ def check_engine(vllm_config: Any, config: EngineConfig) -> None:
             f"reasonkv gives every rank KV heads of its own, but {heads} KV heads do not divide among {ranks} ranks; "
             "lower --tensor-parallel-size."
         )
+
+
+def not_in_stages(method: Method) -> str:
+    """Return why a method cannot run where every worker has some of the layers, and what to do; "" where it can."""
+    if method.needs.scope == "model":
+        return "because its layers decide together and lie in different workers; use --tensor-parallel-size"
+    if method.needs.token_ids:
+        return "because it reads token ids, which only the first stage is fed; use --tensor-parallel-size"
+    return ""
 
 
 def has_scheduler(vllm_config: Any) -> bool:

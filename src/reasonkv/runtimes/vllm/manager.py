@@ -132,6 +132,8 @@ class BoundedManager(FullAttentionManager):  # type: ignore[misc]
             return
         if num_prompt_tokens is not None and one.state.logical == 0:
             one.state = schedule.Lengths(prompt=num_prompt_tokens)
+            if self.requests is None:
+                one.budget = schedule.row_budget(self.kv_cache_spec.budget, num_prompt_tokens)
         if one.grows or one.is_trimmed or processed_computed_tokens < one.fill:
             return
         one.is_trimmed, one.length = True, one.state.logical
@@ -210,15 +212,16 @@ class BoundedManager(FullAttentionManager):  # type: ignore[misc]
         return {"tokens": state.logical, "slots": state.physical, "slot_bytes": slot_bytes}
 
     def _new_allocation(self, request_id: str, num_tokens: int, computed: int) -> RequestAllocation:
-        longest, budget = self.kv_cache_spec.max_length, schedule.row_budget(self.kv_cache_spec.budget)
+        longest, budget = self.kv_cache_spec.max_length, self.kv_cache_spec.budget
         if self.requests is None:
             # The prompt of a request seen for the first time is all of it; `remove_skipped_blocks` confirms it.
             state = schedule.Lengths(prompt=self.prompts.get(request_id, num_tokens))
-            return RequestAllocation(budget=budget, state=state, fill=num_tokens, whole=longest)
+            own = schedule.row_budget(budget, state.prompt)
+            return RequestAllocation(budget=own, state=state, fill=num_tokens, whole=longest)
         request = self.requests[request_id]
-        prompt = request.num_prompt_tokens
+        prompt, asked = request.num_prompt_tokens, RequestConfig.asked(request.sampling_params)
         return RequestAllocation(
-            budget=None if RequestConfig.wants_full_kv(request.sampling_params) else budget,
+            budget=schedule.row_budget(budget, prompt, asked.seed) if asked.enabled else None,
             state=schedule.Lengths(computed, computed, prompt),
             fill=prompt,
             whole=min(longest, prompt + request.max_tokens - 1),  # the token sampled last is never fed

@@ -67,12 +67,12 @@ class RequestConfig:
         return cls(seed, enabled, options)
 
     @classmethod
-    def wants_full_kv(cls, sampling_params: Any) -> bool:
-        """Return whether a request opts out of compression; one with wrong options does not."""
+    def asked(cls, sampling_params: Any) -> RequestConfig:
+        """Return what a request set; the defaults where its options are wrong."""
         try:
-            return not cls.of(getattr(sampling_params, "extra_args", None)).enabled
+            return cls.of(getattr(sampling_params, "extra_args", None))
         except ServingError:
-            return False
+            return cls()
 
 
 def method_of(engine_method: Method, options: Mapping[str, Any]) -> Method:

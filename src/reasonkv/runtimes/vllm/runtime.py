@@ -35,20 +35,23 @@ logger = init_logger("vllm.reasonkv")
 class Runtime:
     """Made by the worker once the model is loaded; every compressed layer refers to it (`backend.StepRuntime`).
 
-    The worker's model `runner` orders the batch; `rank` is that of the worker among tensor-parallel ones. Raises a
-    ServingError where the model's attention cannot be served.
+    The worker's model `runner` orders the batch; `rank` is that of the worker among tensor-parallel ones. One worker of
+    an engine `counts`: it alone writes metrics and the log, because all evict alike. Raises a ServingError where the
+    model's attention cannot be served.
     """
 
-    def __init__(self, vllm_config: Any, config: EngineConfig, runner: Any, rank: int = 0) -> None:
+    def __init__(
+        self, vllm_config: Any, config: EngineConfig, runner: Any, rank: int = 0, *, counts: bool = True
+    ) -> None:
         self.config, self.runner, self.vllm_config, self.rank = config, runner, vllm_config, rank
+        self.counts = counts
         self.device: torch.device = runner.device
         self.has_scheduler = has_scheduler(vllm_config)
         self.requests: dict[str, RunningRequest] = {}
         self.rows = 0  # in the slot stores, one for each request that can be compressed at once
         self.fed: Mapping[str, int] | None = None  # tokens of every request of the step that begins, by id
         self.step: StepLayout | None = None  # the same step, once the batch is known
-        # ranks agree on what they evict, so one of them counts
-        self.meter = Meter(Exporter.where_collected() if rank == 0 else None)
+        self.meter = Meter(Exporter.where_collected() if counts else None)
         self._note: StepNote | None = None  # what the scheduler says about the step
         self._pending: StepLayout | None = None  # the step before, if it has compactions that are not carried out yet
         self._computed: dict[str, int] = {}  # tokens that the scheduler counts as computed before the step
@@ -164,7 +167,7 @@ class Runtime:
         took back for the next request.
         """
         for name in scheduled.finished_req_ids:
-            if self.config.log_requests and self.rank == 0 and name in self.requests:
+            if self.config.log_requests and self.counts and name in self.requests:
                 logger.info("Request %s ended: %s.", name, self.requests[name])
             self._free(name)
             self._suspended.pop(name, None)
@@ -318,7 +321,7 @@ class Runtime:
             method = engine_method
         # one and the same object for all requests with equal options, so that they are planned together
         method = next((one.method for one in self.requests.values() if one.method == method), method)
-        self._start(name, prompt, schedule.row_budget(budget), method, asked.seed, computed)
+        self._start(name, prompt, self._budget_of(prompt, asked.seed), method, asked.seed, computed)
 
     def _start(
         self, name: str, prompt: int, budget: Budget | None, method: Method, seed: int, computed: int = 0
@@ -332,10 +335,14 @@ class Runtime:
         self.lengths.start(row, budget, schedule.Lengths(computed, computed, prompt))
         self.requests[name] = RunningRequest(lengths=self.lengths, row=row, method=method, seed=seed)
 
+    def _budget_of(self, prompt: int, seed: int) -> Budget:
+        """What a request follows; only our scheduler knows its seed."""
+        return schedule.row_budget(self.config.budget, prompt, seed if self.has_scheduler else 0)
+
     def _suspend(self, name: str) -> None:
         """Free a preempted request's row; it restarts with the same prompt length, budget, method and seed."""
         one = self.requests[name]
-        budget = None if one.budget is None else schedule.row_budget(self.config.budget)
+        budget = None if one.budget is None else self._budget_of(one.state.prompt, one.seed)
         self._suspended[name] = partial(self._start, name, one.state.prompt, budget, one.method, one.seed)
         self._free(name)
 

@@ -51,7 +51,7 @@ class Scheduler(StockScheduler):  # type: ignore[misc]
         """Take a new request; one with full KV gets no more tokens than the cache holds when it is alone."""
         is_new = request.request_id not in self.requests
         super().add_request(request)
-        if not is_new or self._bounded is None or not RequestConfig.wants_full_kv(request.sampling_params):
+        if not is_new or self._bounded is None or RequestConfig.asked(request.sampling_params).enabled:
             return
         # the first block is vLLM's null block
         blocks = self._bounded.block_pool.num_gpu_blocks - 1 - self._stock_blocks

@@ -9,7 +9,7 @@ import time
 from typing import Any
 
 from vllm.config import VllmConfig, set_current_vllm_config
-from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
@@ -78,7 +78,8 @@ class Worker(PlatformWorker):  # type: ignore[misc]
         super().load_model(*args, **kwargs)
         if self.compression is not None:
             rank = get_tensor_model_parallel_rank()
-            self.runtime = Runtime(self.vllm_config, self.compression, self.model_runner, rank)
+            counts = rank == 0 and get_pp_group().is_first_rank
+            self.runtime = Runtime(self.vllm_config, self.compression, self.model_runner, rank, counts=counts)
 
     def get_kv_cache_spec(self) -> dict[str, Any]:
         """Return every layer's cache, as the scheduler is to see it."""

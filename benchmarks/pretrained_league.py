@@ -1,0 +1,156 @@
+"""docs/results/pretrained_league: every method on a pretrained model's own traces, and where the testbed agrees."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import altair as alt
+import pandas as pd
+from claims import judge
+from scipy.stats import spearmanr
+from tables import CELL, Gains, load, manifests, markdown, means, plus_minus, sizes, text, words
+
+from reasonkv.evaluate.statistics import Difference, holm, paired_p_value
+from reasonkv.report.charts import save_png
+
+_SHOWN = ("full", "oracle")  # the floor of KL, and what choosing by the future gives: shown, not ranked
+_RIVALS = ("random", "expected")
+_CHANCE = 0.05
+
+
+def build(source: Path, to: Path) -> None:
+    """Write the tables and the figure of `source` into `to`."""
+    records = load(source)
+    replay = records["replay"][~records["replay"]["method"].str.contains(":")]  # parts left out belong to the claims
+    kl = means(replay, "kl", "top1", "physical_mean")
+    about = next(iter(manifests(source).values()))
+    parts = [f"Model {about['model']['name']}, {about['device']}, {about['arguments']['dtype']}; made by "
+             f"`python benchmarks/results.py {source.name}`.\n"]  # fmt: skip
+    for group, own in replay.groupby("group", sort=False):
+        parts.append(_league(str(group), own, kl.xs(group, level="group", drop_level=False)))
+    parts.append(_agreement(kl, means(load(source.parent / "league", source.parent / "cask")["replay"], "kl")))
+    judged, details = judge(records, "pretrained_claims")
+    parts.append(f"## Claims of the papers\n\n{judged}\n{details}")
+    (to / "tables.md").write_text("\n".join(parts))
+    _draw(kl, to / f"{source.name}.png")
+
+
+def _ranks(kl: pd.DataFrame) -> pd.Series:
+    """Return every method's mean rank over the budgets, best first."""
+    values = kl["kl", "mean"].drop(list(_SHOWN), level="method", errors="ignore")
+    return values.groupby("size").rank().groupby("method").mean().sort_values(kind="stable")
+
+
+def _closed(kl: pd.DataFrame) -> pd.Series:
+    """Return by cell how much of the way from `random` to the oracle it goes."""
+    values = kl["kl", "mean"]
+    by_size = {size: own.droplevel("size") for size, own in values.droplevel("group").groupby("size")}
+    shares = {}
+    for group, method, size in values.index:
+        own = by_size[size]
+        if size and {"random", "oracle"} <= set(own.index):
+            shares[group, method, size] = (own["random"] - own[method]) / (own["random"] - own["oracle"])
+    return pd.Series(shares, pd.MultiIndex.from_tuples(shares, names=CELL), dtype=float)
+
+
+def _decided(replay: pd.DataFrame, rival: str) -> pd.Series:
+    """Return every cell's difference to a rival in words, in bold where it survives Holm's correction over them all."""
+    gains = Gains(replay, "kl")
+    found = gains.over(rival).drop(list(_SHOWN), level="method", errors="ignore").dropna()
+    raw = []
+    for group, method, size in found.index:
+        theirs = gains.values[group, rival, size]
+        raw.append(paired_p_value([one - theirs[at] for at, one in gains.values[group, method, size].items()]))
+    kept = pd.Series(holm(raw), found.index) < _CHANCE
+    return pd.Series([_bold(one, sure) for one, sure in zip(found, kept, strict=True)], found.index)
+
+
+def _bold(found: Difference, sure: bool) -> str:
+    return f"**{words(found)}**" if sure else words(found)
+
+
+def _league(group: str, replay: pd.DataFrame, kl: pd.DataFrame) -> str:
+    ranks, closed, texts = _ranks(kl), _closed(kl), plus_minus(kl, "kl", 4)
+    top1, held = text(kl["top1", "mean"], 1, 100), text(kl["physical_mean", "mean"])
+    against = {rival: _decided(replay, rival) for rival in _RIVALS}
+    order = [*(one for one in _SHOWN if one in kl.index.unique("method")), *ranks.index]
+    parts = [
+        f"## {group}\n",
+        f"{replay['example'].nunique()} traces a cell. Budgets are slots per KV head beside the prompt.\n",
+    ]
+    head = ["method", "mean rank", *(f"{size}: KL | {size}: way to the oracle, %" for size in sizes(kl["kl", "mean"]))]
+    rows = []
+    for method in order:
+        row = [method, f"{ranks[method]:.1f}" if method in ranks else "-"]
+        for size in sizes(kl["kl", "mean"]):
+            cell = (group, method, "" if method == "full" else size)
+            way = f"{100 * closed[cell]:.0f}" if cell in closed else "-"
+            row += [texts.get(cell, "-"), way]
+        rows.append(row)
+    parts.append(markdown(head, rows) + "\n")
+    for rival in _RIVALS:
+        head = ["method", *(f"{size} slots" for size in sizes(kl["kl", "mean"]))]
+        rows = [[one, *(against[rival].get((group, one, size), "-") for size in sizes(kl["kl", "mean"]))]
+                for one in ranks.index if one != rival]  # fmt: skip
+        parts.append(f"KL less than `{rival}`, paired by trace, with 95 % intervals. Bold: other than 0 by a paired t "
+                     f"test after Holm's correction over this table.\n\n{markdown(head, rows)}\n")  # fmt: skip
+    head = ["method", *(f"{size}: top-1, % | {size}: mean slots" for size in sizes(kl["kl", "mean"]))]
+    rows = [[one, *(cell for size in sizes(kl["kl", "mean"])
+                    for cell in (top1.get((group, one, size), "-"), held.get((group, one, size), "-")))]
+            for one in order if one != "full"]  # fmt: skip
+    parts.append(f"Tokens predicted as by full KV, and slots held:\n\n{markdown(head, rows)}\n")
+    return "\n".join(parts)
+
+
+def _agreement(kl: pd.DataFrame, testbed: pd.DataFrame) -> str:
+    """Return Spearman's rank correlation of mean KL between this model's cells and the testbed's, methods both have."""
+    ours, rows = kl["kl", "mean"].drop(list(_SHOWN), level="method", errors="ignore"), []
+    theirs = testbed["kl", "mean"].drop(list(_SHOWN), level="method", errors="ignore")
+    theirs = theirs.rename(lambda name: name.partition(":")[0], level="method")
+    theirs = theirs[~theirs.index.duplicated()]
+    for group in theirs.index.unique("group"):
+        if "kept" not in group:
+            continue
+        for size in sizes(theirs.xs(group, level="group")):
+            one = theirs.xs((group, size), level=["group", "size"])
+            row = [group.partition(",")[0], size]
+            for at in sizes(ours):
+                other = ours.xs(at, level="size").droplevel("group")
+                shared = [name for name in one.index if name in other.index]
+                row.append(
+                    f"{spearmanr(one[shared], other[shared]).statistic:+.2f} ({len(shared)})"
+                    if len(shared) > 3
+                    else "-"
+                )
+            rows.append(row)
+    head = ["testbed's family", "its slots", *(f"{size} slots here" for size in sizes(ours))]
+    return ("## Does the testbed rank methods alike?\n\nSpearman's correlation of mean KL over the methods that both "
+            f"ran (their number in brackets).\n\n{markdown(head, rows)}\n")  # fmt: skip
+
+
+def _draw(kl: pd.DataFrame, path: Path) -> None:
+    """Draw every method's KL over that of `random`, a column a group and a colour a budget."""
+    values, charts = kl["kl", "mean"].drop("full", level="method", errors="ignore"), []
+    errors = kl["kl", "sem"]
+    for group, own in values.groupby("group", sort=False):
+        order = ["oracle", *_ranks(kl.xs(group, level="group", drop_level=False)).index]
+        rows = [{"method": method, "budget": f"{size} slots", "kl": value,
+                 "low": value - errors[cell], "high": value + errors[cell]}
+                for cell, value in own.items() for _, method, size in [cell]]  # fmt: skip
+        budgets = [f"{size} slots" for size in sizes(own)]
+        base = alt.Chart(pd.DataFrame(rows)).encode(
+            y=alt.Y("method:N", sort=order, title=None, axis=alt.Axis(grid=True)),
+            color=alt.Color("budget:N", sort=budgets, title=None, legend=alt.Legend(orient="top"),
+                            scale=alt.Scale(domain=budgets, range=["#d95f02", "#1b9e77", "#7570b3"][: len(budgets)])),
+        )  # fmt: skip
+        dots = base.mark_point(filled=True, size=46, opacity=1).encode(
+            x=alt.X("kl:Q", scale=alt.Scale(type="log"), title="KL from full KV, nats a token (log)")
+        )
+        bars = base.mark_rule(strokeWidth=2).encode(x="low:Q", x2="high:Q")
+        charts.append((bars + dots).properties(title=str(group).partition(",")[0], width=330, height=alt.Step(17)))
+    save_png(
+        alt.hconcat(*charts),
+        path,
+        "Mean over traces; bars: one standard error. The oracle knows the attention to come.",
+        scale=1.4,
+    )
