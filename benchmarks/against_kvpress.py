@@ -136,7 +136,7 @@ def cell(
 @script(
     small={"model": "testbed", "large": "", "methods": ["random"], "batch": 2, "budget": 32, "interval": 16,
            "first": 8, "rounds": 1},
-    model=SMALL, methods=METHODS, batch=8, budget=256, first=70, interval=128, rounds=3, seconds=80.0,
+    model=SMALL, methods=METHODS, batch=8, budget=256, first=70, interval=128, rounds=3, seconds=60.0,
     large=LARGE, large_methods=FEW, large_batch=32, large_budget=512, large_first=6, venv=".venv-kvpress",
 )  # fmt: skip
 def main(given: argparse.Namespace) -> None:

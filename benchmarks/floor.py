@@ -9,7 +9,7 @@ two lengths, beside the plan's step, with the efficiencies of products and atten
 Both with as many threads as there are idle cores: `--threads 1` where another job runs. `--cpu-time` then counts what
 this process was given of the core instead of the time on the clock.
 
-    python benchmarks/floor.py --validate --threads 1 --models /root/models/qwen2.5-coder-0.5b
+    python benchmarks/floor.py --validate --threads 1 --models Qwen/Qwen2.5-Coder-0.5B-Instruct
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from decoding import LARGE, SMALL
 from timing import RESULTS, median, publish, script
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, Qwen3Config
@@ -155,7 +156,7 @@ def validate(
 
 @script(
     small={"models": ["testbed"], "batches": ["1", "2"], "lengths": ["300", "400"], "repeats": 4},
-    models=("/root/models/qwen2.5-coder-0.5b", "/root/models/qwen2.5-coder-1.5b"), batches=("1", "8", "32"),
+    models=(SMALL, LARGE), batches=("1", "8", "32"),
     lengths=("512", "1536"), repeats=8, validate=False, cpu_time=False,
 )  # fmt: skip
 def main(given: argparse.Namespace) -> None:

@@ -159,6 +159,8 @@ def publish(given: argparse.Namespace, title: str, rows: Sequence[Mapping[str, A
 
 def shown(value: Any) -> Any:
     """Return an option as it is recorded: of a folder its name, since its place is this machine's."""
+    if isinstance(value, list):
+        return [shown(one) for one in value]
     return Path(value).name if isinstance(value, str | Path) and Path(value).is_dir() and str(value) else value
 
 

@@ -157,14 +157,9 @@ def test_a_script_that_takes_too_long_is_stopped_and_said(script: Scripts, capfd
 
 def test_a_folder_is_recorded_by_its_name_alone(tmp_path: Path, script: Scripts) -> None:
     (tmp_path / "model").mkdir()
-    shown = script("timing").shown
-    assert [shown(one) for one in (str(tmp_path / "model"), "Qwen/Qwen3", "", 3, ["1"])] == [
-        "model",
-        "Qwen/Qwen3",
-        "",
-        3,
-        ["1"],
-    ]
+    shown, folder = script("timing").shown, str(tmp_path / "model")
+    given = [folder, "Qwen/Qwen3", "", 3, ["1", folder]]
+    assert [shown(one) for one in given] == ["model", "Qwen/Qwen3", "", 3, ["1", "model"]]
 
 
 def test_targets_say_yes_no_or_not_measured(script: Scripts) -> None:
