@@ -100,6 +100,10 @@ def measured(
         kept = cache.stats().rows[0].physical_terminal
         moved = compaction(shape, batch, kept + INTERVAL, kept, model.dtype)
         rows.append(line("compaction", batch, moved, rates, cache.compaction_seconds - before))
+        again = torch.full((batch, INTERVAL - 1), 7)  # once more for the profiles
+        for row, work in zip(rows[1:], (lambda: model(again, past_key_values=cache), decode), strict=True):
+            lines = largest_lines(work)
+            row["largest lines"] = lines if row["measured / floor"] > FAR else ""
     return rows
 
 
