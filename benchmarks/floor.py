@@ -78,7 +78,7 @@ def measured(
     """Return the rows of one model and batch: a decode step, a block of tokens, and a compaction."""
     rows = []
     with filled(model, "random", batch, TOKENS + BLOCK, TOKENS) as cache:
-        token, block = torch.full((batch, 1), 7), torch.full((batch, BLOCK), 7)
+        token = torch.full((batch, 1), 7)
 
         def decode() -> object:
             return model(token, past_key_values=cache, logits_to_keep=1)
@@ -87,19 +87,24 @@ def measured(
         held = cache.stats().rows[0].physical_terminal
         step = decode_step(shape, batch, held - (repeats - 1) / 2, model.dtype)
         rows.append(line("decode step", batch, step, rates, seconds, largest_lines, decode))
-        before, events = cache.compaction_seconds, cache.stats().rows[0].events
-        while cache.stats().rows[0].events == events:
-            decode()
+        near = min(left for left in cache.tokens_to_next_event() if left) - 1  # as replay feeds: up to a compaction
+        held = cache.stats().rows[0].physical_terminal
+        block = torch.full((batch, near), 7)
+        start = clock()
+        model(block, past_key_values=cache)
+        seconds = (clock() - start) / near
+        whole = prompt_tokens(shape, batch, near, held, model.dtype)
+        each = Work(whole.bytes / near, whole.operations / near)
+        rows.append(line(f"replay token (of {near})", batch, each, rates, seconds))
+        before = cache.compaction_seconds
+        decode()
         kept = cache.stats().rows[0].physical_terminal
         moved = compaction(shape, batch, kept + INTERVAL, kept, model.dtype)
         rows.append(line("compaction", batch, moved, rates, cache.compaction_seconds - before))
-        held = cache.stats().rows[0].physical_terminal
-        start = clock()
-        model(block, past_key_values=cache)
-        seconds = (clock() - start) / BLOCK
-        whole = prompt_tokens(shape, batch, BLOCK, held, model.dtype)
-        each = Work(whole.bytes / BLOCK, whole.operations / BLOCK)
-        rows.append(line(f"replay token (of {BLOCK})", batch, each, rates, seconds))
+        again = torch.full((batch, INTERVAL - 1), 7)  # once more for the profiles
+        for row, work in zip(rows[1:], (lambda: model(again, past_key_values=cache), decode), strict=True):
+            lines = largest_lines(work)
+            row["largest lines"] = lines if row["measured / floor"] > FAR else ""
     return rows
 
 
