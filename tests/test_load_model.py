@@ -51,6 +51,16 @@ def test_auto_leaves_small_models_on_a_cpu_in_float32() -> None:
     assert load_model("testbed", device="cpu", has_bfloat16=lambda: True).dtype == "float32"
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="the kernel's list of mapped files")
+def test_weights_on_a_cpu_are_not_read_through_the_file(tmp_path: Path) -> None:
+    model = load_model(large_model(tmp_path, torch.float32), device="cpu").model
+    maps = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
+    mapped = [tuple(int(end, 16) for end in one[0].split("-")) for one in maps if one[-1].endswith(".safetensors")]
+    assert not [name for name, weight in model.named_parameters()
+                for start, end in mapped if start <= weight.data_ptr() < end]  # fmt: skip
+    assert model.lm_head.weight is model.model.embed_tokens.weight  # still tied
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     (tmp_path / "model").mkdir()

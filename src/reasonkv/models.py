@@ -123,6 +123,8 @@ def load_model(
             model = model.to(place)
         except (RuntimeError, AssertionError) as error:
             raise ModelError(f"{name} cannot be moved to {place} ({first_line(error)}).") from None
+        if place.type == "cpu":
+            _leave_the_file(model)
     if found.is_gguf or found.adapter is not None:
         model.name_or_path = name  # the folder around the file, or the base model, is something else
     return LoadedModel(name, model.eval(), tokenizer, model_hash(model), calibration)
@@ -134,6 +136,13 @@ def _check_ends(name: str, model: PreTrainedModel) -> None:
     ends = own if isinstance(own, list) else [] if own is None else [own]
     if not all(isinstance(one, int) and not isinstance(one, bool) and one >= 0 for one in ends):
         raise ModelError(f"The eos_token_id of {name} must be a token id or a list of them, not {own!r:.60}.")
+
+
+def _leave_the_file(model: PreTrainedModel) -> None:
+    """Copy weights that are mapped from a file into memory of their own, where a CPU decodes a tenth faster."""
+    for weight in model.parameters():
+        if type(weight) is torch.nn.Parameter:
+            weight.data = weight.data.clone()
 
 
 @contextmanager
