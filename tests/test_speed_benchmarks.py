@@ -201,3 +201,23 @@ def test_rows_of_different_lengths_are_padded_on_the_left(script: Scripts) -> No
     assert mask[:, :4].tolist() == [[1, 1, 1, 1], [0, 0, 1, 1], [0, 0, 0, 0]] and mask[:, 4:].all()
     cache = decoding.plain(decoding.load("testbed").model, "full", 3, 8, mask)
     assert [row.length for row in cache.stats().rows] == [8, 6, 4]
+
+
+def test_the_readme_says_what_was_measured() -> None:
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    decode, kvpress, load = (json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())["rows"]
+                             for name in ("decode", "against_kvpress", "serving_load"))  # fmt: skip
+    cell = {row["cache"]: row for row in decode if (row["batch"], row["budget"]) == (32, 512)}
+    stock, static, *ours = cell.values()
+    assert [stock["cache"], static["cache"]] == ["stock", "static"] and len(ours) >= 3
+    rates, ratios = (
+        [row[name] for row in ours] for name in ("tokens/s, answers of 4096", "over stock, answers of 4096")
+    )
+    beside = [row["ours over kvpress"] for row in kvpress if (row["batch"], row["budget"]) == (32, 512)]
+    (at_256,) = [row["over stock"] for row in load if (row["requests"], row["cache"]) == (256, "random@128")]
+    assert (
+        f"{min(rates):.0f} to {max(rates):.0f} tokens per second against {stock['tokens/s, answers of 4096']:.0f} of "
+        f"transformers' stock cache, {min(ratios):.1f} to {max(ratios):.1f} times as many"
+    ) in readme
+    assert {f"{one:.1f}" for one in beside} == {"2.8"} and "2.8 times as many as kvpress" in readme
+    assert f"`random` serves {at_256:.1f} times as many" in readme
