@@ -21,7 +21,7 @@ from reasonkv import (
     get_method,
     method_names,
 )
-from reasonkv.methods import h2o
+from reasonkv.methods import received
 from reasonkv.runtimes.transformers import UnsupportedModelError
 
 IDS = torch.randint(5, 200, (1, 60), generator=torch.Generator().manual_seed(0))
@@ -180,18 +180,18 @@ def test_a_text_past_the_models_context_warns_once() -> None:
 
 
 def test_h2o_sums_a_prompts_attention_without_a_matrix_of_all_queries(monkeypatch: pytest.MonkeyPatch) -> None:
-    view, attend = random_view(1, 2, 90, group=1, queries=0), h2o.attend
+    view, attend = random_view(1, 2, 90, group=1, queries=0), received.attend
     products: list[int] = []
 
     def counted(queries: torch.Tensor, keys: torch.Tensor, *rest: Any, **options: Any) -> torch.Tensor:
         products.append(queries.shape[2] * queries.shape[3] * keys.shape[2])
         return attend(queries, keys, *rest, **options)
 
-    monkeypatch.setattr(h2o, "attend", counted)
+    monkeypatch.setattr(received, "attend", counted)
     N = view.positions_BHN.shape[-1]
     queries = torch.randn(1, 2, N, 16, generator=torch.Generator().manual_seed(0))
-    monkeypatch.setattr(h2o, "_ROWS_AT_ONCE", 8)
-    found = h2o.received(view, queries, torch.ones(1, N, dtype=torch.bool))
+    monkeypatch.setattr(received, "_ROWS_AT_ONCE", 8)
+    found = received.received(view, queries, torch.ones(1, N, dtype=torch.bool))
     assert max(products) <= 8 * N and sum(products) < 0.6 * N * N
     logits = (queries @ view.keys_BHND.mT * view.scaling).masked_fill(torch.ones(N, N).triu(1).bool(), -torch.inf)
     torch.testing.assert_close(found, logits.softmax(-1).sum(2), rtol=1e-5, atol=1e-5)

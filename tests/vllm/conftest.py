@@ -27,6 +27,7 @@ NEED_VLLM = [
         "requests",
         "server",
         "stages",
+        "turns",
     ]
 ]
 collect_ignore = NEED_VLLM if MISSING else []
