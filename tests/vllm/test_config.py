@@ -15,16 +15,9 @@ from reasonkv.budget import PeriodicWindow
 from reasonkv.methods import get_method, method_classes
 from reasonkv.runtimes.vllm import config
 from reasonkv.runtimes.vllm.config import (
-    OPT_OUT,
-    OPTIONS,
-    SCHEDULER,
-    EngineConfig,
-    ServingError,
-    check_engine,
-    has_scheduler,
-    installed_package,
+    OPT_OUT, OPTIONS, SCHEDULER, EngineConfig, ServingError, check_engine, has_scheduler, installed_package,
     vllm_variant,
-)
+)  # fmt: skip
 from reasonkv.runtimes.vllm.options import RequestConfig, method_of
 
 
@@ -209,12 +202,8 @@ def test_a_window_with_a_period_needs_our_scheduler() -> None:
 
 
 def test_a_request_opts_out_as_an_object_or_as_text() -> None:
-    for given, enabled in (
-        ({"enabled": False}, False),
-        ('{"enabled": false}', False),
-        ({"enabled": "no"}, True),
-        (None, True),
-    ):
+    cases = [({"enabled": False}, False), ('{"enabled": false}', False), ({"enabled": "no"}, True), (None, True)]
+    for given, enabled in cases:
         assert RequestConfig.asked(SimpleNamespace(extra_args={"reasonkv": given})).enabled is enabled
     assert RequestConfig.asked(None) == RequestConfig()
 

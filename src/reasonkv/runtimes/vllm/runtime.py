@@ -305,11 +305,8 @@ class Runtime:
                 self._start(name, prompt, None, engine_method, asked.seed, computed)
                 return
             logger.warning("Request %s is compressed: to keep full KV it needs --scheduler-cls %s.", name, SCHEDULER)
-        if (
-            budget.prompt == "keep"
-            and budget.tokens is not None
-            and prompt + max(budget.recent, engine_method.needs.recent) >= budget.tokens
-        ):
+        needed = prompt + max(budget.recent, engine_method.needs.recent)
+        if budget.prompt == "keep" and budget.tokens is not None and needed >= budget.tokens:
             logger.warning(
                 "Request %s has a prompt of %d tokens, which prompt='keep' cannot hold in a budget of %d; "
                 "its prompt is compressed like the rest.", name, prompt, budget.tokens,
