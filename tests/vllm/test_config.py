@@ -15,7 +15,14 @@ from reasonkv.budget import PeriodicWindow
 from reasonkv.methods import get_method, method_classes
 from reasonkv.runtimes.vllm import config
 from reasonkv.runtimes.vllm.config import (
-    OPT_OUT, OPTIONS, SCHEDULER, EngineConfig, ServingError, check_engine, has_scheduler, installed_package,
+    OPT_OUT,
+    OPTIONS,
+    SCHEDULER,
+    EngineConfig,
+    ServingError,
+    check_engine,
+    has_scheduler,
+    installed_package,
     vllm_variant,
 )  # fmt: skip
 from reasonkv.runtimes.vllm.options import RequestConfig, method_of
@@ -128,9 +135,8 @@ def test_pipeline_stages_are_refused_for_methods_whose_layers_decide_together(me
     check_engine(stages, RANDOM)
     config = EngineConfig.parse({"method": method, "tokens": 256, "calibration": "stats.safetensors"})
     check_engine(stock(), config)
-    with pytest.raises(ServingError, match="pipeline parallelism, because its layers decide together") as error:
+    with pytest.raises(ServingError, match="^[^\n]*pipeline parallelism, because its layers decide together[^\n]*$"):
         check_engine(stages, config)
-    assert "\n" not in str(error.value)
 
 
 def test_versions_of_vllm_that_were_never_tried_are_refused_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,10 +208,9 @@ def test_a_window_with_a_period_needs_our_scheduler() -> None:
 
 
 def test_a_request_opts_out_as_an_object_or_as_text() -> None:
-    cases = [({"enabled": False}, False), ('{"enabled": false}', False), ({"enabled": "no"}, True), (None, True)]
-    for given, enabled in cases:
+    for given, enabled in (({"enabled": False}, False), ('{"enabled": false}', False), ({"enabled": "no"}, True)):
         assert RequestConfig.asked(SimpleNamespace(extra_args={"reasonkv": given})).enabled is enabled
-    assert RequestConfig.asked(None) == RequestConfig()
+    assert RequestConfig.asked(None) == RequestConfig.asked(SimpleNamespace(extra_args=None)) == RequestConfig()
 
 
 def test_a_request_sets_its_seed_as_an_object_or_as_text() -> None:
