@@ -1,4 +1,4 @@
-"""Kept slots in 8 or 4 bits: exact attention over what is stored, values that never change, honest bytes."""
+"""Kept slots in 8, 4 or 2 bits: exact attention over what is stored, values that never change, honest bytes."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ CASES = [
     ("pyramidkv:window=6,beta=2", "int8", "decode", [LENGTH]),  # layers with budgets of their own
     ("vase-attnv:window=6,variant=paper", "int4", "decode", [LENGTH]),
     ("full", "int4", "decode", [LENGTH, LENGTH - 13]),
+    ("rkv:window=6", "int2", "decode", [LENGTH, LENGTH - 13]),
 ]
 
 
@@ -57,7 +58,7 @@ def test_attention_equals_full_attention_over_the_dequantised_slots(
 
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(
-    bits=st.sampled_from([4, 8]), seed=st.integers(0, 999), shift=st.sampled_from([0.0, 5.0, 300.0]),
+    bits=st.sampled_from([2, 4, 8]), seed=st.integers(0, 999), shift=st.sampled_from([0.0, 5.0, 300.0]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
 )  # fmt: skip
 def test_however_often_slots_are_moved_values_stay_and_keys_are_off_by_one_step_at_most(
@@ -130,7 +131,7 @@ def test_beams_copies_and_selected_rows_move_their_codes() -> None:
 
 def test_a_wrong_dtype_is_one_sentence_and_the_one_line_form_takes_it() -> None:
     model = tiny_model("llama", torch.float32)
-    with pytest.raises(BudgetError, match="dtype must be int8 or int4, or None for the model's own, not 'fp8'"):
+    with pytest.raises(BudgetError, match="dtype must be int8, int4 or int2, or None for the model's own, not 'fp8'"):
         CompressedCache(model, SnapKV(), tokens=64, dtype="fp8")  # type: ignore[arg-type]
     decode_with = generate_with(SnapKV(window=8), tokens=96, recent=8, dtype="int4")
     model.generate(torch.randint(5, 200, (1, 60)), max_new_tokens=90, custom_generate=decode_with)

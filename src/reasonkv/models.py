@@ -33,7 +33,7 @@ class LoadedModel:
         tokenizer: its tokenizer.
         hash: of configuration, tensor names and shapes, and a sample of the query weights; not of the folder's name.
         calibration_file: statistics of its queries, where they are not looked up beside it.
-        kv_dtype: "int8" or "int4" of the slots that bounded methods keep; None for the model's own.
+        kv_dtype: "int8", "int4" or "int2" of the slots that bounded methods keep; None for the model's own.
     """
 
     name: str
@@ -41,7 +41,7 @@ class LoadedModel:
     tokenizer: PreTrainedTokenizerBase
     hash: str
     calibration_file: Path | None = None
-    kv_dtype: Literal["int8", "int4"] | None = None
+    kv_dtype: Literal["int8", "int4", "int2"] | None = None
 
     @property
     def dtype(self) -> str:

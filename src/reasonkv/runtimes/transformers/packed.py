@@ -1,4 +1,4 @@
-"""Kept slots in 8 or 4 bits: keys per channel and values per token, as in KIVI (Liu et al., 2024, arXiv 2402.02750).
+"""Kept slots in 8, 4 or 2 bits: keys per channel and values per token, as in KIVI (Liu et al., 2024, arXiv 2402.02750).
 
 Between forwards the oldest slots of a layer are codes, and the newest 32 to 63 are in the model's dtype. A forward
 unpacks one layer, attends, compacts, and packs it again; its own tokens attend to each other in the model's dtype.
@@ -24,7 +24,7 @@ from reasonkv.methods.ops import upcast
 from reasonkv.runtimes.transformers.forward import ForwardPlan
 from reasonkv.runtimes.transformers.storage import LayerStorage
 
-KVDtype = Literal["int8", "int4"]
+KVDtype = Literal["int8", "int4", "int2"]
 """What kept slots are stored in, unless in the model's dtype."""
 GROUP = 32
 """Slots whose keys share a step in every channel, and channels of a value that share one; KIVI's group size."""
@@ -43,7 +43,7 @@ def bits_of(dtype: str | None) -> int | None:
     if dtype is None:
         return None
     if dtype not in get_args(KVDtype):
-        raise BudgetError(f"dtype must be int8 or int4, or None for the model's own, not {dtype!r}.")
+        raise BudgetError(f"dtype must be int8, int4 or int2, or None for the model's own, not {dtype!r}.")
     return int(dtype.removeprefix("int"))
 
 
@@ -96,6 +96,23 @@ def power(exponent: Tensor, dtype: torch.dtype) -> Tensor:
     return ((exponent.to(torch.int32) + 127) << 23).view(torch.float32).to(dtype)
 
 
+def _in_bytes(code_bHND: Tensor, bits: int) -> Tensor:
+    """Return codes of neighbouring slots together in one byte, [b, H, N bits / 8, D]."""
+    in_one = 8 // bits
+    whole = code_bHND[:, :, ::in_one]
+    for slot in range(1, in_one):
+        whole = whole | (code_bHND[:, :, slot::in_one] << (slot * bits))
+    return whole
+
+
+def _out_of_bytes(code_bHND: Tensor, bits: int) -> Tensor:
+    """Return the codes that `_in_bytes` put together, [b, H, N, D]."""
+    if bits == 8:
+        return code_bHND
+    parts = [(code_bHND >> shift) & (2**bits - 1) for shift in range(0, 8, bits)]
+    return torch.stack(parts, 3).flatten(2, 3)
+
+
 class _Buffers:
     """The codes of keys or of values of one layer for slots that are packed; grouped by slots or by channels."""
 
@@ -118,8 +135,7 @@ class _Buffers:
         end = start + x_bHND.shape[2]
         codes = encode(self._grouped(x_bHND), self.bits, 3 if self.by_channel else 4)
         code_bHND = codes.code.reshape(x_bHND.shape)
-        if self.bits == 4:  # two slots a byte
-            code_bHND = code_bHND[:, :, ::2] | (code_bHND[:, :, 1::2] << 4)
+        code_bHND = _in_bytes(code_bHND, self.bits)
         parts = (code_bHND, codes.exponent.flatten(3), codes.offset.flatten(3))
         for stored, part, step in zip(self.stored, parts, self._slots_a_line(), strict=True):
             stored[rows, :, start // step : end // step] = part
@@ -129,8 +145,7 @@ class _Buffers:
         code, exponent, offset = (
             stored[rows, :, : end // step] for stored, step in zip(self.stored, self._slots_a_line(), strict=True)
         )
-        if self.bits == 4:
-            code = torch.stack([code & 15, code >> 4], 3).flatten(2, 3)
+        code = _out_of_bytes(code, self.bits)
         dim = 3 if self.by_channel else 4
         grid = (exponent.unsqueeze(dim), offset.unsqueeze(dim))
         return decode(Codes(self._grouped(code), *grid), self.dtype).reshape(code.shape)
@@ -169,7 +184,7 @@ class PackedStorage(LayerStorage):
 
     Args:
         keys, values, needs, capacity: as in `LayerStorage`.
-        bits: of a stored number, 8 or 4.
+        bits: of a stored number: 8, 4 or 2.
     """
 
     def __init__(self, keys: Tensor, values: Tensor, needs: Requirements, capacity: int | None, bits: int) -> None:
