@@ -64,8 +64,8 @@ class CompressedCache(Cache):
             (`reasonkv.periodic.periodic_events`) instead of the rows' own lengths.
         calibration: statistics of the model's queries, or the file they are in, for methods that need them; looked up
             beside the model and in the user's cache unless given (`reasonkv.calibration.find_calibration`).
-        dtype: "int8", "int4" or "int2": store all but the newest 32 to 63 slots of a row in groups of 32 numbers, keys per
-            channel and values per token (`reasonkv.runtimes.transformers.packed`); None: in the model's dtype.
+        dtype: "int8", "int4" or "int2": store all but the newest 32 to 63 slots of a row in groups of 32 numbers, keys
+            per channel and values per token (`reasonkv.runtimes.transformers.packed`); None: in the model's dtype.
         fields: `tokens`, `keep`, `interval` and the other fields of `Budget`, instead of `budget`.
 
     Raises:
