@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from command_line import run
+from models import calibration, tiny_model
 
 from reasonkv import testbed
+from reasonkv.calibration import save_calibration
 from reasonkv.cli.serve import METRICS_FOLDER
 from reasonkv.runtimes.vllm import config
 from reasonkv.runtimes.vllm.config import OPT_OUT, OPTIONS, SCHEDULER, WORKER
@@ -97,6 +100,18 @@ def test_every_option_of_a_budget_reaches_the_engine() -> None:
 
 
 @pytest.mark.usefixtures("installed")
+def test_without_a_method_the_statistics_say_which(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REASONKV_CACHE", str(tmp_path / "none"))
+    file = tmp_path / "stats.safetensors"
+    save_calibration(file, calibration(tiny_model("qwen3", torch.float32)))
+    for arguments, name in (((), "expected"), (("--calibration", str(file)), "forecast")):
+        code, stdout, stderr = run("serve", "some/model", "--budget", "512", *arguments, "--dry-run")
+        given = given_to(shlex.split(stdout))
+        assert (code, given["method"]) == (0, name) and f"--method {name}" in stderr
+        assert ("calibration" in given) == (name == "forecast")
+
+
+@pytest.mark.usefixtures("installed")
 def test_the_bundled_model_is_served_under_its_name_with_its_statistics() -> None:
     command = dry("serve", "testbed", "--method", "triattention", "--budget", "256")
     assert command[4] == str(testbed.testbed_path())
@@ -121,7 +136,7 @@ def test_logits_processors_of_the_user_stand_beside_ours() -> None:
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ((), "Give --method a value"),
+        ((), "Give one budget: --budget TOKENS"),
         (("--method", "snapvk", "--budget", "512"), "did you mean 'snapkv'"),
         (("--method", "snapkv"), "Give one budget: --budget TOKENS, --keep SHARE, or --window SIZE"),
         (("--method", "snapkv", "--budget", "512", "--window", "96"), "Give one of tokens and window"),

@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from reasonkv.calibration.chosen import default_method as default_method
     from reasonkv.calibration.files import cached_calibration as cached_calibration
     from reasonkv.calibration.files import find_calibration as find_calibration
     from reasonkv.calibration.files import load_calibration as load_calibration
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from reasonkv.view import LayerStatistics as LayerStatistics
 
 _MODULES = {
+    "chosen": ("default_method",),
     "files": ("cached_calibration", "find_calibration", "load_calibration", "save_calibration"),
     "public": ("export_pt", "import_pt"),
     "queries": ("collect",),

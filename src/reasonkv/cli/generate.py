@@ -27,7 +27,7 @@ def generate(
     prompt: str | None = None,
     task: str | None = None,
     limit: int = 1,
-    method: str = "full",
+    method: str | None = None,
     budget: Annotated[BudgetOptions, Without(("mean_slots",))],
     sampling: Sampling,
     max_new_tokens: Annotated[int, WRITING] = 2048,
@@ -47,12 +47,14 @@ def generate(
         prompt: The prompt, as an option.
         task: Problems of this task instead, with dials: program:lines=40; the answers are checked.
         limit: Problems of the task.
-        method: Method, with options: rkv:KEY=VALUE.
+        method: Method, with options: rkv:KEY=VALUE. Unless given, full KV without a budget; with one, forecast where it
+            was fitted to the model, else expected.
         max_new_tokens: Most tokens to generate.
         chat: Put the prompt into the model's chat template; unless given, where the tokenizer has one.
         seed: Seed of problems, sampling and methods.
     """
-    from reasonkv.evaluate.cells import make_config
+    from reasonkv.calibration import default_method
+    from reasonkv.evaluate.cells import make_budgets, make_config
     from reasonkv.evaluate.decoding import Request, TextRules, decode_batch
     from reasonkv.evaluate.generate import decode, encode, render, room
     from reasonkv.evaluate.published import fill
@@ -73,12 +75,15 @@ def generate(
         words = read_text(words)
     if words is not None and not words.strip():
         raise UsageError("The prompt is empty; give it at least one word.")
-    cell = make_config(method, budget)
+    cell = make_config(method or ("expected" if make_budgets(budget) else "full"), budget)
     options = replace(options, chat="auto" if chat is None else "on" if chat else "off")
     family = None if task is None else get_task(task, options)
     problems: Sequence[Any] = [None] if family is None else [family.problem(i, seed=seed) for i in range(limit)]
     loaded = model.load()
     lm, tokenizer, context = loaded.model, loaded.tokenizer, context_length(loaded.model)
+    if method is None and cell.budget is not None:
+        cell = replace(cell, method=default_method(lm, loaded.calibration_file))
+        note(f"Method {cell.method.name}, since none is given.")
     sampling = fill(sampling, loaded, () if task is None else (task,), options.thinking)
     sampling = sampling.stopping(() if family is None else family.stop)
     rules, rows = TextRules(tokenizer, sampling, options.think_end), []

@@ -32,7 +32,7 @@ def serve(
     model: Annotated[str, Parameter(allow_leading_hyphen=True)],
     /,
     *others: Annotated[str, Parameter(allow_leading_hyphen=True, show=False)],
-    method: str,
+    method: str | None = None,
     budget: Annotated[BudgetOptions, Without(("mean_slots",))],
     seed: int | None = None,
     calibration: Path | None = None,
@@ -50,7 +50,8 @@ def serve(
     Args:
         model: The bundled testbed, a model folder, or a name on the Hugging Face hub.
         others: Options of vLLM.
-        method: Method, with options: rkv:KEY=VALUE.
+        method: Method, with options: rkv:KEY=VALUE. Unless given, forecast where the statistics hold its networks, else
+            expected.
         budget: Its budget.
         seed: Seed of methods, and of vLLM.
         calibration: Query statistics, made by `reasonkv calibrate`. Unless given, looked up in the model's folder and
@@ -64,15 +65,15 @@ def serve(
     from reasonkv.runtimes.vllm import config
 
     if model.startswith("-"):
-        raise UsageError("Give the model first: reasonkv serve MODEL --method NAME --budget TOKENS.")
-    chosen = get_method(method)
+        raise UsageError("Give the model first: reasonkv serve MODEL --budget TOKENS.")
+    folder = _model_folder(model)
+    chosen = get_method(_default(calibration, folder) if method is None else method)
     if not chosen.bounded:
         raise UsageError(f"{chosen.name} keeps every slot, which vLLM does by itself: vllm serve MODEL.")
     given = {"method": chosen.spec(), **_budget_fields(budget)} | ({} if seed is None else {"seed": seed})
     given |= {name: True for name, on in (("log_requests", log_requests), ("untested", untested)) if on}
     config.EngineConfig.parse(given)  # refuses what the engine would refuse
     package, _ = config.installed_package(untested=untested)
-    folder = _model_folder(model)
     names = [_option_name(argument) for argument in others]
     host = _host(names, others)
     if chosen.needs.calibration or calibration is not None:
@@ -88,6 +89,8 @@ def serve(
     values = (config.WORKER, json.dumps({config.KEY: given}), config.SCHEDULER)
     ours = [word for pair in zip(OURS, values, strict=True) for word in pair]
     line = [sys.executable, "-m", *start, *ours, *passed]
+    if method is None:
+        note(f"Serving with --method {chosen.name}, since none is given.")
     if dry_run:
         print(shlex.join(line))
         return
@@ -136,16 +139,37 @@ def _host(names: Sequence[str], others: Sequence[str]) -> list[str]:
     )
 
 
-def _statistics(given: Path | None, folder: str, parts: Collection[str], *, dry_run: bool) -> Path:
-    """Return the file of query statistics for the engine; the first start makes one from generated problems."""
-    from reasonkv.calibration.files import FILE, cached_calibration
+def _cached(folder: str) -> Path:
+    """Return where the statistics stand that a first start makes."""
+    from reasonkv.calibration.files import cached_calibration
+
+    return cached_calibration("served-" + re.sub(r"[^\w.-]+", "--", folder.strip(os.sep)))
+
+
+def _found(given: Path | None, folder: str) -> Path | None:
+    """Return the statistics that are there: the file that is given, the model's own, or that of an earlier start."""
+    from reasonkv.calibration.files import FILE
 
     if given is not None and not given.is_file():
         raise UsageError(f"There is no file {show(given)} for --calibration.")
-    cached = cached_calibration("served-" + re.sub(r"[^\w.-]+", "--", folder.strip(os.sep)))
-    for found in (Path(folder) / FILE if given is None else given, cached):
-        if found.is_file():
-            return found
+    places = (Path(folder) / FILE if given is None else given, _cached(folder))
+    return next((path for path in places if path.is_file()), None)
+
+
+def _default(given: Path | None, folder: str) -> str:
+    """Return the method that serves unless one is named."""
+    from reasonkv.calibration.chosen import UNFITTED
+    from reasonkv.calibration.files import load_calibration
+
+    found = _found(given, folder)
+    return UNFITTED if found is None or load_calibration(found).forecast is None else "forecast"
+
+
+def _statistics(given: Path | None, folder: str, parts: Collection[str], *, dry_run: bool) -> Path:
+    """Return the file of query statistics for the engine; the first start makes one from generated problems."""
+    if (found := _found(given, folder)) is not None:
+        return found
+    cached = _cached(folder)
     if "forecast" in parts:
         raise UsageError(
             f"forecast is fitted to what a model will be used for; run `reasonkv calibrate --model {folder} --task "

@@ -23,7 +23,7 @@ from transformers.cache_utils import Cache
 
 from reasonkv import resolve
 from reasonkv.budget import Budget, BudgetFields
-from reasonkv.calibration import Calibration
+from reasonkv.calibration import Calibration, default_method
 from reasonkv.layers import is_recurrent, layer_rotaries
 from reasonkv.methods import Method, Requirements, get_method, layer_budgets, refuse_future
 from reasonkv.numbers import whole_number, whole_numbers
@@ -49,7 +49,8 @@ class CompressedCache(Cache):
 
     Args:
         model: the model that will use the cache; its attention implementation is wrapped until `detach()`.
-        method: a `Method`, or its spec (`"snapkv"`, `"rkv:window=16"`).
+        method: a `Method`, or its spec (`"snapkv"`, `"rkv:window=16"`). Unless given, full KV without a budget; with
+            one, `forecast` where it was fitted to the model, else `expected` (`reasonkv.calibration.default_method`).
         budget: a `Budget`, or its `tokens`, or a `Window`; every field of `Budget` is also a keyword here. Methods that
             keep everything take none.
         prompt_lengths: tokens of each row's prompt; unless given, what the first forward feeds.
@@ -76,7 +77,7 @@ class CompressedCache(Cache):
     def __init__(
         self,
         model: PreTrainedModel,
-        method: str | Method = "full",
+        method: str | Method | None = None,
         budget: Budget | int | None = None,
         *,
         prompt_lengths: list[int] | int | None = None,
@@ -92,9 +93,12 @@ class CompressedCache(Cache):
         dtype: KVDtype | None = None,
         **fields: Unpack[BudgetFields],
     ) -> None:
-        if problems := check_model(model, get_method(method)):
+        whole = Budget.from_fields(budget, fields)
+        if problems := check_model(model, None if method is None else get_method(method)):
             raise UnsupportedModelError(problems[0])
-        self.method, self.budget = resolve_budget(get_method(method), Budget.from_fields(budget, fields))
+        if method is None:
+            method = "full" if whole is None else default_method(model, calibration)
+        self.method, self.budget = resolve_budget(get_method(method), whole)
         check_window(self.budget, reopen_prompt=reopen_prompt, listed=window_events is not None)
         if reference is None:
             refuse_future(self.method)

@@ -40,7 +40,7 @@ class CacheOptions(BudgetFields, total=False):
 class GenerateWith:
     """A decoding function for `custom_generate`, with `stats` of its last call (None before the first)."""
 
-    def __init__(self, method: Method, budget: Budget | int | None, options: dict[str, Any]) -> None:
+    def __init__(self, method: Method | None, budget: Budget | int | None, options: dict[str, Any]) -> None:
         self.method, self.budget, self.options = method, budget, options
         self.stats: CacheStats | None = None
 
@@ -79,12 +79,12 @@ def check_mode(config: GenerationConfig) -> None:
 
 
 def generate_with(
-    method: str | Method, budget: Budget | int | None = None, **options: Unpack[CacheOptions]
+    method: str | Method | None = None, budget: Budget | int | None = None, **options: Unpack[CacheOptions]
 ) -> GenerateWith:
     """Return a decoding function for `model.generate(custom_generate=...)`, also through `pipeline`.
 
     Args:
-        method: a method or its spec.
+        method: a method or its spec; unless given, what `CompressedCache` takes.
         budget: a `Budget`, its tokens, or a `Window`; every field of `Budget` is also a keyword.
         options: fields of `Budget`, and arguments of `CompressedCache` (seed, prompt_lengths, ...).
 
@@ -93,10 +93,11 @@ def generate_with(
         MethodError: an unknown method, or one that looks into the future.
 
     """
-    made = get_method(method)
-    refuse_future(made)
+    made = None if method is None else get_method(method)
     fields = {name: value for name, value in options.items() if name in BudgetFields.__annotations__}
     rest = {name: value for name, value in options.items() if name not in fields}
     whole = Budget.from_fields(budget, fields)
-    resolve_budget(made, whole)  # so that a mistake is said here, not in the middle of generate
+    if made is not None:
+        refuse_future(made)
+        resolve_budget(made, whole)  # so that a mistake is said here, not in the middle of generate
     return GenerateWith(made, whole, rest)

@@ -1,0 +1,34 @@
+"""The method that serves a model whose user names none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from reasonkv.calibration.files import find_calibration
+from reasonkv.calibration.statistics import Calibration, CalibrationError
+from reasonkv.methods import Method, get_method
+
+UNFITTED = "expected"
+"""What serves a model that nothing was fitted to: the best published method on Qwen2.5-Coder (docs/results)."""
+
+
+def default_method(model: PreTrainedModel, calibration: Calibration | str | Path | None = None) -> Method:
+    """Return `forecast` where its networks were fitted to the model, otherwise `expected`.
+
+    Args:
+        model: the model.
+        calibration: statistics or their file, as in `CompressedCache`; looked up unless given.
+
+    Raises:
+        CalibrationError: the file that is given is damaged or another model's.
+    """
+    found: Calibration | None
+    try:
+        found = calibration if isinstance(calibration, Calibration) else find_calibration(model, calibration)
+    except CalibrationError:
+        if calibration is not None:
+            raise
+        found = None
+    return get_method(UNFITTED if found is None or found.forecast is None else "forecast")
