@@ -8,7 +8,7 @@ import altair as alt
 import pandas as pd
 from claims import judge
 from scipy.stats import spearmanr
-from tables import CELL, Gains, load, manifests, markdown, means, plus_minus, sizes, text, words
+from tables import Gains, load, manifests, markdown, means, plus_minus, shares_of_the_way, sizes, text, words
 
 from reasonkv.evaluate.statistics import Difference, holm, paired_p_value
 from reasonkv.report.charts import save_png
@@ -41,18 +41,6 @@ def _ranks(kl: pd.DataFrame) -> pd.Series:
     return values.groupby("size").rank().groupby("method").mean().sort_values(kind="stable")
 
 
-def _closed(kl: pd.DataFrame) -> pd.Series:
-    """Return by cell how much of the way from `random` to the oracle it goes."""
-    values = kl["kl", "mean"]
-    by_size = {size: own.droplevel("size") for size, own in values.droplevel("group").groupby("size")}
-    shares = {}
-    for group, method, size in values.index:
-        own = by_size[size]
-        if size and {"random", "oracle"} <= set(own.index):
-            shares[group, method, size] = (own["random"] - own[method]) / (own["random"] - own["oracle"])
-    return pd.Series(shares, pd.MultiIndex.from_tuples(shares, names=CELL), dtype=float)
-
-
 def _decided(replay: pd.DataFrame, rival: str) -> pd.Series:
     """Return every cell's difference to a rival in words, in bold where it survives Holm's correction over them all."""
     gains = Gains(replay, "kl")
@@ -70,7 +58,7 @@ def _bold(found: Difference, sure: bool) -> str:
 
 
 def _league(group: str, replay: pd.DataFrame, kl: pd.DataFrame) -> str:
-    ranks, closed, texts = _ranks(kl), _closed(kl), plus_minus(kl, "kl", 4)
+    ranks, closed, texts = _ranks(kl), shares_of_the_way(kl["kl", "mean"]), plus_minus(kl, "kl", 4)
     top1, held = text(kl["top1", "mean"], 1, 100), text(kl["physical_mean", "mean"])
     against = {rival: _decided(replay, rival) for rival in _RIVALS}
     order = [*(one for one in _SHOWN if one in kl.index.unique("method")), *ranks.index]

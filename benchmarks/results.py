@@ -14,6 +14,7 @@ from pathlib import Path
 import cask
 import claims
 import families
+import leaderboard
 import league
 import pretrained
 import pretrained_league
@@ -27,6 +28,7 @@ BUILDERS = {
     "prompt_share": cask.build_prompt_share,
     "pretrained": pretrained.build,
     "pretrained_league": pretrained_league.build,
+    "leaderboard": leaderboard.build,
     "lead": partial(pretrained.build, over="expected", by="docs/results/lead/README.md"),
 }
 

@@ -147,6 +147,17 @@ def points(table: pd.DataFrame, metric: str, scale: float = 1.0) -> pd.DataFrame
     return frame.assign(x=pd.to_numeric(frame["size"].replace("", "0")))
 
 
+def shares_of_the_way(kl: pd.Series) -> pd.Series:
+    """Return by cell how much of the way from `random` to `oracle` its mean KL goes; where a budget has both."""
+    by_budget = {key: own.droplevel(["group", "size"]) for key, own in kl.groupby(level=["group", "size"])}
+    found = {}
+    for group, method, size in kl.index:
+        own = by_budget[group, size]
+        if size and {"random", "oracle"} <= set(own.index):
+            found[group, method, size] = (own["random"] - own[method]) / (own["random"] - own["oracle"])
+    return pd.Series(found, pd.MultiIndex.from_tuples(found, names=CELL), dtype=float)
+
+
 def plus_minus(table: pd.DataFrame, metric: str, digits: int = 3, scale: float = 1.0) -> pd.Series:
     """Return the texts of means and their standard errors; "-" where there is none."""
     return text(table[metric, "mean"], digits, scale) + (" +- " + text(table[metric, "sem"], digits, scale)).where(
