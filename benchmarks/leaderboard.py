@@ -13,44 +13,7 @@ _FITTED = {"forecast": "fitted", "oracle": "sees the future"}  # what no other m
 _HEAD = ("method", "KL, nats", "way to the oracle, %", "top-1, %", "right, %", "slots", "mean slots", "model", "task",
          "prompt", "interval", "n", "given", "page")  # fmt: skip
 _FILTERS = ("model", "task", "prompt", "interval", "slots")
-_PAGE = """\
----
-hide: [navigation, toc]
----
-
-# Leaderboard
-
-Every cell that was replayed on a pretrained model: full KV wrote the answers, each method is scored on every token of them. KL is that from
-full KV's predictions, ± one standard error over traces; lower is better. "The way to the oracle" is the share of the distance from `random` to `oracle`,
-which knows the attention to come. Click a heading to sort by it. Cells of different models, tasks or intervals do not compare.
-
-<div class="leaderboard" data-filters="{filters}" markdown="0">
-<table class="board">
-<thead><tr>{head}</tr></thead>
-<tbody>
-{rows}
-</tbody>
-</table>
-</div>
-
-## Submit a method
-
-1. Write it: [one file](../../adding-a-method.md) with its paper, and a line in the catalogue.
-2. Replay the cells. Traces follow from the model and the seed; the command of every cell is in its page ({pages}), for example:
-
-    ```bash
-    reasonkv replay --model HuggingFaceTB/SmolLM2-135M-Instruct --task gym:gsm_symbolic --methods full,random,YOURS --budgets 32,64,128 --interval 32 --limit 64 --batch-size 32 --max-new-tokens 400 --out results/yours/replay-on_top
-    ```
-
-3. Keep the records, and make this page and the league's again:
-
-    ```bash
-    python benchmarks/results.py keep pretrained_league results/yours
-    python benchmarks/results.py pretrained_league leaderboard
-    ```
-
-4. Open a pull request with the method, its tests and the records. What a method was fitted to belongs into it: text or problems that are in no cell.
-"""
+_PAGE = Path(__file__).with_suffix(".md")
 
 
 def build(source: Path, to: Path) -> None:
@@ -60,7 +23,7 @@ def build(source: Path, to: Path) -> None:
     lines = (f"<tr>{''.join(f'<td>{one}</td>' for one in row)}</tr>" for row in rows[list(_HEAD)].values)
     pages = ", ".join(f"[{name.replace('_', ' ')}](../{name}/README.md)" for name in SOURCES)
     head = "".join(f"<th>{name}</th>" for name in _HEAD)
-    page = _PAGE.format(filters=",".join(_FILTERS), head=head, rows="\n".join(lines), pages=pages)
+    page = _PAGE.read_text().format(filters=",".join(_FILTERS), head=head, rows="\n".join(lines), pages=pages)
     (to / "tables.md").write_text(page)
 
 
@@ -68,7 +31,9 @@ def _rows(folder: Path) -> pd.DataFrame:
     """Return one row a cell of a folder's replays."""
     records, about = load(folder), manifests(folder)
     replay = records["replay"][~records["replay"]["label"].str.contains(":")]
-    answers = means(records["answers"], "correct")["correct", "mean"] if "answers" in records else pd.Series(dtype=float)
+    answers = (
+        means(records["answers"], "correct")["correct", "mean"] if "answers" in records else pd.Series(dtype=float)
+    )
     found = means(replay, "kl", "top1", "physical_mean")
     first = replay.groupby(["group", "method", "size"], sort=False).first().loc[found.index]
     examples = replay.groupby(["group", "method", "size"], sort=False)["example"].nunique().loc[found.index]

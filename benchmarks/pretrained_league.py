@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import combinations
 from pathlib import Path
 
 import altair as alt
@@ -23,9 +24,10 @@ def build(source: Path, to: Path) -> None:
     records = load(source)
     replay = records["replay"][~records["replay"]["method"].str.contains(":")]  # parts left out belong to the claims
     kl = means(replay, "kl", "top1", "physical_mean")
-    about = next(iter(manifests(source).values()))
-    parts = [f"Model {about['model']['name']}, {about['device']}, {about['arguments']['dtype']}; made by "
-             f"`python benchmarks/results.py {source.name}`.\n"]  # fmt: skip
+    ran = {
+        f"{one['model']['name']}, {one['device']}, {one['arguments']['dtype']}" for one in manifests(source).values()
+    }
+    parts = [f"Models: {'; '.join(sorted(ran))}. Made by `python benchmarks/results.py {source.name}`.\n"]
     for group, own in replay.groupby("group", sort=False):
         parts.append(_league(str(group), own, kl.xs(group, level="group", drop_level=False)))
     parts.append(_agreement(kl, means(load(source.parent / "league", source.parent / "cask")["replay"], "kl")))
@@ -91,8 +93,12 @@ def _league(group: str, replay: pd.DataFrame, kl: pd.DataFrame) -> str:
 
 
 def _agreement(kl: pd.DataFrame, testbed: pd.DataFrame) -> str:
-    """Return Spearman's rank correlation of mean KL between this model's cells and the testbed's, methods both have."""
-    ours, rows = kl["kl", "mean"].drop(list(_SHOWN), level="method", errors="ignore"), []
+    """Return Spearman's rank correlations of mean KL between pretrained models' cells and the testbed's."""
+    values, rows = kl["kl", "mean"].drop(list(_SHOWN), level="method", errors="ignore"), []
+    ours = {key: own.droplevel(["group", "size"]) for key, own in values.groupby(level=["group", "size"], sort=False)}
+    columns = [
+        (group, size) for group in values.index.unique("group") for size in sizes(values) if (group, size) in ours
+    ]
     theirs = testbed["kl", "mean"].drop(list(_SHOWN), level="method", errors="ignore")
     theirs = theirs.rename(lambda name: name.partition(":")[0], level="method")
     theirs = theirs[~theirs.index.duplicated()]
@@ -102,18 +108,25 @@ def _agreement(kl: pd.DataFrame, testbed: pd.DataFrame) -> str:
         for size in sizes(theirs.xs(group, level="group")):
             one = theirs.xs((group, size), level=["group", "size"])
             row = [group.partition(",")[0], size]
-            for at in sizes(ours):
-                other = ours.xs(at, level="size").droplevel("group")
-                shared = [name for name in one.index if name in other.index]
-                row.append(
-                    f"{spearmanr(one[shared], other[shared]).statistic:+.2f} ({len(shared)})"
-                    if len(shared) > 3
-                    else "-"
-                )
-            rows.append(row)
-    head = ["testbed's family", "its slots", *(f"{size} slots here" for size in sizes(ours))]
-    return ("## Does the testbed rank methods alike?\n\nSpearman's correlation of mean KL over the methods that both "
-            f"ran (their number in brackets).\n\n{markdown(head, rows)}\n")  # fmt: skip
+            rows.append(row + [_correlation(one, ours[at]) for at in columns])
+    head = ["testbed's family", "its slots", *(f"{_title(group)}, {size} slots" for group, size in columns)]
+    models = [[_title(a), _title(b), size, _correlation(ours[a, size], ours[b, size])]
+              for (a, size), (b, other) in combinations(columns, 2) if size == other]  # fmt: skip
+    among = f"The same between the pretrained models:\n\n{markdown(['', '', 'slots', 'correlation'], models)}\n\n"
+    return ("## Do models rank methods alike?\n\nSpearman's correlation of mean KL over the methods that both "
+            f"ran (their number in brackets), between the testbed and pretrained models.\n\n{markdown(head, rows)}\n\n"
+            + (among if models else ""))  # fmt: skip
+
+
+def _correlation(one: pd.Series, other: pd.Series) -> str:
+    """Return Spearman's correlation over the methods that both have, with their number; "-" for less than eight."""
+    shared = [name for name in one.index if name in other.index]
+    return f"{spearmanr(one[shared], other[shared]).statistic:+.2f} ({len(shared)})" if len(shared) > 7 else "-"
+
+
+def _title(group: str) -> str:
+    """Return the short name of a group's model, or of its task where there is one model."""
+    return group.partition(",")[0].rpartition("/")[2].removesuffix("-Instruct")
 
 
 def _draw(kl: pd.DataFrame, path: Path) -> None:
@@ -135,7 +148,7 @@ def _draw(kl: pd.DataFrame, path: Path) -> None:
             x=alt.X("kl:Q", scale=alt.Scale(type="log"), title="KL from full KV, nats a token (log)")
         )
         bars = base.mark_rule(strokeWidth=2).encode(x="low:Q", x2="high:Q")
-        charts.append((bars + dots).properties(title=str(group).partition(",")[0], width=330, height=alt.Step(17)))
+        charts.append((bars + dots).properties(title=_title(str(group)), width=330, height=alt.Step(17)))
     save_png(
         alt.hconcat(*charts),
         path,
