@@ -76,10 +76,10 @@ def random_view(
     )
 
 
-def random_network(heads: int, head_dim: int, seed: int = 0) -> Network:
-    """One layer's forecast with random weights."""
+def random_network(heads: int, head_dim: int, seed: int = 0, beside: int = FORECAST_FEATURES) -> Network:
+    """One layer's forecast with random weights; `beside` inputs are not of the key."""
     draw = torch.Generator().manual_seed(seed)
-    inputs, units = head_dim + FORECAST_FEATURES, 4
+    inputs, units = head_dim + beside, 4
     shapes = ((heads, inputs, units), (heads, units), (heads, units), (heads, inputs))
     weights = [torch.randn(shape, generator=draw) * inputs**-0.5 for shape in shapes]
     far = 0.5 + 2 * torch.rand(heads, inputs, generator=draw)

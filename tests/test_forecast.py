@@ -66,6 +66,22 @@ def test_inputs_and_score_are_the_definition_written_out() -> None:
         torch.testing.assert_close(scores[b, h, n], score, rtol=1e-9, atol=1e-9)
 
 
+def test_without_queries_the_other_inputs_are_the_same_and_nothing_is_observed() -> None:
+    view, method = view_of(), Forecast(window=0)
+    assert view.calibration is not None and not method.needs.queries
+    own = replace(
+        view, queries_BHqTD=None, query_positions_BT=None, query_heads=6,
+        calibration=replace(view.calibration, forecast=random_network(2, D, beside=3)),
+    )  # fmt: skip
+    whole = Forecast(window=24).inputs(view)
+    assert torch.equal(method.inputs(own), torch.cat([whole[..., :D], whole[..., D + 4 :]], -1))
+    assert torch.equal(method.score(own), method.network(own)(method.inputs(own)))
+    for asked, other in ((Forecast(window=24), own), (method, view)):
+        words = f"was fitted {'without' if asked.window else 'with'} queries; choose forecast:window={0 if asked.window else 64}"
+        with pytest.raises(MethodError, match=words):
+            asked.score(other)
+
+
 def test_scaled_inputs_give_the_same_order() -> None:
     draw = torch.Generator().manual_seed(0)
     x, network = torch.randn(1, 2, 50, D + 7, generator=draw), random_network(2, D)
@@ -186,6 +202,15 @@ def test_fitting_replays_and_its_networks_serve_the_model() -> None:
     assert fit_forecast(model, rows[:4], calibration(model), budgets=(24,), rounds=1).share is None  # none is left over
     known = replace(calibration(model), forecast=fitted.network)
     with CompressedCache(model, get_method("forecast"), tokens=24, interval=8, calibration=known) as cache:
+        model.generate(rows[0].prompt_P[None], past_key_values=cache, max_new_tokens=40, do_sample=False)
+        assert cache.stats().rows[0].events > 0
+    blind = fit_forecast(model, rows, replace(calibration(model), forecast=None), budgets=(24, 32), queries=False)
+    assert blind.network.inputs == fitted.network.inputs - 4 and blind.attention_share == pytest.approx(
+        fitted.attention_share, abs=0.2
+    )
+    known = replace(calibration(model), forecast=blind.network)
+    with CompressedCache(model, tokens=24, interval=8, calibration=known) as cache:
+        assert cache.method == Forecast(window=0)
         model.generate(rows[0].prompt_P[None], past_key_values=cache, max_new_tokens=40, do_sample=False)
         assert cache.stats().rows[0].events > 0
     with pytest.raises(CalibrationError, match=r"too short to fit a forecast"):

@@ -92,5 +92,5 @@ class Network:
         return Network(hidden_LHXU, bias_LHU, self.out_HU, self.linear_HX / deviation_LHX, low_LHX, high_LHX)
 
 
-FORECAST_FEATURES = 7
-"""Inputs of a forecast beside the key (`reasonkv.methods.forecast`)."""
+FORECAST_FEATURES, FORECAST_ATTENTION = 7, 4
+"""Inputs of a forecast beside the key, and how many of them come from queries (`reasonkv.methods.forecast`)."""

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from reasonkv.calibration.files import find_calibration
 from reasonkv.calibration.statistics import Calibration, CalibrationError
 from reasonkv.methods import Method, get_method
+from reasonkv.methods.forecast import Forecast
 
 UNFITTED = "expected"
 """What serves a model that nothing was fitted to: the best published method on Qwen2.5-Coder (docs/results)."""
@@ -31,4 +32,11 @@ def default_method(model: PreTrainedModel, calibration: Calibration | str | Path
         if calibration is not None:
             raise
         found = None
-    return get_method(UNFITTED if found is None or found.forecast is None else "forecast")
+    return method_for(found)
+
+
+def method_for(calibration: Calibration | None) -> Method:
+    """Return `forecast` as the networks of a calibration read it; `expected` where there are none."""
+    if calibration is None or calibration.forecast is None:
+        return get_method(UNFITTED)
+    return Forecast.fitted(calibration.forecast, calibration.head_dim)

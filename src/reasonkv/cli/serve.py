@@ -158,11 +158,11 @@ def _found(given: Path | None, folder: str) -> Path | None:
 
 def _default(given: Path | None, folder: str) -> str:
     """Return the method that serves unless one is named."""
-    from reasonkv.calibration.chosen import UNFITTED
+    from reasonkv.calibration.chosen import method_for
     from reasonkv.calibration.files import load_calibration
 
     found = _found(given, folder)
-    return UNFITTED if found is None or load_calibration(found).forecast is None else "forecast"
+    return method_for(None if found is None else load_calibration(found)).spec()
 
 
 def _statistics(given: Path | None, folder: str, parts: Collection[str], *, dry_run: bool) -> Path:

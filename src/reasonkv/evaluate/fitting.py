@@ -32,7 +32,7 @@ from reasonkv.layers import bounded_layers
 from reasonkv.methods.base import Requirements
 from reasonkv.methods.forecast import Forecast
 from reasonkv.methods.ops import top_k_slots
-from reasonkv.network import Network
+from reasonkv.network import FORECAST_ATTENTION, FORECAST_FEATURES, Network
 from reasonkv.plan import Plan
 from reasonkv.runtimes.transformers import CompressedCache
 from reasonkv.tasks import Task, TaskOptions
@@ -123,6 +123,7 @@ def fit_forecast(
     budgets: Sequence[int] = BUDGETS,
     rounds: int = ROUNDS,
     seed: int = 0,
+    queries: bool = True,
     progress: Callable[[str, int, int], None] = lambda what, done, of: None,
 ) -> Fitted:
     """Fit a network per KV head to full KV's attention still to come (see the module).
@@ -138,6 +139,7 @@ def fit_forecast(
         budgets: tokens kept beside the prompt; rows take turns.
         rounds: replays of all rows.
         seed: of the first weights and of the order.
+        queries: whether the networks see what the newest queries attend to.
         progress: called with what is done now, and how much of how much.
 
     Raises:
@@ -158,13 +160,15 @@ def fit_forecast(
             )
         seen += found  # slots that another policy left are not forgotten
         fitted_to = [one for one in seen if one.row not in held_out]
+        fitted_to = fitted_to if queries else [_without_queries(one) for one in fitted_to]
         network = _fit(model, fitted_to, seed, partial(progress, f"fit {number}"))
     assert network is not None
     others = [one for one in seen if one.row in held_out]
     if not others:
         return Fitted(network, len(fitted_to))
     own = network.to(model.device).part(list(bounded_layers(model.config)))
-    share = _share(others, lambda one: _all(own, one.inputs_LHNX.float()))
+    shown = others if queries else [_without_queries(one) for one in others]
+    share = _share(shown, lambda one: _all(own, one.inputs_LHNX.float()))
     by_attention = _share(others, lambda one: one.inputs_LHNX[..., _ATTENTION].float())
     return Fitted(network, len(fitted_to), share, by_attention)
 
@@ -193,10 +197,19 @@ class _Recorder(Forecast):
             target_HN = torch.stack([part / part.sum(-1, keepdim=True).clamp(min=1e-12) for part in parts]).sum(0)
             stayed = keep - int((~is_free_HN[0]).sum())
             self.sink.setdefault((row, event), []).append(Compaction(inputs_HNX.half(), target_HN, stayed, row))
-        has_network = view.calibration is not None and view.calibration.forecast is not None
-        by_attention_BHN = inputs_BHNX[..., _ATTENTION] + inputs_BHNX[..., _VALUE]
-        scores_BHN = self.network(view)(inputs_BHNX) if has_network else by_attention_BHN
+        network = None if view.calibration is None else view.calibration.forecast
+        if network is None:
+            scores_BHN = inputs_BHNX[..., _ATTENTION] + inputs_BHNX[..., _VALUE]
+        else:
+            scores_BHN = Forecast.fitted(network, view.keys_BHND.shape[-1]).score(view)
         return Plan(top_k_slots(scores_BHN, keep, view.is_protected_BHN))
+
+
+def _without_queries(one: Compaction) -> Compaction:
+    """Return a compaction without the inputs that come from queries."""
+    key = one.inputs_LHNX.shape[-1] - FORECAST_FEATURES
+    parts = (one.inputs_LHNX[..., :key], one.inputs_LHNX[..., key + FORECAST_ATTENTION :])
+    return one._replace(inputs_LHNX=torch.cat(parts, -1))
 
 
 def _record(
@@ -344,5 +357,5 @@ def add_forecast(
         passages, _ = read_corpus(job, model, tokenizer, known)
         texts = [(ids_L, 1 if job.text else max(prompt, 1)) for ids_L, prompt in passages]
         rows += [TraceRow(ids_L[:prompt], ids_L[prompt:]) for ids_L, prompt in texts if len(ids_L) > prompt]
-    fitted = fit_forecast(model, rows, calibration, seed=job.seed, progress=progress)
+    fitted = fit_forecast(model, rows, calibration, seed=job.seed, queries=job.queries, progress=progress)
     return replace(calibration, forecast=fitted.network), fitted

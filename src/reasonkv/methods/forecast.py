@@ -10,11 +10,11 @@ from torch import Tensor
 from reasonkv.methods.base import Requirements, ScorerMethod
 from reasonkv.methods.catalogue import MethodError
 from reasonkv.methods.ops import attend, later_slots, squared_norms, upcast
-from reasonkv.methods.options import Size
-from reasonkv.network import FORECAST_FEATURES, Network
+from reasonkv.methods.options import Count
+from reasonkv.network import FORECAST_ATTENTION, FORECAST_FEATURES, Network
 from reasonkv.view import SlotView
 
-_NEWEST = 16
+_WINDOW, _NEWEST = 64, 16
 _LEAST = 1e-9  # attention, below which slots are alike
 
 
@@ -26,17 +26,23 @@ class Forecast(ScorerMethod):
     formula over recent queries does. So every KV head has a network of its own, fitted once to what full KV's later
     queries did (`reasonkv calibrate --forecast`, minutes on a CPU); the model itself is not changed.
 
-    1. A slot's inputs are its key before RoPE and seven logarithms (`inputs`).
+    1. A slot's inputs are its key before RoPE and seven logarithms (`inputs`), or the three that need no queries.
     2. The network, one hidden layer of 32 units beside a linear map, gives the slot's score.
 
     It was fitted to the compactions of a bounded cache as it makes them: the target is full KV's attention still to
     come times the value's norm, as shares among the slots that may go.
 
     Args:
-        window: newest queries that are looked at; the network was fitted with 64.
+        window: newest queries that are looked at, as many as the network was fitted with: 64, or 0 for networks that
+            see none (`reasonkv calibrate --forecast --no-queries`).
     """
 
-    window: Size = 64
+    window: Count = _WINDOW
+
+    @classmethod
+    def fitted(cls, network: Network, head_dim: int) -> Forecast:
+        """Return the method that reads this network."""
+        return cls(window=_WINDOW if network.inputs == head_dim + FORECAST_FEATURES else 0)
 
     @property
     def needs(self) -> Requirements:
@@ -56,12 +62,19 @@ class Forecast(ScorerMethod):
             raise MethodError(
                 "forecast reads a network that this calibration has not; fit one with `reasonkv calibrate --forecast`."
             )
-        if found.inputs != view.keys_BHND.shape[-1] + FORECAST_FEATURES:
+        other = {FORECAST_FEATURES: _WINDOW, FORECAST_FEATURES - FORECAST_ATTENTION: 0}
+        beside_key = found.inputs - view.keys_BHND.shape[-1]
+        if beside_key not in other:
             raise MethodError("The calibration's forecast was fitted to keys of another size; fit it to this model.")
+        if bool(other[beside_key]) != bool(self.window):
+            raise MethodError(
+                f"This calibration's forecast was fitted {'without' if self.window else 'with'} queries; choose "
+                f"forecast:window={other[beside_key]}."
+            )
         return found
 
     def inputs(self, view: SlotView) -> Tensor:
-        """Return what describes a slot, float32 (float64 for float64 keys) [B, H, N, D + 7].
+        """Return what describes a slot, float32 (float64 for float64 keys) [B, H, N, D + 7], or D + 3 without queries.
 
         The key before RoPE in canonical order; then the logarithms of the attention that the newest queries pay to the
         slot (mean over queries and query heads; largest mean of a query head; largest mean of a query; mean over the
@@ -70,15 +83,16 @@ class Forecast(ScorerMethod):
         assert view.rotary is not None
         keys_BHND = upcast(view.keys_BHND)
         plain_BHND = view.rotary.canonical(view.rotary.unrotate(keys_BHND, view.positions_BHN))
-        attention_BHFN = attend(
-            view.queries_BHgTD(), view.keys_BHND, view.scaling, _summaries, later_BHTt=later_slots(view)
-        )
         age_BHN = (view.length_B[:, None, None] - view.positions_BHN).to(keys_BHND.dtype)
         logarithms = [
-            *attention_BHFN.clamp(min=_LEAST).log().unbind(2),
             age_BHN.clamp(min=1.0).log(),
             *(squared_norms(x).clamp(min=_LEAST).log() / 2 for x in (view.keys_BHND, view.values_BHND)),
         ]
+        if self.window:
+            attention_BHFN = attend(
+                view.queries_BHgTD(), view.keys_BHND, view.scaling, _summaries, later_BHTt=later_slots(view)
+            )
+            logarithms = [*attention_BHFN.clamp(min=_LEAST).log().unbind(2), *logarithms]
         return torch.cat([plain_BHND, torch.stack(logarithms, -1)], -1)
 
 
