@@ -226,3 +226,9 @@ def test_the_command_line_fits_to_questions_of_a_file(tmp_path: Path) -> None:
     assert code == 0, told
     assert "none is left over to measure it on" in told and str(out.name) in said
     assert load_calibration(out).forecast is not None
+    code, _, told = run(
+        "calibrate", "--task", str(questions), *asked, "--forecast", "--without-queries", "--out", str(out)
+    )
+    assert code == 0, told
+    blind = load_calibration(out).forecast
+    assert blind is not None and blind.inputs == load_calibration(out).head_dim + 3

@@ -69,8 +69,7 @@ class CalibrateJob(CorpusJob):
         horizon: Also fit weights of the future distances, for triattention:horizon=variational.
         forecast: Also fit the networks of the method forecast. Of a task without reference traces, the model answers
             the problems first.
-        queries: With forecast, networks that see the newest queries, too; without, for forecast:window=0, which stores
-            none.
+        without_queries: With forecast, networks that see no queries, for forecast:window=0, which stores none.
         import_: Read this file (.safetensors, or the public code's .pt) instead of running a model.
         out: File to write (.safetensors). Unless given, the user's cache, where methods find it.
         export: Also write the public code's format (.pt).
@@ -80,7 +79,7 @@ class CalibrateJob(CorpusJob):
     batch_size: int = 1
     horizon: bool = False
     forecast: bool = False
-    queries: bool = True
+    without_queries: bool = False
     import_: Path | None = None
     out: Path | None = None
     export: Path | None = None

@@ -357,5 +357,5 @@ def add_forecast(
         passages, _ = read_corpus(job, model, tokenizer, known)
         texts = [(ids_L, 1 if job.text else max(prompt, 1)) for ids_L, prompt in passages]
         rows += [TraceRow(ids_L[:prompt], ids_L[prompt:]) for ids_L, prompt in texts if len(ids_L) > prompt]
-    fitted = fit_forecast(model, rows, calibration, seed=job.seed, queries=job.queries, progress=progress)
+    fitted = fit_forecast(model, rows, calibration, seed=job.seed, queries=not job.without_queries, progress=progress)
     return replace(calibration, forecast=fitted.network), fitted

@@ -34,7 +34,7 @@ class Forecast(ScorerMethod):
 
     Args:
         window: newest queries that are looked at, as many as the network was fitted with: 64, or 0 for networks that
-            see none (`reasonkv calibrate --forecast --no-queries`).
+            see none (`reasonkv calibrate --forecast --without-queries`).
     """
 
     window: Count = _WINDOW
