@@ -1,8 +1,8 @@
 """How well do scores tell the attention to come? Rank correlation and mass, head by head, at the same compactions.
 
 A cache evicts at random. At every compaction each method scores the slots that may go, and full KV's attention still to
-come says how well it did. Also R = |mean of q| / mean of |q| of the calibration, which is 1 where all queries before
-RoPE point one way.
+come says how well it did. Also what models differ in: R = |mean of q| / mean of |q|, 1 where all queries before RoPE point
+one way; the spread of value norms; and the share of the attention to come that goes to the first four tokens.
 
 python benchmarks/foresight.py --model Qwen/Qwen2.5-Coder-0.5B-Instruct --calibration stats.safetensors
 """
@@ -38,6 +38,7 @@ JUDGED = (
     "random", "streaming", "knorm", "keydiff", "curdkv", "vase-dkv:window=32", "snapkv:window=32", "tova",
     "rkv:window=32", "scissorhands", "triattention:mode=per_layer_per_head", "expected", "forecast",
 )  # fmt: skip
+_SINKS = 4
 _RING = 128  # queries, the most that one of them reads
 
 
@@ -45,6 +46,7 @@ _RING = 128  # queries, the most that one of them reads
 class Panel(Method):
     """Evicts at random, and notes for every judged method and head how well its scores tell the attention to come."""
 
+    judged: tuple[str, ...] = JUDGED
     found: Any = field(default_factory=lambda: defaultdict(list))
 
     name = "panel"
@@ -52,9 +54,7 @@ class Panel(Method):
     @property
     def needs(self) -> Requirements:
         """What any judged method needs."""
-        return Requirements(
-            queries=_RING, rotary=True, calibration=True, statistics=frozenset({"forecast"}), observes=True, future=True
-        )
+        return Requirements(queries=_RING, rotary=True, calibration=True, observes=True, future=True)
 
     def new_row_state(self, rows: int, query_heads: int, head_dim: int, device: torch.device) -> dict[str, Tensor]:
         """The moments of `expected`."""
@@ -75,10 +75,19 @@ class Panel(Method):
         coming_BHn = coming_BHN[free].view(B, H, -1)
         stay = keep - int((~free)[0, 0].sum())
         best_BH = coming_BHn.topk(stay, -1).values.sum(-1)
-        for spec in JUDGED:
+        norms_BHN, first_BHN = view.values_BHND.float().norm(dim=-1), view.positions_BHN < _SINKS
+        facts = {
+            "spread of value norms": norms_BHN.std(-1) / norms_BHN.mean(-1),
+            "attention to the first four": (coming_BHN * first_BHN).sum(-1) / coming_BHN.sum(-1),
+        }
+        for name, fact_BH in facts.items():
+            self.found[name, view.layer].append(fact_BH.mean(0)[None])
+        for spec in self.judged:
             scores_BHn = _scores(spec, view, keep)[free].view(B, H, -1)
             held_BH = coming_BHn.gather(-1, scores_BHn.topk(stay, -1).indices).sum(-1) / best_BH
-            self.found[spec, view.layer].append((_spearman(scores_BHn, coming_BHn).mean(0), held_BH.mean(0)))
+            self.found[spec, view.layer].append(
+                torch.stack([_spearman(scores_BHn, coming_BHn).mean(0), held_BH.mean(0)])
+            )
         return chosen
 
 
@@ -105,7 +114,9 @@ def _spearman(one: Tensor, other: Tensor) -> Tensor:
 
 def measure(name: str, calibration: Path, task: str, budget: int, limit: int, most: int) -> dict[str, Any]:
     """Return a row a method: quartiles over heads of both measures; and those of R."""
-    loaded, statistics, panel = load_model(name), load_calibration(calibration), Panel()
+    loaded, statistics = load_model(name), load_calibration(calibration)
+    judged = JUDGED if statistics.forecast is not None else JUDGED[:-1]
+    panel = Panel(judged)
     rows = own_answers(loaded.model, loaded.tokenizer, [get_task(task)], limit=limit, most=most)
     for first in range(0, len(rows), 8):
         batch = rows[first : first + 8]
@@ -116,16 +127,14 @@ def measure(name: str, calibration: Path, task: str, budget: int, limit: int, mo
             for _ in feed(loaded.model, cache, batch, distances=cache.tokens_to_next_event, score=False):
                 pass
     concentration = statistics.mean_LHqF.abs().sum(-1) / statistics.modulus_LHqF.sum(-1)
-    found: dict[str, Any] = {
-        "model": loaded.name, "task": task, "budget": budget, "traces": len(rows), "R": _quartiles(concentration)
-    }  # fmt: skip
     methods = {}
-    for spec in JUDGED:
-        layers = [values for (own, _), values in sorted(panel.found.items()) if own == spec]
-        measures = [torch.stack([torch.stack(part).mean(0) for part in zip(*layer, strict=True)]) for layer in layers]
-        spearman, held = torch.stack(measures).unbind(1)
-        methods[spec] = {"spearman": _quartiles(spearman), "held": _quartiles(held), "heads": spearman.numel()}
-    return found | {"methods": methods}
+    for name in dict.fromkeys(name for name, _ in panel.found):
+        layers = [torch.stack(values).mean(0) for (own, _), values in sorted(panel.found.items()) if own == name]
+        parts = [_quartiles(part) for part in torch.stack(layers).unbind(1)]
+        methods[name] = dict(zip(("spearman", "held"), parts, strict=True)) if name in judged else parts[0]
+    facts = {name: methods.pop(name) for name in [*methods] if name not in judged}
+    about = {"model": loaded.name, "task": task, "budget": budget, "traces": len(rows)}
+    return about | {"R": _quartiles(concentration)} | facts | {"methods": methods}
 
 
 def _quartiles(x: Tensor) -> list[float]:
@@ -149,9 +158,9 @@ def main() -> None:
     others = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
     kept = [one for one in others if (one["model"], one["task"]) != (row["model"], row["task"])]
     RESULTS.write_text(json.dumps([*kept, row], indent=1) + "\n")
-    print(json.dumps(row["R"]))
-    for spec, one in row["methods"].items():
-        print(f"{spec:40} spearman {one['spearman']}  held {one['held']}")
+    for name, one in (row | row["methods"]).items():
+        if name != "methods":
+            print(f"{name:40} {one}")
 
 
 if __name__ == "__main__":
