@@ -1,8 +1,8 @@
 """How well do scores tell the attention to come? Rank correlation and mass, head by head, at the same compactions.
 
 A cache evicts at random. At every compaction each method scores the slots that may go, and full KV's attention still to
-come says how well it did. Also what models differ in: R = |mean of q| / mean of |q|, 1 where all queries before RoPE point
-one way; the spread of value norms; and the share of the attention to come that goes to the first four tokens.
+come says how well it did. Also what models differ in: R = |mean of q| / mean of |q|, 1 where all queries before RoPE
+point one way; the spread of value norms; and the share of the attention to come that goes to the first four tokens.
 
 python benchmarks/foresight.py --model Qwen/Qwen2.5-Coder-0.5B-Instruct --calibration stats.safetensors
 """
