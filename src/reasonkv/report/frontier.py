@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pandas as pd
 from rich.table import Table
 
@@ -26,7 +25,7 @@ from reasonkv.evaluate.frontier import (
 from reasonkv.evaluate.statistics import LEAST
 from reasonkv.report.metrics import REGIMES, UNITS
 from reasonkv.report.terminal import make_table
-from reasonkv.report.wording import amount, interval_text, number, rule_words, selecting
+from reasonkv.report.wording import amount, interval_text, number, plural, rule_words, selecting, span
 
 if TYPE_CHECKING:
     from reasonkv.evaluate.tune import Search
@@ -71,49 +70,35 @@ class Frontier:
         if self.crossings:
             found.append(self._crossings_table())
         shown = self.regimes[[name for name in self.regimes if name != "selecting" or self.regimes[name].any()]]
-        rows = [
-            [str(task), *(f"{count:,}" for count in own)]
-            for task, own in zip(shown.index, shown.to_numpy(), strict=True)
-        ]
+        rows = [[str(task), *(f"{count:,}" for count in own)] for task, own in shown.T.items()]
         return [*found, make_table("Bounded records by regime", ["task"], list(shown), rows)]
 
     def _usable_table(self, task: str) -> Table:
         words = rule_words([rule for _, _, rule in self.usable])
-        rows = []
+        several, rows = any(words.values()), []
         for (own, method, rule), found in self.usable.items():
             if own != task:
                 continue
             cells = ["-", "-", "-", "-", str(found)]
             if isinstance(found, UsableBudget):
-                counts = [
-                    len(one.values)
-                    for one in self.points
-                    if (one.task, one.method, one.rule, one.regime) == (task, method, rule, "compressed")
-                ]
-                span = _span(amount(found.smallest, self.axis), amount(found.largest, self.axis))
-                cells = [span, _span(str(min(counts)), str(max(counts))), *usable_text(found, self.axis)]
-            rows.append([method, *([words[rule]] if any(words.values()) else []), *cells])
-        left = ["method", *(["rule"] if any(words.values()) else [])]
+                key = (task, method, rule, "compressed")
+                counts = [len(p.values) for p in self.points if (p.task, p.method, p.rule, p.regime) == key]
+                measured = span(amount(found.smallest, self.axis), amount(found.largest, self.axis))
+                cells = [measured, span(str(min(counts)), str(max(counts))), *usable_text(found, self.axis)]
+            rows.append([method, *[words[rule]] * several, *cells])
+        left = ["method", *["rule"] * several]
         title = f"{task}: usable budget for {self.target}{_in(self.axis)}"
         return make_table(title, left, ["measured", "n", "usable", "95 % interval"], rows, ["status"])
 
     def _crossings_table(self) -> Table:
-        metric = self.target.metric
-        share = metric in {"top1", "accuracy"}
-        scale, digits, unit = (100, 2, "points") if share else (1, 3, "nats")
-        rows = [
-            [
-                one.ours.task,
-                one.label,
-                f"{one.ours.mean * scale:.{digits}f} : {one.theirs.mean * scale:.{digits}f}",
-                number(one.advantage.mean * scale, digits),
-                interval_text(one.advantage.low, one.advantage.high, digits, scale) or "-",
-                str(one.advantage.pairs),
-                f"{one.p:.2g}",
-                "yes" if one.holds else "no",
-            ]
-            for one in (self.crossings if self.pair else self.crossings[:SHOWN])
-        ]
+        metric, rows = self.target.metric, []
+        scale, digits, unit = (100, 2, "points") if metric in {"top1", "accuracy"} else (1, 3, "nats")
+        for one in self.crossings if self.pair else self.crossings[:SHOWN]:
+            means = " : ".join(f"{side.mean * scale:.{digits}f}" for side in (one.ours, one.theirs))
+            gain = one.advantage
+            interval = interval_text(gain.low, gain.high, digits, scale) or "-"
+            rows.append([one.ours.task, one.label, means, number(gain.mean * scale, digits), interval, str(gain.pairs),
+                         f"{one.p:.2g}", "yes" if one.holds else "no"])  # fmt: skip
         title = "Crossings: the smaller does better"
         if self.pair:
             title = f"{self.pair[0]} at the same budget as {self.pair[1]} and at smaller ones"
@@ -152,7 +137,7 @@ class Frontier:
         if not found:
             return "Crossings: at no pair of methods and budgets does the smaller budget do better."
         held = sum(one.holds for one in found)
-        text = f"{len(found)} pair{'s' * (len(found) != 1)} where the smaller does better, {held} of them surely."
+        text = f"{plural(len(found), 'pair')} where the smaller does better, {held} of them surely."
         return text + (f" The surest {SHOWN} are shown; --json has all." if len(found) > SHOWN else "")
 
     def to_dict(self) -> dict[str, Any]:
@@ -288,8 +273,8 @@ def _order_words(search: Search) -> str:
 
 
 def _point_dict(point: Point) -> dict[str, object]:
-    values = np.array(list(point.values.values()))
-    se = float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else None
+    values = pd.Series(point.values)
+    se = float(values.sem()) if len(values) > 1 else None
     names = ("task", "method", "regime", "tokens", "mean", "physical_mean", "bytes_held")
     return {name: getattr(point, name) for name in names} | {"rule": json.loads(point.rule), "n": len(values), "se": se}
 
@@ -305,7 +290,3 @@ def _comparison_dict(one: Comparison) -> dict[str, Any]:
 
 def _in(axis: Axis) -> str:
     return "" if axis == "tokens" else f", in {UNITS[axis]}"
-
-
-def _span(low: str, high: str) -> str:
-    return low if low == high else f"{low} to {high}"

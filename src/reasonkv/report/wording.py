@@ -64,6 +64,11 @@ def listed(words: Sequence[str]) -> str:
     return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " and " + words[-1]
 
 
+def span(low: str, high: str) -> str:
+    """Return `a to b`, or `a` where both are the same."""
+    return low if low == high else f"{low} to {high}"
+
+
 def plural(count: int, word: str) -> str:
     """Return `1 problem`, `2,000 problems`."""
     return f"{count:,} {word}{'s' * (count != 1)}"
@@ -95,13 +100,10 @@ def budget_sentence(frame: pd.DataFrame) -> str:
     if choosing or padded:
         reads = f"Slots are kept, and attention reads them all, but for {listed([*choosing, *padded])} (slots read)."
     if choosing:
-        verb = "keeps" if len(choosing) == 1 else "keep"
-        reads += (
-            f" {listed(choosing)} {verb} everything: the budget is the most a decoded token reads, prompt included."
-        )
+        keep = f"{listed(choosing)} keep{'s' * (len(choosing) == 1)}"
+        reads += f" {keep} everything: the budget is the most a decoded token reads, prompt included."
     if padded:
-        verb = "holds" if len(padded) == 1 else "hold"
-        reads += f" {listed(padded)} {verb} padding, which nothing attends to."
+        reads += f" {listed(padded)} hold{'s' * (len(padded) == 1)} padding, which nothing attends to."
     if "retention" in budget:
         return (
             f"Budget: slots that stay of every window of {budget['size']} decoded tokens, which are cut once; the "
@@ -109,13 +111,10 @@ def budget_sentence(frame: pd.DataFrame) -> str:
         )
     rule = "every" if budget["trigger"] == "occupancy" else "on the grid of"
     protected = (Budget.from_dict(json.loads(one)).protected() for one in bounded["budget"].unique())
-    sinks, recent = (
-        f"{min(own)} to {max(own)}" if len(set(own)) > 1 else f"{own[0]}" for own in zip(*protected, strict=True)
-    )
+    sinks, recent = (span(f"{min(own)}", f"{max(own)}") for own in zip(*protected, strict=True))
     return (
         f"Budget: slots per KV head and layer that stay after a compaction ({rule} {budget['interval']} tokens), "
-        f"{sinks} sinks and the {recent} newest among them; {PROMPT_WORDS[budget['prompt']]}. "
-        f"{reads}"
+        f"{sinks} sinks and the {recent} newest among them; {PROMPT_WORDS[budget['prompt']]}. {reads}"
     )
 
 
