@@ -263,7 +263,7 @@ def by_key(part: pd.DataFrame, metric: str, unit: str = "example") -> dict[Any, 
 
 
 def summary_dicts(summary: pd.DataFrame) -> list[dict[str, Any]]:
-    """Return the rows of `summarize` for JSON: means as {mean, se}, differences by metric, what is missing as None."""
+    """Return the rows of `summarize` nested: means as {mean, se}, differences by metric."""
     found = []
     for row in summary.to_dict("records"):
         data: dict[str, Any] = {name: row[name] for name in ("task", "method", "regime", "n", "answers")}
@@ -273,10 +273,10 @@ def summary_dicts(summary: pd.DataFrame) -> list[dict[str, Any]]:
             metric, _, other = name.rpartition("_vs_")
             if f"{name}_se" in row and not math.isnan(value):
                 ends = {end: row[f"{name}_{end}"] for end in ("se", "low", "high") if f"{name}_{end}" in row}
-                data[name] = {"mean": value} | {end: None if math.isnan(one) else one for end, one in ends.items()}
+                data[name] = {"mean": value} | ends
             elif metric and isinstance(value, Difference):
-                data[f"versus_{other}"][metric] = value.to_dict()
+                data[f"versus_{other}"][metric] = value
             elif name == "median_divergence":
-                data[name] = None if math.isnan(value) else value
+                data[name] = value
         found.append(data)
     return found

@@ -284,7 +284,7 @@ def _comparison_dict(one: Comparison) -> dict[str, Any]:
         name: {"method": side.method, "tokens": side.tokens, "mean": side.mean}
         for name, side in (("smaller", one.ours), ("larger", one.theirs))
     }
-    rest = {"difference": one.advantage.to_dict(), "p": one.p, "holds": one.holds}
+    rest = {"difference": one.advantage, "p": one.p, "holds": one.holds}
     return {"task": one.ours.task, "label": one.label, "rule": json.loads(one.ours.rule)} | sides | rest
 
 

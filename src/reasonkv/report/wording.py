@@ -46,12 +46,12 @@ def ends(row: Mapping[str, Any], metric: str) -> tuple[float, float]:
     return (mean, mean) if math.isnan(low) else (low, high)
 
 
-def difference_text(one: Difference | None, digits: int, scale: float = 1) -> str:
-    """Return `mean [low, high]` with signs, or `-` where nothing was compared."""
+def difference_text(one: Difference | None, digits: int, scale: float = 1, sign: str = "+") -> str:
+    """Return `mean [low, high]` with signs (with `sign=""` without +), or `-` where nothing was compared."""
     if not isinstance(one, Difference):
         return "-"
-    ends = interval_text(one.low, one.high, digits, scale, sign="+")
-    return f"{number(one.mean * scale, digits, sign='+')} {ends}".rstrip()
+    ends = interval_text(one.low, one.high, digits, scale, sign)
+    return f"{number(one.mean * scale, digits, sign)} {ends}".rstrip()
 
 
 def interval_text(low: float, high: float, digits: int, scale: float = 1, sign: str = "") -> str:
