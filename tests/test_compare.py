@@ -26,7 +26,8 @@ from reasonkv.evaluate.compare import (
     summarize_pairs,
 )
 from reasonkv.evaluate.records import append_records
-from reasonkv.evaluate.table import LEAST, to_frame
+from reasonkv.evaluate.statistics import LEAST
+from reasonkv.evaluate.table import to_frame
 
 WORDS = ["So", "the", "train", "takes", "3", "hours", ",", "then", "210", "/", "3", "=", "70", "km/h", "."]
 

@@ -16,10 +16,10 @@ from tiny import TASK, tiny_loaded
 import reasonkv
 from reasonkv.budget import Budget
 from reasonkv.cli.ready import python_line, serve_line
-from reasonkv.evaluate.frontier import FrontierError, Target
 from reasonkv.evaluate.job import BudgetOptions, ReplayJob, TraceSettings, TuneJob
-from reasonkv.evaluate.records import ReplayRecord, read_answers, read_records
+from reasonkv.evaluate.records import AnswerRecord, ReplayRecord, read_lines
 from reasonkv.evaluate.run import run
+from reasonkv.evaluate.target import FrontierError, Target
 from reasonkv.evaluate.tune import Search, budget_range, check_search, find_usable_budget, tune
 from reasonkv.methods import get_method
 
@@ -179,7 +179,7 @@ def test_a_real_search_leaves_one_folder_and_resumes_without_recomputing(tmp_pat
     first, said = search(target="0.9x")
     assert any("streaming @ 10" in one for one in said)
     lines = (out / "records.jsonl").read_bytes()
-    records = read_records(out / "records.jsonl")
+    records = read_lines(out / "records.jsonl", ReplayRecord)
     probed = {probe.tokens for probe in first.probes}
     assert {one.budget["tokens"] for one in records if one.budget} == probed
     assert sum(one.budget is None for one in records) == 2
@@ -203,7 +203,7 @@ def test_a_search_for_accuracy_generates(tmp_path: Path) -> None:
     accuracy = job(methods="streaming", metric="accuracy", target="0.5", max_new_tokens=20, resolution=2.0)
     (found,) = tune(accuracy, tiny_loaded(), tmp_path)
     assert found.status == "not reached"  # random weights answer nothing
-    assert len(read_answers(tmp_path / "records.jsonl")) == 2 + 2 * len(found.probes)
+    assert len(read_lines(tmp_path / "records.jsonl", AnswerRecord)) == 2 + 2 * len(found.probes)
     (again,) = tune(accuracy, tiny_loaded(), tmp_path)
     assert again == found
 

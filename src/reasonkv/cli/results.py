@@ -111,8 +111,9 @@ def frontier(
             first.
         figure: Draw the frontier into this PNG.
     """
-    from reasonkv.evaluate.frontier import DEFAULT_TARGETS, Target, read_comparable
+    from reasonkv.evaluate.frontier import read_comparable
     from reasonkv.evaluate.sanity import sanity_warnings
+    from reasonkv.evaluate.target import DEFAULT_TARGETS, Target
     from reasonkv.methods import get_method
     from reasonkv.report.frontier import summarize_frontier
 

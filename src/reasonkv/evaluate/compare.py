@@ -14,7 +14,8 @@ import numpy as np
 import pandas as pd
 
 from reasonkv.errors import ReasonKVError
-from reasonkv.evaluate.table import Difference, by_key, paired_difference, read_manifest, read_results
+from reasonkv.evaluate.statistics import Difference, paired_difference
+from reasonkv.evaluate.table import by_key, read_manifest, read_results
 
 MEASURES = ("same", "sequence_ratio", "rouge_l", "semantic")
 """Likeness to full KV's output of the same problem and sample, each from 0 to 1 (`semantic`: from -1)."""

@@ -20,7 +20,6 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from reasonkv.evaluate.matching import regime
 from reasonkv.evaluate.statistics import (
     LEAST,
     RESAMPLES,
@@ -31,12 +30,7 @@ from reasonkv.evaluate.statistics import (
     paired_p_value,
 )  # fmt: skip
 from reasonkv.evaluate.table import read_manifest, read_results
-from reasonkv.evaluate.target import DEFAULT_TARGETS, HIGHER_IS_BETTER, FrontierError, Target
-
-__all__ = [
-    "DEFAULT_TARGETS", "HIGHER_IS_BETTER", "Comparison", "FrontierError", "Point", "Target", "UsableBudget", "between",
-    "crossings", "measured_points", "pairs_to_test", "read_comparable", "regime", "usable_budget",
-]  # fmt: skip
+from reasonkv.evaluate.target import HIGHER_IS_BETTER, FrontierError, Target
 
 Axis = Literal["tokens", "physical_mean", "bytes_held"]
 EQUAL = 0.02

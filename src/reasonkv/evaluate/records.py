@@ -303,13 +303,3 @@ def read_lines(path: Path, kind: type[R]) -> list[R]:
         seen[record.key] = number
         records.append(record)
     return records
-
-
-def read_records(path: Path) -> list[ReplayRecord]:
-    """Return every record of a replay; errors as in `read_lines`."""
-    return read_lines(path, ReplayRecord)
-
-
-def read_answers(path: Path) -> list[AnswerRecord]:
-    """Return every record of a generation; errors as in `read_lines`."""
-    return read_lines(path, AnswerRecord)

@@ -28,26 +28,9 @@ from reasonkv.evaluate.records import (
     read_lines,
     whole_lines,
 )
-from reasonkv.evaluate.statistics import (
-    LEAST,
-    RESAMPLES,
-    Difference,
-    Estimate,
-    bootstrap_means,
-    clustered_mean,
-    holm,
-    paired_difference,
-    paired_p_value,
-    wilson,
-)  # fmt: skip
+from reasonkv.evaluate.statistics import LEAST, Difference, clustered_mean, paired_difference, wilson
 from reasonkv.inputs import parse_json
 from reasonkv.methods import method_class
-
-__all__ = [
-    "COMPARED", "FULL_KV", "KEPT", "LEAST", "METRICS", "RESAMPLES", "Difference", "Estimate", "bootstrap_means",
-    "by_key", "clustered_mean", "diagnostics", "holm", "method_label", "paired_difference", "paired_p_value",
-    "read_folder_records", "read_manifest", "read_results", "summarize", "summary_dicts", "to_frame", "wilson",
-]  # fmt: skip
 
 KEPT = "records.parquet"
 """The compressed form of one or more results folders, as committed under docs/results."""

@@ -17,17 +17,7 @@ import pandas as pd
 
 from reasonkv.budget import Budget, Window
 from reasonkv.evaluate.cells import make_methods, make_rule
-from reasonkv.evaluate.frontier import (
-    DEFAULT_TARGETS,
-    HIGHER_IS_BETTER,
-    FrontierError,
-    Point,
-    Target,
-    UsableBudget,
-    compare_values,
-    measured_points,
-    usable_budget,
-)
+from reasonkv.evaluate.frontier import Point, UsableBudget, compare_values, measured_points, usable_budget
 from reasonkv.evaluate.job import BudgetOptions, GenerateJob, ReplayJob, TraceSettings, TuneJob
 from reasonkv.evaluate.matching import selecting_method, smallest
 from reasonkv.evaluate.merging import merge, without_full
@@ -36,6 +26,7 @@ from reasonkv.evaluate.records import AnswerRecord, ReplayRecord
 from reasonkv.evaluate.run import run
 from reasonkv.evaluate.statistics import Difference
 from reasonkv.evaluate.table import to_frame
+from reasonkv.evaluate.target import DEFAULT_TARGETS, HIGHER_IS_BETTER, FrontierError, Target
 from reasonkv.evaluate.traces import file_name
 from reasonkv.methods import Method
 from reasonkv.models import LoadedModel

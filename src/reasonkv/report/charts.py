@@ -15,8 +15,9 @@ import altair as alt
 import pandas as pd
 import vl_convert
 
-from reasonkv.evaluate.frontier import FrontierError, Point, Target
+from reasonkv.evaluate.frontier import Point
 from reasonkv.evaluate.table import FULL_KV
+from reasonkv.evaluate.target import FrontierError, Target
 from reasonkv.files import write_atomically
 from reasonkv.report.metrics import KNOWN, UNITS, shown_metrics
 from reasonkv.report.style import FULL_COLOUR, FULL_DASH, Style, styles

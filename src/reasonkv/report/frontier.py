@@ -11,18 +11,17 @@ import pandas as pd
 from rich.table import Table
 
 from reasonkv.evaluate.frontier import (
-    HIGHER_IS_BETTER,
     Axis,
     Comparison,
     Point,
-    Target,
     UsableBudget,
     between,
     crossings,
     measured_points,
     usable_budget,
-)
+)  # fmt: skip
 from reasonkv.evaluate.statistics import LEAST
+from reasonkv.evaluate.target import HIGHER_IS_BETTER, Target
 from reasonkv.report.metrics import REGIMES, UNITS
 from reasonkv.report.terminal import make_table
 from reasonkv.report.wording import amount, interval_text, number, plural, rule_words, selecting, span

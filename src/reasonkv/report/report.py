@@ -11,8 +11,9 @@ from typing import Any
 
 import pandas as pd
 
-from reasonkv.evaluate.frontier import Axis, FrontierError, Target, UsableBudget, measured_points, pairs_to_test
+from reasonkv.evaluate.frontier import Axis, UsableBudget, measured_points, pairs_to_test
 from reasonkv.evaluate.sanity import sanity_warnings
+from reasonkv.evaluate.target import FrontierError, Target
 from reasonkv.files import write_atomically
 from reasonkv.report.charts import chart_script, report_chart
 from reasonkv.report.cohorts import Cohort, Folder, cohorts, job_words, model_name, read_folders, same_problems

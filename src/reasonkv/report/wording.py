@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from reasonkv.budget import Budget
-from reasonkv.evaluate.table import Difference
+from reasonkv.evaluate.statistics import Difference
 
 PROMPT_WORDS = {
     "count": "the prompt counts inside the budget and may be dropped",

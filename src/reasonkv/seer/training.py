@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from reasonkv.calibration.corpus import Passage, ProblemSource, read_corpus, task_passages
 from reasonkv.calibration.job import CorpusError
-from reasonkv.calibration.queries import rotaries, watched
+from reasonkv.calibration.queries import attention_weights, rotaries, watched
 from reasonkv.identity import model_hash
 from reasonkv.layers import bounded_layers
 from reasonkv.methods.ops import upcast
@@ -253,16 +253,10 @@ def _observe(model: PreTrainedModel, row: Passage, queries: int) -> dict[int, _S
 def _attention(seen: _Seen) -> Tensor:
     """The model's attention weights [H, g, T, L]."""
     scaling, softcap, sinks = (seen.options.get(name) for name in ("scaling", "softcap", "s_aux"))
-    logits: Tensor = (seen.queries_HgTD * (scaling or seen.shape[2] ** -0.5)) @ seen.keys_HLD[:, None].mT
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    later_TL = torch.arange(seen.keys_HLD.shape[1], device=logits.device) > seen.positions_T[:, None]
-    logits = logits.masked_fill(later_TL, float("-inf"))
-    if sinks is None:
-        return logits.softmax(-1)
-    H, g, T, _ = logits.shape
-    sink_HgT1 = sinks.to(logits.dtype).view(H, g, 1, 1).expand(H, g, T, 1)
-    return torch.cat([logits, sink_HgT1], -1).softmax(-1)[..., :-1]
+    return attention_weights(
+        seen.queries_HgTD, seen.keys_HLD, seen.positions_T, scaling=scaling or seen.shape[2] ** -0.5, softcap=softcap,
+        sinks=sinks,
+    )  # fmt: skip
 
 
 def _loss(parameters: Parameters, seen: _Seen, c: int) -> Tensor | None:
