@@ -15,6 +15,7 @@ from tiny import TASK, tiny_loaded
 
 import reasonkv
 from reasonkv.budget import Budget
+from reasonkv.cli.console import print_json
 from reasonkv.cli.ready import python_line, serve_line
 from reasonkv.evaluate.job import BudgetOptions, ReplayJob, TraceSettings, TuneJob
 from reasonkv.evaluate.records import AnswerRecord, ReplayRecord, read_lines
@@ -104,7 +105,7 @@ def test_a_dip_above_a_budget_that_keeps_the_target_is_found_and_said() -> None:
     assert found.violated
     assert found.usable is not None
     assert 256 in found.usable.fails_above
-    assert (16, 256) in {(fall.smaller, fall.larger) for fall in found.falls if fall.sure}
+    assert (16, 256) in {(fall.ours.tokens, fall.theirs.tokens) for fall in found.falls if fall.holds}
 
 
 def test_a_sure_fall_below_the_target_is_a_violation_and_noise_is_not() -> None:
@@ -196,7 +197,7 @@ def test_a_real_search_leaves_one_folder_and_resumes_without_recomputing(tmp_pat
     both = probed & {probe.tokens for probe in other.probes}
     assert both
     assert all(path.stat().st_mtime_ns == times[path] for path in times)  # nothing was run again
-    json.dumps([first.to_dict(), other.to_dict()])
+    print_json([first.to_dict(), other.to_dict()])
 
 
 def test_a_search_for_accuracy_generates(tmp_path: Path) -> None:

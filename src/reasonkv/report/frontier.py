@@ -21,7 +21,7 @@ from reasonkv.evaluate.frontier import (
     usable_budget,
 )  # fmt: skip
 from reasonkv.evaluate.statistics import LEAST
-from reasonkv.evaluate.target import HIGHER_IS_BETTER, Target
+from reasonkv.evaluate.target import Target
 from reasonkv.report.metrics import REGIMES, UNITS
 from reasonkv.report.terminal import make_table
 from reasonkv.report.wording import amount, interval_text, number, plural, rule_words, selecting, span
@@ -185,7 +185,7 @@ def summarize_frontier(
             usable[key] = "keeps everything: its budget is what it reads"
         elif not own:
             usable[key] = "no compressed record"
-        elif all(says_nothing(target, one) for one in own):
+        elif all(one.says_nothing(target) for one in own):
             usable[key] = f"full KV's {target.metric} is 0"
         else:
             usable[key] = usable_budget(own, target, axis=axis, seed=seed)
@@ -199,11 +199,6 @@ def summarize_frontier(
     else:
         found = between(active, *pair, target.metric, axis=axis, seed=seed)
     return Frontier(target, axis, points, usable, found, counts, pair)
-
-
-def says_nothing(target: Target, point: Point) -> bool:
-    """Return whether full KV itself has nothing here, so that a relative target asks for nothing."""
-    return target.relative and HIGHER_IS_BETTER[target.metric] and bool(point.full) and not any(point.full.values())
 
 
 def usable_text(found: UsableBudget, axis: Axis) -> tuple[str, str, str]:
@@ -265,9 +260,9 @@ def _order_words(search: Search) -> str:
     fails = search.usable.fails_above if search.usable else ()
     if fails:
         return "no: missed again at " + ", ".join(f"{one:,.0f}" for one in fails)
-    sure = [fall for fall in search.falls if fall.sure]
+    sure = [fall for fall in search.falls if fall.holds]
     if sure:
-        return "no: " + ", ".join(f"{fall.smaller:,} beats {fall.larger:,}" for fall in sure)
+        return "no: " + ", ".join(f"{fall.ours.tokens:,} beats {fall.theirs.tokens:,}" for fall in sure)
     return "up to noise" if search.falls else "yes"
 
 
