@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from reasonkv.evaluate.cells import make_budgets, make_methods
-from reasonkv.evaluate.decoding import Request, decode_batch
+from reasonkv.evaluate.decoding import Request, write_full
 from reasonkv.evaluate.generate import room
 from reasonkv.evaluate.job import GenerateJob, ReplayJob
 from reasonkv.evaluate.plan import Cell, Group, load_once
@@ -18,7 +18,6 @@ from reasonkv.evaluate.records import RECORDS, AnswerRecord, ReplayRecord, read_
 from reasonkv.evaluate.run import FULL_LIMIT
 from reasonkv.evaluate.traces import encode_prompts
 from reasonkv.models import LoadedModel, one_thread_if_small
-from reasonkv.runtimes.transformers import CompressedCache
 from reasonkv.schedule import bound
 from reasonkv.tasks import get_task
 
@@ -61,8 +60,7 @@ def measure_rates(model: LoadedModel, prompts: Sequence[Tensor]) -> Rates:
 
     def seconds(limit: int) -> tuple[float, int, float]:
         began = time.perf_counter()
-        with CompressedCache(model.model, "full", prompt_lengths=[len(one) for one in short]) as cache:
-            found = decode_batch(model.model, cache, [Request(one, limit) for one in short])
+        found = write_full(model.model, [Request(one, limit) for one in short])
         stats = found[0].stats
         written = sum(len(one.tokens) for one in found)
         return time.perf_counter() - began, written, stats.bytes_full / stats.length

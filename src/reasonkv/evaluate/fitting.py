@@ -24,7 +24,7 @@ from reasonkv.calibration import Calibration, CalibrationError
 from reasonkv.calibration.corpus import read_corpus
 from reasonkv.calibration.job import CalibrateJob
 from reasonkv.evaluate.chunks import TraceRow, feed
-from reasonkv.evaluate.decoding import Request, decode_batch
+from reasonkv.evaluate.decoding import Request, write_full
 from reasonkv.evaluate.generate import room
 from reasonkv.evaluate.reference import FullAttention
 from reasonkv.evaluate.traces import encode_prompts
@@ -316,6 +316,5 @@ def _answered(
         for first in range(0, job.limit, 4 * _BATCH):
             batch = prompts[first : first + 4 * _BATCH]
             requests = [Request(prompt, room(model, len(prompt), most)) for prompt in batch]
-            with CompressedCache(model, "full", prompt_lengths=[len(prompt) for prompt in batch]) as cache:
-                answers = decode_batch(model, cache, requests, on_tokens=on_tokens)
+            answers = write_full(model, requests, on_tokens=on_tokens)
             yield from (TraceRow(prompt, torch.tensor(one.tokens)) for prompt, one in zip(batch, answers, strict=True))
