@@ -27,12 +27,11 @@ from reasonkv.evaluate.cells import RunConfig
 from reasonkv.evaluate.chunks import TraceRow, feed
 from reasonkv.evaluate.decoding import Request, TextRules, decode_batch
 from reasonkv.evaluate.fates import EventPlan, PlanRecorder, fates, save_plans
-from reasonkv.evaluate.generate import room
+from reasonkv.evaluate.generate import first_divergence, room
 from reasonkv.evaluate.job import Sampling
 from reasonkv.evaluate.manifest import ResultsError
 from reasonkv.evaluate.metrics import TeacherLogprobs
 from reasonkv.evaluate.reference import FullAttention
-from reasonkv.evaluate.text import first_divergence
 from reasonkv.evaluate.traces import file_name, reference_logprobs
 from reasonkv.files import write_atomically
 from reasonkv.inputs import read_json
