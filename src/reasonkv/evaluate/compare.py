@@ -145,7 +145,7 @@ def pair_outputs(frame: pd.DataFrame, encode: Encode | None = None) -> pd.DataFr
     return pairs
 
 
-def summarize_pairs(pairs: pd.DataFrame, *, seed: int = 0) -> list[dict[str, Any]]:
+def summarize_pairs(pairs: pd.DataFrame) -> list[dict[str, Any]]:
     """Return one row for each method and budget on each task, regimes apart, in the order methods first occur.
 
     Fields are `model`, `task`, `method` (its label), `rule`, `tokens`, `regime`; `n` problems and `answers`; the mean
@@ -160,8 +160,8 @@ def summarize_pairs(pairs: pd.DataFrame, *, seed: int = 0) -> list[dict[str, Any
         found.append(row | {
             "tokens": int(row["tokens"]), "n": part["problem"].nunique(), "answers": len(part),
             "score": float(part["correct"].mean()), "full_score": float(part["full_score"].mean()),
-            "versus_full": _difference(part, "correct", of_full, seed),
-            "measures": {name: _difference(part, name, dict.fromkeys(of_full, 0.0), seed) for name in names},
+            "versus_full": _difference(part, "correct", of_full),
+            "measures": {name: _difference(part, name, dict.fromkeys(of_full, 0.0)) for name in names},
             "saved_bytes": float(part["saved_bytes"].mean()),
         })  # fmt: skip
     order = {(row["model"], row["task"], row["method"]): at for at, row in reversed(list(enumerate(found)))}
@@ -170,7 +170,7 @@ def summarize_pairs(pairs: pd.DataFrame, *, seed: int = 0) -> list[dict[str, Any
     )
 
 
-def compare_cells(pairs: pd.DataFrame, ours: str, theirs: str, *, seed: int = 0) -> list[dict[str, Any]]:
+def compare_cells(pairs: pd.DataFrame, ours: str, theirs: str) -> list[dict[str, Any]]:
     """Compare two cells, such as `cask@256` and `triattention@512`, on the problems of every task that has both.
 
     Returns:
@@ -191,14 +191,14 @@ def compare_cells(pairs: pd.DataFrame, ours: str, theirs: str, *, seed: int = 0)
         if shared:
             row = {"model": model, "task": task, "ours": ours, "theirs": theirs, "n": len(shared)}
             columns = [name for name in ("correct", *MEASURES) if name in own]
-            differences = {name: _difference(first, name, by_key(second, name, "problem"), seed) for name in columns}
+            differences = {name: _difference(first, name, by_key(second, name, "problem")) for name in columns}
             found.append(row | {"differences": differences})
     if not found:
         raise CompareError(f"No task has answers of both {ours} and {theirs}.")
     return found
 
 
-def _difference(part: pd.DataFrame, name: str, theirs: Mapping[Any, float], seed: int) -> Difference:
-    found = paired_difference(by_key(part, name, "problem"), theirs, seed=seed)
+def _difference(part: pd.DataFrame, name: str, theirs: Mapping[Any, float]) -> Difference:
+    found = paired_difference(by_key(part, name, "problem"), theirs)
     assert found is not None, "both have problems in common"
     return found

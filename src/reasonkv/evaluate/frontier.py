@@ -240,20 +240,18 @@ def pairs_to_test(points: Sequence[Point], axis: Axis = "tokens") -> list[tuple[
     ]
 
 
-def crossings(points: Sequence[Point], metric: str, *, axis: Axis = "tokens", seed: int = 0) -> list[Comparison]:
+def crossings(points: Sequence[Point], metric: str, *, axis: Axis = "tokens") -> list[Comparison]:
     """Return every pair of methods and budgets where the smaller budget does better, the surest first.
 
     All pairs of `pairs_to_test` are tested (paired t test over examples, for a bootstrap of affordable size cannot give
     p-values small enough to survive the correction), and Holm's correction runs over all of them, also those where the
     larger budget does better. The interval is the paired bootstrap's and is not corrected.
     """
-    found = compared(pairs_to_test(points, axis), metric, seed, better=True)
+    found = compared(pairs_to_test(points, axis), metric, better=True)
     return sorted(found, key=lambda one: (not one.holds, one.p, -one.advantage.mean))
 
 
-def between(
-    points: Sequence[Point], ours: str, theirs: str, metric: str, *, axis: Axis = "tokens", seed: int = 0
-) -> list[Comparison]:
+def between(points: Sequence[Point], ours: str, theirs: str, metric: str, *, axis: Axis = "tokens") -> list[Comparison]:
     """Compare one method with another at the same budget and at every larger one, whoever does better.
 
     The pair of methods is named beforehand, so Holm's correction runs over these pairs alone.
@@ -278,11 +276,11 @@ def between(
     ]
     if not pairs:
         raise FrontierError(f"{ours} has no cell at a budget that {theirs} has, or at a smaller one.")
-    return compared(pairs, metric, seed)
+    return compared(pairs, metric)
 
 
 def compared(
-    pairs: Iterable[tuple[Point, Point]], metric: str, seed: int, *, better: bool = False, resamples: int = 2000
+    pairs: Iterable[tuple[Point, Point]], metric: str, *, better: bool = False, seed: int = 0, resamples: int = 2000
 ) -> list[Comparison]:
     """Compare pairs that share an example, in their order; Holm's correction runs over all of them.
 

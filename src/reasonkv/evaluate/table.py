@@ -192,7 +192,7 @@ def method_label(method: str, options: Mapping[str, Any]) -> str:
         return method + (":" + ",".join(f"{name}={one}" for name, one in options.items()) if options else "")
 
 
-def summarize(frame: pd.DataFrame, *, regimes: bool = False, seed: int = 0) -> pd.DataFrame:
+def summarize(frame: pd.DataFrame, *, regimes: bool = False) -> pd.DataFrame:
     """Return one row per task, method and budget: n, means, standard errors, and paired differences.
 
     Columns: `task`, `method` (its label), `rule`, `tokens`, `regime`, `n` (examples), `answers` (records), of every
@@ -228,7 +228,7 @@ def summarize(frame: pd.DataFrame, *, regimes: bool = False, seed: int = 0) -> p
         for metric in COMPARED[kind]:
             for other, theirs in (("full", full.get(key[0])), ("random", random.get((key[0], *key[2:])))):
                 skip = theirs is None or name in {"full", other}
-                values = None if skip else paired_difference(by_key(part, metric), by_key(theirs, metric), seed=seed)
+                values = None if skip else paired_difference(by_key(part, metric), by_key(theirs, metric))
                 row[f"{metric}_vs_{other}"] = values
         rows.append(row)
     return pd.DataFrame(rows)

@@ -256,7 +256,7 @@ def find_usable_budget(
             status = "not reached"
     usable = usable_budget(list(points.values()), target, seed=seed) if points else None
     pairs = combinations((points[tokens] for tokens in sorted(points)), 2)
-    worse = compared(pairs, target.metric, seed, better=True, resamples=RESAMPLES)
+    worse = compared(pairs, target.metric, better=True, seed=seed, resamples=RESAMPLES)
     falls = tuple(one for one in worse if one.advantage.mean > 1e-12)
     return Search(*name, target, status, (missed, kept), tuple(probes), usable, falls)
 

@@ -236,18 +236,15 @@ def _digits(value: float) -> float | None:
 # -- figures ----------------------------------------------------------------------------------------------------------
 
 
-def replay_figure(
-    summary: pd.DataFrame, path: Path, *, by_mean: bool = False, note: str = "", metrics: Sequence[str] = ("top1", "kl")
-) -> Path:
-    """Draw fidelity against budgets, a column of panels per task and a row per metric; return the PNG's path.
+def replay_figure(summary: pd.DataFrame, path: Path, *, by_mean: bool = False, note: str = "") -> Path:
+    """Draw top-1 agreement and KL against budgets, a column of panels per task; return the PNG's path.
 
     Args:
         summary: of a replay, without regimes.
         by_mean: against the mean slots attended per output token, not the budget's.
-        metrics: one row of panels each.
     """
     axis, parts = "physical_mean" if by_mean else "tokens", []
-    for metric in (KNOWN[name] for name in metrics):
+    for metric in (KNOWN["top1"], KNOWN["kl"]):
         mean, se = (summary[name] * metric.scale for name in (metric.key, f"{metric.key}_se"))
         ends = {"low": mean - se.fillna(0), "high": mean + se.fillna(0)}
         x = summary[axis].where(summary["tokens"] > 0, 0)

@@ -164,7 +164,6 @@ def summarize_frontier(
     *,
     pair: tuple[str, str] | None = None,
     compare: bool = True,
-    seed: int = 0,
 ) -> Frontier:
     """Return usable budgets and crossings of records that may be compared (`frontier.read_comparable`).
 
@@ -188,16 +187,16 @@ def summarize_frontier(
         elif all(one.says_nothing(target) for one in own):
             usable[key] = f"full KV's {target.metric} is 0"
         else:
-            usable[key] = usable_budget(own, target, axis=axis, seed=seed)
+            usable[key] = usable_budget(own, target, axis=axis)
     bounded = frame[frame["tokens"] > 0]
     counts = pd.crosstab(bounded["task"], bounded["regime"]).reindex(
         index=list(bounded["task"].unique()), columns=list(REGIMES), fill_value=0
     )
     # every task's pairs stand in one family of tests, so that Holm's correction covers all that is shown
     if pair is None:
-        found = crossings(active, target.metric, axis=axis, seed=seed) if compare else []
+        found = crossings(active, target.metric, axis=axis) if compare else []
     else:
-        found = between(active, *pair, target.metric, axis=axis, seed=seed)
+        found = between(active, *pair, target.metric, axis=axis)
     return Frontier(target, axis, points, usable, found, counts, pair)
 
 
