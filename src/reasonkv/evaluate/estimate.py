@@ -86,7 +86,10 @@ def estimate(group: Group) -> Estimate:
     for cell in group.cells:
         task = str(cell.job.task[0])
         if task not in by_task:
-            by_task[task] = _prompts(model, cell.job)
+            own = get_task(task, cell.job.options).for_tokenizer(model.tokenizer)
+            many = range(cell.job.limit if own.size is None else min(cell.job.limit, own.size))
+            problems = [own.problem(example, seed=cell.job.seed) for example in many]
+            by_task[task] = encode_prompts(model.model, model.tokenizer, own, problems, cell.job.options)
         prompts = by_task[task]
         rates = rates or measure_rates(model, prompts[: cell.job.batch_size])
         if cell.is_done:
@@ -98,13 +101,6 @@ def estimate(group: Group) -> Estimate:
         peak = max(peak, round(rows * slots * rates.bytes_per_token))
     assert rates is not None, "a group has full KV's cell at least"
     return Estimate(left, prefilled, decoded, peak, prefilled / rates.prompt + decoded / rates.decode, rates)
-
-
-def _prompts(model: LoadedModel, job: ReplayJob | GenerateJob) -> list[Tensor]:
-    task = get_task(str(job.task[0]), job.options).for_tokenizer(model.tokenizer)
-    many = job.limit if task.size is None else min(job.limit, task.size)
-    problems = [task.problem(example, seed=job.seed) for example in range(many)]
-    return encode_prompts(model.model, model.tokenizer, task, problems, job.options)
 
 
 def _tokens(cell: Cell, model: LoadedModel, prompts: Sequence[Tensor]) -> tuple[int, int, int]:

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -158,7 +157,8 @@ def repetition(tokens: Sequence[int]) -> float:
     total = len(ids_T)
     change = np.zeros(total + 1, dtype=np.int64)  # +1 where a run of any period begins, -1 after it ends
     for period in range(1, min(LONGEST_PERIOD, total // REPEATS) + 1):
-        starts, stops = _runs(ids_T[period:] == ids_T[:-period])
+        edges = np.diff(ids_T[period:] == ids_T[:-period], prepend=False, append=False).nonzero()[0]
+        starts, stops = edges[::2], edges[1::2]  # of every run of matches
         long = stops - starts >= (REPEATS - 1) * period
         # a match at place i is between tokens i and i + period, so a run of matches covers `period` more tokens
         np.add.at(change, starts[long], 1)
@@ -176,9 +176,3 @@ def first_divergence(tokens: Sequence[int], reference: Sequence[int]) -> int | N
     if different.any():
         return int(different.argmax())
     return None if len(tokens) == len(reference) else shared
-
-
-def _runs(flags_N: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """First and past-the-last index of every run of True."""
-    edges = np.diff(np.concatenate([[0], flags_N.astype(np.int8), [0]]))
-    return np.flatnonzero(edges == 1), np.flatnonzero(edges == -1)

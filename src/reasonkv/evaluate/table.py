@@ -138,14 +138,11 @@ def to_frame(records: Sequence[ReplayRecord | AnswerRecord], folder: str = "") -
     rows = []
     for record in records:
         row = dict(vars(record))
-        row |= {name: _canonical(row[name]) for name in ("options", "budget", "guards")}
+        texts = {name: json.dumps(row[name], sort_keys=True) for name in ("options", "budget", "guards")}
+        row |= texts if row["budget"] else texts | {"budget": None}
         measured = row.pop("diagnostics", {})
         rows.append(row | {name: measured[name] for name in DIAGNOSTICS if name in measured})
     return _prepared(pd.DataFrame(rows).assign(folder=folder))
-
-
-def _canonical(value: Any) -> str | None:
-    return None if value is None else json.dumps(value, sort_keys=True)
 
 
 def _prepared(frame: pd.DataFrame) -> pd.DataFrame:
