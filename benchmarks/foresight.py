@@ -22,6 +22,7 @@ from torch import Tensor
 
 from reasonkv import CompressedCache, get_method
 from reasonkv.calibration import load_calibration
+from reasonkv.calibration.job import CalibrateJob
 from reasonkv.evaluate.chunks import feed
 from reasonkv.evaluate.fitting import own_answers
 from reasonkv.evaluate.reference import FullAttention
@@ -117,7 +118,8 @@ def measure(name: str, calibration: Path, task: str, budget: int, limit: int, mo
     loaded, statistics = load_model(name), load_calibration(calibration)
     judged = JUDGED if statistics.forecast is not None else JUDGED[:-1]
     panel = Panel(judged)
-    rows = own_answers(loaded.model, loaded.tokenizer, [get_task(task)], limit=limit, most=most)
+    job = CalibrateJob(task=(task,), limit=limit, window=most)
+    rows = list(own_answers(job, loaded.model, loaded.tokenizer, [get_task(task)]))
     for first in range(0, len(rows), 8):
         batch = rows[first : first + 8]
         with CompressedCache(

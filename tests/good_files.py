@@ -11,9 +11,10 @@ from tiny import TASK, save_tiny
 
 from reasonkv.calibration import export_pt, load_calibration
 from reasonkv.cli.mistakes import explain
-from reasonkv.evaluate.frontier import Target, read_comparable
+from reasonkv.evaluate.frontier import read_comparable
 from reasonkv.evaluate.job import BudgetOptions, GenerateJob, ReplayJob, TraceSettings
 from reasonkv.evaluate.run import run
+from reasonkv.evaluate.target import Target
 from reasonkv.models import LoadedModel, load_model
 from reasonkv.report.frontier import summarize_frontier
 from reasonkv.report.inspector import inspector_page

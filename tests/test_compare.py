@@ -26,7 +26,8 @@ from reasonkv.evaluate.compare import (
     summarize_pairs,
 )
 from reasonkv.evaluate.records import append_records
-from reasonkv.evaluate.table import LEAST, to_frame
+from reasonkv.evaluate.statistics import LEAST
+from reasonkv.evaluate.table import to_frame
 
 WORDS = ["So", "the", "train", "takes", "3", "hours", ",", "then", "210", "/", "3", "=", "70", "km/h", "."]
 
@@ -67,39 +68,39 @@ def test_rouge_l_is_the_rouge_packages() -> None:
 
 
 def test_a_copy_is_1_everywhere_and_other_text_is_not() -> None:
-    found = {(one.method, one.tokens): one for one in summarize_pairs(pair_outputs(frame(10), fake_encoder))}
+    found = {(one["method"], one["tokens"]): one for one in summarize_pairs(pair_outputs(frame(10), fake_encoder))}
     copy, other = found["keydiff", 32], found["random", 32]
-    assert [one.mean for one in copy.measures.values()] == pytest.approx([1.0] * 4, abs=1e-6)
-    assert other.measures["same"].mean == 0.2
-    assert 0 < other.measures["rouge_l"].mean < 1
-    assert (copy.n, copy.answers, other.score, other.full_score) == (10, 10, 0.2, 1.0)
-    assert copy.versus_full.mean == 0
-    assert other.versus_full.mean == pytest.approx(-0.8)
-    assert other.versus_full.high < 0
+    assert [one.mean for one in copy["measures"].values()] == pytest.approx([1.0] * 4, abs=1e-6)
+    assert other["measures"]["same"].mean == 0.2
+    assert 0 < other["measures"]["rouge_l"].mean < 1
+    assert (copy["n"], copy["answers"], other["score"], other["full_score"]) == (10, 10, 0.2, 1.0)
+    assert copy["versus_full"].mean == 0
+    assert other["versus_full"].mean == pytest.approx(-0.8)
+    assert other["versus_full"].high < 0
 
 
 def test_fewer_than_eight_problems_have_no_interval() -> None:
     for problems, there in ((LEAST - 1, False), (LEAST, True)):
         found = summarize_pairs(pair_outputs(frame(problems)))
-        ends = [own.low for one in found for own in (one.versus_full, *one.measures.values())]
+        ends = [own.low for one in found for own in (one["versus_full"], *one["measures"].values())]
         assert {not np.isnan(one) for one in ends} == {there}
         (crossing,) = compare_cells(pair_outputs(frame(problems)), "keydiff@32", "random@64")
-        assert np.isnan(crossing.differences["rouge_l"].high) != there
-        assert crossing.differences["rouge_l"].mean > 0
+        assert np.isnan(crossing["differences"]["rouge_l"].high) != there
+        assert crossing["differences"]["rouge_l"].mean > 0
 
 
 def test_samples_of_a_problem_count_once_for_the_interval() -> None:
     data = pd.concat([frame(7), frame(7).assign(sample=1)], ignore_index=True)
     found = summarize_pairs(pair_outputs(data))
-    assert {(one.n, one.answers) for one in found} == {(7, 14)}
-    assert all(np.isnan(one.versus_full.low) for one in found)
+    assert {(one["n"], one["answers"]) for one in found} == {(7, 14)}
+    assert all(np.isnan(one["versus_full"].low) for one in found)
 
 
 def test_records_whose_prompt_fills_the_budget_and_other_models_stand_apart() -> None:
     data = pd.concat([frame(8), frame(8, "other").assign(folder="second")], ignore_index=True)
     data.loc[(data["tokens"] == 32) & (data["example"] < 3), "regime"] = "prompt_fills_budget"
     found = summarize_pairs(pair_outputs(data))
-    counts = {(one.model, one.method, one.tokens, one.regime): one.n for one in found}
+    counts = {(one["model"], one["method"], one["tokens"], one["regime"]): one["n"] for one in found}
     assert counts["tiny", "random", 32, "prompt_fills_budget"] == 3
     assert counts["tiny", "random", 32, "compressed"] == 5
     assert counts["other", "keydiff", 64, "compressed"] == 8

@@ -23,7 +23,7 @@ from reasonkv import Budget, CompressedCache, Window
 from reasonkv.evaluate import endpoint as endpoint_module
 from reasonkv.evaluate.endpoint import Endpoint, EndpointError
 from reasonkv.evaluate.job import BudgetOptions, GenerateJob, JobError
-from reasonkv.evaluate.records import read_answers
+from reasonkv.evaluate.records import AnswerRecord, read_lines
 from reasonkv.evaluate.remote import held, run_remote
 from reasonkv.evaluate.settings import Sampling
 from reasonkv.tasks import TaskOptions
@@ -135,7 +135,7 @@ def test_a_busy_server_is_asked_again_and_one_that_dies_loses_nothing(job: Gener
             EndpointError, match=r"does not answer .*; see that the server runs, and repeat the command"
         ):
             run_remote(job, found, folder)
-        before = read_answers(folder / "records.jsonl")
+        before = read_lines(folder / "records.jsonl", AnswerRecord)
         done = {record.example for record in before}
         assert 5 not in done
         asked.update(dict.fromkeys(asked, 1))
@@ -157,7 +157,14 @@ def test_refused_requests_are_counted_in_one_sentence_and_the_others_recorded(jo
         pytest.raises(EndpointError, match=r"refused 2 of 8 .*400 \(prompt too long. Send less\)"),
     ):
         run_remote(job, Endpoint.connect(url), tmp_path / "out")
-    assert {record.example for record in read_answers(tmp_path / "out" / "records.jsonl")} == {0, 1, 3, 4, 5, 7}
+    assert {record.example for record in read_lines(tmp_path / "out" / "records.jsonl", AnswerRecord)} == {
+        0,
+        1,
+        3,
+        4,
+        5,
+        7,
+    }
 
 
 def test_all_requests_are_with_the_server_at_once(job: GenerateJob, tmp_path: Path) -> None:

@@ -15,12 +15,12 @@ from tiny import TASK, tiny_loaded
 from reasonkv.budget import Budget, BudgetError
 from reasonkv.evaluate.cells import check_job, count_steps, make_config
 from reasonkv.evaluate.decoding import Request
+from reasonkv.evaluate.generate import first_divergence, repetition
 from reasonkv.evaluate.job import BudgetOptions, GenerateJob, JobError, ReplayJob, Sampling, TuneJob
 from reasonkv.evaluate.manifest import ResultsError
 from reasonkv.evaluate.matching import mean_physical
 from reasonkv.evaluate.records import AnswerRecord
 from reasonkv.evaluate.run import run
-from reasonkv.evaluate.text import first_divergence, repetition
 from reasonkv.methods import MethodError
 from reasonkv.tasks import TaskError, get_task
 

@@ -12,17 +12,16 @@ from report_folders import record, write_folder
 
 from reasonkv.budget import Budget
 from reasonkv.evaluate.frontier import (
-    FrontierError,
     Point,
-    Target,
     crossings,
     measured_points,
     pairs_to_test,
     read_comparable,
-    regime,
     usable_budget,
 )
-from reasonkv.evaluate.table import to_frame
+from reasonkv.evaluate.records import ReplayRecord
+from reasonkv.evaluate.table import FULL_KV, to_frame
+from reasonkv.evaluate.target import FrontierError, Target
 
 TARGET = Target("top1", 0.8)
 
@@ -172,6 +171,10 @@ def in_budget(events: int, prompt_tokens: int = 90, guards: dict[str, int] | Non
     return regime(record(0, budget=budget, events=events, prompt_tokens=prompt_tokens, guards=guards or {}))
 
 
+def regime(one: ReplayRecord) -> str:
+    return str(to_frame([one])["regime"].iloc[0])
+
+
 def test_every_record_has_one_regime() -> None:
     assert in_budget(0) == "uncompressed"
     assert in_budget(3) == "compressed"
@@ -186,7 +189,7 @@ def test_every_record_has_one_regime() -> None:
     assert in_budget(9, prompt="keep") == "prompt_fills_budget"  # 90 and 64 recent ones fill 128
     assert in_budget(9, prompt="keep", prompt_tokens=40) == "compressed"
     assert in_budget(9, prompt="on_top", prompt_tokens=900) == "compressed"
-    assert regime(record(0, method="full", budget=None, events=0)) == "uncompressed"
+    assert regime(record(0, method="full", budget=None, events=0)) == FULL_KV
 
 
 def test_points_are_split_by_regime_and_carry_full_kv_of_their_own_examples() -> None:

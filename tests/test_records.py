@@ -19,8 +19,7 @@ from reasonkv.evaluate.records import (
     RecordFile,
     ReplayRecord,
     append_records,
-    read_answers,
-    read_records,
+    read_lines,
 )
 from reasonkv.files import write_atomically
 
@@ -67,21 +66,21 @@ def test_a_record_has_every_field_of_the_contract_and_comes_back_exactly(tmp_pat
     written = [record(0), record(1, budget=None, method="full", first_mismatch=7, guards={"prefix": 2})]
     append_records(path, written[:1])
     append_records(path, written[1:])
-    assert read_records(path) == written
+    assert read_lines(path, ReplayRecord) == written
     assert set(CONTRACT) <= set(json.loads(path.read_text().splitlines()[0]))
 
 
 def test_fields_of_a_later_version_are_ignored(tmp_path: Path) -> None:
     path = tmp_path / "records.jsonl"
     path.write_text(json.dumps(record().model_dump() | {"new": 1}) + "\n")
-    assert read_records(path) == [record()]
+    assert read_lines(path, ReplayRecord) == [record()]
 
 
 def test_a_record_that_is_not_a_number_is_not_written(tmp_path: Path) -> None:
     for wrong in (float("nan"), float("inf")):
         with pytest.raises(ValueError, match="finite number"):
             append_records(tmp_path / "records.jsonl", [record(nll=wrong)])
-    assert read_records(tmp_path / "records.jsonl") == []
+    assert read_lines(tmp_path / "records.jsonl", ReplayRecord) == []
 
 
 @pytest.mark.parametrize("cut", [1, 40, -1])
@@ -90,11 +89,15 @@ def test_a_last_line_that_a_kill_tore_is_left_out_and_cut_off(tmp_path: Path, cu
     append_records(path, [record(0), record(1)])
     first, second = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(first + second[:cut])
-    assert read_records(path) == [record(0)]
+    assert read_lines(path, ReplayRecord) == [record(0)]
     file = RecordFile(path, ReplayRecord)
     assert path.read_bytes() == first
     file.append([record(0), record(1)])  # the first is there already
-    assert read_records(path) == [record(0), record(1)] == list(RecordFile(path, ReplayRecord).records.values())
+    assert (
+        read_lines(path, ReplayRecord)
+        == [record(0), record(1)]
+        == list(RecordFile(path, ReplayRecord).records.values())
+    )
 
 
 @pytest.mark.parametrize(
@@ -114,7 +117,7 @@ def test_a_damaged_line_is_named_by_file_and_number(tmp_path: Path, line: str, r
     path = tmp_path / "records.jsonl"
     path.write_text(f"{record(0).model_dump_json()}\n{line}\n{record(2).model_dump_json()}\n")
     with pytest.raises(RecordError, match=reason) as caught:
-        read_records(path)
+        read_lines(path, ReplayRecord)
     assert "records.jsonl, line 2" in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -123,7 +126,7 @@ def test_a_binary_line_is_damage_and_not_a_traceback(tmp_path: Path) -> None:
     path = tmp_path / "records.jsonl"
     path.write_bytes(b"\xff\xfe\n")
     with pytest.raises(RecordError, match="line 1"):
-        read_records(path)
+        read_lines(path, ReplayRecord)
 
 
 def answer(example: int = 0, **changes: object) -> AnswerRecord:
@@ -139,7 +142,7 @@ def test_an_answer_comes_back_exactly_also_from_a_packed_file(tmp_path: Path) ->
     append_records(path, written)
     packed = tmp_path / "records.jsonl.gz"
     packed.write_bytes(gzip.compress(path.read_bytes()))
-    assert read_answers(path) == read_answers(packed) == written
+    assert read_lines(path, AnswerRecord) == read_lines(packed, AnswerRecord) == written
     assert len({one.key for one in written}) == 3
     assert "top1" not in json.loads(path.read_text().splitlines()[0])
 

@@ -15,9 +15,10 @@ from report_folders import HOSTILE, METHODS, TASKS, make_answer, make_folder, ma
 from test_inspector import big as big_inspection
 from tiny import save_tiny
 
-from reasonkv.evaluate.frontier import Target, crossings, measured_points, pairs_to_test, usable_budget
+from reasonkv.evaluate.frontier import crossings, measured_points, pairs_to_test, usable_budget
 from reasonkv.evaluate.records import RECORDS, ReplayRecord
 from reasonkv.evaluate.table import read_manifest, read_results, summarize
+from reasonkv.evaluate.target import Target
 from reasonkv.report.cohorts import cohorts, read_folders
 from reasonkv.report.command import command
 from reasonkv.report.frontier import usable_text

@@ -13,10 +13,10 @@ from test_frontier_cli import answer, cell, folder, full
 from tiny import TASK, save_tiny
 
 from reasonkv.budget import Budget, BudgetError
-from reasonkv.evaluate.frontier import FrontierError, regime
 from reasonkv.evaluate.job import TuneJob
 from reasonkv.evaluate.matching import check_matchable
 from reasonkv.evaluate.table import read_results, to_frame
+from reasonkv.evaluate.target import FrontierError
 from reasonkv.evaluate.tune import check_search
 from reasonkv.methods import get_method
 from reasonkv.report.cohorts import cohorts, read_folders
@@ -81,7 +81,7 @@ def test_without_a_selecting_method_nothing_of_it_is_shown() -> None:
     assert "most slots per KV head and layer that a decoded token reads" in alone
     assert "compaction" not in alone
     padded = [one.model_copy(update=reads | {"method": "adakv", "events": 3}) for one in bounded]
-    assert "selecting" not in {regime(one) for one in padded}
+    assert "selecting" not in set(to_frame(padded)["regime"])
     assert "adakv holds padding, which nothing attends to." in answers_caption(to_frame(padded))
 
 
@@ -111,7 +111,7 @@ def test_a_report_without_them_has_no_regime_of_theirs(tmp_path: Path) -> None:
 
 def test_the_frontier_names_them_and_draws_no_conclusion(tmp_path: Path) -> None:
     quest = cell("quest", 64, 0.99, events=0, slots_read_mean=60.0)
-    assert {regime(one) for one in quest} == {"selecting"}
+    assert set(to_frame(quest)["regime"]) == {"selecting"}
     made = folder(tmp_path / "results", [*full(), *cell("random", 64, 0.5), *cell("random", 128, 0.6), *quest])
     code, out, _ = run("frontier", made)
     assert code == 0

@@ -115,7 +115,7 @@ def test_a_paired_difference_uses_what_both_share_and_does_not_depend_on_order()
     found = paired_difference(ours, {"a": 0.5, "b": 0.5, "only theirs": 9.0})
     assert found is not None
     assert (found.mean, found.pairs) == (1.0, 2)
-    assert found.to_dict() == {"mean": 1.0, "low": None, "high": None, "pairs": 2}, "two examples have no interval"
+    assert np.isnan(found.low) and np.isnan(found.high), "two examples have no interval"
     many = {key: float(key) for key in range(LEAST)}
     whole = paired_difference(many, dict.fromkeys(many, 0.5))
     assert whole == paired_difference(dict(reversed(many.items())), dict.fromkeys(many, 0.5))

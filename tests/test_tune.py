@@ -15,11 +15,12 @@ from tiny import TASK, tiny_loaded
 
 import reasonkv
 from reasonkv.budget import Budget
+from reasonkv.cli.console import print_json
 from reasonkv.cli.ready import python_line, serve_line
-from reasonkv.evaluate.frontier import FrontierError, Target
 from reasonkv.evaluate.job import BudgetOptions, ReplayJob, TraceSettings, TuneJob
-from reasonkv.evaluate.records import ReplayRecord, read_answers, read_records
+from reasonkv.evaluate.records import AnswerRecord, ReplayRecord, read_lines
 from reasonkv.evaluate.run import run
+from reasonkv.evaluate.target import FrontierError, Target
 from reasonkv.evaluate.tune import Search, budget_range, check_search, find_usable_budget, tune
 from reasonkv.methods import get_method
 
@@ -104,7 +105,7 @@ def test_a_dip_above_a_budget_that_keeps_the_target_is_found_and_said() -> None:
     assert found.violated
     assert found.usable is not None
     assert 256 in found.usable.fails_above
-    assert (16, 256) in {(fall.smaller, fall.larger) for fall in found.falls if fall.sure}
+    assert (16, 256) in {(fall.ours.tokens, fall.theirs.tokens) for fall in found.falls if fall.holds}
 
 
 def test_a_sure_fall_below_the_target_is_a_violation_and_noise_is_not() -> None:
@@ -179,7 +180,7 @@ def test_a_real_search_leaves_one_folder_and_resumes_without_recomputing(tmp_pat
     first, said = search(target="0.9x")
     assert any("streaming @ 10" in one for one in said)
     lines = (out / "records.jsonl").read_bytes()
-    records = read_records(out / "records.jsonl")
+    records = read_lines(out / "records.jsonl", ReplayRecord)
     probed = {probe.tokens for probe in first.probes}
     assert {one.budget["tokens"] for one in records if one.budget} == probed
     assert sum(one.budget is None for one in records) == 2
@@ -196,14 +197,14 @@ def test_a_real_search_leaves_one_folder_and_resumes_without_recomputing(tmp_pat
     both = probed & {probe.tokens for probe in other.probes}
     assert both
     assert all(path.stat().st_mtime_ns == times[path] for path in times)  # nothing was run again
-    json.dumps([first.to_dict(), other.to_dict()])
+    print_json([first.to_dict(), other.to_dict()])
 
 
 def test_a_search_for_accuracy_generates(tmp_path: Path) -> None:
     accuracy = job(methods="streaming", metric="accuracy", target="0.5", max_new_tokens=20, resolution=2.0)
     (found,) = tune(accuracy, tiny_loaded(), tmp_path)
     assert found.status == "not reached"  # random weights answer nothing
-    assert len(read_answers(tmp_path / "records.jsonl")) == 2 + 2 * len(found.probes)
+    assert len(read_lines(tmp_path / "records.jsonl", AnswerRecord)) == 2 + 2 * len(found.probes)
     (again,) = tune(accuracy, tiny_loaded(), tmp_path)
     assert again == found
 

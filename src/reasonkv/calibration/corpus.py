@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import product
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from reasonkv.calibration.job import CorpusError, CorpusJob
+from reasonkv.tasks import Task
 
 _CHARACTERS = 64
 """Characters read per token wanted: more than any tokenizer puts into one on average."""
@@ -23,19 +24,11 @@ class Passage(NamedTuple):
     prompt: int
 
 
-class ProblemSource(Protocol):
-    """What is needed of a task (`reasonkv.tasks.Task`)."""
-
-    def problem(self, example: int, *, seed: int, split: str) -> Any:
-        """Return a problem with the texts `prompt` and `trace`."""
-        ...
-
-
 def read_corpus(
     job: CorpusJob,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    tasks: Sequence[ProblemSource] = (),
+    tasks: Sequence[Task] = (),
 ) -> tuple[Iterator[Passage], str]:
     """Return the sequences of a job, and a line for the record that says what they are.
 
@@ -86,7 +79,7 @@ def _text_passages(tokenizer: PreTrainedTokenizerBase, job: CorpusJob, window: i
 def task_passages(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    tasks: Sequence[ProblemSource],
+    tasks: Sequence[Task],
     *,
     limit: int,
     seed: int = 0,
@@ -98,10 +91,8 @@ def task_passages(
 
     Args:
         model: gives the end-of-sequence token and the context.
-        tokenizer: its tokenizer.
         tasks: task families.
         limit: problems of each.
-        seed: seed of the problems.
         split: "train", so that nothing is fitted to what it is tested with.
         tokens: most tokens in all.
         longest: most tokens of a sequence; the model's context unless given.

@@ -15,14 +15,10 @@ _LABELLED = 12
 
 
 def concentration_figure(calibration: Calibration, path: Path | str) -> Path:
-    """Draw R = |mean of q_f| / mean of |q_f| of every head and, per layer, of every rotary pair, and return `path`.
+    """Draw R = |mean of q_f| / mean of |q_f| of every head and, per layer, of every rotary pair, into a PNG.
 
     Left: one cell per layer and query head, its pairs weighted by |mean of q_f|. Right: one cell per layer and rotary
     pair, its heads weighted likewise; pair 0 turns fastest. 1: all queries point one way before RoPE.
-
-    Args:
-        calibration: the statistics.
-        path: PNG to write.
     """
     name = calibration.name or "unnamed model"
     tokens = None if calibration.tokens is None else f"{calibration.tokens:,} tokens"

@@ -22,9 +22,9 @@ STEPS = 4000
 """Gradient steps of the fit; J is 17, so they are cheap."""
 
 
-def future_distances(longest: int = 65536) -> Tensor:
-    """Return the distances 1, 2, 4, ... up to `longest`, float64 [J]."""
-    return 2.0 ** torch.arange(longest.bit_length(), dtype=torch.float64)
+def future_distances() -> Tensor:
+    """Return the distances 1, 2, 4, ... 65536, float64 [J]."""
+    return 2.0 ** torch.arange(17, dtype=torch.float64)
 
 
 class HorizonSums:

@@ -117,12 +117,11 @@ def export_pt(calibration: Calibration, path: Path | str) -> None:
         metadata |= {"build_variational_horizon": True, "oracle_offsets": offsets}
     parts = parts_of(replace(calibration, forecast=None))  # which no public code reads
     # each head a tensor of its own: a view would take the whole storage into the file with it
-    entries = {_entry(i, h): {_NAMES[name]: tensor[i, h].clone() for name, tensor in parts.items()} for i, h in heads}
+    entries = {
+        f"layer{i:02d}_head{h:02d}": {_NAMES[name]: tensor[i, h].clone() for name, tensor in parts.items()}
+        for i, h in heads
+    }
     buffer = io.BytesIO()
     torch.save({"metadata": metadata, "stats": entries}, buffer)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_atomically(Path(path), buffer.getvalue())
-
-
-def _entry(layer: int, head: int) -> str:
-    return f"layer{layer:02d}_head{head:02d}"

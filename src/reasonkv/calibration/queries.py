@@ -157,6 +157,32 @@ def collect(
     )  # fmt: skip
 
 
+def attention_weights(
+    queries_HgTD: Tensor,
+    keys_HLD: Tensor,
+    positions_T: Tensor,
+    *,
+    scaling: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Return the weights [H, g, T, L] that queries at some positions pay to all keys up to their own.
+
+    Args:
+        scaling, softcap, sinks: of the model's attention; learned sinks [Hq] take weight and give nothing.
+    """
+    (H, g, T, _), L = queries_HgTD.shape, keys_HLD.shape[1]
+    logits: Tensor = ((queries_HgTD.flatten(1, 2) * scaling) @ keys_HLD.mT).view(H, g, T, L)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    later_TL = torch.arange(L, device=logits.device) > positions_T[:, None]
+    logits = logits.masked_fill_(later_TL, float("-inf"))
+    if sinks is None:
+        return logits.softmax(-1)
+    sinks_HgT1 = sinks.to(logits.dtype).view(H, g, 1, 1).expand(H, g, T, 1)
+    return torch.cat([logits, sinks_HgT1], -1).softmax(-1)[..., :-1]
+
+
 def _checked_rotaries(model: PreTrainedModel) -> list[Rotary]:
     found = rotaries(model)
     rounded = [name for name, buffer in model.named_buffers() if "inv_freq" in name and buffer.dtype.itemsize < 4]

@@ -7,12 +7,13 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from reasonkv.calibration.corpus import ProblemSource, batches, read_corpus
+from reasonkv.calibration.corpus import batches, read_corpus
 from reasonkv.calibration.files import cached_calibration, save_calibration
 from reasonkv.calibration.job import CalibrateJob
 from reasonkv.calibration.public import export_pt
 from reasonkv.calibration.queries import collect
 from reasonkv.calibration.statistics import Calibration
+from reasonkv.tasks import Task
 
 
 def run(
@@ -20,18 +21,15 @@ def run(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     *,
-    tasks: Sequence[ProblemSource] = (),
+    tasks: Sequence[Task] = (),
     name: str | None = None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Calibration:
     """Calibrate a model as a job without `import_` says; `write` writes the files.
 
     Args:
-        job: what to average.
-        model: a causal language model.
-        tokenizer: its tokenizer.
-        tasks: the tasks that `job.task` names.
-        name: the model's name, for the record.
+        tasks: those that `job.task` names.
+        name: the model's, for the record.
         progress: called with the tokens done; `job.tokens` are the most there will be.
 
     Raises:

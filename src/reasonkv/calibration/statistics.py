@@ -201,12 +201,6 @@ class Calibration:
         return {name: getattr(self, name) for name in _PARTS if getattr(self, name) is not None}
 
 
-def layer_type_of_rotary(config: Any) -> str | None:
-    """Return which RoPE entry of a text configuration stands for the model: full attention's where types differ."""
-    parameters = getattr(config, "rope_parameters", None) or {}
-    return None if "rope_type" in parameters or "full_attention" not in parameters else "full_attention"
-
-
 def frequencies_of(config: Any) -> str:
     """Return twelve hex digits of the rotary frequencies of all layers, and of their scaling."""
     # float32 of several machines may differ in the last bits
@@ -217,5 +211,5 @@ def frequencies_of(config: Any) -> str:
 def rope_type_of(config: Any) -> str:
     """Return the RoPE type of a text configuration (of its full-attention layers where types differ)."""
     parameters = getattr(config, "rope_parameters", None) or {}
-    layer_type = layer_type_of_rotary(config)
-    return str((parameters[layer_type] if layer_type else parameters).get("rope_type", "default"))
+    own = parameters if "rope_type" in parameters else parameters.get("full_attention", parameters)
+    return str(own.get("rope_type", "default"))

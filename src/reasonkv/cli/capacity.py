@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from reasonkv.cli.console import note, print_json, print_list, quiet_libraries
 from reasonkv.cli.flags import Json, Without, command
 from reasonkv.cli.mistakes import UsageError
-from reasonkv.cli.ready import serve_line
-from reasonkv.evaluate.job import RULE, BudgetOptions
+from reasonkv.cli.ready import one_budget, serve_line
+from reasonkv.evaluate.job import BudgetOptions
 from reasonkv.load import Load
 
 if TYPE_CHECKING:
-    from reasonkv.budget import Budget
     from reasonkv.capacity import Capacity, Plan
     from reasonkv.methods import Method
 
@@ -51,7 +50,8 @@ def plan_capacity(
     from reasonkv.resolve import check_model, resolve_budget
 
     quiet_libraries()
-    tokens, given = _budget(budget)
+    is_sized = budget.window is not None or budget.tokens or budget.keep
+    given = one_budget(budget if is_sized else replace(budget, tokens=(2048,)))
     chosen = get_method(method)
     if not chosen.bounded:
         raise UsageError(f"{chosen.name} keeps every slot, which is planned in any case; give --method a bounded one.")
@@ -66,7 +66,7 @@ def plan_capacity(
     assert resolved is not None
     plan = capacity.plan_capacity(config, device, load, resolved, of, place)
     notes = _notes(config, load, plan, chosen, measured=place is not None)
-    serve = serve_line(model, method, budget, tokens)
+    serve = serve_line(model, method, budget, given.tokens or 0)
     for way in ("tensor", "pipeline", "data"):
         size = getattr(load, f"{way}_parallel")
         serve += f" --{way}-parallel-size {size}" if size > 1 and not serve.startswith("#") else ""
@@ -84,21 +84,6 @@ def plan_capacity(
     for one in notes:
         note(one)
     print(serve)
-
-
-def _budget(options: BudgetOptions) -> tuple[int, Budget]:
-    """Return the one budget that was asked for, and its tokens; 2,048 tokens unless a size is given."""
-    from reasonkv.budget import Budget, Window
-
-    sizes = options.retention if options.window is not None else options.tokens or options.keep or (2048,)
-    if len(sizes) != 1:
-        raise UsageError("Give one budget: --budget TOKENS, --keep SHARE, or --window SIZE with one --retention.")
-    if options.window is not None:
-        window = Window(size=options.window, buffer=options.window_buffer, retention=float(sizes[0]))
-        return window.tokens, window
-    rule: dict[str, Any] = {name: getattr(options, name) for name in RULE}
-    rule["keep" if options.keep else "tokens"] = sizes[0]
-    return int(sizes[0]), Budget(**rule)
 
 
 def _cells(found: Capacity) -> list[tuple[str, str]]:

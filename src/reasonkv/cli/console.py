@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +16,10 @@ if TYPE_CHECKING:
 
 
 def print_json(data: Any) -> None:
-    """Print one JSON document; dataclasses become objects."""
-    plain = asdict(data) if is_dataclass(data) and not isinstance(data, type) else data
-    print(json.dumps(plain, indent=2, default=str))
+    """Print one JSON document; dataclasses become objects, and numbers that are not finite null."""
+    from pydantic_core import to_jsonable_python
+
+    print(json.dumps(to_jsonable_python(data, inf_nan_mode="null", fallback=str), indent=2))
 
 
 def note(text: str) -> None:

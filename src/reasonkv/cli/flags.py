@@ -121,7 +121,9 @@ def command(function: Callable[..., int | None]) -> Callable[..., int | None]:
         return function(*args, **kwargs | {name: build(made[name][0], flags) for name, flags in given.items()})
 
     signature = inspect.signature(function)
-    optional = {name: flags() for name, (_, flags) in made.items() if not _requires(flags)}
+    needed = {name for name, (_, flags) in made.items() for one in fields(flags)
+              if one.default is MISSING and one.default_factory is MISSING}  # fmt: skip
+    optional = {name: flags() for name, (_, flags) in made.items() if name not in needed}
     parameters = [one.replace(default=optional.get(one.name, one.default)) for one in signature.parameters.values()]
     run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     plain = {name: Annotated[hint, Parameter(group=GROUPS[""])] for name, hint in hints.items() if name != "return"}
@@ -156,10 +158,6 @@ def _flags(cls: type, without: Sequence[str]) -> type[Any]:
     words = [{"__doc__": kind.__doc__, "__module__": __name__} for kind in cls.__mro__[:-1]]
     bases = tuple(type(cls.__name__, (), own) for own in words[1:])
     return make_dataclass(cls.__name__, made, bases=bases, kw_only=True, namespace=words[0])
-
-
-def _requires(cls: type) -> bool:
-    return any(one.default is MISSING and one.default_factory is MISSING for one in fields(cls))
 
 
 def build(cls: type, given: Any) -> Any:

@@ -4,21 +4,34 @@ from __future__ import annotations
 
 import shlex
 from dataclasses import fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from reasonkv.cli.flags import NAMES
+from reasonkv.cli.mistakes import UsageError
 from reasonkv.errors import ReasonKVError
 from reasonkv.evaluate.job import RULE, BudgetOptions
 
+if TYPE_CHECKING:
+    from reasonkv.budget import Budget
+
+
+def one_budget(options: BudgetOptions) -> Budget:
+    """Return the only budget of some options.
+
+    Raises:
+        UsageError: there are several, or none.
+        BudgetError: fields that contradict each other.
+    """
+    from reasonkv.evaluate.cells import make_budgets
+
+    found = make_budgets(options)
+    if len(found) != 1:
+        raise UsageError("Give one budget: --budget TOKENS, --keep SHARE, or --window SIZE with one --retention.")
+    return found[0]
+
 
 def python_line(method: str, budget: BudgetOptions, tokens: int) -> str:
-    """Return a `CompressedCache(...)` for a method's spec at a size; or why a cache cannot have it.
-
-    Args:
-        method: its spec.
-        budget: the rule.
-        tokens: the size; of a window, the slots kept of it.
-    """
+    """Return a `CompressedCache(...)` for a method's spec at a size (of a window, slots kept); or why there is none."""
     from reasonkv.methods import get_method, refuse_future
 
     chosen = get_method(method)

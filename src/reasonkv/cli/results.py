@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -19,10 +17,10 @@ from reasonkv.evaluate.job import GenerateJob, ReplayJob
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from reasonkv.evaluate.compare import Crossing, Likeness
-    from reasonkv.evaluate.table import Difference
 
 HEADINGS = {"same": "same %", "sequence_ratio": "sequence ratio", "rouge_l": "ROUGE-L", "semantic": "semantic"}
+UNITS = dict.fromkeys(("correct", "same"), (0, 100))
+"""Digits and scale of what is no number with three digits."""
 CAPTION = (
     "score: the task's, and its paired difference to full KV's in points. Likeness to full KV's output of the same "
     "problem: same - equal texts; sequence ratio - words in matching blocks, in order; ROUGE-L - F1 of the longest "
@@ -113,8 +111,9 @@ def frontier(
             first.
         figure: Draw the frontier into this PNG.
     """
-    from reasonkv.evaluate.frontier import DEFAULT_TARGETS, Target, read_comparable
+    from reasonkv.evaluate.frontier import read_comparable
     from reasonkv.evaluate.sanity import sanity_warnings
+    from reasonkv.evaluate.target import DEFAULT_TARGETS, Target
     from reasonkv.methods import get_method
     from reasonkv.report.frontier import summarize_frontier
 
@@ -189,68 +188,49 @@ def compare(
         named += [*(one for one in bridge.MEASURES if one in pairs), "output", "full_output"]
         pairs[named].to_csv(csv, index=False)
     if json:
-        rows = {"rows": _json(found), "between": _json(crossings)}
-        print_json({"folders": list(folders), **rows, "warnings": warnings, "csv": csv})
+        print_json({"folders": folders, "rows": found, "between": crossings, "warnings": warnings, "csv": csv})
         return
     print_tables([*_tables(found), *([_crossing_table(crossings)] if crossings else [])], CAPTION, warnings=warnings)
     if csv is not None:
         print(f"Pairs:   {show(csv)}")
 
 
-def _tables(found: Sequence[Likeness]) -> list[Table]:
+def _tables(found: Sequence[Mapping[str, Any]]) -> list[Table]:
     """Return one table for each model and task; a column for the regime and the rule only where there are several."""
     from reasonkv.report.terminal import make_table
     from reasonkv.report.wording import difference_text, rule_words
 
     tables = []
-    for model, task in dict.fromkeys((one.model, one.task) for one in found):
-        own = [one for one in found if (one.model, one.task) == (model, task)]
-        rules, regimes = rule_words([one.rule for one in own]), {one.regime for one in own}
-        rows = []
-        for one in own:
-            extra = ([rules[one.rule]] if any(rules.values()) else []) + ([one.regime] if len(regimes) > 1 else [])
-            points = difference_text(one.versus_full, 0, 100)
-            size = f"{one.tokens:,}" + (" %" if '"unit": "percent"' in one.rule else "")
-            n = str(one.n) if one.n == one.answers else f"{one.n} ({one.answers})"
-            measured = [_likeness(name, value) for name, value in one.measures.items()]
-            rows.append([one.method, size, *extra, n, f"{100 * one.score:.1f}", points, *measured,
-                         f"{100 * one.saved_bytes:.0f}"])  # fmt: skip
-        left = ["method", "budget", *["rule"] * any(rules.values()), *["regime"] * (len(regimes) > 1)]
-        headings = ["n", "score %", "vs full", *(HEADINGS[name] for name in own[0].measures), "saved bytes %"]
-        title = f"{model}, {task}: full KV scores {100 * own[0].full_score:.1f} %"
+    for model, task in dict.fromkeys((row["model"], row["task"]) for row in found):
+        own = [row for row in found if (row["model"], row["task"]) == (model, task)]
+        rules, regimes = rule_words([row["rule"] for row in own]), {row["regime"] for row in own}
+        by_rule, by_regime, rows = any(rules.values()), len(regimes) > 1, []
+        for row in own:
+            extra = [rules[row["rule"]]] * by_rule + [row["regime"]] * by_regime
+            size = f"{row['tokens']:,}" + (" %" if '"unit": "percent"' in row["rule"] else "")
+            n = str(row["n"]) if row["n"] == row["answers"] else f"{row['n']} ({row['answers']})"
+            points = difference_text(row["versus_full"], 0, 100)
+            measured = (difference_text(x, *UNITS.get(name, (3, 1)), sign="") for name, x in row["measures"].items())
+            shares = (f"{100 * row['score']:.1f}", f"{100 * row['saved_bytes']:.0f}")
+            rows.append([row["method"], size, *extra, n, shares[0], points, *measured, shares[1]])
+        left = ["method", "budget", *["rule"] * by_rule, *["regime"] * by_regime]
+        headings = ["n", "score %", "vs full", *(HEADINGS[name] for name in own[0]["measures"]), "saved bytes %"]
+        title = f"{model}, {task}: full KV scores {100 * own[0]['full_score']:.1f} %"
         tables.append(make_table(title, left, headings, rows))
     return tables
 
 
-def _crossing_table(crossings: Sequence[Crossing]) -> Table:
+def _crossing_table(crossings: Sequence[Mapping[str, Any]]) -> Table:
     from reasonkv.report.terminal import make_table
     from reasonkv.report.wording import difference_text
 
     rows = []
-    for one in crossings:
-        units = {name: (0, 100) if name in {"correct", "same"} else (3, 1) for name in one.differences}
-        cells = [difference_text(own, *units[name]) for name, own in one.differences.items()]
-        rows.append([one.model, one.task, str(one.n), *cells])
-    headings = ["n", "score, points", *(HEADINGS[name] for name in crossings[0].differences if name != "correct")]
-    return make_table(f"{crossings[0].ours} minus {crossings[0].theirs}", ["model", "task"], headings, rows)
-
-
-def _likeness(name: str, found: Difference) -> str:
-    from reasonkv.report.wording import interval_text
-
-    digits, scale = (0, 100) if name == "same" else (3, 1)
-    return f"{found.mean * scale:.{digits}f} {interval_text(found.low, found.high, digits, scale)}".rstrip()
-
-
-def _json(rows: Sequence[Likeness | Crossing]) -> list[dict[str, Any]]:
-    """Return rows with null for the ends of intervals that there are not."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {name: plain(one) for name, one in value.items()}
-        return None if isinstance(value, float) and math.isnan(value) else value
-
-    return [plain(asdict(one)) for one in rows]
+    for row in crossings:
+        cells = [difference_text(one, *UNITS.get(name, (3, 1))) for name, one in row["differences"].items()]
+        rows.append([row["model"], row["task"], str(row["n"]), *cells])
+    first = crossings[0]
+    headings = ["n", "score, points", *(HEADINGS[name] for name in first["differences"] if name != "correct")]
+    return make_table(f"{first['ours']} minus {first['theirs']}", ["model", "task"], headings, rows)
 
 
 @command

@@ -15,10 +15,11 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
+from reasonkv.budget import Window
 from reasonkv.cli.console import note, show
 from reasonkv.cli.flags import Without, command
 from reasonkv.cli.mistakes import UsageError
-from reasonkv.cli.ready import rule_fields
+from reasonkv.cli.ready import one_budget, rule_fields
 from reasonkv.evaluate.job import BudgetOptions
 
 OURS = ("--worker-cls", "--additional-config", "--scheduler-cls")
@@ -104,13 +105,10 @@ def serve(
 
 def _budget_fields(options: BudgetOptions) -> dict[str, Any]:
     """Return the budget as the engine's configuration has it, without the defaults."""
-    sizes: list[dict[str, Any]] = [{"tokens": one} for one in options.tokens] + [{"keep": one} for one in options.keep]
-    if options.window is not None:
-        window = {"size": options.window, "buffer": options.window_buffer}
-        sizes = [{"window": window | {"retention": one}} for one in options.retention]
-    if len(sizes) != 1:
-        raise UsageError("Give one budget: --budget TOKENS, --keep SHARE, or --window SIZE with one --retention.")
-    return sizes[0] if options.window is not None else sizes[0] | rule_fields(options)
+    budget = one_budget(options)
+    if isinstance(budget, Window):
+        return {"window": {"size": budget.size, "buffer": budget.buffer, "retention": budget.retention}}
+    return ({"keep": budget.keep} if budget.tokens is None else {"tokens": budget.tokens}) | rule_fields(options)
 
 
 def _model_folder(model: str) -> str:

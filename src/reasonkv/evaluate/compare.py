@@ -6,7 +6,6 @@ import functools
 import importlib.util
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,8 @@ import numpy as np
 import pandas as pd
 
 from reasonkv.errors import ReasonKVError
-from reasonkv.evaluate.table import Difference, by_key, paired_difference, read_manifest, read_results
+from reasonkv.evaluate.statistics import Difference, paired_difference
+from reasonkv.evaluate.table import by_key, read_manifest, read_results
 
 MEASURES = ("same", "sequence_ratio", "rouge_l", "semantic")
 """Likeness to full KV's output of the same problem and sample, each from 0 to 1 (`semantic`: from -1)."""
@@ -145,71 +145,37 @@ def pair_outputs(frame: pd.DataFrame, encode: Encode | None = None) -> pd.DataFr
     return pairs
 
 
-@dataclass(frozen=True)
-class Likeness:
-    """One cell against full KV. With fewer than `table.LEAST` problems the ends of intervals are NaN.
+def summarize_pairs(pairs: pd.DataFrame) -> list[dict[str, Any]]:
+    """Return one row for each method and budget on each task, regimes apart, in the order methods first occur.
 
-    Args:
-        measures: mean of each measure, as its difference to 0.
-        saved_bytes: share of full KV's bytes that is not held at the end.
+    Fields are `model`, `task`, `method` (its label), `rule`, `tokens`, `regime`; `n` problems and `answers`; the mean
+    `score` and `full_score`, and `versus_full`, their `Difference`; `measures`, of each the mean, as its `Difference`
+    to 0; and `saved_bytes`, the share of full KV's bytes that is not held at the end.
     """
-
-    model: str
-    task: str
-    method: str
-    rule: str
-    tokens: int
-    regime: str
-    n: int
-    answers: int
-    score: float
-    full_score: float
-    versus_full: Difference
-    measures: Mapping[str, Difference]
-    saved_bytes: float
-
-
-def summarize_pairs(pairs: pd.DataFrame, *, seed: int = 0) -> list[Likeness]:
-    """Return one row for each method and budget on each task, regimes apart, in the order they first occur."""
     found = []
-    for (model, task, label, rule, tokens, regime), part in pairs.groupby(CELL, sort=False):
-        measures = {name: by_key(part, name, "problem") for name in MEASURES if name in part}
-        scores, of_full = by_key(part, "correct", "problem"), by_key(part, "full_score", "problem")
-        found.append(
-            Likeness(
-                model=model,
-                task=task,
-                method=label,
-                rule=rule,
-                tokens=int(tokens),
-                regime=regime,
-                n=part["problem"].nunique(),
-                answers=len(part),
-                score=float(part["correct"].mean()),
-                full_score=float(part["full_score"].mean()),
-                versus_full=_difference(scores, of_full, seed),
-                measures={name: _difference(own, dict.fromkeys(own, 0.0), seed) for name, own in measures.items()},
-                saved_bytes=float(part["saved_bytes"].mean()),
-            )
-        )
-    order = {(one.model, one.task, one.method): at for at, one in reversed(list(enumerate(found)))}
-    return sorted(found, key=lambda one: (order[one.model, one.task, one.method], one.tokens, one.regime))
+    names = [name for name in MEASURES if name in pairs]
+    for key, part in pairs.groupby(CELL, sort=False):
+        row = dict(zip(("model", "task", "method", "rule", "tokens", "regime"), key, strict=True))
+        of_full = by_key(part, "full_score", "problem")
+        found.append(row | {
+            "tokens": int(row["tokens"]), "n": part["problem"].nunique(), "answers": len(part),
+            "score": float(part["correct"].mean()), "full_score": float(part["full_score"].mean()),
+            "versus_full": _difference(part, "correct", of_full),
+            "measures": {name: _difference(part, name, dict.fromkeys(of_full, 0.0)) for name in names},
+            "saved_bytes": float(part["saved_bytes"].mean()),
+        })  # fmt: skip
+    order = {(row["model"], row["task"], row["method"]): at for at, row in reversed(list(enumerate(found)))}
+    return sorted(
+        found, key=lambda row: (order[row["model"], row["task"], row["method"]], row["tokens"], row["regime"])
+    )
 
 
-@dataclass(frozen=True)
-class Crossing:
-    """One cell minus another, on the problems both have: paired differences of the score and the measures."""
+def compare_cells(pairs: pd.DataFrame, ours: str, theirs: str) -> list[dict[str, Any]]:
+    """Compare two cells, such as `cask@256` and `triattention@512`, on the problems of every task that has both.
 
-    model: str
-    task: str
-    ours: str
-    theirs: str
-    n: int
-    differences: Mapping[str, Difference]
-
-
-def compare_cells(pairs: pd.DataFrame, ours: str, theirs: str, *, seed: int = 0) -> list[Crossing]:
-    """Compare two cells, such as `cask@256` and `triattention@512`, on every task that has both.
+    Returns:
+        One row for each task: `model`, `task`, `ours`, `theirs`, `n` problems, and `differences`, of the score
+        (`correct`) and the measures.
 
     Raises:
         CompareError: a cell is named wrongly, or no task has both.
@@ -223,18 +189,16 @@ def compare_cells(pairs: pd.DataFrame, ours: str, theirs: str, *, seed: int = 0)
         first, second = (own[names[own.index] == name] for name in (ours, theirs))
         shared = set(first["problem"]) & set(second["problem"])
         if shared:
-            differences = {
-                name: _difference(by_key(first, name, "problem"), by_key(second, name, "problem"), seed)
-                for name in ("correct", *MEASURES)
-                if name in own
-            }
-            found.append(Crossing(model, task, ours, theirs, len(shared), differences))
+            row = {"model": model, "task": task, "ours": ours, "theirs": theirs, "n": len(shared)}
+            columns = [name for name in ("correct", *MEASURES) if name in own]
+            differences = {name: _difference(first, name, by_key(second, name, "problem")) for name in columns}
+            found.append(row | {"differences": differences})
     if not found:
         raise CompareError(f"No task has answers of both {ours} and {theirs}.")
     return found
 
 
-def _difference(ours: Mapping[Any, float], theirs: Mapping[Any, float], seed: int) -> Difference:
-    found = paired_difference(ours, theirs, seed=seed)
+def _difference(part: pd.DataFrame, name: str, theirs: Mapping[Any, float]) -> Difference:
+    found = paired_difference(by_key(part, name, "problem"), theirs)
     assert found is not None, "both have problems in common"
     return found

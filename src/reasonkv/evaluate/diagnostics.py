@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import fmean
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -95,43 +96,31 @@ MEASURES = (
 
 @dataclass(frozen=True)
 class CaskEvent:
-    """One event of one row; masses are parts of all attention paid in the interval, means over layers and KV heads.
+    """One event of one row.
 
     Args:
         row: batch row.
         event: number of the row's event, from 0.
         length: tokens seen at the event.
         until: tokens seen at the next event, or the trace's end; the interval's queries are length .. until - 1.
-        candidates: slots the second stage chose from (mean over layers where they differ).
-        core: slots of the protected core.
-        representatives: slots the candidates became.
-        evicted_mass: attention to tokens without a slot, evicted at this event or before.
-        lost_mass: attention to merged tokens minus what their slots stand for: source tokens (or 1 without log mass)
-            times the attention to the representative's own token. Negative where the representative is the most
+        measures: by name (`MEASURES`); None where one does not exist. Masses are parts of all attention paid in the
+            interval, means over layers and KV heads.
+            evicted_mass: attention to tokens without a slot, evicted at this event or before.
+            lost_mass: attention to merged tokens minus what their slots stand for: source tokens (or 1 without log
+            mass) times the attention to the representative's own token. Negative where the representative is the most
             attended of its group. None where a representative is no token's key (means of keys).
-        lost_mass_absolute: the same with every slot's difference counted positive.
-        kappa_dispersion: mean over groups, weighted by source tokens, of the mean kappa distance to their key.
-        kappa_dispersion_relative: the same, divided by the mean kappa norm of the keys of those groups.
-        rho_core: attention to the core, over that to as many best candidates; None without a core.
-        rho_rep: attention to the representatives' own slots, over that to as many best candidates.
-        guards: fallbacks that were used.
+            lost_mass_absolute: the same with every slot's difference counted positive.
+            kappa_dispersion: mean over groups, weighted by source tokens, of the mean kappa distance to their key.
+            kappa_dispersion_relative: the same, divided by the mean kappa norm of the keys of those groups.
+            rho_core: attention to the core, over that to as many best candidates; None without a core.
+            rho_rep: attention to the representatives' own slots, over that to as many best candidates.
     """
 
     row: int
     event: int
     length: int
     until: int
-    candidates: float
-    core: float
-    representatives: float
-    evicted_mass: float | None
-    lost_mass: float | None
-    lost_mass_absolute: float | None
-    kappa_dispersion: float | None
-    kappa_dispersion_relative: float | None
-    rho_core: float | None
-    rho_rep: float | None
-    guards: tuple[str, ...] = ()
+    measures: dict[str, float | None]
 
 
 @dataclass
@@ -206,32 +195,20 @@ class CaskDiagnostics:
         length, following = parts[0].length, self._events.get((row, event + 1))
         until = self.reference.lengths[row] if following is None else next(iter(following.values())).length
         masses = [self._masses(layer, row, part, until) for layer, part in layers.items()] if until > length else []
-        evicted: list[float | None] = [one[0] for one in masses]
-        lost, absolute = [one[1] for one in masses], [one[2] for one in masses]
+        evicted, lost, absolute = (_mean([one[i] for one in masses]) for i in range(3))
         slots = [one[3] for one in masses]
         if slots and all(part.plan.rows is parts[0].plan.rows for part in parts):  # one plan for all layers
             slots = [torch.stack(slots).sum(0)]
-        core, rep = (
-            _mean(
-                [_ratio(slots_N, part.candidates_N, chosen(part)) for slots_N, part in zip(slots, parts, strict=False)]
-            )
-            for chosen in (_core, _kept_candidates)
-        )
+        pairs = list(zip(slots, parts, strict=False))
+        core = _mean([_ratio(slots_N, part.candidates_N, part.core_N) for slots_N, part in pairs])
+        rep = _mean([_ratio(slots_N, part.candidates_N, part.candidates_N & part.kept_N) for slots_N, part in pairs])
         groups = [part.dispersion for part in parts if part.dispersion is not None]
         distance, norm = (_mean([one[i] for one in groups]) for i in range(2))
-        return CaskEvent(
-            row, event, length, until,
-            fmean(int(part.candidates_N.sum()) for part in parts),
-            fmean(int(part.core_N.sum()) for part in parts),
-            fmean(int((part.candidates_N & part.kept_N).sum()) for part in parts),
-            _mean(evicted), _mean(lost), _mean(absolute),
-            distance, distance / norm if distance is not None and norm else None, core, rep,
-            tuple(sorted({name for part in parts for name in part.plan.fallbacks})),
-        )  # fmt: skip
+        relative = distance / norm if distance is not None and norm else None
+        found = dict(zip(MEASURES, (evicted, lost, absolute, distance, relative, core, rep), strict=True))
+        return CaskEvent(row, event, length, until, found)
 
-    def _masses(
-        self, layer: int, row: int, part: _LayerEvent, until: int
-    ) -> tuple[float, float | None, float | None, Tensor]:
+    def _masses(self, layer: int, row: int, part: _LayerEvent, until: int) -> tuple[Any, ...]:
         """Evicted, lost and absolutely lost mass as parts of all attention to tokens before; that of slots [N]."""
         mass_HL = self.reference.received(layer, row, part.length, until)[:, : part.length].cpu()
         total_H = mass_HL.sum(1).clamp(min=1e-30)
@@ -247,7 +224,7 @@ class CaskDiagnostics:
 
 def trace_means(events: Sequence[CaskEvent]) -> dict[str, float | None]:
     """Return the mean of every measure over the events where it exists, for one trace's record; else None."""
-    return {name: _mean([getattr(event, name) for event in events]) for name in MEASURES}
+    return {name: _mean([event.measures[name] for event in events]) for name in MEASURES}
 
 
 def _dispersion(view: SlotView, plan: CaskPlan, place: int, into_N: Tensor) -> tuple[float, float] | None:
@@ -294,14 +271,6 @@ def _per_slot(mass_HL: Tensor, slot_L: Tensor, slots: int) -> Tensor:
     has_slot = slot_L >= 0
     out = torch.zeros(len(mass_HL), slots, dtype=mass_HL.dtype)
     return out.index_add_(1, slot_L[has_slot], mass_HL[:, has_slot])
-
-
-def _core(part: _LayerEvent) -> Tensor:
-    return part.core_N
-
-
-def _kept_candidates(part: _LayerEvent) -> Tensor:
-    return part.candidates_N & part.kept_N
 
 
 def _ratio(mass_N: Tensor, candidates_N: Tensor, chosen_N: Tensor) -> float | None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from reasonkv.evaluate.cells import make_budgets, make_methods
-from reasonkv.evaluate.decoding import Request, decode_batch
+from reasonkv.evaluate.decoding import Request, write_full
 from reasonkv.evaluate.generate import room
 from reasonkv.evaluate.job import GenerateJob, ReplayJob
 from reasonkv.evaluate.plan import Cell, Group, load_once
@@ -18,7 +18,6 @@ from reasonkv.evaluate.records import RECORDS, AnswerRecord, ReplayRecord, read_
 from reasonkv.evaluate.run import FULL_LIMIT
 from reasonkv.evaluate.traces import encode_prompts
 from reasonkv.models import LoadedModel, one_thread_if_small
-from reasonkv.runtimes.transformers import CompressedCache
 from reasonkv.schedule import bound
 from reasonkv.tasks import get_task
 
@@ -61,8 +60,7 @@ def measure_rates(model: LoadedModel, prompts: Sequence[Tensor]) -> Rates:
 
     def seconds(limit: int) -> tuple[float, int, float]:
         began = time.perf_counter()
-        with CompressedCache(model.model, "full", prompt_lengths=[len(one) for one in short]) as cache:
-            found = decode_batch(model.model, cache, [Request(one, limit) for one in short])
+        found = write_full(model.model, [Request(one, limit) for one in short])
         stats = found[0].stats
         written = sum(len(one.tokens) for one in found)
         return time.perf_counter() - began, written, stats.bytes_full / stats.length
@@ -88,7 +86,10 @@ def estimate(group: Group) -> Estimate:
     for cell in group.cells:
         task = str(cell.job.task[0])
         if task not in by_task:
-            by_task[task] = _prompts(model, cell.job)
+            own = get_task(task, cell.job.options).for_tokenizer(model.tokenizer)
+            many = range(cell.job.limit if own.size is None else min(cell.job.limit, own.size))
+            problems = [own.problem(example, seed=cell.job.seed) for example in many]
+            by_task[task] = encode_prompts(model.model, model.tokenizer, own, problems, cell.job.options)
         prompts = by_task[task]
         rates = rates or measure_rates(model, prompts[: cell.job.batch_size])
         if cell.is_done:
@@ -100,13 +101,6 @@ def estimate(group: Group) -> Estimate:
         peak = max(peak, round(rows * slots * rates.bytes_per_token))
     assert rates is not None, "a group has full KV's cell at least"
     return Estimate(left, prefilled, decoded, peak, prefilled / rates.prompt + decoded / rates.decode, rates)
-
-
-def _prompts(model: LoadedModel, job: ReplayJob | GenerateJob) -> list[Tensor]:
-    task = get_task(str(job.task[0]), job.options).for_tokenizer(model.tokenizer)
-    many = job.limit if task.size is None else min(job.limit, task.size)
-    problems = [task.problem(example, seed=job.seed) for example in range(many)]
-    return encode_prompts(model.model, model.tokenizer, task, problems, job.options)
 
 
 def _tokens(cell: Cell, model: LoadedModel, prompts: Sequence[Tensor]) -> tuple[int, int, int]:

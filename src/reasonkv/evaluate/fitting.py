@@ -10,7 +10,7 @@ Legend: L bounded layers, H KV heads, N slots that may go, X inputs, S slots tha
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -24,7 +24,7 @@ from reasonkv.calibration import Calibration, CalibrationError
 from reasonkv.calibration.corpus import read_corpus
 from reasonkv.calibration.job import CalibrateJob
 from reasonkv.evaluate.chunks import TraceRow, feed
-from reasonkv.evaluate.decoding import OnTokens, Request, decode_batch
+from reasonkv.evaluate.decoding import Request, write_full
 from reasonkv.evaluate.generate import room
 from reasonkv.evaluate.reference import FullAttention
 from reasonkv.evaluate.traces import encode_prompts
@@ -47,6 +47,13 @@ _BATCH = 8  # rows replayed at once
 _COMPACTIONS = 4  # of one optimizer step
 _MOST_BYTES = 2**31  # of what is recorded in a round
 _HELD_OUT = 8  # every eighth row is not fitted to
+
+OnProgress = Callable[[str, int, int], None]
+"""Called with what is done now, and how much of how much."""
+
+
+def _silent(what: str, done: int, of: int) -> None:
+    """Show nothing."""
 
 
 class Compaction(NamedTuple):
@@ -77,44 +84,6 @@ class Fitted(NamedTuple):
     attention_share: float | None = None
 
 
-def own_answers(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    tasks: Sequence[Task],
-    *,
-    limit: int,
-    seed: int = 0,
-    options: TaskOptions | None = None,
-    most: int = _ANSWER,
-    on_tokens: OnTokens = lambda count: None,
-) -> list[TraceRow]:
-    """Return training problems with what full KV answers, greedily; `limit` problems of each task.
-
-    Args:
-        model, tokenizer: of the answers.
-        tasks: where problems come from, of their training split.
-        limit: problems of each.
-        seed: of the problems.
-        options: how problems become prompts.
-        most: tokens of an answer.
-        on_tokens: called after every step with the tokens it wrote.
-
-    Raises:
-        TraceError: a prompt that leaves no room for an answer.
-    """
-    rows = []
-    for task in tasks:
-        problems = [task.problem(example, seed=seed, split="train") for example in range(limit)]
-        prompts = encode_prompts(model, tokenizer, task, problems, options)
-        for first in range(0, limit, 4 * _BATCH):
-            batch = prompts[first : first + 4 * _BATCH]
-            requests = [Request(prompt, room(model, len(prompt), most)) for prompt in batch]
-            with CompressedCache(model, "full", prompt_lengths=[len(prompt) for prompt in batch]) as cache:
-                written = decode_batch(model, cache, requests, on_tokens=on_tokens)
-            rows += [TraceRow(prompt, torch.tensor(one.tokens)) for prompt, one in zip(batch, written, strict=True)]
-    return rows
-
-
 def fit_forecast(
     model: PreTrainedModel,
     rows: Sequence[TraceRow],
@@ -124,7 +93,7 @@ def fit_forecast(
     rounds: int = ROUNDS,
     seed: int = 0,
     queries: bool = True,
-    progress: Callable[[str, int, int], None] = lambda what, done, of: None,
+    progress: OnProgress = _silent,
 ) -> Fitted:
     """Fit a network per KV head to full KV's attention still to come (see the module).
 
@@ -133,14 +102,12 @@ def fit_forecast(
     such slots. Loss: cross entropy of the scores' softmax. AdamW, and a cosine from `RATE` to 0.
 
     Args:
-        model: a causal language model; it is not changed.
         rows: texts, each with its prompt, which never goes.
         calibration: the model's statistics, beside which the networks will stand.
         budgets: tokens kept beside the prompt; rows take turns.
         rounds: replays of all rows.
         seed: of the first weights and of the order.
         queries: whether the networks see what the newest queries attend to.
-        progress: called with what is done now, and how much of how much.
 
     Raises:
         CalibrationError: the texts are too short for a compaction, or the layers' heads differ in number or size.
@@ -224,9 +191,8 @@ def _record(
     config, found, done = model.config.get_text_config(), list[Compaction](), 0
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     a_slot = len(bounded_layers(model.config)) * heads * (calibration.head_dim + 8) * 2
-    size = (
-        sum(3 * len(rows[place].output_T) for place in asked) * a_slot
-    )  # a compaction every b / 2 tokens shows 3 b / 2 slots
+    # a compaction every b / 2 tokens shows 3 b / 2 slots
+    size = sum(3 * len(rows[place].output_T) for place in asked) * a_slot
     for turn, tokens in enumerate(budgets):
         places = asked[turn :: len(budgets)]
         for first in range(0, len(places), _BATCH):
@@ -318,44 +284,50 @@ def add_forecast(
     *,
     tasks: Sequence[Task] = (),
     options: TaskOptions | None = None,
-    progress: Callable[[str, int, int], None] = lambda what, done, of: None,
+    progress: OnProgress = _silent,
 ) -> tuple[Calibration, Fitted]:
     """Return a calibration with the networks that its job asks for beside it, and how well they do.
 
     Args:
         job: the texts: windows of a text file, of which nothing counts as prompt; reference traces of tasks; and full
             KV's answers to tasks in words, which have none.
-        model, tokenizer: as in `fit_forecast`.
-        calibration: the model's.
         tasks: those that `job.task` names.
         options: how their problems become prompts.
-        progress: as in `fit_forecast`.
 
     Raises:
         CorpusError, TraceError, CalibrationError, UnsupportedModelError, RotaryError: see `fit_forecast`.
     """
-    asked = [task for task in tasks if task.chat]
-    written = 0
-
-    def on_tokens(count: int) -> None:
-        nonlocal written
-        written += count
-        progress("tokens of answers", written, (job.window or _ANSWER) * job.limit * len(asked))
-
-    rows = own_answers(
-        model,
-        tokenizer,
-        asked,
-        limit=job.limit,
-        seed=job.seed,
-        options=options,
-        most=job.window or _ANSWER,
-        on_tokens=on_tokens,
-    )
-    known = [task for task in tasks if not task.chat]
+    asked, known = [task for task in tasks if task.chat], [task for task in tasks if not task.chat]
+    rows = list(own_answers(job, model, tokenizer, asked, options, progress))
     if job.text is not None or known:
         passages, _ = read_corpus(job, model, tokenizer, known)
         texts = [(ids_L, 1 if job.text else max(prompt, 1)) for ids_L, prompt in passages]
         rows += [TraceRow(ids_L[:prompt], ids_L[prompt:]) for ids_L, prompt in texts if len(ids_L) > prompt]
     fitted = fit_forecast(model, rows, calibration, seed=job.seed, queries=not job.without_queries, progress=progress)
     return replace(calibration, forecast=fitted.network), fitted
+
+
+def own_answers(
+    job: CalibrateJob,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[Task],
+    options: TaskOptions | None = None,
+    progress: OnProgress = _silent,
+) -> Iterator[TraceRow]:
+    """Yield the training problems of a job with what full KV answers, greedily."""
+    most, written = job.window or _ANSWER, 0
+
+    def on_tokens(count: int) -> None:
+        nonlocal written
+        written += count
+        progress("tokens of answers", written, most * job.limit * len(tasks))
+
+    for task in tasks:
+        problems = [task.problem(example, seed=job.seed, split="train") for example in range(job.limit)]
+        prompts = encode_prompts(model, tokenizer, task, problems, options)
+        for first in range(0, job.limit, 4 * _BATCH):
+            batch = prompts[first : first + 4 * _BATCH]
+            requests = [Request(prompt, room(model, len(prompt), most)) for prompt in batch]
+            answers = write_full(model, requests, on_tokens=on_tokens)
+            yield from (TraceRow(prompt, torch.tensor(one.tokens)) for prompt, one in zip(batch, answers, strict=True))

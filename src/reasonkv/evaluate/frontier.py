@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations, product
 from pathlib import Path
@@ -20,23 +20,9 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from reasonkv.evaluate.matching import regime
-from reasonkv.evaluate.statistics import (
-    LEAST,
-    RESAMPLES,
-    Difference,
-    bootstrap_means,
-    holm,
-    paired_difference,
-    paired_p_value,
-)  # fmt: skip
+from reasonkv.evaluate.statistics import LEAST, Difference, bootstrap_means, holm, paired_difference, paired_p_value
 from reasonkv.evaluate.table import read_manifest, read_results
-from reasonkv.evaluate.target import DEFAULT_TARGETS, HIGHER_IS_BETTER, FrontierError, Target
-
-__all__ = [
-    "DEFAULT_TARGETS", "HIGHER_IS_BETTER", "Comparison", "FrontierError", "Point", "Target", "UsableBudget", "between",
-    "crossings", "measured_points", "pairs_to_test", "read_comparable", "regime", "usable_budget",
-]  # fmt: skip
+from reasonkv.evaluate.target import HIGHER_IS_BETTER, FrontierError, Target
 
 Axis = Literal["tokens", "physical_mean", "bytes_held"]
 EQUAL = 0.02
@@ -69,6 +55,11 @@ class Point:
     def mean(self) -> float:
         """Mean of the metric over examples."""
         return math.fsum(self.values.values()) / len(self.values)
+
+    def says_nothing(self, target: Target) -> bool:
+        """Return whether full KV itself has nothing here, so that a relative target asks for nothing."""
+        relative = target.relative and HIGHER_IS_BETTER[target.metric]
+        return relative and bool(self.full) and not any(self.full.values())
 
     def x(self, axis: Axis) -> float:
         """Return the cell's place on an axis."""
@@ -249,20 +240,18 @@ def pairs_to_test(points: Sequence[Point], axis: Axis = "tokens") -> list[tuple[
     ]
 
 
-def crossings(points: Sequence[Point], metric: str, *, axis: Axis = "tokens", seed: int = 0) -> list[Comparison]:
+def crossings(points: Sequence[Point], metric: str, *, axis: Axis = "tokens") -> list[Comparison]:
     """Return every pair of methods and budgets where the smaller budget does better, the surest first.
 
     All pairs of `pairs_to_test` are tested (paired t test over examples, for a bootstrap of affordable size cannot give
     p-values small enough to survive the correction), and Holm's correction runs over all of them, also those where the
     larger budget does better. The interval is the paired bootstrap's and is not corrected.
     """
-    found = _compared(pairs_to_test(points, axis), metric, seed, better=True)
+    found = compared(pairs_to_test(points, axis), metric, better=True)
     return sorted(found, key=lambda one: (not one.holds, one.p, -one.advantage.mean))
 
 
-def between(
-    points: Sequence[Point], ours: str, theirs: str, metric: str, *, axis: Axis = "tokens", seed: int = 0
-) -> list[Comparison]:
+def between(points: Sequence[Point], ours: str, theirs: str, metric: str, *, axis: Axis = "tokens") -> list[Comparison]:
     """Compare one method with another at the same budget and at every larger one, whoever does better.
 
     The pair of methods is named beforehand, so Holm's correction runs over these pairs alone.
@@ -287,35 +276,29 @@ def between(
     ]
     if not pairs:
         raise FrontierError(f"{ours} has no cell at a budget that {theirs} has, or at a smaller one.")
-    return _compared(pairs, metric, seed)
+    return compared(pairs, metric)
 
 
-def _compared(pairs: Iterable[tuple[Point, Point]], metric: str, seed: int, better: bool = False) -> list[Comparison]:
-    """Compare and correct over all pairs; in their order, with `better` only those where the first is better."""
-    pairs = [pair for pair in pairs if pair[0].values.keys() & pair[1].values]
-    values = [(ours.values, theirs.values) for ours, theirs in pairs]
-    return [Comparison(*pairs[at], gain, p) for at, gain, p in compare_values(values, metric, seed, better, 2000)]
+def compared(
+    pairs: Iterable[tuple[Point, Point]], metric: str, *, better: bool = False, seed: int = 0, resamples: int = 2000
+) -> list[Comparison]:
+    """Compare pairs that share an example, in their order; Holm's correction runs over all of them.
 
-
-def compare_values(
-    pairs: Sequence[tuple[Mapping[int, float], Mapping[int, float]]],
-    metric: str,
-    seed: int,
-    better: bool = True,
-    resamples: int = RESAMPLES,
-) -> list[tuple[int, Difference, float]]:
-    """Return place, gain and p-value of pairs of values by example; Holm's correction runs over all that are given.
-
-    A gain is positive where the first of a pair is better, and `better` leaves the other pairs out.
+    Args:
+        better: leave out the pairs whose first is not better.
     """
     sign = 1 if HIGHER_IS_BETTER[metric] else -1
-    gains = [{one: sign * (ours[one] - theirs[one]) for one in sorted(ours.keys() & theirs)} for ours, theirs in pairs]
+    pairs = [(ours, theirs) for ours, theirs in pairs if ours.values.keys() & theirs.values]
+    gains = [
+        {one: sign * (ours.values[one] - theirs.values[one]) for one in sorted(ours.values.keys() & theirs.values)}
+        for ours, theirs in pairs
+    ]
     found = []
-    for at, p in enumerate(holm([paired_p_value(list(one.values())) for one in gains])):
-        if not better or sum(gains[at].values()) > 0:
-            gain = paired_difference(gains[at], dict.fromkeys(gains[at], 0.0), seed=seed, resamples=resamples)
-            if gain is not None:
-                found.append((at, gain, p))
+    for pair, own, p in zip(pairs, gains, holm([paired_p_value(list(one.values())) for one in gains]), strict=True):
+        if not better or sum(own.values()) > 0:
+            gain = paired_difference(own, dict.fromkeys(own, 0.0), seed=seed, resamples=resamples)
+            assert gain is not None, "they share an example"
+            found.append(Comparison(*pair, gain, p))
     return found
 
 

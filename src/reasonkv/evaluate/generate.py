@@ -1,10 +1,11 @@
-"""Text in and out of a model: chat templates, token ids, limits and grades."""
+"""Text in and out of a model: chat templates, token ids, limits, grades, loops, and where outputs part."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -13,6 +14,11 @@ from reasonkv.resolve import context_length
 from reasonkv.tasks.base import Problem, Task, TaskError
 from reasonkv.tasks.given import GivenTrace
 from reasonkv.tasks.options import THINK, TaskOptions
+
+LONGEST_PERIOD = 64
+"""Longest n-gram whose repetition counts as a loop, tokens."""
+REPEATS = 3
+"""How often an n-gram must stand back to back to count as one."""
 
 
 def row_seed(example: int, sample: int = 0) -> int:
@@ -136,3 +142,37 @@ def graded(task: Task, problem: Problem, text: str, opened: bool = False) -> dic
         "extracted": grade.extracted,
         "grader_error": grade.error,
     }
+
+
+def repetition(tokens: Sequence[int]) -> float:
+    """Share of tokens that lie in a loop: a run in which one n-gram of 1 to 64 tokens stands at least 3 times in a row.
+
+    Only exact, immediate periodicity counts; text that comes back to the same words after others is no loop. The run
+    ends with its last token that still follows the period, so that a last, unfinished repeat counts as well.
+
+    Returns:
+        0 to 1; 0 for no tokens.
+    """
+    ids_T = np.asarray(tokens, dtype=np.int64)
+    total = len(ids_T)
+    change = np.zeros(total + 1, dtype=np.int64)  # +1 where a run of any period begins, -1 after it ends
+    for period in range(1, min(LONGEST_PERIOD, total // REPEATS) + 1):
+        edges = np.diff(ids_T[period:] == ids_T[:-period], prepend=False, append=False).nonzero()[0]
+        starts, stops = edges[::2], edges[1::2]  # of every run of matches
+        long = stops - starts >= (REPEATS - 1) * period
+        # a match at place i is between tokens i and i + period, so a run of matches covers `period` more tokens
+        np.add.at(change, starts[long], 1)
+        np.add.at(change, stops[long] + period, -1)
+    return float((change.cumsum()[:total] > 0).mean()) if total else 0.0
+
+
+def first_divergence(tokens: Sequence[int], reference: Sequence[int]) -> int | None:
+    """Index of the first token in which an output differs from another, or None if they are equal.
+
+    Where one is the beginning of the other, they differ where it ends.
+    """
+    shared = min(len(tokens), len(reference))
+    different = np.asarray(tokens[:shared], dtype=np.int64) != np.asarray(reference[:shared], dtype=np.int64)
+    if different.any():
+        return int(different.argmax())
+    return None if len(tokens) == len(reference) else shared

@@ -16,7 +16,6 @@ from itertools import islice
 from typing import Literal
 
 from reasonkv.budget import Budget, BudgetError, Window
-from reasonkv.evaluate.records import AnswerRecord, ReplayRecord
 from reasonkv.methods import Method, layer_budgets
 from reasonkv.schedule import Lengths, next_event, step
 
@@ -156,8 +155,8 @@ Regime = Literal["compressed", "prompt_fills_budget", "uncompressed", "selecting
 PREFIX_GUARD = "prefix_budget_exhausted"
 
 
-def regime(record: ReplayRecord | AnswerRecord) -> Regime:
-    """Return what a record says anything about.
+def regime_of(budget: Budget | None, prompt: int, events: int, exhausted: bool, selects: bool) -> Regime:
+    """Return what a record says anything about, from the fields of it that decide that.
 
     - "uncompressed": no compaction ran; the numbers are full KV's, whatever the method.
     - "prompt_fills_budget": compactions ran, but the method had no decode tokens to choose from. Either it says so
@@ -169,13 +168,6 @@ def regime(record: ReplayRecord | AnswerRecord) -> Regime:
     With `prompt="count"` a prompt larger than the budget does not by itself fill it: its tokens may be dropped, so from
     the first compaction of decoding on the method chooses among both.
     """
-    budget = None if record.budget is None else Budget.from_dict(record.budget)
-    exhausted = record.guards.get(PREFIX_GUARD, 0) > 0
-    return regime_of(budget, record.prompt_tokens, record.events, exhausted, record.selects)
-
-
-def regime_of(budget: Budget | None, prompt: int, events: int, exhausted: bool, selects: bool) -> Regime:
-    """Return the regime from the fields of a record that decide it."""
     if selects:
         return "selecting"
     if events == 0 or budget is None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from reasonkv.evaluate.cells import make_budgets, make_methods
+from reasonkv.evaluate.cells import job_arguments
 from reasonkv.evaluate.job import GenerateJob, ReplayJob
 from reasonkv.evaluate.manifest import MANIFEST, Manifest
 from reasonkv.evaluate.progress import Progress
@@ -49,9 +49,8 @@ def merge(job: ReplayJob | GenerateJob, folder: Path, sources: Sequence[Path]) -
     arguments: dict[str, Any] = {}
     for one in manifests:
         arguments |= one.arguments
-    arguments |= {"task": list(job.task), "methods": [method.spec() for method in make_methods(job)]}
-    arguments |= {"budgets": [one.to_dict() for one in make_budgets(job.budget)]}
-    arguments |= {"mean_slots": list(job.budget.mean_slots)}
+    whole = job_arguments(job)
+    arguments |= {name: whole[name] for name in ("task", "methods", "budgets", "mean_slots")}
     manifest = manifests[0].model_copy(update={"arguments": arguments})
     records: dict[str, Any] = {}
     for source in sources:

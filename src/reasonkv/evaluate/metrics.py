@@ -8,6 +8,7 @@ Legend: N output tokens of one row in one chunk, V vocabulary, k tokens stored p
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -48,9 +49,15 @@ class TeacherLogprobs:
         for start in range(0, len(logits_NV), size := _slice(logits_NV)):
             scores_nV = logits_NV[start : start + size].to(torch.float32, copy=True)
             ids_nk = scores_nV.topk(k, dim=-1).indices
-            logprobs_nk, rest_n, _ = _split(scores_nV, ids_nk)
-            parts.append((ids_nk, logprobs_nk, rest_n))
+            parts.append((ids_nk, *_split(scores_nV, ids_nk)[:2]))
         return cls(*map(torch.cat, zip(*parts, strict=True)))
+
+    @classmethod
+    def joined(cls, parts: Sequence[TeacherLogprobs]) -> TeacherLogprobs:
+        """Return the positions of all parts, on the CPU."""
+        ids = [one.ids_Nk for one in parts if one.ids_Nk is not None]
+        rest = (torch.cat([getattr(one, name) for one in parts]).cpu() for name in ("logprobs_Nk", "rest_N"))
+        return cls(torch.cat(ids).cpu() if ids else None, *rest)
 
     def best_N(self) -> Tensor:
         """Return the most likely token at each position, int64."""

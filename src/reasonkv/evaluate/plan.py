@@ -106,7 +106,8 @@ def make_cells(source: ModelSource, job: J, cells: Path, place: str) -> Iterator
     """Yield the cells of a job, of each task full KV's first.
 
     Args:
-        cells: folder of all cells; full KV's are in `cells/full`, for all jobs to which full KV is the same.
+        cells: folder of all cells; full KV's are in `cells/full`, for all jobs to which full KV is the same, in folders
+            named after the task and all settings.
         place: folder in it for the cells of this job.
 
     Raises:
@@ -114,20 +115,16 @@ def make_cells(source: ModelSource, job: J, cells: Path, place: str) -> Iterator
     """
     methods = [method for method in make_methods(job) if method.bounded]
     for task in job.task:
-        full = full_cell(source, job, str(task), cells / "full")
-        yield full
+        alone = replace(job, task=(task,), methods=("full",), budget=BudgetOptions())
+        full = Cell(source, alone, cells, None, "full")
+        name = f"{file_name(str(task))}-seed{job.seed}-{full.digest[:8]}"
+        yield (full := replace(full, folder=cells / "full" / name))
         for method in methods:
             for size in split_sizes(job.budget):
-                label = f"{method.spec()} @ {_size_words(size)}"
+                words = f"mean {size.mean_slots[0]}" if size.mean_slots else make_budgets(size)[0].label
+                label = f"{method.spec()} @ {words}"
                 own = replace(job, task=(task,), methods=("full", method.spec()), budget=size)
                 yield Cell(source, own, cells / place / file_name(str(task)) / file_name(label), full.folder, label)
-
-
-def full_cell(source: ModelSource, job: J, task: str, folder: Path) -> Cell:
-    """Return full KV's cell of one task; its folder below `folder` is named after the task and all settings."""
-    alone = replace(job, task=(task,), methods=("full",), budget=BudgetOptions())
-    cell = Cell(source, alone, folder, None, "full")
-    return replace(cell, folder=folder / f"{file_name(task)}-seed{job.seed}-{cell.digest[:8]}")
 
 
 def make_group(name: str, source: ModelSource, job: J, seed: int, out: Path) -> Group:
@@ -150,10 +147,6 @@ def split_sizes(budget: BudgetOptions) -> list[BudgetOptions]:
     axis = next((name for name in names if getattr(budget, name)), None)
     one: list[dict[str, Any]] = [] if axis is None else [{axis: (size,)} for size in getattr(budget, axis)]
     return [replace(budget, **fields) for fields in one]
-
-
-def _size_words(size: BudgetOptions) -> str:
-    return f"mean {size.mean_slots[0]}" if size.mean_slots else make_budgets(size)[0].label
 
 
 @functools.lru_cache(maxsize=1)

@@ -56,10 +56,7 @@ def fill(sampling: S, model: LoadedModel, tasks: Sequence[str] = (), thinking: s
     if sampling.preset is None:
         return sampling
     files = [one for one in map(declaration_of, tasks) if one is not None]
-    declared, stops = (
-        [{str(name): value for name, value in one.sampling.items()} for one in files],
-        {tuple(one.stop) for one in files},
-    )
+    declared, stops = [dict(one.sampling) for one in files], {tuple(one.stop) for one in files}
     if len(stops) == 1 and not sampling.stop:
         sampling = replace(sampling, stop=stops.pop())
     found = family_sampling(model, thinking)

@@ -146,7 +146,7 @@ class AnswerRecord(Measured):
         sample: number of the sample of that problem, from 0; greedy decoding has 0 only.
         correct: whether the task's checker accepts the output.
         truncated: whether the output met the limit on its length before it ended.
-        repetition: share of output tokens that lie in a loop (`text.repetition`), 0 to 1.
+        repetition: share of output tokens that lie in a loop (`generate.repetition`), 0 to 1.
         first_divergence: index of the first output token that differs from full KV's output of the same example and
             sample (an output that stops earlier differs where it stops), or None if the two are equal.
         output: decoded, special tokens skipped.
@@ -303,13 +303,3 @@ def read_lines(path: Path, kind: type[R]) -> list[R]:
         seen[record.key] = number
         records.append(record)
     return records
-
-
-def read_records(path: Path) -> list[ReplayRecord]:
-    """Return every record of a replay; errors as in `read_lines`."""
-    return read_lines(path, ReplayRecord)
-
-
-def read_answers(path: Path) -> list[AnswerRecord]:
-    """Return every record of a generation; errors as in `read_lines`."""
-    return read_lines(path, AnswerRecord)

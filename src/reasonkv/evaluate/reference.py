@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from reasonkv.calibration.queries import attention_weights
 from reasonkv.evaluate.chunks import TraceRow, feed
 from reasonkv.methods.base import Requirements
 from reasonkv.methods.full import FullKV
@@ -109,7 +110,12 @@ class FullAttention:
         Raises:
             ValueError: not a full-attention layer, not a row, or not 0 <= start <= end <= the row's tokens.
         """
-        self._check(layer, row, start, end)
+        if layer not in self._layers:
+            raise ValueError(f"Layer {layer} is not a full-attention layer; those are {self.layers}.")
+        if not 0 <= row < len(self.lengths):
+            raise ValueError(f"There is no row {row}; the reference has {len(self.lengths)}.")
+        if not 0 <= start <= end <= self.lengths[row]:
+            raise ValueError(f"Row {row} has {self.lengths[row]} tokens; {start} to {end} is no range of them.")
         size = self._block_queries(row)
         first, last = -(-start // size), end // size  # whole blocks
         if last <= first:
@@ -123,33 +129,6 @@ class FullAttention:
         ):
             _reduce_into(total_HL, part_HL, reduce)
         return total_HL
-
-    def received_by_event(self, layer: int, row: int, edges: Sequence[int], reduce: Reduce = "sum") -> Tensor:
-        """Return `received` from the queries of each interval between compactions.
-
-        Args:
-            edges: ascending token indices; interval e holds the queries edges[e]..edges[e + 1] - 1.
-
-        Returns:
-            float32 [E, H, N], E = len(edges) - 1, N = edges[-1]; 0 at tokens later than the interval.
-
-        Raises:
-            ValueError: as `received`, or edges that are not ascending.
-        """
-        intervals = []
-        for start, end in pairwise(edges):
-            self._check(layer, row, start, end)
-            part_HL = self._reduced(layer, row, start, end, reduce)
-            intervals.append(torch.nn.functional.pad(part_HL, (0, edges[-1] - end)))
-        return torch.stack(intervals)
-
-    def _check(self, layer: int, row: int, start: int, end: int) -> None:
-        if layer not in self._layers:
-            raise ValueError(f"Layer {layer} is not a full-attention layer; those are {self.layers}.")
-        if not 0 <= row < len(self.lengths):
-            raise ValueError(f"There is no row {row}; the reference has {len(self.lengths)}.")
-        if not 0 <= start <= end <= self.lengths[row]:
-            raise ValueError(f"Row {row} has {self.lengths[row]} tokens; {start} to {end} is no range of them.")
 
     def _block_queries(self, row: int) -> int:
         return max(BLOCK_QUERIES, -(-self.lengths[row] // BLOCKS))
@@ -177,24 +156,11 @@ class FullAttention:
         for at in range(start, end, step):
             upto = min(at + step, end)
             queries_HgTD = upcast(found.queries_BHqLD[row, :, at:upto]).reshape(H, Hq // H, upto - at, -1)
-            weights_HTL = _attention(queries_HgTD, keys_HLD[:, :upto], found.rule).mean(1)
+            position_T = torch.arange(at, upto, device=keys_HLD.device)
+            weights_HTL = attention_weights(queries_HgTD, keys_HLD[:, :upto], position_T, **vars(found.rule)).mean(1)
             part_HL = weights_HTL.sum(1) if reduce == "sum" else weights_HTL.amax(1)
             _reduce_into(total_HL, part_HL.float(), reduce)
         return total_HL
-
-
-def _attention(queries_HgTD: Tensor, keys_HLD: Tensor, rule: LogitRule) -> Tensor:
-    """Return the attention weights [H, g, T, L] of the newest T of L tokens."""
-    (H, g, T, _), L = queries_HgTD.shape, keys_HLD.shape[1]
-    logits = ((queries_HgTD.flatten(1, 2) * rule.scaling) @ keys_HLD.mT).view(H, g, T, L)
-    if rule.softcap is not None:
-        logits = rule.softcap * torch.tanh(logits / rule.softcap)
-    later_TL = torch.ones(T, L, dtype=torch.bool, device=logits.device).triu(L - T + 1)
-    logits = logits.masked_fill_(later_TL, float("-inf"))
-    if rule.sinks is None:
-        return logits.softmax(-1)
-    sinks_HgT1 = rule.sinks.to(logits.dtype).view(H, g, 1, 1).expand(H, g, T, 1)
-    return torch.cat([logits, sinks_HgT1], -1).softmax(-1)[..., :-1]
 
 
 def _reduce_into(total_HL: Tensor, part_Hl: Tensor, reduce: Reduce) -> None:

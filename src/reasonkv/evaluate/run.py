@@ -12,7 +12,16 @@ from typing import Any, cast
 from reasonkv.calibration import Calibration, find_calibration
 from reasonkv.evaluate.cells import RunConfig, check_job, job_arguments, make_budgets, make_methods, plan_cells
 from reasonkv.evaluate.decoding import Request, TextRules, decode_rows
-from reasonkv.evaluate.generate import decode, graded, opens_thinking, room, row_seed, thinking_tokens
+from reasonkv.evaluate.generate import (
+    decode,
+    first_divergence,
+    graded,
+    opens_thinking,
+    repetition,
+    room,
+    row_seed,
+    thinking_tokens,
+)  # fmt: skip
 from reasonkv.evaluate.job import GenerateJob, Job, ReplayJob
 from reasonkv.evaluate.manifest import Manifest, Weights, open_results
 from reasonkv.evaluate.merging import adopt
@@ -29,7 +38,6 @@ from reasonkv.evaluate.records import (
     record_key,
 )
 from reasonkv.evaluate.replay import replay_batch
-from reasonkv.evaluate.text import first_divergence, repetition
 from reasonkv.evaluate.traces import Trace, encode_prompts, file_name, load_or_make_traces
 from reasonkv.layers import bounded_layers
 from reasonkv.methods import Method, get_method

@@ -42,10 +42,6 @@ class Difference:
     high: float
     pairs: int
 
-    def to_dict(self) -> dict[str, float | None]:
-        """Return the fields for JSON; None where there is no interval."""
-        return {name: None if math.isnan(value) else value for name, value in vars(self).items()}
-
 
 def wilson(rate: float, n: int) -> tuple[float, float]:
     """Return the 95 % Wilson interval of a rate; NaN below `LEAST` examples.

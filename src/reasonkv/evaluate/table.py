@@ -28,26 +28,9 @@ from reasonkv.evaluate.records import (
     read_lines,
     whole_lines,
 )
-from reasonkv.evaluate.statistics import (
-    LEAST,
-    RESAMPLES,
-    Difference,
-    Estimate,
-    bootstrap_means,
-    clustered_mean,
-    holm,
-    paired_difference,
-    paired_p_value,
-    wilson,
-)  # fmt: skip
+from reasonkv.evaluate.statistics import LEAST, Difference, clustered_mean, paired_difference, wilson
 from reasonkv.inputs import parse_json
 from reasonkv.methods import method_class
-
-__all__ = [
-    "COMPARED", "FULL_KV", "KEPT", "LEAST", "METRICS", "RESAMPLES", "Difference", "Estimate", "bootstrap_means",
-    "by_key", "clustered_mean", "diagnostics", "holm", "method_label", "paired_difference", "paired_p_value",
-    "read_folder_records", "read_manifest", "read_results", "summarize", "summary_dicts", "to_frame", "wilson",
-]  # fmt: skip
 
 KEPT = "records.parquet"
 """The compressed form of one or more results folders, as committed under docs/results."""
@@ -155,14 +138,11 @@ def to_frame(records: Sequence[ReplayRecord | AnswerRecord], folder: str = "") -
     rows = []
     for record in records:
         row = dict(vars(record))
-        row |= {name: _canonical(row[name]) for name in ("options", "budget", "guards")}
+        texts = {name: json.dumps(row[name], sort_keys=True) for name in ("options", "budget", "guards")}
+        row |= texts if row["budget"] else texts | {"budget": None}
         measured = row.pop("diagnostics", {})
         rows.append(row | {name: measured[name] for name in DIAGNOSTICS if name in measured})
     return _prepared(pd.DataFrame(rows).assign(folder=folder))
-
-
-def _canonical(value: Any) -> str | None:
-    return None if value is None else json.dumps(value, sort_keys=True)
 
 
 def _prepared(frame: pd.DataFrame) -> pd.DataFrame:
@@ -209,7 +189,7 @@ def method_label(method: str, options: Mapping[str, Any]) -> str:
         return method + (":" + ",".join(f"{name}={one}" for name, one in options.items()) if options else "")
 
 
-def summarize(frame: pd.DataFrame, *, regimes: bool = False, seed: int = 0) -> pd.DataFrame:
+def summarize(frame: pd.DataFrame, *, regimes: bool = False) -> pd.DataFrame:
     """Return one row per task, method and budget: n, means, standard errors, and paired differences.
 
     Columns: `task`, `method` (its label), `rule`, `tokens`, `regime`, `n` (examples), `answers` (records), of every
@@ -245,7 +225,7 @@ def summarize(frame: pd.DataFrame, *, regimes: bool = False, seed: int = 0) -> p
         for metric in COMPARED[kind]:
             for other, theirs in (("full", full.get(key[0])), ("random", random.get((key[0], *key[2:])))):
                 skip = theirs is None or name in {"full", other}
-                values = None if skip else paired_difference(by_key(part, metric), by_key(theirs, metric), seed=seed)
+                values = None if skip else paired_difference(by_key(part, metric), by_key(theirs, metric))
                 row[f"{metric}_vs_{other}"] = values
         rows.append(row)
     return pd.DataFrame(rows)
@@ -263,7 +243,7 @@ def by_key(part: pd.DataFrame, metric: str, unit: str = "example") -> dict[Any, 
 
 
 def summary_dicts(summary: pd.DataFrame) -> list[dict[str, Any]]:
-    """Return the rows of `summarize` for JSON: means as {mean, se}, differences by metric, what is missing as None."""
+    """Return the rows of `summarize` nested: means as {mean, se}, differences by metric."""
     found = []
     for row in summary.to_dict("records"):
         data: dict[str, Any] = {name: row[name] for name in ("task", "method", "regime", "n", "answers")}
@@ -273,10 +253,10 @@ def summary_dicts(summary: pd.DataFrame) -> list[dict[str, Any]]:
             metric, _, other = name.rpartition("_vs_")
             if f"{name}_se" in row and not math.isnan(value):
                 ends = {end: row[f"{name}_{end}"] for end in ("se", "low", "high") if f"{name}_{end}" in row}
-                data[name] = {"mean": value} | {end: None if math.isnan(one) else one for end, one in ends.items()}
+                data[name] = {"mean": value} | ends
             elif metric and isinstance(value, Difference):
-                data[f"versus_{other}"][metric] = value.to_dict()
+                data[f"versus_{other}"][metric] = value
             elif name == "median_divergence":
-                data[name] = None if math.isnan(value) else value
+                data[name] = value
         found.append(data)
     return found

@@ -22,7 +22,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from reasonkv.errors import ReasonKVError
 from reasonkv.evaluate.chunks import TraceRow, feed
-from reasonkv.evaluate.decoding import OnTokens, Request, TextRules, decode_batch
+from reasonkv.evaluate.decoding import OnTokens, Request, TextRules, write_full
 from reasonkv.evaluate.generate import encode, encode_given, end_tokens, render, room
 from reasonkv.evaluate.manifest import ResultsError
 from reasonkv.evaluate.metrics import TeacherLogprobs
@@ -30,7 +30,6 @@ from reasonkv.evaluate.settings import TraceSettings
 from reasonkv.files import write_atomically
 from reasonkv.inputs import Count, read_json
 from reasonkv.resolve import context_length
-from reasonkv.runtimes.transformers import CompressedCache
 from reasonkv.tasks import Problem, Task, TaskOptions
 from reasonkv.tasks.given import GivenTraces
 from reasonkv.tasks.options import THINK_END
@@ -171,14 +170,7 @@ def reference_logprobs(
     chunks: list[list[TeacherLogprobs]] = [[] for _ in rows]
     for scored in feed(model, DynamicCache(config=model.config), rows):
         chunks[scored.row].append(TeacherLogprobs.from_logits(scored.logits_NV, k))
-    return [
-        TeacherLogprobs(
-            None if k == vocabulary else torch.cat([one.ids_Nk for one in own if one.ids_Nk is not None]).cpu(),
-            torch.cat([one.logprobs_Nk for one in own]).cpu(),
-            torch.cat([one.rest_N for one in own]).cpu(),
-        )
-        for own in chunks
-    ]
+    return [TeacherLogprobs.joined(own) for own in chunks]
 
 
 def vocabulary_of(model: PreTrainedModel) -> int:
@@ -236,11 +228,7 @@ class _Maker:
         requests = [Request(prompt, most, problem.example) for prompt, problem in zip(prompts, problems, strict=True)]
         sampling = self.settings.sampling.stopping(task.stop)
         rules = TextRules(tokenizer, sampling, self.options.think_end)
-        # with nothing evicted it writes what the stock cache writes, several times faster in large batches
-        with CompressedCache(model, "full", prompt_lengths=[len(prompt) for prompt in prompts]) as cache:
-            found = decode_batch(
-                model, cache, requests, sampling=sampling, seed=self.seed, rules=rules, on_tokens=self.on_tokens
-            )
+        found = write_full(model, requests, sampling=sampling, seed=self.seed, rules=rules, on_tokens=self.on_tokens)
         return prompts, [torch.tensor(one.tokens) for one in found]
 
 
@@ -253,14 +241,10 @@ def _write(path: Path, traces: Sequence[Trace], origin: dict[str, Any]) -> None:
             own["ids"] = trace.teacher.ids_Nk.int()
         tensors |= {f"{trace.example}.{name}": tensor.contiguous() for name, tensor in own.items()}
     summary = [
-        {
-            "example": trace.example,
-            "prompt_tokens": len(trace.prompt_P),
-            "output_tokens": len(trace.output_T),
-            "correct": trace.correct,
-        }
+        {"example": trace.example, "prompt_tokens": len(trace.prompt_P), "output_tokens": len(trace.output_T),
+         "correct": trace.correct}
         for trace in traces
-    ]
+    ]  # fmt: skip
     write_atomically(path, save(tensors))
     # written last, and only what it lists is read: a kill between the two leaves the traces of the batch before
     text = json.dumps({**origin, "traces": summary}, indent=1) + "\n"

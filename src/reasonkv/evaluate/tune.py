@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal
@@ -17,25 +17,16 @@ import pandas as pd
 
 from reasonkv.budget import Budget, Window
 from reasonkv.evaluate.cells import make_methods, make_rule
-from reasonkv.evaluate.frontier import (
-    DEFAULT_TARGETS,
-    HIGHER_IS_BETTER,
-    FrontierError,
-    Point,
-    Target,
-    UsableBudget,
-    compare_values,
-    measured_points,
-    usable_budget,
-)
+from reasonkv.evaluate.frontier import Comparison, Point, UsableBudget, compared, measured_points, usable_budget
 from reasonkv.evaluate.job import BudgetOptions, GenerateJob, ReplayJob, TraceSettings, TuneJob
 from reasonkv.evaluate.matching import selecting_method, smallest
 from reasonkv.evaluate.merging import merge, without_full
 from reasonkv.evaluate.progress import Progress, silent
 from reasonkv.evaluate.records import AnswerRecord, ReplayRecord
 from reasonkv.evaluate.run import run
-from reasonkv.evaluate.statistics import Difference
+from reasonkv.evaluate.statistics import RESAMPLES
 from reasonkv.evaluate.table import to_frame
+from reasonkv.evaluate.target import DEFAULT_TARGETS, FrontierError, Target
 from reasonkv.evaluate.traces import file_name
 from reasonkv.methods import Method
 from reasonkv.models import LoadedModel
@@ -68,26 +59,6 @@ class Probe:
 
 
 @dataclass(frozen=True)
-class Fall:
-    """A larger budget that did worse than a smaller one.
-
-    Args:
-        drop: how much worse, over the examples both have, with a 95 % interval.
-        p: of the paired t test, Holm-adjusted over all pairs of probes.
-    """
-
-    smaller: int
-    larger: int
-    drop: Difference
-    p: float
-
-    @property
-    def sure(self) -> bool:
-        """More than noise: the interval lies above 0 and p is below 0.05."""
-        return self.drop.low > 0 and self.p < 0.05
-
-
-@dataclass(frozen=True)
 class Search:
     """What a search found for one method on one task.
 
@@ -98,7 +69,7 @@ class Search:
             smallest budget twice; with "not reached" the upper end is where nothing is compressed any more.
         probes: the budgets that were run, in that order.
         usable: the budget interpolated between them, and its 95 % interval over examples.
-        falls: pairs of probes where the larger budget did worse.
+        falls: pairs of probes where the larger budget, `theirs`, did worse.
     """
 
     task: str
@@ -108,7 +79,7 @@ class Search:
     bracket: tuple[int, int]
     probes: tuple[Probe, ...]
     usable: UsableBudget | None
-    falls: tuple[Fall, ...]
+    falls: tuple[Comparison, ...]
 
     @property
     def tokens(self) -> int | None:
@@ -118,13 +89,17 @@ class Search:
     @property
     def violated(self) -> bool:
         """Larger was not better: a budget above one that keeps the target misses it, or one did surely worse."""
-        return bool(self.usable and self.usable.fails_above) or any(fall.sure for fall in self.falls)
+        return bool(self.usable and self.usable.fails_above) or any(fall.holds for fall in self.falls)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the search for JSON output."""
-        falls = [asdict(fall) | {"sure": fall.sure} for fall in self.falls]
+        falls = [
+            {"smaller": one.ours.tokens, "larger": one.theirs.tokens, "drop": one.advantage, "p": one.p,
+             "sure": one.holds}
+            for one in self.falls
+        ]  # fmt: skip
         own = {"target": str(self.target), "tokens": self.tokens, "monotonicity_violated": self.violated}
-        return asdict(self) | own | {"falls": falls}
+        return vars(self) | own | {"falls": falls}
 
 
 def tune(
@@ -280,7 +255,10 @@ def find_usable_budget(
         if not any(probe.keeps for probe in probes if probe.tokens == kept):  # nothing compressed is known to do
             status = "not reached"
     usable = usable_budget(list(points.values()), target, seed=seed) if points else None
-    return Search(*name, target, status, (missed, kept), tuple(probes), usable, _falls(points, target.metric, seed))
+    pairs = combinations((points[tokens] for tokens in sorted(points)), 2)
+    worse = compared(pairs, target.metric, better=True, seed=seed, resamples=RESAMPLES)
+    falls = tuple(one for one in worse if one.advantage.mean > 1e-12)
+    return Search(*name, target, status, (missed, kept), tuple(probes), usable, falls)
 
 
 def _probe(frame: pd.DataFrame, tokens: int, target: Target) -> tuple[Point | None, Probe, tuple[str, str]]:
@@ -296,9 +274,9 @@ def _probe(frame: pd.DataFrame, tokens: int, target: Target) -> tuple[Point | No
     if target.relative and len(point.full) < len(point.values):
         raise FrontierError("A target relative to full KV needs full KV on the same examples.")
     full = math.fsum(point.full.values()) / len(point.full) if point.full else None
-    says_nothing = target.relative and HIGHER_IS_BETTER[target.metric] and full == 0
-    holds = None if says_nothing else bool(target.margin(point.mean, math.nan if full is None else full) >= 0)
-    return point, Probe(tokens, holds, point.mean, full, len(point.values), regimes), name
+    holds = bool(target.margin(point.mean, math.nan if full is None else full) >= 0)
+    keeps = None if point.says_nothing(target) else holds
+    return point, Probe(tokens, keeps, point.mean, full, len(point.values), regimes), name
 
 
 def _middle(low: int, high: int, resolution: float) -> int | None:
@@ -306,9 +284,3 @@ def _middle(low: int, high: int, resolution: float) -> int | None:
     if high - low < 2 or high <= low * resolution:
         return None
     return min(max(round(math.sqrt(low * high)), low + 1), high - 1)
-
-
-def _falls(points: dict[int, Point], metric: str, seed: int) -> tuple[Fall, ...]:
-    pairs = list(combinations(sorted(points), 2))
-    found = compare_values([(points[one].values, points[other].values) for one, other in pairs], metric, seed)
-    return tuple(Fall(*pairs[at], drop, p) for at, drop, p in found if drop.mean > 1e-12)

@@ -15,12 +15,13 @@ import altair as alt
 import pandas as pd
 import vl_convert
 
-from reasonkv.evaluate.frontier import FrontierError, Point, Target
+from reasonkv.evaluate.frontier import Point
 from reasonkv.evaluate.table import FULL_KV
+from reasonkv.evaluate.target import FrontierError, Target
 from reasonkv.files import write_atomically
-from reasonkv.report.metrics import METRICS, UNITS, shown_metrics
+from reasonkv.report.metrics import KNOWN, UNITS, shown_metrics
 from reasonkv.report.style import FULL_COLOUR, FULL_DASH, Style, styles
-from reasonkv.report.wording import byte_unit, difference_text, ends, estimate_text, rule_words
+from reasonkv.report.wording import byte_unit, ends, rule_words
 
 SHAPES = {
     "o": "circle", "s": "square", "^": "triangle-up", "v": "triangle-down", "D": "diamond", "P": "cross",
@@ -194,10 +195,8 @@ def report_chart(summary: pd.DataFrame, kind: str, baseline: pd.DataFrame | None
             if row["regime"] != FULL_KV:
                 found |= {axis: _digits(row[axis]) for axis in ("tokens", "physical_mean")}
                 found |= {"bytes_held": _digits(row["bytes_held"] / 1024), "n": row["n"]}
-                found["mean"] = estimate_text(row, metric.key, metric.digits, metric.scale)
-                for other in ("full", "random"):
-                    difference = row.get(f"{metric.key}_vs_{other}")
-                    found[f"to {other}"] = difference_text(difference, metric.digits, metric.scale)
+                found["mean"] = metric.text(row)
+                found |= {f"to {other}": metric.difference(row, other) for other in ("full", "random")}
             rows.append(found)
     bounded = summary[summary["tokens"] > 0]
     methods = list(bounded["method"].unique())
@@ -237,19 +236,15 @@ def _digits(value: float) -> float | None:
 # -- figures ----------------------------------------------------------------------------------------------------------
 
 
-def replay_figure(
-    summary: pd.DataFrame, path: Path, *, by_mean: bool = False, note: str = "", metrics: Sequence[str] = ("top1", "kl")
-) -> Path:
-    """Draw fidelity against budgets, a column of panels per task and a row per metric; return the PNG's path.
+def replay_figure(summary: pd.DataFrame, path: Path, *, by_mean: bool = False, note: str = "") -> Path:
+    """Draw top-1 agreement and KL against budgets, a column of panels per task; return the PNG's path.
 
     Args:
         summary: of a replay, without regimes.
         by_mean: against the mean slots attended per output token, not the budget's.
-        metrics: one row of panels each.
     """
-    axis, known = "physical_mean" if by_mean else "tokens", {one.key: one for one in METRICS["replay"]}
-    parts = []
-    for metric in (known[name] for name in metrics):
+    axis, parts = "physical_mean" if by_mean else "tokens", []
+    for metric in (KNOWN["top1"], KNOWN["kl"]):
         mean, se = (summary[name] * metric.scale for name in (metric.key, f"{metric.key}_se"))
         ends = {"low": mean - se.fillna(0), "high": mean + se.fillna(0)}
         x = summary[axis].where(summary["tokens"] > 0, 0)
@@ -281,11 +276,8 @@ def frontier_figure(
         note += f"\nNot drawn: {len(points) - len(dense)} cells with fewer than half of their task's examples."
     words = rule_words([point.rule for point in dense])
     scale = 100.0 if metric in {"top1", "accuracy"} else 1.0
-    known = {one.key: one.title for kind in METRICS.values() for one in kind}
-    title, unit, name = (
-        known["correct" if metric == "accuracy" else metric],
-        *byte_unit(max(p.bytes_held for p in dense)),
-    )
+    title = KNOWN["correct" if metric == "accuracy" else metric].title
+    unit, name = byte_unit(max(p.bytes_held for p in dense))
     panels = {"against the budget": UNITS["tokens"], "against memory": f"{UNITS['bytes_held']}, {name}"}
     rows: list[dict[str, Any]] = []
     for task in dict.fromkeys(point.task for point in dense):

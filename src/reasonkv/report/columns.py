@@ -12,7 +12,7 @@ import pandas as pd
 from reasonkv.evaluate.table import COMPARED
 from reasonkv.report.cohorts import Cohort
 from reasonkv.report.metrics import RECORD_METRICS, shown_metrics
-from reasonkv.report.wording import difference_text, estimate_text, number
+from reasonkv.report.wording import number
 
 TAIL = 120
 """Characters of an output's end that the record table shows."""
@@ -46,15 +46,13 @@ def summary_columns(cohort: Cohort) -> list[Column]:
         column("n", "n", f"{'problems' if kind == 'evaluate' else 'traces'} in the mean", _numbers(frame["n"])),
     ]  # fmt: skip
     for metric in shown_metrics(kind, frame):
-        key, look = metric.key, (metric.digits, metric.scale)
-        columns.append(column(key, metric.label, metric.meaning, (estimate_text(row, key, *look) for row in rows)))
-        for other, name in (
-            (("full", "full KV"), ("random", "random")) if key in COMPARED[kind] and key != "nll" else ()
-        ):
+        columns.append(column(metric.key, metric.label, metric.meaning, map(metric.text, rows)))
+        others = {"full": "full KV", "random": "random"} if metric.key in COMPARED[kind] and metric.key != "nll" else {}
+        for other, name in others.items():
             columns.append(column(
-                f"{key}_versus_{other}", f"\u0394 {metric.label} to {name}",
+                f"{metric.key}_versus_{other}", f"\u0394 {metric.label} to {name}",
                 f"{metric.label}, paired difference to {name} on the same problems, with a 95 % bootstrap interval",
-                (difference_text(row[f"{key}_vs_{other}"], *look) for row in rows),
+                (metric.difference(row, other) for row in rows),
             ))  # fmt: skip
     return columns
 
@@ -65,12 +63,11 @@ def record_columns(frame: pd.DataFrame) -> list[Column]:
     columns = [
         column(*_TASK, frame["task"], words=True),
         column(*_METHOD, frame["label"], words=True),
-        column(
-            "prompt", "prompt", "what the budget counts of the prompt", frame["prompt"].replace("", "-"), words=True
-        ),
+        column("prompt", "prompt", "what the budget counts of the prompt", frame["prompt"].replace("", "-"),
+               words=True),
         column(*_BUDGET, _numbers(frame["tokens"].replace(0, math.nan))),
         column("regime", "regime", "how the budget met the trace", frame["regime"], words=True),
-    ]
+    ]  # fmt: skip
     if answers:
         verdicts = frame["truncated"].map({True: "truncated", False: "wrong"}).mask(frame["correct"] == 1, "right")
         columns.append(column("answer", "answer", "what the grader says of the whole answer", verdicts, words=True))

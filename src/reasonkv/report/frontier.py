@@ -7,26 +7,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pandas as pd
 from rich.table import Table
 
 from reasonkv.evaluate.frontier import (
-    HIGHER_IS_BETTER,
     Axis,
     Comparison,
     Point,
-    Target,
     UsableBudget,
     between,
     crossings,
     measured_points,
     usable_budget,
-)
+)  # fmt: skip
 from reasonkv.evaluate.statistics import LEAST
+from reasonkv.evaluate.target import Target
 from reasonkv.report.metrics import REGIMES, UNITS
 from reasonkv.report.terminal import make_table
-from reasonkv.report.wording import amount, interval_text, number, rule_words, selecting
+from reasonkv.report.wording import amount, interval_text, number, plural, rule_words, selecting, span
 
 if TYPE_CHECKING:
     from reasonkv.evaluate.tune import Search
@@ -71,49 +69,35 @@ class Frontier:
         if self.crossings:
             found.append(self._crossings_table())
         shown = self.regimes[[name for name in self.regimes if name != "selecting" or self.regimes[name].any()]]
-        rows = [
-            [str(task), *(f"{count:,}" for count in own)]
-            for task, own in zip(shown.index, shown.to_numpy(), strict=True)
-        ]
+        rows = [[str(task), *(f"{count:,}" for count in own)] for task, own in shown.T.items()]
         return [*found, make_table("Bounded records by regime", ["task"], list(shown), rows)]
 
     def _usable_table(self, task: str) -> Table:
         words = rule_words([rule for _, _, rule in self.usable])
-        rows = []
+        several, rows = any(words.values()), []
         for (own, method, rule), found in self.usable.items():
             if own != task:
                 continue
             cells = ["-", "-", "-", "-", str(found)]
             if isinstance(found, UsableBudget):
-                counts = [
-                    len(one.values)
-                    for one in self.points
-                    if (one.task, one.method, one.rule, one.regime) == (task, method, rule, "compressed")
-                ]
-                span = _span(amount(found.smallest, self.axis), amount(found.largest, self.axis))
-                cells = [span, _span(str(min(counts)), str(max(counts))), *usable_text(found, self.axis)]
-            rows.append([method, *([words[rule]] if any(words.values()) else []), *cells])
-        left = ["method", *(["rule"] if any(words.values()) else [])]
+                key = (task, method, rule, "compressed")
+                counts = [len(p.values) for p in self.points if (p.task, p.method, p.rule, p.regime) == key]
+                measured = span(amount(found.smallest, self.axis), amount(found.largest, self.axis))
+                cells = [measured, span(str(min(counts)), str(max(counts))), *usable_text(found, self.axis)]
+            rows.append([method, *[words[rule]] * several, *cells])
+        left = ["method", *["rule"] * several]
         title = f"{task}: usable budget for {self.target}{_in(self.axis)}"
         return make_table(title, left, ["measured", "n", "usable", "95 % interval"], rows, ["status"])
 
     def _crossings_table(self) -> Table:
-        metric = self.target.metric
-        share = metric in {"top1", "accuracy"}
-        scale, digits, unit = (100, 2, "points") if share else (1, 3, "nats")
-        rows = [
-            [
-                one.ours.task,
-                one.label,
-                f"{one.ours.mean * scale:.{digits}f} : {one.theirs.mean * scale:.{digits}f}",
-                number(one.advantage.mean * scale, digits),
-                interval_text(one.advantage.low, one.advantage.high, digits, scale) or "-",
-                str(one.advantage.pairs),
-                f"{one.p:.2g}",
-                "yes" if one.holds else "no",
-            ]
-            for one in (self.crossings if self.pair else self.crossings[:SHOWN])
-        ]
+        metric, rows = self.target.metric, []
+        scale, digits, unit = (100, 2, "points") if metric in {"top1", "accuracy"} else (1, 3, "nats")
+        for one in self.crossings if self.pair else self.crossings[:SHOWN]:
+            means = " : ".join(f"{side.mean * scale:.{digits}f}" for side in (one.ours, one.theirs))
+            gain = one.advantage
+            interval = interval_text(gain.low, gain.high, digits, scale) or "-"
+            rows.append([one.ours.task, one.label, means, number(gain.mean * scale, digits), interval, str(gain.pairs),
+                         f"{one.p:.2g}", "yes" if one.holds else "no"])  # fmt: skip
         title = "Crossings: the smaller does better"
         if self.pair:
             title = f"{self.pair[0]} at the same budget as {self.pair[1]} and at smaller ones"
@@ -152,7 +136,7 @@ class Frontier:
         if not found:
             return "Crossings: at no pair of methods and budgets does the smaller budget do better."
         held = sum(one.holds for one in found)
-        text = f"{len(found)} pair{'s' * (len(found) != 1)} where the smaller does better, {held} of them surely."
+        text = f"{plural(len(found), 'pair')} where the smaller does better, {held} of them surely."
         return text + (f" The surest {SHOWN} are shown; --json has all." if len(found) > SHOWN else "")
 
     def to_dict(self) -> dict[str, Any]:
@@ -180,7 +164,6 @@ def summarize_frontier(
     *,
     pair: tuple[str, str] | None = None,
     compare: bool = True,
-    seed: int = 0,
 ) -> Frontier:
     """Return usable budgets and crossings of records that may be compared (`frontier.read_comparable`).
 
@@ -201,25 +184,20 @@ def summarize_frontier(
             usable[key] = "keeps everything: its budget is what it reads"
         elif not own:
             usable[key] = "no compressed record"
-        elif all(says_nothing(target, one) for one in own):
+        elif all(one.says_nothing(target) for one in own):
             usable[key] = f"full KV's {target.metric} is 0"
         else:
-            usable[key] = usable_budget(own, target, axis=axis, seed=seed)
+            usable[key] = usable_budget(own, target, axis=axis)
     bounded = frame[frame["tokens"] > 0]
     counts = pd.crosstab(bounded["task"], bounded["regime"]).reindex(
         index=list(bounded["task"].unique()), columns=list(REGIMES), fill_value=0
     )
     # every task's pairs stand in one family of tests, so that Holm's correction covers all that is shown
     if pair is None:
-        found = crossings(active, target.metric, axis=axis, seed=seed) if compare else []
+        found = crossings(active, target.metric, axis=axis) if compare else []
     else:
-        found = between(active, *pair, target.metric, axis=axis, seed=seed)
+        found = between(active, *pair, target.metric, axis=axis)
     return Frontier(target, axis, points, usable, found, counts, pair)
-
-
-def says_nothing(target: Target, point: Point) -> bool:
-    """Return whether full KV itself has nothing here, so that a relative target asks for nothing."""
-    return target.relative and HIGHER_IS_BETTER[target.metric] and bool(point.full) and not any(point.full.values())
 
 
 def usable_text(found: UsableBudget, axis: Axis) -> tuple[str, str, str]:
@@ -281,15 +259,15 @@ def _order_words(search: Search) -> str:
     fails = search.usable.fails_above if search.usable else ()
     if fails:
         return "no: missed again at " + ", ".join(f"{one:,.0f}" for one in fails)
-    sure = [fall for fall in search.falls if fall.sure]
+    sure = [fall for fall in search.falls if fall.holds]
     if sure:
-        return "no: " + ", ".join(f"{fall.smaller:,} beats {fall.larger:,}" for fall in sure)
+        return "no: " + ", ".join(f"{fall.ours.tokens:,} beats {fall.theirs.tokens:,}" for fall in sure)
     return "up to noise" if search.falls else "yes"
 
 
 def _point_dict(point: Point) -> dict[str, object]:
-    values = np.array(list(point.values.values()))
-    se = float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else None
+    values = pd.Series(point.values)
+    se = float(values.sem()) if len(values) > 1 else None
     names = ("task", "method", "regime", "tokens", "mean", "physical_mean", "bytes_held")
     return {name: getattr(point, name) for name in names} | {"rule": json.loads(point.rule), "n": len(values), "se": se}
 
@@ -299,13 +277,9 @@ def _comparison_dict(one: Comparison) -> dict[str, Any]:
         name: {"method": side.method, "tokens": side.tokens, "mean": side.mean}
         for name, side in (("smaller", one.ours), ("larger", one.theirs))
     }
-    rest = {"difference": one.advantage.to_dict(), "p": one.p, "holds": one.holds}
+    rest = {"difference": one.advantage, "p": one.p, "holds": one.holds}
     return {"task": one.ours.task, "label": one.label, "rule": json.loads(one.ours.rule)} | sides | rest
 
 
 def _in(axis: Axis) -> str:
     return "" if axis == "tokens" else f", in {UNITS[axis]}"
-
-
-def _span(low: str, high: str) -> str:
-    return low if low == high else f"{low} to {high}"

@@ -8,7 +8,7 @@ from typing import Any
 from reasonkv.evaluate.table import FULL_KV
 from reasonkv.report.cohorts import Cohort
 from reasonkv.report.metrics import MAIN, Metric
-from reasonkv.report.wording import ends, estimate_text
+from reasonkv.report.wording import ends, span
 
 NAMES = {"replay": "top-1 agreement", "evaluate": "accuracy"}
 """The main metric in words, by kind."""
@@ -77,7 +77,7 @@ def _glance_row(
         if row is None:
             cells.append(None)
             continue
-        mean, _, error = estimate_text(row, main.key, main.digits, main.scale).partition(" ")
+        mean, _, error = main.text(row).partition(" ")
         low, high = (scale.at(end) for end in ends(row, main.key))
         fewer = [f"n = {row['n']}"] if reference is not None and row["n"] < reference["n"] else []
         cells.append({
@@ -93,5 +93,4 @@ def _glance_row(
 def _span(values: Sequence[float], form: str) -> str:
     if not values:
         return "–"
-    low, high = form.format(min(values)), form.format(max(values))
-    return low if low == high else f"{low} to {high}"
+    return span(form.format(min(values)), form.format(max(values)))

@@ -13,24 +13,25 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from html import escape
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import JsonValue, TypeAdapter
 from torch import Tensor
+from torch.nn.functional import pad
 
 from reasonkv.calibration import Calibration
 from reasonkv.evaluate.cells import RunConfig
 from reasonkv.evaluate.chunks import TraceRow, feed
 from reasonkv.evaluate.decoding import Request, TextRules, decode_batch
 from reasonkv.evaluate.fates import EventPlan, PlanRecorder, fates, save_plans
-from reasonkv.evaluate.generate import room
+from reasonkv.evaluate.generate import first_divergence, room
 from reasonkv.evaluate.job import Sampling
 from reasonkv.evaluate.manifest import ResultsError
 from reasonkv.evaluate.metrics import TeacherLogprobs
 from reasonkv.evaluate.reference import FullAttention
-from reasonkv.evaluate.text import first_divergence
 from reasonkv.evaluate.traces import file_name, reference_logprobs
 from reasonkv.files import write_atomically
 from reasonkv.inputs import read_json
@@ -210,19 +211,23 @@ class Inspector:
         ids = torch.cat([row.prompt_P, row.output_T])
         found = fates(recorder.plans if recorder else plans or [], len(ids), layers=attention.layers)
         edges = [0, *found.lengths_E, len(ids) - 1]
-        received = torch.stack([attention.received_by_event(layer, 0, edges) for layer in attention.layers]).cpu()
+        received_GIHN = torch.stack([
+            torch.stack([pad(attention.received(layer, 0, start, end), (0, edges[-1] - end))
+                         for start, end in pairwise(edges)])
+            for layer in attention.layers
+        ]).cpu()  # fmt: skip
         differs = (top_T != best_T).nonzero()[:, 0].tolist()
         recent = 0 if budget is None else max(budget.recent, method.needs.recent)
         return {
             "format": FORMAT, "model": self.model.name, "method": method.spec(), "task": subject.task,
             "budget": budget.to_dict() if budget else None, "example": subject.example, "seed": subject.seed,
             "source": subject.source, "expected": subject.expected, "prompt": len(row.prompt_P),
-            "pieces": token_pieces(tokenizer, ids), "layers": attention.layers, "heads": received.shape[2],
+            "pieces": token_pieces(tokenizer, ids), "layers": attention.layers, "heads": received_GIHN.shape[2],
             "events": {"length": found.lengths_E, "before": found.before_E, "after": found.after_E},
-            "fates": packed_fates(found, received.shape[2]),
+            "fates": packed_fates(found, received_GIHN.shape[2]),
             "protected": {"sinks": budget.sinks if budget else 0, "recent": recent,
                           "prompt": budget is not None and budget.prompt != "count"},
-            "attention": packed_attention(received.transpose(1, 2)),
+            "attention": packed_attention(received_GIHN.transpose(1, 2)),
             "scores": {
                 "nll": _rounded(nll_T), "full_nll": _rounded(_logprob_of(teacher, row.output_T)),
                 "top": [piece(tokenizer, None, token) for token in top_T.tolist()],

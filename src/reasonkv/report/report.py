@@ -6,13 +6,15 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from reasonkv.evaluate.frontier import Axis, FrontierError, Target, UsableBudget, measured_points, pairs_to_test
+from reasonkv.evaluate.frontier import Axis, UsableBudget, measured_points, pairs_to_test
 from reasonkv.evaluate.sanity import sanity_warnings
+from reasonkv.evaluate.target import FrontierError, Target
 from reasonkv.files import write_atomically
 from reasonkv.report.charts import chart_script, report_chart
 from reasonkv.report.cohorts import Cohort, Folder, cohorts, job_words, model_name, read_folders, same_problems
@@ -96,7 +98,9 @@ def report_html(folders: Sequence[Path], *, title: str = TITLE) -> str:
         cohorts=[_cohort_view(one) for one in groups],
         bounded=bounded,
         inspections=list(inspections),
-        folders=[_folder_view(one, own) for one, own in zip(read, facts, strict=True)],
+        folders=list(zip(read, facts, strict=True)),
+        command=command,
+        pretty=partial(json.dumps, indent=2),
         shared_facts=facts[0] if all(one == facts[0] for one in facts) else None,
         words=dict(sorted(words.items(), key=lambda one: one[0].startswith("Δ"))),
         **_regimes(read),
@@ -144,13 +148,6 @@ def _cohort_view(cohort: Cohort) -> dict[str, Any]:
         "open": max(range(len(tabs)), key=lambda at: tabs[at]["apart"]),
         "usable": usable(cohort) if cohort.prompt else None,
     }
-
-
-def _folder_view(folder: Folder, facts: Mapping[str, str]) -> dict[str, Any]:
-    manifest = folder.manifest
-    return {"name": folder.name, "command": command(manifest), "facts": facts,
-            "date": manifest.get("date", "?"), "run": manifest.get("run", "?"),
-            "manifest": json.dumps(manifest, indent=2)}  # fmt: skip
 
 
 def _facts(manifest: Mapping[str, Any]) -> dict[str, str]:

@@ -15,7 +15,7 @@ from reasonkv.budget import Budget
 from reasonkv.errors import ReasonKVError
 from reasonkv.evaluate.cells import RunConfig
 from reasonkv.evaluate.chunks import TraceRow
-from reasonkv.evaluate.decoding import Request, TextRules, decode_batch
+from reasonkv.evaluate.decoding import Request, TextRules, write_full
 from reasonkv.evaluate.generate import encode, end_tokens, render, room, row_seed
 from reasonkv.evaluate.job import TraceSettings
 from reasonkv.evaluate.manifest import Arguments, ResultsError
@@ -44,11 +44,8 @@ def task_trace(
     """
     task = get_task(spec, options).for_tokenizer(loaded.tokenizer)
     with tempfile.TemporaryDirectory() as place, one_thread_if_small(loaded.model):
-        (trace,) = load_or_make_traces(
-            loaded.model, loaded.tokenizer, task, task_spec=spec, examples=[example], seed=seed, settings=settings,
-            folder=Path(place), batch_size=1, options=options,
-        )  # fmt: skip
-    return trace.row, Subject.of_task(task, spec, example, seed, None, options.think_end)
+        row = _trace(loaded, task, spec, example, seed, settings, options, Path(place))
+    return row, Subject.of_task(task, spec, example, seed, None, options.think_end)
 
 
 def prompt_trace(
@@ -64,13 +61,10 @@ def prompt_trace(
     most = room(loaded.model, len(prompt_P), settings.max_new_tokens)
     if most < 1:
         raise InspectError(f"The prompt has {len(prompt_P):,} tokens and fills the model's context; shorten it.")
-    with (
-        one_thread_if_small(loaded.model),
-        CompressedCache(loaded.model, "full", prompt_lengths=[len(prompt_P)]) as cache,
-    ):
-        sampling, request = settings.sampling, Request(prompt_P, most)
-        rules = TextRules(loaded.tokenizer, sampling, options.think_end)
-        (wrote,) = decode_batch(loaded.model, cache, [request], sampling=sampling, seed=seed, rules=rules)
+    sampling, request = settings.sampling, Request(prompt_P, most)
+    rules = TextRules(loaded.tokenizer, sampling, options.think_end)
+    with one_thread_if_small(loaded.model):
+        (wrote,) = write_full(loaded.model, [request], sampling=sampling, seed=seed, rules=rules)
     return TraceRow(prompt_P, torch.tensor(wrote.tokens)), Subject("a prompt", seed=seed, think_end=options.think_end)
 
 
@@ -169,8 +163,8 @@ def inspect_folder(
         raise ResultsError(
             f"{folder} holds no bounded run with these choices; leave --method, --budget, --task or --example out."
         )
-    cell = [(one.method, one.options, one.budget, one.task) for one in fitting]
-    record = min((one for one, own in zip(fitting, cell, strict=True) if own == cell[0]), key=_how_soon_wrong)
+    cells = [(one.method, one.options, one.budget, one.task) for one in fitting]
+    record = min((one for one, own in zip(fitting, cells, strict=True) if own == cells[0]), key=_how_soon_wrong)
     spec = ",".join(f"{key}={value}" for key, value in record.options.items())
     assert record.budget is not None  # only bounded runs fit
     inspector = Inspector(loaded, RunConfig(get_method(f"{record.method}:{spec}"), Budget.from_dict(record.budget)))
@@ -179,10 +173,12 @@ def inspect_folder(
     task = get_task(record.task, options).for_tokenizer(loaded.tokenizer)
     row_of = row_seed(record.example, getattr(record, "sample", 0))
     subject = Subject.of_task(task, record.task, record.example, record.seed, row_of, options.think_end)
-    answers = hasattr(record, "correct")
-    row = (_full_output if answers else _trace)(folder, arguments, loaded, record, task, options)
-    if not answers and not generate:
-        return inspector.replay(row, subject)
+    if hasattr(record, "correct"):
+        row = _full_output(folder, loaded, record, task, options)
+    else:
+        row = _trace(loaded, task, record.task, record.example, record.seed, arguments.traces, options, folder)
+        if not generate:
+            return inspector.replay(row, subject)
     return inspector.generation(row, subject, sampling=arguments.sampling, max_new_tokens=arguments.max_new_tokens)
 
 
@@ -200,19 +196,18 @@ def _how_soon_wrong(record: Any) -> tuple[bool, bool, int]:
 
 
 def _trace(
-    folder: Path, arguments: Arguments, loaded: LoadedModel, record: Any, task: Task, options: TaskOptions
-) -> TraceRow:
-    """Return the trace of a replay's record, from the folder."""
+    loaded: LoadedModel, task: Task, spec: str, example: int, seed: int, settings: TraceSettings, options: TaskOptions,
+    folder: Path,
+) -> TraceRow:  # fmt: skip
+    """Return full KV's trace of a problem, from a folder where it is there."""
     (trace,) = load_or_make_traces(
-        loaded.model, loaded.tokenizer, task, task_spec=record.task, examples=[record.example], seed=record.seed,
-        settings=arguments.traces, folder=folder, batch_size=1, options=options,
+        loaded.model, loaded.tokenizer, task, task_spec=spec, examples=[example], seed=seed, settings=settings,
+        folder=folder, batch_size=1, options=options,
     )  # fmt: skip
     return trace.row
 
 
-def _full_output(
-    folder: Path, arguments: Arguments, loaded: LoadedModel, record: Any, task: Task, options: TaskOptions
-) -> TraceRow:
+def _full_output(folder: Path, loaded: LoadedModel, record: Any, task: Task, options: TaskOptions) -> TraceRow:
     """Return full KV's answer to an answer record's problem, from the folder."""
     written = read_lines(folder / f"outputs-{file_name(record.task)}.jsonl", FullOutput)
     tokens = next((one.tokens for one in written if (one.example, one.sample) == (record.example, record.sample)), None)

@@ -33,24 +33,14 @@ _COLOURS = ("#E69F00", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#
 _MARKERS = ("s", "^", "D", "v", "P", "X", "o", "*")
 _DASHES = ((), (5.0, 2.0), (1.2, 1.6), (7.0, 2.0, 1.2, 2.0), (3.0, 1.2))
 
-FIXED = {
-    "random": Style("#000000", "o", (2.5, 1.8)),
-    "streaming": Style(_COLOURS[0], "s"),
-    "snapkv": Style(_COLOURS[1], "^"),
-    "rkv": Style(_COLOURS[2], "D"),
-    "keydiff": Style(_COLOURS[3], "v"),
-    "knorm": Style(_COLOURS[4], "P"),
-    "oracle": Style(_COLOURS[5], "X"),
-    "triattention": Style(_COLOURS[6], "o"),
-    "cask": Style(_COLOURS[7], "*"),
-    "expected": Style(_COLOURS[3], "s", _DASHES[1]),
-}
-_LATER = (
+_NAMES = (
+    "streaming", "snapkv", "rkv", "keydiff", "knorm", "oracle", "triattention", "cask",
     "vase-attnv", "vase-dkv", "kara", "h2o", "tova", "curdkv", "chunkkv", "lagkv", "defensivekv", "beaconkv",
     "random-attention", "quest", "seer", "pyramidkv", "adakv", "importance", "forecast",
     "gkv", "lazyeviction", "raas", "cake", "keyformer", "nacl", "scissorhands", "sagekv", "rpc", "inertiakv",
     "ams", "d2o",
 )  # fmt: skip
+"""In the order of their places; a new name comes last."""
 
 
 def _place(index: int) -> Style:
@@ -59,16 +49,17 @@ def _place(index: int) -> Style:
     return Style(_COLOURS[colour], _MARKERS[(colour + turn) % len(_MARKERS)], _DASHES[turn % len(_DASHES)])
 
 
-# places 0 to 7 of the sequence belong to the names written out
-FIXED |= {name: _place(8 + number) for number, name in enumerate(_LATER)}
-_FIRST_FREE = 8 + len(_LATER)
+FIXED = {name: _place(index) for index, name in enumerate(_NAMES)} | {
+    "random": Style("#000000", "o", (2.5, 1.8)),
+    "expected": Style(_COLOURS[3], "s", _DASHES[1]),
+}
 
 
 def styles(methods: Sequence[str]) -> dict[str, Style]:
     """Return a style for every label; no two share colour and marker as long as there are some left."""
     names = list(dict.fromkeys(_name(label) for label in methods))
     others = [name for name in names if name not in FIXED]
-    bases = {name: FIXED[name] if name in FIXED else _place(_FIRST_FREE + others.index(name)) for name in names}
+    bases = {name: FIXED[name] if name in FIXED else _place(len(_NAMES) + others.index(name)) for name in names}
     found: dict[str, Style] = {}
     for label in dict.fromkeys(methods):
         base = bases[_name(label)]

@@ -10,16 +10,8 @@ from rich import box
 from rich.table import Table
 
 from reasonkv.evaluate.job import Sampling
-from reasonkv.report.metrics import DIAGNOSTICS, METRICS
-from reasonkv.report.wording import (
-    PROMPT_WORDS,
-    budget_sentence,
-    difference_text,
-    estimate_text,
-    listed,
-    seeds_sentence,
-    selecting,
-)
+from reasonkv.report.metrics import DIAGNOSTICS, KNOWN
+from reasonkv.report.wording import PROMPT_WORDS, budget_sentence, difference_text, listed, seeds_sentence, selecting
 
 Row = Mapping[str, Any]
 
@@ -71,25 +63,18 @@ def _by_task(summary: pd.DataFrame, columns: Mapping[str, Callable[[Row], str]],
     return tables
 
 
-def _text(metric: str, digits: int = 0, scale: float = 1) -> Callable[[Row], str]:
-    return lambda row: estimate_text(row, metric, digits, scale)
-
-
 def _mean(metric: str, digits: int = 0, scale: float = 1, missing: str = "-") -> Callable[[Row], str]:
     return lambda row: missing if pd.isna(row[metric]) else f"{row[metric] * scale:,.{digits}f}"
 
 
 def replay_tables(summary: pd.DataFrame) -> list[Table]:
     """Return one table per task of a replay's summary."""
-    named = {one.key: one for one in METRICS["replay"]}
-    shown = [named[key] for key in ("top1", "nll", "kl", "physical_mean", "physical_peak", "saved_bytes")]
-    columns: dict[str, Callable[[Row], str]] = {"n": lambda row: str(row["n"])}
-    columns |= {one.label: _text(one.key, one.digits, one.scale) for one in shown}
+    shown = [KNOWN[key] for key in ("top1", "nll", "kl", "physical_mean", "physical_peak", "saved_bytes")]
+    columns: dict[str, Callable[[Row], str]] = {"n": lambda row: str(row["n"])} | {one.label: one.text for one in shown}
     columns["s/trace"] = _mean("seconds", 2)  # a batch's time divided by its rows: it has no spread of its own
     if "slots_read_mean" in summary:
-        columns["slots read"] = lambda row: (
-            "all" if pd.isna(row["slots_read_mean"]) else estimate_text(row, "slots_read_mean", 0)
-        )
+        read = KNOWN["slots_read_mean"]
+        columns[read.label] = lambda row: "all" if pd.isna(row[read.key]) else read.text(row)
     return _by_task(summary, columns)
 
 
@@ -97,14 +82,14 @@ def diagnostic_tables(summary: pd.DataFrame) -> list[Table]:
     """Return what was lost, one table per task; none where no diagnostics were asked for."""
     known = [one for one in DIAGNOSTICS if one.key in summary]
     measured = summary[summary[[one.key for one in known]].notna().any(axis=1)] if known else summary.iloc[:0]
-    return _by_task(measured, {one.label: _text(one.key, one.digits, one.scale) for one in known}, "{}: what was lost")
+    return _by_task(measured, {one.label: one.text for one in known}, "{}: what was lost")
 
 
 def answers_tables(summary: pd.DataFrame) -> list[Table]:
     """Return one table per task of an evaluation's summary."""
     columns: dict[str, Callable[[Row], str]] = {
         "n": lambda row: str(row["n"]) if row["n"] == row["answers"] else f"{row['n']} ({row['answers']})",
-        "accuracy %": _text("correct", 1, 100),  # with its Wilson interval
+        "accuracy %": KNOWN["correct"].text,  # with its Wilson interval
         "vs full": lambda row: difference_text(row["correct_vs_full"], 0, 100),
         "vs random": lambda row: difference_text(row["correct_vs_random"], 0, 100),
         "cut off %": _mean("truncated", 0, 100), "tokens": _mean("output_tokens"),
@@ -127,14 +112,10 @@ def replay_caption(frame: pd.DataFrame) -> str:
     lengths = []
     for task, part in frame.groupby("task", sort=False):
         own = part.drop_duplicates("example")
-        lengths.append(
-            f"{task} {own['prompt_tokens'].mean():,.0f} + {own['output_tokens'].mean():,.0f} tokens, "
-            + (
-                f"{own['trace_correct'].sum()} of {len(own)} traces answer right"
-                if own["trace_correct"].notna().all()
-                else "not graded"
-            )
-        )
+        is_graded = own["trace_correct"].notna().all()
+        right = f"{own['trace_correct'].sum()} of {len(own)} traces answer right" if is_graded else "not graded"
+        tokens = " + ".join(f"{own[name].mean():,.0f}" for name in ("prompt_tokens", "output_tokens"))
+        lengths.append(f"{task} {tokens} tokens, {right}")
     sentences = [f"± is one standard error over traces. Full KV's traces, prompt + output: {'; '.join(lengths)}."]
     if budget := budget_sentence(frame):
         sentences.append(f"{budget} s/trace is replay's time, not decoding's.")
@@ -154,15 +135,15 @@ def answers_caption(frame: pd.DataFrame, sampling: Sampling | None = None) -> st
         many = f"{samples} samples each" if samples > 1 else "one sample each"
         own = [f"{name.replace('_', '-')} {value}" for name, value in sampling.to_dict().items() if value]
         how = f"{many} at {', '.join(own)}"
-    sentences = [
+    text = (
         f"n: problems ({'; '.join(f'{task} {count}' for task, count in counts.items())}), {how}. "
         "accuracy: with its 95 % Wilson interval over problems. vs: paired difference of accuracy on the same problems "
         "in points, to full KV and to random at the same budget, with its 95 % bootstrap interval. Fewer than 8 "
         "problems have no interval. cut off: stopped at the token limit. loops: share of tokens in an n-gram that "
         "stands three times or more in a row. differ: outputs that are not full KV's; first at: the median token at "
         "which they leave it."
-    ]
-    return " ".join(filter(None, [*sentences, budget_sentence(frame), seeds_sentence(frame)]))
+    )
+    return " ".join(filter(None, [text, budget_sentence(frame), seeds_sentence(frame)]))
 
 
 def figure_note(frame: pd.DataFrame) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from reasonkv.budget import Budget
-from reasonkv.evaluate.table import Difference
+from reasonkv.evaluate.statistics import Difference
 
 PROMPT_WORDS = {
     "count": "the prompt counts inside the budget and may be dropped",
@@ -46,12 +46,12 @@ def ends(row: Mapping[str, Any], metric: str) -> tuple[float, float]:
     return (mean, mean) if math.isnan(low) else (low, high)
 
 
-def difference_text(one: Difference | None, digits: int, scale: float = 1) -> str:
-    """Return `mean [low, high]` with signs, or `-` where nothing was compared."""
+def difference_text(one: Difference | None, digits: int, scale: float = 1, sign: str = "+") -> str:
+    """Return `mean [low, high]` with signs (with `sign=""` without +), or `-` where nothing was compared."""
     if not isinstance(one, Difference):
         return "-"
-    ends = interval_text(one.low, one.high, digits, scale, sign="+")
-    return f"{number(one.mean * scale, digits, sign='+')} {ends}".rstrip()
+    ends = interval_text(one.low, one.high, digits, scale, sign)
+    return f"{number(one.mean * scale, digits, sign)} {ends}".rstrip()
 
 
 def interval_text(low: float, high: float, digits: int, scale: float = 1, sign: str = "") -> str:
@@ -62,6 +62,11 @@ def interval_text(low: float, high: float, digits: int, scale: float = 1, sign: 
 def listed(words: Sequence[str]) -> str:
     """Return `a`, `a and b`, `a, b and c`."""
     return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " and " + words[-1]
+
+
+def span(low: str, high: str) -> str:
+    """Return `a to b`, or `a` where both are the same."""
+    return low if low == high else f"{low} to {high}"
 
 
 def plural(count: int, word: str) -> str:
@@ -95,13 +100,10 @@ def budget_sentence(frame: pd.DataFrame) -> str:
     if choosing or padded:
         reads = f"Slots are kept, and attention reads them all, but for {listed([*choosing, *padded])} (slots read)."
     if choosing:
-        verb = "keeps" if len(choosing) == 1 else "keep"
-        reads += (
-            f" {listed(choosing)} {verb} everything: the budget is the most a decoded token reads, prompt included."
-        )
+        keep = f"{listed(choosing)} keep{'s' * (len(choosing) == 1)}"
+        reads += f" {keep} everything: the budget is the most a decoded token reads, prompt included."
     if padded:
-        verb = "holds" if len(padded) == 1 else "hold"
-        reads += f" {listed(padded)} {verb} padding, which nothing attends to."
+        reads += f" {listed(padded)} hold{'s' * (len(padded) == 1)} padding, which nothing attends to."
     if "retention" in budget:
         return (
             f"Budget: slots that stay of every window of {budget['size']} decoded tokens, which are cut once; the "
@@ -109,13 +111,10 @@ def budget_sentence(frame: pd.DataFrame) -> str:
         )
     rule = "every" if budget["trigger"] == "occupancy" else "on the grid of"
     protected = (Budget.from_dict(json.loads(one)).protected() for one in bounded["budget"].unique())
-    sinks, recent = (
-        f"{min(own)} to {max(own)}" if len(set(own)) > 1 else f"{own[0]}" for own in zip(*protected, strict=True)
-    )
+    sinks, recent = (span(f"{min(own)}", f"{max(own)}") for own in zip(*protected, strict=True))
     return (
         f"Budget: slots per KV head and layer that stay after a compaction ({rule} {budget['interval']} tokens), "
-        f"{sinks} sinks and the {recent} newest among them; {PROMPT_WORDS[budget['prompt']]}. "
-        f"{reads}"
+        f"{sinks} sinks and the {recent} newest among them; {PROMPT_WORDS[budget['prompt']]}. {reads}"
     )
 
 

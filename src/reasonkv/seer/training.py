@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from reasonkv.calibration.corpus import Passage, ProblemSource, read_corpus, task_passages
+from reasonkv.calibration.corpus import Passage, read_corpus, task_passages
 from reasonkv.calibration.job import CorpusError
-from reasonkv.calibration.queries import rotaries, watched
+from reasonkv.calibration.queries import attention_weights, rotaries, watched
 from reasonkv.identity import model_hash
 from reasonkv.layers import bounded_layers
 from reasonkv.methods.ops import upcast
@@ -30,6 +30,7 @@ from reasonkv.methods.sparse_read import FullPages, PageView, Parameters, Prepar
 from reasonkv.rotary import Rotary
 from reasonkv.seer.gate import Gate, GateError, random_gate, save_gate
 from reasonkv.seer.job import GateRecipe, TrainGateJob
+from reasonkv.tasks import Task
 
 _HELD_OUT = 4  # problems of each task, or windows of a text
 _PAGES = (4, 8, 16)
@@ -53,16 +54,13 @@ def run(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     *,
-    tasks: Sequence[ProblemSource] = (),
+    tasks: Sequence[Task] = (),
     progress: Callable[[int, float], None] = lambda step, loss: None,
 ) -> TrainedGate:
     """Train a gate, write it, and measure it.
 
     Args:
-        job: what to train on, and how.
-        model: a causal language model.
-        tokenizer: its tokenizer.
-        tasks: the tasks that `job.task` names.
+        tasks: those that `job.task` names.
         progress: called with the steps done and the mean loss of the last 20 of them.
 
     Raises:
@@ -114,10 +112,8 @@ def train_gate(
     pages before the query's own, mean over queries and KV heads, summed over layers. AdamW without weight decay.
 
     Args:
-        model: a causal language model; it is not changed.
         rows: sequences, begun again when they run out.
-        recipe: how.
-        source: what `rows` are.
+        source: what they are, for the gate's file.
         on_step: called with the number of steps done and the step's loss, mean over layers.
 
     Raises:
@@ -172,9 +168,7 @@ def kept_attention(
     Mean over queries after the prompt that have more than `pages` pages, their query heads, layers and sequences.
 
     Args:
-        model: a causal language model.
-        rows: sequences.
-        method: the method; its `dense` layers count as any other.
+        method: its `dense` layers count as any other.
         pages: pages to read, a query's own included.
         queries: most queries of a sequence, spread evenly.
         gate: used instead of the one that the method finds.
@@ -253,16 +247,10 @@ def _observe(model: PreTrainedModel, row: Passage, queries: int) -> dict[int, _S
 def _attention(seen: _Seen) -> Tensor:
     """The model's attention weights [H, g, T, L]."""
     scaling, softcap, sinks = (seen.options.get(name) for name in ("scaling", "softcap", "s_aux"))
-    logits: Tensor = (seen.queries_HgTD * (scaling or seen.shape[2] ** -0.5)) @ seen.keys_HLD[:, None].mT
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    later_TL = torch.arange(seen.keys_HLD.shape[1], device=logits.device) > seen.positions_T[:, None]
-    logits = logits.masked_fill(later_TL, float("-inf"))
-    if sinks is None:
-        return logits.softmax(-1)
-    H, g, T, _ = logits.shape
-    sink_HgT1 = sinks.to(logits.dtype).view(H, g, 1, 1).expand(H, g, T, 1)
-    return torch.cat([logits, sink_HgT1], -1).softmax(-1)[..., :-1]
+    return attention_weights(
+        seen.queries_HgTD, seen.keys_HLD, seen.positions_T, scaling=scaling or seen.shape[2] ** -0.5, softcap=softcap,
+        sinks=sinks,
+    )  # fmt: skip
 
 
 def _loss(parameters: Parameters, seen: _Seen, c: int) -> Tensor | None:

@@ -186,16 +186,10 @@ class Task(ABC):
         return options
 
 
-def after_thinking(output: str, end: str = THINK_END, *, required: bool = False) -> str | None:
-    """Return what follows the last end-of-thinking marker; None where thinking never ends.
-
-    Args:
-        output: a decoded generation.
-        end: the marker.
-        required: an output without any marker counts as unfinished thinking (the prompt opened it).
-    """
+def after_thinking(output: str, end: str = THINK_END) -> str | None:
+    """Return what follows the last end-of-thinking marker of a decoded generation; None where thinking never ends."""
     _, found, answer = output.rpartition(end)
-    return answer if found else None if required or THINK in output else output
+    return answer if found else None if THINK in output else output
 
 
 def check_example(example: int) -> None:

@@ -35,12 +35,12 @@ print("\\n" + _json.dumps(_found))
 """
 
 
-def grade_code(output: str, answers: Sequence[str], row: Mapping[str, Any], *, seconds: float = 20.0) -> Grade:
+def grade_code(output: str, answers: Sequence[str], row: Mapping[str, Any]) -> Grade:
     """Score 1 if the last block of Python code and the answer's test code end without an error, in 20 s and 1 GiB."""
     blocks = _BLOCK.findall(output)
     if not blocks:
         return UNREAD
-    runs = (run_python(f"{blocks[-1]}\n\n{test}\n", seconds=seconds) for test in answers)
+    runs = (run_python(f"{blocks[-1]}\n\n{test}\n") for test in answers)
     return Grade(float(all(run.ok for run in runs)), blocks[-1].strip())
 
 

@@ -85,7 +85,9 @@ def run_python(code: str, stdin: str = "", *, seconds: float = 20.0, megabytes: 
         except subprocess.TimeoutExpired:
             return Finished(False, "", f"stopped after {seconds:g} s")
         finally:
-            _kill(process)
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
         written, last = _read(out), _read(errors).strip().splitlines()[-1:] or [f"exit code {process.returncode}"]
         return Finished(process.returncode == 0, written, "" if process.returncode == 0 else last[0][:300])
 
@@ -121,9 +123,3 @@ def _confinement() -> tuple[tuple[str, ...], int | None]:
 def _read(file: IO[bytes]) -> str:
     file.seek(0)
     return file.read(_MEGABYTE).decode(errors="replace")
-
-
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    with suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
