@@ -30,10 +30,11 @@ SIZES: list[tuple[int, str]] = [
     (8, "qk_rope_head_dim mamba_n_heads mamba_num_heads n_mamba_heads_total mamba_chunk_size chunk_size ssm_num_heads "
     "patch_size rotary_dim adapter_rank index_topk index_head_dim"),
     (32, "q_lora_rank kv_lora_rank moe_intermediate_size shared_expert_intermediate_size expert_ffn_hidden_size "
-    "moe_ffn_hidden_size shared_intermediate_size time_step_rank mamba_dt_rank image_size num_channels_hidden"),
+    "moe_ffn_hidden_size shared_intermediate_size time_step_rank mamba_dt_rank image_size num_channels_hidden "
+    "index_n_heads"),
     (4, "num_experts num_local_experts n_routed_experts moe_num_experts num_routed_experts laurel_rank expert_num"),
     (1, "n_group topk_group mamba_n_groups n_groups n_shared_experts moe_num_shared_experts num_nextn_predict_layers "
-    "first_k_dense_replace num_kv_shared_layers index_n_heads"),
+    "first_k_dense_replace num_kv_shared_layers"),
     (512, "max_position_embeddings n_positions n_ctx max_seq_len"),
     (0, "pad_token_id"),
     (3, "bos_token_id eos_token_id decoder_start_token_id"),
@@ -47,6 +48,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1},
     "ernie4_5_moe": {"moe_k": 2},
     "falcon_h1": {"mamba_d_ssm": 128},
+    "glm_moe_dsa": {"indexer_types": ["full", "shared"] * 2},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "granitemoehybrid": {"layer_types": MIXED},
     "hunyuan_v1_dense": {"head_dim": HEAD},

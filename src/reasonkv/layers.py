@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import (
+    DynamicIndexedLayer,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     LinearAttentionAndFullAttentionLayer,
@@ -16,7 +18,7 @@ from transformers.cache_utils import (
 
 from reasonkv.rotary import Rotary
 
-BOUNDED = (DynamicLayer, LinearAttentionAndFullAttentionLayer)
+BOUNDED = (DynamicLayer, DynamicIndexedLayer, LinearAttentionAndFullAttentionLayer)
 """Cache layers that grow with every token; a compressed cache puts its own in their place."""
 STOCK = (DynamicSlidingWindowLayer, LinearAttentionLayer, LinearAttentionAndSlidingWindowAttentionLayer)
 """Cache layers of a fixed size, which stay as transformers made them."""
@@ -105,6 +107,32 @@ def layer_readers(config: PreTrainedConfig, layer: int) -> int:
     return 1 + (types[-shared:].count(types[layer]) if is_last_of_its_type else 0)
 
 
+def is_indexed(config: PreTrainedConfig) -> bool:
+    """Return whether some layer attends to the tokens that an indexer chose among those it caches (DeepSeek-V3.2)."""
+    return any(isinstance(layer, DynamicIndexedLayer) for layer in cache_layers(config))
+
+
+def layer_leaders(config: PreTrainedConfig) -> list[int]:
+    """Return for every layer the one whose indexer chooses its tokens: itself, or an earlier layer (GLM-5)."""
+    decoder = text_config(config)
+    kinds = getattr(decoder, "indexer_types", None) or ["full"] * decoder.num_hidden_layers
+    leaders: list[int] = []
+    for layer, kind in enumerate(kinds):
+        leaders.append(leaders[-1] if kind == "shared" and leaders else layer)
+    return leaders
+
+
 def is_latent(config: PreTrainedConfig) -> bool:
     """Return whether a decoder's keys and values come from one latent vector per token (MLA)."""
     return bool(getattr(config, "kv_lora_rank", None))
+
+
+def hide_unchosen(mask: Tensor, chosen_Bqk: Tensor) -> Tensor:
+    """Return an attention mask that also hides what an indexer did not choose.
+
+    Args:
+        mask: boolean or additive, [B, 1, q, W].
+        chosen_Bqk: columns chosen for every query.
+    """
+    hidden = torch.ones_like(mask, dtype=torch.bool).scatter(-1, chosen_Bqk[:, None].long(), False)
+    return mask & ~hidden if mask.dtype == torch.bool else mask.masked_fill(hidden, float("-inf"))

@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from reasonkv.budget import Budget, BudgetError, ExplicitEventsWindow, PeriodicWindow, Window
 from reasonkv.errors import ReasonKVError
-from reasonkv.layers import BOUNDED, STOCK, cache_layers, hides_nothing, is_latent, text_config
+from reasonkv.layers import BOUNDED, STOCK, cache_layers, hides_nothing, is_indexed, is_latent, text_config
 from reasonkv.methods import Method, get_method
 
 TESTED = (
@@ -17,6 +17,7 @@ TESTED = (
     "gemma4_text", "gpt_oss", "glm4", "cohere", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "minicpm3",
     "longcat_flash", "mistral4", "youtu", "axk1", "qwen2_5_vl_text", "qwen3_vl_text", "qwen3_next", "qwen3_5_text",
     "nemotron_h", "granitemoehybrid", "jamba", "zamba2", "falcon_h1", "bamba", "lfm2", "olmo_hybrid", "kimi_linear",
+    "deepseek_v32", "glm_moe_dsa", "hy_v4",
 )  # fmt: skip
 """Model types whose every layer is compared with full attention over the kept slots in the tests."""
 
@@ -151,7 +152,7 @@ def check_model(model: PreTrainedModel | PreTrainedConfig, method: Method | None
         return [f"{kind} takes no cache but a class of its own, so nothing can be bounded; use a stock cache."]
     if kind in _DIFFER:
         return [f"{kind} through a compressed cache does not equal the stock cache in tests; use a stock cache."]
-    problems += _layer_problems(config, kind)
+    problems += _layer_problems(config, kind) or _indexer_problems(config, kind, method)
     if getattr(decoder, "alibi", False) or kind in {"bloom", "mpt"}:
         problems.append(f"{kind} uses ALiBi, whose distances are lost once slots are dropped.")
     if getattr(decoder, "use_bidirectional_attention", False):
@@ -174,3 +175,16 @@ def _layer_problems(config: PreTrainedConfig, kind: str) -> list[str]:
     if hides_nothing(config):
         return [f"The sliding window of {kind} is as long as its context; load the model with sliding_window=None."]
     return [f"No layer of {kind} grows with the text: all slide or carry a state; use a stock cache."]
+
+
+def _indexer_problems(config: PreTrainedConfig, kind: str, method: Method | None) -> list[str]:
+    if not is_indexed(config):
+        return []
+    if not is_latent(text_config(config)):
+        return [
+            f"The indexer of {kind} chooses blocks of tokens for all KV heads at once, but each head keeps other "
+            "tokens; use a stock cache."
+        ]
+    if method is not None and method.needs.future:
+        return [f"{method.name} reads attention to all tokens, but layers of {kind} attend to what an indexer chose."]
+    return []

@@ -20,14 +20,14 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from reasonkv.layers import text_config
+from reasonkv.layers import hide_unchosen, text_config
 from reasonkv.resolve import UnsupportedModelError
 from reasonkv.runtimes.transformers.forward import ForwardPlan
 from reasonkv.runtimes.transformers.latent import NAMED_LAYER
 from reasonkv.runtimes.transformers.sparse_read import SparseReader
 
 Attention = Callable[..., tuple[Tensor, Tensor | None]]
-BeginForward = Callable[[int, int, Tensor | None], None]
+BeginForward = Callable[[int, int, Tensor | None], ForwardPlan]
 PREFIX = "reasonkv_"
 """Of the names that kernels are registered under."""
 KERNELS = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "reference")
@@ -36,14 +36,18 @@ GROUPED_ROWS = 1024  # up to this many query rows per KV head, query heads of a 
 
 
 class MaskLength(int):
-    """A key length that carries its cache's `begin_forward`, so that the mask function needs no global state."""
+    """A key length that carries its cache's `begin_forward`, so that the mask function needs no global state.
+
+    `reads_mask` says that the model itself reads the mask of a forward, as an indexer does.
+    """
 
     begin_forward: BeginForward
+    reads_mask: bool
 
-    def __new__(cls, length: int, begin_forward: BeginForward) -> MaskLength:
+    def __new__(cls, length: int, begin_forward: BeginForward, reads_mask: bool) -> MaskLength:
         """Return the length with the callback attached."""
         made = super().__new__(cls, length)
-        made.begin_forward = begin_forward
+        made.begin_forward, made.reads_mask = begin_forward, reads_mask
         return made
 
 
@@ -202,6 +206,9 @@ def _attend(
     layer: AttendedLayer,
     kwargs: dict[str, Any],
 ) -> Tensor:
+    chosen = kwargs.pop("indices", None)
+    if chosen is not None:
+        return _attend_chosen(kernel, module, query, key, value, layer, chosen, kwargs)
     if layer.reader is not None:
         return _attend_selected(kernel, module, query, key, value, layer, layer.reader, kwargs)
     if kernel.startswith("flash"):
@@ -245,6 +252,21 @@ def _attend_selected(
             rows = mask.reshape(B, H, -1, mask.shape[3])
             parts.append(_grouped(asked, key, value, rows, kwargs.get("scaling")))
     return torch.cat(parts, 1).contiguous()
+
+
+def _attend_chosen(
+    kernel: str,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layer: AttendedLayer,
+    chosen_Bqk: Tensor,
+    kwargs: dict[str, Any],
+) -> Tensor:
+    """Attend where the model's indexer chose slots for every query."""
+    attend = _masked_kernel(kernel, module, kwargs) or ALL_ATTENTION_FUNCTIONS["sdpa"]
+    return attend(module, query, key, value, hide_unchosen(_mask(layer, query), chosen_Bqk), **kwargs)[0]
 
 
 def _masked_kernel(kernel: str, module: nn.Module, kwargs: dict[str, Any]) -> Attention | None:
@@ -306,7 +328,9 @@ def _mask_function(kernel: str) -> Callable[..., Tensor | None]:
                 "This forward asks for more than a causal mask (bidirectional, packed or block-wise attention), "
                 "which a compressed cache cannot honour once slots are dropped."
             )
-        length.begin_forward(int(kwargs["batch_size"]), int(kwargs["q_length"]), kwargs.get("attention_mask"))
+        forward = length.begin_forward(int(kwargs["batch_size"]), int(kwargs["q_length"]), kwargs.get("attention_mask"))
+        if length.reads_mask:
+            return forward.additive_mask(kwargs["device"], kwargs["dtype"])
         return None  # compressed layers build their own from what they hold
 
     return build
