@@ -129,5 +129,5 @@ def _compared(stock: Callable[..., tuple[Tensor, Any]]) -> Callable[..., tuple[T
     return forward
 
 
-for _kernel in ("sdpa", "eager"):
+for _kernel in ("sdpa", "eager", "reference"):
     AttentionInterface.register(PREFIX + _kernel, _compared(ALL_ATTENTION_FUNCTIONS[PREFIX + _kernel]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -18,17 +19,38 @@ from transformers.cache_utils import (
 
 from reasonkv.rotary import Rotary
 
+
+class CrossAttentionLayer(DynamicLayer):
+    """A layer that holds the keys and values of an image, and nothing of the text (Llama 3.2 Vision)."""
+
+
 BOUNDED = (DynamicLayer, DynamicIndexedLayer, LinearAttentionAndFullAttentionLayer)
 """Cache layers that grow with every token; a compressed cache puts its own in their place."""
-STOCK = (DynamicSlidingWindowLayer, LinearAttentionLayer, LinearAttentionAndSlidingWindowAttentionLayer)
+STOCK = (
+    DynamicSlidingWindowLayer,
+    LinearAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+    CrossAttentionLayer,
+)
 """Cache layers of a fixed size, which stay as transformers made them."""
+_OF_DECODERS = {"decoder_layers": "num_hidden_layers", "decoder_attention_heads": "num_attention_heads"}
 _UNROTATED_BESIDE_SLIDING = ("afmoe", "cohere2", "cohere2_moe", "exaone4", "exaone_moe")
 """Model types that rotate in their sliding layers only, which no field of their configuration says."""
 
 
 def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """Return the decoder's own configuration (multi-modal models nest it)."""
-    return config.get_text_config(decoder=True)
+    """Return the decoder's own configuration (multi-modal models nest it).
+
+    Where a decoder is used without its encoder (BART, Whisper), the plain names of a configuration are the encoder's.
+    """
+    found = config.get_text_config(decoder=True)
+    own = {plain: getattr(found, name) for name, plain in _OF_DECODERS.items() if hasattr(found, name)}
+    if all(getattr(found, plain) == value for plain, value in own.items()):
+        return found
+    found = copy.deepcopy(found)
+    for name, value in own.items():
+        setattr(found, name, value)
+    return found
 
 
 def cache_layers(config: PreTrainedConfig) -> list[Any]:
@@ -37,7 +59,12 @@ def cache_layers(config: PreTrainedConfig) -> list[Any]:
     Raises:
         KeyError: a layer type that transformers has no cache for.
     """
-    return list(DynamicCache(config=config).layers)
+    decoder = text_config(config)
+    layers = list(DynamicCache(config=decoder).layers)
+    for index in getattr(decoder, "cross_attention_layers", None) or []:
+        if index < len(layers):
+            layers[index] = CrossAttentionLayer()
+    return layers
 
 
 def bounded_layers(config: PreTrainedConfig) -> list[int]:

@@ -32,6 +32,10 @@ PREFIX = "reasonkv_"
 """Of the names that kernels are registered under."""
 KERNELS = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "reference")
 """Attention implementations a compressed cache can drive."""
+_MORE_THAN_CAUSAL = (
+    "This forward asks for more than a causal mask (bidirectional, packed or block-wise attention), which a compressed "
+    "cache cannot honour once slots are dropped."
+)
 GROUPED_ROWS = 1024  # up to this many query rows per KV head, query heads of a group become rows of one product
 
 
@@ -305,6 +309,8 @@ def _attention_function(kernel: str) -> Attention:
             layer = named
         if layer is None:
             return _stock(kernel, module)(module, query, key, value, attention_mask, **kwargs)
+        if attention_mask is not None and "indices" not in kwargs:
+            raise UnsupportedModelError(_MORE_THAN_CAUSAL)
         if kwargs.get("output_attentions"):
             raise UnsupportedModelError("A compressed cache does not return attention weights; drop output_attentions.")
         kwargs.pop("dropout", None)  # a cache is for inference
@@ -320,14 +326,12 @@ def _mask_function(kernel: str) -> Callable[..., Tensor | None]:
 
     def build(*args: Any, **kwargs: Any) -> Tensor | None:
         length = kwargs.get("kv_length")
-        if not isinstance(length, MaskLength):
+        # a mask with a local size is that of sliding layers, which the model may not have (Qwen2-MoE)
+        if not isinstance(length, MaskLength) or kwargs.get("local_size") is not None:
             mask: Tensor | None = ALL_MASK_ATTENTION_FUNCTIONS[stock_kernel](*args, **kwargs)
             return mask
         if kwargs.get("mask_function") is not causal_mask_function:
-            raise UnsupportedModelError(
-                "This forward asks for more than a causal mask (bidirectional, packed or block-wise attention), "
-                "which a compressed cache cannot honour once slots are dropped."
-            )
+            raise UnsupportedModelError(_MORE_THAN_CAUSAL)
         forward = length.begin_forward(int(kwargs["batch_size"]), int(kwargs["q_length"]), kwargs.get("attention_mask"))
         if length.reads_mask:
             return forward.additive_mask(kwargs["device"], kwargs["dtype"])

@@ -47,6 +47,7 @@ class CompressedLayer(CacheLayerMixin):
         self.group: LayerGroup | None = None  # set by the first forward
         self.waiting = False  # between `update` and the last `after_attention`
         self.readers = self.unread = 1  # layers that attend to these slots, and those that did not yet in this forward
+        self.appended: ForwardPlan | None = None  # the newest forward
         self.storage: LayerStorage | None = None
         self.rule: LogitRule | None = None  # of the newest forward
         self.query_heads = 0
@@ -64,6 +65,30 @@ class CompressedLayer(CacheLayerMixin):
                 "a compressed cache needs the 2-D attention mask (do not pass a 4-D one)."
             )
         return self.group.forward
+
+    @property
+    def keys(self) -> Tensor | None:
+        """Keys of the slots that are held [B, H, P, D], as models ask a stock layer for them; None before any."""
+        return self._held("keys")
+
+    @keys.setter
+    def keys(self, none: None) -> None:
+        """Part of the layer contract, which begins without keys."""
+
+    @property
+    def values(self) -> Tensor | None:
+        """Values of the slots that are held [B, H, P, D]; None before any."""
+        return self._held("values")
+
+    @values.setter
+    def values(self, none: None) -> None:
+        """Part of the layer contract, which begins without values."""
+
+    def _held(self, name: str) -> Tensor | None:
+        if self.storage is None or self.group is None:
+            return None
+        found: Tensor = getattr(self.storage, name)
+        return found[:, :, : max(row.state.physical for row in self.group.rows)]
 
     @property
     def reader(self) -> SparseReader | None:
@@ -86,6 +111,12 @@ class CompressedLayer(CacheLayerMixin):
             raise UnsupportedModelError("A compressed cache is for inference; call the model under torch.no_grad().")
         forward, session = self.forward, self.session
         assert self.group is not None
+        if self.appended is forward:
+            raise UnsupportedModelError(
+                f"Layer {self.index} of {session.model_name} caches twice in one forward, as a decoder that reads an "
+                "encoder does; only decoders that read nothing but their own text are served."
+            )
+        self.appended = forward
         if self.storage is None:
             capacity = self.group.capacity(session.max_length)
             of_layer = (key_states, value_states, session.needs, capacity)
