@@ -6,9 +6,10 @@ from pathlib import Path
 
 import altair as alt
 import pandas as pd
-from tables import KEPT, manifests, markdown, words
+from tables import manifests, markdown, words
 
-from reasonkv.evaluate.table import paired_difference, read_results
+from reasonkv.evaluate.statistics import paired_difference
+from reasonkv.evaluate.table import KEPT, read_results
 from reasonkv.report.charts import save_png
 
 _BASE = {"interval": "32", "recent": "32", "sinks": "4", "dtype": "bfloat16", "fit": "48"}

@@ -20,7 +20,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from reasonkv.evaluate.manifest import MANIFEST
-from reasonkv.evaluate.table import KEPT, Difference, paired_difference, read_manifest, read_results
+from reasonkv.evaluate.statistics import Difference, paired_difference
+from reasonkv.evaluate.table import KEPT, read_manifest, read_results
 
 RESULTS = Path(__file__).parent.parent / "docs" / "results"
 EXPERIMENTS = Path(__file__).parent / "experiments"

@@ -23,7 +23,7 @@ from reasonkv.footprint import footprint, total_bytes
 from reasonkv.identity import model_hash
 from reasonkv.layers import bounded_layers, layer_rotaries
 from reasonkv.models import LoadedModel
-from reasonkv.resolve import UnsupportedModelError, check_model
+from reasonkv.resolve import UnsupportedModelError
 from reasonkv.runtimes.transformers.layer import CompressedLayer
 from tools.models_matrix import examine, examine_apart
 from tools.testbed.tokenizer import make_tokenizer
@@ -52,11 +52,6 @@ def test_no_causal_architecture_is_wrong(model_type: str) -> None:
     row = examine_apart(model_type)
     assert row["verdict"] != "wrong", row
     assert row["verdict"] == "exact" or row["why"]
-
-
-def test_model_types_that_differ_from_the_oracle_are_refused() -> None:
-    for model_type in ("diffllama", "granite_swa", "granitemoe_swa", "inkling_text", "zaya"):
-        assert "does not equal the stock cache" in check_model(tiny_config(model_type))[0]
 
 
 def test_only_layers_that_grow_are_bounded() -> None:

@@ -33,6 +33,10 @@ class RecordingCache(CompressedCache):
     def __init__(self, *args: Any, mask_BL: Tensor, **options: Any) -> None:
         super().__init__(*args, **options)
         self.mask_BL, self.worst, self.calls = mask_BL, 0.0, 0
+        self.index_keys: dict[int, list[Tensor]] = {}
+        self.chosen_BqT: Tensor | None = None  # of the newest indexer, over the whole history
+        indexers = [module.indexer for module in args[0].modules() if getattr(module, "indexer", None) is not None]
+        self.handles = [one.register_forward_hook(_choose_from_all, with_kwargs=True) for one in indexers]
         self.history: dict[int, list[tuple[Tensor, Tensor]]] = {}
         self.held: dict[int, list[Tensor]] = {}
         _RECORDERS[id(self.session)] = self
@@ -47,6 +51,25 @@ class RecordingCache(CompressedCache):
             self.history.setdefault(layer_idx, []).append((key_states.clone(), value_states.clone()))
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
+    def detach(self) -> None:
+        """Give the model back, and its indexers."""
+        super().detach()
+        for handle in self.handles:
+            handle.remove()
+
+    def update_indexer(self, indexer_key_states: Tensor, layer_idx: int) -> Tensor:
+        """Note what an indexer is given."""
+        self.index_keys.setdefault(layer_idx, []).append(indexer_key_states.clone())
+        return super().update_indexer(indexer_key_states, layer_idx)
+
+    def choose(self, indexer: nn.Module, inputs: tuple[Any, ...], positions: Tensor) -> None:
+        """Let an indexer choose again, from the whole history, of which it sees the kept tokens."""
+        index = indexer.layer_idx
+        allowed_BqT = self._allowed(index, 1, inputs[0].shape[1])[:, 0]
+        stored = _AllIndexKeys(torch.cat(self.index_keys[index], 1))
+        columns_Bqk = indexer.forward(*inputs, allowed_BqT, positions, past_key_values=stored).long()
+        self.chosen_BqT = torch.zeros_like(allowed_BqT).scatter(-1, columns_Bqk, True) & allowed_BqT
+
     def compare(
         self, layer: CompressedLayer, module: nn.Module, query: Tensor, out: Tensor, options: dict[str, Any]
     ) -> None:
@@ -54,6 +77,8 @@ class RecordingCache(CompressedCache):
         keys, values = (torch.cat(parts, 2) for parts in zip(*self.history[layer.index], strict=True))
         allowed = self._allowed(layer.index, keys.shape[1], query.shape[2])
         group = query.shape[1] // keys.shape[1]
+        if self.chosen_BqT is not None:
+            allowed = allowed & self.chosen_BqT[:, None]
         if layer.expansion is not None:  # latent attention: what is cached is not what is attended to
             keys, values = layer.expansion.expand(keys, values)
         options = {name: options[name] for name in ("scaling", "softcap", "s_aux") if name in options}
@@ -76,6 +101,20 @@ class RecordingCache(CompressedCache):
         return allowed | ~allowed.any(-1, keepdim=True)  # padding: any finite output will do
 
 
+class _AllIndexKeys:
+    def __init__(self, keys_BTD: Tensor) -> None:
+        self.keys_BTD = keys_BTD
+
+    def update_indexer(self, new: Tensor, layer_idx: int) -> Tensor:
+        return self.keys_BTD
+
+
+def _choose_from_all(indexer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], found: Tensor) -> None:
+    recorder = kwargs["past_key_values"]
+    if isinstance(recorder, RecordingCache):
+        recorder.choose(indexer, args[:3], args[4])
+
+
 def _compared(stock: Callable[..., tuple[Tensor, Any]]) -> Callable[..., tuple[Tensor, Any]]:
     def forward(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
@@ -90,5 +129,5 @@ def _compared(stock: Callable[..., tuple[Tensor, Any]]) -> Callable[..., tuple[T
     return forward
 
 
-for _kernel in ("sdpa", "eager"):
+for _kernel in ("sdpa", "eager", "reference"):
     AttentionInterface.register(PREFIX + _kernel, _compared(ALL_ATTENTION_FUNCTIONS[PREFIX + _kernel]))

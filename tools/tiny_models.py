@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 import torch
+import transformers
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -30,10 +31,11 @@ SIZES: list[tuple[int, str]] = [
     (8, "qk_rope_head_dim mamba_n_heads mamba_num_heads n_mamba_heads_total mamba_chunk_size chunk_size ssm_num_heads "
     "patch_size rotary_dim adapter_rank index_topk index_head_dim"),
     (32, "q_lora_rank kv_lora_rank moe_intermediate_size shared_expert_intermediate_size expert_ffn_hidden_size "
-    "moe_ffn_hidden_size shared_intermediate_size time_step_rank mamba_dt_rank image_size num_channels_hidden"),
+    "moe_ffn_hidden_size shared_intermediate_size time_step_rank mamba_dt_rank image_size num_channels_hidden "
+    "index_n_heads"),
     (4, "num_experts num_local_experts n_routed_experts moe_num_experts num_routed_experts laurel_rank expert_num"),
     (1, "n_group topk_group mamba_n_groups n_groups n_shared_experts moe_num_shared_experts num_nextn_predict_layers "
-    "first_k_dense_replace num_kv_shared_layers index_n_heads"),
+    "first_k_dense_replace num_kv_shared_layers"),
     (512, "max_position_embeddings n_positions n_ctx max_seq_len"),
     (0, "pad_token_id"),
     (3, "bos_token_id eos_token_id decoder_start_token_id"),
@@ -43,10 +45,12 @@ BY_NAME = {name: size for size, names in SIZES for name in names.split()}
 MIXED = ["linear_attention", "full_attention"] * 2
 EXCEPTIONS: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1, 3]},
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8}},
     "deepseek_v2": {"num_experts_per_tok": 2, "topk_method": "greedy"},
-    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
     "ernie4_5_moe": {"moe_k": 2},
     "falcon_h1": {"mamba_d_ssm": 128},
+    "glm_moe_dsa": {"indexer_types": ["full", "shared"] * 2},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "granitemoehybrid": {"layer_types": MIXED},
     "hunyuan_v1_dense": {"head_dim": HEAD},
@@ -56,12 +60,18 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "longcat_flash": {"head_dim": 8},
     "mamba2": {"num_heads": 8},
-    "ministral": {"head_dim": HEAD},
+    "ministral": {"head_dim": HEAD, "layer_types": ["sliding_attention", "full_attention"] * 2},
+    "musicgen": {"num_codebooks": 1},
+    "musicgen_melody": {"num_codebooks": 1},
+    "mistral": {"sliding_window": None},  # as in all releases since 0.2
     "nemotron": {"num_key_value_heads": 2},
     "xmod": {"default_language": "en_XX"},
     "zamba": {"attention_hidden_size": 128},
     "zaya": {"num_experts_per_tok": 1},
 }
+
+
+PARTS = ("musicgen", "musicgen_melody")  # decoders of models that no configuration builds by itself
 
 
 def architectures() -> list[str]:
@@ -71,23 +81,29 @@ def architectures() -> list[str]:
 
 def tiny_config(model_type: str, **changes: Any) -> PreTrainedConfig:
     """Return a small configuration of a model type, with further changes."""
-    config = CONFIG_MAPPING[model_type]()
+    config = _model_class(model_type).config_class() if model_type in PARTS else CONFIG_MAPPING[model_type]()
     return _shrunk(config, EXCEPTIONS.get(model_type, {}) | changes)
 
 
 def tiny_model(model_type: str, **changes: Any) -> PreTrainedModel:
     """Return a small random model in float64, with attention far from uniform; the same weights every time."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(tiny_config(model_type, **changes))
+    config = tiny_config(model_type, **changes)
+    model = _model_class(model_type)(config) if model_type in PARTS else AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1 and "embed" not in name:
                 parameter.normal_(std=0.07)
-            elif "sinks" in name:
+            elif "sinks" in name or name.endswith("temp"):  # zero by default
                 parameter.normal_()
     model = model.double().eval()
     model.set_experts_implementation("eager")  # the grouped kernel knows no float64
     return model
+
+
+def _model_class(model_type: str) -> type[PreTrainedModel]:
+    found: type[PreTrainedModel] = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type])
+    return found
 
 
 def _shrunk(config: PreTrainedConfig, exceptions: dict[str, Any]) -> PreTrainedConfig:

@@ -71,7 +71,7 @@ def footprint(config: PreTrainedConfig) -> list[LayerKind]:
         kind = types[index] if index < len(types) else "full_attention" if window is None else "sliding_attention"
         key = (kind.replace("_", " "), type(layer) in BOUNDED, window)
         one = kinds.get(key) or LayerKind(key[0], 0, key[1], 0, 0, window)
-        per_token = _nbytes([getattr(layer, "keys", None), getattr(layer, "values", None)]) // _TOKENS
+        per_token = _nbytes([getattr(layer, name, None) for name in ("keys", "values", "indexer_keys")]) // _TOKENS
         is_state = isinstance(layer, LinearAttentionCacheLayerMixin)
         fixed = _nbytes([*layer.conv_states.values(), *layer.recurrent_states.values()]) if is_state else 0
         grown = (one.layers + 1, one.bounded, one.bytes_per_token + per_token, one.bytes_fixed + fixed)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import (
+    DynamicIndexedLayer,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     LinearAttentionAndFullAttentionLayer,
@@ -16,17 +19,38 @@ from transformers.cache_utils import (
 
 from reasonkv.rotary import Rotary
 
-BOUNDED = (DynamicLayer, LinearAttentionAndFullAttentionLayer)
+
+class CrossAttentionLayer(DynamicLayer):
+    """A layer that holds the keys and values of an image, and nothing of the text (Llama 3.2 Vision)."""
+
+
+BOUNDED = (DynamicLayer, DynamicIndexedLayer, LinearAttentionAndFullAttentionLayer)
 """Cache layers that grow with every token; a compressed cache puts its own in their place."""
-STOCK = (DynamicSlidingWindowLayer, LinearAttentionLayer, LinearAttentionAndSlidingWindowAttentionLayer)
+STOCK = (
+    DynamicSlidingWindowLayer,
+    LinearAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+    CrossAttentionLayer,
+)
 """Cache layers of a fixed size, which stay as transformers made them."""
+_OF_DECODERS = {"decoder_layers": "num_hidden_layers", "decoder_attention_heads": "num_attention_heads"}
 _UNROTATED_BESIDE_SLIDING = ("afmoe", "cohere2", "cohere2_moe", "exaone4", "exaone_moe")
 """Model types that rotate in their sliding layers only, which no field of their configuration says."""
 
 
 def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """Return the decoder's own configuration (multi-modal models nest it)."""
-    return config.get_text_config(decoder=True)
+    """Return the decoder's own configuration (multi-modal models nest it).
+
+    Where a decoder is used without its encoder (BART, Whisper), the plain names of a configuration are the encoder's.
+    """
+    found = config.get_text_config(decoder=True)
+    own = {plain: getattr(found, name) for name, plain in _OF_DECODERS.items() if hasattr(found, name)}
+    if all(getattr(found, plain) == value for plain, value in own.items()):
+        return found
+    found = copy.deepcopy(found)
+    for name, value in own.items():
+        setattr(found, name, value)
+    return found
 
 
 def cache_layers(config: PreTrainedConfig) -> list[Any]:
@@ -35,7 +59,12 @@ def cache_layers(config: PreTrainedConfig) -> list[Any]:
     Raises:
         KeyError: a layer type that transformers has no cache for.
     """
-    return list(DynamicCache(config=config).layers)
+    decoder = text_config(config)
+    layers = list(DynamicCache(config=decoder).layers)
+    for index in getattr(decoder, "cross_attention_layers", None) or []:
+        if index < len(layers):
+            layers[index] = CrossAttentionLayer()
+    return layers
 
 
 def bounded_layers(config: PreTrainedConfig) -> list[int]:
@@ -105,6 +134,32 @@ def layer_readers(config: PreTrainedConfig, layer: int) -> int:
     return 1 + (types[-shared:].count(types[layer]) if is_last_of_its_type else 0)
 
 
+def is_indexed(config: PreTrainedConfig) -> bool:
+    """Return whether some layer attends to the tokens that an indexer chose among those it caches (DeepSeek-V3.2)."""
+    return any(isinstance(layer, DynamicIndexedLayer) for layer in cache_layers(config))
+
+
+def layer_leaders(config: PreTrainedConfig) -> list[int]:
+    """Return for every layer the one whose indexer chooses its tokens: itself, or an earlier layer (GLM-5)."""
+    decoder = text_config(config)
+    kinds = getattr(decoder, "indexer_types", None) or ["full"] * decoder.num_hidden_layers
+    leaders: list[int] = []
+    for layer, kind in enumerate(kinds):
+        leaders.append(leaders[-1] if kind == "shared" and leaders else layer)
+    return leaders
+
+
 def is_latent(config: PreTrainedConfig) -> bool:
     """Return whether a decoder's keys and values come from one latent vector per token (MLA)."""
     return bool(getattr(config, "kv_lora_rank", None))
+
+
+def hide_unchosen(mask: Tensor, chosen_Bqk: Tensor) -> Tensor:
+    """Return an attention mask that also hides what an indexer did not choose.
+
+    Args:
+        mask: boolean or additive, [B, 1, q, W].
+        chosen_Bqk: columns chosen for every query.
+    """
+    hidden = torch.ones_like(mask, dtype=torch.bool).scatter(-1, chosen_Bqk[:, None].long(), False)
+    return mask & ~hidden if mask.dtype == torch.bool else mask.masked_fill(hidden, float("-inf"))

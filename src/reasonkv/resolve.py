@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from reasonkv.budget import Budget, BudgetError, ExplicitEventsWindow, PeriodicWindow, Window
 from reasonkv.errors import ReasonKVError
-from reasonkv.layers import BOUNDED, STOCK, cache_layers, hides_nothing, is_latent, text_config
+from reasonkv.layers import BOUNDED, STOCK, cache_layers, hides_nothing, is_indexed, is_latent, text_config
 from reasonkv.methods import Method, get_method
 
 TESTED = (
@@ -17,14 +17,21 @@ TESTED = (
     "gemma4_text", "gpt_oss", "glm4", "cohere", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "minicpm3",
     "longcat_flash", "mistral4", "youtu", "axk1", "qwen2_5_vl_text", "qwen3_vl_text", "qwen3_next", "qwen3_5_text",
     "nemotron_h", "granitemoehybrid", "jamba", "zamba2", "falcon_h1", "bamba", "lfm2", "olmo_hybrid", "kimi_linear",
+    "deepseek_v32", "glm_moe_dsa", "hy_v4",
 )  # fmt: skip
 """Model types whose every layer is compared with full attention over the kept slots in the tests."""
 
 
 _OWN_CACHE = ("minimax", "reformer", "rwkv", "xlnet", "xlstm")
 """Model types that take no cache but a class of their own file."""
-_DIFFER = ("diffllama", "granite_swa", "granitemoe_swa", "inkling_text", "zaya")
-"""Model types whose tiny model does not equal the oracle (tools/models_matrix.py), for reasons not known yet."""
+
+
+_NEEDS_ALL_SLOTS = {
+    "diffllama": "weighs the values of one KV head by the keys of another, but each head keeps other tokens",
+    "inkling_text": "adds a bias by distance to the logits of all tokens, dropped ones included",
+    "jetmoe": "repeats its KV heads before attention, which then does not know whose slots it reads",
+}
+"""By model type, why its attention cannot run over kept slots."""
 
 
 class UnsupportedModelError(ReasonKVError, ValueError):
@@ -140,23 +147,23 @@ def check_model(model: PreTrainedModel | PreTrainedConfig, method: Method | None
     kind = getattr(decoder, "model_type", type(decoder).__name__)
     problems = []
     if getattr(config, "is_encoder_decoder", False):
-        return [f"{kind} is an encoder-decoder; only decoder-only models keep one growing cache to bound."]
+        return [f"{kind} is an encoder-decoder; only its decoder alone, loaded as a causal model, can be bounded."]
     if is_latent(decoder) and method is not None and (method.needs.merges or method.needs.selects):
         what = "merges keys and values by weights of their own" if method.needs.merges else "selects per KV head"
         problems.append(
             f"{kind} uses latent attention, which stores keys and values of all heads in one vector, but {method.name} "
             f"{what}; choose a method that evicts, such as snapkv."
         )
+    if kind in _NEEDS_ALL_SLOTS:
+        return [f"{kind} {_NEEDS_ALL_SLOTS[kind]}; use a stock cache."]
     if kind in _OWN_CACHE:
         return [f"{kind} takes no cache but a class of its own, so nothing can be bounded; use a stock cache."]
-    if kind in _DIFFER:
-        return [f"{kind} through a compressed cache does not equal the stock cache in tests; use a stock cache."]
-    problems += _layer_problems(config, kind)
+    problems += _layer_problems(config, kind) or _indexer_problems(config, kind, method)
     if getattr(decoder, "alibi", False) or kind in {"bloom", "mpt"}:
         problems.append(f"{kind} uses ALiBi, whose distances are lost once slots are dropped.")
     if getattr(decoder, "use_bidirectional_attention", False):
         problems.append(f"{kind} attends in both directions; a cache can only be compressed under causal attention.")
-    if isinstance(model, PreTrainedModel) and not model._can_set_attn_implementation():
+    if isinstance(model, PreTrainedModel) and not (model.get_decoder() or model)._can_set_attn_implementation():
         problems.append(f"{type(model).__name__} does not call attention through AttentionInterface.")
     return problems
 
@@ -166,6 +173,8 @@ def _layer_problems(config: PreTrainedConfig, kind: str) -> list[str]:
         layers = [type(layer) for layer in cache_layers(config)]
     except KeyError as error:
         return [f"{kind} has layers of type {error.args[0]}, which this version of transformers has no cache for."]
+    except AttributeError:  # Blt: patches of bytes beside the bytes
+        return [f"{kind} has parts with caches of their own, which its configuration does not describe."]
     unknown = sorted({layer.__name__ for layer in layers} - {layer.__name__ for layer in (*BOUNDED, *STOCK)})
     if unknown:
         return [f"{kind} keeps more than keys and values of its tokens ({', '.join(unknown)}); use a stock cache."]
@@ -174,3 +183,16 @@ def _layer_problems(config: PreTrainedConfig, kind: str) -> list[str]:
     if hides_nothing(config):
         return [f"The sliding window of {kind} is as long as its context; load the model with sliding_window=None."]
     return [f"No layer of {kind} grows with the text: all slide or carry a state; use a stock cache."]
+
+
+def _indexer_problems(config: PreTrainedConfig, kind: str, method: Method | None) -> list[str]:
+    if not is_indexed(config):
+        return []
+    if not is_latent(text_config(config)):
+        return [
+            f"The indexer of {kind} chooses blocks of tokens for all KV heads at once, but each head keeps other "
+            "tokens; use a stock cache."
+        ]
+    if method is not None and method.needs.future:
+        return [f"{method.name} reads attention to all tokens, but layers of {kind} attend to what an indexer chose."]
+    return []

@@ -22,7 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from reasonkv.calibration.horizon import HorizonSums, fit_horizon
 from reasonkv.calibration.statistics import Calibration, CalibrationError, frequencies_of, rope_type_of
 from reasonkv.identity import model_hash
-from reasonkv.layers import bounded_layers, head_dim_of, layer_rotaries
+from reasonkv.layers import bounded_layers, head_dim_of, hide_unchosen, layer_rotaries
 from reasonkv.offload import input_device
 from reasonkv.rotary import Rotary
 
@@ -204,6 +204,9 @@ def _attention(kernel: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
         watch: Watch | None = kwargs.pop(_ARGUMENT, None)
         if watch is not None:
             watch(int(module.layer_idx), query, key, kwargs)  # type: ignore[arg-type]  # an int, not a submodule
+        chosen = kwargs.pop("indices", None)
+        if chosen is not None and attention_mask is not None:  # of an indexer, which hides nothing by itself
+            attention_mask = hide_unchosen(attention_mask, chosen)
         # the eager attention of the model's own file knows its softcap and sinks
         own = sys.modules[type(module).__module__]
         stock = own.eager_attention_forward if kernel == "eager" else ALL_ATTENTION_FUNCTIONS[kernel]

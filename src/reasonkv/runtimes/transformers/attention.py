@@ -20,30 +20,38 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from reasonkv.layers import text_config
+from reasonkv.layers import hide_unchosen, text_config
 from reasonkv.resolve import UnsupportedModelError
 from reasonkv.runtimes.transformers.forward import ForwardPlan
 from reasonkv.runtimes.transformers.latent import NAMED_LAYER
 from reasonkv.runtimes.transformers.sparse_read import SparseReader
 
 Attention = Callable[..., tuple[Tensor, Tensor | None]]
-BeginForward = Callable[[int, int, Tensor | None], None]
+BeginForward = Callable[[int, int, Tensor | None], ForwardPlan]
 PREFIX = "reasonkv_"
 """Of the names that kernels are registered under."""
 KERNELS = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "reference")
 """Attention implementations a compressed cache can drive."""
+_MORE_THAN_CAUSAL = (
+    "This forward asks for more than a causal mask (bidirectional, packed or block-wise attention), which a compressed "
+    "cache cannot honour once slots are dropped."
+)
 GROUPED_ROWS = 1024  # up to this many query rows per KV head, query heads of a group become rows of one product
 
 
 class MaskLength(int):
-    """A key length that carries its cache's `begin_forward`, so that the mask function needs no global state."""
+    """A key length that carries its cache's `begin_forward`, so that the mask function needs no global state.
+
+    `reads_mask` says that the model itself reads the mask of a forward, as an indexer does.
+    """
 
     begin_forward: BeginForward
+    reads_mask: bool
 
-    def __new__(cls, length: int, begin_forward: BeginForward) -> MaskLength:
+    def __new__(cls, length: int, begin_forward: BeginForward, reads_mask: bool) -> MaskLength:
         """Return the length with the callback attached."""
         made = super().__new__(cls, length)
-        made.begin_forward = begin_forward
+        made.begin_forward, made.reads_mask = begin_forward, reads_mask
         return made
 
 
@@ -202,6 +210,9 @@ def _attend(
     layer: AttendedLayer,
     kwargs: dict[str, Any],
 ) -> Tensor:
+    chosen = kwargs.pop("indices", None)
+    if chosen is not None:
+        return _attend_chosen(kernel, module, query, key, value, layer, chosen, kwargs)
     if layer.reader is not None:
         return _attend_selected(kernel, module, query, key, value, layer, layer.reader, kwargs)
     if kernel.startswith("flash"):
@@ -247,6 +258,21 @@ def _attend_selected(
     return torch.cat(parts, 1).contiguous()
 
 
+def _attend_chosen(
+    kernel: str,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layer: AttendedLayer,
+    chosen_Bqk: Tensor,
+    kwargs: dict[str, Any],
+) -> Tensor:
+    """Attend where the model's indexer chose slots for every query."""
+    attend = _masked_kernel(kernel, module, kwargs) or ALL_ATTENTION_FUNCTIONS["sdpa"]
+    return attend(module, query, key, value, hide_unchosen(_mask(layer, query), chosen_Bqk), **kwargs)[0]
+
+
 def _masked_kernel(kernel: str, module: nn.Module, kwargs: dict[str, Any]) -> Attention | None:
     """The attention that takes a mask per query head; None where sdpa serves the model."""
     if kernel == "eager":
@@ -283,6 +309,8 @@ def _attention_function(kernel: str) -> Attention:
             layer = named
         if layer is None:
             return _stock(kernel, module)(module, query, key, value, attention_mask, **kwargs)
+        if attention_mask is not None and "indices" not in kwargs:
+            raise UnsupportedModelError(_MORE_THAN_CAUSAL)
         if kwargs.get("output_attentions"):
             raise UnsupportedModelError("A compressed cache does not return attention weights; drop output_attentions.")
         kwargs.pop("dropout", None)  # a cache is for inference
@@ -298,15 +326,15 @@ def _mask_function(kernel: str) -> Callable[..., Tensor | None]:
 
     def build(*args: Any, **kwargs: Any) -> Tensor | None:
         length = kwargs.get("kv_length")
-        if not isinstance(length, MaskLength):
+        # a mask with a local size is that of sliding layers, which the model may not have (Qwen2-MoE)
+        if not isinstance(length, MaskLength) or kwargs.get("local_size") is not None:
             mask: Tensor | None = ALL_MASK_ATTENTION_FUNCTIONS[stock_kernel](*args, **kwargs)
             return mask
         if kwargs.get("mask_function") is not causal_mask_function:
-            raise UnsupportedModelError(
-                "This forward asks for more than a causal mask (bidirectional, packed or block-wise attention), "
-                "which a compressed cache cannot honour once slots are dropped."
-            )
-        length.begin_forward(int(kwargs["batch_size"]), int(kwargs["q_length"]), kwargs.get("attention_mask"))
+            raise UnsupportedModelError(_MORE_THAN_CAUSAL)
+        forward = length.begin_forward(int(kwargs["batch_size"]), int(kwargs["q_length"]), kwargs.get("attention_mask"))
+        if length.reads_mask:
+            return forward.additive_mask(kwargs["device"], kwargs["dtype"])
         return None  # compressed layers build their own from what they hold
 
     return build

@@ -24,8 +24,8 @@ from transformers.cache_utils import Cache
 from reasonkv import resolve
 from reasonkv.budget import Budget, BudgetFields
 from reasonkv.calibration import Calibration, default_method
-from reasonkv.layers import is_recurrent, layer_rotaries
-from reasonkv.methods import Method, Requirements, get_method, layer_budgets, refuse_future
+from reasonkv.layers import is_indexed, is_recurrent, layer_rotaries
+from reasonkv.methods import Method, Requirements, get_method, refuse_future
 from reasonkv.numbers import whole_number, whole_numbers
 from reasonkv.offload import input_device
 from reasonkv.resolve import UnsupportedModelError, check_model, check_window, context_length, resolve_budget
@@ -33,7 +33,8 @@ from reasonkv.runtimes.transformers import sequences
 from reasonkv.runtimes.transformers.attachment import Attachment
 from reasonkv.runtimes.transformers.events import settle_layers
 from reasonkv.runtimes.transformers.forward import ForwardPlan, SequenceState, check_padding, fed_tokens
-from reasonkv.runtimes.transformers.layer import CompressedLayer, empty_layers
+from reasonkv.runtimes.transformers.kinds import empty_layers
+from reasonkv.runtimes.transformers.layer import CompressedLayer
 from reasonkv.runtimes.transformers.packed import KVDtype, bits_of, tokens_to_packing
 from reasonkv.runtimes.transformers.sequences import LayerGroup
 from reasonkv.runtimes.transformers.session import Observer, Session, callbacks_of, load_statistics, weakly
@@ -49,8 +50,8 @@ class CompressedCache(Cache):
 
     Args:
         model: the model that will use the cache; its attention implementation is wrapped until `detach()`.
-        method: a `Method`, or its spec (`"snapkv"`, `"rkv:window=16"`). Unless given, full KV without a budget; with
-            one, `forecast` where it was fitted to the model, else `expected` (`reasonkv.calibration.default_method`).
+        method: a `Method`, or its spec (`"rkv:window=16"`). Unless given, full KV without a budget, and with one what
+            suits the model best (`reasonkv.calibration.default_method`).
         budget: a `Budget`, or its `tokens`, or a `Window`; every field of `Budget` is also a keyword here. Methods that
             keep everything take none.
         prompt_lengths: tokens of each row's prompt; unless given, what the first forward feeds.
@@ -96,9 +97,8 @@ class CompressedCache(Cache):
         whole = Budget.from_fields(budget, fields)
         if problems := check_model(model, None if method is None else get_method(method)):
             raise UnsupportedModelError(problems[0])
-        if method is None:
-            method = "full" if whole is None else default_method(model, calibration)
-        self.method, self.budget = resolve_budget(get_method(method), whole)
+        chosen = get_method(method or "full") if method or whole is None else default_method(model, calibration)
+        self.method, self.budget = resolve_budget(chosen, whole)
         check_window(self.budget, reopen_prompt=reopen_prompt, listed=window_events is not None)
         if reference is None:
             refuse_future(self.method)
@@ -125,6 +125,7 @@ class CompressedCache(Cache):
             model_name=type(model).__name__,
             max_length=None if max_length is None else whole_number(max_length, "max_length", 1),
             bits=bits_of(dtype),
+            reads_mask=is_indexed(model.config),
             context=context_length(model),
             **callbacks_of(self),
         )
@@ -132,7 +133,8 @@ class CompressedCache(Cache):
         self._config, self._is_recurrent = model.config, is_recurrent(model.config)
         super().__init__(layers=empty_layers(self.session, model.config))
         self.compressed_layers = [layer for layer in self.layers if isinstance(layer, CompressedLayer)]
-        layer_budgets(self.method, self.budget, len(self.compressed_layers))  # so that a share too small is said now
+        self._plans_last = needs.scope == "model" or any(x.leader != x.index for x in self.compressed_layers)
+        sequences.check_layers(self.method, self.budget, len(self.compressed_layers), self.session.reads_mask)
 
     @property
     def rows(self) -> list[SequenceState]:
@@ -154,8 +156,8 @@ class CompressedCache(Cache):
         """Every token each sequence has seen, if the method reads them."""
         return self.session.token_ids
 
-    def begin_forward(self, batch: int, columns: int, attention_mask: Tensor | None) -> None:
-        """Announce a forward; called by the registered mask function before the first layer.
+    def begin_forward(self, batch: int, columns: int, attention_mask: Tensor | None) -> ForwardPlan:
+        """Announce a forward, and return its plan; called by the registered mask function before the first layer.
 
         Args:
             batch: rows.
@@ -187,8 +189,11 @@ class CompressedCache(Cache):
         for group in self.layer_groups:
             group.forward = ForwardPlan.of(group.rows, columns, valid, fed, group.layers)
         self.session.warn_past_context(max(row.state.logical + new for row, new in zip(self.rows, fed, strict=True)))
-        if self.session.needs.token_ids and self.forward is not None:
-            self.token_ids.append(self.forward)
+        forward = self.forward
+        assert forward is not None
+        if self.session.needs.token_ids:
+            self.token_ids.append(forward)
+        return forward
 
     def layer_done(self, layer: CompressedLayer) -> None:
         """Compact a layer that attended, or after the last layer all of them; then move the sequences on.
@@ -199,7 +204,7 @@ class CompressedCache(Cache):
         forward = layer.forward
         self.layers_done += 1
         is_last = self.layers_done == len(self.compressed_layers)
-        waits = self.session.needs.scope == "model" and any(keep is not None for keep in forward.keep)
+        waits = self._plans_last and any(keep is not None for keep in forward.keep)
         layers = [layer] if not waits else self.compressed_layers if is_last else []
         self.compaction_seconds += settle_layers(self.method, self.session.observer, layers, forward)
         if is_last:

@@ -39,7 +39,7 @@ def settle_layers(
 def compact_layers(
     method: Method, observer: Observer | None, layers: Sequence[CompressedLayer], forward: ForwardPlan
 ) -> None:
-    """Compact one layer, or all layers at once for methods of model scope.
+    """Compact one layer, or all layers at once for methods of model scope, and where layers carry out another's plans.
 
     Nothing is rewritten before every plan was made and found sound.
 
@@ -47,20 +47,21 @@ def compact_layers(
         PlanError: a plan that cannot be carried out, a defect of the method.
 
     """
-    done: list[list[tuple[CompactionGroup, Plan, SlotView]]] = [[] for _ in layers]
+    done: dict[int, list[tuple[CompactionGroup, Plan, SlotView]]] = {layer.leader: [] for layer in layers}
     for group in forward.groups(method.needs.queries):
-        views = [layer.view(group) for layer in layers]
+        views = [layer.view(group) for layer in layers if layer.leader == layer.index]
         plans = make_plans(method, views, group.keep)
-        for found, view, plan in zip(done, views, plans, strict=True):
+        for found, view, plan in zip(done.values(), views, plans, strict=True):
             found.append((group, plan, view))
-        _note([forward.rows[row] for row in group.rows], plans, forward.layers)
+        followed = [done[layer.leader][-1][1] for layer in layers]
+        _note([forward.rows[row] for row in group.rows], followed, forward.layers)
     if observer is not None:  # once every plan is known to be sound, and while the slots are still there
-        for layer, found in zip(layers, done, strict=True):
+        for index, found in done.items():
             for group, plan, view in found:
-                observer(layer.index, list(group.rows), view, plan)
-    for layer, found in zip(layers, done, strict=True):
+                observer(index, list(group.rows), view, plan)
+    for layer in layers:
         assert layer.storage is not None
-        layer.storage.compact(found, forward)
+        layer.storage.compact(done[layer.leader], forward)
 
 
 def _note(rows: list[SequenceState], plans: list[Plan], layers: int) -> None:

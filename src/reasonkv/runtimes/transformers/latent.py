@@ -54,7 +54,7 @@ class Expansion:
 
     def shown(self, latents: Tensor, rotated: Tensor) -> tuple[Tensor, Tensor]:
         """Return the keys and values that methods see for what is cached, [..., R + r] and [..., R]."""
-        return torch.cat([latents, rotated], dim=-1), latents
+        return torch.cat([latents, rotated[..., : self.rotated]], dim=-1), latents
 
     def absorb(self, queries_BHqTD: Tensor) -> Tensor:
         """Return queries that fit the cached keys, [B, Hq, T, R + r], for the queries [n, r] of the model."""

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
-from transformers.cache_utils import CacheLayerMixin, LinearAttentionAndFullAttentionLayer, LinearAttentionLayer
+from transformers.cache_utils import CacheLayerMixin
 
-from reasonkv.layers import BOUNDED, cache_layers, layer_readers
+from reasonkv.layers import layer_readers
 from reasonkv.methods import Observed
 from reasonkv.offload import loaded
 from reasonkv.resolve import UnsupportedModelError
@@ -47,11 +47,14 @@ class CompressedLayer(CacheLayerMixin):
         self.group: LayerGroup | None = None  # set by the first forward
         self.waiting = False  # between `update` and the last `after_attention`
         self.readers = self.unread = 1  # layers that attend to these slots, and those that did not yet in this forward
+        self.appended: ForwardPlan | None = None  # the newest forward
         self.storage: LayerStorage | None = None
         self.rule: LogitRule | None = None  # of the newest forward
         self.query_heads = 0
         self.output_projection: Tensor | None = None  # [Hq, D, M], a view of the model's weight
         self.expansion: Expansion | None = None  # of latent attention
+        self.leader = index  # the layer whose plans this one carries out
+        self.beside = 0  # dimensions behind the values, of what else a model caches of a token
 
     @property
     def forward(self) -> ForwardPlan:
@@ -62,6 +65,30 @@ class CompressedLayer(CacheLayerMixin):
                 "a compressed cache needs the 2-D attention mask (do not pass a 4-D one)."
             )
         return self.group.forward
+
+    @property
+    def keys(self) -> Tensor | None:
+        """Keys of the slots that are held [B, H, P, D], as models ask a stock layer for them; None before any."""
+        return self._held("keys")
+
+    @keys.setter
+    def keys(self, none: None) -> None:
+        """Part of the layer contract, which begins without keys."""
+
+    @property
+    def values(self) -> Tensor | None:
+        """Values of the slots that are held [B, H, P, D]; None before any."""
+        return self._held("values")
+
+    @values.setter
+    def values(self, none: None) -> None:
+        """Part of the layer contract, which begins without values."""
+
+    def _held(self, name: str) -> Tensor | None:
+        if self.storage is None or self.group is None:
+            return None
+        found: Tensor = getattr(self.storage, name)
+        return found[:, :, : max(row.state.physical for row in self.group.rows)]
 
     @property
     def reader(self) -> SparseReader | None:
@@ -84,6 +111,12 @@ class CompressedLayer(CacheLayerMixin):
             raise UnsupportedModelError("A compressed cache is for inference; call the model under torch.no_grad().")
         forward, session = self.forward, self.session
         assert self.group is not None
+        if self.appended is forward:
+            raise UnsupportedModelError(
+                f"Layer {self.index} of {session.model_name} caches twice in one forward, as a decoder that reads an "
+                "encoder does; only decoders that read nothing but their own text are served."
+            )
+        self.appended = forward
         if self.storage is None:
             capacity = self.group.capacity(session.max_length)
             of_layer = (key_states, value_states, session.needs, capacity)
@@ -110,7 +143,7 @@ class CompressedLayer(CacheLayerMixin):
             module: the model's attention module.
 
         """
-        storage, session, forward = self.storage, self.session, self.forward
+        storage = self.storage
         assert storage is not None
         if self.unread < self.readers:
             self._read()
@@ -118,13 +151,20 @@ class CompressedLayer(CacheLayerMixin):
         if self.rule is None and isinstance(config := getattr(module, "config", None), PreTrainedConfig):
             self.readers = self.unread = layer_readers(config, self.index)
         self.rule, self.query_heads = rule, query.shape[1]
-        method, needs = session.method, session.needs
-        latent, rotated, value_dim = storage.keys.shape[3], storage.values.shape[3], storage.values.shape[3]
         if hasattr(module, "expand_kv"):
+            latent, rotated = storage.keys.shape[3], storage.values.shape[3] - self.beside
             self.expansion = Expansion(module.expand_kv, latent, rotated)  # type: ignore[arg-type]
-            storage.prepare(method, query.shape[1], query.shape[3], latent + rotated)
-            value_dim = module.v_head_dim  # type: ignore[assignment]
-        storage.prepare(method, query.shape[1], query.shape[3])
+        if self.leader == self.index:
+            self._take_queries(storage, query, module)
+        self._read()
+
+    def _take_queries(self, storage: LayerStorage, query: Tensor, module: nn.Module) -> None:
+        session, forward = self.session, self.forward
+        method, needs = session.method, session.needs
+        observed_dim, value_dim = None, storage.values.shape[3]
+        if self.expansion is not None:
+            observed_dim, value_dim = self.expansion.latent + self.expansion.rotated, module.v_head_dim  # type: ignore[assignment]
+        storage.prepare(method, query.shape[1], query.shape[3], observed_dim)
         storage.remember(query, forward)
         if needs.observes:
             positions_Bq, valid_Bq = forward.token_indices(query.device)
@@ -133,7 +173,6 @@ class CompressedLayer(CacheLayerMixin):
             storage.take_in(method, seen, forward)
         if needs.output_projection and self.output_projection is None:
             self.output_projection = _output_projection(module, query.shape[1], value_dim)
-        self._read()
 
     def _read(self) -> None:
         self.unread -= 1
@@ -207,7 +246,8 @@ class CompressedLayer(CacheLayerMixin):
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Logical sizes; the length knows its session, so that the mask function can announce the forward."""
         self.session.attach()
-        return MaskLength(self.session.columns_seen + query_length, self.session.begin_forward), 0
+        session = self.session
+        return MaskLength(session.columns_seen + query_length, session.begin_forward, session.reads_mask), 0
 
     def get_max_length(self) -> int:
         """No limit on what may be fed."""
@@ -223,42 +263,6 @@ class CompressedLayer(CacheLayerMixin):
         raise UnsupportedModelError(
             "A compressed cache cannot be rolled back, which assisted (speculative) decoding needs; use plain decoding."
         )
-
-
-class CompressedHybridLayer(CompressedLayer, LinearAttentionAndFullAttentionLayer):
-    """A layer that attends and carries a state (Falcon-H1, Zamba); its state stays stock.
-
-    Args:
-        session, index: as in `CompressedLayer`.
-        number_of_states: states that the layer carries.
-
-    """
-
-    is_croppable = False
-
-    def __init__(self, session: Session, index: int, number_of_states: int) -> None:
-        CompressedLayer.__init__(self, session, index)
-        LinearAttentionLayer.__init__(self, number_of_states)
-
-    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
-        """Allocate a state; keys and values are allocated by the first forward."""
-        LinearAttentionLayer.lazy_initialization(self, *args, **kwargs)
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Move rows with their beams."""
-        CompressedLayer.reorder_cache(self, beam_idx)
-        LinearAttentionLayer.reorder_cache(self, beam_idx)
-
-
-def empty_layers(session: Session, config: PreTrainedConfig) -> list[Any]:
-    """Return a bounded layer for every layer that grows, and the stock ones of all others."""
-    layers = cache_layers(config)
-    for index, stock in enumerate(layers):
-        if type(stock) in BOUNDED:
-            carries = isinstance(stock, LinearAttentionLayer)
-            states = {"number_of_states": stock.number_of_states} if carries else {}
-            layers[index] = (CompressedHybridLayer if carries else CompressedLayer)(session, index, **states)
-    return layers
 
 
 def _output_projection(module: nn.Module, query_heads: int, head_dim: int) -> Tensor:

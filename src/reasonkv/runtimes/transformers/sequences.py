@@ -51,6 +51,25 @@ class LayerGroup:
                 row.budget.check_protected(recent=recent, prompt_length=row.state.prompt)
 
 
+def check_layers(method: Method, budget: Budget | None, layers: int, is_one_mask: bool) -> None:
+    """Check before the first forward what can be known of every layer's budget.
+
+    Args:
+        method, budget: of the cache.
+        layers: compressed layers.
+        is_one_mask: the model makes one mask of its own for all layers, so they must hold equally many slots.
+
+    Raises:
+        BudgetError: a share that cannot hold what is protected, or layers that must be alike and are not.
+
+    """
+    if len(set(layer_budgets(method, budget, layers))) > 1 and is_one_mask:
+        raise BudgetError(
+            "The layers of this model attend under one mask, so they cannot have budgets or turns of their own; choose "
+            "a method that divides nothing among layers, such as snapkv, and leave out stagger."
+        )
+
+
 def make_groups(
     method: Method,
     budget: Budget | None,

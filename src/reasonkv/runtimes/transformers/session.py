@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -17,10 +17,12 @@ from reasonkv.methods import Method, Requirements
 from reasonkv.offload import input_device
 from reasonkv.plan import Plan
 from reasonkv.rotary import Rotary
+from reasonkv.runtimes.transformers.forward import ForwardPlan
 from reasonkv.runtimes.transformers.sparse_read import SparseReader
 from reasonkv.runtimes.transformers.tokens import TokenLog
 from reasonkv.view import SlotView, TraceAttention
 
+T = TypeVar("T")
 Observer = Callable[[int, list[int], SlotView, Plan], None]
 """Called as `observer(layer, rows, view, plan)`: row i of the view and of the plan is batch row `rows[i]`."""
 
@@ -38,10 +40,11 @@ class Session:
         max_length: as in `CompressedCache`.
         bits: of a stored number, or None for the model's dtype.
         context: most tokens the model was made for, where its configuration says; None once it was warned about.
+        reads_mask: the model itself reads the mask of a forward, as an indexer does.
         token_ids: every token, for methods that read the text.
         columns_seen: columns fed so far, padding included.
         attach: sets the model's attention to ours.
-        begin_forward: announces batch, columns and the 2-D mask of a forward.
+        begin_forward: announces batch, columns and the 2-D mask of a forward, and returns its plan.
         layer_done: called by every layer, with itself, after it attended.
         note_allocation: called by a layer that allocated.
 
@@ -59,10 +62,11 @@ class Session:
     max_length: int | None
     bits: int | None = None
     context: int | None = None
+    reads_mask: bool = False
     token_ids: TokenLog = field(default_factory=TokenLog)
     columns_seen: int = 0
     attach: Callable[[], None]
-    begin_forward: Callable[[int, int, Tensor | None], None]
+    begin_forward: Callable[[int, int, Tensor | None], ForwardPlan]
     layer_done: Callable[[Any], None]
     note_allocation: Callable[[], None]
 
@@ -83,15 +87,15 @@ def callbacks_of(cache: object) -> dict[str, Any]:
     return {name: weakly(getattr(cache, name)) for name in names}
 
 
-def weakly(method: Callable[..., None]) -> Callable[..., None]:
+def weakly(method: Callable[..., T]) -> Callable[..., T]:
     """Return a function that calls a method without keeping its object alive: a cache owns its layers."""
     found = weakref.WeakMethod(method)
 
-    def call(*args: Any) -> None:
+    def call(*args: Any) -> T:
         bound = found()
         if bound is None:
             raise RuntimeError("The cache these layers belong to is gone; keep it while the model uses it.")
-        bound(*args)
+        return bound(*args)
 
     return call
 

@@ -46,19 +46,24 @@ class LayerStorage(SlotStore):
     def append(self, keys_BHqD: Tensor, values_BHqD: Tensor, plan: ForwardPlan) -> tuple[Tensor, Tensor]:
         """Write one forward's tokens and return views of everything to attend to, [B, H, width, D]."""
         self._make_room(plan.width)
+        self.write(self.keys, keys_BHqD, plan)
+        self.write(self.values, values_BHqD, plan)
+        return self.keys[:, :, : plan.width], self.values[:, :, : plan.width]
+
+    def write(self, buffer_BHAD: Tensor, new_BHqD: Tensor, plan: ForwardPlan) -> None:
+        """Write one forward's tokens into a buffer of this layer, or into some of its dimensions."""
         if plan.is_uniform:
-            start, end = plan.rows[0].state.physical, plan.width
-            self.keys[:, :, start:end].copy_(keys_BHqD)
-            self.values[:, :, start:end].copy_(values_BHqD)
-        elif plan.is_one_token:
+            buffer_BHAD[:, :, plan.rows[0].state.physical : plan.width].copy_(new_BHqD)
+        elif plan.is_one_token and buffer_BHAD.is_contiguous():
             line = plan.destinations(self.heads, self.allocated, self.device)
-            for buffer, new in ((self.keys, keys_BHqD), (self.values, values_BHqD)):
-                buffer.view(-1, buffer.shape[3]).index_copy_(0, line, new.reshape(-1, buffer.shape[3]))
+            buffer_BHAD.view(-1, buffer_BHAD.shape[3]).index_copy_(0, line, new_BHqD.reshape(-1, buffer_BHAD.shape[3]))
         else:
             row, column, slot, _ = plan.scatter(self.device)
-            self.keys[row, :, slot] = keys_BHqD[row, :, column]
-            self.values[row, :, slot] = values_BHqD[row, :, column]
-        return self.keys[:, :, : plan.width], self.values[:, :, : plan.width]
+            buffer_BHAD[row, :, slot] = new_BHqD[row, :, column]
+
+    def widen_values(self, more: int) -> None:
+        """Add dimensions behind those of the values, zero for all slots: for what else a model caches of a token."""
+        self.values = torch.nn.functional.pad(self.values, (0, more))
 
     def remember(self, queries_BHqqD: Tensor, plan: ForwardPlan) -> None:
         """Keep the newest rotated queries of every row in the ring."""
