@@ -99,13 +99,17 @@ def load(*folders: Path) -> dict[str, pd.DataFrame]:
     Raises:
         SystemExit: one results folder holds a method, budget and example twice.
     """
-    frame = pd.concat([read_results([path]).assign(root=path.name) for path in folders], ignore_index=True)
+    frames = [read_results([path]).assign(root=path.name) for path in folders]
+    models = [{name: one["model"]["name"] for name, one in manifests(path).items()} for path in folders]
+    frame = pd.concat(
+        [one.assign(model=one["folder"].map(own)) for one, own in zip(frames, models, strict=True)], ignore_index=True
+    )
     frame["run"] = frame.groupby(["root", "folder"], sort=False).ngroup()
     name = frame["folder"].str.rpartition("/")[2]
     frame["kind"] = frame["kind"].replace("evaluate", "answers").mask(name.str.startswith("lost"), "lost")
     frame["policy"] = name.str.rpartition("-")[2]
     frame["group"] = frame["task"] + ", " + frame["policy"].map(POLICIES)
-    if "model" in frame and frame["model"].nunique() > 1:
+    if frame["model"].nunique() > 1:
         frame["group"] = frame["model"] + ", " + frame["group"]
     frame["method"] = frame["label"]
     frame["size"] = frame["budget"].map({text: _size(text) for text in frame["budget"].dropna().unique()}).fillna("")

@@ -52,8 +52,7 @@ class CompressedCache(Cache):
         model: the model that will use the cache; its attention implementation is wrapped until `detach()`.
         method: a `Method`, or its spec (`"rkv:window=16"`). Unless given, full KV without a budget, and with one what
             suits the model best (`reasonkv.calibration.default_method`).
-        budget: a `Budget`, or its `tokens`, or a `Window`; every field of `Budget` is also a keyword here. Methods that
-            keep everything take none.
+        budget: a `Budget`, its `tokens`, or a `Window`; every field is also a keyword. Full KV takes none.
         prompt_lengths: tokens of each row's prompt; unless given, what the first forward feeds.
         seed, row_seeds: seed of stochastic methods, and a further one per row (0 each unless given).
         max_length: most tokens a row will ever see, if known; storage is never larger.
