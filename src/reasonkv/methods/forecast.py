@@ -9,7 +9,7 @@ from torch import Tensor
 
 from reasonkv.methods.base import Requirements, ScorerMethod
 from reasonkv.methods.catalogue import MethodError
-from reasonkv.methods.ops import attend, later_slots, squared_norms, upcast
+from reasonkv.methods.ops import newest_attention, squared_norms, upcast
 from reasonkv.methods.options import Size
 from reasonkv.network import FORECAST_FEATURES, Network
 from reasonkv.view import SlotView
@@ -70,12 +70,9 @@ class Forecast(ScorerMethod):
         assert view.rotary is not None
         keys_BHND = upcast(view.keys_BHND)
         plain_BHND = view.rotary.canonical(view.rotary.unrotate(keys_BHND, view.positions_BHN))
-        attention_BHFN = attend(
-            view.queries_BHgTD(), view.keys_BHND, view.scaling, _summaries, later_BHTt=later_slots(view)
-        )
         age_BHN = (view.length_B[:, None, None] - view.positions_BHN).to(keys_BHND.dtype)
         logarithms = [
-            *attention_BHFN.clamp(min=_LEAST).log().unbind(2),
+            *newest_attention(view, _summaries).clamp(min=_LEAST).log().unbind(2),
             age_BHN.clamp(min=1.0).log(),
             *(squared_norms(x).clamp(min=_LEAST).log() / 2 for x in (view.keys_BHND, view.values_BHND)),
         ]
