@@ -64,7 +64,7 @@ test-vllm: $(VLLM_BIN)/.installed  ## real vLLM engines on CPU against the trans
 	OMP_NUM_THREADS=1 $(VLLM_BIN)/python -m $(PYTEST) tests/vllm
 
 bench-vllm: $(VLLM_BIN)/.installed  ## tokens per second through vLLM, stock against compressed
-	OMP_NUM_THREADS=1 $(VLLM_BIN)/python benchmarks/serving.py
+	OMP_NUM_THREADS=1 $(VLLM_BIN)/python benchmarks/serving_load.py --preset serving
 
 lint: $(BIN)/.dev  ## ruff, mypy and the import contracts
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

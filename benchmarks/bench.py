@@ -13,92 +13,31 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import performance
-from decoding import LARGE, SMALL
-from timing import RESULTS, commit
+from timing import DECLARED, RESULTS, commit
 
 ROOT = Path(__file__).parent.parent
 TOTAL = 20.0
+SCRIPTS = {name: one for name, one in DECLARED.items() if "minutes" in one}
 
 
-@dataclass(frozen=True)
-class Script:
-    """One of the scripts.
-
-    Args:
-        name: of the file.
-        minutes: most it may take.
-        models: how many models it is given: `--model`, and `--large` after it.
-        vllm: it runs in the environment with vLLM.
-    """
-
-    name: str
-    minutes: float
-    models: int = 1
-    vllm: bool = False
-
-
-SCRIPTS = (
-    Script("decode", 10, models=2), Script("against_kvpress", 5, models=2), Script("rates", 3), Script("scaling", 3.5),
-    Script("prefill", 2), Script("serving_load", 4, models=0, vllm=True),
-)  # fmt: skip
-
-
-def is_done(script: Script, results: Path) -> bool:
+def is_done(name: str, results: Path) -> bool:
     """Return whether a script's results are whole, and of the commit that is checked out."""
-    path = results / f"{script.name}.json"
+    path = results / f"{name}.json"
     found = json.loads(path.read_text()) if path.exists() else {}
     return bool(found) and found["environment"]["commit"] == commit() != "" and not found.get("left_out")
 
 
-def command_of(script: Script, given: argparse.Namespace) -> list[str] | None:
+def command_of(name: str, given: argparse.Namespace) -> list[str] | None:
     """Return a script's command line; None where its environment is not there."""
-    python = Path(sys.executable)
-    if script.vllm:
-        python = ROOT / given.vllm / "bin" / "python"
-        if not python.exists():
-            return None
-    models = ["--model", given.model, "--large", given.large][: 0 if given.small else 2 * script.models]
-    out = ["--out", str(given.results / f"{script.name}.json")]
-    return [str(python), str(ROOT / "benchmarks" / f"{script.name}.py"), *models, *out, *["--small"] * given.small]
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run; the exit code is 1 if a script's was not 0."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", help=f"scripts (default: {' '.join(one.name for one in SCRIPTS)})")
-    parser.add_argument("--model", default=SMALL, help="hub name or folder of the smaller model")
-    parser.add_argument("--large", default=LARGE, help="of the larger one; an empty word leaves it out")
-    parser.add_argument("--again", action="store_true", help="measure again what is there")
-    parser.add_argument("--small", action="store_true", help="seconds a script: shows that all of them work")
-    parser.add_argument("--vllm", default=".venv-vllm", help="the environment with vLLM (make setup-vllm)")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON files")
-    given = parser.parse_args(argv)
-    if unknown := set(given.names) - {one.name for one in SCRIPTS}:
-        parser.error(f"there is no script {sorted(unknown)[0]}; there are {', '.join(one.name for one in SCRIPTS)}")
-    began, failed = time.monotonic(), list[str]()
-    for script in SCRIPTS:
-        if given.names and script.name not in given.names:
-            continue
-        done, command = (time.monotonic() - began) / 60, command_of(script, given)
-        if is_done(script, given.results) and not given.again:
-            print(f"{script.name}: measured at this commit already; --again measures it again.", flush=True)
-        elif command is None:
-            print(f"{script.name}: left out, since {given.vllm} is not there; make setup-vllm makes it.", flush=True)
-        elif done >= TOTAL - 0.5:
-            print(f"{script.name}: left out, since the {TOTAL:.0f} minutes are over.", flush=True)
-            failed.append(script.name)
-        else:
-            print(f"{script.name}: begins after {done:.1f} minutes, at most {script.minutes:.0f} more.", flush=True)
-            if not finishes(command, 60 * min(script.minutes, TOTAL - done)):
-                failed.append(script.name)
-    if given.results == RESULTS and not given.small:
-        performance.main([])
-    print(f"{(time.monotonic() - began) / 60:.1f} minutes in all{', without ' if failed else ''}{', '.join(failed)}")
-    sys.exit(bool(failed))
+    python = ROOT / given.vllm / "bin" / "python" if SCRIPTS[name].get("vllm") else Path(sys.executable)
+    if not python.exists():
+        return None
+    models = ["--model", given.model, "--large", given.large][: 0 if given.small else 2 * SCRIPTS[name]["models"]]
+    out = ["--out", str(given.results / f"{name}.json")]
+    return [str(python), str(ROOT / "benchmarks" / f"{name}.py"), *models, *out, *["--small"] * given.small]
 
 
 def finishes(command: list[str], seconds: float) -> bool:
@@ -113,6 +52,40 @@ def finishes(command: list[str], seconds: float) -> bool:
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, 9)  # with the workers it started
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run; the exit code is 1 if a script's was not 0."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help=f"scripts (default: {' '.join(SCRIPTS)})")
+    models = DECLARED["decode"]["options"]
+    parser.add_argument("--model", default=models["model"], help="hub name or folder of the smaller model")
+    parser.add_argument("--large", default=models["large"], help="of the larger one; an empty word leaves it out")
+    parser.add_argument("--again", action="store_true", help="measure again what is there")
+    parser.add_argument("--small", action="store_true", help="seconds a script: shows that all of them work")
+    parser.add_argument("--vllm", default=".venv-vllm", help="the environment with vLLM (make setup-vllm)")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON files")
+    given = parser.parse_args(argv)
+    if unknown := set(given.names) - SCRIPTS.keys():
+        parser.error(f"there is no script {sorted(unknown)[0]}; there are {', '.join(SCRIPTS)}")
+    began, failed = time.monotonic(), list[str]()
+    for name in [name for name in SCRIPTS if not given.names or name in given.names]:
+        done, command, most = (time.monotonic() - began) / 60, command_of(name, given), SCRIPTS[name]["minutes"]
+        if is_done(name, given.results) and not given.again:
+            print(f"{name}: measured at this commit already; --again measures it again.", flush=True)
+        elif command is None:
+            print(f"{name}: left out, since {given.vllm} is not there; make setup-vllm makes it.", flush=True)
+        elif done >= TOTAL - 0.5:
+            print(f"{name}: left out, since the {TOTAL:.0f} minutes are over.", flush=True)
+            failed.append(name)
+        else:
+            print(f"{name}: begins after {done:.1f} minutes, at most {most:.0f} more.", flush=True)
+            if not finishes(command, 60 * min(most, TOTAL - done)):
+                failed.append(name)
+    if given.results == RESULTS and not given.small:
+        performance.main([])
+    print(f"{(time.monotonic() - began) / 60:.1f} minutes in all{', without ' if failed else ''}{', '.join(failed)}")
+    sys.exit(bool(failed))
 
 
 if __name__ == "__main__":

@@ -9,13 +9,14 @@ keys and values of all layers.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from functools import partial
 
 import torch
-from event_cost import KV_HEADS, QUERY_HEADS, D, cold_milliseconds
-from timing import by_turns, interval, median, median_interval, publish, script
+from event_cost import KV_HEADS, QUERY_HEADS, D
+from timing import Found, by_turns, interval, median, median_interval, milliseconds, script
 
-from reasonkv import Method, get_method
+from reasonkv import get_method
 from reasonkv.compaction import compact_pair
 from reasonkv.methods.frequency import layer_scores
 from reasonkv.methods.keys import comparison_vectors
@@ -47,40 +48,34 @@ def view_of(layer: int, held: int, prompt: int, rotary: Rotary) -> SlotView:
     )  # fmt: skip
 
 
-def plan(method: Method, views: list[SlotView], keep: int, plans: list[Plan]) -> None:
-    """Add the plans of all layers."""
-    plans.extend(method.plan_layers(views, keep))
-
-
-def carry_out(views: list[SlotView], plans: list[Plan]) -> None:
-    """Gather and merge the keys and values of all layers."""
-    for view, plan in zip(views, plans, strict=True):
-        compact_pair(view.keys_BHND, view.values_BHND, [0], plan, view.positions_BHN)
-
-
 def once(keep: int, layers: int, rotary: Rotary) -> dict[str, float]:
     """Measure every method's compaction, and the parts they share, on fresh slots."""
     views = [view_of(layer, keep + INTERVAL, INTERVAL, rotary) for layer in range(layers)]
-    timed = {
-        "read": cold_milliseconds(lambda: [(view.keys_BHND.sum(), view.values_BHND.sum()) for view in views]),
-        "scores": cold_milliseconds(lambda: [layer_scores(view) for view in views]),
-        "vectors": cold_milliseconds(lambda: comparison_vectors(views)),
-    }
+
+    def carry_out(plans: list[Plan]) -> None:
+        for view, plan in zip(views, plans, strict=True):
+            compact_pair(view.keys_BHND, view.values_BHND, [0], plan, view.positions_BHN)
+
+    shared: dict[str, Callable[[], object]] = {
+        "read": lambda: [(view.keys_BHND.sum(), view.values_BHND.sum()) for view in views],
+        "scores": lambda: [layer_scores(view) for view in views], "vectors": lambda: comparison_vectors(views),
+    }  # fmt: skip
+    timed = {name: milliseconds(work, cold=True) for name, work in shared.items()}
     for spec in SPECS:
-        plans: list[Plan] = []
-        method = get_method(spec)
-        timed[f"plan {spec}"] = cold_milliseconds(partial(plan, method, views, keep, plans))
-        timed[f"carry {spec}"] = cold_milliseconds(partial(carry_out, views, plans))
+        plans = list[Plan]()
+        plan_layers = partial(get_method(spec).plan_layers, views, keep)
+        timed[f"plan {spec}"] = milliseconds(lambda plan=plan_layers, into=plans: into.extend(plan()), cold=True)
+        timed[f"carry {spec}"] = milliseconds(partial(carry_out, plans), cold=True)
     return timed
 
 
-@script(small={"repeats": 2, "layers": 2, "budgets": ["160"]}, repeats=7, layers=36, budgets=("384", "1024"))
-def main(given: argparse.Namespace) -> None:
+@script
+def main(given: argparse.Namespace) -> Found:
     torch.manual_seed(0)
     rotary = Rotary(1.0 / THETA ** (torch.arange(0, D, 2) / D))
     rows = []
-    for keep in map(int, given.budgets):
-        parts = by_turns({"": partial(once, keep, given.layers, rotary)}, given.repeats)[""]
+    for keep in given.budgets:
+        parts = by_turns({"": partial(once, keep, given.layers, rotary)}, given.repeats, warm_up=1)[""]
         for spec in SPECS:
             compares = spec.startswith("cask") and "fold=none" not in spec
             rows.append({
@@ -88,5 +83,5 @@ def main(given: argparse.Namespace) -> None:
                 "of it scores": median(parts["scores"]), "of it vectors": median(parts["vectors"]) if compares else 0.0,
                 "carrying out": median(parts[f"carry {spec}"]), "to read K and V once": median(parts["read"]),
             })  # fmt: skip
-    title = f"One compaction of {given.layers} layers at Qwen3-8B geometry, budget + {INTERVAL} -> budget, float32"
-    publish(given, f"{title}, batch 1", rows)
+    where = f"{given.layers} layers at Qwen3-8B geometry, budget + {INTERVAL} -> budget, float32, batch 1"
+    yield {"title": f"One compaction of {where}", "rows": rows}

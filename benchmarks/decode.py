@@ -22,8 +22,6 @@ from typing import Any
 
 import torch
 from decoding import (
-    LARGE,
-    SMALL,
     Bounded,
     Floor,
     Steady,
@@ -32,21 +30,17 @@ from decoding import (
     load,
     plain,
     ragged_mask,
+    random_model,
     run_seconds,
     step_ms,
     text_ids,
 )  # fmt: skip
-from timing import by_turns, interval, median, publish, random_model, ratio, script
-from transformers import DynamicCache, PreTrainedModel
+from timing import Found, Row, by_turns, interval, median, ratio, script
+from transformers import DynamicCache
 
 from reasonkv import Budget, CompressedCache, get_method
 from reasonkv.methods import method_classes
 
-DOZEN = (
-    "random", "streaming", "knorm", "keydiff", "snapkv", "rkv", "expected", "triattention", "cask", "vase-dkv",
-    "vase-attnv", "kara", "curdkv", "h2o", "forecast",
-)  # fmt: skip
-FEW = ("random", "expected", "rkv")
 STACK = "Qwen3-8B's shape, 2 layers"
 PROMPT = 128
 """Tokens of the prompt of the runs that are summed up."""
@@ -54,7 +48,8 @@ EQUAL = (512, 2048)
 """Lengths at which nothing was dropped and ours is compared with stock."""
 RAGGED = 8
 """Largest batch at which rows of different lengths are measured, too."""
-Found = Mapping[str, Mapping[str, Sequence[Any]]]
+Windows = Mapping[str, Mapping[str, Sequence[Any]]]
+"""What was measured by arm, one value a round."""
 
 
 def bounded_methods() -> list[str]:
@@ -78,8 +73,8 @@ def length_ms(subject: Subject, kind: str, batch: int, tokens: int, steps: int) 
 
 def cell(
     subject: Subject, batch: int, budget: Budget, bounded: Mapping[str, Bounded], given: argparse.Namespace
-) -> dict[str, list[dict[str, Any]]]:
-    """Measure a model at a batch size: rows of the tables "methods", "lengths" and "equal"."""
+) -> dict[str, list[Row]]:
+    """Measure a model at a batch size: rows of the tables "rows", "lengths" and "equal"."""
     answers, lengths, longest = given.answers, given.lengths, max(given.answers) + PROMPT
     ragged = [(f"{kind}-ragged", EQUAL[1:]) for kind in ("stock", "full") if 1 < batch <= RAGGED]
     arms: dict[str, Any] = {
@@ -88,56 +83,48 @@ def cell(
         for tokens in at
     }
     arms |= {method: partial(steady, one, batch) for method, one in bounded.items()}
-    found = by_turns(arms, given.rounds, warm_up=0, seconds=given.seconds)
-
-    def stock_seconds(tokens: int) -> list[float]:
-        every = zip(*(found[f"stock {one}"]["ms"] for one in lengths), strict=False)
-        return [run_seconds(lengths, ms, PROMPT, tokens) for ms in every]
-
-    floor = Floor(subject)
+    found = by_turns(arms, given.rounds, seconds=given.seconds)
+    floor, per_token = Floor(subject), subject.token_bytes * batch
     where = {"model": f"{subject.name} {subject.dtype}", "batch": batch, "budget": budget.tokens}
-    of_stock = {tokens: stock_seconds(tokens) for tokens in answers}
-    per_token = subject.token_bytes * batch
+    by_length = list(zip(*(found[f"stock {one}"]["ms"] for one in lengths), strict=False))
+    runs = {  # seconds of a whole answer in every round, by cache and tokens
+        "stock": {n: [run_seconds(lengths, ms, PROMPT, n) for ms in by_length] for n in answers},
+        "static": {n: [ms * n / 1e3 for ms in found[f"static {n}"]["ms"]] for n in answers},
+    }
     rows = []
     for arm in ("stock", "static", *bounded):
-        row: dict[str, Any] = {**where, "cache": arm}
-        if arm in ("stock", "static"):
-            stock_steps = found[f"stock {lengths[-1]}"]["ms"]
-            steps = stock_steps if arm == "stock" else found[f"static {answers[-1]}"]["ms"]
-            static = {n: [ms * n / 1e3 for ms in found[f"static {n}"]["ms"]] for n in answers}
-            own = of_stock if arm == "stock" else static
-            row |= {"step p50 ms": median(steps), "of the floor": median(steps) / floor.step_ms(batch, lengths[-1]),
-                    "step p99 ms": None, "ms per compaction": None,
-                    "compactions, % of decoding": None, "KV MB": per_token * longest / 1e6}  # fmt: skip
-        else:
+        if arm in bounded:
             every: list[Steady] = list(found[arm]["steady"])
             one = sum(every[1:], every[0])
-            own = {n: [bounded_seconds(found, lengths, each, budget, n) for each in every] for n in answers}
-            row |= {"step p50 ms": one.percentile(50), "of the floor": one.mean_ms / floor.bounded_ms(batch, budget),
-                    "step p99 ms": one.percentile(99),
-                    "ms per compaction": median(one.compaction_ms), "compactions, % of decoding": one.share,
-                    "KV MB": one.kv_bytes / 1e6}  # fmt: skip
+            runs[arm] = {n: [bounded_seconds(found, lengths, each, budget, n) for each in every] for n in answers}
+            step, over = one.percentile(50), one.mean_ms / floor.bounded_ms(batch, budget)
+            more = (one.percentile(99), median(one.compaction_ms), one.share, one.kv_bytes / 1e6)
+        else:
+            step = median(found[f"stock {lengths[-1]}" if arm == "stock" else f"static {answers[-1]}"]["ms"])
+            over, more = step / floor.step_ms(batch, lengths[-1]), (None, None, None, per_token * longest / 1e6)
+        names = ("step p99 ms", "ms per compaction", "compactions, % of decoding", "KV MB")
+        row = {**where, "cache": arm, "step p50 ms": step, "of the floor": over, **dict(zip(names, more, strict=True))}
         for n in answers:
-            row[f"tokens/s, answers of {n}"] = batch * n / median(own[n])
-            beside = zip(of_stock[n], own[n], strict=False)
+            row[f"tokens/s, answers of {n}"] = batch * n / median(runs[arm][n])
+            rounds = min(len(runs["stock"][n]), len(runs[arm][n]))
             names = (f"over stock, answers of {n}", f"{n}, low", f"{n}, high")
-            row |= zip(names, ratio(*zip(*beside, strict=True)), strict=True)
+            row |= zip(names, ratio(runs["stock"][n][:rounds], runs[arm][n][:rounds]), strict=True)
         rows.append(row)
-        print(f"{where['model']}, batch {batch}, {arm}: {row['step p50 ms']:.0f} ms a step", flush=True)
+        print(f"{where['model']}, batch {batch}, {arm}: {step:.0f} ms a step", flush=True)
+    timed = {arm: median(own["ms"]) for arm, own in found.items() if "ms" in own}
     return {
         "rows": rows,
         "lengths": [
-            {**where, "cache": kind, "tokens held": int(tokens), "ms per step": median(own["ms"]),
-             "of the floor": median(own["ms"]) / floor.step_ms(batch, int(tokens))}
-            for (kind, tokens), own in ((arm.split(), own) for arm, own in found.items() if "ms" in own)
+            {**where, "cache": kind, "tokens held": int(tokens), "ms per step": ms,
+             "of the floor": ms / floor.step_ms(batch, int(tokens))}
+            for (kind, tokens), ms in ((arm.split(), ms) for arm, ms in timed.items())
         ],
         "equal": [
             {**where, "tokens held": tokens, "rows": "of different lengths" if more else "equally long",
-             "stock ms": median(found[f"stock{more} {tokens}"]["ms"]),
-             "ours ms": median(found[f"full{more} {tokens}"]["ms"]),
-             **interval(ratio(found[f"stock{more} {tokens}"]["ms"], found[f"full{more} {tokens}"]["ms"]),
-                        "ours over stock")}
-            for more in ("", "-ragged") for tokens in EQUAL if f"full{more} {tokens}" in found
+             "stock ms": timed[stock], "ours ms": timed[full],
+             **interval(ratio(found[stock]["ms"], found[full]["ms"]), "ours over stock")}
+            for more in ("", "-ragged") for tokens in EQUAL
+            for stock, full in [(f"stock{more} {tokens}", f"full{more} {tokens}")] if full in found
         ],
     }  # fmt: skip
 
@@ -147,7 +134,7 @@ def steady(one: Bounded, batch: int) -> dict[str, Steady]:
     return {"steady": one.measure(batch)}
 
 
-def bounded_seconds(found: Found, lengths: Sequence[int], steady: Steady, budget: Budget, tokens: int) -> float:
+def bounded_seconds(found: Windows, lengths: Sequence[int], steady: Steady, budget: Budget, tokens: int) -> float:
     """Return the seconds of a run: as full KV of ours until the first compaction, and steady steps from there on."""
     assert budget.tokens is not None
     growing = min(tokens, max(0, budget.tokens + budget.interval - PROMPT))
@@ -167,7 +154,7 @@ def whole_run(
     return {"s": sum(step_ms(model, cache, batch, tokens, warm_up=0)) / 1e3}
 
 
-def check(subject: Subject, given: argparse.Namespace) -> list[dict[str, Any]]:
+def check(subject: Subject, given: argparse.Namespace) -> list[Row]:
     """Compare sums of windows with real runs of stock and of a bounded cache."""
     batch, tokens = given.check_batch, given.check_tokens
     budget = Budget(tokens // 4, interval=max(12, tokens // 8), prompt="count")
@@ -179,60 +166,41 @@ def check(subject: Subject, given: argparse.Namespace) -> list[dict[str, Any]]:
     arms["random"] = partial(steady, Bounded(subject, "random", budget, steps=given.steps), batch)
     for arm, method in (("stock", None), ("random", "random")):
         arms[f"whole {arm}"] = partial(whole_run, subject, method, budget, batch, PROMPT, tokens)
-    found: Found = by_turns(arms, 1, warm_up=0)
+    found: Windows = by_turns(arms, 1)
     summed = {
         "stock": run_seconds(lengths, [median(found[f"stock {one}"]["ms"]) for one in lengths], PROMPT, tokens),
         "random": bounded_seconds(found, lengths, found["random"]["steady"][0], budget, tokens),
     }
+    where = {"model": f"{subject.name} {subject.dtype}", "batch": batch, "tokens": tokens, "budget": budget.tokens}
     return [
-        {"model": f"{subject.name} {subject.dtype}", "batch": batch, "tokens": tokens, "budget": budget.tokens,
-         "cache": arm,
-         "summed s": seconds, "whole run s": found[f"whole {arm}"]["s"][0],
+        {**where, "cache": arm, "summed s": seconds, "whole run s": found[f"whole {arm}"]["s"][0],
          "summed over whole": seconds / found[f"whole {arm}"]["s"][0]}
         for arm, seconds in summed.items()
     ]  # fmt: skip
 
 
-def stack() -> PreTrainedModel:
-    """Return two layers of Qwen3-8B's shape, with a small vocabulary."""
-    fields = {"hidden_size": 4096, "intermediate_size": 12288, "vocab_size": 1024, "rope_theta": 1e6}
-    return random_model(2, 32, 8, dtype=torch.bfloat16, max_position_embeddings=40960, **fields)
-
-
-# staggered: methods that are also timed with their layers compacted in `stagger` turns;
-# seconds: of a cell, after which no further round of it begins; minutes: after which no further cell begins
-@script(
-    small={"model": "testbed", "large": "", "batches": ["2"], "methods": ["random", "expected", "triattention"],
-           "budget": 32, "interval": 16, "lengths": ["64", "512", "2048"], "answers": ["256"], "steps": 2, "rounds": 1,
-           "check_batch": 2, "check_tokens": 128, "stack_batch": 0, "stagger": 2},
-    model=SMALL, large=LARGE, batches=("1", "8", "32"), methods=DOZEN, budget=256, interval=128,
-    lengths=("512", "1024", "2048", "4096"), answers=("1024", "4096"), steps=4, rounds=5, seconds=35.0, minutes=7.0,
-    staggered=("expected", "rkv"), stagger=8, large_methods=FEW, large_budget=512, large_batch=32, stack_batch=8,
-    check_batch=8, check_tokens=192,
-)  # fmt: skip
-def main(given: argparse.Namespace) -> None:
+@script
+def main(given: argparse.Namespace) -> Found:
     torch.manual_seed(0)
-    given.lengths, given.answers = (list(map(int, one)) for one in (given.lengths, given.answers))
-    tables: dict[str, list[dict[str, Any]]] = {"rows": [], "lengths": [], "equal": [], "check": []}
+    tables: dict[str, list[Row]] = {"rows": [], "lengths": [], "equal": [], "check": []}
     began, methods = time.monotonic(), bounded_methods() if given.methods == ["all"] else given.methods
-    plans: list[tuple[str, list[int], Sequence[str], int]] = [
-        (given.model, list(map(int, given.batches)), methods, given.budget),
-        (given.large, [given.large_batch], given.large_methods, given.large_budget),
-        (STACK if given.stack_batch else "", [given.stack_batch], given.large_methods, given.large_budget),
-    ]
+    large = (given.large_methods, given.large_budget)
+    plans = [(given.model, given.batches, methods, given.budget), (given.large, [given.large_batch], *large),
+             (STACK if given.stack_batch else "", [given.stack_batch], *large)]  # fmt: skip
     left_out = [f"{Path(name).name} at batch {batch}" for name, batches, *_ in plans if name for batch in batches]
-    title = f"Decoding after a prompt of {PROMPT} tokens, a compaction every {given.interval} tokens"
     for name, batches, chosen, tokens in plans:
-        subject = Subject(STACK, stack()) if name == STACK else load(name) if name else None
+        subject = load(name) if name not in ("", STACK) else None
+        if name == STACK:  # with a small vocabulary
+            subject = Subject(STACK, random_model(num_hidden_layers=2, vocab_size=1024))
         if subject is None:
             continue
         budget = Budget(tokens, interval=given.interval, prompt="count")
-        calibration = calibration_of(subject, chosen)
-        bounded = {one: Bounded(subject, one, budget, calibration, steps=given.steps) for one in chosen}
-        for one in [one for one in given.staggered if one in chosen]:
-            turns = replace(budget, stagger=min(given.stagger, subject.model.config.num_hidden_layers))
-            label = f"{one}, {turns.stagger} turns"
-            bounded[label] = Bounded(subject, one, turns, calibration, steps=given.steps)
+        turns = replace(budget, stagger=min(given.stagger, subject.model.config.num_hidden_layers))
+        calibration, steps = calibration_of(subject, chosen), given.steps
+        bounded = {one: Bounded(subject, one, budget, calibration, steps=steps) for one in chosen} | {
+            f"{one}, {turns.stagger} turns": Bounded(subject, one, turns, calibration, steps=steps)
+            for one in given.staggered if one in chosen
+        }  # fmt: skip
         for batch in batches:
             if time.monotonic() - began > 60 * given.minutes:
                 continue
@@ -241,9 +209,7 @@ def main(given: argparse.Namespace) -> None:
             left_out.remove(f"{subject.name} at batch {batch}")
             if name == given.model and batch == batches[-1]:
                 tables["check"] = check(subject, given)
-            # after every cell, so that a run that is stopped leaves what it measured
-            publish(given, title, **tables, left_out=left_out, seconds=time.monotonic() - began)
-    if not tables["rows"]:
-        raise SystemExit("No model was there, so nothing was measured.")
-    if left_out:
+            title = f"Decoding after a prompt of {PROMPT} tokens, a compaction every {given.interval} tokens"
+            yield {"title": title, **tables, "left_out": left_out}
+    if left_out and tables["rows"]:
         print(f"Not measured: {', '.join(left_out)}.")

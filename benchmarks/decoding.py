@@ -1,17 +1,27 @@
-"""What the scripts about decoding share: models, prompts, caches of any length, and steps on the clock."""
+"""What the timing scripts share: models, prompts, caches of any length, and steps on the clock."""
 
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
-from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase, StaticCache
+from timing import milliseconds
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    Cache,
+    DynamicCache,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Qwen3Config,
+    StaticCache,
+)
+from transformers.initialization import no_init_weights
 
 from reasonkv import Budget, CompressedCache, get_method
 from reasonkv.calibration import Calibration
@@ -20,14 +30,45 @@ from reasonkv.calibration.run import run as calibrate
 from reasonkv.evaluate.fitting import add_forecast
 from reasonkv.floor import compaction, decode_step, measure_rates, prompt_tokens, shape_of
 from reasonkv.models import ModelError, load_model
+from reasonkv.rotary import Rotary
 from reasonkv.runtimes.transformers.attention import LogitRule
 from reasonkv.tasks import get_task
 
-SMALL, LARGE = "Qwen/Qwen2.5-Coder-0.5B-Instruct", "Qwen/Qwen2.5-Coder-1.5B-Instruct"
 CHUNK = 4096
 """Tokens that are written at once, where no model runs."""
 WARM_UP = 2
 """Steps before the timed ones: the first of a new cache touches memory that nobody touched before."""
+SHAPES = {
+    name: {"num_hidden_layers": layers, "hidden_size": hidden, "num_attention_heads": heads, "head_dim": 128,
+           "num_key_value_heads": kv_heads, "intermediate_size": inner,
+           "vocab_size": vocab, "max_position_embeddings": 2**18, "tie_word_embeddings": False, "rope_theta": 1e6}
+    for name, layers, hidden, heads, kv_heads, inner, vocab in (
+        ("Qwen3-8B", 36, 4096, 32, 8, 12288, 151936), ("Qwen3-14B", 40, 5120, 40, 8, 17408, 151936),
+        ("tiny", 2, 64, 4, 2, 128, 512),
+    )
+}  # fmt: skip
+"""Published shapes by name, and one that a CPU runs in no time."""
+Piece = tuple[Tensor, Tensor, Tensor]
+"""Keys, values and queries of some tokens of a layer."""
+
+
+def random_model(
+    shape: str = "Qwen3-8B", dtype: torch.dtype = torch.bfloat16, device: str = "cpu", **fields: Any
+) -> PreTrainedModel:
+    """Return a model of a shape with random weights; `fields` are those of its configuration that differ."""
+    config = Qwen3Config(**SHAPES[shape] | fields, dtype=dtype)
+    with no_init_weights(), torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    for parameter in model.parameters():
+        parameter.data.normal_(0, 0.02) if parameter.ndim > 1 else parameter.data.fill_(1.0)
+    return model
+
+
+def random_calibration(config: Any) -> Calibration:
+    """Return statistics of queries that point one way in some pairs and every way in others."""
+    mean = torch.randn(config.num_hidden_layers, config.num_attention_heads, config.head_dim // 2, dtype=torch.cfloat)
+    modulus = mean.abs() + torch.rand(mean.shape)
+    return Calibration(mean, modulus, modulus.square() * 1.2, head_dim=config.head_dim)
 
 
 @dataclass(frozen=True)
@@ -71,9 +112,9 @@ class Floor:
         assert budget.tokens is not None
         return self.step_ms(batch, budget.tokens + budget.interval / 2, budget)
 
-    def prompt_seconds(self, batch: int, tokens: int) -> float:
-        """Return seconds of feeding so many tokens of every row at once."""
-        return prompt_tokens(self.shape, batch, tokens, 0, self.dtype).seconds(self.rates)
+    def prompt_seconds(self, batch: int, tokens: int, before: int = 0) -> float:
+        """Return seconds of feeding so many tokens of every row at once, beside so many slots of earlier ones."""
+        return prompt_tokens(self.shape, batch, tokens, before, self.dtype).seconds(self.rates)
 
 
 def load(name: str) -> Subject | None:
@@ -100,33 +141,54 @@ def calibration_of(subject: Subject, methods: Sequence[str], limit: int = 2) -> 
     """Return statistics from a few prompts, if a method asks for any, as `reasonkv calibrate --forecast` makes them."""
     if not any(get_method(method).needs.calibration for method in methods):
         return None
-    assert subject.tokenizer is not None
+    if subject.tokenizer is None:
+        return random_calibration(subject.model.config)
     job = CalibrateJob(task=["program:lines=24"], limit=limit, forecast="forecast" in methods)
     tasks = [get_task(spec) for spec in job.task]
     found = calibrate(job, subject.model, subject.tokenizer, tasks=tasks)
     return add_forecast(job, subject.model, subject.tokenizer, found, tasks=tasks)[0] if job.forecast else found
 
 
-@torch.no_grad()
-def fill(cache: Cache, model: PreTrainedModel, batch: int, tokens: int, mask_BL: Tensor | None = None) -> Cache:
-    """Write random keys and values of so many tokens to all layers, equal in all rows; nothing else of a model runs.
+def pieces_of(model: PreTrainedModel, batch: int, tokens: int, start: int = 0) -> list[Piece]:
+    """Return keys, values and queries of random tokens, equal in all rows; keys drift and are rotated."""
+    config, device = model.config, model.device
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    rotary, found = Rotary.from_config(config), list[Piece]()
+    positions_N = torch.arange(start, start + tokens)
+    for _ in range(config.num_hidden_layers):
+        drift = torch.randn(kv_heads, tokens, dim).cumsum_(1).div_(max(tokens, 1024) ** 0.5)
+        drift += torch.randn(kv_heads, 1, dim) + 0.3 * torch.randn(kv_heads, tokens, dim)
+        every = (rotary.rotate(drift, positions_N), torch.randn_like(drift), torch.randn(heads, tokens, dim))
+        found.append(tuple(one.to(device, model.dtype)[None].expand(batch, -1, -1, -1) for one in every))  # type: ignore[arg-type]
+    return found
 
-    A `CompressedCache` is announced a forward and gets queries, and compacts where its schedule says.
+
+def feed(
+    cache: Cache, model: PreTrainedModel, pieces: Sequence[Piece], mask_BL: Tensor | None = None,
+    module: nn.Module | None = None,
+) -> None:  # fmt: skip
+    """Write tokens to all layers of a cache as a forward does; nothing else of a model runs.
+
+    A `CompressedCache` is announced the forward and gets queries, and compacts where its schedule says. It is shown
+    `module` instead of the model's attention modules, if there is one.
     """
-    config = model.config
-    heads, dim = config.num_attention_heads, getattr(config, "head_dim", None)
-    dim = dim or config.hidden_size // heads
-    ours = isinstance(cache, CompressedCache)
+    ours, (batch, _, tokens, dim) = isinstance(cache, CompressedCache), pieces[0][0].shape
     if ours:
-        cache.token_ids.announced = torch.zeros(batch, tokens, dtype=torch.int64)
+        cache.token_ids.announced = torch.zeros(batch, tokens, dtype=torch.int64, device=model.device)
         cache.begin_forward(batch, tokens, mask_BL)
-    for index, layer in enumerate(model.get_decoder().layers):
-        pair = torch.randn(2, 1, config.num_key_value_heads, tokens, dim, dtype=model.dtype)
-        keys, values = pair.expand(2, batch, -1, -1, -1)
+    for index, (layer, (keys, values, queries)) in enumerate(zip(model.get_decoder().layers, pieces, strict=True)):
         cache.update(keys, values, index)
         if ours:
-            queries = torch.randn(1, heads, tokens, dim, dtype=model.dtype).expand(batch, -1, -1, -1)
-            cache.layers[index].after_attention(queries, LogitRule(dim**-0.5), layer.self_attn)
+            cache.layers[index].after_attention(queries, LogitRule(dim**-0.5), module or layer.self_attn)
+
+
+@torch.no_grad()
+def fill(cache: Cache, model: PreTrainedModel, batch: int, tokens: int, mask_BL: Tensor | None = None) -> Cache:
+    """Feed random tokens, so many at once as a chunk has, and return the cache."""
+    for start in range(0, tokens, CHUNK):
+        end = min(tokens, start + CHUNK)
+        feed(cache, model, pieces_of(model, batch, end - start, start), None if mask_BL is None else mask_BL[:, :end])
     return cache
 
 
@@ -156,16 +218,18 @@ def step_ms(
 
     After the third of them, and once they took `most_ms` together, no further one is made: long steps vary little.
     """
-    ids, taken = torch.full((batch, 1), 9), list[float]()
+    ids, taken = torch.full((batch, 1), 9, device=model.device), list[float]()
+
+    def step() -> None:
+        nonlocal ids
+        out = model(ids, attention_mask=mask_BL, past_key_values=cache, use_cache=True)
+        ids = out.logits[:, -1].argmax(-1, keepdim=True)
+        if ids.is_cuda:
+            torch.cuda.synchronize()
+
     while len(taken) < warm_up + steps and (len(taken) < warm_up + 3 or sum(taken[warm_up:]) < most_ms):
-        mask_BL = None if mask_BL is None else torch.nn.functional.pad(mask_BL, (0, 1), value=1)
-        start = time.perf_counter()
-        ids = (
-            model(ids, attention_mask=mask_BL, past_key_values=cache, use_cache=True)
-            .logits[:, -1]
-            .argmax(-1, keepdim=True)
-        )
-        taken.append(1e3 * (time.perf_counter() - start))
+        mask_BL = None if mask_BL is None else nn.functional.pad(mask_BL, (0, 1), value=1)
+        taken.append(milliseconds(step))
     if isinstance(cache, CompressedCache):
         cache.detach()
     return taken[warm_up:]
@@ -242,8 +306,7 @@ class Bounded:
             self.model, method, replace(budget, prefill_chunk=None if tokenizer else CHUNK), prompt_lengths=prompt,
             calibration=calibration if get_method(method).needs.calibration else None,
         )  # fmt: skip
-        for start in range(0, prompt, prompt if tokenizer else CHUNK):
-            self._feed(self.after, ids, start, prompt if tokenizer else min(prompt, start + CHUNK))
+        self._feed(self.after, ids, 0, prompt)
         self.before = copy.deepcopy(self.after)
         (left,) = self.before.tokens_to_next_event()
         assert left == turn
@@ -251,12 +314,12 @@ class Bounded:
         self.after.detach()
         self.before.detach()
 
+    @torch.no_grad()
     def _feed(self, cache: CompressedCache, ids: Tensor | None, start: int, stop: int) -> None:
         if ids is None:
             fill(cache, self.model, 1, stop - start)
         else:
-            with torch.no_grad():
-                self.model(ids[:, start:stop], past_key_values=cache, logits_to_keep=1)
+            self.model(ids[:, start:stop], past_key_values=cache, logits_to_keep=1)
 
     def measure(self, batch: int) -> Steady:
         """Time steps after a compaction, and before and at one."""
@@ -268,8 +331,7 @@ class Bounded:
         inside = 1e3 * (before.compaction_seconds - self.before.compaction_seconds)
         assert inside > 0 and before.stats().rows[0].events == self.before.stats().rows[0].events + 1
         stats = before.stats()
-        *rest, last = found[1]
-        held = stats.bytes_allocated + stats.bytes_beside
+        (*rest, last), held = found[1], stats.bytes_allocated + stats.bytes_beside
         return Steady(found[0] + rest, [last], [inside], held, self.budget.interval, self.budget.stagger)
 
 

@@ -22,25 +22,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from decoding import LARGE, SMALL
-from timing import RESULTS, median, publish, script
+from decoding import SHAPES
+from timing import RESULTS, Found, Row, median, script
 from torch.profiler import ProfilerActivity, profile
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, Qwen3Config
+from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
 
 from reasonkv import CompressedCache
 from reasonkv.capacity import find_device, step_seconds, with_efficiencies
 from reasonkv.checkpoints import load_config
-from reasonkv.floor import Rates, Shape, Work, compaction, decode_step, measure_rates, prompt_tokens, shape_of
+from reasonkv.floor import Rates, Work, compaction, decode_step, measure_rates, prompt_tokens, shape_of
 from reasonkv.rates import Clock
 
 TOKENS, INTERVAL, BLOCK, FAR = 256, 128, 64, 1.5
-
-
-def qwen3_8b() -> PreTrainedConfig:
-    return Qwen3Config(
-        hidden_size=4096, num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8, head_dim=128,
-        intermediate_size=12288, vocab_size=151936, tie_word_embeddings=False, dtype=torch.bfloat16,
-    )  # fmt: skip
+DTYPE = torch.bfloat16
 
 
 def filled(model: PreTrainedModel, method: str, batch: int, prompt: int, slots: int) -> CompressedCache:
@@ -53,16 +47,6 @@ def filled(model: PreTrainedModel, method: str, batch: int, prompt: int, slots: 
     return cache
 
 
-def timed(work: Callable[[], object], repeats: int, clock: Clock) -> float:
-    """Return the median seconds after one run that warms up."""
-    took = []
-    for _ in range(1 + repeats):
-        start = clock()
-        work()
-        took.append(clock() - start)
-    return median(took[1:])
-
-
 def largest_lines(work: Callable[[], object]) -> str:
     """Return the three operations that take the most time of their own."""
     with profile(activities=[ProfilerActivity.CPU]) as found:
@@ -72,133 +56,106 @@ def largest_lines(work: Callable[[], object]) -> str:
     return ", ".join(f"{one.key} {one.self_cpu_time_total / total:.0%}" for one in lines[:3])
 
 
-def measured(
-    model: PreTrainedModel, shape: Shape, batch: int, repeats: int, rates: Rates, clock: Clock
-) -> list[dict[str, Any]]:
-    """Return the rows of one model and batch: a decode step, a block of tokens, and a compaction."""
-    rows = []
-    with filled(model, "random", batch, TOKENS + BLOCK, TOKENS) as cache:
-        token = torch.full((batch, 1), 7)
-
-        def decode() -> object:
-            return model(token, past_key_values=cache, logits_to_keep=1)
-
-        seconds = timed(decode, repeats, clock)
-        held = cache.stats().rows[0].physical_terminal
-        step = decode_step(shape, batch, held - (repeats - 1) / 2, model.dtype)
-        rows.append(line("decode step", batch, step, rates, seconds, largest_lines, decode))
-        near = min(left for left in cache.tokens_to_next_event() if left) - 1  # as replay feeds: up to a compaction
-        held = cache.stats().rows[0].physical_terminal
-        block = torch.full((batch, near), 7)
-        start = clock()
-        model(block, past_key_values=cache)
-        seconds = (clock() - start) / near
-        whole = prompt_tokens(shape, batch, near, held, model.dtype)
-        each = Work(whole.bytes / near, whole.operations / near)
-        rows.append(line(f"replay token (of {near})", batch, each, rates, seconds))
-        before = cache.compaction_seconds
-        decode()
-        kept = cache.stats().rows[0].physical_terminal
-        moved = compaction(shape, batch, kept + INTERVAL, kept, model.dtype)
-        rows.append(line("compaction", batch, moved, rates, cache.compaction_seconds - before))
-        again = torch.full((batch, INTERVAL - 1), 7)  # once more for the profiles
-        for row, work in zip(rows[1:], (lambda: model(again, past_key_values=cache), decode), strict=True):
-            lines = largest_lines(work)
-            row["largest lines"] = lines if row["measured / floor"] > FAR else ""
-    return rows
-
-
 def line(
     path: str, batch: int, work: Work, rates: Rates, seconds: float = math.nan,
-    explain: Callable[..., str] | None = None, *given: Any,
-) -> dict[str, Any]:  # fmt: skip
-    """Return one row of the table; a path far from its floor is profiled."""
+    again: Callable[[], object] | None = None,
+) -> Row:  # fmt: skip
+    """Return one row of the table; a path far from its floor is run again, and profiled."""
     floor = work.seconds(rates)
-    ratio = seconds / floor
-    lines = explain(*given) if explain and ratio > FAR else ""
+    measured = {"measured ms": 1e3 * seconds, "measured / floor": seconds / floor} if again else (
+        {"measured ms": "-", "measured / floor": "-"}
+    )  # fmt: skip
     return {
         "path": path, "batch": batch, "MB": work.bytes / 1e6, "GFLOP": work.operations / 1e9, "floor ms": 1e3 * floor,
-        "measured ms": "-" if math.isnan(seconds) else 1e3 * seconds,
-        "measured / floor": "-" if math.isnan(seconds) else ratio, "largest lines": lines,
+        **measured, "largest lines": largest_lines(again) if again and seconds > FAR * floor else "",
     }  # fmt: skip
 
 
-def validate(
-    model: PreTrainedModel, batches: list[int], lengths: list[int], repeats: int, clock: Clock
-) -> list[dict[str, Any]]:
+def measured(model: PreTrainedModel, batch: int, repeats: int, rates: Rates, clock: Clock) -> list[Row]:
+    """Return the rows of one model and batch: a decode step, a block of tokens, and a compaction."""
+    shape, blocks = shape_of(model.config), torch.full((batch, INTERVAL), 7)
+    with filled(model, "random", batch, TOKENS + BLOCK, TOKENS) as cache:
+
+        def feed(tokens: int = 1) -> float:
+            start = clock()
+            model(blocks[:, :tokens], past_key_values=cache, **({"logits_to_keep": 1} if tokens == 1 else {}))
+            return clock() - start
+
+        def held() -> float:
+            return cache.stats().rows[0].physical_terminal
+
+        seconds = median([feed() for _ in range(1 + repeats)][1:])  # the first warms up
+        step = decode_step(shape, batch, held() - (repeats - 1) / 2, DTYPE)
+        rows = [line("decode step", batch, step, rates, seconds, feed)]
+        near = min(left for left in cache.tokens_to_next_event() if left) - 1  # as replay feeds: up to a compaction
+        whole = prompt_tokens(shape, batch, near, held(), DTYPE)
+        block, before = feed(near) / near, cache.compaction_seconds
+        feed()
+        took, kept = cache.compaction_seconds - before, held()
+        # profiles come after both were timed: of a block up to the next compaction, and of the step with it
+        each = Work(whole.bytes / near, whole.operations / near)
+        rows.append(line(f"replay token (of {near})", batch, each, rates, block, lambda: feed(INTERVAL - 1)))
+        moved = compaction(shape, batch, kept + INTERVAL, kept, DTYPE)
+        return [*rows, line("compaction", batch, moved, rates, took, feed)]
+
+
+def validate(model: PreTrainedModel, given: argparse.Namespace, clock: Clock) -> list[Row]:
     """Return decode rates beside the plan's, with full KV and with `TOKENS` kept."""
-    shape, rows = shape_of(model.config), []
-    device = find_device("cpu", model.dtype, clock)
-    for batch in batches:
-        for length, (method, slots) in (
-            (n, pair) for n in lengths for pair in (("full", n), ("random", min(TOKENS, n)))
-        ):
-            took, found, attended = [], [], slots + 1 + repeats / 2
-            with filled(model, method, batch, length, slots) as cache:
-                token = torch.full((batch, 1), 7)
-                for _ in range(repeats):  # by turns, so that a slow minute hits both; the fastest of each counts
-                    start = clock()
-                    model(token, past_key_values=cache, logits_to_keep=1)
-                    took.append(clock() - start)
-                    if len(took) % 4 == 0:
-                        args = (model.config, batch, round(attended), model.dtype, "cpu", clock)
-                        found.append(with_efficiencies(device, *args))
-            seconds = min(took)
-            here = device._replace(
-                products=max(one.products for one in found), attention=max(one.attention for one in found)
-            )
-            planned = step_seconds(shape, here, batch, attended, length, model.dtype)
-            rows.append({
-                "batch": batch, "length": length, "kept": method, "slots": attended,
-                "measured tokens/s": batch / seconds,
-                "planned tokens/s": batch / planned, "planned / measured": seconds / planned,
-                "within 20 %": "yes" if 0.8 <= seconds / planned <= 1.2 else "no",
-                "products, of the rate": here.products, "attention, of the rate": here.attention,
-            })  # fmt: skip
-            print({name: f"{one:.3g}" if isinstance(one, float) else one for name, one in rows[-1].items()}, flush=True)
+    for parameter in model.parameters():  # a mapped file's small pages make its products 10 to 15 % slower
+        parameter.data = parameter.data.clone()
+    shape, device, rows = shape_of(model.config), find_device("cpu", DTYPE, clock), []
+    for batch, length, method in (
+        (batch, length, method)
+        for batch in given.batches if batch > 1 for length in given.lengths for method in ("full", "random")
+    ):  # fmt: skip
+        slots = length if method == "full" else min(TOKENS, length)
+        took, found, attended = list[float](), list[Any](), slots + 1 + given.repeats / 2
+        with filled(model, method, batch, length, slots) as cache:
+            token = torch.full((batch, 1), 7)
+            for _ in range(given.repeats):  # by turns, so that a slow minute hits both; the fastest of each counts
+                start = clock()
+                model(token, past_key_values=cache, logits_to_keep=1)
+                took.append(clock() - start)
+                if len(took) % 4 == 0:
+                    found.append(with_efficiencies(device, model.config, batch, round(attended), DTYPE, "cpu", clock))
+        best = {name: max(getattr(one, name) for one in found) for name in ("products", "attention")}
+        planned = step_seconds(shape, device._replace(**best), batch, attended, length, DTYPE)
+        part = min(took) / planned
+        rows.append({
+            "batch": batch, "length": length, "kept": method, "slots": attended,
+            "measured tokens/s": batch / min(took), "planned tokens/s": batch / planned,
+            "planned / measured": part, "within 20 %": "yes" if 0.8 <= part <= 1.2 else "no",
+            **{f"{name}, of the rate": one for name, one in best.items()},
+        })  # fmt: skip
     return rows
 
 
-@script(
-    small={"models": ["testbed"], "batches": ["1", "2"], "lengths": ["300", "400"], "repeats": 4},
-    models=(SMALL, LARGE), batches=("1", "8", "32"),
-    lengths=("512", "1536"), repeats=8, validate=False, cpu_time=False,
-)  # fmt: skip
-def main(given: argparse.Namespace) -> None:
-    batches, dtype, rows = [int(one) for one in given.batches], torch.bfloat16, []
-    clock = time.process_time if given.cpu_time else time.perf_counter
-    rates = measure_rates(dtype, clock=clock)
+@script
+def main(given: argparse.Namespace) -> Found:
+    clock, rows = time.process_time if given.cpu_time else time.perf_counter, list[Row]()
+    rates = measure_rates(DTYPE, clock=clock)
     with torch.no_grad():
         for name in given.models:
-            config = load_config(name)
-            source = config.name_or_path or name
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype).eval()
-            if given.validate:
-                for parameter in model.parameters():  # a mapped file's small pages make its products 10 to 15 % slower
-                    parameter.data = parameter.data.clone()
-                lengths = [int(one) for one in given.lengths]
-                found = validate(model, [one for one in batches if one > 1], lengths, given.repeats, clock)
-            else:
-                shape = shape_of(config)
-                found = [row for batch in batches for row in measured(model, shape, batch, given.repeats, rates, clock)]
+            source = load_config(name).name_or_path or name
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=DTYPE).eval()
+            found = validate(model, given, clock) if given.validate else [
+                row for batch in given.batches for row in measured(model, batch, given.repeats, rates, clock)
+            ]  # fmt: skip
             rows += [{"model": Path(name).name, **row} for row in found]
             del model
     if given.validate:
         if given.out == RESULTS / "floor.json":
             given.out = RESULTS / "floor_validation.json"
-        publish(given, "Decode rates beside those of reasonkv plan-capacity, bfloat16", rows)
+        yield {"title": "Decode rates beside those of reasonkv plan-capacity, bfloat16", "rows": rows}
         return
-    shape = shape_of(qwen3_8b())
-    for batch in batches:
-        rows += [
-            {"model": "Qwen3-8B, not run", **row}
-            for row in (
-                line("decode step", batch, decode_step(shape, batch, TOKENS + INTERVAL / 2, dtype), rates),
-                line("compaction", batch, compaction(shape, batch, TOKENS + INTERVAL, TOKENS, dtype), rates),
-            )
-        ]
+    shape = shape_of(Qwen3Config(**SHAPES["Qwen3-8B"], dtype=DTYPE))
+    for batch in given.batches:
+        step = decode_step(shape, batch, TOKENS + INTERVAL / 2, DTYPE)
+        moved = compaction(shape, batch, TOKENS + INTERVAL, TOKENS, DTYPE)
+        rows += [{"model": "Qwen3-8B, not run", **line("decode step", batch, step, rates)},
+                 {"model": "Qwen3-8B, not run", **line("compaction", batch, moved, rates)}]  # fmt: skip
     title = (
         f"Floors at {rates.bytes_per_second / 1e9:.1f} GB/s and {rates.operations_per_second / 1e9:.0f} GFLOP/s in "
         f"bfloat16; random, {TOKENS} to {TOKENS + INTERVAL} slots"
     )
-    publish(given, title, rows, rates=rates._asdict())
+    yield {"title": title, "rows": rows, "rates": rates._asdict()}

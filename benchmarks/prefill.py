@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
-from decoding import SMALL, Floor, Subject, load
-from timing import by_turns, median, publish, script
+from decoding import Floor, Subject, load
+from timing import Found, by_turns, median, script
 from transformers import Cache, DynamicCache
 
 from reasonkv import Budget, CompressedCache
-from reasonkv.floor import prompt_tokens
 
 
 @torch.no_grad()
@@ -37,45 +35,30 @@ def prefill(subject: Subject, ids: torch.Tensor, chunk: int, budget: Budget | No
     return {"seconds": seconds, "bytes": held}
 
 
-def floor_seconds(floor: Floor, batch: int, tokens: int, chunk: int, most: int | None) -> float:
-    """Return the floor of a prompt in chunks, each beside at most so many slots of those before it."""
-    seconds = 0.0
-    for start in range(0, tokens, chunk):
-        before = start if most is None else min(start, most)
-        own = prompt_tokens(floor.shape, batch, min(chunk, tokens - start), before, floor.dtype)
-        seconds += own.seconds(floor.rates)
-    return seconds
-
-
-@script(
-    small={"model": "testbed", "lengths": ["64", "128"], "chunk": 32, "budget": 32, "rounds": 1, "seconds": 2.0},
-    model=SMALL, lengths=("1024", "2048", "4096", "8192"), batch=1, chunk=512, budget=512, method="expected", rounds=3,
-    seconds=110.0,
-)  # fmt: skip
-def main(given: argparse.Namespace) -> None:
-    subject = load(given.model)
-    if subject is None:
-        raise SystemExit("Nothing was measured.")
-    floor, lengths, draw = Floor(subject), [int(one) for one in given.lengths], torch.Generator().manual_seed(0)
+@script
+def main(given: argparse.Namespace) -> Found:
+    if (subject := load(given.model)) is None:
+        return
+    floor, draw = Floor(subject), torch.Generator().manual_seed(0)
     bounded = Budget(given.budget, prompt="count", prefill_chunk=given.chunk)
     ways = {"stock, whole": (None, None), "stock, chunks": (given.chunk, None), given.method: (given.chunk, bounded)}
-    arms: dict[str, Callable[[], Mapping[str, float]]] = {}
-    for length in lengths:
-        ids = torch.randint(5, 100, (given.batch, length), generator=draw)
-        for name, (chunk, budget) in ways.items():
-            arms[f"{name} {length}"] = partial(prefill, subject, ids, chunk or length, budget, given.method)
-    found, rows = by_turns(arms, given.rounds, warm_up=0, seconds=given.seconds), []
-    for name, (chunk, budget) in ways.items():
-        for length in lengths:
-            own = found[f"{name} {length}"]
-            least = floor_seconds(floor, given.batch, length, chunk or length, budget and given.budget)
-            seconds = median(own["seconds"])
-            rows.append({"prompt": name, "tokens": length, "seconds": seconds,
-                         "tokens/s": given.batch * length / seconds, "MB at most": median(own["bytes"]) / 1e6,
-                         "of the floor": seconds / least, "rounds": len(own["seconds"])})  # fmt: skip
+    prompts = {length: torch.randint(5, 100, (given.batch, length), generator=draw) for length in given.lengths}
+    arms = {
+        (name, length): partial(prefill, subject, ids, chunk or length, budget, given.method)
+        for length, ids in prompts.items() for name, (chunk, budget) in ways.items()
+    }  # fmt: skip
+    found, rows = by_turns(arms, given.rounds, seconds=given.seconds), []
+    for (name, (chunk, budget)), length in ((way, length) for way in ways.items() for length in given.lengths):
+        own, chunk = found[name, length], chunk or length
+        seconds, most = median(own["seconds"]), length if budget is None else given.budget
+        least = sum(floor.prompt_seconds(given.batch, min(chunk, length - start), min(start, most))
+                    for start in range(0, length, chunk))  # fmt: skip
+        rows.append({"prompt": name, "tokens": length, "seconds": seconds, "tokens/s": given.batch * length / seconds,
+                     "MB at most": median(own["bytes"]) / 1e6, "of the floor": seconds / least,
+                     "rounds": len(own["seconds"])})  # fmt: skip
     per = [row["seconds"] / row["tokens"] for row in rows if row["prompt"] == given.method]
     title = (
         f"Prompts of {subject.name} {subject.dtype}, batch {given.batch}, chunks of {given.chunk}, {given.method} at "
         f"{given.budget} slots: the longest takes {per[-1] / per[0]:.2f} times as long a token as the shortest"
     )
-    publish(given, title, rows)
+    yield {"title": title, "rows": rows}

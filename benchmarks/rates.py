@@ -14,11 +14,10 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
 
 import torch
-from decoding import SMALL, Floor, Subject, load, text_ids
-from timing import by_turns, interval, median, publish, ratio, script
+from decoding import Floor, Subject, load, text_ids
+from timing import Found, Measures, Row, by_turns, interval, median, ratio, script
 from transformers import DynamicCache
 
 from reasonkv import Budget, CompressedCache, get_method
@@ -33,14 +32,14 @@ PROMPT_RATE, GENERATE = "the plain prompt rate", "model.generate"
 COMMANDS = (("--help",), ("methods",))
 
 
-def traces_of(subject: Subject, lines: int, limit: int, tokens: int) -> list[Trace]:
+def traces_of(subject: Subject, lines: int, limit: int, tokens: int | None = None) -> list[Trace]:
     """Return generated problems with their reference traces, and full KV's log-probabilities of them."""
+    assert subject.tokenizer is not None
     problems = [get_task(f"program:lines={lines}").problem(example) for example in range(limit)]
     prompts, outputs = (
-        [torch.tensor(subject.tokenizer(text, add_special_tokens=False).input_ids) for text in texts]  # type: ignore[misc]
-        for texts in ([one.prompt for one in problems], [one.trace for one in problems])
+        [torch.tensor(subject.tokenizer(text, add_special_tokens=False).input_ids[:most]) for text in texts]
+        for texts, most in (([one.prompt for one in problems], None), ([one.trace for one in problems], tokens))
     )
-    outputs = [one[:tokens] for one in outputs]
     teachers = reference_logprobs(subject.model, prompts, outputs)
     return [Trace(*one, correct=True) for one in zip(range(limit), prompts, outputs, teachers, strict=True)]
 
@@ -81,59 +80,47 @@ def cpu_seconds(words: Sequence[str]) -> dict[str, float]:
     return {"cpu": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime}
 
 
-def beside(
-    title: str, base: str, floor: Callable[[str], float], found: Mapping[str, Mapping[str, Sequence[float]]]
-) -> list[dict[str, Any]]:
+def beside(what: str, base: str, floor: Callable[[str], float], found: Mapping[str, Measures]) -> list[Row]:
     """Return a row an arm: tokens per second, its ratio to the base's, and the floor's rate over its own."""
     return [
-        {"what": title, "cache": arm, "tokens/s": median(own["rate"]), "beside": base,
+        {"what": what, "cache": arm, "tokens/s": median(own["rate"]), "beside": base,
          **interval(ratio(own["rate"], found[base]["rate"]), "of it"),
          "time over the floor's": floor(arm) / median(own["rate"])}
         for arm, own in found.items()
     ]  # fmt: skip
 
 
-@script(
-    small={"model": "testbed", "methods": ["random"], "budget": 32, "interval": 16, "limit": 2, "lines": 8,
-           "trace": 64, "batch": 2, "prompt": 16, "tokens": 40, "rounds": 1},
-    model=SMALL, methods=("random", "knorm", "expected", "snapkv"), budget=256, interval=128, limit=4, lines=40,
-    trace=768, batch=8, prompt=256, tokens=96, rounds=3, seconds=60.0,
-)  # fmt: skip
-def main(given: argparse.Namespace) -> None:
+@script
+def main(given: argparse.Namespace) -> Found:
     torch.manual_seed(0)
-    began, subject, budget = time.monotonic(), load(given.model), Budget(given.budget, interval=given.interval)
-    if subject is None:
-        raise SystemExit("Nothing was measured.")
+    if (subject := load(given.model)) is None:
+        return
+    budget, batch = Budget(given.budget, interval=given.interval), given.batch
     traces = traces_of(subject, given.lines, given.limit, given.trace)
-    floor, batch, fed = Floor(subject), given.batch, [trace.row.fed for trace in traces]
-    prompts = sum(fed) / floor.prompt_seconds(given.limit, sum(fed) // given.limit)
-    arms: dict[str, Callable[[], Mapping[str, float]]] = {
-        PROMPT_RATE: partial(timed, partial(replay, subject, traces, None))
-    }
-    for method in given.methods:
-        config = RunConfig(get_method(method), budget)
-        arms[method] = partial(timed, partial(replay, subject, traces, config))
-    turns = {"rounds": given.rounds, "warm_up": 0, "seconds": given.seconds}
-    rows = beside("replay", PROMPT_RATE, lambda arm: prompts, by_turns(arms, **turns))
-    arms = {
+    floor, fed = Floor(subject), sum(trace.row.fed for trace in traces)
+    configs = {PROMPT_RATE: None, **{one: RunConfig(get_method(one), budget) for one in given.methods}}
+    replays = {arm: partial(timed, partial(replay, subject, traces, one)) for arm, one in configs.items()}
+    answers = {
         method or GENERATE: partial(timed, partial(generate, subject, method, own, batch, given.prompt, given.tokens))
         for method, own in ((None, None), ("full", None), *((method, budget) for method in given.methods))
     }
 
-    def generation_floor(arm: str) -> float:
-        bounded = arm in given.methods
-        slots = given.prompt + (given.budget + given.interval / 2 if bounded else given.tokens / 2)
-        slots = min(slots, given.prompt + given.tokens / 2)
-        prefill = floor.prompt_seconds(batch, given.prompt)
-        return batch * given.tokens / (prefill + given.tokens * floor.step_ms(batch, slots) / 1e3)
+    def replay_floor(arm: str) -> float:
+        return fed / floor.prompt_seconds(given.limit, fed // given.limit)
 
-    rows += beside("evaluate", GENERATE, generation_floor, by_turns(arms, **turns))
+    def generation_floor(arm: str) -> float:
+        half = given.tokens / 2
+        slots = given.prompt + (min(half, given.budget + given.interval / 2) if arm in given.methods else half)
+        decoded = given.tokens * floor.step_ms(batch, slots) / 1e3
+        return batch * given.tokens / (floor.prompt_seconds(batch, given.prompt) + decoded)
+
+    turns = {"rounds": given.rounds, "seconds": given.seconds}
+    rows = beside("replay", PROMPT_RATE, replay_floor, by_turns(replays, **turns))
+    rows += beside("evaluate", GENERATE, generation_floor, by_turns(answers, **turns))
     starts = by_turns({f"reasonkv {one[0]}": partial(cpu_seconds, one) for one in COMMANDS}, 3, warm_up=1)
     title = (
         f"{subject.name} {subject.dtype}: replay of {given.limit} traces of {traces[0].row.fed} tokens, generation of "
-        f"{given.batch} x {given.tokens}, budget {given.budget} beside the prompt"
+        f"{batch} x {given.tokens}, budget {given.budget} beside the prompt"
     )
-    publish(
-        given, title, rows, start=[{"command": name, "CPU s": median(own["cpu"])} for name, own in starts.items()],
-        seconds=time.monotonic() - began,
-    )  # fmt: skip
+    yield {"title": title, "rows": rows,
+           "start": [{"command": name, "CPU s": median(own["cpu"])} for name, own in starts.items()]}  # fmt: skip

@@ -8,42 +8,36 @@ written chunk by chunk and compacted on the way. Layers: stacks of random weight
 from __future__ import annotations
 
 import argparse
-import time
-from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
-from decoding import SMALL, Bounded, Floor, Subject, load
+from decoding import Bounded, Floor, Subject, load, random_model
 from scipy import stats
-from timing import by_turns, interval, median, publish, random_model, ratio, script
+from timing import Arms, Found, Row, by_turns, interval, median, ratio, script
 
 from reasonkv import Budget
 
 AXES = {
-    "logical length": "tokens", "budget": "slots", "batch": "rows", "layers": "layers",
+    "logical length": ("tokens", 1024), "budget": ("slots", 128), "batch": ("rows", 1), "layers": ("layers", 1),
 }  # fmt: skip
+"""Unit of every axis, and the step that its slope is told for."""
 FLAT = 2048
 """From this length on a step should take as long as at any larger one."""
 
 
-def stack(layers: int) -> Subject:
-    """Return a stack of random weights as wide as the smaller pretrained model."""
-    fields = {"hidden_size": 896, "intermediate_size": 4864, "vocab_size": 1024, "max_position_embeddings": 32768}
-    return Subject(f"{layers} layers", random_model(layers, 14, 2, dtype=torch.bfloat16, **fields))
-
-
-def points(given: argparse.Namespace, axis: str, subject: Subject) -> Mapping[int, Callable[[], Mapping[str, float]]]:
+def points(given: argparse.Namespace, axis: str, subject: Subject) -> Arms:
     """Return what is measured at every point of an axis; all else stands at its default."""
-    found: dict[int, Callable[[], Mapping[str, float]]] = {}
-    floor = Floor(subject)
-    for value in map(int, getattr(given, axis.replace(" ", "_"))):
+    found, floor = {}, Floor(subject)
+    for value in getattr(given, axis.replace(" ", "_")):
         at = {"logical length": given.at_length, "budget": given.at_budget, "batch": given.at_batch, axis: value}
         budget = Budget(at["budget"], interval=given.interval, prompt="count")
-        own = stack(value) if axis == "layers" else subject
+        if axis == "layers":  # as wide as the smaller pretrained model
+            fields = {"hidden_size": 896, "intermediate_size": 4864, "num_attention_heads": 14}
+            model = random_model(num_hidden_layers=value, num_key_value_heads=2, vocab_size=1024, **fields)
+            subject = Subject(f"{value} layers", model)
+            floor = Floor(subject)
         length = max(at["logical length"], at["budget"] + 1)
-        if axis == "layers":
-            floor = Floor(own)
-        one = Bounded(own, given.method, budget, steps=given.steps, length=length)
+        one = Bounded(subject, given.method, budget, steps=given.steps, length=length)
         found[value] = partial(measure, one, at["batch"], floor.bounded_ms(at["batch"], budget))
     return found
 
@@ -54,30 +48,20 @@ def measure(one: Bounded, batch: int, floor_ms: float) -> dict[str, float]:
     return {"ms": ms, "of the floor": ms / floor_ms}
 
 
-@script(
-    small={"model": "testbed", "logical_length": ["256", "512"], "budget": ["32", "64"], "batch": ["1", "2"],
-           "layers": ["1", "2"], "at_budget": 32, "at_length": 256, "at_batch": 2, "interval": 16, "steps": 2,
-           "rounds": 2, "seconds": 3.0},
-    model=SMALL, method="expected", logical_length=("1024", "2048", "4096", "8192", "16384", "32768", "65536"),
-    budget=("128", "256", "512", "1024", "2048"), batch=("1", "4", "16", "64"), layers=("2", "4", "8", "16"),
-    at_budget=256, at_length=4096, at_batch=8, interval=128, steps=4, rounds=7, seconds=28.0,
-)  # fmt: skip
-def main(given: argparse.Namespace) -> None:
+@script
+def main(given: argparse.Namespace) -> Found:
     torch.manual_seed(0)
-    began, subject = time.monotonic(), load(given.model)
-    if subject is None:
-        raise SystemExit("Nothing was measured.")
-    rows, slopes, flat = [], [], []
-    for axis, unit in AXES.items():
-        found = by_turns(points(given, axis, subject), given.rounds, warm_up=0, seconds=given.seconds)
-        for value, own in found.items():
-            rows.append({"axis": axis, "value": value, "unit": unit, "ms per step": median(own["ms"]),
-                         "of the floor": median(own["of the floor"]), "rounds": len(own["ms"])})  # fmt: skip
-            print(f"{axis} {value}: {rows[-1]['ms per step']:.1f} ms a step", flush=True)
+    if (subject := load(given.model)) is None:
+        return
+    rows, slopes, flat = list[Row](), list[Row](), list[Row]()
+    for axis, (unit, per) in AXES.items():
+        found = by_turns(points(given, axis, subject), given.rounds, seconds=given.seconds)
+        rows += [{"axis": axis, "value": value, "unit": unit, "ms per step": median(own["ms"]),
+                  "of the floor": median(own["of the floor"]), "rounds": len(own["ms"])}
+                 for value, own in found.items()]  # fmt: skip
         pairs = [(value, ms) for value, own in found.items() for ms in own["ms"]]
         fit = stats.linregress(*zip(*pairs, strict=True))
         reach = float(stats.t.ppf(0.975, max(1, len(pairs) - 2)) * fit.stderr)
-        per = 1024 if axis == "logical length" else 128 if axis == "budget" else 1
         slopes.append({"axis": axis, "ms per": f"{per} {unit}", "slope": per * fit.slope,
                        "95 % low": per * (fit.slope - reach), "95 % high": per * (fit.slope + reach),
                        "at 0, ms": fit.intercept, "r^2": fit.rvalue**2})  # fmt: skip
@@ -85,9 +69,8 @@ def main(given: argparse.Namespace) -> None:
             first = min((one for one in found if one >= FLAT), default=max(found))
             flat = [{"from": first, "to": one, **interval(ratio(found[one]["ms"], found[first]["ms"]), "time over")}
                     for one in found if one > first]  # fmt: skip
-    where = f"{subject.name} {subject.dtype}, {given.method}"
     title = (
-        f"A decode step of {where}; unless it is the axis: budget {given.at_budget}, batch {given.at_batch}, "
-        f"length {given.at_length}"
+        f"A decode step of {subject.name} {subject.dtype}, {given.method}; unless it is the axis: budget "
+        f"{given.at_budget}, batch {given.at_batch}, length {given.at_length}"
     )
-    publish(given, title, rows, slopes=slopes, flat=flat, seconds=time.monotonic() - began)
+    yield {"title": title, "rows": rows, "slopes": slopes, "flat": flat}

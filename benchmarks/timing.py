@@ -1,4 +1,4 @@
-"""The harness of the timing scripts: options, rounds by turns, medians with intervals, a table and a JSON file."""
+"""The harness of the timing scripts: options of `timings.yaml`, rounds by turns, medians, resuming, tables, JSON."""
 
 from __future__ import annotations
 
@@ -9,69 +9,77 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
+import yaml
 from rich.console import Console
 from rich.table import Table
 
 from reasonkv.files import write_atomically
 
 RESULTS = Path(__file__).parent / "results"
+DECLARED: dict[str, dict[str, Any]] = yaml.safe_load(Path(__file__).with_name("timings.yaml").read_text())
+Row = dict[str, Any]
 Measures = dict[str, list[float]]
 """Values by what was measured, one a round."""
+Arms = Mapping[Any, Callable[[], Mapping[str, Any]]]
+Found = Iterator[dict[str, Any]]
+"""What a script has so far, each time more: `title`, `rows`, and whatever else belongs into its file."""
 Main = Callable[[Sequence[str] | None], None]
 
 
-def script(small: Mapping[str, Any], **defaults: Any) -> Callable[[Callable[[argparse.Namespace], None]], Main]:
+def script(function: Callable[[argparse.Namespace], Found]) -> Main:
     """Make a function of options the `main` of its module, and run it where the module is a script.
 
-    There is a flag for each default, of its type; a tuple takes several words. `--threads`, `--small` and `--out`
-    belong to every script. Without `--out`, the JSON file is `results/SCRIPT.json`; a small run writes none.
-
-    Args:
-        small: defaults of `--small`, a run of seconds that shows that the script works, and measures nothing.
-        defaults: all others.
+    There is a flag for each option in `timings.yaml`, of its type; a list takes several words. `--threads`, `--preset`,
+    `--small` and `--out` belong to every script. Whatever the function yields is published at once, so that a run that
+    is stopped leaves what it measured. Without `--out`, the file is `results/SCRIPT.json` or `results/PRESET.json`;
+    a small run writes none.
     """
+    module = sys.modules[function.__module__]
+    name = Path(str(module.__file__)).stem
+    declared = DECLARED[name]
+    presets = {"": {}, "small": declared["small"], **declared.get("presets", {})}
 
-    def wrap(function: Callable[[argparse.Namespace], None]) -> Main:
-        module = sys.modules[function.__module__]
+    def main(argv: Sequence[str] | None = None) -> None:
+        parser = argparse.ArgumentParser(
+            description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        parser.add_argument("--preset", choices=presets, default="", help="other defaults, and another file")
+        parser.add_argument("--small", dest="preset", action="store_const", const="small", help="a run of seconds")
+        parser.add_argument("--out", type=Path, help="JSON file to write")
+        for option, default in ({"threads": torch.get_num_threads()} | declared["options"]).items():
+            kind: dict[str, Any] = {"type": type(default), "help": f"default: {default}"}
+            if isinstance(default, bool):
+                kind = {"action": "store_true"}
+            elif isinstance(default, list):
+                kind = {"nargs": "+", "type": type(default[0]), "help": "several words"}
+            parser.add_argument("--" + option.replace("_", "-"), default=default, **kind)
+        chosen = parser.parse_known_args(argv)[0].preset
+        parser.set_defaults(**presets[chosen])
+        given = parser.parse_args(argv)
+        if given.out is None and chosen != "small":
+            given.out = RESULTS / f"{chosen or name}.json"
+        torch.set_num_threads(given.threads)
+        began, made = time.monotonic(), False
+        for found in function(given):
+            made = True
+            if found["rows"]:
+                publish(given, **found, seconds=time.monotonic() - began)
+        if not made:
+            raise SystemExit("No model was there, so nothing was measured.")
 
-        def main(argv: Sequence[str] | None = None) -> None:
-            parser = argparse.ArgumentParser(
-                description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-            )
-            parser.add_argument("--small", action="store_true", help="a run of seconds: shows that the script works")
-            parser.add_argument("--out", type=Path, help="JSON file to write (default: results/SCRIPT.json)")
-            for name, default in ({"threads": torch.get_num_threads()} | defaults).items():
-                kind: dict[str, Any] = {"type": type(default), "default": default, "help": f"default: {default}"}
-                if isinstance(default, bool):
-                    kind = {"action": "store_true"}
-                elif isinstance(default, tuple):
-                    kind = {"nargs": "+", "default": list(default), "help": "several words"}
-                parser.add_argument("--" + name.replace("_", "-"), **kind)
-            if parser.parse_known_args(argv)[0].small:
-                parser.set_defaults(**small)
-            given = parser.parse_args(argv)
-            if given.out is None and not given.small:
-                given.out = RESULTS / f"{Path(str(module.__file__)).stem}.json"
-            torch.set_num_threads(given.threads)
-            function(given)
-
-        if function.__module__ == "__main__":
-            main()
-        return main
-
-    return wrap
+    if function.__module__ == "__main__":
+        main()
+    return main
 
 
-def by_turns(
-    arms: Mapping[str, Callable[[], Mapping[str, Any]]], rounds: int, warm_up: int = 1, seconds: float | None = None
-) -> dict[str, Measures]:
+def by_turns(arms: Arms, rounds: int, warm_up: int = 0, seconds: float | None = None) -> dict[Any, Measures]:
     """Return what every arm measured in every round; arms take turns, so that a slow minute hits all alike.
 
     Args:
@@ -80,7 +88,7 @@ def by_turns(
         warm_up: rounds before them.
         seconds: no further round begins if it would probably end later than this; one that counts is always made.
     """
-    found: dict[str, Measures] = {name: {} for name in arms}
+    found: dict[Any, Measures] = {name: {} for name in arms}
     began = time.monotonic()
     for number in range(warm_up + rounds):
         done = time.monotonic() - began
@@ -91,6 +99,19 @@ def by_turns(
                 if number >= warm_up:
                     found[name].setdefault(measure, []).append(value)
     return found
+
+
+def stored(file: Path) -> list[Row]:
+    """Return the rows of a JSON-lines file; none where it is not there."""
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def store(file: Path, row: Row) -> Row:
+    """Append a row to a JSON-lines file and return it."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a") as out:
+        out.write(json.dumps(row) + "\n")
+    return row
 
 
 def median_interval(values: Sequence[float], draws: int = 10_000, seed: int = 0) -> tuple[float, float, float]:
@@ -111,14 +132,18 @@ def ratio(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float,
     return median_interval([a / b for a, b in zip(ours, theirs, strict=True)])
 
 
-def random_model(
-    layers: int, query_heads: int, kv_heads: int, dtype: torch.dtype = torch.float32, **fields: Any
-) -> transformers.PreTrainedModel:
-    """Return a Qwen3 of random weights with heads of 128; `fields` are further ones of its configuration."""
-    config = transformers.Qwen3Config(
-        num_hidden_layers=layers, num_attention_heads=query_heads, num_key_value_heads=kv_heads, head_dim=128, **fields
-    )
-    return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+def interval(values: tuple[float, float, float], name: str = "median") -> dict[str, float]:
+    """Return the columns of a median and its 95 % interval."""
+    return dict(zip((name, "95 % low", "95 % high"), values, strict=True))
+
+
+def milliseconds(work: Callable[[], object], cold: bool = False) -> float:
+    """Return how long work takes; `cold`: on memory that lies in no cache, since 256 MiB are written before it."""
+    if cold:
+        torch.zeros(64 * 2**20).add_(1)
+    start = time.perf_counter()
+    work()
+    return 1e3 * (time.perf_counter() - start)
 
 
 def commit() -> str:
@@ -150,7 +175,7 @@ def publish(given: argparse.Namespace, title: str, rows: Sequence[Mapping[str, A
     console = Console()
     Console(width=max(console.width, 16 * len(rows[0]))).print(table)
     if given.out is not None:
-        chosen = {name: shown(value) for name, value in vars(given).items() if name not in ("out", "small")}
+        chosen = {name: shown(value) for name, value in vars(given).items() if name not in ("out", "preset")}
         data = {"title": title, "environment": environment(), "options": chosen, "rows": rows, **extra}
         given.out.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(given.out, (json.dumps(data, indent=1, default=str) + "\n").encode())
@@ -162,8 +187,3 @@ def shown(value: Any) -> Any:
     if isinstance(value, list):
         return [shown(one) for one in value]
     return Path(value).name if isinstance(value, str | Path) and Path(value).is_dir() and str(value) else value
-
-
-def interval(values: tuple[float, float, float], name: str = "median") -> dict[str, float]:
-    """Return the columns of a median and its 95 % interval."""
-    return dict(zip((name, "95 % low", "95 % high"), values, strict=True))

@@ -9,7 +9,7 @@ from annotated_types import Ge
 from torch import Tensor
 
 from reasonkv.methods.base import Requirements, ScorerMethod
-from reasonkv.methods.ops import attend, average_pool, fill_window, later_slots
+from reasonkv.methods.ops import average_pool, fill_window, newest_attention
 from reasonkv.methods.options import Kernel, Size
 from reasonkv.view import SlotView
 
@@ -47,6 +47,4 @@ class CAKE(ScorerMethod):
             old_rgTn = attention_rgTN[..., : N - T]
             return (old_rgTn.mean(2) + self.gamma * old_rgTn.var(2, correction=min(1, T - 1))).mean(1)
 
-        later_BHTT = later_slots(view)
-        score_BHn = attend(view.queries_BHgTD(), view.keys_BHND, view.scaling, indicator, later_BHTt=later_BHTT)
-        return fill_window(average_pool(score_BHn, self.kernel), N)
+        return fill_window(average_pool(newest_attention(view, indicator), self.kernel), N)

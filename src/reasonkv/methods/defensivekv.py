@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from reasonkv.methods.base import Method, Requirements, SlotState
-from reasonkv.methods.ops import attend, fill_window, later_slots, top_k_slots, upcast
+from reasonkv.methods.ops import fill_window, newest_attention, top_k_slots, upcast
 from reasonkv.methods.options import Kernel, Share, Size
 from reasonkv.plan import Plan
 from reasonkv.view import SlotView
@@ -97,8 +97,7 @@ class DefensiveKV(Method):
             scale_rgT1 = sums_rgT1 / pooled_rgTn.sum(-1, keepdim=True).clamp(min=least)
             return torch.stack([pooled_rgTn.mul_(scale_rgT1).amax((1, 2)), attention_rgTn.mean((1, 2))], 1)
 
-        later_BHTT = later_slots(view)
-        both_BH2n = attend(view.queries_BHgTD(), view.keys_BHND, view.scaling, worst_and_mean, later_BHTt=later_BHTT)
+        both_BH2n = newest_attention(view, worst_and_mean)
         return both_BH2n[:, :, 0], both_BH2n[:, :, 1]
 
     def covering(self, mean_BHn: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from reasonkv.methods.base import Requirements, ScorerMethod
 from reasonkv.methods.catalogue import MethodError
-from reasonkv.methods.ops import attend, later_slots, squared_norms, upcast
+from reasonkv.methods.ops import newest_attention, squared_norms, upcast
 from reasonkv.methods.options import Count
 from reasonkv.network import FORECAST_ATTENTION, FORECAST_FEATURES, Network
 from reasonkv.view import SlotView
@@ -89,9 +89,7 @@ class Forecast(ScorerMethod):
             *(squared_norms(x).clamp(min=_LEAST).log() / 2 for x in (view.keys_BHND, view.values_BHND)),
         ]
         if self.window:
-            attention_BHFN = attend(
-                view.queries_BHgTD(), view.keys_BHND, view.scaling, _summaries, later_BHTt=later_slots(view)
-            )
+            attention_BHFN = newest_attention(view, _summaries)
             logarithms = [*attention_BHFN.clamp(min=_LEAST).log().unbind(2), *logarithms]
         return torch.cat([plain_BHND, torch.stack(logarithms, -1)], -1)
 

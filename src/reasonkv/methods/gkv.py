@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from reasonkv.methods.base import Method, Requirements, SlotState
-from reasonkv.methods.ops import attend, fill_window, later_slots, max_pool, top_k_slots
+from reasonkv.methods.ops import fill_window, max_pool, newest_attention, top_k_slots
 from reasonkv.methods.options import Kernel, Share, Size
 from reasonkv.methods.received import FRESH
 from reasonkv.methods.rkv import mean_cosine
@@ -64,13 +64,7 @@ class GKV(Method):
     def remembered(self, view: SlotView) -> Tensor:
         """Return step 2 for the slots before the window, float32 [B, H, n]."""
         n = view.positions_BHN.shape[-1] - view.queries_BHgTD().shape[3]
-        attention_BHn = attend(
-            view.queries_BHgTD(),
-            view.keys_BHND,
-            view.scaling,
-            lambda _, attention_rgTN: attention_rgTN[..., :n].amax(1).mean(1),
-            later_BHTt=later_slots(view),
-        )
+        attention_BHn = newest_attention(view, lambda _, attention_rgTN: attention_rgTN[..., :n].amax(1).mean(1))
         now_BHn, stored_BHn = self.scaled(view, attention_BHn), view.state["score"][..., :n].to(attention_BHn.dtype)
         old_BHn = self.alpha * stored_BHn.clamp(min=0.0)
         if self.memory == "max":

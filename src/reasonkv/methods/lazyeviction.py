@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from reasonkv.methods.base import Method, Requirements, SlotState
-from reasonkv.methods.ops import attend, later_slots, top_k_slots
+from reasonkv.methods.ops import newest_attention, top_k_slots
 from reasonkv.methods.options import Share, Size
 from reasonkv.methods.received import FRESH, uncounted
 from reasonkv.plan import Plan
@@ -67,5 +67,4 @@ class LazyEviction(Method):
             gap_rTN = (position_rT1 - last_rTN[:, :-1]).where(is_active_rTN, 0.0) + 0.0 * attention_rTN  # NaN stays
             return torch.stack([last_rTN[:, -1], interval_RN[block].maximum(gap_rTN.amax(1))], 1)
 
-        queries_BHgTD = view.queries_BHgTD()
-        return attend(queries_BHgTD, view.keys_BHND, view.scaling, track, later_BHTt=later_slots(view))
+        return newest_attention(view, track)

@@ -177,6 +177,12 @@ def window_attention(view: SlotView, *, over: Literal["all", "old"] = "all", mer
     )
 
 
+def newest_attention(view: SlotView, reduce: Callable[[slice, Tensor], Tensor]) -> Tensor:
+    """Return the attention of the view's queries to every slot, causally as in the model; `reduce` as of `attend`."""
+    later_BHTT = later_slots(view)
+    return attend(view.queries_BHgTD(), view.keys_BHND, view.scaling, reduce, later_BHTt=later_BHTT)
+
+
 def later_slots(view: SlotView, positions_BT: Tensor | None = None, newest: int | None = None) -> Tensor:
     """Return which of the newest slots come after which query, bool [B, H, T, newest].
 

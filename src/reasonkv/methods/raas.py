@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from reasonkv.methods.base import Method, Requirements, SlotState
-from reasonkv.methods.ops import attend, largest, later_slots, leading_slots, top_k_slots
+from reasonkv.methods.ops import largest, leading_slots, newest_attention, top_k_slots
 from reasonkv.methods.options import Share, Size
 from reasonkv.methods.received import FRESH, uncounted
 from reasonkv.plan import Plan
@@ -77,8 +77,7 @@ class RaaS(Method):
             at_rP = at_rP.maximum(before_RP[block]) + 0.0 * paid_rTP.sum(1).to(dtype)  # NaN stays
             return at_rP.gather(1, page_RN[block])
 
-        queries_BHgTD = view.queries_BHgTD()
-        return attend(queries_BHgTD, view.keys_BHND, view.scaling, stamp, later_BHTt=later_slots(view))
+        return newest_attention(view, stamp)
 
     def used(self, paid_rTP: Tensor, is_seen_rTP: Tensor) -> Tensor:
         """Return which pages each query uses, bool [r, T, P], given its attention to them and which it sees."""
