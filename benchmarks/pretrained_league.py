@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from itertools import combinations
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from tables import Gains, load, manifests, markdown, means, plus_minus, shares_o
 from reasonkv.evaluate.statistics import Difference, holm, paired_p_value
 from reasonkv.report.charts import save_png
 
+FORESIGHT = Path(__file__).parent / "results" / "foresight.json"
 _SHOWN = ("full", "oracle")  # the floor of KL, and what choosing by the future gives: shown, not ranked
 _RIVALS = ("random", "expected")
 _CHANCE = 0.05
@@ -31,6 +33,7 @@ def build(source: Path, to: Path) -> None:
     for group, own in replay.groupby("group", sort=False):
         parts.append(_league(str(group), own, kl.xs(group, level="group", drop_level=False)))
     parts.append(_agreement(kl, means(load(source.parent / "league", source.parent / "cask")["replay"], "kl")))
+    parts.append(_foresight())
     judged, details = judge(records, "pretrained_claims")
     parts.append(f"## Claims of the papers\n\n{judged}\n{details}")
     (to / "tables.md").write_text("\n".join(parts))
@@ -116,6 +119,26 @@ def _agreement(kl: pd.DataFrame, testbed: pd.DataFrame) -> str:
     return ("## Do models rank methods alike?\n\nSpearman's correlation of mean KL over the methods that both "
             f"ran (their number in brackets), between the testbed and pretrained models.\n\n{markdown(head, rows)}\n\n"
             + (among if models else ""))  # fmt: skip
+
+
+def _foresight() -> str:
+    """Return what models differ in, and how well scores tell the attention to come (`foresight.py`)."""
+    found = json.loads(FORESIGHT.read_text())
+    titles = [f"{one['model'].rpartition('/')[2].removesuffix('-Instruct')}, {one['task']}" for one in found]
+    rows = [[fact, *(f"{one[fact][1]:.2f} ({one[fact][0]:.2f} to {one[fact][2]:.2f})" for one in found)]
+            for fact in ("R", "spread of value norms", "attention to the first four")]  # fmt: skip
+    for spec in found[0]["methods"]:
+        own = [one["methods"][spec] for one in found]
+        rows.append([f"`{spec}`", *(f"{one['spearman'][1]:+.2f}; {100 * one['held'][1]:.0f} %" for one in own)])
+    return f"""\
+## Do scores tell the attention to come?
+
+Medians over heads, with quartiles of what models differ in. Of a method: Spearman's correlation of its scores with the attention that full
+KV's later queries pay, over the slots that may go; and how much of the attention that the best choice holds its own choice holds. All methods
+judge the same compactions of a cache that evicts at random (`foresight.py`, {found[0]["budget"]} slots, {found[0]["traces"]} traces each).
+
+{markdown(["", *titles], rows)}
+"""
 
 
 def _correlation(one: pd.Series, other: pd.Series) -> str:
