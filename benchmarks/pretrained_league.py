@@ -16,6 +16,12 @@ from reasonkv.evaluate.statistics import Difference, holm, paired_p_value
 from reasonkv.report.charts import save_png
 
 FORESIGHT = Path(__file__).parent / "results" / "foresight.json"
+_JUDGED = (
+    "Medians over heads, with quartiles of what models differ in. Of a method: Spearman's correlation of its scores with "
+    "the attention that full KV's later queries pay, over the slots that may go; and how much of the attention that the "
+    "best choice holds its own choice holds. All methods judge the same compactions of a cache that evicts at random "
+    "(`foresight.py`, {slots} slots, {traces} traces each)."
+)
 _SHOWN = ("full", "oracle")  # the floor of KL, and what choosing by the future gives: shown, not ranked
 _RIVALS = ("random", "expected")
 _CHANCE = 0.05
@@ -130,15 +136,8 @@ def _foresight() -> str:
     for spec in found[0]["methods"]:
         own = [one["methods"][spec] for one in found]
         rows.append([f"`{spec}`", *(f"{one['spearman'][1]:+.2f}; {100 * one['held'][1]:.0f} %" for one in own)])
-    return f"""\
-## Do scores tell the attention to come?
-
-Medians over heads, with quartiles of what models differ in. Of a method: Spearman's correlation of its scores with the attention that full
-KV's later queries pay, over the slots that may go; and how much of the attention that the best choice holds its own choice holds. All methods
-judge the same compactions of a cache that evicts at random (`foresight.py`, {found[0]["budget"]} slots, {found[0]["traces"]} traces each).
-
-{markdown(["", *titles], rows)}
-"""
+    words = _JUDGED.format(slots=found[0]["budget"], traces=found[0]["traces"])
+    return f"## Do scores tell the attention to come?\n\n{words}\n\n{markdown(['', *titles], rows)}\n"
 
 
 def _correlation(one: pd.Series, other: pd.Series) -> str:
