@@ -19,8 +19,8 @@ FORESIGHT = Path(__file__).parent / "results" / "foresight.json"
 _JUDGED = (
     "Medians over heads, with quartiles of what models differ in. Of a method: Spearman's correlation of its scores "
     "with the attention that full KV's later queries pay, over the slots that may go; and how much of the attention "
-    "that the best choice holds its own choice holds. All methods judge the same compactions of a cache that evicts at random "
-    "(`foresight.py`, {slots} slots, {traces} traces each)."
+    "that the best choice holds its own choice holds. All methods judge the same compactions of a cache that evicts "
+    "at random (`foresight.py`, {slots} slots, {traces} traces each)."
 )
 _SHOWN = ("full", "oracle")  # the floor of KL, and what choosing by the future gives: shown, not ranked
 _RIVALS = ("random", "expected")
