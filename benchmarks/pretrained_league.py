@@ -22,6 +22,7 @@ _JUDGED = (
     "that the best choice holds its own choice holds. All methods judge the same compactions of a cache that evicts "
     "at random (`foresight.py`, {slots} slots, {traces} traces each)."
 )
+_SHARED = "64"  # slots that all models have
 _SHOWN = ("full", "oracle")  # the floor of KL, and what choosing by the future gives: shown, not ranked
 _RIVALS = ("random", "expected")
 _CHANCE = 0.05
@@ -44,6 +45,7 @@ def build(source: Path, to: Path) -> None:
     parts.append(f"## Claims of the papers\n\n{judged}\n{details}")
     (to / "tables.md").write_text("\n".join(parts))
     _draw(kl, to / f"{source.name}.png")
+    _draw_models(kl.xs(_SHARED, level="size"), to / "models.png")
 
 
 def _ranks(kl: pd.DataFrame) -> pd.Series:
@@ -149,6 +151,26 @@ def _correlation(one: pd.Series, other: pd.Series) -> str:
 def _title(group: str) -> str:
     """Return the short name of a group's model, or of its task where there is one model."""
     return group.partition(",")[0].rpartition("/")[2].removesuffix("-Instruct")
+
+
+def _draw_models(kl: pd.DataFrame, path: Path) -> None:
+    """Draw what ran on at least two models at one budget: a panel a model, the methods in one order."""
+    found = kl["kl"].reset_index()
+    found = found[found.groupby("method")["group"].transform("nunique") > 1]
+    found = found.assign(low=found["mean"] - found["sem"], high=found["mean"] + found["sem"])
+    found["model"] = found["group"].map(_title)
+    order = found.groupby("method")["mean"].mean().sort_values().index.tolist()
+    base = alt.Chart(found).encode(y=alt.Y("method:N", sort=order, title=None, axis=alt.Axis(grid=True)))
+    axis, scale = alt.Axis(values=[0.01, 0.02, 0.03, 0.05, 0.1]), alt.Scale(type="log", nice=False, padding=10)
+    x = alt.X("mean:Q", scale=scale, title="KL from full KV, nats a token (log)", axis=axis)
+    ours = alt.condition(alt.datum.method == "forecast", alt.value("#d95f02"), alt.value("#4c72b0"))
+    layers = base.mark_rule(strokeWidth=2).encode(x=alt.X("low:Q"), x2="high:Q", color=ours) + base.mark_point(
+        filled=True, size=46, opacity=1
+    ).encode(x=x, color=ours)
+    panels = layers.properties(width=220, height=alt.Step(16)).facet(
+        column=alt.Column("model:N", title=None, header=alt.Header(labelFontSize=12, labelFontWeight="bold"))
+    )
+    save_png(panels, path, f"{_SHARED} slots beside the prompt. Mean over traces; bars: one standard error.", scale=1.4)
 
 
 def _draw(kl: pd.DataFrame, path: Path) -> None:

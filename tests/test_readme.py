@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
+import importlib
 import re
 from pathlib import Path
 
 import pytest
 from snippets import commands, parses, python_blocks, run_python
 
-from reasonkv.evaluate.table import read_results
 from reasonkv.methods import CATALOGUE
 
 ROOT = Path(__file__).parent.parent
@@ -49,17 +48,16 @@ def test_the_number_of_methods_is_that_of_the_catalogue() -> None:
     assert f"{len(CATALOGUE)} methods" in README
 
 
-def test_the_table_of_a_pretrained_model_is_its_records() -> None:
-    frame = read_results([ROOT / "docs" / "results" / "pretrained"])
-    frame["size"] = [json.loads(one)["tokens"] if isinstance(one, str) else None for one in frame["budget"]]
-    shown = re.findall(r"^\| `(\w+)` \|((?: (?:[\d.]+ ± [\d.]+|–) \|){4})$", README, re.M)
-    assert {name for name, _ in shown} == set(frame["label"])
+def test_the_table_of_pretrained_models_is_their_records(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    load = importlib.import_module("tables").load
+    frame = load(ROOT / "docs" / "results" / "pretrained_league")["replay"]
+    frame = frame[frame["size"].isin(["64", ""])]
+    titles = re.findall(r"([\w.-]+) \(n = (\d+)\)", README)
+    shown = re.findall(r"^\| `([\w-]+)` \|((?: (?:[\d.]+ ± [\d.]+|–) \|){3})$", README, re.M)
+    assert len(titles) == 3 and {"full", "random", "oracle", "forecast", "expected"} <= {name for name, _ in shown}
     for name, cells in shown:
-        found = []
-        for kind, metric, scale, digits in (("replay", "kl", 1, 3), ("evaluate", "correct", 100, 0)):
-            for size in (32, 64):
-                own = frame[(frame["label"] == name) & (frame["kind"] == kind)]
-                values = scale * own.loc[own["size"].eq(size) | (name == "full"), metric].astype(float)
-                assert len(values) in {0, 32}
-                found.append(f" {values.mean():.{digits}f} ± {values.sem():.{digits}f} " if len(values) else " – ")
-        assert cells.split("|")[:-1] == found, name
+        for (title, n), cell in zip(titles, cells.split("|"), strict=False):
+            own = frame[frame["model"].str.contains(title) & (frame["method"] == name)]["kl"].astype(float)
+            assert len(own) in {0, int(n)}
+            assert cell.strip() == (f"{own.mean():.4f} ± {own.sem():.4f}" if len(own) else "–"), (name, title)
