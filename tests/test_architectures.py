@@ -56,6 +56,16 @@ def test_tokens_of_an_image_that_see_each_other_are_refused() -> None:
         model(ids, past_key_values=cache, mm_token_type_ids=kinds)
 
 
+def test_a_mask_that_a_model_makes_from_its_values_is_refused_and_not_ignored() -> None:
+    model, (ids, _, _) = tiny_model("doge"), batch([20])
+    with (
+        CompressedCache(model, "random", **LIMITS) as cache,
+        torch.no_grad(),
+        pytest.raises(UnsupportedModelError, match="more than a causal mask"),
+    ):
+        model(ids, past_key_values=cache)
+
+
 def test_the_oracle_of_attention_of_their_own_notices_one_wrong_key_and_one_wrong_position() -> None:
     model, (ids, mask, _) = tiny_model("gptj"), batch([30])
     for spoil in ("key", "row"):
