@@ -18,7 +18,7 @@ LIMITS = {"tokens": 12, "interval": 4, "sinks": 1, "recent": 4, "prompt": "count
 
 
 # layers that attend to images, a mask of sliding layers that are not there, no encoder, a mask that may be more
-@pytest.mark.parametrize("model_type", ["mllama", "qwen2_moe", "whisper", "gemma4_unified_text"])
+@pytest.mark.parametrize("model_type", ["mllama", "qwen2_moe", "whisper", "gemma4_unified_text", "modernbert-decoder"])
 def test_unusual_decoders_are_exact_over_the_kept_slots(model_type: str) -> None:
     row = examine(model_type)
     assert row["verdict"] == "exact", row

@@ -182,7 +182,13 @@ def check_model(model: PreTrainedModel | PreTrainedConfig, method: Method | None
 
 def attends_by_itself(model: PreTrainedModel) -> bool:
     """Return whether a model does not call attention through AttentionInterface, so that its queries are not seen."""
-    return not (model.get_decoder() or model)._can_set_attn_implementation()
+    return not decoder_of(model)._can_set_attn_implementation()
+
+
+def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
+    """Return the model inside a model that attends to the text; itself where none is named (ModernBERT's is a head)."""
+    found = model.get_decoder()
+    return found if isinstance(found, PreTrainedModel) else model
 
 
 def reads_mask(model: PreTrainedModel) -> bool:

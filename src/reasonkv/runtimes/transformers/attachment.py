@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from reasonkv.layers import text_config
-from reasonkv.resolve import UnsupportedModelError, attends_by_itself
+from reasonkv.resolve import UnsupportedModelError, attends_by_itself, decoder_of
 from reasonkv.rotary import RotaryLimits
 from reasonkv.runtimes.transformers.attention import PREFIX, base_kernel
 from reasonkv.runtimes.transformers.latent import name_layers
@@ -66,8 +66,7 @@ class Attachment:
         if self._handles is None:
             self._handles = name_layers(model)
             if self._is_own:
-                decoder = model.get_decoder() or model
-                self._handles.append(decoder.register_forward_hook(_after_own_attention, with_kwargs=True))
+                self._handles.append(decoder_of(model).register_forward_hook(_after_own_attention, with_kwargs=True))
             if self._refuses_images:
                 self._handles.append(model.get_decoder().register_forward_pre_hook(_check_axes, with_kwargs=True))
             if self._receive is not None or self._switch is not None:
