@@ -33,7 +33,7 @@ from reasonkv.methods import get_method
 from reasonkv.resolve import attends_by_itself, check_model
 from reasonkv.runtimes.transformers.attention import PREFIX
 from tools.slot_oracle import RecordingCache
-from tools.tiny_models import architectures, tiny_model
+from tools.tiny_models import architectures, tiny_config, tiny_model
 
 METHODS = ("full", "random", "snapkv:window=4,kernel=3", "expected", "triattention")
 QUERY_FREE = ("full", "random", "streaming", "keydiff", "knorm")
@@ -77,6 +77,8 @@ def examine(model_type: str) -> dict[str, Any]:
             model.set_attn_implementation(PREFIX + kernel)
             stock = _stock_logits(model)
     except Exception as error:
+        if problems := check_model(tiny_config(model_type)):  # by its configuration alone
+            return row | {"why": problems[0]}
         return row | {"verdict": "not run", "why": f"the tiny model fails by itself ({_first(error)})"}
     config = model.config
     row["layers"] = f"{len(bounded_layers(config))} of {len(cache_layers(config))}"
