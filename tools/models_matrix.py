@@ -15,6 +15,7 @@ import multiprocessing.connection
 import resource
 import warnings
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,37 +29,61 @@ from reasonkv import Budget, CompressedCache, ReasonKVError
 from reasonkv.calibration import Calibration
 from reasonkv.files import write_atomically
 from reasonkv.layers import bounded_layers, cache_layers, head_dim_of, layer_rotaries, text_config
-from reasonkv.resolve import check_model
+from reasonkv.methods import get_method
+from reasonkv.resolve import attends_by_itself, check_model
 from reasonkv.runtimes.transformers.attention import PREFIX
 from tools.slot_oracle import RecordingCache
-from tools.tiny_models import architectures, tiny_model
+from tools.tiny_models import architectures, tiny_config, tiny_model
 
 METHODS = ("full", "random", "snapkv:window=4,kernel=3", "expected", "triattention")
+QUERY_FREE = ("full", "random", "streaming", "keydiff", "knorm")
+"""Where a model shows no queries."""
 LENGTHS, PIECES = (44, 31), [20, 1, 1, 1, 7, 1, 1, 1, 1, 7, 1, 1, 1]
 BUDGET = Budget(12, interval=4, sinks=1, recent=4, prompt="count")
+NO_CACHE = {
+    "gemma4_assistant": "reads the keys and values of another model",
+    "gemma4_unified_assistant": "reads the keys and values of another model",
+    "openai-gpt": "keeps no cache",
+    "rwkv": "carries a state",
+    "xlstm": "carries a state",
+}
+"""Architectures without an attention cache of their own, beside those whose layers are all of a fixed size."""
+FLOAT64 = ("xglm",)
+"""Architectures that need float64 as the default dtype: they make numbers of the model's range in that."""
+VERDICTS = ("exact", "keys alone", "wrong", "refused", "not run", "no cache")
 EXACT, LOGITS, ROTATION = 1e-12, 1e-6, 1e-4
 STATE, PAGE = Path("build/models_matrix.jsonl"), Path("docs/models.md")
 CPU_S, WALL_S = 60, 900  # of one architecture; a busy machine is no hang
 
 
 def examine(model_type: str) -> dict[str, Any]:
-    """Return the verdict on one architecture: "exact", "refused", "wrong" or "not run", and why."""
+    """Return the verdict on one architecture, and why.
+
+    It is "exact", "keys alone" (exact for methods that need no queries), "refused", "wrong", "not run", or "no cache"
+    where nothing grows.
+    """
     row: dict[str, Any] = {"type": model_type, "verdict": "refused", "why": "", "methods": {}}
+    if model_type in NO_CACHE:
+        return row | {"verdict": "no cache", "why": f"{model_type} {NO_CACHE[model_type]}."}
     kernel = None
     try:
         model = tiny_model(model_type)
         if problems := check_model(model):
-            return row | {"why": problems[0]}
+            grows = not problems[0].startswith("No layer of")
+            return row | {"verdict": "refused" if grows else "no cache", "why": problems[0]}
         stock = _stock_logits(model)
         if stock.isnan().any():  # eager masks overflow in float64 where a padded row sees nothing
             kernel = "reference"
             model.set_attn_implementation(PREFIX + kernel)
             stock = _stock_logits(model)
     except Exception as error:
+        if problems := check_model(tiny_config(model_type)):  # by its configuration alone
+            return row | {"why": problems[0]}
         return row | {"verdict": "not run", "why": f"the tiny model fails by itself ({_first(error)})"}
     config = model.config
     row["layers"] = f"{len(bounded_layers(config))} of {len(cache_layers(config))}"
-    for spec in METHODS:
+    methods = QUERY_FREE if attends_by_itself(model) else METHODS
+    for spec in methods:
         name = spec.partition(":")[0]
         try:
             row["methods"][name] = _difference(model, spec, stock, kernel)
@@ -71,8 +96,10 @@ def examine(model_type: str) -> dict[str, Any]:
     refused = [name for name, found in row["methods"].items() if isinstance(found, str)]
     if wrong:
         return row | {"verdict": "wrong", "why": f"{', '.join(wrong)} differ from the oracle"}
-    if len(refused) == len(METHODS):
+    if len(refused) == len(methods):
         return row | {"why": row["methods"]["full"]}
+    if methods is QUERY_FREE:
+        return row | {"verdict": "keys alone", "why": check_model(model, get_method("snapkv"))[0]}
     why = f"{', '.join(refused)} refused: {row['methods'][refused[0]]}" if refused else ""
     return row | {"verdict": "exact", "why": why}
 
@@ -167,6 +194,8 @@ def _in_child(model_type: str, answers: Any) -> None:
     warnings.simplefilter("ignore")
     resource.setrlimit(resource.RLIMIT_CPU, (CPU_S, CPU_S))
     torch.set_num_threads(1)
+    if model_type in FLOAT64:
+        torch.set_default_dtype(torch.float64)
     answers.put(examine(model_type))
 
 
@@ -187,24 +216,38 @@ def examine_apart(model_type: str) -> dict[str, Any]:
     return found
 
 
+def _names(specs: Sequence[str]) -> str:
+    return ", ".join(spec.partition(":")[0] for spec in specs)
+
+
 def page(rows: list[dict[str, Any]], names: list[str]) -> str:
     """Return docs/models.md: the verdicts, and which of the architectures have none yet."""
     counts = Counter(row["verdict"] for row in rows)
+    exact, keys_alone, growing = counts["exact"], counts["keys alone"], max(len(rows) - counts["no cache"], 1)
     lines = [
         "# Models",
         "",
         f"Every causal architecture of transformers {transformers.__version__} as a tiny random model, made by "
         "`python -m tools.models_matrix`: a left-padded batch, a chunked prefill, decoding, "
-        f"{len(METHODS)} methods ({', '.join(spec.partition(':')[0] for spec in METHODS)}).",
+        f"{len(METHODS)} methods ({_names(METHODS)}).",
         "",
-        f"**{counts['exact']} exact, {counts['refused']} refused with a reason, {counts['wrong']} wrong, "
-        f"{counts['not run']} not run.** Exact: every call of attention equals float64 attention over the kept slots "
-        'to 1e-12, and full KV equals the stock cache. "Bounded layers" are those whose cache grows with the text.',
+        f"**Of {growing} architectures with an attention cache that grows, {exact} are exact ({exact / growing:.0%}), "
+        f"and {keys_alone} more are exact for methods that read keys alone "
+        f"(together {(exact + keys_alone) / growing:.0%}). "
+        f"{counts['refused']} are refused with a reason, {counts['wrong']} wrong, {counts['not run']} not run.**",
+        "",
+        "Exact: every call of attention equals float64 attention over the kept slots to 1e-12, and full KV equals the "
+        'stock cache. "Bounded layers" are those whose cache grows with the text. Models that attend by code of their '
+        f"own show no queries. They run {len(QUERY_FREE)} methods that need none ({_names(QUERY_FREE)}). Their own "
+        "code is repeated over the kept slots, which must give the same numbers, and over the whole text under a mask.",
+        "",
+        f"The share is of architectures with an attention cache that grows. {counts['no cache']} others do not count: "
+        "all their layers slide or carry a state, or they keep no cache of their own. They stand at the end.",
         "",
         "| model type | bounded layers | verdict | |",
         "|---|---|---|---|",
     ]
-    order = {"exact": 0, "wrong": 1, "refused": 2, "not run": 3}
+    order = {name: number for number, name in enumerate(VERDICTS)}
     for row in sorted(rows, key=lambda row: (order[row["verdict"]], row["type"])):
         why = row["why"].replace("|", "\\|").replace("\n", " ")
         lines.append(f"| `{row['type']}` | {row.get('layers', '')} | {row['verdict']} | {why} |")

@@ -17,9 +17,11 @@ from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from reasonkv import CompressedCache
+from reasonkv.resolve import attends_by_itself
 from reasonkv.runtimes.transformers.attention import PREFIX, naive_attention
 from reasonkv.runtimes.transformers.latent import NAMED_LAYER
 from reasonkv.runtimes.transformers.layer import CompressedLayer
+from tools.own_attention import Watch
 
 _RECORDERS: weakref.WeakValueDictionary[int, RecordingCache] = weakref.WeakValueDictionary()
 
@@ -40,6 +42,7 @@ class RecordingCache(CompressedCache):
         self.history: dict[int, list[tuple[Tensor, Tensor]]] = {}
         self.held: dict[int, list[Tensor]] = {}
         _RECORDERS[id(self.session)] = self
+        self.watch = Watch(args[0], self, mask_BL) if attends_by_itself(args[0]) else None
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -49,6 +52,8 @@ class RecordingCache(CompressedCache):
         if isinstance(layer, CompressedLayer):
             self.held[layer_idx] = [] if layer.storage is None else layer.slot_positions()
             self.history.setdefault(layer_idx, []).append((key_states.clone(), value_states.clone()))
+            if self.watch is not None:
+                self.watch.note(layer_idx)
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def detach(self) -> None:
@@ -56,6 +61,9 @@ class RecordingCache(CompressedCache):
         super().detach()
         for handle in self.handles:
             handle.remove()
+        if self.watch is not None:
+            self.watch.close()
+            self.worst, self.calls = self.watch.worst, self.watch.calls
 
     def update_indexer(self, indexer_key_states: Tensor, layer_idx: int) -> Tensor:
         """Note what an indexer is given."""

@@ -42,9 +42,14 @@ SIZES: list[tuple[int, str]] = [
 ]  # fmt: skip
 BY_NAME = {name: size for size, names in SIZES for name in names.split()}
 # What no rule can know: fields that depend on each other, and layers of attention where the default has none.
+AXES = {
+    kind: {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 2, 4]}
+    for kind in ("full_attention", "sliding_attention")
+}
 MIXED = ["linear_attention", "full_attention"] * 2
 EXCEPTIONS: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1, 3]},
+    "cohere_compass_text": {"layer_types": ["sliding_attention", "full_attention"] * 2, "rope_parameters": AXES},
     "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8}},
     "deepseek_v2": {"num_experts_per_tok": 2, "topk_method": "greedy"},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},

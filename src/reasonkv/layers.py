@@ -17,7 +17,7 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 
-from reasonkv.rotary import Rotary
+from reasonkv.rotary import Rotary, RotaryError
 
 
 class CrossAttentionLayer(DynamicLayer):
@@ -93,6 +93,8 @@ def layer_rotaries(config: PreTrainedConfig) -> list[Rotary]:
         RotaryError: RoPE that cannot be undone.
     """
     decoder, layers = text_config(config), cache_layers(config)
+    if decoder.model_type == "cohere_compass_text":
+        raise RotaryError("cohere_compass_text orders its rotary frequencies by axes of an image, so none is undone.")
     layers += [None] * (decoder.num_hidden_layers - len(layers))  # layers that read another layer's keys
     types = getattr(decoder, "layer_types", None) or ["full_attention"] * len(layers)
     turns = [type(layer) is not LinearAttentionLayer and _rotates(decoder, i, layers) for i, layer in enumerate(layers)]

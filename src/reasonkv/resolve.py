@@ -26,12 +26,24 @@ _OWN_CACHE = ("minimax", "reformer", "rwkv", "xlnet", "xlstm")
 """Model types that take no cache but a class of their own file."""
 
 
-_NEEDS_ALL_SLOTS = {
+_OWN_ATTENTION = (
+    "big_bird", "codegen", "falcon", "gpt_neox_japanese", "gptj", "megatron-bert", "mvp", "rembert", "roformer",
+    "trocr", "xglm",
+)  # fmt: skip
+"""Model types that attend by code of their own, under a mask that transformers makes; compared in the matrix."""
+_REASONS = {
     "diffllama": "weighs the values of one KV head by the keys of another, but each head keeps other tokens",
     "inkling_text": "adds a bias by distance to the logits of all tokens, dropped ones included",
+    "bloom": "uses ALiBi, which it adds itself for the whole text, and dropped slots have no place in it",
+    "mpt": "uses ALiBi, which it adds itself by the index of a slot, and that is no distance once slots are dropped",
+    "gpt_neo": "hides tokens by the index of their slots in its local layers, and dropped slots move the others",
+    "prophetnet": "feeds one token a forward and attends in several streams at once",
+    "cpmant": "needs the whole text at every step, and adds biases for all of it",
+    "xlm": "takes no past_key_values, but a cache by another name",
+    "git": "attends to text by code of its own, behind tokens of an image",
     "jetmoe": "repeats its KV heads before attention, which then does not know whose slots it reads",
 }
-"""By model type, why its attention cannot run over kept slots."""
+"""By model type, why a compressed cache cannot serve it."""
 
 
 class UnsupportedModelError(ReasonKVError, ValueError):
@@ -154,18 +166,54 @@ def check_model(model: PreTrainedModel | PreTrainedConfig, method: Method | None
             f"{kind} uses latent attention, which stores keys and values of all heads in one vector, but {method.name} "
             f"{what}; choose a method that evicts, such as snapkv."
         )
-    if kind in _NEEDS_ALL_SLOTS:
-        return [f"{kind} {_NEEDS_ALL_SLOTS[kind]}; use a stock cache."]
+    if kind in _REASONS:
+        return [f"{kind} {_REASONS[kind]}; use a stock cache."]
     if kind in _OWN_CACHE:
         return [f"{kind} takes no cache but a class of its own, so nothing can be bounded; use a stock cache."]
     problems += _layer_problems(config, kind) or _indexer_problems(config, kind, method)
-    if getattr(decoder, "alibi", False) or kind in {"bloom", "mpt"}:
-        problems.append(f"{kind} uses ALiBi, whose distances are lost once slots are dropped.")
-    if getattr(decoder, "use_bidirectional_attention", False):
+    if getattr(decoder, "alibi", False):
+        problems.append(f"{kind} {_REASONS['bloom']}; use a stock cache.")
+    if getattr(decoder, "use_bidirectional_attention", False) not in (False, None, "vision"):
         problems.append(f"{kind} attends in both directions; a cache can only be compressed under causal attention.")
-    if isinstance(model, PreTrainedModel) and not (model.get_decoder() or model)._can_set_attn_implementation():
-        problems.append(f"{type(model).__name__} does not call attention through AttentionInterface.")
+    if isinstance(model, PreTrainedModel) and attends_by_itself(model):
+        problems += _own_attention_problems(type(model).__name__, kind, method)
     return problems
+
+
+def attends_by_itself(model: PreTrainedModel) -> bool:
+    """Return whether a model does not call attention through AttentionInterface, so that its queries are not seen."""
+    return not decoder_of(model)._can_set_attn_implementation()
+
+
+def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
+    """Return the model inside a model that attends to the text; itself where none is named (ModernBERT's is a head)."""
+    found = model.get_decoder()
+    return found if isinstance(found, PreTrainedModel) else model
+
+
+def reads_mask(model: PreTrainedModel) -> bool:
+    """Return whether a model itself reads the mask of a forward: its indexer does, or attention of its own."""
+    return is_indexed(model.config) or attends_by_itself(model)
+
+
+def _own_attention_problems(name: str, kind: str, method: Method | None) -> list[str]:
+    if kind not in _OWN_ATTENTION:
+        return [f"{name} does not call attention through AttentionInterface."]
+    if method is None:
+        return []
+    needs = method.needs
+    wants = {
+        "queries": needs.queries or needs.observes or needs.future or needs.calibration,
+        "a weight for each slot": needs.merges or needs.log_mass,
+        "a choice for each query": needs.selects,
+    }
+    missing = [what for what, is_wanted in wants.items() if is_wanted]
+    if not missing:
+        return []
+    return [
+        f"{name} attends by code of its own, not through AttentionInterface, and {method.name} needs {missing[0]}; "
+        "choose a method that reads keys alone, such as keydiff."
+    ]
 
 
 def _layer_problems(config: PreTrainedConfig, kind: str) -> list[str]:

@@ -57,11 +57,13 @@ def rotaries(model: PreTrainedModel) -> list[Rotary]:
         UnsupportedModelError: a model that no compressed cache can serve.
         RotaryError: RoPE that cannot be undone.
     """
-    from reasonkv.resolve import UnsupportedModelError, check_model
+    from reasonkv.resolve import UnsupportedModelError, attends_by_itself, check_model
 
     problems = check_model(model)
     if problems:
         raise UnsupportedModelError(problems[0])
+    if attends_by_itself(model):
+        raise UnsupportedModelError(f"{type(model).__name__} attends by code of its own, which shows no queries.")
     return [rotary.to(input_device(model)) for rotary in layer_rotaries(model.config)]
 
 

@@ -12,10 +12,11 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from reasonkv.layers import text_config
-from reasonkv.resolve import UnsupportedModelError
+from reasonkv.resolve import UnsupportedModelError, attends_by_itself, decoder_of
 from reasonkv.rotary import RotaryLimits
 from reasonkv.runtimes.transformers.attention import PREFIX, base_kernel
 from reasonkv.runtimes.transformers.latent import name_layers
+from reasonkv.runtimes.transformers.layer import CompressedLayer
 
 
 class Attachment:
@@ -42,6 +43,11 @@ class Attachment:
         limits = RotaryLimits.of(model.config)
         self._switch, self._refuses_images = limits.switch, limits.has_axes and unrotates
         current = base_kernel(model.config)
+        self._is_own = attends_by_itself(model)
+        if self._is_own and (kernel or current).startswith("flash"):
+            raise UnsupportedModelError(
+                "The attention of this model takes no mask in flash attention; load it with eager."
+            )
         self._restore = "eager" if current == "reference" else current  # another open cache may drive our own kernel
         self._name = PREFIX + base_kernel(model.config, kernel)
 
@@ -56,9 +62,11 @@ class Attachment:
         if model is None:
             return
         if text_config(model.config)._attn_implementation != self._name:
-            model.set_attn_implementation(self._name)
+            self._set(model, self._name)
         if self._handles is None:
             self._handles = name_layers(model)
+            if self._is_own:
+                self._handles.append(decoder_of(model).register_forward_hook(_after_own_attention, with_kwargs=True))
             if self._refuses_images:
                 self._handles.append(model.get_decoder().register_forward_pre_hook(_check_axes, with_kwargs=True))
             if self._receive is not None or self._switch is not None:
@@ -71,7 +79,15 @@ class Attachment:
             handle.remove()
         self._handles = None
         if model is not None and text_config(model.config)._attn_implementation == self._name:
-            model.set_attn_implementation(self._restore)
+            self._set(model, self._restore)
+
+    def _set(self, model: PreTrainedModel, name: str) -> None:
+        if not self._is_own:
+            model.set_attn_implementation(name)
+            return
+        for module in model.modules():  # no attention is chosen by this name, only the mask is
+            if isinstance(module, PreTrainedModel):
+                module.config._attn_implementation = name
 
     def _announce(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = kwargs.get("input_ids", args[0] if args else None)
@@ -112,3 +128,11 @@ def _check_axes(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
             "The tokens of images have several rotary positions, and this method un-rotates keys by one; choose a "
             "method that does not, such as snapkv, or give text alone."
         )
+
+
+def _after_own_attention(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: object) -> None:
+    """Compact what a forward fed, once a model has attended by code of its own in all layers."""
+    heads = text_config(module.config).num_attention_heads
+    for layer in getattr(kwargs.get("past_key_values"), "layers", []):
+        if isinstance(layer, CompressedLayer) and layer.waiting:
+            layer.after_own_attention(heads)

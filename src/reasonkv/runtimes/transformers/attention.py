@@ -17,42 +17,21 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from reasonkv.layers import hide_unchosen, text_config
 from reasonkv.resolve import UnsupportedModelError
 from reasonkv.runtimes.transformers.forward import ForwardPlan
 from reasonkv.runtimes.transformers.latent import NAMED_LAYER
+from reasonkv.runtimes.transformers.masks import MORE_THAN_CAUSAL, mask_function
 from reasonkv.runtimes.transformers.sparse_read import SparseReader
 
 Attention = Callable[..., tuple[Tensor, Tensor | None]]
-BeginForward = Callable[[int, int, Tensor | None], ForwardPlan]
 PREFIX = "reasonkv_"
 """Of the names that kernels are registered under."""
 KERNELS = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "reference")
 """Attention implementations a compressed cache can drive."""
-_MORE_THAN_CAUSAL = (
-    "This forward asks for more than a causal mask (bidirectional, packed or block-wise attention), which a compressed "
-    "cache cannot honour once slots are dropped."
-)
 GROUPED_ROWS = 1024  # up to this many query rows per KV head, query heads of a group become rows of one product
-
-
-class MaskLength(int):
-    """A key length that carries its cache's `begin_forward`, so that the mask function needs no global state.
-
-    `reads_mask` says that the model itself reads the mask of a forward, as an indexer does.
-    """
-
-    begin_forward: BeginForward
-    reads_mask: bool
-
-    def __new__(cls, length: int, begin_forward: BeginForward, reads_mask: bool) -> MaskLength:
-        """Return the length with the callback attached."""
-        made = super().__new__(cls, length)
-        made.begin_forward, made.reads_mask = begin_forward, reads_mask
-        return made
 
 
 @dataclass(frozen=True)
@@ -310,7 +289,7 @@ def _attention_function(kernel: str) -> Attention:
         if layer is None:
             return _stock(kernel, module)(module, query, key, value, attention_mask, **kwargs)
         if attention_mask is not None and "indices" not in kwargs:
-            raise UnsupportedModelError(_MORE_THAN_CAUSAL)
+            raise UnsupportedModelError(MORE_THAN_CAUSAL)
         if kwargs.get("output_attentions"):
             raise UnsupportedModelError("A compressed cache does not return attention weights; drop output_attentions.")
         kwargs.pop("dropout", None)  # a cache is for inference
@@ -321,25 +300,6 @@ def _attention_function(kernel: str) -> Attention:
     return forward
 
 
-def _mask_function(kernel: str) -> Callable[..., Tensor | None]:
-    stock_kernel = "sdpa" if kernel == "reference" else kernel
-
-    def build(*args: Any, **kwargs: Any) -> Tensor | None:
-        length = kwargs.get("kv_length")
-        # a mask with a local size is that of sliding layers, which the model may not have (Qwen2-MoE)
-        if not isinstance(length, MaskLength) or kwargs.get("local_size") is not None:
-            mask: Tensor | None = ALL_MASK_ATTENTION_FUNCTIONS[stock_kernel](*args, **kwargs)
-            return mask
-        if kwargs.get("mask_function") is not causal_mask_function:
-            raise UnsupportedModelError(_MORE_THAN_CAUSAL)
-        forward = length.begin_forward(int(kwargs["batch_size"]), int(kwargs["q_length"]), kwargs.get("attention_mask"))
-        if length.reads_mask:
-            return forward.additive_mask(kwargs["device"], kwargs["dtype"])
-        return None  # compressed layers build their own from what they hold
-
-    return build
-
-
 for _kernel in KERNELS:
     AttentionInterface.register(PREFIX + _kernel, _attention_function(_kernel))
-    AttentionMaskInterface.register(PREFIX + _kernel, _mask_function(_kernel))
+    AttentionMaskInterface.register(PREFIX + _kernel, mask_function(_kernel))

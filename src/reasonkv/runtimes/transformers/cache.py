@@ -24,7 +24,7 @@ from transformers.cache_utils import Cache
 from reasonkv import resolve
 from reasonkv.budget import Budget, BudgetFields
 from reasonkv.calibration import Calibration, default_method
-from reasonkv.layers import is_indexed, is_recurrent, layer_rotaries
+from reasonkv.layers import is_recurrent, layer_rotaries
 from reasonkv.methods import Method, Requirements, get_method, refuse_future
 from reasonkv.numbers import whole_number, whole_numbers
 from reasonkv.offload import input_device
@@ -124,7 +124,7 @@ class CompressedCache(Cache):
             model_name=type(model).__name__,
             max_length=None if max_length is None else whole_number(max_length, "max_length", 1),
             bits=bits_of(dtype),
-            reads_mask=is_indexed(model.config),
+            reads_mask=resolve.reads_mask(model),
             context=context_length(model),
             **callbacks_of(self),
         )

@@ -15,9 +15,10 @@ from reasonkv.methods import Observed
 from reasonkv.offload import loaded
 from reasonkv.resolve import UnsupportedModelError
 from reasonkv.rotary import Rotary
-from reasonkv.runtimes.transformers.attention import LogitRule, MaskLength
+from reasonkv.runtimes.transformers.attention import LogitRule
 from reasonkv.runtimes.transformers.forward import ForwardPlan
 from reasonkv.runtimes.transformers.latent import Expansion
+from reasonkv.runtimes.transformers.masks import MaskLength
 from reasonkv.runtimes.transformers.packed import PackedStorage
 from reasonkv.runtimes.transformers.sequences import LayerGroup
 from reasonkv.runtimes.transformers.session import Session
@@ -156,6 +157,17 @@ class CompressedLayer(CacheLayerMixin):
             self.expansion = Expansion(module.expand_kv, latent, rotated)  # type: ignore[arg-type]
         if self.leader == self.index:
             self._take_queries(storage, query, module)
+        self._read()
+
+    def after_own_attention(self, query_heads: int) -> None:
+        """As `after_attention`, once a model has attended by code of its own, which shows no queries.
+
+        Args:
+            query_heads: Hq.
+
+        """
+        assert self.storage is not None
+        self.rule, self.query_heads = LogitRule(self.storage.keys.shape[3] ** -0.5), query_heads
         self._read()
 
     def _take_queries(self, storage: LayerStorage, query: Tensor, module: nn.Module) -> None:
