@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from models import calibration, tiny_model
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, GPTJConfig, GPTJForCausalLM
 
 from reasonkv import BudgetError, CompressedCache, generate_with
 from reasonkv.calibration import CalibrationError, default_method, save_calibration
@@ -37,6 +37,14 @@ def test_a_budget_alone_takes_forecast_where_it_was_fitted_and_expected_elsewher
 def test_a_file_that_is_given_is_not_passed_over(tmp_path: Path) -> None:
     with pytest.raises(CalibrationError, match="There is no"):
         CompressedCache(tiny_model("llama"), tokens=64, calibration=tmp_path / "missing.safetensors")
+
+
+def test_a_model_that_shows_no_queries_takes_one_that_reads_none() -> None:
+    config = GPTJConfig(vocab_size=200, n_positions=256, n_embd=32, n_layer=2, n_head=2, rotary_dim=8)
+    model = GPTJForCausalLM(config).eval()
+    with CompressedCache(model, tokens=32, interval=8) as cache, torch.no_grad():
+        model(torch.randint(5, 200, (1, 60)), past_key_values=cache)
+        assert cache.method.name == "random"
 
 
 def test_a_model_without_rotary_positions_has_a_default_too() -> None:

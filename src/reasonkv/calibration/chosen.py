@@ -10,13 +10,16 @@ from reasonkv.calibration.files import find_calibration
 from reasonkv.calibration.statistics import Calibration, CalibrationError
 from reasonkv.methods import Method, get_method
 from reasonkv.methods.forecast import Forecast
+from reasonkv.resolve import check_model
 
 UNFITTED = "expected"
 """What serves a model that nothing was fitted to: the best published method on Qwen2.5-Coder (docs/results)."""
+_WITHOUT_QUERIES = "random"
+"""What serves a model that shows no queries: the best there of the methods that read keys alone."""
 
 
 def default_method(model: PreTrainedModel, calibration: Calibration | str | Path | None = None) -> Method:
-    """Return `forecast` where its networks were fitted to the model, otherwise `expected`.
+    """Return `forecast` where its networks were fitted to the model, otherwise `expected`; `random` without queries.
 
     Args:
         model: the model.
@@ -32,7 +35,8 @@ def default_method(model: PreTrainedModel, calibration: Calibration | str | Path
         if calibration is not None:
             raise
         found = None
-    return method_for(found)
+    chosen = method_for(found)
+    return get_method(_WITHOUT_QUERIES) if check_model(model, chosen) else chosen
 
 
 def method_for(calibration: Calibration | None) -> Method:
