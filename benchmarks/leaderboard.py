@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pandas as pd
+from pretrained_league import VARIANTS, of_league
 from tables import POLICIES, load, manifests, means, shares_of_the_way, text
 
 SOURCES = ("pretrained_league", "lead", "pretrained")
 """Folders under docs/results whose records come from pretrained models."""
-_FITTED = {"forecast": "fitted", "oracle": "sees the future"}  # what no other method is given
+_FITTED = dict.fromkeys(("forecast", *VARIANTS), "fitted") | {"oracle": "sees the future"}
+"""What no other method is given."""
 _HEAD = ("method", "KL, nats", "way to the oracle, %", "top-1, %", "right, %", "slots", "mean slots", "model", "task",
          "prompt", "interval", "n", "given", "page")  # fmt: skip
 _FILTERS = ("model", "task", "prompt", "interval", "slots")
@@ -30,7 +32,7 @@ def build(source: Path, to: Path) -> None:
 def _rows(folder: Path) -> pd.DataFrame:
     """Return one row a cell of a folder's replays."""
     records, about = load(folder), manifests(folder)
-    replay = records["replay"][~records["replay"]["label"].str.contains(":")]
+    replay = of_league(records["replay"])
     answers = (
         means(records["answers"], "correct")["correct", "mean"] if "answers" in records else pd.Series(dtype=float)
     )

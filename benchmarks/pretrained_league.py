@@ -22,6 +22,8 @@ _JUDGED = (
     "that the best choice holds its own choice holds. All methods judge the same compactions of a cache that evicts "
     "at random (`foresight.py`, {slots} slots, {traces} traces each)."
 )
+VARIANTS = ("forecast:window=0",)
+"""Methods with options that stand beside the defaults."""
 _SHARED = "64"  # slots that all models have
 _SHOWN = ("full", "oracle")  # the floor of KL, and what choosing by the future gives: shown, not ranked
 _RIVALS = ("random", "expected")
@@ -31,7 +33,7 @@ _CHANCE = 0.05
 def build(source: Path, to: Path) -> None:
     """Write the tables and the figure of `source` into `to`."""
     records = load(source)
-    replay = records["replay"][~records["replay"]["method"].str.contains(":")]  # parts left out belong to the claims
+    replay = of_league(records["replay"])
     kl = means(replay, "kl", "top1", "physical_mean")
     ran = {
         f"{one['model']['name']}, {one['device']}, {one['arguments']['dtype']}" for one in manifests(source).values()
@@ -46,6 +48,11 @@ def build(source: Path, to: Path) -> None:
     (to / "tables.md").write_text("\n".join(parts))
     _draw(kl, to / f"{source.name}.png")
     _draw_models(kl.xs(_SHARED, level="size"), to / "models.png")
+
+
+def of_league(replay: pd.DataFrame) -> pd.DataFrame:
+    """Return the records of methods at their defaults, and of `VARIANTS`; parts left out belong to the claims."""
+    return replay[~replay["method"].str.contains(":") | replay["method"].isin(VARIANTS)]
 
 
 def _ranks(kl: pd.DataFrame) -> pd.Series:

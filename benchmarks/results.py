@@ -18,6 +18,7 @@ import leaderboard
 import league
 import pretrained
 import pretrained_league
+import settings
 from tables import RESULTS, keep
 
 BUILDERS = {
@@ -29,6 +30,8 @@ BUILDERS = {
     "pretrained": pretrained.build,
     "pretrained_league": pretrained_league.build,
     "leaderboard": leaderboard.build,
+    "equal_bytes": settings.equal_bytes,
+    "sensitivity": settings.build,
     "lead": partial(pretrained.build, over="expected", by="docs/results/lead/README.md"),
 }
 
