@@ -79,14 +79,14 @@ def equal_bytes(source: Path, to: Path) -> None:
     (to / "tables.md").write_text(f"{_about(source)}\n{markdown(head, rows)}\n")
     shown = found[~((found["method"] == "nothing evicted") & (found["stored"] == "bfloat16"))]
     shown = shown.assign(low=shown["kl"] - shown["sem"], high=shown["kl"] + shown["sem"])
-    order = ["nothing evicted", "random", "expected", "forecast", "oracle"]
+    order = ["nothing evicted", "random", "expected", "forecast", "forecast:window=0", "oracle"]
     base = alt.Chart(shown).encode(
         x=alt.X("share:Q", scale=alt.Scale(type="log", nice=False, padding=14),
                 axis=alt.Axis(values=[20, 30, 40, 50, 60, 80, 100]),
                 title="bytes held, % of full KV in bfloat16 (log)"),
         color=alt.Color("method:N", sort=order, title=None, scale=alt.Scale(
             domain=[one for one in order if one in set(shown["method"])],
-            range=["#666666", "#d95f02", "#7570b3", "#1b9e77", "#e7298a"])),
+            range=["#666666", "#d95f02", "#7570b3", "#1b9e77", "#66a61e", "#e7298a"])),
     )  # fmt: skip
     dots = base.mark_point(filled=True, size=90, opacity=1).encode(
         y=alt.Y("kl:Q", scale=alt.Scale(type="log"), title="KL from full KV, nats a token (log)"),
