@@ -100,7 +100,7 @@ def test_files_and_names_of_the_page_exist() -> None:
     assert len(named) > 5
     for path in named:
         assert (ROOT / path).exists() or "attended" in path, path
-    assert "_LATER = (" in (ROOT / "src/reasonkv/report/style.py").read_text()
+    assert "_NAMES = (" in (ROOT / "src/reasonkv/report/style.py").read_text()
     for test in ("test_exactness", "test_generate"):
         assert "\nSPECS = {" in (ROOT / "tests" / f"{test}.py").read_text()
     assert re.search(r"^FORMULAS\b", (ROOT / "benchmarks" / "event_cost.py").read_text(), re.M)

@@ -123,7 +123,7 @@ def test_keywords_make_the_budget_that_budget_makes() -> None:
         with pytest.raises(BudgetError, match=words) as error:
             CompressedCache(model, "random", **wrong)  # type: ignore[arg-type]
         assert "\n" not in str(error.value)
-    for arguments in ((model, None), (model, 5), (model, SnapKV)):
+    for arguments in ((model, 5), (model, SnapKV)):
         with pytest.raises(MethodError, match=r"A method is a name such as 'snapkv' or an object such as SnapKV"):
             CompressedCache(*arguments, 96)  # type: ignore[arg-type]
     with pytest.raises(UnsupportedModelError, match="give the model itself, not 'Qwen/Qwen3-4B'"):

@@ -132,7 +132,7 @@ def test_a_folder_of_another_command_is_one_sentence_and_a_corrupt_record_names_
         (["-"], "The prompt is empty"),
         (["a", "--method", "rkv"], "rkv needs one budget"),
         (["a", "--method", "rkv", "--budgets", "128,256"], "rkv needs one budget"),
-        (["a", "--budget", "128"], "full takes no budget"),
+        (["a", "--method", "full", "--budget", "128"], "full takes no budget"),
         (["a", "--method", "snapkv", "--budget", "20", "--recent", "40"], "20 tokens cannot hold"),
         (["a", "--chat"], "no chat template"),
         (["--task", "maths"], "There is no task 'maths'"),
