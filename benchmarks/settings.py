@@ -12,15 +12,13 @@ from reasonkv.evaluate.statistics import paired_difference
 from reasonkv.evaluate.table import KEPT, read_results
 from reasonkv.report.charts import save_png
 
-_BASE = {"interval": "32", "recent": "32", "sinks": "4", "dtype": "bfloat16", "fit": "48"}
+_BASE = {"interval": "32", "recent": "32", "fit": "48"}
 """What the cell called `base` has; the settings of other folders are their names, as in interval=16."""
 _TITLES = {
     "interval": "Tokens between compactions, at equal mean slots",
     "recent": "Newest tokens that are never evicted",
-    "sinks": "First tokens that are never evicted",
-    "dtype": "Precision of weights and cache",
     "statistics": "What TriAttention's and CASK's statistics come from",
-    "fit": "What forecast is fitted to",
+    "fit": "What forecast is fitted to: so many problems, or a text of another kind",
 }
 _WHOLE = 4096  # slots, more than any trace has
 _STORED = ["bfloat16", "int8", "int4", "int2"]
