@@ -91,7 +91,7 @@ def serve(
     ours = [word for pair in zip(OURS, values, strict=True) for word in pair]
     line = [sys.executable, "-m", *start, *ours, *passed]
     if method is None:
-        note(f"Serving with --method {chosen.name}, since none is given.")
+        note(f"Serving with --method {chosen.spec()}, since none is given.")
     if dry_run:
         print(shlex.join(line))
         return
