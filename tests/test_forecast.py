@@ -19,7 +19,15 @@ from reasonkv import CompressedCache, MethodError, get_method
 from reasonkv.calibration import CalibrationError, load_calibration, save_calibration
 from reasonkv.calibration.files import read_tensors, write_tensors
 from reasonkv.evaluate.chunks import TraceRow
-from reasonkv.evaluate.fitting import _ATTENTION, Compaction, _fit, _Recorder, _share, fit_forecast
+from reasonkv.evaluate.fitting import (
+    _ATTENTION,
+    Compaction,
+    _fit,
+    _Recorder,
+    _share,
+    _without_queries,
+    fit_forecast,
+)
 from reasonkv.methods.forecast import Forecast
 from reasonkv.network import Network
 from reasonkv.rotary import Rotary
@@ -76,6 +84,8 @@ def test_without_queries_the_other_inputs_are_the_same_and_nothing_is_observed()
     whole = Forecast(window=24).inputs(view)
     assert torch.equal(method.inputs(own), torch.cat([whole[..., :D], whole[..., D + 4 :]], -1))
     assert torch.equal(method.score(own), method.network(own)(method.inputs(own)))
+    fitted_to = _without_queries(Compaction(whole[:1], whole[:1, ..., 0], 20, 0))  # what a fit sees
+    assert torch.equal(fitted_to.inputs_LHNX, method.inputs(own)[:1])
     for asked, other in ((Forecast(window=24), own), (method, view)):
         words = f"was fitted {'without' if asked.window else 'with'} queries; choose forecast:window={0 if asked.window else 64}"
         with pytest.raises(MethodError, match=words):
