@@ -44,26 +44,18 @@ def test_queries_that_a_model_does_not_show_are_not_collected() -> None:
         collect(tiny_model("gptj"), [torch.randint(5, 200, (1, 20))])
 
 
-def test_tokens_of_an_image_that_see_each_other_are_refused() -> None:
-    model, (ids, _, _) = tiny_model("gemma4_unified"), batch([20])
+@pytest.mark.parametrize("model_type", ["gemma4_unified", "doge"])
+def test_tokens_that_see_later_ones_and_masks_made_from_values_are_refused(model_type: str) -> None:
+    model, (ids, _, _) = tiny_model(model_type), batch([20])
     kinds = torch.zeros_like(ids)
-    kinds[:, 5:9] = 1
+    kinds[:, 5:9] = 1  # tokens of an image
+    options = {"mm_token_type_ids": kinds} if model_type == "gemma4_unified" else {}
     with (
         CompressedCache(model, "random", **LIMITS) as cache,
         torch.no_grad(),
         pytest.raises(UnsupportedModelError, match="more than a causal mask"),
     ):
-        model(ids, past_key_values=cache, mm_token_type_ids=kinds)
-
-
-def test_a_mask_that_a_model_makes_from_its_values_is_refused_and_not_ignored() -> None:
-    model, (ids, _, _) = tiny_model("doge"), batch([20])
-    with (
-        CompressedCache(model, "random", **LIMITS) as cache,
-        torch.no_grad(),
-        pytest.raises(UnsupportedModelError, match="more than a causal mask"),
-    ):
-        model(ids, past_key_values=cache)
+        model(ids, past_key_values=cache, **options)
 
 
 def test_the_oracle_of_attention_of_their_own_notices_one_wrong_key_and_one_wrong_position() -> None:

@@ -190,8 +190,9 @@ def _attend(
     kwargs: dict[str, Any],
 ) -> Tensor:
     chosen = kwargs.pop("indices", None)
-    if chosen is not None:
-        return _attend_chosen(kernel, module, query, key, value, layer, chosen, kwargs)
+    if chosen is not None:  # by the model's indexer, for every query
+        attend = _masked_kernel(kernel, module, kwargs) or ALL_ATTENTION_FUNCTIONS["sdpa"]
+        return attend(module, query, key, value, hide_unchosen(_mask(layer, query), chosen), **kwargs)[0]
     if layer.reader is not None:
         return _attend_selected(kernel, module, query, key, value, layer, layer.reader, kwargs)
     if kernel.startswith("flash"):
@@ -235,21 +236,6 @@ def _attend_selected(
             rows = mask.reshape(B, H, -1, mask.shape[3])
             parts.append(_grouped(asked, key, value, rows, kwargs.get("scaling")))
     return torch.cat(parts, 1).contiguous()
-
-
-def _attend_chosen(
-    kernel: str,
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    layer: AttendedLayer,
-    chosen_Bqk: Tensor,
-    kwargs: dict[str, Any],
-) -> Tensor:
-    """Attend where the model's indexer chose slots for every query."""
-    attend = _masked_kernel(kernel, module, kwargs) or ALL_ATTENTION_FUNCTIONS["sdpa"]
-    return attend(module, query, key, value, hide_unchosen(_mask(layer, query), chosen_Bqk), **kwargs)[0]
 
 
 def _masked_kernel(kernel: str, module: nn.Module, kwargs: dict[str, Any]) -> Attention | None:
