@@ -219,5 +219,6 @@ def test_the_readme_says_what_was_measured() -> None:
         f"{min(rates):.0f} to {max(rates):.0f} tokens per second against {stock['tokens/s, answers of 4096']:.0f} of "
         f"transformers' stock cache, {min(ratios):.1f} to {max(ratios):.1f} times as many"
     ) in readme
-    assert {f"{one:.1f}" for one in beside} == {"2.8"} and "2.8 times as many as kvpress" in readme
+    (times,) = {f"{one:.1f}" for one in beside}
+    assert f"{times} times as many as kvpress" in readme
     assert f"`random` serves {at_256:.1f} times as many" in readme
