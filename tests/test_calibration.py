@@ -27,6 +27,7 @@ from reasonkv.calibration import (
     find_calibration,
     save_calibration,
 )
+from reasonkv.calibration import files
 from reasonkv.calibration.corpus import read_corpus
 from reasonkv.calibration.job import CorpusJob
 from reasonkv.identity import model_hash
@@ -303,18 +304,38 @@ def test_another_models_statistics_are_refused_with_both_numbers(
         found.check(other)
 
 
-def test_other_weights_of_the_same_shapes_and_frequencies_are_served_with_a_warning(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_calibration_serves_adapted_and_quantised_forms_of_its_model_and_no_other_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
 ) -> None:
     monkeypatch.setenv("REASONKV_CACHE", str(tmp_path))
+    monkeypatch.setattr(files, "SHIPPED", tmp_path / "shipped")
     model = tiny_model("qwen3")
     found = collect(model, texts(), name="base")
     assert found.model is not None
-    save_calibration(cached_calibration(found.model), found)
+    cached = cached_calibration(found.model)
+    save_calibration(cached, found)
     with torch.no_grad():  # as an adapter or a quantisation does
         model.model.layers[1].self_attn.q_proj.weight.mul_(1.01)
+    assert find_calibration(model).digest == found.digest
+    assert not recwarn.list
+    cached.rename(tmp_path / "old.safetensors")
+    save_calibration(cached, replace(found, norms=None))  # of a file that cannot tell
     with pytest.warns(UserWarning, match=r"other weights of the same shapes \(base\)"):
         assert find_calibration(model).digest == found.digest
+    cached.unlink()
+    save_calibration(tmp_path / "shipped" / "base.safetensors", replace(found, norms=None))
+    with pytest.raises(CalibrationError, match="no calibration for this model"):
+        find_calibration(model)  # what comes with the package must be the model's for certain
+    save_calibration(tmp_path / "shipped" / "base.safetensors", found)
+    assert find_calibration(model).digest == found.digest
+    with torch.no_grad():  # another model
+        model.model.layers[1].input_layernorm.weight.mul_(1.2)
+    with pytest.raises(CalibrationError, match="no calibration for this model"):
+        find_calibration(model)
+    with pytest.warns(UserWarning, match=r"other weights of the same shapes \(base\)"):
+        find_calibration(model, tmp_path / "old.safetensors")
+    with torch.no_grad():
+        model.model.layers[1].input_layernorm.weight.div_(1.2)
     model.config.rope_parameters["rope_theta"] = 5e5
     with pytest.raises(CalibrationError, match="no calibration for this model"):
         find_calibration(model)

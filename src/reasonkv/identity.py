@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from reasonkv.offload import loaded
@@ -17,6 +18,7 @@ TESTBED = "testbed"
 TESTBED_FOLDER = Path(__file__).parent / "testbed" / "model"
 _PACKAGES = ("torch", "transformers", "numpy", "safetensors")
 _SAMPLED_VALUES = 64
+_NORM_WEIGHTS = 16
 _UNIDENTIFIED = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures"}
 
 
@@ -37,6 +39,21 @@ def model_hash(model: PreTrainedModel) -> str:
                 sample = flat[:: max(1, flat.numel() // _SAMPLED_VALUES)][:_SAMPLED_VALUES]
                 digest.update(sample.to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def norm_weights(model: PreTrainedModel) -> Tensor | None:
+    """Return the first weights of every normalisation, float32 [N]; None where a model has none.
+
+    Neither an adapter nor a quantisation changes them, so they tell whose weights these are at heart.
+    """
+    found = []
+    for name, tensor in model.named_parameters():
+        if "norm" in name and tensor.ndim == 1:
+            module = model.get_submodule(name.rpartition(".")[0])
+            with loaded(module):
+                whole = getattr(module, name.rpartition(".")[2]) if tensor.is_meta else tensor
+                found.append(whole.detach()[:_NORM_WEIGHTS].to("cpu", torch.float32))
+    return torch.cat(found) if found else None
 
 
 def device_words(device: torch.device) -> str:

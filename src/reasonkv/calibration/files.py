@@ -1,8 +1,8 @@
 """Calibration files, and where a model's file is found.
 
 A calibration file is safetensors. It holds `mean_real`, `mean_imag`, `modulus` and, where known, `square`, each float32
-[layers, query heads, rotary pairs]; where fitted, `horizon` [layers, query heads, distances]; and a `reasonkv.network`
-in float16, `forecast.hidden` and so on. All else is text in the header.
+[layers, query heads, rotary pairs]; where fitted, `horizon` [layers, query heads, distances]; a `reasonkv.network`
+in float16, `forecast.hidden` and so on; and `norms`, by which a model is known. All else is text in the header.
 """
 
 from __future__ import annotations
@@ -24,12 +24,14 @@ from transformers import PreTrainedModel
 from reasonkv.calibration.statistics import Calibration, CalibrationError
 from reasonkv.errors import ReasonKVError
 from reasonkv.files import write_atomically
-from reasonkv.identity import TESTBED_FOLDER, model_hash, shown_name
+from reasonkv.identity import TESTBED_FOLDER, model_hash, norm_weights, shown_name
 from reasonkv.inputs import Count
 from reasonkv.network import Network
 
 FILE = "reasonkv_calibration.safetensors"
 """Name of a calibration file inside a model folder."""
+SHIPPED = Path(__file__).parent / "shipped"
+"""Where the calibrations stand that come with the package."""
 _VERSION = 1
 _FORECAST = "forecast."
 
@@ -84,15 +86,15 @@ def find_calibration(model: PreTrainedModel, explicit: Path | str | None = None)
 
     Looked for in this order: `explicit`; `reasonkv_calibration.safetensors` in the model's folder; the user's cache,
     under the model's hash; the bundled model's own, which also serves copies of that model elsewhere; the newest of the
-    user's cache whose shapes and frequencies are the model's, such as its base model's. Warns where it was made with
-    other weights.
+    user's cache that fits, such as that of the model before it was quantised; those that come with the package. Warns
+    where it was made with other weights.
 
     Raises:
         CalibrationError: there is none (the message is the command that makes one), or what was found is damaged or
             another model's.
     """
-    digest = model_hash(model)
-    path = find_file(model, digest, FILE, load_calibration, explicit, cached_calibration(digest)) or _alike(model)
+    digest, norms = model_hash(model), norm_weights(model)
+    path = find_file(model, digest, FILE, load_calibration, explicit, cached_calibration(digest)) or _alike(model, norms)
     if path is None:
         raise CalibrationError(
             f"There is no calibration for this model; make one with "
@@ -104,13 +106,19 @@ def find_calibration(model: PreTrainedModel, explicit: Path | str | None = None)
     except CalibrationError as error:
         sentence = str(error)
         raise CalibrationError(f"{path} does not fit this model: {sentence[0].lower()}{sentence[1:]}") from None
-    if found.model not in (None, digest):
+    if found.model not in (None, digest) and not found.is_of(norms):
         message = (
-            f"{path} was made with other weights of the same shapes{f' ({found.name})' if found.name else ''}, such as "
-            "those of a base model; `reasonkv calibrate` makes statistics of these."
+            f"{path} was made with other weights of the same shapes{f' ({found.name})' if found.name else ''}; "
+            "`reasonkv calibrate` makes statistics of these."
         )
         warnings.warn(message, stacklevel=2)
     return found
+
+
+def shipped_for(name: str) -> Path | None:
+    """Return the file that comes with the package for a model of this name on the hub; None without one."""
+    path = SHIPPED / f"{name.lower().replace('/', '--')}.safetensors"
+    return path if path.is_file() else None
 
 
 def cached_calibration(digest: str) -> Path:
@@ -123,16 +131,21 @@ def cached_calibration(digest: str) -> Path:
     return root / "calibration" / f"{digest}.safetensors"
 
 
-def _alike(model: PreTrainedModel) -> Path | None:
-    """Return the newest calibration of the user's cache that is of a model with the same shapes and frequencies."""
-    files = cached_calibration("").parent.glob("*.safetensors")
-    for path in sorted(files, key=lambda one: one.stat().st_mtime, reverse=True):
+def _alike(model: PreTrainedModel, norms: Tensor | None) -> Path | None:
+    """Return the newest calibration of the user's cache, or one that comes with the package, that fits a model.
+
+    Shapes and frequencies must be the model's, and the weights of its norms where both are known.
+    """
+    own = cached_calibration("").parent.glob("*.safetensors")
+    newest = sorted(own, key=lambda one: one.stat().st_mtime, reverse=True)
+    for path in (*newest, *sorted(SHIPPED.glob("*.safetensors"))):
         try:
             found = load_calibration(path)
             found.check(model.config, "")  # no hash: a file that names no frequencies does not fit
         except CalibrationError:
             continue
-        return path
+        if found.is_of(norms) or (found.is_of(norms) is None and path.parent != SHIPPED):
+            return path
     return None
 
 
@@ -162,6 +175,7 @@ def parts_of(calibration: Calibration) -> dict[str, Tensor]:
     found = {
         "mean_real": calibration.mean_LHqF.real, "mean_imag": calibration.mean_LHqF.imag,
         "modulus": calibration.modulus_LHqF, "square": calibration.square_LHqF, "horizon": calibration.horizon_LHqJ,
+        "norms": calibration.norms,
     }  # fmt: skip
     if calibration.forecast is not None:
         found |= {f"{_FORECAST}{name}": x.half() for name, x in calibration.forecast.tensors().items()}
@@ -170,7 +184,7 @@ def parts_of(calibration: Calibration) -> dict[str, Tensor]:
 
 def assembled(parts: Mapping[str, Tensor], head_dim: int, **facts: Any) -> Calibration:
     """Return the statistics that `parts_of` took apart; raises KeyError where one is missing."""
-    facts |= {"horizon_LHqJ": parts.get("horizon"), "head_dim": head_dim}
+    facts |= {"horizon_LHqJ": parts.get("horizon"), "norms": parts.get("norms"), "head_dim": head_dim}
     if any(name.startswith(_FORECAST) for name in parts):
         names = (one.name.partition("_")[0] for one in fields(Network))
         facts["forecast"] = Network(*(parts[f"{_FORECAST}{name}"].float() for name in names))

@@ -21,7 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from reasonkv.calibration.horizon import HorizonSums, fit_horizon
 from reasonkv.calibration.statistics import Calibration, CalibrationError, frequencies_of, rope_type_of
-from reasonkv.identity import model_hash
+from reasonkv.identity import model_hash, norm_weights
 from reasonkv.layers import bounded_layers, head_dim_of, hide_unchosen, layer_rotaries
 from reasonkv.offload import input_device
 from reasonkv.rotary import Rotary
@@ -153,7 +153,7 @@ def collect(
         horizon_LHqJ = torch.stack(found).float()
     return Calibration(
         mean_LHqF, modulus, square, horizon_LHqJ=horizon_LHqJ, head_dim=head_dim_of(config), tokens=done,
-        model=model_hash(model), rope_type=rope_type_of(config), frequencies=frequencies_of(config),
+        model=model_hash(model), norms=norm_weights(model), rope_type=rope_type_of(config), frequencies=frequencies_of(config),
         verified=True, name=name, source=source,
         date=datetime.now(UTC).isoformat(timespec="seconds"),
     )  # fmt: skip

@@ -26,6 +26,7 @@ _PARTS = {
     "horizon_LHqJ": torch.float32,
 }  # fmt: skip
 _LARGEST = 1e12
+_OTHER_WEIGHTS = 0.02  # how far the norms' weights of another model are at least, as a share of their size
 _TINY = torch.finfo(torch.float32).tiny
 
 
@@ -44,6 +45,7 @@ class Calibration:
         horizon_LHqJ: float32, every head's weights of the future distances 1, 2, 4, ..., or None
             (`reasonkv.calibration.horizon`).
         forecast: networks of all layers' KV heads, or None (`reasonkv.methods.forecast`).
+        norms: float32 [N], the first weights of the model's norms (`reasonkv.identity.norm_weights`), where known.
         head_dim: dimensions of a query head, those that RoPE leaves alone included.
         tokens: how many tokens were averaged, where known.
         model: hash of the model (`reasonkv.identity.model_hash`), where known.
@@ -64,6 +66,7 @@ class Calibration:
     _: KW_ONLY
     horizon_LHqJ: Tensor | None = None
     forecast: Network | None = None
+    norms: Tensor | None = None
     head_dim: int
     tokens: int | None = None
     model: str | None = None
@@ -196,6 +199,16 @@ class Calibration:
             raise CalibrationError(
                 f"The calibration was made with the model whose hash is {self.model}, but this model's is {model_hash}."
             )
+
+    def is_of(self, norms: Tensor | None) -> bool | None:
+        """Return whether a model with these norm weights is the one it was made with, adapted or quantised perhaps.
+
+        None: it cannot be told.
+        """
+        own = self.norms
+        if own is None or norms is None:
+            return None
+        return own.shape == norms.shape and bool((own - norms).norm() < _OTHER_WEIGHTS * own.norm())
 
     def _tensors(self) -> dict[str, Tensor]:
         return {name: getattr(self, name) for name in _PARTS if getattr(self, name) is not None}

@@ -145,13 +145,13 @@ def _cached(folder: str) -> Path:
 
 
 def _found(given: Path | None, folder: str) -> Path | None:
-    """Return the statistics that are there: the file that is given, the model's own, or that of an earlier start."""
-    from reasonkv.calibration.files import FILE
+    """Return the statistics that are there: what is given, the model's, an earlier start's, or the package's."""
+    from reasonkv.calibration.files import FILE, shipped_for
 
     if given is not None and not given.is_file():
         raise UsageError(f"There is no file {show(given)} for --calibration.")
-    places = (Path(folder) / FILE if given is None else given, _cached(folder))
-    return next((path for path in places if path.is_file()), None)
+    places = (Path(folder) / FILE if given is None else given, _cached(folder), shipped_for(folder))
+    return next((path for path in places if path is not None and path.is_file()), None)
 
 
 def _default(given: Path | None, folder: str) -> str:
