@@ -16,7 +16,7 @@ from command_line import run
 from models import calibration, tiny_model
 
 from reasonkv import testbed
-from reasonkv.calibration import save_calibration
+from reasonkv.calibration import files, save_calibration
 from reasonkv.cli.serve import METRICS_FOLDER
 from reasonkv.runtimes.vllm import config
 from reasonkv.runtimes.vllm.config import OPT_OUT, OPTIONS, SCHEDULER, WORKER
@@ -109,6 +109,11 @@ def test_without_a_method_the_statistics_say_which(tmp_path: Path, monkeypatch: 
         given = given_to(shlex.split(stdout))
         assert (code, given["method"]) == (0, name) and f"--method {name}" in stderr
         assert ("calibration" in given) == (name == "forecast")
+    monkeypatch.setattr(files, "SHIPPED", tmp_path / "shipped")
+    save_calibration(tmp_path / "shipped" / "some--model.safetensors", calibration(tiny_model("qwen3", torch.float32)))
+    _, stdout, _ = run("serve", "Some/Model", "--budget", "512", "--dry-run")  # what comes with the package
+    given = given_to(shlex.split(stdout))
+    assert given["method"] == "forecast" and given["calibration"].endswith("some--model.safetensors")
 
 
 @pytest.mark.usefixtures("installed")
