@@ -24,10 +24,10 @@ from reasonkv.calibration import (
     CalibrationError,
     cached_calibration,
     collect,
+    files,
     find_calibration,
     save_calibration,
 )
-from reasonkv.calibration import files
 from reasonkv.calibration.corpus import read_corpus
 from reasonkv.calibration.job import CorpusJob
 from reasonkv.identity import model_hash

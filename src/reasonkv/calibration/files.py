@@ -94,7 +94,8 @@ def find_calibration(model: PreTrainedModel, explicit: Path | str | None = None)
             another model's.
     """
     digest, norms = model_hash(model), norm_weights(model)
-    path = find_file(model, digest, FILE, load_calibration, explicit, cached_calibration(digest)) or _alike(model, norms)
+    path = find_file(model, digest, FILE, load_calibration, explicit, cached_calibration(digest))
+    path = path or _alike(model, norms)
     if path is None:
         raise CalibrationError(
             f"There is no calibration for this model; make one with "

@@ -153,8 +153,8 @@ def collect(
         horizon_LHqJ = torch.stack(found).float()
     return Calibration(
         mean_LHqF, modulus, square, horizon_LHqJ=horizon_LHqJ, head_dim=head_dim_of(config), tokens=done,
-        model=model_hash(model), norms=norm_weights(model), rope_type=rope_type_of(config), frequencies=frequencies_of(config),
-        verified=True, name=name, source=source,
+        model=model_hash(model), rope_type=rope_type_of(config), frequencies=frequencies_of(config),
+        norms=norm_weights(model), verified=True, name=name, source=source,
         date=datetime.now(UTC).isoformat(timespec="seconds"),
     )  # fmt: skip
 
