@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import altair as alt
 import pandas as pd
 import yaml
 from tables import EXPERIMENTS, METRICS, Gains, by_budget, load, markdown, means, plus_minus, sizes, verdict, words
+
+from reasonkv.report.charts import save_png
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,14 @@ class Claim:
     at_least: bool = False
     families: Sequence[str] = ()
 
+    @property
+    def paper(self) -> str:
+        """What its words begin with, if that is a method."""
+        first = re.split(r"[:, ]", self.words, maxsplit=1)[0]
+        return first if first in _PAPERS else ""
 
+
+_PAPERS = ("VaSE", "Random", "CASK", "TriAttention", "Kara")
 _KIND = {"kl": "replay", "answer_top1": "replay", "correct": "answers", "repetition": "answers"}
 _ENOUGH = 2 / 3  # of the decided cells on one side, and at least a third of all decided: the claim is judged
 
@@ -41,6 +52,7 @@ def build(source: Path, to: Path) -> None:
     records = load(source)
     values = "\n".join(_values(records[kind], metric) for metric, kind in _KIND.items())
     judged, details = judge(records, "claims")
+    draw(records, "claims", to / "claims.png")
     (to / "tables.md").write_text(f"""\
 Made by `python benchmarks/results.py claims`; see README.md for what the words mean.
 
@@ -56,23 +68,18 @@ Made by `python benchmarks/results.py claims`; see README.md for what the words 
 def judge(records: Mapping[str, pd.DataFrame], experiment: str) -> tuple[str, str]:
     """Return the table of verdicts on the claims of an experiment's file, and the tables of their cells."""
     judged, details = [], ""
-    claims = yaml.safe_load((EXPERIMENTS / f"{experiment}.yaml").read_text())["claims"]
-    for claim in [Claim(**one) for one in claims]:
-        for metric in claim.metrics:
-            found = _differences(records[_KIND[metric]], claim, metric)
-            if not len(found):
-                continue
-            verdicts = [verdict(one) for one in found]
-            counts = [verdicts.count(name) for name in ("better", "undecided", "worse")]
-            _, digits, title = METRICS[metric]
-            average = sum(one.mean for one in found) / len(found)
-            verdicts_text = " / ".join(map(str, counts))
-            judged.append(
-                [claim.words, title, verdicts_text, f"{average:+.{digits}f}", _word(*counts, at_least=claim.at_least)]
-            )
-            rows = [[group, size, words(one, digits), verdict(one)] for (group, _, size), one in found.items()]
-            details += f"**{claim.words}** (`{claim.better}` against `{claim.worse}`, {title})\n\n"
-            details += markdown(["family", "budget", "difference", "verdict"], rows) + "\n\n"
+    for claim, metric, found in _cells(records, experiment):
+        verdicts = [verdict(one) for one in found]
+        counts = [verdicts.count(name) for name in ("better", "undecided", "worse")]
+        _, digits, title = METRICS[metric]
+        average = sum(one.mean for one in found) / len(found)
+        verdicts_text = " / ".join(map(str, counts))
+        judged.append(
+            [claim.words, title, verdicts_text, f"{average:+.{digits}f}", _word(*counts, at_least=claim.at_least)]
+        )
+        rows = [[group, size, words(one, digits), verdict(one)] for (group, _, size), one in found.items()]
+        details += f"**{claim.words}** (`{claim.better}` against `{claim.worse}`, {title})\n\n"
+        details += markdown(["family", "budget", "difference", "verdict"], rows) + "\n\n"
     head = ["claim", "measure", "cells better / undecided / worse", "mean difference", "verdict"]
     return (
         f"""{markdown(head, judged)}
@@ -82,6 +89,40 @@ agree, or, of `at least as good`, where no more than a sixth are worse; positive
 """,
         details,
     )
+
+
+def draw(records: Mapping[str, pd.DataFrame], experiment: str, path: Path) -> None:
+    """Draw the cells of every claim about KL, a panel a paper: right of 0 they speak for it."""
+    rows = [
+        {"paper": claim.paper, "claim": claim.words.removeprefix(f"{claim.paper}: "), "mean": one.mean, "low": one.low,
+         "high": one.high, "verdict": {"better": "for", "worse": "against"}.get(verdict(one), "undecided")}
+        for claim, metric, found in _cells(records, experiment) if metric == "kl" for one in found
+    ]  # fmt: skip
+    frame, panels = pd.DataFrame(rows), []
+    span = alt.Scale(domain=[frame["low"].min(), frame["high"].max()])
+    colors = alt.Scale(domain=["for", "undecided", "against"], range=["#1b9e77", "#999999", "#d95f02"])
+    for paper, own in frame.groupby("paper", sort=False):
+        is_last = paper == frame["paper"].iloc[-1]
+        x = alt.X("low:Q", scale=span, title="KL saved by the first variant, nats a token" if is_last else None)
+        base = alt.Chart(own).encode(
+            y=alt.Y("claim:N", sort=None, title=None, axis=alt.Axis(labelLimit=520, grid=True)),
+            color=alt.Color("verdict:N", title="The cell speaks", scale=colors),
+        )
+        zero = alt.Chart(pd.DataFrame({"x": [0]})).mark_rule(color="#444444", strokeDash=[3, 3]).encode(x="x:Q")
+        bars = base.mark_rule(strokeWidth=2).encode(x=x, x2="high:Q")
+        dots = base.mark_point(filled=True, size=50, opacity=1).encode(x="mean:Q")
+        panels.append((zero + bars + dots).properties(title=str(paper), width=300, height=alt.Step(17)))
+    save_png(alt.vconcat(*panels), path, "Every cell, with its 95 % interval over traces.", scale=1.4)
+
+
+def _cells(records: Mapping[str, pd.DataFrame], experiment: str) -> Iterator[tuple[Claim, str, pd.Series]]:
+    """Yield every claim of an experiment's file with a metric and its differences, where both variants ran."""
+    for one in yaml.safe_load((EXPERIMENTS / f"{experiment}.yaml").read_text())["claims"]:
+        claim = Claim(**one)
+        for metric in claim.metrics:
+            found = _differences(records[_KIND[metric]], claim, metric)
+            if len(found):
+                yield claim, metric, found
 
 
 def _differences(frame: pd.DataFrame, claim: Claim, metric: str) -> pd.Series:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import altair as alt
 import pandas as pd
-from claims import judge
+from claims import draw, judge
 from scipy.stats import spearmanr
 from tables import Gains, load, manifests, markdown, means, plus_minus, shares_of_the_way, sizes, text, words
 
@@ -46,6 +46,7 @@ def build(source: Path, to: Path) -> None:
     judged, details = judge(records, "pretrained_claims")
     parts.append(f"## Claims of the papers\n\n{judged}\n{details}")
     (to / "tables.md").write_text("\n".join(parts))
+    draw(records, "pretrained_claims", to / "claims.png")
     _draw(kl, to / f"{source.name}.png")
     _draw_models(kl.xs(_SHARED, level="size"), to / "models.png")
 
