@@ -1,4 +1,4 @@
-"""docs/results/pretrained and lead: a pretrained model's own traces and answers, by method and budget."""
+"""docs/results/pretrained, lead and breadth: pretrained models' own traces and answers, by method and budget."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import altair as alt
 import pandas as pd
 from tables import METRICS, Gains, load, manifests, markdown, means, plus_minus, points, sizes, text, words
 
-from reasonkv.report.charts import facets
+from reasonkv.report.charts import facets, save_png
 
 _WORDS = {"replay": "traces", "answers": "answers"}
 _FIRST = ["full", "random", "oracle"]  # the ceiling, the floor, and what choosing by the future gives
@@ -26,15 +26,19 @@ def build(source: Path, to: Path, over: str = "random", by: str = "docs/your-mod
     records = load(source)
     replay = means(records["replay"], "kl", "top1", "physical_mean")
     answers = means(records["answers"], "correct") if "answers" in records else None
-    names = sorted(replay.index.unique("method"), key=lambda one: _FIRST.index(one) if one in _FIRST else len(_FIRST))
-    about = next(iter(manifests(source).values()))
+    groups = replay.index.unique("group")
+    ran = {
+        f"{one['model']['name']}, {one['device']}, {one['arguments']['dtype']}" for one in manifests(source).values()
+    }
     parts = [
         f"Made by `python benchmarks/results.py {source.name}` from the records of {by}; see README.md.\n",
-        f"Model {about['model']['name']}, {about['device']}, {about['arguments']['dtype']}.\n",
+        f"Model {'; '.join(sorted(ran))}.\n",
     ]
-    for group in replay.index.unique("group"):
-        parts.append(_table(group, names, replay, answers, records, over))
+    parts += [_table(group, replay, answers, records, over) for group in groups]
     (to / "tables.md").write_text("\n".join(parts))
+    if len(groups) > 1:
+        _draw_cells(replay["kl"], to / f"{source.name}.png")
+        return
     drawn = [points(replay.drop("full", level="method"), "kl").assign(row="KL from full KV, nats")]
     if answers is not None:
         drawn.append(points(answers, "correct", 100).assign(row="answers right, %"))
@@ -42,22 +46,49 @@ def build(source: Path, to: Path, over: str = "random", by: str = "docs/your-mod
     data = data.assign(panel=data["row"], row="")
     facets(
         data, "budget, slots per KV head beside the prompt", alt.Y("y:Q", title=""), to / f"{source.name}.png",
-        column="panel", columns=len(drawn), width=300, height=190, names=names,
+        column="panel", columns=len(drawn), width=300, height=190, names=_names(replay),
         note="Dashed: full KV. Bars: one standard error.",
     )  # fmt: skip
 
 
+def _names(replay: pd.DataFrame) -> list[str]:
+    """Return the methods in order."""
+    rank = {name: number for number, name in enumerate(_FIRST)}
+    return sorted(replay.index.unique("method"), key=lambda one: rank.get(one, len(rank)))
+
+
+def _draw_cells(kl: pd.DataFrame, path: Path) -> None:
+    """Draw the KL of every method, best first: a panel for each task, model and budget."""
+    found = kl.drop("full", level="method").reset_index()
+    found = found.assign(low=found["mean"] - found["sem"], high=found["mean"] + found["sem"])
+    panels = []
+    for (group, size), own in found.groupby(["group", "size"], sort=False):
+        title = f"{group.rpartition('/')[2].replace('-Instruct', '')}, {size} slots".split(", ", 1)
+        base = alt.Chart(own).encode(
+            y=alt.Y("method:N", sort=own.sort_values("mean")["method"].tolist(), title=None, axis=alt.Axis(grid=True)),
+            color=alt.condition(alt.datum.method == "forecast:window=0", alt.value("#d95f02"), alt.value("#4c72b0")),
+        )
+        x = alt.X("mean:Q", scale=alt.Scale(type="log", nice=False, padding=10), title="KL from full KV, nats (log)")
+        bars = base.mark_rule(strokeWidth=2).encode(x="low:Q", x2="high:Q")
+        dots = base.mark_point(filled=True, size=46, opacity=1).encode(x=x)
+        panels.append((bars + dots).properties(title=title, width=250, height=alt.Step(17)))
+    note = "Mean over traces; bars: one standard error."
+    save_png(alt.concat(*panels, columns=2), path, note, scale=1.4)
+
+
 def _table(
     group: str,
-    names: list[str],
     replay: pd.DataFrame,
     answers: pd.DataFrame | None,
     records: dict[str, pd.DataFrame],
     over: str,
 ) -> str:
     """Return one row a method; of every budget KL, top-1, mean slots and answers right, if there are answers."""
-    kl, right = plus_minus(replay, "kl"), None if answers is None else plus_minus(answers, "correct", 0, 100)
-    budgets = sizes(kl)
+    replay = replay.xs(group, level="group", drop_level=False)
+    has_answers = answers is not None and group in answers.index.unique("group")
+    kl, right = plus_minus(replay, "kl", 4), plus_minus(answers, "correct", 0, 100) if has_answers else None
+    records = {kind: own[own["group"] == group] for kind, own in records.items() if group in set(own["group"])}
+    names, budgets = _names(replay), sizes(kl)
     top1, slots = plus_minus(replay, "top1", 1, METRICS["top1"][0]), text(replay["physical_mean", "mean"])
     gain = Gains(records["replay"], "kl").over(over)
     rows = []
