@@ -179,15 +179,11 @@ def _forward(model, ids, mask, positions, start, end, cache, inputs=None):
     return logits, seen, inputs
 
 
-def run_compressed(model, cache: CompressedCache, ids, mask, positions, pieces: list[int]) -> Run:
-    """Feed the columns in pieces; record what every layer held before each forward."""
+def run_compressed(model, cache: CompressedCache, ids, mask, positions, pieces: list[int], kept=None) -> Run:
+    """Feed the columns in pieces; record what every layer held before each forward, unless another run's is given."""
     run, logits, start = Run(torch.empty(0)), [], 0
-    for size in pieces:
-        held = {
-            index: cache.slot_positions(index) if layer.storage is not None else []
-            for index, layer in enumerate(cache.layers)
-            if isinstance(layer, CompressedLayer)
-        }
+    for number, size in enumerate(pieces):
+        held = kept[number] if kept else held_by(cache)
         out, seen, inputs = _forward(model, ids, mask, positions, start, start + size, cache)
         logits.append(out)
         run.attention.append(seen)
@@ -196,6 +192,15 @@ def run_compressed(model, cache: CompressedCache, ids, mask, positions, pieces: 
         start += size
     run.logits = torch.cat(logits, 1)
     return run
+
+
+def held_by(cache: CompressedCache) -> dict[int, list[Tensor]]:
+    """Token indices of every bounded layer's slots, [H, P] per row."""
+    return {
+        index: cache.slot_positions(index) if layer.storage is not None else []
+        for index, layer in enumerate(cache.layers)
+        if isinstance(layer, CompressedLayer)
+    }
 
 
 def run_masked(

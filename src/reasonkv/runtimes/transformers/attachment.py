@@ -56,6 +56,11 @@ class Attachment:
         """The model, unless it is gone."""
         return self._model()
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether a forward runs no hook of ours, and attends through AttentionInterface."""
+        return not (self._is_own or self._refuses_images or self._handles or self._receive or self._switch)
+
     def attach(self) -> None:
         """Set the model's attention to ours, in case another cache was attached or detached since."""
         model = self._model()

@@ -80,6 +80,16 @@ class AttendedLayer(Protocol):
         """Called with the rotated queries once the layer has attended."""
 
 
+class SteadyReads(Protocol):
+    """What attention asks of a layer whose steps have static shapes."""
+
+    def take(self, query: Tensor) -> None:
+        """Called with the rotated queries."""
+
+    def mask(self, mask: Tensor) -> Tensor:
+        """What is added to every slot's logits, given the mask of what is held."""
+
+
 def base_kernel(config: PreTrainedConfig, requested: str | None = None) -> str:
     """Return the attention kernel to drive: the requested one, or the one the model is set to.
 
@@ -211,6 +221,24 @@ def _attend(
     return _sdpa(module, query, key, value, layer, kwargs)
 
 
+def _attend_all(
+    kernel: str,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    kwargs: dict[str, Any],
+) -> Tensor:
+    """Attend with one query a row to the whole storage, under an additive mask [B, 1 or H, 1, C]."""
+    masked = _masked_kernel(kernel, module, kwargs)
+    if masked is None:
+        return _grouped(query, key, value, mask, kwargs.get("scaling"))
+    if mask.shape[1] > 1:
+        mask = mask.repeat_interleave(query.shape[1] // mask.shape[1], dim=1)
+    return masked(module, query, key, value, mask, **kwargs)[0]
+
+
 def _attend_selected(
     kernel: str,
     module: nn.Module,
@@ -268,6 +296,11 @@ def _attention_function(kernel: str) -> Attention:
     def forward(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
+        steady: SteadyReads | None = getattr(key, "reasonkv_steady", None)
+        if steady is not None and attention_mask is not None:
+            steady.take(query)
+            kwargs.pop("dropout", None)
+            return _attend_all(kernel, module, query, key, value, steady.mask(attention_mask), kwargs), None
         layer: AttendedLayer | None = getattr(key, "reasonkv_layer", None)
         named = kwargs.pop(NAMED_LAYER, None)
         if layer is None and getattr(named, "waiting", False):  # keys were expanded from what is cached

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import CompileConfig, GenerationConfig, PreTrainedModel
 
 from reasonkv.budget import Budget, BudgetFields
 from reasonkv.calibration import Calibration
@@ -19,6 +19,7 @@ from reasonkv.runtimes.transformers.cache import CompressedCache
 from reasonkv.runtimes.transformers.packed import KVDtype
 from reasonkv.runtimes.transformers.session import Observer
 from reasonkv.runtimes.transformers.stats import CacheStats
+from reasonkv.runtimes.transformers.steady import SteadyCache
 
 MODES = ("greedy_search", "sample", "beam_search", "beam_sample")
 """Ways of decoding that work, as `GenerationConfig.get_generation_mode` names them."""
@@ -40,8 +41,10 @@ class CacheOptions(BudgetFields, total=False):
 class GenerateWith:
     """A decoding function for `custom_generate`, with `stats` of its last call (None before the first)."""
 
-    def __init__(self, method: Method | None, budget: Budget | int | None, options: dict[str, Any]) -> None:
-        self.method, self.budget, self.options = method, budget, options
+    def __init__(
+        self, method: Method | None, budget: Budget | int | None, options: dict[str, Any], is_compiled: bool = False
+    ) -> None:
+        self.method, self.budget, self.options, self.is_compiled = method, budget, options, is_compiled
         self.stats: CacheStats | None = None
 
     def __call__(
@@ -53,7 +56,11 @@ class GenerateWith:
         if generation_config.prefill_chunk_size is not None:  # else the first forward tells where prompts end
             mask, (rows, columns) = kwargs.get("attention_mask"), input_ids.shape
             options.setdefault("prompt_lengths", [columns] * rows if mask is None else mask.sum(-1).tolist())
-        with CompressedCache(model, self.method, self.budget, **options) as cache:
+        kind = CompressedCache
+        if self.is_compiled:
+            compile_steps(generation_config)
+            kind = SteadyCache
+        with kind(model, self.method, self.budget, **options) as cache:
             kwargs["past_key_values"] = cache
             decode = model._beam_search if (generation_config.num_beams or 1) > 1 else model._sample
             out = decode(input_ids, generation_config=generation_config, **kwargs)
@@ -78,14 +85,32 @@ def check_mode(config: GenerationConfig) -> None:
         raise UnsupportedModelError("use_cache=False recomputes the whole text at every step; leave it out.")
 
 
+def compile_steps(config: GenerationConfig) -> None:
+    """Let `generate` compile decode steps, on a CPU, too; with the caller's `compile_config`, if there is one.
+
+    Raises:
+        UnsupportedModelError: beams, or a prompt in chunks.
+
+    """
+    if (config.num_beams or 1) > 1 or config.prefill_chunk_size is not None:
+        raise UnsupportedModelError("compile=True serves no beams and no prefill_chunk_size; leave one of them out.")
+    config.compile_config = config.compile_config or CompileConfig()
+    config.compile_config._compile_all_devices = True
+
+
 def generate_with(
-    method: str | Method | None = None, budget: Budget | int | None = None, **options: Unpack[CacheOptions]
+    method: str | Method | None = None,
+    budget: Budget | int | None = None,
+    *,
+    compile: bool = False,
+    **options: Unpack[CacheOptions],
 ) -> GenerateWith:
     """Return a decoding function for `model.generate(custom_generate=...)`, also through `pipeline`.
 
     Args:
         method: a method or its spec; unless given, what `CompressedCache` takes.
         budget: a `Budget`, its tokens, or a `Window`; every field of `Budget` is also a keyword.
+        compile: compile decode steps (`SteadyCache`); the first call takes as long as `torch.compile` does.
         options: fields of `Budget`, and arguments of `CompressedCache` (seed, prompt_lengths, ...).
 
     Raises:
@@ -100,4 +125,4 @@ def generate_with(
     if made is not None:
         refuse_future(made)
         resolve_budget(made, whole)  # so that a mistake is said here, not in the middle of generate
-    return GenerateWith(made, whole, rest)
+    return GenerateWith(made, whole, rest, compile)

@@ -38,6 +38,14 @@ class MaskLength(int):
         made.begin_forward, made.reads_mask = begin_forward, reads_mask
         return made
 
+    def mask(self, kwargs: dict[str, Any]) -> Tensor | None:
+        """Announce a forward, and return the mask that its model is given, from a mask function's arguments."""
+        asked = int(kwargs["batch_size"]), int(kwargs["q_length"]), kwargs.get("attention_mask")
+        forward = self.begin_forward(*asked)
+        if self.reads_mask:
+            return forward.additive_mask(kwargs["device"], kwargs["dtype"])
+        return None  # compressed layers build their own from what they hold
+
 
 def mask_function(kernel: str) -> Callable[..., Tensor | None]:
     """Return the mask function that is registered beside a kernel."""
@@ -51,10 +59,7 @@ def mask_function(kernel: str) -> Callable[..., Tensor | None]:
             return mask
         if not _is_causal(kwargs):
             raise UnsupportedModelError(MORE_THAN_CAUSAL)
-        forward = length.begin_forward(int(kwargs["batch_size"]), int(kwargs["q_length"]), kwargs.get("attention_mask"))
-        if length.reads_mask:
-            return forward.additive_mask(kwargs["device"], kwargs["dtype"])
-        return None  # compressed layers build their own from what they hold
+        return length.mask(kwargs)
 
     return build
 

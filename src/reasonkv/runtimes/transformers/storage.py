@@ -93,6 +93,12 @@ class LayerStorage(SlotStore):
         index = torch.tensor(rows, device=self.device)
         return keys.index_select(0, index), values.index_select(0, index)
 
+    def to_capacity(self) -> bool:
+        """Allocate the whole capacity, so that decode steps do not; return whether the storage now has that size."""
+        if self.is_bounded and self.allocated < self.capacity:
+            self._move_to(self.capacity)
+        return self.is_bounded and self.allocated == self.capacity
+
     def log_mass(self, width: int) -> Tensor | None:
         """Return what the logits of every slot are raised by, [B, H, width]; None before the first compaction."""
         stored = self.state.get("log_mass")
@@ -156,7 +162,6 @@ class LayerStorage(SlotStore):
     def _make_room(self, width: int) -> None:
         if width <= self.allocated:
             return
-        old = (self.keys, self.values)
         if not self.is_bounded:
             slots = width + max(GROWTH, width // 2)
         elif width <= self.capacity:
@@ -164,7 +169,11 @@ class LayerStorage(SlotStore):
         else:  # staging: attended and compacted by this forward, or by a later one
             slots = width
             if self.allocated == self.capacity:
-                self.home = old
+                self.home = (self.keys, self.values)
+        self._move_to(slots)
+
+    def _move_to(self, slots: int) -> None:
+        old = (self.keys, self.values)
         self.keys, self.values = self._new(slots, *old)
         for new, previous in zip((self.keys, self.values), old, strict=True):
             new[:, :, : previous.shape[2]].copy_(previous)
