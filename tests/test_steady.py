@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -92,8 +93,28 @@ def test_a_compiled_model_writes_the_same_by_default_and_takes_a_later_turn() ->
             )
             longer = torch.cat([first, ids], 1)
             mask_2 = torch.cat([mask, torch.ones(2, longer.shape[1] - 20, dtype=torch.long)], 1)
-            texts.append(model.generate(longer, attention_mask=mask_2, past_key_values=cache, max_new_tokens=20, do_sample=False))
+            texts.append(
+                model.generate(longer, attention_mask=mask_2, past_key_values=cache, max_new_tokens=20, do_sample=False)
+            )
     assert torch.equal(*texts)
+
+
+def test_copies_and_fewer_rows_go_on_as_in_a_compressed_cache() -> None:
+    model, fed, texts = tiny_model("qwen3"), batch([60, 60, 60]), []
+    for kind in (CompressedCache, SteadyCache):
+        with kind(model, "expected", tokens=24, interval=9, recent=4, prompt="count") as cache:
+            run_compressed(model, cache, *fed, [24] + [1] * 6, kept=[{}] * 7)
+            twin, logits = copy.deepcopy(cache), []
+            cache.batch_select_indices(torch.tensor([2, 0]))
+            for one, rows in ((twin, [0, 1, 2]), (cache, [2, 0])):
+                for at in range(31, 57):
+                    inputs = {"attention_mask": fed[1][rows, : at + 1], "position_ids": fed[2][rows, at : at + 1]}
+                    with torch.no_grad():
+                        out = model(fed[0][rows, at : at + 1], past_key_values=one, **inputs)
+                    logits.append(out.logits[:, -1])
+            assert cache.rows[0].events == twin.rows[0].events == 3
+            texts.append(torch.cat(logits))
+    assert (texts[0] - texts[1]).abs().max() < 1e-6
 
 
 @pytest.mark.parametrize(
@@ -118,15 +139,16 @@ def test_what_has_no_static_shapes_is_one_sentence(family: str, method: str, opt
     assert model.config._attn_implementation == before
 
 
-def test_beams_prompts_in_chunks_and_padding_between_steps_are_one_sentence() -> None:
+def test_beams_prompts_in_chunks_padding_between_steps_and_too_long_a_text_are_one_sentence() -> None:
     model, (ids, mask, _) = tiny_model("llama", torch.float32), batch([20, 13])
     for asked in ({"num_beams": 2}, {"prefill_chunk_size": 8}):
         with pytest.raises(UnsupportedModelError, match="compile=True serves no"):
             generated(model, ids, mask, True, **asked)
     fed = batch([60, 60])
-    fed[1][1, 30] = 0
-    with (
-        SteadyCache(model, "keydiff", tokens=24, interval=8, recent=4) as cache,
-        pytest.raises(UnsupportedModelError, match="given padding after its prompt"),
-    ):
-        run_compressed(model, cache, *fed, PIECES, kept=[{}] * len(PIECES))
+    for max_length, words in ((40, "beyond the max_length of 40"), (60, "given padding after its prompt")):
+        with (
+            SteadyCache(model, "keydiff", tokens=24, interval=8, recent=4, max_length=max_length) as cache,
+            pytest.raises(UnsupportedModelError, match=words),
+        ):
+            run_compressed(model, cache, *fed, PIECES, kept=[{}] * len(PIECES))
+        fed[1][1, 30] = 0

@@ -300,7 +300,10 @@ class SteadyCache(CompressedCache):
         rows, steps = self.layer_groups[0].rows, self.session.needs.observe_steps
         distances = [one for one in super().tokens_to_next_event() if one is not None]
         self._event = min(distances, default=1 << 62)
-        self._run = min(self._event, steps) if self.session.needs.observes else self._event
+        room = len(steady[0].cursor.slot_C) - max(row.state.physical for row in rows)
+        if room == 0:  # a capacity for `max_length` tokens
+            raise UnsupportedModelError(f"The text grows beyond the max_length of {self.session.max_length} tokens.")
+        self._run = min(self._event, room, steps if self.session.needs.observes else room)
         steady[0].cursor.start(rows)
         for layer, one in zip(self.compressed_layers, steady, strict=True):
             mass_BH1C = one.beside.log_mass_BH1C
