@@ -194,8 +194,12 @@ class CompressedLayer(CacheLayerMixin):
 
     def log_mass_BH1W(self, dtype: torch.dtype) -> Tensor | None:
         """Return what is added to the logits of every slot, or None where every slot weighs one token."""
+        return self.log_mass_of(self.forward.width, dtype)
+
+    def log_mass_of(self, width: int, dtype: torch.dtype) -> Tensor | None:
+        """Return the same of the first slots, [B, H, 1, width]."""
         assert self.storage is not None
-        found = self.storage.log_mass(self.forward.width)
+        found = self.storage.log_mass(width)
         return None if found is None else found[:, :, None].to(dtype)
 
     def view(self, group: CompactionGroup) -> SlotView:

@@ -118,11 +118,12 @@ class SteadyLayer(CacheLayerMixin):
         assert layer.storage is not None
         self.keys, self.values, self.cursor = layer.storage.keys, layer.storage.values, cursor
         self.beside = Beside(layer, cursor, steps)
-        self.keys.reasonkv_steady = self.beside  # knows no keys: a circle would keep them until it is collected
+        # what knows no keys: a circle would keep them until it is collected
+        self.keys.reasonkv_steady = self.beside  # type: ignore[attr-defined]
         self.is_initialized = True
         for tensor in (*vars(self).values(), *vars(cursor).values(), *vars(self.beside).values()):
             if isinstance(tensor, Tensor):  # CUDA graphs then write in place, and record anew for another cache
-                torch._dynamo.mark_static_address(tensor, guard=False)  # type: ignore[no-untyped-call]
+                torch._dynamo.mark_static_address(tensor, guard=False)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Part of the layer contract; everything is allocated."""
@@ -259,7 +260,6 @@ class SteadyCache(CompressedCache):
             "full KV, which grows": budget is None,
             "slots in fewer bits": self.session.bits is not None,
             "a method that reads token ids": needs.token_ids,
-            "a method that observes every step by itself": needs.observes and needs.observe_steps == 1,
             "layers with budgets or turns of their own": needs.layer_budgets or getattr(budget, "stagger", 1) > 1,
             "this model: layers that are not bounded, or attention of its own": not is_plain_model
             or any(type(layer) is not CompressedLayer for layer in self.layers),
@@ -307,9 +307,9 @@ class SteadyCache(CompressedCache):
         steady[0].cursor.start(rows)
         for layer, one in zip(self.compressed_layers, steady, strict=True):
             mass_BH1C = one.beside.log_mass_BH1C
-            found = None if mass_BH1C is None else layer.storage.log_mass(mass_BH1C.shape[3])
-            if found is not None:
-                mass_BH1C.copy_(found[:, :, None])
+            found_BH1C = layer.log_mass_of(len(steady[0].cursor.slot_C), one.keys.dtype)
+            if mass_BH1C is not None and found_BH1C is not None:
+                mass_BH1C.copy_(found_BH1C)
         self.layers = steady
 
     def _account(self) -> None:
