@@ -26,6 +26,7 @@ from reasonkv.calibration import (
     collect,
     files,
     find_calibration,
+    load_calibration,
     save_calibration,
 )
 from reasonkv.calibration.corpus import read_corpus
@@ -354,3 +355,16 @@ def test_parts_that_do_not_belong_together_are_refused() -> None:
         Calibration(mean, modulus.double(), head_dim=8)
     with pytest.raises(CalibrationError, match="head_dim of 6"):
         Calibration(mean, modulus, head_dim=6)
+
+
+def test_what_comes_with_the_package_is_whole_and_under_its_models_name() -> None:
+    shipped = sorted(files.SHIPPED.iterdir())
+    assert shipped
+    for path in shipped:
+        found = load_calibration(path)
+        assert found.name is not None and files.shipped_for(found.name) == path
+        assert found.forecast is not None and found.forecast.inputs == found.head_dim + 3  # sees no queries
+        assert found.norms is not None and found.frequencies and found.verified
+        assert found.source is not None and "benchmarks/questions.yaml" in found.source and "seed 5" in found.source
+    assert sum(path.stat().st_size for path in shipped) < 2e6
+    assert files.shipped_for("some/other-model") is None

@@ -184,11 +184,12 @@ def parts_of(calibration: Calibration) -> dict[str, Tensor]:
 
 
 def assembled(parts: Mapping[str, Tensor], head_dim: int, **facts: Any) -> Calibration:
-    """Return the statistics that `parts_of` took apart; raises KeyError where one is missing."""
+    """Return the statistics that `parts_of` took apart, in any precision; raises KeyError where one is missing."""
+    parts = {name: part.float() for name, part in parts.items()}
     facts |= {"horizon_LHqJ": parts.get("horizon"), "norms": parts.get("norms"), "head_dim": head_dim}
     if any(name.startswith(_FORECAST) for name in parts):
         names = (one.name.partition("_")[0] for one in fields(Network))
-        facts["forecast"] = Network(*(parts[f"{_FORECAST}{name}"].float() for name in names))
+        facts["forecast"] = Network(*(parts[f"{_FORECAST}{name}"] for name in names))
     mean = torch.complex(parts["mean_real"], parts["mean_imag"])
     return Calibration(mean, parts["modulus"], parts.get("square"), **facts)
 
