@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from models import batch
@@ -124,3 +126,21 @@ def test_a_layer_shows_the_keys_it_holds_as_a_stock_layer_does() -> None:
         model(ids, past_key_values=stock)
         torch.testing.assert_close(cache.layers[1].keys, stock.layers[1].keys, rtol=0, atol=1e-12)
         torch.testing.assert_close(cache.layers[1].values, stock.layers[1].values, rtol=0, atol=1e-12)
+
+
+def test_a_model_with_a_cache_class_of_its_own_runs_beams_and_copies_through_ours() -> None:
+    row = examine("minimax")
+    assert row["verdict"] == "exact", row
+    assert all(isinstance(one, float) for one in row["methods"].values()), row
+    model, (ids, _, _) = tiny_model("minimax"), batch([20, 20])
+    with CompressedCache(model, "full") as cache:  # MiniMax's own class leaves the states where the beams were
+        beams = model.generate(ids, past_key_values=cache, num_beams=2, max_new_tokens=8, do_sample=False)
+    whole = model.generate(ids, use_cache=False, num_beams=2, max_new_tokens=8, do_sample=False)
+    assert torch.equal(beams, whole)
+    with CompressedCache(model, "random", **LIMITS) as cache, torch.no_grad():
+        model(ids, past_key_values=cache)
+        twin = copy.deepcopy(cache)
+        first, second = (model(ids[:, :1], past_key_values=one).logits for one in (cache, twin))
+        assert torch.equal(first, second)
+        cache.reset()
+        assert cache.get_linear_cache(0 if model.config.layer_types[0] == "linear_attention" else 1) is None

@@ -50,6 +50,13 @@ HUGE = "1" + "0" * 30
         ("frontier LOOP", "There is no results folder"),
         ("report LOOP", "There is no results folder"),
         ("inspect LOOP", "There is no results folder"),
+        ("run /dev/zero", "it is a device, not a file"),
+        ("replay --config /dev/zero", "it is a device, not a file"),
+        ("inspect --prompt @/dev/zero --budget 64", "it is a device, not a file"),
+        ("inspect --text /dev/zero --budget 64", "it is a device, not a file"),
+        ("evaluate {small} --endpoint http://[::1 --out OUT", "is no address such as http://"),
+        ("evaluate {small} --endpoint http://h:x --out OUT", "is no address such as http://"),
+        ("evaluate {small} --endpoint file:///etc/passwd --out OUT", "is no address such as http://"),
         ("frontier OUT --figure x.unknown", "--figure draws a PNG"),
     ],
 )
@@ -103,6 +110,20 @@ def test_a_folder_of_a_stranger_cannot_write_outside_itself(good: Good, tmp_path
         assert not is_one_sentence(lambda: run_job(JOBS["answers"], good.loaded, folder))
     assert [one.name for one in outside.iterdir()] == ["note"]
     assert (outside / "note").read_text() == "no newline at its end"
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [("records.jsonl", "it is a device, not a file"), ("manifest.json", "it has no manifest.json")]
+)
+def test_a_device_in_the_place_of_a_file_is_not_read_for_ever(
+    good: Good, tmp_path: Path, name: str, words: str
+) -> None:
+    folder = tmp_path / "replay"
+    shutil.copytree(good.place / "replay", folder)
+    (folder / name).unlink()
+    (folder / name).symlink_to("/dev/zero")
+    result = run("report", folder)
+    assert result.exit_code in {1, 2} and words in result.stderr.splitlines()[-1]
 
 
 def test_a_folder_of_a_stranger_runs_no_code(good: Good, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,7 @@ DECLARED = {
 }  # fmt: skip
 OPTIONS = {"task": ["program:lines=8"], "methods": ["full", "random"], "budgets": [24, 32], "limit": 2, "seed": 1,
            "interval": 8, "recent": 4, "prompt-policy": "keep", "temperature": 0.5, "retention": [0.3], "chat": "off"}  # fmt: skip
+LONGEST = 5.0  # seconds of the processor; more is a hang
 PLAN = {"models": ["testbed", {"model": "testbed", "dtype": "float32"}], "tasks": ["program"], "methods": ["random"],
         "budgets": [32], "seeds": [0, 1], "runs": [{"command": "replay", "name": "a"}, {"command": "evaluate"}],
         "name": "x", "out": "here", "interval": 16, "recent": 8}  # fmt: skip
@@ -177,8 +179,10 @@ def damage(good: Good, kind: Callable[..., None], examples: int) -> None:
     )
     @given(st.data())
     def one(data: st.DataObject) -> None:
+        began = time.process_time()
         with tempfile.TemporaryDirectory(dir=good.place) as place:
             kind(data.draw, good, Path(place))
+        assert time.process_time() - began < LONGEST
 
     one()
 

@@ -11,6 +11,7 @@ from oracle import differences, run_compressed
 from test_exactness import BATCHES, LENGTH, PIECES, Case, check
 from transformers import (
     AutoModelForCausalLM,
+    DynamicCache,
     LlamaConfig,
     Phi3Config,
     PreTrainedModel,
@@ -23,6 +24,7 @@ from transformers import (
 from reasonkv import Budget, CompressedCache, UnsupportedModelError
 from reasonkv.resolve import check_model
 from reasonkv.rotary import RotaryError
+from tools.slot_oracle import RecordingCache
 
 BUDGET = Budget(16, interval=5, sinks=2, recent=3, prompt="count")
 LONGROPE = {
@@ -105,6 +107,20 @@ def test_a_switch_of_frequencies_is_refused_before_it_corrupts_kept_keys() -> No
         assert model.generate(ids[:, :30], past_key_values=cache, max_new_tokens=10, do_sample=False).shape[1] == 40
 
 
+def test_transformers_leaves_cached_keys_in_the_frequencies_that_they_were_rotated_by() -> None:
+    """Why no key is un-rotated here: its frequencies depend on when it was cached, which no position tells."""
+    model, (ids, _, _) = phi3(), batch([LENGTH])
+    cache, whole = DynamicCache(config=model.config), DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(ids[:, :38], past_key_values=cache)
+        before = cache.layers[0].keys.clone()
+        model(ids[:, 38:44], past_key_values=cache)
+        model(ids[:, :44], past_key_values=whole)
+    assert torch.equal(cache.layers[0].keys[:, :, :38], before)  # by the short factors
+    gaps = (cache.layers[0].keys - whole.layers[0].keys).abs().amax(dim=(0, 1, 3))
+    assert gaps[38:].max() < 1e-12 < 1e-3 < gaps[1:38].min()  # all by the long ones
+
+
 def vision_model(family: str) -> PreTrainedModel:
     torch.manual_seed(0)
     text = {
@@ -149,22 +165,38 @@ def test_text_through_a_model_of_images_is_the_same_as_through_its_text_model(fa
             assert torch.equal(cache.slot_positions(1)[0], held)
 
 
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
-def test_images_keep_their_tokens_with_the_prompt_and_methods_that_unrotate_refuse_them(family: str) -> None:
-    model = vision_model(family)
+def with_image(model: PreTrainedModel) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """A prompt of 28 tokens, four of which are an image's."""
     side = model.config.vision_config.patch_size
     patches = torch.randn(16, 3 * model.config.vision_config.temporal_patch_size * side * side, dtype=torch.float64)
-    image = {"pixel_values": patches, "image_grid_thw": torch.tensor([[1, 4, 4]])}
     ids = torch.tensor([[5, 6, 202, 200, 200, 200, 200, 203, *range(10, 30)]])
-    kinds = {"mm_token_type_ids": (ids == 200).long()}
-    budget = Budget(16, interval=5, sinks=2, recent=3, prompt="on_top")
-    with CompressedCache(model, "snapkv:window=6", budget) as cache:
-        output = model.generate(ids, past_key_values=cache, max_new_tokens=40, do_sample=False, **image, **kinds)
-    assert output.shape[1] == ids.shape[1] + 40
-    assert cache.rows[0].events > 3
-    assert torch.equal(cache.slot_positions(1)[0][0, : ids.shape[1]], torch.arange(ids.shape[1]))
+    grid = torch.tensor([[1, 4, 4]])
+    return ids, {"pixel_values": patches, "image_grid_thw": grid, "mm_token_type_ids": (ids == 200).long()}
+
+
+@pytest.mark.parametrize("prompt", ["on_top", "count"])
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_a_prompt_with_an_image_is_exact_and_a_kept_prompt_keeps_the_image(family: str, prompt: str) -> None:
+    model = vision_model(family)
+    ids, image = with_image(model)
+    budget = Budget(16, interval=5, sinks=2, recent=3, prompt=prompt)
+    for method in ("snapkv:window=6", "random"):
+        seen = torch.ones(1, ids.shape[1] + 40, dtype=torch.long)
+        with RecordingCache(model, method, budget, mask_BL=seen, kernel="reference") as cache:
+            output = model.generate(ids, past_key_values=cache, max_new_tokens=40, do_sample=False, **image)
+        assert output.shape[1] == ids.shape[1] + 40
+        assert cache.rows[0].events > 3
+        assert cache.worst <= 1e-12 and cache.calls == 40 * len(cache.compressed_layers)
+        held = cache.slot_positions(1)[0][0, : ids.shape[1]]
+        assert torch.equal(held, torch.arange(len(held))) == (prompt == "on_top")
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_methods_that_unrotate_refuse_images_whose_positions_differ_between_axes(family: str) -> None:
+    model = vision_model(family)
+    ids, image = with_image(model)
     with (
-        CompressedCache(model, "expected", budget) as cache,
+        CompressedCache(model, "expected", BUDGET) as cache,
         pytest.raises(UnsupportedModelError, match="images have several rotary positions"),
     ):
-        model.generate(ids, past_key_values=cache, max_new_tokens=4, do_sample=False, **image, **kinds)
+        model.generate(ids, past_key_values=cache, max_new_tokens=4, do_sample=False, **image)

@@ -24,6 +24,7 @@ import transformers
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import DynamicCache, PreTrainedModel
+from transformers.models.minimax.modeling_minimax import MiniMaxCache
 
 from reasonkv import Budget, CompressedCache, ReasonKVError
 from reasonkv.calibration import Calibration
@@ -127,7 +128,7 @@ def _logits(model: PreTrainedModel, cache: Any) -> Tensor:
 
 
 def _stock_logits(model: PreTrainedModel) -> Tensor:
-    return _logits(model, DynamicCache(config=model.config))
+    return _logits(model, MiniMaxCache() if model.config.model_type == "minimax" else DynamicCache(config=model.config))
 
 
 def _difference(model: PreTrainedModel, spec: str, stock: Tensor, kernel: str | None) -> float:

@@ -68,6 +68,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "ministral": {"head_dim": HEAD, "layer_types": ["sliding_attention", "full_attention"] * 2},
     "musicgen": {"num_codebooks": 1},
     "musicgen_melody": {"num_codebooks": 1},
+    "minimax": {"block_size": 8},  # a prompt of several blocks
     "mistral": {"sliding_window": None},  # as in all releases since 0.2
     "nemotron": {"num_key_value_heads": 2},
     "xmod": {"default_language": "en_XX"},

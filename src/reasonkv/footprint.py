@@ -12,6 +12,7 @@ from transformers.cache_utils import DynamicSlidingWindowLayer, LinearAttentionC
 
 from reasonkv.errors import ReasonKVError
 from reasonkv.layers import BOUNDED, head_dim_of, is_latent, is_recurrent, text_config
+from reasonkv.runtimes.transformers.lightning import stock_cache
 
 _TOKENS = 2  # fed to the model without weights
 
@@ -54,7 +55,7 @@ def footprint(config: PreTrainedConfig) -> list[LayerKind]:
         FootprintError: the model cannot be run without weights.
     """
     dtype = text_config(config).dtype or torch.bfloat16
-    cache = DynamicCache(config=config)
+    cache = stock_cache(config)
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()

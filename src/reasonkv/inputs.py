@@ -17,6 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic_core import from_json
 
 from reasonkv.errors import ReasonKVError
+from reasonkv.files import finite
 from reasonkv.numbers import LARGEST, misfit
 
 Whole = Annotated[int, Ge(-LARGEST), Le(LARGEST)]
@@ -39,7 +40,7 @@ def read_json(path: Path, kind: type[T] | TypeAdapter[T], what: str, error: type
         advice: what to do then, as in "delete it".
     """
     try:
-        data = path.read_bytes()
+        data = finite(path).read_bytes()
         json.dumps(from_json(data), allow_nan=False)  # a type such as Any would take NaN
         return parse_json(data, kind)
     except OSError as cause:

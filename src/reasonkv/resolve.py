@@ -22,7 +22,7 @@ TESTED = (
 """Model types whose every layer is compared with full attention over the kept slots in the tests."""
 
 
-_OWN_CACHE = ("minimax", "reformer", "rwkv", "xlnet", "xlstm")
+_OWN_CACHE = ("reformer", "rwkv", "xlnet", "xlstm")
 """Model types that take no cache but a class of their own file."""
 
 

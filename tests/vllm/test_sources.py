@@ -14,6 +14,10 @@ from pathlib import Path
 import pytest
 
 MANAGER, SCHEDULER = "v1/core/single_type_kv_cache_manager.py", "v1/core/sched/scheduler.py"
+GROUPS = "v1/core/kv_cache_utils.py"
+MOVED = {GROUPS: "v1/core/kv_cache_planning.py"}
+"""Files whose content is elsewhere since vLLM 0.33."""
+OURS = Path(__file__).parents[2] / "src" / "reasonkv" / "runtimes" / "vllm"
 FUNCTIONS = {
     (MANAGER, "SingleTypeKVCacheManager.get_num_blocks_to_allocate"): "self request_id num_tokens new_computed_blocks "
     "total_computed_tokens num_local_computed_tokens num_tokens_main_model apply_admission_cap prefill_end",
@@ -35,7 +39,7 @@ FUNCTIONS = {
     ("v1/attention/backend.py", "AttentionMetadataBuilder.build"): "self common_prefix_len common_attn_metadata "
     "fast_build",
     ("v1/attention/backends/registry.py", "register_backend"): "backend class_path is_mamba",
-    ("v1/core/kv_cache_utils.py", "get_kv_cache_groups"): "vllm_config kv_cache_spec",
+    (GROUPS, "get_kv_cache_groups"): "vllm_config kv_cache_spec",
     ("v1/kv_cache_interface.py", "MambaSpec.max_memory_usage_bytes"): "self vllm_config",
     ("v1/kv_cache_interface.py", "SlidingWindowSpec.max_memory_usage_bytes"): "self vllm_config",
     ("model_executor/layers/attention/attention.py", "Attention.get_kv_cache_spec"): "self vllm_config",
@@ -69,7 +73,7 @@ WORDS = {
     SCHEDULER: "self.kv_cache_manager self.max_model_len self.requests grammar_compile_error_reqs "
     "kv_transfer_params,ec_transfer_params=self._free_request(request)",
     "v1/core/kv_cache_coordinator.py": "self.single_type_managers self.block_pool",
-    "v1/core/kv_cache_utils.py": "except(AssertionError,ValueError): exceptAssertionError:",
+    GROUPS: "except(AssertionError,ValueError): exceptAssertionError:",
     "v1/kv_cache_interface.py": "classChunkedLocalAttentionSpec( defunpadded_page_size_bytes(self) sliding_window:",
     "config/scheduler.py": "disable_hybrid_kv_cache_manager",
     "v1/request.py": "self.skip_reading_prefix_cache self.num_prompt_tokens self.max_tokens",
@@ -105,13 +109,64 @@ def definition(path: Path, name: str) -> ast.AST:
     return node
 
 
+def place(root: Path, file: str) -> Path:
+    """A file of that version."""
+    moved = root / MOVED.get(file, file)
+    return moved if moved.is_file() else root / file
+
+
+def names_in(path: Path) -> set[str]:
+    """What a module can be asked for: its definitions, its variables and what it imports."""
+    found: set[str] = set()
+    for node in ast.walk(parsed(path)):
+        if isinstance(node, ast.ClassDef | ast.FunctionDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            found |= {one.asname or one.name for one in node.names}
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found.add(node.value)  # of a table of lazy imports
+    return found
+
+
+def is_there(root: Path, module: str, name: str) -> bool:
+    path = root.joinpath(*module.split(".")[1:])
+    file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    return file.is_file() and bool({name, "*"} & names_in(file))
+
+
+@pytest.mark.parametrize("root", sources() or [None], ids=str)
+def test_what_we_import_is_there_under_one_of_its_names(root: Path | None) -> None:
+    if root is None:
+        pytest.skip("no source of vLLM here")
+    missing = []
+    for file in sorted(OURS.glob("*.py")):
+        tree = parsed(file)
+        either = {  # imports of which one is enough
+            id(node): attempt
+            for attempt in ast.walk(tree)
+            if isinstance(attempt, ast.Try)
+            for node in ast.walk(attempt)
+        }
+        ways: dict[int, list[bool]] = {}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and str(node.module).split(".")[0] == "vllm":
+                there = all(is_there(root, str(node.module), one.name) for one in node.names)
+                ways.setdefault(id(either.get(id(node), node)), []).append(there)
+                if not there and id(node) not in either:
+                    missing.append(f"{file.name}: {ast.unparse(node)}")
+        missing += [file.name for found in ways.values() if not any(found)]
+    assert missing == []
+
+
 @pytest.mark.parametrize("root", sources() or [None], ids=str)
 def test_what_we_override_read_or_call_is_as_it_was(root: Path | None) -> None:
     if root is None:
         pytest.skip("no source of vLLM here")
     moved = {}
     for (file, name), expected in FUNCTIONS.items():
-        node = definition(root / file, name)
+        node = definition(place(root, file), name)
         assert isinstance(node, ast.FunctionDef)
         given = [one.arg for one in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
         if given != expected.split():
@@ -125,7 +180,7 @@ def test_what_we_override_read_or_call_is_as_it_was(root: Path | None) -> None:
         if missing := set(expected.split()) - there:
             moved[name] = sorted(missing)
     for file, expected in WORDS.items():
-        text = "".join((root / file).read_text().split())
+        text = "".join(place(root, file).read_text().split())
         if missing := {word for word in expected.split() if word not in text}:
             moved[file] = sorted(missing)
     assert moved == {}

@@ -11,6 +11,7 @@ from cyclopts import App, ArgumentCollection
 from cyclopts.config import Dict
 
 from reasonkv.cli.mistakes import UsageError
+from reasonkv.files import finite
 
 STANDARD_INPUT = "/dev/stdin"
 """What `-` stands for: prompts, texts and configuration files are read from there."""
@@ -18,7 +19,7 @@ STANDARD_INPUT = "/dev/stdin"
 
 def read_text(name: str | Path) -> str:
     """Return the text of a file, or what standard input has."""
-    return sys.stdin.read() if str(name) == STANDARD_INPUT else Path(name).read_text(encoding="utf-8")
+    return sys.stdin.read() if str(name) == STANDARD_INPUT else finite(Path(name)).read_text(encoding="utf-8")
 
 
 def from_file(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:

@@ -13,6 +13,7 @@ from reasonkv.cli.console import note, show
 from reasonkv.cli.flags import GROUPS, ConfigFile, ModelFlags, Without, command
 from reasonkv.cli.mistakes import UsageError
 from reasonkv.evaluate.job import BudgetOptions, TraceSettings
+from reasonkv.files import finite
 from reasonkv.tasks.options import TaskOptions
 
 FILES = Parameter(group=GROUPS["output"])
@@ -107,7 +108,7 @@ def _file_or_text(given: str) -> str:
     if not given.startswith("@"):
         return given
     try:
-        return Path(given[1:]).expanduser().read_text(encoding="utf-8")
+        return finite(Path(given[1:]).expanduser()).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"The prompt {given[1:]} cannot be read ({error}).") from None
 

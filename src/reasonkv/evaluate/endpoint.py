@@ -11,6 +11,7 @@ import json
 import os
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -103,6 +104,8 @@ class Endpoint:
             EndpointError: there is no such server or model.
         """
         url = (url if "://" in url else f"http://{url}").rstrip("/")
+        if not _is_address(url):
+            raise EndpointError(f"The endpoint {url[:100]!r} is no address such as http://HOST:PORT.")
         found = cls(url if url.endswith("/v1") else f"{url}/v1", model)
         listed = found.ask("/models").get("data") or [{"id": model}]
         names = [str(one.get("id")) for one in listed]
@@ -174,6 +177,14 @@ class Endpoint:
                     ) from None
             time.sleep(pause)
         raise AssertionError
+
+
+def _is_address(url: str) -> bool:
+    try:
+        found = urllib.parse.urlsplit(url)
+        return found.scheme in ("http", "https") and bool(found.hostname) and found.port != 0
+    except ValueError:  # a bracket that is not closed, or a port that is no number
+        return False
 
 
 def _refusal(url: str, error: urllib.error.HTTPError) -> EndpointError:

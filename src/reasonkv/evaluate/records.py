@@ -20,7 +20,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from reasonkv.budget import Budget
 from reasonkv.errors import ReasonKVError
-from reasonkv.files import NO_LINKS
+from reasonkv.files import NO_LINKS, finite
 from reasonkv.inputs import Amount, Count, Number, Share, Whole, reason
 
 if TYPE_CHECKING:
@@ -257,7 +257,7 @@ def append_records(path: Path, records: Iterable[JsonlRecord]) -> None:
 
 def repair(path: Path) -> bool:
     """Cut off a last line that a kill left without its newline; return whether there was one."""
-    data = path.read_bytes() if path.exists() else b""
+    data = finite(path).read_bytes() if path.exists() else b""
     whole = data.rfind(b"\n") + 1
     if whole == len(data):
         return False
@@ -272,7 +272,7 @@ def repair(path: Path) -> bool:
 
 def whole_lines(path: Path) -> list[bytes]:
     """Return the lines of a record file (or of a `.gz` of one) that end with a newline; none where there is no file."""
-    data = path.read_bytes() if path.exists() else b""
+    data = finite(path).read_bytes() if path.exists() else b""
     try:
         data = gzip.decompress(data) if path.suffix == ".gz" else data
     except (OSError, EOFError, zlib.error):

@@ -18,7 +18,7 @@ from pydantic import BaseModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from reasonkv.errors import ReasonKVError
 from reasonkv.evaluate.chunks import TraceRow, feed
@@ -30,6 +30,7 @@ from reasonkv.evaluate.settings import TraceSettings
 from reasonkv.files import write_atomically
 from reasonkv.inputs import Count, read_json
 from reasonkv.resolve import context_length
+from reasonkv.runtimes.transformers.lightning import stock_cache
 from reasonkv.tasks import Problem, Task, TaskOptions
 from reasonkv.tasks.given import GivenTraces
 from reasonkv.tasks.options import THINK_END
@@ -168,7 +169,7 @@ def reference_logprobs(
     k = vocabulary if vocabulary <= WHOLE_VOCABULARY else TOP_K
     rows = [TraceRow(prompt, output) for prompt, output in zip(prompts, outputs, strict=True)]
     chunks: list[list[TeacherLogprobs]] = [[] for _ in rows]
-    for scored in feed(model, DynamicCache(config=model.config), rows):
+    for scored in feed(model, stock_cache(model.config), rows):
         chunks[scored.row].append(TeacherLogprobs.from_logits(scored.logits_NV, k))
     return [TeacherLogprobs.joined(own) for own in chunks]
 

@@ -22,6 +22,7 @@ from reasonkv.evaluate.manifest import Arguments, ResultsError
 from reasonkv.evaluate.records import FullOutput, read_lines
 from reasonkv.evaluate.table import read_folder_records, read_manifest
 from reasonkv.evaluate.traces import encode_prompts, file_name, load_or_make_traces, vocabulary_of
+from reasonkv.files import finite
 from reasonkv.methods import get_method
 from reasonkv.models import LoadedModel, one_thread_if_small
 from reasonkv.report.inspector import Inspection, Inspector, Subject
@@ -75,7 +76,7 @@ def text_trace(loaded: LoadedModel, file: Path, prompt: str | None, options: Tas
         InspectError: the file cannot be read, has fewer than two tokens, or does not fit the model's context.
     """
     try:
-        text = file.read_text(encoding="utf-8")
+        text = finite(file).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InspectError(f"{file} cannot be read as text ({error}).") from None
     if prompt is None:

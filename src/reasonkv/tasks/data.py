@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from reasonkv.files import finite
 from reasonkv.tasks.base import UNREAD, Grade, Problem, Task, TaskError
 from reasonkv.tasks.declaration import Declaration
 from reasonkv.tasks.grade import Grader, get_grader
@@ -151,7 +152,7 @@ def data_task(
         template = "{{ " + _guess(spec, first, _PROMPTS, "prompt") + " }}"
     elif template.startswith("@"):
         try:
-            template = Path(template[1:]).expanduser().read_text(encoding="utf-8")
+            template = finite(Path(template[1:]).expanduser()).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise TaskError(f"The template {template[1:]} cannot be read ({error}).") from None
     answer = declared.answer or _guess(spec, first, _ANSWERS, "answer")

@@ -14,6 +14,7 @@ from annotated_types import Ge, MaxLen
 from pydantic import ValidationError
 from typing_extensions import TypedDict
 
+from reasonkv.files import finite
 from reasonkv.inputs import parse_json, parse_yaml, reason
 from reasonkv.tasks.base import TaskError
 from reasonkv.tasks.options import TaskOptions
@@ -98,7 +99,7 @@ class Declaration:
             TaskError: no file, no YAML, or a key or value that no task has.
         """
         try:
-            found = parse_yaml(path.read_text(encoding="utf-8"))
+            found = parse_yaml(finite(path).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise TaskError(f"{path} cannot be read as YAML ({error}).") from None
         known = [one.name for one in fields(cls)]

@@ -19,7 +19,6 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.cache_utils import Cache
 
 from reasonkv import resolve
 from reasonkv.budget import Budget, BudgetFields
@@ -35,6 +34,7 @@ from reasonkv.runtimes.transformers.events import settle_layers
 from reasonkv.runtimes.transformers.forward import ForwardPlan, SequenceState, check_padding, fed_tokens
 from reasonkv.runtimes.transformers.kinds import empty_layers
 from reasonkv.runtimes.transformers.layer import CompressedLayer
+from reasonkv.runtimes.transformers.lightning import FittingCache
 from reasonkv.runtimes.transformers.packed import KVDtype, bits_of, tokens_to_packing
 from reasonkv.runtimes.transformers.sequences import LayerGroup
 from reasonkv.runtimes.transformers.session import Observer, Session, callbacks_of, load_statistics, weakly
@@ -45,7 +45,7 @@ from reasonkv.runtimes.transformers.tokens import TokenLog
 from reasonkv.view import TraceAttention
 
 
-class CompressedCache(Cache):
+class CompressedCache(FittingCache):
     """A KV cache whose full-attention layers stay within a budget; sliding and recurrent layers stay stock.
 
     Args:

@@ -14,7 +14,11 @@ from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.attention.selector import get_attn_backend
-from vllm.v1.core.kv_cache_utils import get_kv_cache_groups
+
+try:
+    from vllm.v1.core.kv_cache_planning import get_kv_cache_groups
+except ImportError:  # vLLM 0.32
+    from vllm.v1.core.kv_cache_utils import get_kv_cache_groups
 
 from reasonkv.runtimes.vllm.backend import DRIVEN
 from reasonkv.runtimes.vllm.config import (
