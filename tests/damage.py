@@ -68,7 +68,7 @@ def _damaged(tensor: Tensor, how: int) -> Tensor:
     ways = (
         lambda: tensor[:0], lambda: tensor.double(), lambda: tensor.flatten(), lambda: tensor[None],
         lambda: tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor.fill_(-1),
-        lambda: tensor.fill_(3e38) if tensor.is_floating_point() else tensor.fill_(2**30),
+        lambda: tensor.fill_(min(3e38, torch.finfo(tensor.dtype).max)) if tensor.is_floating_point() else tensor.fill_(2**30),
         lambda: tensor.long(), lambda: tensor[..., :-1], lambda: tensor[:-1], lambda: torch.zeros(()),
         lambda: tensor.bool(),
     )  # fmt: skip
