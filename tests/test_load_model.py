@@ -10,15 +10,17 @@ import pytest
 import torch
 from tiny import TASK, save_tiny
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel, TorchAoConfig
 
 from reasonkv import CompressedCache, checkpoints
-from reasonkv.calibration import CalibrationError
+from reasonkv.calibration import CalibrationError, save_calibration
+from reasonkv.calibration.queries import collect
 from reasonkv.checkpoints import ModelError
 from reasonkv.evaluate.job import BudgetOptions, ReplayJob, TraceSettings
 from reasonkv.evaluate.run import run
 from reasonkv.models import load_model
 from reasonkv.testbed import testbed_path as bundled_folder
+from tools.slot_oracle import RecordingCache
 
 
 def large_model(folder: Path, dtype: torch.dtype) -> str:
@@ -113,6 +115,49 @@ def test_a_lora_folder_is_its_base_model_with_the_adapter_in_its_weights(folder:
     assert (expected - plain.model(ids).logits).abs().max() > 1e-2
     with pytest.raises(CalibrationError, match=f"--model {tmp_path / 'lora'}"):  # the base model's would be wrong
         CompressedCache(load_model(str(tmp_path / "lora"), device="cpu").model, "triattention", tokens=64)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_quantised_folder_loads_is_exact_and_takes_the_calibration_of_its_base_model(
+    folder: Path, tmp_path: Path, bits: int
+) -> None:
+    config = torchao_config(bits)
+    AutoModelForCausalLM.from_pretrained(folder, quantization_config=config).save_pretrained(tmp_path / "small")
+    for file in folder.glob("token*"):
+        (tmp_path / "small" / file.name).write_bytes(file.read_bytes())
+    loaded = load_model(str(tmp_path / "small"), device="cpu")
+    assert type(loaded.model.model.layers[0].self_attn.q_proj.weight).__module__.startswith("torchao")
+    ids, seen = torch.arange(60)[None] % 50 + 5, torch.ones(1, 80, dtype=torch.long)
+    limits = {"tokens": 24, "interval": 8, "prompt": "count", "sinks": 2, "recent": 8}
+    for method in ("triattention", "cask:mass=none", "defensivekv"):  # the last one reads weights
+        options = {"kernel": "reference", "calibration": folder / "reasonkv_calibration.safetensors"}
+        with RecordingCache(loaded.model, method, mask_BL=seen, **limits, **options) as cache:
+            loaded.model.generate(ids, past_key_values=cache, max_new_tokens=20, min_new_tokens=20, do_sample=False)
+        assert cache.rows[0].events > 1 and cache.worst <= 1e-5  # its numbers are float32
+
+
+def torchao_config(bits: int) -> TorchAoConfig:
+    quantization = pytest.importorskip("torchao.quantization")
+    if bits == 8:
+        return TorchAoConfig(quantization.Int8WeightOnlyConfig())
+    return TorchAoConfig(quantization.IntxWeightOnlyConfig(torch.int4, quantization.PerGroup(32)))
+
+
+def test_an_adapter_takes_the_calibration_of_its_base_model_and_another_rotation_does_not(
+    folder: Path, tmp_path: Path
+) -> None:
+    given = folder / "reasonkv_calibration.safetensors"
+    base = AutoModelForCausalLM.from_pretrained(folder)
+    save_calibration(given, collect(base, [torch.randint(5, 60, (1, 40))]))
+    peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)).save_pretrained(
+        tmp_path / "lora"
+    )
+    adapted = load_model(str(tmp_path / "lora"), device="cpu").model
+    with pytest.warns(UserWarning, match="made with other weights"):
+        CompressedCache(adapted, "triattention", tokens=64, calibration=given).detach()
+    edited(folder, "config.json", rope_parameters={"rope_type": "default", "rope_theta": 5e5})
+    with pytest.raises(CalibrationError, match="RoPE type|rotary frequencies"):
+        CompressedCache(load_model(str(folder), device="cpu").model, "triattention", tokens=64, calibration=given)
 
 
 def edited(folder: Path, name: str, **changes: object) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from reasonkv.offload import loaded
+from reasonkv.offload import loaded, plain
 
 TESTBED = "testbed"
 TESTBED_FOLDER = Path(__file__).parent / "testbed" / "model"
@@ -35,7 +35,7 @@ def model_hash(model: PreTrainedModel) -> str:
             owner, _, own = name.rpartition(".")
             module = model.get_submodule(owner)
             with loaded(module):
-                flat = (getattr(module, own) if tensor.is_meta else tensor).detach().reshape(-1)
+                flat = plain(getattr(module, own) if tensor.is_meta else tensor).detach().reshape(-1)
                 sample = flat[:: max(1, flat.numel() // _SAMPLED_VALUES)][:_SAMPLED_VALUES]
                 digest.update(sample.to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
     return digest.hexdigest()[:16]

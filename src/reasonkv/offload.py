@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 
@@ -33,3 +33,8 @@ def loaded(module: nn.Module) -> Iterator[None]:
 
     with align_module_device(module):
         yield
+
+
+def plain(weight: Tensor) -> Tensor:
+    """Return a weight as numbers; of one that is quantised behind a tensor's face (torchao), what it stands for."""
+    return weight if type(weight) in (Tensor, nn.Parameter) else weight.dequantize()

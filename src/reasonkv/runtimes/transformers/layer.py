@@ -12,7 +12,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from reasonkv.layers import layer_readers
 from reasonkv.methods import Observed
-from reasonkv.offload import loaded
+from reasonkv.offload import loaded, plain
 from reasonkv.resolve import UnsupportedModelError
 from reasonkv.rotary import Rotary
 from reasonkv.runtimes.transformers.attention import LogitRule
@@ -290,4 +290,4 @@ def _output_projection(module: nn.Module, query_heads: int, head_dim: int) -> Te
         raise UnsupportedModelError(
             f"{type(module).__name__} has no plain output projection `o_proj`, which this option of the method reads."
         )
-    return weight.detach().view(-1, query_heads, head_dim).permute(1, 2, 0)
+    return plain(weight).detach().view(-1, query_heads, head_dim).permute(1, 2, 0)
