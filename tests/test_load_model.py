@@ -156,7 +156,7 @@ def test_an_adapter_takes_the_calibration_of_its_base_model_and_another_rotation
     with pytest.warns(UserWarning, match="made with other weights"):
         CompressedCache(adapted, "triattention", tokens=64, calibration=given).detach()
     edited(folder, "config.json", rope_parameters={"rope_type": "default", "rope_theta": 5e5})
-    with pytest.raises(CalibrationError, match="RoPE type|rotary frequencies"):
+    with pytest.raises(CalibrationError, match=r"RoPE type|rotary frequencies"):
         CompressedCache(load_model(str(folder), device="cpu").model, "triattention", tokens=64, calibration=given)
 
 

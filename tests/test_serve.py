@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -20,7 +21,9 @@ from reasonkv.calibration import files, save_calibration
 from reasonkv.cli.serve import METRICS_FOLDER
 from reasonkv.runtimes.vllm import config
 from reasonkv.runtimes.vllm.config import OPT_OUT, OPTIONS, SCHEDULER, WORKER
+from reasonkv.runtimes.vllm.metrics import COUNTERS, GAUGES
 
+NAMES = re.compile(r"reasonkv:\w+")
 BASIC = ["serve", "some/model", "--method", "snapkv", "--budget", "512"]
 
 
@@ -261,3 +264,13 @@ def test_help_is_shown_in_full_and_by_h_too() -> None:
     for arguments in (["serve", "--help"], ["serve", "-h"]):
         code, stdout, _ = run(*arguments)
         assert code == 0 and "Example: reasonkv serve Qwen/Qwen3-8B" in " ".join(stdout.split())
+
+
+def test_the_dashboard_and_the_guide_name_exactly_what_the_worker_counts() -> None:
+    root = Path(__file__).parents[1]
+    counted = {f"{name}_total" for name, _ in COUNTERS.values()} | {name for name, _ in GAUGES.values()}
+    board = json.loads((root / "examples" / "grafana.json").read_text())
+    asked = {name for panel in board["panels"] for one in panel["targets"] for name in NAMES.findall(one["expr"])}
+    assert asked == counted
+    guide = (root / "docs" / "serving.md").read_text()
+    assert set(re.findall(r"^\| `(reasonkv:\w+)` \|", guide, re.MULTILINE)) == counted
