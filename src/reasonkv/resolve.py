@@ -17,7 +17,7 @@ TESTED = (
     "gemma4_text", "gpt_oss", "glm4", "cohere", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "minicpm3",
     "longcat_flash", "mistral4", "youtu", "axk1", "qwen2_5_vl_text", "qwen3_vl_text", "qwen3_next", "qwen3_5_text",
     "nemotron_h", "granitemoehybrid", "jamba", "zamba2", "falcon_h1", "bamba", "lfm2", "olmo_hybrid", "kimi_linear",
-    "deepseek_v32", "glm_moe_dsa", "hy_v4",
+    "deepseek_v32", "glm_moe_dsa", "hy_v4", "minimax",
 )  # fmt: skip
 """Model types whose every layer is compared with full attention over the kept slots in the tests."""
 
