@@ -8,7 +8,7 @@ import pandas as pd
 from pretrained_league import VARIANTS, of_league
 from tables import POLICIES, load, manifests, means, shares_of_the_way, text
 
-SOURCES = ("pretrained_league", "lead", "pretrained")
+SOURCES = ("pretrained_league", "lead", "breadth", "pretrained")
 """Folders under docs/results whose records come from pretrained models."""
 _FITTED = dict.fromkeys(("forecast", *VARIANTS), "fitted") | {"oracle": "sees the future"}
 """What no other method is given."""
@@ -21,6 +21,7 @@ _PAGE = Path(__file__).with_suffix(".md")
 def build(source: Path, to: Path) -> None:
     """Write the page into `to` from the records of `SOURCES`, which stand beside `source`."""
     rows = pd.concat([_rows(source.parent / name) for name in SOURCES])
+    rows = rows.drop_duplicates(["method", "KL, nats", *_FILTERS])  # pages repeat cells to compare others with
     rows = rows.sort_values(["model", "task", "page", "KL, nats"], kind="stable", ascending=[True, True, False, True])
     lines = (f"<tr>{''.join(f'<td>{one}</td>' for one in row)}</tr>" for row in rows[list(_HEAD)].values)
     pages = ", ".join(f"[{name.replace('_', ' ')}](../{name}/README.md)" for name in SOURCES)

@@ -63,7 +63,8 @@ def _draw_cells(kl: pd.DataFrame, path: Path) -> None:
     found = found.assign(low=found["mean"] - found["sem"], high=found["mean"] + found["sem"])
     panels = []
     for (group, size), own in found.groupby(["group", "size"], sort=False):
-        title = f"{group.rpartition('/')[2].replace('-Instruct', '')}, {size} slots".split(", ", 1)
+        model, _, cell = group.partition(", ")
+        title = [model.rpartition("/")[2].removesuffix("-Instruct"), f"{cell}, {size} slots"]
         base = alt.Chart(own).encode(
             y=alt.Y("method:N", sort=own.sort_values("mean")["method"].tolist(), title=None, axis=alt.Axis(grid=True)),
             color=alt.condition(alt.datum.method == "forecast:window=0", alt.value("#d95f02"), alt.value("#4c72b0")),

@@ -41,6 +41,8 @@ def build(source: Path, to: Path) -> None:
     parts = [f"Models: {'; '.join(sorted(ran))}. Made by `python benchmarks/results.py {source.name}`.\n"]
     for group, own in replay.groupby("group", sort=False):
         parts.append(_league(str(group), own, kl.xs(group, level="group", drop_level=False)))
+    if "answers" in records:
+        parts.append(_answers(records["answers"]))
     parts.append(_agreement(kl, means(load(source.parent / "league", source.parent / "cask")["replay"], "kl")))
     parts.append(_foresight())
     judged, details = judge(records, "pretrained_claims")
@@ -109,6 +111,20 @@ def _league(group: str, replay: pd.DataFrame, kl: pd.DataFrame) -> str:
             for one in order if one != "full"]  # fmt: skip
     parts.append(f"Tokens predicted as by full KV, and slots held:\n\n{markdown(head, rows)}\n")
     return "\n".join(parts)
+
+
+def _answers(answers: pd.DataFrame) -> str:
+    """Return how many answers are right, and paired differences to full KV and to `random`."""
+    right, gains, rows = means(answers, "correct", "output_tokens", "physical_mean"), Gains(answers, "correct"), []
+    for group, method, size in right.index:
+        cell = right.loc[group, method, size]
+        rivals = [(group, "full", ""), (group, "random", size)]
+        against = [words(gains.between((group, method, size), one), 0) if one[1] != method else "-" for one in rivals]
+        numbers = f"{cell['output_tokens', 'mean']:.0f}", f"{cell['physical_mean', 'mean']:.0f}"
+        rows.append([_title(group), method, size or "-", f"{100 * cell['correct', 'mean']:.0f}", *against, *numbers])
+    head = ["model", "method", "slots", "right, %", "to full KV, points", "to `random`, points", "tokens", "mean slots"]
+    n = answers["example"].nunique()
+    return f"## Answers\n\n{n} problems, greedy; paired differences with 95 % intervals.\n\n{markdown(head, rows)}\n"
 
 
 def _agreement(kl: pd.DataFrame, testbed: pd.DataFrame) -> str:
