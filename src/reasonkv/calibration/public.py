@@ -115,7 +115,7 @@ def export_pt(calibration: Calibration, path: Path | str) -> None:
     if calibration.horizon_LHqJ is not None:
         offsets = [2**j for j in range(calibration.horizon_LHqJ.shape[-1])]
         metadata |= {"build_variational_horizon": True, "oracle_offsets": offsets}
-    parts = parts_of(replace(calibration, forecast=None))  # which no public code reads
+    parts = parts_of(replace(calibration, forecast=None, norms=None))  # which no public code reads
     # each head a tensor of its own: a view would take the whole storage into the file with it
     entries = {
         f"layer{i:02d}_head{h:02d}": {_NAMES[name]: tensor[i, h].clone() for name, tensor in parts.items()}
