@@ -50,6 +50,18 @@ def test_the_committed_tables_come_out_equal(name: str, tmp_path: Path, monkeypa
     assert (tmp_path / "tables.md").read_text() == (ROOT / "docs" / "results" / name / "tables.md").read_text()
 
 
+def test_a_claims_cells_are_drawn_on_the_side_they_speak_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    claims, drawn = importlib.import_module("claims"), []
+    monkeypatch.setattr(claims, "save_png", lambda chart, *_, **__: drawn.append(chart.to_dict()))
+    claims.build(ROOT / "docs" / "results" / "claims", tmp_path)
+    [chart] = drawn
+    rows = [row for data in chart["datasets"].values() for row in data if "verdict" in row]
+    assert {row["verdict"] for row in rows} == {"for", "undecided", "against"}
+    for row in rows:
+        assert row["verdict"] == ("for" if row["low"] > 0 else "against" if row["high"] < 0 else "undecided")
+
+
 @pytest.mark.parametrize("name", ["cask", "families"])
 def test_no_two_methods_of_a_figure_share_colour_and_marker(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
