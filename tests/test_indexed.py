@@ -57,7 +57,8 @@ def test_copies_and_moved_rows_take_the_keys_of_the_indexer_along() -> None:
         new = torch.tensor([[7, 3, 8], [9, 4, 2]])
         there = decode(model, twin, new[[1, 0, 1]])
         here = decode(model, cache, new)
-    torch.testing.assert_close(there, here[[1, 0, 1]], rtol=0, atol=1e-9)
+    # norms and indexer round to float32, and batches of two and three are multiplied in another order
+    torch.testing.assert_close(there, here[[1, 0, 1]], rtol=0, atol=1e-6)
 
 
 def test_statistics_are_collected_under_the_attention_of_the_model_itself() -> None:
