@@ -27,9 +27,10 @@ from reasonkv import Budget, CompressedCache, get_method
 from reasonkv.calibration import Calibration
 from reasonkv.calibration.job import CalibrateJob
 from reasonkv.calibration.run import run as calibrate
-from reasonkv.evaluate.fitting import add_forecast
+from reasonkv.evaluate.fitting import UNITS, add_forecast
 from reasonkv.floor import compaction, decode_step, measure_rates, prompt_tokens, shape_of
 from reasonkv.models import ModelError, load_model
+from reasonkv.network import FORECAST_FEATURES, Network
 from reasonkv.rotary import Rotary
 from reasonkv.runtimes.transformers.attention import LogitRule
 from reasonkv.tasks import get_task
@@ -65,10 +66,12 @@ def random_model(
 
 
 def random_calibration(config: Any) -> Calibration:
-    """Return statistics of queries that point one way in some pairs and every way in others."""
-    mean = torch.randn(config.num_hidden_layers, config.num_attention_heads, config.head_dim // 2, dtype=torch.cfloat)
+    """Return statistics of queries that point one way in some pairs and every way in others, and fresh networks."""
+    layers, heads, width = config.num_hidden_layers, config.num_key_value_heads, config.head_dim + FORECAST_FEATURES
+    mean = torch.randn(layers, config.num_attention_heads, config.head_dim // 2, dtype=torch.cfloat)
     modulus = mean.abs() + torch.rand(mean.shape)
-    return Calibration(mean, modulus, modulus.square() * 1.2, head_dim=config.head_dim)
+    network = Network.fresh(layers, heads, width, UNITS)
+    return Calibration(mean, modulus, modulus.square() * 1.2, head_dim=config.head_dim, forecast=network)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-from decoding import feed, pieces_of, random_calibration, random_model
+from decoding import UNITS, feed, pieces_of, random_calibration, random_model
 from timing import Found, interval, median, median_interval, milliseconds, script
 from torch import nn
 from transformers import PreTrainedModel
@@ -63,6 +63,7 @@ ONCE = 2 * KV_HEADS * HELD * D
 """One product per entry of all keys, or of all values."""
 PER_QUERY_HEAD = 2 * QUERY_HEADS * HELD * D
 FREQUENCY = Formula(PER_QUERY_HEAD + QUERY_HEADS * HELD * D, KV_HEADS * HELD * D / 2)  # moduli are roots
+EXPECTED = Formula(2 * PER_QUERY_HEAD + QUERY_HEADS * HELD * D + ONCE, QUERY_HEADS * HELD)
 FORMULAS = {
     **dict.fromkeys(("streaming", "random", "random-attention"), Formula()),
     **{name: Formula(count * ONCE) for name, count in {"knorm": 1, "keydiff": 2, "curdkv": 2, "lagkv": 4}.items()},
@@ -72,7 +73,8 @@ FORMULAS = {
     "rkv": attention(8).plus(2 * KV_HEADS * HELD * HELD * D, quadratic=True),
     "rkv:variant=port": attention(64).plus(2 * ONCE),
     "triattention": FREQUENCY,
-    "expected": Formula(2 * PER_QUERY_HEAD + QUERY_HEADS * HELD * D + ONCE, QUERY_HEADS * HELD),
+    "expected": EXPECTED,
+    "importance": EXPECTED.plus(0, KV_HEADS * HELD),
     "expected:covariance=full": Formula(PER_QUERY_HEAD * (1 + D) + ONCE, QUERY_HEADS * HELD),
     "cask": FREQUENCY.plus(2 * ONCE),
     "vase-attnv": attention(64).plus(0, 3 * KV_HEADS * HELD),
@@ -81,6 +83,7 @@ FORMULAS = {
     "defensivekv": attention(32).plus(2 * QUERY_HEADS * (HELD - KEEP) * D * WIDTH),
     "keyformer": attention(128).plus(0, 2 * QUERY_HEADS * 128 * HELD),  # two logarithms per number of noise
     "d2o": attention(128).plus(2 * KV_HEADS * HELD * KEEP * D, quadratic=True),
+    "forecast": attention(64).plus(2 * KV_HEADS * HELD * (D + 7) * UNITS, KV_HEADS * HELD * UNITS),
     "ams": attention(64 + 32),
 }  # fmt: skip
 """Of one layer, by spec, or else by name."""
@@ -153,15 +156,20 @@ def rates() -> tuple[float, float]:
     return 2 * 2048**3 / median(products), 64 * x.numel() / median(exponentials)
 
 
+def evicting() -> list[str]:
+    """Return the methods that evict and do not look into the future."""
+    methods = map(get_method, method_names())
+    return [one.name for one in methods if one.name != "full" and not (one.needs.selects or one.needs.future)]
+
+
 @script
 def main(given: argparse.Namespace) -> Found:
     torch.manual_seed(0)
     few = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "max_position_embeddings": 32768}
     model, rows = random_model(dtype=getattr(torch, given.dtype), num_hidden_layers=given.layers, **few), []
-    evicting = (get_method(name) for name in method_names())
-    # the others evict nothing, or look into the future
-    every = [one.name for one in evicting if one.name != "full" and not (one.needs.selects or one.needs.future)]
-    for spec in [*every, *FURTHER] if given.methods == ["all"] else given.methods:
+    geometry = f"{given.layers} layers at Qwen3-8B geometry, {HELD} -> {KEEP} slots, {given.dtype}"
+    title = f"One compaction of {geometry}, one row, CPU"
+    for spec in [*evicting(), *FURTHER] if given.methods == ["all"] else given.methods:
         method = get_method(spec)
         counted = FORMULAS.get(spec) or FORMULAS[method.name]
         with torch.no_grad():
@@ -175,5 +183,4 @@ def main(given: argparse.Namespace) -> Found:
             "quadratic": "yes" if counted.quadratic else "",
         })  # fmt: skip
         print(f"{spec:30s} {median(timed):8.1f} ms, {median(timed) / max(least):5.2f} times the least", flush=True)
-    geometry = f"{given.layers} layers at Qwen3-8B geometry, {HELD} -> {KEEP} slots, {given.dtype}"
-    yield {"title": f"One compaction of {geometry}, one row, CPU", "rows": rows}
+        yield {"title": title, "rows": rows}

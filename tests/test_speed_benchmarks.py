@@ -49,6 +49,11 @@ def test_the_page_of_performance_is_made_from_the_committed_files(script: Script
     assert performance.with_block(page, performance.block()) == page
 
 
+def test_every_method_has_a_formula_of_what_its_compaction_takes(script: Scripts) -> None:
+    event_cost = script("event_cost")
+    assert set(event_cost.evicting()) <= event_cost.FORMULAS.keys()
+
+
 def test_a_run_is_the_sum_of_its_steps(script: Scripts) -> None:
     lengths, ms = (10, 20, 40), [2.0, 3.0, 7.0]  # 0.1 and then 0.2 ms a token
     step = {n: 1 + 0.1 * n if n <= 20 else 3 + 0.2 * (n - 20) for n in range(5, 60)}
