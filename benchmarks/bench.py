@@ -1,4 +1,4 @@
-"""Run the CPU benchmarks of speed one after the other within 20 minutes, and make the tables of docs/performance.md.
+"""Run the CPU benchmarks of speed one after the other within 20 minutes, and make the pages of performance.
 
 A script whose JSON file is of the commit that is checked out is not run again, so an interrupted run resumes; --again
 measures all. Models are hub names or folders. What is not there is said in one sentence, and the rest goes on.
@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"{name}: begins after {done:.1f} minutes, at most {most:.0f} more.", flush=True)
             if not finishes(command, 60 * min(most, TOTAL - done)):
                 failed.append(name)
-    if given.results == RESULTS and not given.small:
+    if given.results.resolve() in performance.PAGES and not given.small:
         performance.main([])
     print(f"{(time.monotonic() - began) / 60:.1f} minutes in all{', without ' if failed else ''}{', '.join(failed)}")
     sys.exit(bool(failed))

@@ -1,6 +1,6 @@
-"""Make the tables of docs/performance.md again from the JSON files of `benchmarks/results`.
+"""Make the tables of the pages of performance again from the JSON files of `benchmarks/results`, one folder a machine.
 
-python benchmarks/performance.py            # rewrites the block between the two marks of the page
+python benchmarks/performance.py            # rewrites the block between the two marks of every page
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from reasonkv import get_method
 from reasonkv.files import write_atomically
 from reasonkv.methods import method_names
 
-PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
+DOCS = Path(__file__).parents[1] / "docs"
+PAGES = {RESULTS: DOCS / "performance.md", RESULTS / "amx": DOCS / "performance-amx.md"}
 BEGIN, END = "<!-- made by benchmarks/performance.py -->", "<!-- end of what it made -->"
 Row = Mapping[str, Any]
 STOCK = ("stock", "static")
@@ -176,11 +177,12 @@ def with_block(page: str, made: str) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Parse and rewrite the page."""
+    """Parse and rewrite the pages."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.parse_args(argv)
-    write_atomically(PAGE, with_block(PAGE.read_text(), block()).encode())
-    print(f"written to {PAGE.relative_to(PAGE.parents[1])}")
+    for results, page in PAGES.items():
+        write_atomically(page, with_block(page.read_text(), block(results)).encode())
+        print(f"written to {page.relative_to(DOCS.parent)}")
 
 
 if __name__ == "__main__":

@@ -45,8 +45,9 @@ def test_a_timing_script_finishes_in_its_small_mode(name: str, tmp_path: Path, s
 
 def test_the_page_of_performance_is_made_from_the_committed_files(script: Scripts) -> None:
     performance = script("performance")
-    page = performance.PAGE.read_text()
-    assert performance.with_block(page, performance.block()) == page
+    for results, path in performance.PAGES.items():
+        page = path.read_text()
+        assert performance.with_block(page, performance.block(results)) == page
 
 
 def test_every_method_has_a_formula_of_what_its_compaction_takes(script: Scripts) -> None:

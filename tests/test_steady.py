@@ -56,7 +56,7 @@ def test_steps_attend_to_exactly_the_slots_that_a_compressed_cache_keeps(name: s
 
 
 def generated(model: Any, ids: Any, mask: Any, compiled: bool, method: str = "snapkv:window=6", **asked: Any) -> Any:
-    size = {"tokens": 24, "interval": 12, "recent": 4, "prompt": "count"}
+    size = {"tokens": 24, "interval": 12, "recent": 4, "prompt": "on_top"}
     decode = generate_with(method, **size, compile=compiled, calibration=calibration(model))
     asked = {"max_new_tokens": 60, "min_new_tokens": 60, "do_sample": False, **asked}
     out = model.generate(ids, attention_mask=mask, custom_generate=decode, **asked)
@@ -66,16 +66,18 @@ def generated(model: Any, ids: Any, mask: Any, compiled: bool, method: str = "sn
 
 @pytest.mark.parametrize("method", ["snapkv:window=6", "expected", "cask"])
 def test_all_steps_run_in_one_graph_that_is_compiled_once(method: str) -> None:
-    model, (ids, mask, _) = tiny_model("llama"), batch([20, 13])
-    wanted = generated(model, ids, mask, False, method)
+    model, texts = tiny_model("llama"), [(batch([20, 13]), 60), (batch([20, 13]), 60), (batch([29, 31]), 70)]
+    asked = [{"max_new_tokens": tokens, "min_new_tokens": tokens} for _, tokens in texts]
+    wanted = [generated(model, *text[:2], False, method, **one) for (text, _), one in zip(texts, asked, strict=True)]
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     with torch._dynamo.config.patch(error_on_recompile=True):
         config = CompileConfig(fullgraph=True, backend="aot_eager")
-        for _ in range(2):  # another cache of the same shapes is not compiled again
-            out, rows = generated(model, ids, mask, True, method, compile_config=config)
-            assert torch.equal(out, wanted[0]) and rows == wanted[1]
-    assert all(row.events > 2 for row in rows)
+        # neither another cache nor another length of the prompt or of the answer is compiled again
+        for (text, _), one, (out, rows) in zip(texts, asked, wanted, strict=True):
+            found = generated(model, *text[:2], True, method, compile_config=config, **one)
+            assert torch.equal(found[0], out) and found[1] == rows
+            assert all(row.events > 1 for row in rows)
     counters = torch._dynamo.utils.counters
     assert not counters["graph_break"] and counters["stats"]["unique_graphs"] == 1
 

@@ -120,6 +120,8 @@ class CompressedLayer(CacheLayerMixin):
         self.appended = forward
         if self.storage is None:
             capacity = self.group.capacity(session.max_length)
+            if capacity is not None:
+                capacity += -capacity % session.capacity_step
             of_layer = (key_states, value_states, session.needs, capacity)
             self.storage = PackedStorage(*of_layer, session.bits) if session.bits else LayerStorage(*of_layer)
         allocated = self.storage.allocated

@@ -41,6 +41,7 @@ class Session:
         bits: of a stored number, or None for the model's dtype.
         context: most tokens the model was made for, where its configuration says; None once it was warned about.
         reads_mask: the model itself reads the mask of a forward, as an indexer does.
+        capacity_step: the capacity of a storage is a multiple of it.
         token_ids: every token, for methods that read the text.
         columns_seen: columns fed so far, padding included.
         attach: sets the model's attention to ours.
@@ -63,6 +64,7 @@ class Session:
     bits: int | None = None
     context: int | None = None
     reads_mask: bool = False
+    capacity_step: int = 1
     token_ids: TokenLog = field(default_factory=TokenLog)
     columns_seen: int = 0
     attach: Callable[[], None]

@@ -31,6 +31,8 @@ from reasonkv.runtimes.transformers.masks import MaskLength
 from reasonkv.runtimes.transformers.stats import CacheStats
 from reasonkv.runtimes.transformers.storage import LayerStorage
 
+CAPACITY_STEP = 256
+"""Capacities are multiples of it, so that prompts of many lengths are served by few compiled forwards."""
 REFUSED = "Steps with static shapes (compile=True) do not serve"
 
 
@@ -175,6 +177,7 @@ class SteadyCache(CompressedCache):
         if base_kernel(model.config, options.get("kernel")).startswith("flash"):
             raise UnsupportedModelError(f"{REFUSED} flash attention, which takes no mask; load the model with sdpa.")
         super().__init__(model, *args, **options)
+        self.session.capacity_step = CAPACITY_STEP
         self._check(self._attachment.is_plain)
 
     @property
@@ -300,7 +303,7 @@ class SteadyCache(CompressedCache):
         rows, steps = self.layer_groups[0].rows, self.session.needs.observe_steps
         distances = [one for one in super().tokens_to_next_event() if one is not None]
         self._event = min(distances, default=1 << 62)
-        room = len(steady[0].cursor.slot_C) - max(row.state.physical for row in rows)
+        room = (self.layer_groups[0].capacity(self.session.max_length) or 0) - max(row.state.physical for row in rows)
         if room == 0:  # a capacity for `max_length` tokens
             raise UnsupportedModelError(f"The text grows beyond the max_length of {self.session.max_length} tokens.")
         self._run = min(self._event, room, steps if self.session.needs.observes else room)
