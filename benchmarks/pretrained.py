@@ -34,7 +34,10 @@ def build(source: Path, to: Path, over: str = "random", by: str = "docs/your-mod
         f"Made by `python benchmarks/results.py {source.name}` from the records of {by}; see README.md.\n",
         f"Model {'; '.join(sorted(ran))}.\n",
     ]
-    parts += [_table(group, replay, answers, records, over) for group in groups]
+    # answers at other budgets than replays have a table of their own
+    parts += [_table(group, replay, answers if len(groups) == 1 else None, records, over) for group in groups]
+    if answers is not None and len(groups) > 1:
+        parts.append(answers_table(records["answers"]))
     (to / "tables.md").write_text("\n".join(parts))
     if len(groups) > 1:
         _draw_cells(replay["kl"], to / f"{source.name}.png")
@@ -106,3 +109,22 @@ def _table(
     heads = [" | ".join(f"{size}: {one}" for one in columns) for size in budgets]
     counts = f"{n} a cell; +- is one standard error, brackets are 95 %."
     return f"**{group}**\n\n{markdown(['method', *heads], rows)}\n\n{counts}\n"
+
+
+def answers_table(answers: pd.DataFrame) -> str:
+    """Return how many answers are right, and paired differences to full KV and to `random`."""
+    right, gains, rows = means(answers, "correct", "output_tokens", "physical_mean"), Gains(answers, "correct"), []
+    for group, method, size in right.index:
+        cell = right.loc[group, method, size]
+        rivals = [(group, "full", ""), (group, "random", size)]
+        against = [words(gains.between((group, method, size), one), 0) if one[1] != method else "-" for one in rivals]
+        numbers = f"{cell['output_tokens', 'mean']:.0f}", f"{cell['physical_mean', 'mean']:.0f}"
+        rows.append([model_of(group), method, size or "-", f"{100 * cell['correct', 'mean']:.0f}", *against, *numbers])
+    head = ["model", "method", "slots", "right, %", "to full KV, points", "to `random`, points", "tokens", "mean slots"]
+    n = answers["example"].nunique()
+    return f"## Answers\n\n{n} problems, greedy; paired differences with 95 % intervals.\n\n{markdown(head, rows)}\n"
+
+
+def model_of(group: str) -> str:
+    """Return the short name of a group's model, or of its task where there is one model."""
+    return group.partition(",")[0].rpartition("/")[2].removesuffix("-Instruct")

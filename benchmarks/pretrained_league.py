@@ -9,6 +9,7 @@ from pathlib import Path
 import altair as alt
 import pandas as pd
 from claims import draw, judge
+from pretrained import answers_table, model_of
 from scipy.stats import spearmanr
 from tables import Gains, load, manifests, markdown, means, plus_minus, shares_of_the_way, sizes, text, words
 
@@ -42,7 +43,7 @@ def build(source: Path, to: Path) -> None:
     for group, own in replay.groupby("group", sort=False):
         parts.append(_league(str(group), own, kl.xs(group, level="group", drop_level=False)))
     if "answers" in records:
-        parts.append(_answers(records["answers"]))
+        parts.append(answers_table(records["answers"]))
     parts.append(_agreement(kl, means(load(source.parent / "league", source.parent / "cask")["replay"], "kl")))
     parts.append(_foresight())
     judged, details = judge(records, "pretrained_claims")
@@ -113,20 +114,6 @@ def _league(group: str, replay: pd.DataFrame, kl: pd.DataFrame) -> str:
     return "\n".join(parts)
 
 
-def _answers(answers: pd.DataFrame) -> str:
-    """Return how many answers are right, and paired differences to full KV and to `random`."""
-    right, gains, rows = means(answers, "correct", "output_tokens", "physical_mean"), Gains(answers, "correct"), []
-    for group, method, size in right.index:
-        cell = right.loc[group, method, size]
-        rivals = [(group, "full", ""), (group, "random", size)]
-        against = [words(gains.between((group, method, size), one), 0) if one[1] != method else "-" for one in rivals]
-        numbers = f"{cell['output_tokens', 'mean']:.0f}", f"{cell['physical_mean', 'mean']:.0f}"
-        rows.append([_title(group), method, size or "-", f"{100 * cell['correct', 'mean']:.0f}", *against, *numbers])
-    head = ["model", "method", "slots", "right, %", "to full KV, points", "to `random`, points", "tokens", "mean slots"]
-    n = answers["example"].nunique()
-    return f"## Answers\n\n{n} problems, greedy; paired differences with 95 % intervals.\n\n{markdown(head, rows)}\n"
-
-
 def _agreement(kl: pd.DataFrame, testbed: pd.DataFrame) -> str:
     """Return Spearman's rank correlations of mean KL between pretrained models' cells and the testbed's."""
     values, rows = kl["kl", "mean"].drop(list(_SHOWN), level="method", errors="ignore"), []
@@ -144,8 +131,8 @@ def _agreement(kl: pd.DataFrame, testbed: pd.DataFrame) -> str:
             one = theirs.xs((group, size), level=["group", "size"])
             row = [group.partition(",")[0], size]
             rows.append(row + [_correlation(one, ours[at]) for at in columns])
-    head = ["testbed's family", "its slots", *(f"{_title(group)}, {size} slots" for group, size in columns)]
-    models = [[_title(a), _title(b), size, _correlation(ours[a, size], ours[b, size])]
+    head = ["testbed's family", "its slots", *(f"{model_of(group)}, {size} slots" for group, size in columns)]
+    models = [[model_of(a), model_of(b), size, _correlation(ours[a, size], ours[b, size])]
               for (a, size), (b, other) in combinations(columns, 2) if size == other]  # fmt: skip
     among = f"The same between the pretrained models:\n\n{markdown(['', '', 'slots', 'correlation'], models)}\n\n"
     return ("## Do models rank methods alike?\n\nSpearman's correlation of mean KL over the methods that both "
@@ -172,17 +159,12 @@ def _correlation(one: pd.Series, other: pd.Series) -> str:
     return f"{spearmanr(one[shared], other[shared]).statistic:+.2f} ({len(shared)})" if len(shared) > 7 else "-"
 
 
-def _title(group: str) -> str:
-    """Return the short name of a group's model, or of its task where there is one model."""
-    return group.partition(",")[0].rpartition("/")[2].removesuffix("-Instruct")
-
-
 def _draw_models(kl: pd.DataFrame, path: Path) -> None:
     """Draw what ran on at least two models at one budget: a panel a model, the methods in one order."""
     found = kl["kl"].reset_index()
     found = found[found.groupby("method")["group"].transform("nunique") > 1]
     found = found.assign(low=found["mean"] - found["sem"], high=found["mean"] + found["sem"])
-    found["model"] = found["group"].map(_title)
+    found["model"] = found["group"].map(model_of)
     order = found.groupby("method")["mean"].mean().sort_values().index.tolist()
     base = alt.Chart(found).encode(y=alt.Y("method:N", sort=order, title=None, axis=alt.Axis(grid=True)))
     axis, scale = alt.Axis(values=[0.01, 0.02, 0.03, 0.05, 0.1]), alt.Scale(type="log", nice=False, padding=10)
@@ -216,7 +198,7 @@ def _draw(kl: pd.DataFrame, path: Path) -> None:
             x=alt.X("kl:Q", scale=alt.Scale(type="log"), title="KL from full KV, nats a token (log)")
         )
         bars = base.mark_rule(strokeWidth=2).encode(x="low:Q", x2="high:Q")
-        charts.append((bars + dots).properties(title=_title(str(group)), width=330, height=alt.Step(17)))
+        charts.append((bars + dots).properties(title=model_of(str(group)), width=330, height=alt.Step(17)))
     save_png(
         alt.hconcat(*charts),
         path,
