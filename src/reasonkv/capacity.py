@@ -23,7 +23,7 @@ from reasonkv.layers import head_dim_of, is_latent, text_config
 from reasonkv.load import CapacityError, Load, amount
 from reasonkv.rates import GPUS as GPUS
 from reasonkv.rates import Clock, Rates, measure_attention, measure_rates, shortest
-from reasonkv.schedule import Lengths, bound, next_event, step
+from reasonkv.schedule import attended_slots, bound, walk
 
 THIS = ("this", "cpu")
 """Names of this machine in place of a GPU's: its accelerator if there is one, and its CPU in any case."""
@@ -179,15 +179,9 @@ def step_seconds(shape: Shape, device: Device, batch: int, slots: float, seen: f
 
 def slots_over_answer(budget: Budget | None, prompt: int, length: int) -> tuple[float, int]:
     """Return the slots that tokens of an answer attend to on average, and those its compactions keep, summed up."""
-    state, _ = step(budget, Lengths(0, 0, prompt), prompt)
-    total, moved = 0.0, 0
-    while state.logical < length:
-        event = next_event(budget, state)
-        fed = min(length, event or length) - state.logical
-        total += fed * state.physical + fed * (fed + 1) / 2
-        state, kept = step(budget, state, fed)
-        moved += kept or 0
-    return total / (length - prompt), moved
+    chunks = walk(budget, prompt, length)
+    moved = sum(after.physical for before, _, after, cut in chunks if cut and before.logical >= prompt)
+    return attended_slots(budget, prompt, length) / (length - prompt), moved
 
 
 def plan_capacity(

@@ -9,7 +9,7 @@ chunk; a chunk that crosses boundaries has one compaction, at its end.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import NamedTuple, TypeVar
 
@@ -109,6 +109,37 @@ def one_by_one(budget: Budget | None, state: Lengths, length: int) -> Lengths:
         end = length if boundary is None else min(boundary, length)
         state, _ = step(budget, state, end - state.logical)
     return state
+
+
+def walk(budget: Budget | None, prompt: int, length: int) -> Iterator[tuple[Lengths, int, Lengths, bool]]:
+    """Yield the chunks of a sequence that is fed alone: prompt first, each up to the next compaction.
+
+    Args:
+        budget: None for full KV.
+        prompt: tokens of the prompt.
+        length: tokens fed in all, prompt included.
+
+    Yields:
+        Lengths before a chunk, its tokens, lengths after it, and whether it ends in a compaction.
+    """
+    state = Lengths(prompt=prompt)
+    while state.logical < length:
+        end = prompt if state.logical < prompt else length
+        event = next_event(budget, state)
+        fed = min(end, end if event is None else event) - state.logical
+        after, kept = step(budget, state, fed)
+        yield state, fed, after, kept is not None
+        state = after
+
+
+def attended_slots(budget: Budget | None, prompt: int, length: int) -> int:
+    """Return the slots attended, summed over the tokens fed after the prompt one at a time; arguments as in `walk`."""
+    return sum(
+        # token i of the chunk (from 1) attends to what was held and to the i newest
+        fed * before.physical + fed * (fed + 1) // 2
+        for before, fed, _, _ in walk(budget, prompt, length)
+        if before.logical >= prompt
+    )
 
 
 def open_tokens(window: Window, before: Lengths, after: Lengths) -> tuple[int, int]:

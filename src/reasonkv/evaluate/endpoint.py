@@ -22,7 +22,7 @@ from reasonkv.budget import Budget, PeriodicWindow, Window
 from reasonkv.errors import ReasonKVError
 from reasonkv.evaluate.cells import make_budgets
 from reasonkv.evaluate.job import DEFAULT_METHODS, RULE, BudgetOptions, GenerateJob, JobError
-from reasonkv.identity import TESTBED
+from reasonkv.identity import TESTBED, TESTBED_FOLDER
 from reasonkv.methods import Method, get_method
 
 KEY_VARIABLE = "OPENAI_API_KEY"
@@ -212,9 +212,7 @@ def _tokenizer(model: str, names: list[str]) -> Any:
     """Return the tokenizer of a model folder, or None."""
     folder = Path(model).expanduser()
     if model == TESTBED and model in names:
-        from reasonkv.testbed import testbed_path
-
-        folder = testbed_path()
+        folder = TESTBED_FOLDER
     if not folder.is_dir():
         return None
     from transformers import AutoTokenizer

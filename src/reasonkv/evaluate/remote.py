@@ -22,11 +22,11 @@ from reasonkv.evaluate.endpoint import Endpoint, EndpointError
 from reasonkv.evaluate.generate import row_seed
 from reasonkv.evaluate.job import GenerateJob
 from reasonkv.evaluate.manifest import Manifest, Weights
-from reasonkv.evaluate.matching import attended_slots, walk
 from reasonkv.evaluate.progress import Progress, silent
 from reasonkv.evaluate.records import AnswerItem, AnswerRecord
 from reasonkv.evaluate.run import AnswerTask, Session, run_tasks
 from reasonkv.evaluate.traces import TraceError
+from reasonkv.schedule import attended_slots, walk
 from reasonkv.tasks import Problem, TaskError, get_task
 from reasonkv.tasks.needle import NeedleTask
 from reasonkv.tasks.options import THINK
