@@ -17,17 +17,11 @@ from reasonkv.budget import Budget, BudgetError, ExplicitEventsWindow, PeriodicW
 
 
 class Lengths(NamedTuple):
-    """The lengths of one sequence in one layer.
+    """The lengths of one sequence in one layer."""
 
-    Args:
-        logical: tokens seen, L.
-        physical: slots stored per KV head, P.
-        prompt: tokens of the prompt, known from the first forward on.
-    """
-
-    logical: int = 0
-    physical: int = 0
-    prompt: int = 0
+    logical: int = 0  # tokens seen, L
+    physical: int = 0  # slots stored per KV head, P
+    prompt: int = 0  # tokens of the prompt, known from the first forward on
 
 
 def kept_share(budget: Budget, logical: int, prompt: int) -> int:

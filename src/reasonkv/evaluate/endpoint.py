@@ -74,22 +74,14 @@ class Served:
 
 @dataclass(frozen=True)
 class Endpoint:
-    """One model of a server.
+    """One model of a server."""
 
-    Args:
-        url: up to and with `/v1`.
-        is_vllm: whether it takes vLLM's own fields.
-        context: most tokens of prompt and output together, if it says so.
-        served: what our server does; None of others.
-        tokenizer: for tasks whose length is counted in tokens; None where no folder was given.
-    """
-
-    url: str
+    url: str  # up to and with `/v1`
     name: str
-    is_vllm: bool = False
-    context: int | None = None
-    served: Served | None = None
-    tokenizer: Any = None
+    is_vllm: bool = False  # whether it takes vLLM's own fields
+    context: int | None = None  # most tokens of prompt and output together, if it says so
+    served: Served | None = None  # what our server does; None of others
+    tokenizer: Any = None  # for tasks whose length is counted in tokens; None where no folder was given
 
     @classmethod
     def connect(cls, url: str, model: str = TESTBED) -> Endpoint:

@@ -63,19 +63,13 @@ class Compaction(NamedTuple):
 
 
 class Fitted(NamedTuple):
-    """The networks, and how well they do on every eighth text, which they were not fitted to.
+    """The networks, and how well they do on every eighth text, which they were not fitted to."""
 
-    Args:
-        network: of all layers' KV heads.
-        compactions: that they were fitted to.
-        share: of the target that the best choice holds, what a choice by them holds; None where no text is left over.
-        attention_share: the same of a choice by the newest queries' attention.
-    """
-
-    network: Network
-    compactions: int
+    network: Network  # of all layers' KV heads
+    compactions: int  # that they were fitted to
+    # of the target that the best choice holds, what a choice by them holds; None where no text is left over
     share: float | None = None
-    attention_share: float | None = None
+    attention_share: float | None = None  # the same of a choice by the newest queries' attention
 
 
 def fit_forecast(

@@ -48,18 +48,12 @@ class ModelSource(Protocol):
 
 @dataclass(frozen=True)
 class Cell:
-    """One method at one budget on one task, or full KV on it.
-
-    Args:
-        job: one task, one seed, and full KV with at most one method at one budget.
-        folder: its results folder.
-        full: full KV's cell of the same task, which runs before.
-    """
+    """One method at one budget on one task, or full KV on it."""
 
     source: ModelSource
-    job: ReplayJob | GenerateJob
-    folder: Path
-    full: Path | None
+    job: ReplayJob | GenerateJob  # one task, one seed, and full KV with at most one method at one budget
+    folder: Path  # its results folder
+    full: Path | None  # full KV's cell of the same task, which runs before
     label: str
 
     @property

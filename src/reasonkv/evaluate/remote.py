@@ -187,24 +187,16 @@ class RemoteTask(AnswerTask):
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer of a server.
+    """One answer of a server."""
 
-    Args:
-        text: with its thinking.
-        tokens: ids, or where the server gives none, a hash of every word, which tells loops and differences as well.
-        prompt_tokens, output_tokens: as the server counts them.
-        truncated: whether the limit ended it.
-        thinking_tokens: None where the server does not tell.
-        seconds: from the request to the answer.
-    """
-
-    text: str
+    text: str  # with its thinking
+    # ids, or where the server gives none, a hash of every word, which tells loops and differences as well
     tokens: list[int]
-    prompt_tokens: int
-    output_tokens: int
-    truncated: bool
-    thinking_tokens: int | None
-    seconds: float = 0.0
+    prompt_tokens: int  # as the server counts them
+    output_tokens: int  # likewise
+    truncated: bool  # whether the limit ended it
+    thinking_tokens: int | None  # None where the server does not tell
+    seconds: float = 0.0  # from the request to the answer
 
     @classmethod
     def of(cls, response: Mapping[str, Any], think_end: str, prompt_tokens: int | None) -> Answer:
