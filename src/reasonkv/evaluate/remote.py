@@ -24,7 +24,7 @@ from reasonkv.evaluate.job import GenerateJob
 from reasonkv.evaluate.manifest import Manifest, Weights
 from reasonkv.evaluate.progress import Progress, silent
 from reasonkv.evaluate.records import AnswerItem, AnswerRecord
-from reasonkv.evaluate.run import AnswerTask, Session, run_tasks
+from reasonkv.evaluate.run import AnswerTask, Session
 from reasonkv.evaluate.traces import TraceError
 from reasonkv.schedule import attended_slots, walk
 from reasonkv.tasks import Problem, TaskError, get_task
@@ -59,7 +59,7 @@ def run_remote(
     # weights cannot be seen from here; a replica at another URL may go on with a folder
     weights = Weights(name=endpoint.name, hash=hashlib.sha256(endpoint.name.encode()).hexdigest()[:16])
     manifest = Manifest(command=command or "evaluate", arguments=about, model=weights, device=endpoint.url)
-    return run_tasks(RemoteTask, job, endpoint, folder, manifest, progress)
+    return Session(job, endpoint, folder, progress, manifest).run(RemoteTask)
 
 
 class RemoteTask(AnswerTask):
