@@ -50,7 +50,6 @@ def next_event(budget: Budget | None, state: Lengths) -> int | None:
 
     Args:
         budget: None for a cache without bound.
-        state: the sequence now.
     """
     if budget is None:
         return None

@@ -9,6 +9,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from safetensors.torch import save
@@ -107,15 +108,9 @@ def fates(plans: Sequence[EventPlan], tokens: int, *, row: int = 0, layers: Sequ
             into[place][leaves] = moved_HN[leaves].to(torch.int32)
             host_HN = torch.where(host_HN >= 0, moved_HN, host_HN)
     at = [[plan for plan in own if plan.layer in chosen and plan.length == length] for length in lengths]
-    return Fates(
-        chosen,
-        dropped,
-        folded,
-        into,
-        tuple(lengths),
-        tuple(round(sum(plan.positions_HN.shape[-1] for plan in plans) / len(plans)) for plans in at),
-        tuple(round(sum(plan.kept_HK.shape[-1] for plan in plans) / len(plans)) for plans in at),
-    )
+    before = tuple(round(fmean(plan.positions_HN.shape[-1] for plan in plans)) for plans in at)
+    after = tuple(round(fmean(plan.kept_HK.shape[-1] for plan in plans)) for plans in at)
+    return Fates(chosen, dropped, folded, into, tuple(lengths), before, after)
 
 
 def _without_padding(view: SlotView, plan: Plan) -> Tensor | None:

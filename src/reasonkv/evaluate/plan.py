@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -31,15 +31,13 @@ RETRIES = 3
 J = TypeVar("J", ReplayJob, GenerateJob)
 
 
-class ModelSource(Protocol):
+class ModelSource(Hashable, Protocol):
     """What loads a model: hashable, and small enough to be sent to a worker."""
 
     @property
     def model(self) -> str:
         """The model's name."""
         ...
-
-    def __hash__(self) -> int: ...
 
     def load(self) -> LoadedModel:
         """Load it."""
