@@ -9,7 +9,7 @@ Legend: N output tokens of one row in one chunk, V vocabulary, k tokens stored p
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -66,7 +66,7 @@ class TeacherLogprobs:
 
 @dataclass(frozen=True)
 class TraceMetrics:
-    """Means over one trace's output tokens, by the fields of `ReplayRecord`."""
+    """Means over one trace's output tokens (fields as in `ReplayRecord`), and the negative log-likelihood of each."""
 
     top1: float
     top5: float
@@ -74,6 +74,7 @@ class TraceMetrics:
     kl: float
     first_mismatch: int | None
     answer_top1: float | None
+    nll_T: Tensor = field(compare=False)
 
 
 class TraceScore:
@@ -135,6 +136,7 @@ class TraceScore:
             kl=kl.item(),
             first_mismatch=int(wrong[0]) if len(wrong) else None,
             answer_top1=None if answer_at is None else top1_T[answer_at:].double().mean().item(),
+            nll_T=nll_T,
         )
 
 
