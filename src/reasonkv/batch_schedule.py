@@ -15,19 +15,12 @@ _NEVER = np.iinfo(np.int64).max
 
 
 class Event(NamedTuple):
-    """One row's event at the end of a forward.
+    """One row's event at the end of a forward."""
 
-    Args:
-        row: which one, counted among the forward's.
-        before: its state before the forward.
-        held: slots it holds until the event, the forward's among them.
-        after: its state after the event, which keeps `after.physical`.
-    """
-
-    row: int
-    before: Lengths
-    held: int
-    after: Lengths
+    row: int  # which one, counted among the forward's
+    before: Lengths  # its state before the forward
+    held: int  # slots it holds until the event, the forward's among them
+    after: Lengths  # its state after the event, which keeps `after.physical`
 
 
 class BatchSchedule:

@@ -23,7 +23,7 @@ from reasonkv.layers import head_dim_of, is_latent, text_config
 from reasonkv.load import CapacityError, Load, amount
 from reasonkv.rates import GPUS as GPUS
 from reasonkv.rates import Clock, Rates, measure_attention, measure_rates, shortest
-from reasonkv.schedule import Lengths, bound, next_event, step
+from reasonkv.schedule import attended_slots, bound, walk
 
 THIS = ("this", "cpu")
 """Names of this machine in place of a GPU's: its accelerator if there is one, and its CPU in any case."""
@@ -31,75 +31,43 @@ _MEASURED_BATCH, _MEASURED_SLOTS, _MEASURED_BYTES = 64, 4096, 2**29  # the most 
 
 
 class Device(NamedTuple):
-    """What a plan counts with.
+    """What a plan counts with."""
 
-    Args:
-        name: in words.
-        memory: bytes.
-        rates: peaks of a data sheet, or measured.
-        products: share of the rates that products with weights reach; 1 of a data sheet.
-        attention: the same of attention.
-    """
-
-    name: str
-    memory: float
-    rates: Rates
-    products: float = 1.0
-    attention: float = 1.0
+    name: str  # in words
+    memory: float  # bytes
+    rates: Rates  # peaks of a data sheet, or measured
+    products: float = 1.0  # share of the rates that products with weights reach; 1 of a data sheet
+    attention: float = 1.0  # the same of attention
 
 
 @dataclass(frozen=True)
 class Capacity:
-    """What runs, under one rule of what is kept.
+    """What runs, under one rule of what is kept."""
 
-    Args:
-        kept: the rule in words.
-        slots_mean: slots of a request per KV head and layer, mean over its answer.
-        slots_peak: the most it ever holds.
-        bytes_mean: of a request's cache on all devices of a copy, mean over its answer.
-        bytes_peak: the most.
-        at_once: requests that run at once on all copies, as their mean bytes fit; no more than are asked for.
-        at_once_surely: those that fit if all are at their peak together.
-        step_ms: one token of every running request of a copy, milliseconds.
-        tokens_per_second: answer tokens, of all copies, prompts and compactions included.
-        hours: until all requests have their answers; None where no request fits.
-    """
-
-    kept: str
-    slots_mean: float
-    slots_peak: int
-    bytes_mean: float
-    bytes_peak: float
-    at_once: int
-    at_once_surely: int
-    step_ms: float
-    tokens_per_second: float
-    hours: float | None
+    kept: str  # the rule in words
+    slots_mean: float  # slots of a request per KV head and layer, mean over its answer
+    slots_peak: int  # the most it ever holds
+    bytes_mean: float  # of a request's cache on all devices of a copy, mean over its answer
+    bytes_peak: float  # the most
+    at_once: int  # requests that run at once on all copies, as their mean bytes fit; no more than are asked for
+    at_once_surely: int  # those that fit if all are at their peak together
+    step_ms: float  # one token of every running request of a copy, milliseconds
+    tokens_per_second: float  # answer tokens, of all copies, prompts and compactions included
+    hours: float | None  # until all requests have their answers; None where no request fits
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One model on given devices.
+    """One model on given devices."""
 
-    Args:
-        device: its name.
-        devices: how many.
-        parameters: of the model.
-        weight_bytes: of one copy of the weights, on the device that holds the most.
-        cache_memory: bytes that a device has left for keys and values.
-        kv_copies: how often each KV head is stored, because there are more ranks than heads, or they do not divide.
-        full: with full KV.
-        bounded: with the budget.
-    """
-
-    device: str
-    devices: int
-    parameters: int
-    weight_bytes: float
-    cache_memory: float
-    kv_copies: float
-    full: Capacity
-    bounded: Capacity
+    device: str  # its name
+    devices: int  # how many
+    parameters: int  # of the model
+    weight_bytes: float  # of one copy of the weights, on the device that holds the most
+    cache_memory: float  # bytes that a device has left for keys and values
+    kv_copies: float  # how often each KV head is stored, because there are more ranks than heads, or they do not divide
+    full: Capacity  # with full KV
+    bounded: Capacity  # with the budget
 
 
 def find_device(name: str, dtype: torch.dtype, clock: Clock = time.perf_counter) -> Device:
@@ -179,15 +147,9 @@ def step_seconds(shape: Shape, device: Device, batch: int, slots: float, seen: f
 
 def slots_over_answer(budget: Budget | None, prompt: int, length: int) -> tuple[float, int]:
     """Return the slots that tokens of an answer attend to on average, and those its compactions keep, summed up."""
-    state, _ = step(budget, Lengths(0, 0, prompt), prompt)
-    total, moved = 0.0, 0
-    while state.logical < length:
-        event = next_event(budget, state)
-        fed = min(length, event or length) - state.logical
-        total += fed * state.physical + fed * (fed + 1) / 2
-        state, kept = step(budget, state, fed)
-        moved += kept or 0
-    return total / (length - prompt), moved
+    chunks = walk(budget, prompt, length)
+    moved = sum(after.physical for before, _, after, cut in chunks if cut and before.logical >= prompt)
+    return attended_slots(budget, prompt, length) / (length - prompt), moved
 
 
 def plan_capacity(

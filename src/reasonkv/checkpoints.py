@@ -25,19 +25,12 @@ class ModelError(ReasonKVError, ValueError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Where a model's files are, as `from_pretrained` takes them.
+    """Where a model's files are, as `from_pretrained` takes them."""
 
-    Args:
-        name: as the user gave it.
-        source: a folder or a hub name.
-        options: revision and GGUF file, where there are any.
-        adapter: folder or hub name of a LoRA adapter for it.
-    """
-
-    name: str
-    source: str
-    options: dict[str, str] = field(default_factory=dict)
-    adapter: str | None = None
+    name: str  # as the user gave it
+    source: str  # a folder or a hub name
+    options: dict[str, str] = field(default_factory=dict)  # revision and GGUF file, where there are any
+    adapter: str | None = None  # folder or hub name of a LoRA adapter for it
 
     @property
     def is_gguf(self) -> bool:

@@ -24,25 +24,15 @@ _OPTIONAL = {
 
 @dataclass(frozen=True)
 class Report:
-    """One examination.
+    """One examination."""
 
-    Args:
-        versions: of Python and packages.
-        devices: in words, with their memory.
-        testbed: whether the bundled model is there.
-        model: facts about the model asked for, in words; empty if none was.
-        layers: its kinds of layers and what they keep; empty if that cannot be known without weights.
-        problems: what needs attention, one sentence each.
-        advice: one sentence on what to do next.
-    """
-
-    versions: dict[str, str]
-    devices: list[str]
-    testbed: str
-    model: dict[str, str]
-    layers: list[LayerKind]
-    problems: list[str]
-    advice: str
+    versions: dict[str, str]  # of Python and packages
+    devices: list[str]  # in words, with their memory
+    testbed: str  # whether the bundled model is there
+    model: dict[str, str]  # facts about the model asked for, in words; empty if none was
+    layers: list[LayerKind]  # its kinds of layers and what they keep; empty if that cannot be known without weights
+    problems: list[str]  # what needs attention, one sentence each
+    advice: str  # one sentence on what to do next
 
 
 def examine(model: str | None = None, budget: int = 1024) -> Report:

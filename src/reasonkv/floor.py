@@ -47,27 +47,16 @@ class Work(NamedTuple):
 
 @dataclass(frozen=True)
 class Shape:
-    """A model's numbers of parameters, and its cache by kind of layer.
+    """A model's numbers of parameters, and its cache by kind of layer."""
 
-    Args:
-        parameters: all that must be stored; weights that are tied count once.
-        dense: of the decoder, read by every forward; without embeddings (a row is looked up), experts and `head`.
-        head: of the output projection.
-        experts: of all experts together; 0 without a mixture of experts.
-        active: share of its layer's experts that a token is routed to.
-        kinds: what the layers keep.
-        element_size: bytes of an element in `kinds`.
-        operations_per_slot: of one query token's attention to one slot, in all layers of each kind.
-    """
-
-    parameters: int
-    dense: int
-    head: int
-    experts: int
-    active: float
-    kinds: tuple[LayerKind, ...]
-    element_size: int
-    operations_per_slot: tuple[float, ...]
+    parameters: int  # all that must be stored; weights that are tied count once
+    dense: int  # of the decoder, read by every forward; without embeddings (a row is looked up), experts and `head`
+    head: int  # of the output projection
+    experts: int  # of all experts together; 0 without a mixture of experts
+    active: float  # share of its layer's experts that a token is routed to
+    kinds: tuple[LayerKind, ...]  # what the layers keep
+    element_size: int  # bytes of an element in `kinds`
+    operations_per_slot: tuple[float, ...]  # of one query token's attention to one slot, in all layers of each kind
 
     def weights_read(self, tokens: float) -> float:
         """Return the parameters that a forward of so many tokens reads, if the router picks experts evenly."""

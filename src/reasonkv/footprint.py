@@ -23,23 +23,14 @@ class FootprintError(ReasonKVError, ValueError):
 
 @dataclass(frozen=True)
 class LayerKind:
-    """The layers of one kind, together, for one sequence.
+    """The layers of one kind, together, for one sequence."""
 
-    Args:
-        kind: as the configuration calls it.
-        layers: how many.
-        bounded: whether a compressed cache bounds them.
-        bytes_per_token: of keys and values, as transformers caches them.
-        bytes_fixed: of states that do not grow.
-        window: most tokens they hold, or None.
-    """
-
-    kind: str
-    layers: int
-    bounded: bool
-    bytes_per_token: int
-    bytes_fixed: int
-    window: int | None = None
+    kind: str  # as the configuration calls it
+    layers: int  # how many
+    bounded: bool  # whether a compressed cache bounds them
+    bytes_per_token: int  # of keys and values, as transformers caches them
+    bytes_fixed: int  # of states that do not grow
+    window: int | None = None  # most tokens they hold, or None
 
     def bytes_at(self, tokens: int, budget: int | None = None) -> int:
         """Return the bytes after so many tokens; with a budget, bounded layers keep no more than it."""

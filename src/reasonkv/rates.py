@@ -21,17 +21,11 @@ class Rates(NamedTuple):
 
 
 class Gpu(NamedTuple):
-    """A GPU by its vendor's data sheet.
+    """A GPU by its vendor's data sheet."""
 
-    Args:
-        memory: bytes; a gigabyte of a data sheet is taken as 10^9, the least it can be.
-        bytes_per_second: of its memory, at the peak.
-        operations_per_second: dense bfloat16 products with float32 sums, at the peak.
-    """
-
-    memory: float
-    bytes_per_second: float
-    operations_per_second: float
+    memory: float  # bytes; a gigabyte of a data sheet is taken as 10^9, the least it can be
+    bytes_per_second: float  # of its memory, at the peak
+    operations_per_second: float  # dense bfloat16 products with float32 sums, at the peak
 
     @property
     def rates(self) -> Rates:

@@ -144,15 +144,11 @@ class Rotary:
 
 @dataclass(frozen=True)
 class RotaryLimits:
-    """What a sequence must not do once keys are kept.
+    """What a sequence must not do once keys are kept."""
 
-    Args:
-        switch: tokens after which the model changes its frequencies and computes its cache anew (longrope), or None.
-        has_axes: tokens of images and videos have several positions.
-    """
-
+    # tokens after which the model changes its frequencies and computes its cache anew (longrope), or None
     switch: int | None = None
-    has_axes: bool = False
+    has_axes: bool = False  # tokens of images and videos have several positions
 
     @classmethod
     def of(cls, config: Any) -> RotaryLimits:

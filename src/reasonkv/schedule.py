@@ -9,7 +9,7 @@ chunk; a chunk that crosses boundaries has one compaction, at its end.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import NamedTuple, TypeVar
 
@@ -17,17 +17,11 @@ from reasonkv.budget import Budget, BudgetError, ExplicitEventsWindow, PeriodicW
 
 
 class Lengths(NamedTuple):
-    """The lengths of one sequence in one layer.
+    """The lengths of one sequence in one layer."""
 
-    Args:
-        logical: tokens seen, L.
-        physical: slots stored per KV head, P.
-        prompt: tokens of the prompt, known from the first forward on.
-    """
-
-    logical: int = 0
-    physical: int = 0
-    prompt: int = 0
+    logical: int = 0  # tokens seen, L
+    physical: int = 0  # slots stored per KV head, P
+    prompt: int = 0  # tokens of the prompt, known from the first forward on
 
 
 def kept_share(budget: Budget, logical: int, prompt: int) -> int:
@@ -56,7 +50,6 @@ def next_event(budget: Budget | None, state: Lengths) -> int | None:
 
     Args:
         budget: None for a cache without bound.
-        state: the sequence now.
     """
     if budget is None:
         return None
@@ -109,6 +102,37 @@ def one_by_one(budget: Budget | None, state: Lengths, length: int) -> Lengths:
         end = length if boundary is None else min(boundary, length)
         state, _ = step(budget, state, end - state.logical)
     return state
+
+
+def walk(budget: Budget | None, prompt: int, length: int) -> Iterator[tuple[Lengths, int, Lengths, bool]]:
+    """Yield the chunks of a sequence that is fed alone: prompt first, each up to the next compaction.
+
+    Args:
+        budget: None for full KV.
+        prompt: tokens of the prompt.
+        length: tokens fed in all, prompt included.
+
+    Yields:
+        Lengths before a chunk, its tokens, lengths after it, and whether it ends in a compaction.
+    """
+    state = Lengths(prompt=prompt)
+    while state.logical < length:
+        end = prompt if state.logical < prompt else length
+        event = next_event(budget, state)
+        fed = min(end, end if event is None else event) - state.logical
+        after, kept = step(budget, state, fed)
+        yield state, fed, after, kept is not None
+        state = after
+
+
+def attended_slots(budget: Budget | None, prompt: int, length: int) -> int:
+    """Return the slots attended, summed over the tokens fed after the prompt one at a time; arguments as in `walk`."""
+    return sum(
+        # token i of the chunk (from 1) attends to what was held and to the i newest
+        fed * before.physical + fed * (fed + 1) // 2
+        for before, fed, _, _ in walk(budget, prompt, length)
+        if before.logical >= prompt
+    )
 
 
 def open_tokens(window: Window, before: Lengths, after: Lengths) -> tuple[int, int]:

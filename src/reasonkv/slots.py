@@ -29,31 +29,19 @@ View = TypeVar("View", bound=SlotView)
 
 @dataclass(kw_only=True)
 class CompactionGroup:
-    """Sequences compacted by one plan: they hold equally many slots, keep equally many, and see as many queries.
+    """Sequences compacted by one plan: they hold equally many slots, keep equally many, and see as many queries."""
 
-    Args:
-        rows: their rows in the store.
-        batch_rows: their rows in the batch, which the method is shown.
-        held: slots of each before the compaction.
-        keep: slots of each after it.
-        budgets: what each of them follows.
-        before, after: lengths before the forward, and after it and its compaction.
-        compacted_slots: slots of each that an earlier compaction left.
-        events: compactions of each so far.
-        seeds: row seeds.
-        prompt_spans: half-open ranges of token indices that count as prompt; the first of each begins at 0.
-    """
-
-    rows: Sequence[int]
-    batch_rows: Sequence[int]
-    held: int
-    keep: int
-    budgets: Sequence[Budget]
-    before: Sequence[Lengths]
-    after: Sequence[Lengths]
-    compacted_slots: Sequence[int]
-    events: Sequence[int]
-    seeds: Sequence[int]
+    rows: Sequence[int]  # their rows in the store
+    batch_rows: Sequence[int]  # their rows in the batch, which the method is shown
+    held: int  # slots of each before the compaction
+    keep: int  # slots of each after it
+    budgets: Sequence[Budget]  # what each of them follows
+    before: Sequence[Lengths]  # before the forward
+    after: Sequence[Lengths]  # after it and its compaction
+    compacted_slots: Sequence[int]  # slots of each that an earlier compaction left
+    events: Sequence[int]  # compactions of each so far
+    seeds: Sequence[int]  # row seeds
+    # half-open ranges of token indices that count as prompt; the first of each begins at 0
     prompt_spans: Sequence[Sequence[tuple[int, int]]]
     _numbers: dict[torch.device, tuple[Tensor, ...]] = field(default_factory=dict)
 

@@ -22,7 +22,6 @@ def default_method(model: PreTrainedModel, calibration: Calibration | str | Path
     """Return `forecast` where its networks were fitted to the model, otherwise `expected`; `random` without queries.
 
     Args:
-        model: the model.
         calibration: statistics or their file, as in `CompressedCache`; looked up unless given.
 
     Raises:

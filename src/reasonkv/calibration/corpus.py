@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from reasonkv.calibration.job import CorpusError, CorpusJob
+from reasonkv.resolve import context_length
 from reasonkv.tasks import Task
 
 _CHARACTERS = 64
@@ -40,7 +41,7 @@ def read_corpus(
     """
     if job.text is not None:
         is_eager = model.config.get_text_config()._attn_implementation == "eager"
-        window = job.window or min(1024 if is_eager else 4096, _context(model) or 4096)
+        window = job.window or min(1024 if is_eager else 4096, context_length(model) or 4096)
         return _text_passages(tokenizer, job, window), f"text {job.text.name} in windows of {window} tokens"
     found = task_passages(
         model, tokenizer, tasks, limit=job.limit, seed=job.seed, tokens=job.tokens, longest=job.window
@@ -99,7 +100,7 @@ def task_passages(
     """
     own = model.generation_config.eos_token_id if model.generation_config is not None else None
     end = [] if own is None else [own] if isinstance(own, int) else list(own[:1])
-    longest = longest or _context(model)
+    longest = longest or context_length(model)
     for example, task in product(range(limit), tasks):
         problem = task.problem(example, seed=seed, split=split)
         prompt = len(tokenizer(problem.prompt, add_special_tokens=False)["input_ids"])
@@ -122,7 +123,3 @@ def batches(passages: Iterable[Passage], size: int) -> Iterator[Tensor]:
         waiting.append(ids_L)
     if waiting:
         yield torch.stack(waiting)
-
-
-def _context(model: PreTrainedModel) -> int | None:
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)

@@ -50,18 +50,12 @@ class Request:
 
 @dataclass(frozen=True)
 class Generated:
-    """What came of a request.
+    """What came of a request."""
 
-    Args:
-        tokens: ids up to and including the first end-of-sequence token, or the last one of a stop text.
-        truncated: whether the limit was met before that.
-        stats: of the sequence at its end; the last token is written and never fed.
-        seconds: wall-clock seconds; every step's are divided among the sequences that were in it.
-    """
-
-    tokens: list[int]
-    truncated: bool
-    stats: RowStats
+    tokens: list[int]  # ids up to and including the first end-of-sequence token, or the last one of a stop text
+    truncated: bool  # whether the limit was met before that
+    stats: RowStats  # of the sequence at its end; the last token is written and never fed
+    # wall-clock seconds; every step's are divided among the sequences that were in it
     seconds: float = field(default=0.0, compare=False)
 
 

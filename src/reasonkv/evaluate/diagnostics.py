@@ -96,30 +96,14 @@ MEASURES = (
 
 @dataclass(frozen=True)
 class CaskEvent:
-    """One event of one row.
+    """One event of one row."""
 
-    Args:
-        row: batch row.
-        event: number of the row's event, from 0.
-        length: tokens seen at the event.
-        until: tokens seen at the next event, or the trace's end; the interval's queries are length .. until - 1.
-        measures: by name (`MEASURES`); None where one does not exist. Masses are parts of all attention paid in the
-            interval, means over layers and KV heads.
-            evicted_mass: attention to tokens without a slot, evicted at this event or before.
-            lost_mass: attention to merged tokens minus what their slots stand for: source tokens (or 1 without log
-            mass) times the attention to the representative's own token. Negative where the representative is the most
-            attended of its group. None where a representative is no token's key (means of keys).
-            lost_mass_absolute: the same with every slot's difference counted positive.
-            kappa_dispersion: mean over groups, weighted by source tokens, of the mean kappa distance to their key.
-            kappa_dispersion_relative: the same, divided by the mean kappa norm of the keys of those groups.
-            rho_core: attention to the core, over that to as many best candidates; None without a core.
-            rho_rep: attention to the representatives' own slots, over that to as many best candidates.
-    """
-
-    row: int
-    event: int
-    length: int
-    until: int
+    row: int  # of the batch
+    event: int  # number of the row's event, from 0
+    length: int  # tokens seen at the event
+    until: int  # tokens seen at the next event, or the trace's end; the interval's queries are length .. until - 1
+    # as docs/methods/cask.md defines them; None where one does not exist: rho_core without a core, lost masses where a
+    # representative is no token's key (means of keys), dispersions without groups
     measures: dict[str, float | None]
 
 

@@ -22,7 +22,7 @@ from reasonkv.budget import Budget, PeriodicWindow, Window
 from reasonkv.errors import ReasonKVError
 from reasonkv.evaluate.cells import make_budgets
 from reasonkv.evaluate.job import DEFAULT_METHODS, RULE, BudgetOptions, GenerateJob, JobError
-from reasonkv.identity import TESTBED
+from reasonkv.identity import TESTBED, TESTBED_FOLDER
 from reasonkv.methods import Method, get_method
 
 KEY_VARIABLE = "OPENAI_API_KEY"
@@ -74,22 +74,14 @@ class Served:
 
 @dataclass(frozen=True)
 class Endpoint:
-    """One model of a server.
+    """One model of a server."""
 
-    Args:
-        url: up to and with `/v1`.
-        is_vllm: whether it takes vLLM's own fields.
-        context: most tokens of prompt and output together, if it says so.
-        served: what our server does; None of others.
-        tokenizer: for tasks whose length is counted in tokens; None where no folder was given.
-    """
-
-    url: str
+    url: str  # up to and with `/v1`
     name: str
-    is_vllm: bool = False
-    context: int | None = None
-    served: Served | None = None
-    tokenizer: Any = None
+    is_vllm: bool = False  # whether it takes vLLM's own fields
+    context: int | None = None  # most tokens of prompt and output together, if it says so
+    served: Served | None = None  # what our server does; None of others
+    tokenizer: Any = None  # for tasks whose length is counted in tokens; None where no folder was given
 
     @classmethod
     def connect(cls, url: str, model: str = TESTBED) -> Endpoint:
@@ -212,9 +204,7 @@ def _tokenizer(model: str, names: list[str]) -> Any:
     """Return the tokenizer of a model folder, or None."""
     folder = Path(model).expanduser()
     if model == TESTBED and model in names:
-        from reasonkv.testbed import testbed_path
-
-        folder = testbed_path()
+        folder = TESTBED_FOLDER
     if not folder.is_dir():
         return None
     from transformers import AutoTokenizer

@@ -36,21 +36,13 @@ class Rates:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What is left of a group.
+    """What is left of a group."""
 
-    Args:
-        cells: that are not done.
-        prompt_tokens: fed in one piece or in chunks: prompts, and the traces of replays.
-        output_tokens: decoded one by one, at most.
-        bytes_peak: of keys and values of the largest batch, at most.
-        seconds: on one worker, at most.
-    """
-
-    cells: int
-    prompt_tokens: int
-    output_tokens: int
-    bytes_peak: int
-    seconds: float
+    cells: int  # that are not done
+    prompt_tokens: int  # fed in one piece or in chunks: prompts, and the traces of replays
+    output_tokens: int  # decoded one by one, at most
+    bytes_peak: int  # of keys and values of the largest batch, at most
+    seconds: float  # on one worker, at most
     rates: Rates
 
 

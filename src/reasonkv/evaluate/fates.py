@@ -9,6 +9,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from safetensors.torch import save
@@ -24,22 +25,16 @@ NEVER = -1
 
 @dataclass(frozen=True)
 class EventPlan:
-    """The plan of one event of one layer and one row, as carried out.
-
-    Args:
-        length: tokens the row had seen.
-        positions_HN: int32, token index of every slot held before the event.
-        kept_HK: int32, slots that stayed, ascending.
-        into_HN: int32, output slot a slot was merged into (a kept one: its own), -1 where dropped; None where the plan
-            merges nothing. A slot that stays as padding (log mass -inf) counts as dropped.
-    """
+    """The plan of one event of one layer and one row, as carried out."""
 
     layer: int
     row: int
     event: int
-    length: int
-    positions_HN: Tensor
-    kept_HK: Tensor
+    length: int  # tokens the row had seen
+    positions_HN: Tensor  # int32, token index of every slot held before the event
+    kept_HK: Tensor  # int32, slots that stayed, ascending
+    # int32, output slot a slot was merged into (a kept one: its own), -1 where dropped; None where the plan merges
+    # nothing. A slot that stays as padding (log mass -inf) counts as dropped.
     into_HN: Tensor | None = None
 
 
@@ -70,24 +65,15 @@ class Fates:
 
     A merged token lives on in the slot it was merged into; when that slot is dropped later, so is the token. Where
     layers have events of their own, they are counted over all layers: one for every length at which any had one.
-
-    Args:
-        layers: indices of the layers, in the order of the first axis.
-        dropped_GHN: int32, event at which nothing of the token was left, or -1.
-        folded_GHN: int32, event at which the token's slot was merged into another, or -1.
-        into_GHN: int32, token index of that other slot, or -1.
-        lengths_E: tokens seen at every event.
-        before_E: slots held per KV head before every event, mean over the layers that had it.
-        after_E: slots held after it.
     """
 
-    layers: tuple[int, ...]
-    dropped_GHN: Tensor
-    folded_GHN: Tensor
-    into_GHN: Tensor
-    lengths_E: tuple[int, ...]
-    before_E: tuple[int, ...]
-    after_E: tuple[int, ...]
+    layers: tuple[int, ...]  # indices of the layers, in the order of the first axis
+    dropped_GHN: Tensor  # int32, event at which nothing of the token was left, or -1
+    folded_GHN: Tensor  # int32, event at which the token's slot was merged into another, or -1
+    into_GHN: Tensor  # int32, token index of that other slot, or -1
+    lengths_E: tuple[int, ...]  # tokens seen at every event
+    before_E: tuple[int, ...]  # slots held per KV head before every event, mean over the layers that had it
+    after_E: tuple[int, ...]  # slots held after it
 
 
 def fates(plans: Sequence[EventPlan], tokens: int, *, row: int = 0, layers: Sequence[int] = ()) -> Fates:
@@ -122,15 +108,9 @@ def fates(plans: Sequence[EventPlan], tokens: int, *, row: int = 0, layers: Sequ
             into[place][leaves] = moved_HN[leaves].to(torch.int32)
             host_HN = torch.where(host_HN >= 0, moved_HN, host_HN)
     at = [[plan for plan in own if plan.layer in chosen and plan.length == length] for length in lengths]
-    return Fates(
-        chosen,
-        dropped,
-        folded,
-        into,
-        tuple(lengths),
-        tuple(round(sum(plan.positions_HN.shape[-1] for plan in plans) / len(plans)) for plans in at),
-        tuple(round(sum(plan.kept_HK.shape[-1] for plan in plans) / len(plans)) for plans in at),
-    )
+    before = tuple(round(fmean(plan.positions_HN.shape[-1] for plan in plans)) for plans in at)
+    after = tuple(round(fmean(plan.kept_HK.shape[-1] for plan in plans)) for plans in at)
+    return Fates(chosen, dropped, folded, into, tuple(lengths), before, after)
 
 
 def _without_padding(view: SlotView, plan: Plan) -> Tensor | None:

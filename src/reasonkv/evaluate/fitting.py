@@ -26,6 +26,7 @@ from reasonkv.calibration.job import CalibrateJob
 from reasonkv.evaluate.chunks import TraceRow, feed
 from reasonkv.evaluate.decoding import Request, write_full
 from reasonkv.evaluate.generate import room
+from reasonkv.evaluate.progress import Progress, silent
 from reasonkv.evaluate.reference import FullAttention
 from reasonkv.evaluate.traces import encode_prompts
 from reasonkv.layers import bounded_layers
@@ -48,13 +49,6 @@ _COMPACTIONS = 4  # of one optimizer step
 _MOST_BYTES = 2**31  # of what is recorded in a round
 _HELD_OUT = 8  # every eighth row is not fitted to
 
-OnProgress = Callable[[str, int, int], None]
-"""Called with what is done now, and how much of how much."""
-
-
-def _silent(what: str, done: int, of: int) -> None:
-    """Show nothing."""
-
 
 class Compaction(NamedTuple):
     """One compaction of one row, in all bounded layers: float16 inputs [L, H, N, X], targets [L, H, N], S, and the row.
@@ -69,19 +63,13 @@ class Compaction(NamedTuple):
 
 
 class Fitted(NamedTuple):
-    """The networks, and how well they do on every eighth text, which they were not fitted to.
+    """The networks, and how well they do on every eighth text, which they were not fitted to."""
 
-    Args:
-        network: of all layers' KV heads.
-        compactions: that they were fitted to.
-        share: of the target that the best choice holds, what a choice by them holds; None where no text is left over.
-        attention_share: the same of a choice by the newest queries' attention.
-    """
-
-    network: Network
-    compactions: int
+    network: Network  # of all layers' KV heads
+    compactions: int  # that they were fitted to
+    # of the target that the best choice holds, what a choice by them holds; None where no text is left over
     share: float | None = None
-    attention_share: float | None = None
+    attention_share: float | None = None  # the same of a choice by the newest queries' attention
 
 
 def fit_forecast(
@@ -93,7 +81,7 @@ def fit_forecast(
     rounds: int = ROUNDS,
     seed: int = 0,
     queries: bool = True,
-    progress: OnProgress = _silent,
+    progress: Progress = silent,
 ) -> Fitted:
     """Fit a network per KV head to full KV's attention still to come (see the module).
 
@@ -284,7 +272,7 @@ def add_forecast(
     *,
     tasks: Sequence[Task] = (),
     options: TaskOptions | None = None,
-    progress: OnProgress = _silent,
+    progress: Progress = silent,
 ) -> tuple[Calibration, Fitted]:
     """Return a calibration with the networks that its job asks for beside it, and how well they do.
 
@@ -313,7 +301,7 @@ def own_answers(
     tokenizer: PreTrainedTokenizerBase,
     tasks: Sequence[Task],
     options: TaskOptions | None = None,
-    progress: OnProgress = _silent,
+    progress: Progress = silent,
 ) -> Iterator[TraceRow]:
     """Yield the training problems of a job with what full KV answers, greedily."""
     most, written = job.window or _ANSWER, 0

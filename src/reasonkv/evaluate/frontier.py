@@ -32,24 +32,17 @@ _SETTINGS = ("dtype", "seed", "limit", "traces", "samples", "sampling", "max_new
 
 @dataclass(frozen=True)
 class Point:
-    """One cell on one task in one regime.
-
-    Args:
-        rule: every field of the budget but its size, as canonical JSON.
-        values: the metric by example.
-        full: full KV's on the same examples, as far as it ran.
-        physical_mean, bytes_held: slots attended and bytes held, means over examples.
-    """
+    """One cell on one task in one regime."""
 
     task: str
     method: str
-    rule: str
+    rule: str  # every field of the budget but its size, as canonical JSON
     regime: str
     tokens: int
-    values: dict[int, float]
-    full: dict[int, float]
-    physical_mean: float
-    bytes_held: float
+    values: dict[int, float]  # the metric by example
+    full: dict[int, float]  # full KV's on the same examples, as far as it ran
+    physical_mean: float  # slots attended, mean over examples
+    bytes_held: float  # mean over examples
 
     @property
     def mean(self) -> float:
@@ -106,26 +99,21 @@ def measured_points(frame: pd.DataFrame, metric: str) -> list[Point]:
 
 @dataclass(frozen=True)
 class UsableBudget:
-    """The smallest budget that keeps a target.
+    """The smallest budget that keeps a target."""
 
-    Args:
-        status: "reached" between two measured budgets; "at most" the smallest measured one, which keeps it already;
-            "not reached" by the largest.
-        tokens: on the axis it was asked for; None when not reached.
-        low: lower end of the 95 % interval; equal to `smallest` it means "or less". None: not reached either.
-        high: upper end; None where more than 2.5 % of resamples do not reach the target. Below `LEAST` examples there
-            is no interval, and both are None.
-        fails_above: measured budgets above one that keeps the target, which do not keep it.
-    """
-
+    # "reached" between two measured budgets; "at most" the smallest measured one, which keeps it already; "not reached"
+    # by the largest
     status: Literal["reached", "at most", "not reached"]
-    tokens: float | None
+    tokens: float | None  # on the axis it was asked for; None when not reached
+    # lower end of the 95 % interval; equal to `smallest` it means "or less". None: not reached either.
     low: float | None
+    # upper end; None where more than 2.5 % of resamples do not reach the target. Below `LEAST` examples there is no
+    # interval, and both are None.
     high: float | None
     smallest: float
     largest: float
     examples: int
-    fails_above: tuple[float, ...] = ()
+    fails_above: tuple[float, ...] = ()  # measured budgets above one that keeps the target, which do not keep it
 
 
 def usable_budget(
@@ -203,17 +191,12 @@ def _crossing(x_B: NDArray[np.float64], margin_BR: NDArray[np.float64]) -> NDArr
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two cells on the examples both have; the first holds no more than the second.
-
-    Args:
-        advantage: how much better ours is (a lower nll or kl is better), with a 95 % interval.
-        p: Holm-adjusted over every pair that was compared.
-    """
+    """Two cells on the examples both have; the first holds no more than the second."""
 
     ours: Point
     theirs: Point
-    advantage: Difference
-    p: float
+    advantage: Difference  # how much better ours is (a lower nll or kl is better), with a 95 % interval
+    p: float  # Holm-adjusted over every pair that was compared
 
     @property
     def holds(self) -> bool:

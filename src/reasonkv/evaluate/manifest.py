@@ -77,27 +77,20 @@ class Weights(TypedDict):
 
 
 class Manifest(BaseModel):
-    """What wrote a results folder.
-
-    Args:
-        command: the command's name.
-        arguments: every argument that decides which records there are and what is in them; how they are computed
-            (batch size, device) is left out, so that a run may be continued elsewhere.
-        model: the model's name and hash.
-        device: where the run began, in words.
-        versions: versions of Python and of the packages that decide results.
-        date: when the run began, UTC.
-        format: version of the folder's format; folders that name none have 1.
-    """
+    """What wrote a results folder."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
     command: str
+    # every argument that decides which records there are and what is in them; how they are computed (batch size,
+    # device) is left out, so that a run may be continued elsewhere
     arguments: Annotated[dict[str, Any], AfterValidator(_typed)]
-    model: Weights
-    device: str
+    model: Weights  # the model's name and hash
+    device: str  # where the run began, in words
+    # versions of Python and of the packages that decide results
     versions: dict[str, str] = Field(default_factory=package_versions)
+    # when the run began, UTC
     date: str = Field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
-    format: int = FORMAT
+    format: int = FORMAT  # version of the folder's format; folders that name none have 1
 
     @property
     def run(self) -> str:

@@ -10,14 +10,14 @@ from __future__ import annotations
 import functools
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import islice
 from typing import Literal
 
 from reasonkv.budget import Budget, BudgetError, Window
 from reasonkv.methods import Method, layer_budgets
-from reasonkv.schedule import Lengths, next_event, step
+from reasonkv.schedule import attended_slots, walk
 
 
 def sized(rule: Budget, tokens: int) -> Budget:
@@ -49,37 +49,6 @@ def check_matchable(methods: Iterable[Method]) -> None:
             f"Mean slots are matched by what is held, and {selecting} holds everything and reads whole pages of it; "
             f"run {selecting} with --budgets, which is what it reads, and compare by slots read."
         )
-
-
-def walk(budget: Budget | None, prompt: int, length: int) -> Iterator[tuple[Lengths, int, Lengths, bool]]:
-    """Yield the chunks of a sequence that is fed alone: prompt first, each up to the next compaction.
-
-    Args:
-        budget: None for full KV.
-        prompt: tokens of the prompt.
-        length: tokens fed in all, prompt included.
-
-    Yields:
-        Lengths before a chunk, its tokens, lengths after it, and whether it ends in a compaction.
-    """
-    state = Lengths(prompt=prompt)
-    while state.logical < length:
-        end = prompt if state.logical < prompt else length
-        event = next_event(budget, state)
-        fed = min(end, end if event is None else event) - state.logical
-        after, kept = step(budget, state, fed)
-        yield state, fed, after, kept is not None
-        state = after
-
-
-def attended_slots(budget: Budget | None, prompt: int, length: int) -> int:
-    """Return the slots attended, summed over the tokens fed after the prompt one at a time; arguments as in `walk`."""
-    return sum(
-        # token i of the chunk (from 1) attends to what was held and to the i newest
-        fed * before.physical + fed * (fed + 1) // 2
-        for before, fed, _, _ in walk(budget, prompt, length)
-        if before.logical >= prompt
-    )
 
 
 def mean_physical(

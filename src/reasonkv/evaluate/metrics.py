@@ -26,18 +26,13 @@ class NonFiniteError(ReasonKVError, RuntimeError):
 
 @dataclass(frozen=True)
 class TeacherLogprobs:
-    """The full-KV model's log-probabilities at N output positions.
+    """The full-KV model's log-probabilities at N output positions."""
 
-    Args:
-        ids_Nk: int64, its k most likely tokens, most likely first; None when k is the whole vocabulary, and then the
-            next field is in vocabulary order.
-        logprobs_Nk: float32, their log-probabilities.
-        rest_N: float32, log-probability of all other tokens together (-inf when there are none).
-    """
-
+    # int64, its k most likely tokens, most likely first; None when k is the whole vocabulary, and then the next field
+    # is in vocabulary order
     ids_Nk: Tensor | None
-    logprobs_Nk: Tensor
-    rest_N: Tensor
+    logprobs_Nk: Tensor  # float32, their log-probabilities
+    rest_N: Tensor  # float32, log-probability of all other tokens together (-inf when there are none)
 
     @classmethod
     def from_logits(cls, logits_NV: Tensor, k: int) -> TeacherLogprobs:

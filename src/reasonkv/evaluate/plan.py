@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -31,15 +31,13 @@ RETRIES = 3
 J = TypeVar("J", ReplayJob, GenerateJob)
 
 
-class ModelSource(Protocol):
+class ModelSource(Hashable, Protocol):
     """What loads a model: hashable, and small enough to be sent to a worker."""
 
     @property
     def model(self) -> str:
         """The model's name."""
         ...
-
-    def __hash__(self) -> int: ...
 
     def load(self) -> LoadedModel:
         """Load it."""
@@ -48,18 +46,12 @@ class ModelSource(Protocol):
 
 @dataclass(frozen=True)
 class Cell:
-    """One method at one budget on one task, or full KV on it.
-
-    Args:
-        job: one task, one seed, and full KV with at most one method at one budget.
-        folder: its results folder.
-        full: full KV's cell of the same task, which runs before.
-    """
+    """One method at one budget on one task, or full KV on it."""
 
     source: ModelSource
-    job: ReplayJob | GenerateJob
-    folder: Path
-    full: Path | None
+    job: ReplayJob | GenerateJob  # one task, one seed, and full KV with at most one method at one budget
+    folder: Path  # its results folder
+    full: Path | None  # full KV's cell of the same task, which runs before
     label: str
 
     @property

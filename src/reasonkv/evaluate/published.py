@@ -32,8 +32,6 @@ def with_published(job: J, model: LoadedModel) -> J:
     """
     thinking = job.options.thinking
     if isinstance(job, ReplayJob):
-        if job.traces.preset is None:
-            return job
         return replace(job, traces=fill(job.traces, model, job.task, thinking))
     if job.sampling.preset is None:
         return job

@@ -58,54 +58,32 @@ class Measured(JsonlRecord):
 
     Token counts are tokens, physical lengths are slots per KV head (mean over full-attention layers and heads), sizes
     are bytes of this sequence alone.
-
-    Args:
-        run: identifier of the command and arguments that wrote it (`Manifest.run`).
-        method: the method's name.
-        options: every option of the method.
-        budget: every field of the budget, or None for full KV.
-        task: the task, with the dials that were given.
-        example: number of the problem; also the row seed of methods that draw random numbers.
-        seed: the run's seed.
-        prompt_tokens: tokens of the prompt.
-        output_tokens: tokens that were predicted or written, the end-of-sequence token included.
-        physical_mean: slots attended per token fed after the prompt (0 when the output is one token).
-        physical_peak: most slots held at once, prompt included.
-        physical_terminal: slots held at the end.
-        saved_ratio_terminal: 1 - physical_terminal / tokens fed.
-        bytes_held: bytes held at the end, method state included.
-        bytes_peak: most bytes held at once.
-        bytes_full: bytes full KV would hold at the end.
-        events: compactions.
-        tokens_dropped: tokens evicted or merged.
-        guards: how often a method used a fallback rule, by the rule's name.
-        seconds: wall-clock seconds of the batch divided by its sequences.
-        slots_read_mean: slots attended per token fed after the prompt, of methods that keep all and select, or that
-            hold padding which nothing attends to; else None.
-        bytes_read_mean: bytes of their keys and values, and of the page summaries read to choose; None as above.
     """
 
-    run: str
+    run: str  # identifier of the command and arguments that wrote it (`Manifest.run`)
     method: str
-    options: Options
-    budget: Budgeted | None
-    task: str
-    example: Count
+    options: Options  # every option of the method
+    budget: Budgeted | None  # every field of the budget, or None for full KV
+    task: str  # the task, with the dials that were given
+    example: Count  # number of the problem; also the row seed of methods that draw random numbers
     seed: Whole
     prompt_tokens: Tokens
-    output_tokens: Tokens
-    physical_mean: Amount
-    physical_peak: Amount
-    physical_terminal: Amount
-    saved_ratio_terminal: Number
-    bytes_held: Count
-    bytes_peak: Count
-    bytes_full: Count
-    events: Tokens
-    tokens_dropped: Count
-    guards: Counts = Field(default_factory=dict)
-    seconds: Amount
+    output_tokens: Tokens  # tokens that were predicted or written, the end-of-sequence token included
+    physical_mean: Amount  # slots attended per token fed after the prompt (0 when the output is one token)
+    physical_peak: Amount  # most slots held at once, prompt included
+    physical_terminal: Amount  # slots held at the end
+    saved_ratio_terminal: Number  # 1 - physical_terminal / tokens fed
+    bytes_held: Count  # bytes held at the end, method state included
+    bytes_peak: Count  # most bytes held at once
+    bytes_full: Count  # bytes full KV would hold at the end
+    events: Tokens  # compactions
+    tokens_dropped: Count  # tokens evicted or merged
+    guards: Counts = Field(default_factory=dict)  # how often a method used a fallback rule, by the rule's name
+    seconds: Amount  # wall-clock seconds of the batch divided by its sequences
+    # slots attended per token fed after the prompt, of methods that keep all and select, or that hold padding which
+    # nothing attends to; else None
     slots_read_mean: Amount | None = None
+    # bytes of their keys and values, and of the page summaries read to choose; None as above
     bytes_read_mean: Amount | None = None
 
     @property
@@ -115,88 +93,58 @@ class Measured(JsonlRecord):
 
 
 class ReplayRecord(Measured):
-    """What replaying one trace through one cache gave. All means run over the trace's output tokens.
-
-    Args:
-        trace_correct: whether the trace, as full KV wrote it, gives the right answer; None of traces from elsewhere.
-        top1: share of output tokens where the most likely token is the full-KV model's.
-        top5: share where the full-KV model's most likely token is among the five most likely.
-        nll: mean negative log-likelihood of the trace's token, nats.
-        kl: mean KL divergence from the full-KV model's top-k tokens (and one bucket for the rest), nats.
-        first_mismatch: index of the first output token that counts against `top1`, or None.
-        answer_top1: `top1` of the answer's tokens alone, those after `</think>`; None where a trace has no such part.
-        diagnostics: measures of what was lost, by name (`reasonkv.evaluate.diagnostics`); empty unless asked for.
-    """
+    """What replaying one trace through one cache gave. All means run over the trace's output tokens."""
 
     KEY = ("method", "options", "budget", "task", "example", "seed")
+    # whether the trace, as full KV wrote it, gives the right answer; None of traces from elsewhere
     trace_correct: bool | None
-    top1: Share
-    top5: Share
-    nll: Number
-    kl: Number
-    first_mismatch: Count | None
+    top1: Share  # share of output tokens where the most likely token is the full-KV model's
+    top5: Share  # share where the full-KV model's most likely token is among the five most likely
+    nll: Number  # mean negative log-likelihood of the trace's token, nats
+    kl: Number  # mean KL divergence from the full-KV model's top-k tokens (and one bucket for the rest), nats
+    first_mismatch: Count | None  # index of the first output token that counts against `top1`, or None
+    # `top1` of the answer's tokens alone, those after `</think>`; None where a trace has no such part
     answer_top1: Share | None = None
+    # measures of what was lost, by name (`reasonkv.evaluate.diagnostics`); empty unless asked for
     diagnostics: dict[str, Number] = Field(default_factory=dict)
 
 
 class AnswerRecord(Measured):
-    """What generating one answer through one cache gave; all up to the sequence's own end.
-
-    Args:
-        sample: number of the sample of that problem, from 0; greedy decoding has 0 only.
-        correct: whether the task's checker accepts the output.
-        truncated: whether the output met the limit on its length before it ended.
-        repetition: share of output tokens that lie in a loop (`generate.repetition`), 0 to 1.
-        first_divergence: index of the first output token that differs from full KV's output of the same example and
-            sample (an output that stops earlier differs where it stops), or None if the two are equal.
-        output: decoded, special tokens skipped.
-        score: from 0 to 1; None in records that know right and wrong alone.
-        extracted: the answer that was read, or None where none could be read.
-        grader_error: why the grader failed, or None.
-        thinking_tokens: tokens up to the end of thinking; all where it never ends, 0 where there is none.
-    """
+    """What generating one answer through one cache gave; all up to the sequence's own end."""
 
     KEY = ("method", "options", "budget", "task", "example", "sample", "seed")
-    sample: Count
-    correct: bool
-    truncated: bool
-    repetition: Share
+    sample: Count  # number of the sample of that problem, from 0; greedy decoding has 0 only
+    correct: bool  # whether the task's checker accepts the output
+    truncated: bool  # whether the output met the limit on its length before it ended
+    repetition: Share  # share of output tokens that lie in a loop (`generate.repetition`), 0 to 1
+    # index of the first output token that differs from full KV's output of the same example and sample (an output that
+    # stops earlier differs where it stops), or None if the two are equal
     first_divergence: Count | None
-    output: str
-    score: Share | None = None
-    extracted: str | None = None
-    grader_error: str | None = None
+    output: str  # decoded, special tokens skipped
+    score: Share | None = None  # from 0 to 1; None in records that know right and wrong alone
+    extracted: str | None = None  # the answer that was read, or None where none could be read
+    grader_error: str | None = None  # why the grader failed, or None
+    # tokens up to the end of thinking; all where it never ends, 0 where there is none
     thinking_tokens: Count | None = None
 
 
 class FullOutput(JsonlRecord):
-    """Full KV's output for one sample of one example, which the other methods' outputs are compared with.
-
-    Args:
-        tokens: ids, the end-of-sequence token included.
-    """
+    """Full KV's output for one sample of one example, which the other methods' outputs are compared with."""
 
     KEY = ("example", "sample")
     example: Count
     sample: Count
     prompt_tokens: Tokens
-    tokens: list[TokenId] = Field(min_length=1)
+    tokens: list[TokenId] = Field(min_length=1)  # ids, the end-of-sequence token included
 
 
 @dataclass(frozen=True)
 class AnswerItem:
-    """One answer to write.
-
-    Args:
-        problem: what is asked.
-        prompt_P: token ids of the prompt; a server takes the fields of its request that hold it.
-        opened: whether the prompt ends with thinking under way.
-        sample: number of the sample.
-    """
+    """One answer to write."""
 
     problem: Problem
-    prompt_P: Any
-    opened: bool = False
+    prompt_P: Any  # token ids of the prompt; a server takes the fields of its request that hold it
+    opened: bool = False  # whether the prompt ends with thinking under way
     sample: int = 0
 
     @property

@@ -22,11 +22,11 @@ from reasonkv.evaluate.endpoint import Endpoint, EndpointError
 from reasonkv.evaluate.generate import row_seed
 from reasonkv.evaluate.job import GenerateJob
 from reasonkv.evaluate.manifest import Manifest, Weights
-from reasonkv.evaluate.matching import attended_slots, walk
 from reasonkv.evaluate.progress import Progress, silent
 from reasonkv.evaluate.records import AnswerItem, AnswerRecord
-from reasonkv.evaluate.run import AnswerTask, Session, run_tasks
+from reasonkv.evaluate.run import AnswerTask, Session
 from reasonkv.evaluate.traces import TraceError
+from reasonkv.schedule import attended_slots, walk
 from reasonkv.tasks import Problem, TaskError, get_task
 from reasonkv.tasks.needle import NeedleTask
 from reasonkv.tasks.options import THINK
@@ -59,7 +59,7 @@ def run_remote(
     # weights cannot be seen from here; a replica at another URL may go on with a folder
     weights = Weights(name=endpoint.name, hash=hashlib.sha256(endpoint.name.encode()).hexdigest()[:16])
     manifest = Manifest(command=command or "evaluate", arguments=about, model=weights, device=endpoint.url)
-    return run_tasks(RemoteTask, job, endpoint, folder, manifest, progress)
+    return Session(job, endpoint, folder, progress, manifest).run(RemoteTask)
 
 
 class RemoteTask(AnswerTask):
@@ -187,24 +187,16 @@ class RemoteTask(AnswerTask):
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer of a server.
+    """One answer of a server."""
 
-    Args:
-        text: with its thinking.
-        tokens: ids, or where the server gives none, a hash of every word, which tells loops and differences as well.
-        prompt_tokens, output_tokens: as the server counts them.
-        truncated: whether the limit ended it.
-        thinking_tokens: None where the server does not tell.
-        seconds: from the request to the answer.
-    """
-
-    text: str
+    text: str  # with its thinking
+    # ids, or where the server gives none, a hash of every word, which tells loops and differences as well
     tokens: list[int]
-    prompt_tokens: int
-    output_tokens: int
-    truncated: bool
-    thinking_tokens: int | None
-    seconds: float = 0.0
+    prompt_tokens: int  # as the server counts them
+    output_tokens: int  # likewise
+    truncated: bool  # whether the limit ended it
+    thinking_tokens: int | None  # None where the server does not tell
+    seconds: float = 0.0  # from the request to the answer
 
     @classmethod
     def of(cls, response: Mapping[str, Any], think_end: str, prompt_tokens: int | None) -> Answer:

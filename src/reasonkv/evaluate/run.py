@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -92,48 +92,38 @@ def run(
     weights = Weights(name=model.name, hash=model.hash)
     manifest = Manifest(command=named, arguments=arguments, model=weights, device=model.device_name)
     layers = len(bounded_layers(model.model.config))
+    session = Session(job, model, folder, progress, manifest, calibration, layers, sources)
     with one_thread_if_small(model.model):
-        return run_tasks(
-            kind, job, model, folder, manifest, progress, calibration=calibration, layers=layers, sources=sources
-        )
+        return session.run(kind)
 
 
-def run_tasks(
-    kind: type[TaskRun],
-    job: Job,
-    model: Any,
-    folder: Path,
-    manifest: Manifest,
-    progress: Progress,
-    *,
-    calibration: Calibration | None = None,
-    layers: int = 1,
-    sources: Sequence[Path] = (),
-) -> list[Any]:
-    """Hold a results folder, run what is missing of every task, and return all records; errors as in `run`."""
-    with open_results(folder, manifest):
-        file = RecordFile(folder / RECORDS, kind.kind)
-        adopt(file, kind.kind, manifest.run, sources)
-        session = Session(job, model, folder, progress, manifest.run, file, calibration)
-        methods, budgets = make_methods(job), make_budgets(job.budget)
-        for spec in job.task:
-            task = kind(session, spec)
-            for config in plan_cells(methods, budgets, job.budget.mean_slots, task.rows, layers):
-                task.run(config)
-        return list(file.records.values())
-
-
-@dataclass(frozen=True)
+@dataclass
 class Session:
-    """What the runs into one results folder share; the model of a remote run is an `Endpoint`."""
+    """A job that runs into a results folder; the model of a remote run is an `Endpoint`."""
 
     job: Job
     model: Any
     folder: Path
     progress: Progress
-    run: str
-    file: RecordFile[Any]
-    calibration: Calibration | None
+    manifest: Manifest
+    calibration: Calibration | None = None
+    layers: int = 1  # compressed layers of the model
+    sources: Sequence[Path] = ()  # finished folders of parts of the job
+    run_id: str = field(init=False)
+    file: RecordFile[Any] = field(init=False)
+
+    def run(self, kind: type[TaskRun]) -> list[Any]:
+        """Hold the folder, run what is missing of every task, and return all records; errors as in `run`."""
+        job, self.run_id = self.job, self.manifest.run
+        with open_results(self.folder, self.manifest):
+            self.file = RecordFile(self.folder / RECORDS, kind.kind)
+            adopt(self.file, kind.kind, self.run_id, self.sources)
+            methods, budgets = make_methods(job), make_budgets(job.budget)
+            for spec in job.task:
+                task = kind(self, spec)
+                for config in plan_cells(methods, budgets, job.budget.mean_slots, task.rows, self.layers):
+                    task.run(config)
+            return list(self.file.records.values())
 
 
 class TaskRun(ABC):
@@ -197,7 +187,7 @@ class TaskRun(ABC):
     def identity(self, config: RunConfig) -> dict[str, Any]:
         """Return the fields that all records of a configuration share."""
         return {
-            "run": self.session.run,
+            "run": self.session.run_id,
             "method": config.method.name,
             "options": config.method.options(),
             "budget": config.budget.to_dict() if config.budget else None,

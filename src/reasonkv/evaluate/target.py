@@ -19,16 +19,11 @@ class FrontierError(ReasonKVError, ValueError):
 
 @dataclass(frozen=True)
 class Target:
-    """What has to be kept.
-
-    Args:
-        value: the number, or the factor where relative.
-        relative: times full KV's mean on the same examples.
-    """
+    """What has to be kept."""
 
     metric: str
-    value: float
-    relative: bool = False
+    value: float  # the number, or the factor where relative
+    relative: bool = False  # times full KV's mean on the same examples
 
     @classmethod
     def parse(cls, text: str, metric: str) -> Target:

@@ -47,20 +47,14 @@ class TraceError(ReasonKVError, ValueError):
 
 @dataclass(frozen=True)
 class Trace:
-    """One prompt with its output (end-of-sequence token included if it was reached).
-
-    Args:
-        prompt_P, output_T: int64 token ids.
-        teacher: full KV's log-probabilities at the T positions that predict `output_T`.
-        correct: whether the task's checker accepts the output; None where there is nothing to check it by.
-        answer_at: index in `output_T` of the first token after the last `</think>`, or None if there is none.
-    """
+    """One prompt with its output (end-of-sequence token included if it was reached)."""
 
     example: int
-    prompt_P: Tensor
-    output_T: Tensor
-    teacher: TeacherLogprobs
-    correct: bool | None
+    prompt_P: Tensor  # int64 token ids
+    output_T: Tensor  # likewise
+    teacher: TeacherLogprobs  # full KV's log-probabilities at the T positions that predict `output_T`
+    correct: bool | None  # whether the task's checker accepts the output; None where there is nothing to check it by
+    # index in `output_T` of the first token after the last `</think>`, or None if there is none
     answer_at: int | None = None
 
     @property

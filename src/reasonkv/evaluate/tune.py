@@ -40,46 +40,34 @@ OnProbe = Callable[["Point | None", "Probe"], None]
 
 @dataclass(frozen=True)
 class Probe:
-    """One budget that was run.
-
-    Args:
-        keeps: whether its compressed examples keep the target; None where there are none, or where full KV's share on
-            them is 0, so that a relative target asks for nothing.
-        full: full KV's on the same examples, where it ran.
-        examples: compressed ones.
-        regimes: bounded records by regime.
-    """
+    """One budget that was run."""
 
     tokens: int
+    # whether its compressed examples keep the target; None where there are none, or where full KV's share on them is 0,
+    # so that a relative target asks for nothing
     keeps: bool | None
     mean: float | None
-    full: float | None
-    examples: int
-    regimes: dict[str, int]
+    full: float | None  # full KV's on the same examples, where it ran
+    examples: int  # compressed ones
+    regimes: dict[str, int]  # bounded records by regime
 
 
 @dataclass(frozen=True)
 class Search:
-    """What a search found for one method on one task.
-
-    Args:
-        status: "reached"; "at most" the smallest budget allowed, which keeps it; "not reached" by any budget at which
-            decoding is compressed; "never compressed" at the smallest budget already.
-        bracket: the largest budget that missed the target and the smallest above it that kept it. With "at most" the
-            smallest budget twice; with "not reached" the upper end is where nothing is compressed any more.
-        probes: the budgets that were run, in that order.
-        usable: the budget interpolated between them, and its 95 % interval over examples.
-        falls: pairs of probes where the larger budget, `theirs`, did worse.
-    """
+    """What a search found for one method on one task."""
 
     task: str
     method: str
     target: Target
+    # "reached"; "at most" the smallest budget allowed, which keeps it; "not reached" by any budget at which decoding is
+    # compressed; "never compressed" at the smallest budget already
     status: Literal["reached", "at most", "not reached", "never compressed"]
+    # the largest budget that missed the target and the smallest above it that kept it. With "at most" the smallest
+    # budget twice; with "not reached" the upper end is where nothing is compressed any more.
     bracket: tuple[int, int]
-    probes: tuple[Probe, ...]
-    usable: UsableBudget | None
-    falls: tuple[Comparison, ...]
+    probes: tuple[Probe, ...]  # the budgets that were run, in that order
+    usable: UsableBudget | None  # the budget interpolated between them, and its 95 % interval over examples
+    falls: tuple[Comparison, ...]  # pairs of probes where the larger budget, `theirs`, did worse
 
     @property
     def tokens(self) -> int | None:

@@ -28,18 +28,12 @@ class Folder:
 
 @dataclass(frozen=True)
 class Cohort:
-    """Records that may be compared with each other, full KV's among them.
-
-    Args:
-        name: the job and the prompt policy in words.
-        frame: records of one budget rule.
-        summary: with regimes apart.
-    """
+    """Records that may be compared with each other, full KV's among them."""
 
     folder: Folder
-    name: str
-    frame: pd.DataFrame
-    summary: pd.DataFrame
+    name: str  # the job and the prompt policy in words
+    frame: pd.DataFrame  # records of one budget rule
+    summary: pd.DataFrame  # with regimes apart
 
     @property
     def kind(self) -> str:

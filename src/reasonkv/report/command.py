@@ -6,19 +6,11 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-_PLAIN = {
-    "task": "--task",
-    "methods": "--methods",
-    "mean_slots": "--mean-slots",
-    "limit": "--limit",
-    "samples": "--samples",
-    "seed": "--seed",
-    "max_new_tokens": "--max-new-tokens",
-}
-_RULE = {"prompt": "--prompt-policy"}
-"""Flags of a budget's fields that are not called as the field."""
-_SIZES = {"retention": "--retention", "keep": "--keep", "tokens": "--budgets"}
-"""Flags of a budget's size; a window has tokens, too, which follow from its retention."""
+_NAMED = ("task", "methods", "mean_slots", "limit", "samples", "seed", "max_new_tokens")
+_SIZES = ("retention", "keep", "tokens")
+"""Fields of a budget's size; a window has tokens, too, which follow from its retention."""
+_OTHER_NAMES = {"tokens": "--budgets", "preset": "--sampling"}
+"""Flags that are not called as their field."""
 _USUAL = {"temperature": 0.6, "top_p": 0.95}
 """What traces have where nothing was said; it plays no part unless they were sampled."""
 
@@ -31,44 +23,35 @@ def command(manifest: Mapping[str, Any]) -> str:
     """
     name, arguments = str(manifest["command"]), manifest.get("arguments", {})
     if name == "demo":
-        return _line(["reasonkv", name], {"--limit": arguments.get("limit"), "--seed": arguments.get("seed")})
+        return _line(name, {key: arguments.get(key) for key in ("limit", "seed")})
     budgets, traces = arguments.get("budgets") or [], arguments.get("traces") or {}
-    flags: dict[str, Any] = {"--model": manifest.get("model", {}).get("name", "testbed")}
-    flags |= {flag: arguments.get(key) for key, flag in _PLAIN.items()}
+    given = {"model": manifest.get("model", {}).get("name", "testbed")} | {key: arguments.get(key) for key in _NAMED}
     if not arguments.get("mean_slots"):
         size = next((size for size in _SIZES if any(one.get(size) is not None for one in budgets)), "tokens")
-        flags[_SIZES[size]] = [one[size] for one in budgets]
+        given[size] = [one[size] for one in budgets]
     rule = budgets[0] if budgets else {}
     if "size" in rule:  # the other fields of a window follow from these
         rule = {"window": rule["size"], "window_buffer": rule["buffer"]}
-    flags |= {_RULE.get(key, _flag(key)): value for key, value in rule.items() if key not in _SIZES}
+    given |= {"prompt_policy" if key == "prompt" else key: value for key, value in rule.items() if key not in _SIZES}
     if traces:
-        flags["--max-new-tokens"] = traces.get("max_new_tokens")
-        source = flags["--traces"] = traces.get("source")
+        given |= {"max_new_tokens": traces.get("max_new_tokens"), "traces": traces.get("source")}
         drawn = _USUAL | {key: value for key, value in traces.items() if key not in {"source", "max_new_tokens"}}
-        flags |= _drawn(drawn) if source == "sampled" or drawn != _USUAL else {}
+        given |= drawn if given["traces"] == "sampled" or drawn != _USUAL else {}
     if "given" in arguments:  # traces of a file bring their own task
-        flags["--task"] = None
-    flags |= _drawn(arguments.get("sampling") or {}) | {"--diagnostics": arguments.get("diagnostics")}
-    flags |= {_flag(key): value for key, value in arguments.get("options", {}).items()}
-    return _line(["reasonkv", name], {**flags, "--dtype": arguments.get("dtype"), "--out": "results"})
+        given["task"] = None
+    given |= (arguments.get("sampling") or {}) | {"diagnostics": arguments.get("diagnostics")}
+    return _line(name, {**given, **arguments.get("options", {}), "dtype": arguments.get("dtype"), "out": "results"})
 
 
-def _drawn(sampling: Mapping[str, Any]) -> dict[str, Any]:
-    return {"--sampling" if key == "preset" else _flag(key): value for key, value in sampling.items()}
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def _line(words: list[str], flags: Mapping[str, Any]) -> str:
-    """Flags without a value, and those with an empty list, are left to their defaults."""
-    for flag, value in flags.items():
+def _line(command: str, given: Mapping[str, Any]) -> str:
+    """Fields without a value, and those with an empty list, are left to their defaults."""
+    words = ["reasonkv", command]
+    for name, value in given.items():
+        flag = _OTHER_NAMES.get(name, "--" + name.replace("_", "-"))
         if value is True:
-            words = [*words, flag]
-        elif flag == "--stop":  # a text may hold a comma
-            words = [*words, *(word for text in value for word in (flag, text))]
+            words.append(flag)
+        elif name == "stop":  # a text may hold a comma
+            words += [word for text in value for word in (flag, text)]
         elif value is not None and value != []:
-            words = [*words, flag, ",".join(map(str, value)) if isinstance(value, list) else str(value)]
+            words += [flag, ",".join(map(str, value)) if isinstance(value, list) else str(value)]
     return shlex.join(words)

@@ -36,23 +36,17 @@ _STATUS = {"reached": "reached", "at most": "kept already by the smallest", "not
 
 @dataclass(frozen=True)
 class Frontier:
-    """A frontier, ready to be shown.
-
-    Args:
-        points: every cell, by regime.
-        usable: by (task, method, rule), from compressed points alone; why not, where there is none.
-        crossings: between compressed points, the surest first; with `pair` all pairs of those two methods.
-        regimes: bounded records by task (rows) and regime (columns).
-        pair: the two methods that were named, if any.
-    """
+    """A frontier, ready to be shown."""
 
     target: Target
     axis: Axis
-    points: list[Point]
+    points: list[Point]  # every cell, by regime
+    # by (task, method, rule), from compressed points alone; why not, where there is none
     usable: dict[tuple[str, str, str], UsableBudget | str]
+    # between compressed points, the surest first; with `pair` all pairs of those two methods
     crossings: list[Comparison]
-    regimes: pd.DataFrame
-    pair: tuple[str, str] | None = None
+    regimes: pd.DataFrame  # bounded records by task (rows) and regime (columns)
+    pair: tuple[str, str] | None = None  # the two methods that were named, if any
 
     @property
     def left_out(self) -> str:

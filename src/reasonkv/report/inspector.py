@@ -77,26 +77,16 @@ class Inspection:
 
 @dataclass(frozen=True)
 class Subject:
-    """What a trace is about.
+    """What a trace is about."""
 
-    Args:
-        task: name of the task with its dials, or of the text.
-        example: number of the problem, or of the line.
-        row_seed: a further one of the sequence; the example unless given.
-        expected: the right answer; None where there is none.
-        check: returns whether an output is right; None where nobody knows.
-        source: who wrote the output, for the page.
-        think_end: text that ends thinking.
-    """
-
-    task: str
-    example: int = 0
+    task: str  # name of the task with its dials, or of the text
+    example: int = 0  # number of the problem, or of the line
     seed: int = 0
-    row_seed: int | None = None
-    expected: str | None = None
-    check: Callable[[str], bool] | None = None
-    source: str = "full KV's trace"
-    think_end: str = THINK_END
+    row_seed: int | None = None  # a further one of the sequence; the example unless given
+    expected: str | None = None  # the right answer; None where there is none
+    check: Callable[[str], bool] | None = None  # returns whether an output is right; None where nobody knows
+    source: str = "full KV's trace"  # who wrote the output, for the page
+    think_end: str = THINK_END  # text that ends thinking
 
     @staticmethod
     def of_task(
@@ -112,15 +102,11 @@ class Subject:
 
 @dataclass(frozen=True)
 class Inspector:
-    """A method at a budget on a model, ready to inspect sequences.
-
-    Args:
-        calibration: statistics of the model's queries; looked up beside the model unless given.
-    """
+    """A method at a budget on a model, ready to inspect sequences."""
 
     model: LoadedModel
     config: RunConfig
-    calibration: Calibration | None = None
+    calibration: Calibration | None = None  # statistics of the model's queries; looked up beside the model unless given
 
     def replay(self, row: TraceRow, subject: Subject) -> Inspection:
         """Feed a trace through the cache and return what became of every token.

@@ -14,23 +14,14 @@ from reasonkv.report.wording import difference_text, estimate_text
 
 
 class Metric(NamedTuple):
-    """A number of a cell.
+    """A number of a cell."""
 
-    Args:
-        key: its column in a summary.
-        label: the column's heading.
-        scale: what the number is multiplied by for people.
-        digits: digits after the point.
-        title: what a figure's axis says; "" where figures do not offer it.
-        meaning: one sentence.
-    """
-
-    key: str
-    label: str
-    scale: float
-    digits: int
-    title: str
-    meaning: str
+    key: str  # its column in a summary
+    label: str  # the column's heading
+    scale: float  # what the number is multiplied by for people
+    digits: int  # digits after the point
+    title: str  # what a figure's axis says; "" where figures do not offer it
+    meaning: str  # one sentence
 
     def text(self, row: Mapping[str, Any]) -> str:
         """Return the mean of a summary's row with its error or interval."""

@@ -16,16 +16,11 @@ FULL_COLOUR, FULL_DASH = "#666666", (6.0, 3.0)
 
 @dataclass(frozen=True)
 class Style:
-    """How a method is drawn.
-
-    Args:
-        marker: o s ^ D v P X or *.
-        dash: lengths of dashes and gaps in line widths, in turn; empty for a solid line.
-    """
+    """How a method is drawn."""
 
     colour: str
-    marker: str
-    dash: tuple[float, ...] = ()
+    marker: str  # o s ^ D v P X or *
+    dash: tuple[float, ...] = ()  # lengths of dashes and gaps in line widths, in turn; empty for a solid line
 
 
 # Okabe and Ito's palette without its yellow, which is too pale on white, and two that stay apart from it

@@ -30,19 +30,13 @@ class GateError(MethodError):
 
 @dataclass(frozen=True, eq=False)
 class Gate:
-    """The trained part of SeerAttention-R on one model.
+    """The trained part of SeerAttention-R on one model."""
 
-    Args:
-        layers: `query`, `key`, `query_norm` and `key_norm` of every layer, float32; empty without full attention.
-        page_size: tokens of the pages it was trained for.
-        model: hash of the model it was trained on.
-        source: what it was trained on, in words.
-    """
-
+    # `query`, `key`, `query_norm` and `key_norm` of every layer, float32; empty without full attention
     layers: Sequence[Mapping[str, Tensor]]
-    page_size: int
-    model: str
-    source: str = ""
+    page_size: int  # tokens of the pages it was trained for
+    model: str  # hash of the model it was trained on
+    source: str = ""  # what it was trained on, in words
 
     def to(self, device: torch.device | str) -> Gate:
         """Return the same gate on a device."""

@@ -24,25 +24,16 @@ _NUMBER = re.compile(r"\s*\$?[-+]?[\d,]*\.?\d+%?\s*")
 
 @dataclass(frozen=True)
 class DataTask(Task):
-    """Problems whose prompts and answers come from rows of data.
+    """Problems whose prompts and answers come from rows of data."""
 
-    Args:
-        name: the task as the user wrote it.
-        rows: the data; problem i of seed s is row i of an order shuffled by s (seed 0: the order of the data).
-        declared: the task, with prompt, answer and grader.
-        think_end: what ends thinking.
-        skipped: lines and rows that cannot be used, in words.
-        examples: rows of worked examples.
-        tokenizer: counts tokens where prompts are cut; `for_tokenizer` sets it.
-    """
-
-    name: str
+    name: str  # the task as the user wrote it
+    # the data; problem i of seed s is row i of an order shuffled by s (seed 0: the order of the data)
     rows: Sequence[Row]
-    declared: Declaration
-    think_end: str = THINK_END
-    skipped: Sequence[str] = ()
-    examples: Sequence[Row] = ()
-    tokenizer: Any = None
+    declared: Declaration  # the task, with prompt, answer and grader
+    think_end: str = THINK_END  # what ends thinking
+    skipped: Sequence[str] = ()  # lines and rows that cannot be used, in words
+    examples: Sequence[Row] = ()  # rows of worked examples
+    tokenizer: Any = None  # counts tokens where prompts are cut; `for_tokenizer` sets it
 
     _render: Callable[[Row], str] = field(init=False, repr=False, compare=False)
     _answers: Callable[[Row], list[str]] = field(init=False, repr=False, compare=False)

@@ -31,50 +31,32 @@ class Choices(TypedDict):
 
 @dataclass(frozen=True, kw_only=True)
 class Declaration:
-    """A task of data; of `TaskOptions`, those with a field here replace it.
+    """A task of data; of `TaskOptions`, those with a field here replace it."""
 
-    Args:
-        title: one line about it.
-        dataset: a hub dataset, or a file of rows beside the declaration.
-        config, split, revision: of the hub dataset.
-        prompt: template of the prompt; None guesses the field.
-        answer: field or template of the answer; None guesses the field.
-        grade: grader; None guesses it.
-        extract: regular expression; the first group that matched in its last match is the answer.
-        ignore: regular expressions whose matches are removed from the extracted and the accepted answers.
-        chat: the prompt is meant for the tokenizer's chat template.
-        shots: worked examples before the question.
-        shots_from: split or file that the examples come from.
-        shot: field or template of an example's answer; None is `answer`.
-        sampling: what the authors draw with, by fields of `reasonkv.evaluate.job.Sampling`.
-        stop: texts that end an output.
-        max_new_tokens: the authors' limit.
-        length: tokens that longer prompts are cut to, in the middle; None cuts nothing.
-        rename: new names of fields by their names in the dataset.
-        shuffle_choices: `right`, the field of the right choice, and `wrong`, the fields of the others.
-        subsets: fields that differ, by the subset's name, which is also the dataset's configuration.
-    """
-
-    title: str = ""
-    dataset: str | None = None
-    config: str | None = None
+    title: str = ""  # one line about it
+    dataset: str | None = None  # a hub dataset, or a file of rows beside the declaration
+    config: str | None = None  # of the hub dataset, as are the next two
     split: str = "test"
     revision: str | None = None
-    prompt: str | None = None
-    answer: str | None = None
-    grade: str | None = None
-    extract: str | None = None
+    prompt: str | None = None  # template of the prompt; None guesses the field
+    answer: str | None = None  # field or template of the answer; None guesses the field
+    grade: str | None = None  # grader; None guesses it
+    extract: str | None = None  # regular expression; the first group that matched in its last match is the answer
+    # regular expressions whose matches are removed from the extracted and the accepted answers
     ignore: Sequence[str] = ()
-    chat: bool = True
-    shots: int = 0
-    shots_from: str | None = None
-    shot: str | None = None
+    chat: bool = True  # the prompt is meant for the tokenizer's chat template
+    shots: int = 0  # worked examples before the question
+    shots_from: str | None = None  # split or file that the examples come from
+    shot: str | None = None  # field or template of an example's answer; None is `answer`
+    # what the authors draw with, by fields of `reasonkv.evaluate.job.Sampling`
     sampling: Mapping[str, Annotated[float, Ge(0)]] = field(default_factory=dict)
-    stop: Sequence[str] = ()
-    max_new_tokens: Annotated[int, Ge(1)] | None = None
-    length: int | None = None
-    rename: Mapping[str, str] = field(default_factory=dict)
+    stop: Sequence[str] = ()  # texts that end an output
+    max_new_tokens: Annotated[int, Ge(1)] | None = None  # the authors' limit
+    length: int | None = None  # tokens that longer prompts are cut to, in the middle; None cuts nothing
+    rename: Mapping[str, str] = field(default_factory=dict)  # new names of fields by their names in the dataset
+    # `right`, the field of the right choice, and `wrong`, the fields of the others
     shuffle_choices: Choices | None = None
+    # fields that differ, by the subset's name, which is also the dataset's configuration
     subsets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

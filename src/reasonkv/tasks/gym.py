@@ -25,21 +25,13 @@ TRAIN = 1 << 24
 
 @dataclass(frozen=True)
 class GymTask(Task):
-    """Problems of a generator.
+    """Problems of a generator."""
 
-    Args:
-        name: the task as the user wrote it.
-        dataset: the generator's name.
-        per_prompt: problems in one prompt.
-        config: options of the generator.
-        think_end: what ends thinking.
-    """
-
-    name: str
-    dataset: str
-    per_prompt: int
-    config: Mapping[str, Any]
-    think_end: str = THINK_END
+    name: str  # the task as the user wrote it
+    dataset: str  # the generator's name
+    per_prompt: int  # problems in one prompt
+    config: Mapping[str, Any]  # options of the generator
+    think_end: str = THINK_END  # what ends thinking
 
     chat = True
 

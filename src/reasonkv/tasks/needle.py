@@ -28,25 +28,15 @@ _CHARACTERS_PER_TOKEN = 4.0  # where no tokenizer is known
 
 @dataclass(frozen=True)
 class NeedleTask(Task):
-    """Long prompts with hidden facts.
+    """Long prompts with hidden facts."""
 
-    Args:
-        name: the task as the user wrote it.
-        kind: one of `KINDS`.
-        length: tokens of the prompt, chat template not counted.
-        depth: where the needle lies, in per cent of the prompt (`niah_single`); None draws it.
-        needles: hidden facts, values or hops, by kind.
-        count_tokens: tokens of a text; `for_tokenizer` sets it.
-        think_end: what ends thinking.
-    """
-
-    name: str
-    kind: str
-    length: int = 4096
-    depth: int | None = None
-    needles: int = 4
-    count_tokens: Callable[[str], int] | None = None
-    think_end: str = THINK_END
+    name: str  # the task as the user wrote it
+    kind: str  # one of `KINDS`
+    length: int = 4096  # tokens of the prompt, chat template not counted
+    depth: int | None = None  # where the needle lies, in per cent of the prompt (`niah_single`); None draws it
+    needles: int = 4  # hidden facts, values or hops, by kind
+    count_tokens: Callable[[str], int] | None = None  # tokens of a text; `for_tokenizer` sets it
+    think_end: str = THINK_END  # what ends thinking
 
     chat = True
 
