@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from numbers import Real
 from operator import index
 from typing import Any
@@ -43,6 +43,19 @@ def share_of_one(value: Any, name: str) -> float:
     if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) < 1:
         raise BudgetError(f"{name} must be a number between 0 and 1, not {value!r}.")
     return float(value)
+
+
+def divide(total: int, weights: Sequence[int]) -> list[int]:
+    """Return shares in proportion to weights which sum to exactly the total.
+
+    Integers throughout, so every machine divides alike: what rounding down leaves goes to the largest remainders.
+    """
+    whole = sum(weights)
+    shares = [total * weight // whole for weight in weights]
+    by_remainder = sorted(range(len(weights)), key=lambda at: (-(total * weights[at] % whole), at))
+    for at in by_remainder[: total - sum(shares)]:
+        shares[at] += 1
+    return shares
 
 
 def misfit(value: Any) -> str | None:

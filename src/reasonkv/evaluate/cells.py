@@ -128,7 +128,7 @@ def plan_cells(
     budgets: Sequence[Budget],
     mean_slots: Sequence[float] = (),
     rows: Sequence[tuple[int, int]] | None = None,
-    layers: int = 1,
+    layers: int | None = None,
 ) -> list[RunConfig]:
     """Return every bounded method at every budget, and full KV without one, each once, in the methods' order.
 
@@ -138,7 +138,7 @@ def plan_cells(
         mean_slots: mean physical lengths to reach instead.
         rows: (tokens of the prompt, tokens fed in all) of one task's sequences, for what only they can tell: whether
             prompts fit, and the sizes for `mean_slots`. None checks what can be checked without.
-        layers: compressed layers of the model.
+        layers: compressed layers of the model, if they are known; then shares of theirs are checked.
 
     Raises:
         BudgetError: a prompt or a method's own window does not fit a budget, or a mean cannot be reached, or has no
@@ -156,7 +156,7 @@ def plan_cells(
             )
         prompts, fed = zip(*decoding, strict=True)
         for own in dict.fromkeys(method if method.needs.layer_budgets else None for method in methods):
-            solved[own] = [budget_for_mean(budgets[0], mean, prompts, fed, own, layers) for mean in mean_slots]
+            solved[own] = [budget_for_mean(budgets[0], mean, prompts, fed, own, layers or 1) for mean in mean_slots]
     elif mean_slots:  # not known yet: one configuration for each, whose budget is not checked
         budgets = list(budgets) * len(mean_slots)
     longest = None if rows is None else max(prompt for prompt, _ in rows)
@@ -170,5 +170,6 @@ def plan_cells(
         if cell.budget is not None:
             fitted, _ = resolve_budget(cell.method, cell.budget)  # as the cache runs it: a default window may shrink
             cell.budget.check_protected(recent=fitted.needs.recent, prompt_length=longest)
-            layer_budgets(fitted, cell.budget, layers, longest)
+            if layers is not None:
+                layer_budgets(fitted, cell.budget, layers, longest)
     return list(dict.fromkeys(cells))

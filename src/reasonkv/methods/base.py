@@ -288,13 +288,25 @@ def layer_budgets(
     return [in_turn(one, layer) for layer, one in enumerate(own)]
 
 
+def protected_tokens(budget: Budget, recent: int, prompt: int) -> int:
+    """Return the tokens that every layer needs for what is protected, and one more beside a kept prompt.
+
+    Args:
+        budget: a budget of a number of tokens.
+        recent: newest slots the method itself always keeps.
+        prompt: tokens of the prompt, 0 while it is not known.
+    """
+    sinks, recent = budget.protected(recent)
+    return max(sinks + recent, prompt + recent + 1 if budget.prompt == "keep" else 0)
+
+
 def _divided(method: Method, budget: Budget, layers: int, prompt: int | None) -> list[Budget]:
     if isinstance(budget, Window):
         raise BudgetError(f"{method.name} divides tokens among layers, which a Window has none of; give it a Budget.")
     sinks, recent = budget.protected(method.needs.recent)
     least, protected = sinks + recent, f"{sinks} sinks and {recent} recent tokens"
     if budget.prompt == "keep" and prompt is not None:
-        least = max(least, prompt + recent + 1)
+        least = protected_tokens(budget, method.needs.recent, prompt)
         protected = f"a prompt of {prompt} tokens, {recent} recent ones and one more"
     shares = list(method.layer_tokens(budget, layers, prompt or 0))
     for layer, tokens in enumerate(shares):

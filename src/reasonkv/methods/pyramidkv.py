@@ -6,9 +6,10 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from reasonkv.budget import Budget
-from reasonkv.methods.base import Requirements
+from reasonkv.methods.base import Requirements, protected_tokens
 from reasonkv.methods.options import Size
 from reasonkv.methods.snapkv import SnapKV
+from reasonkv.numbers import divide
 
 
 @dataclass(frozen=True)
@@ -38,27 +39,15 @@ class PyramidKV(SnapKV):
         assert budget.tokens is not None  # `resolve_budget` refuses a share of the length
         if self.variant == "kvpress":
             return kvpress_pyramid(budget.tokens, layers, window=self.window, beta=self.beta)
-        sinks, recent = budget.protected(self.window)
-        common = sinks + recent
-        if budget.prompt == "keep":
-            common = max(common, prompt + recent + 1)  # the budget asks for one slot more
+        common = protected_tokens(budget, self.window, prompt)
         return [common + share for share in pyramid(budget.tokens - common, layers, self.beta)]
 
 
 def pyramid(mean: int, layers: int, beta: int) -> list[int]:
-    """Return shares on a line from 2 mean - mean / beta down to mean / beta, which sum to exactly layers x mean.
-
-    Integers throughout, so every machine divides alike: what rounding down leaves goes to the largest remainders.
-    """
+    """Return shares on a line from 2 mean - mean / beta down to mean / beta, which sum to exactly layers x mean."""
     if layers == 1:
         return [mean]
-    steps = beta * (layers - 1)  # share of layer l: parts[l] / steps
-    parts = [mean * ((2 * beta - 1) * (layers - 1) - 2 * layer * (beta - 1)) for layer in range(layers)]
-    shares = [part // steps for part in parts]
-    by_remainder = sorted(range(layers), key=lambda layer: (-(parts[layer] % steps), layer))
-    for layer in by_remainder[: layers * mean - sum(shares)]:
-        shares[layer] += 1
-    return shares
+    return divide(layers * mean, [(2 * beta - 1) * (layers - 1) - 2 * at * (beta - 1) for at in range(layers)])
 
 
 def kvpress_pyramid(mean: float, layers: int, *, window: int, beta: int, length: int | None = None) -> list[int]:
