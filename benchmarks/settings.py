@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args
 
 import altair as alt
 import pandas as pd
@@ -10,6 +11,7 @@ from tables import manifests, markdown, words
 
 from reasonkv.evaluate.statistics import paired_difference
 from reasonkv.evaluate.table import KEPT, read_results
+from reasonkv.numbers import KVDtype
 from reasonkv.report.charts import save_png
 
 _BASE = {"interval": "32", "recent": "32", "fit": "48"}
@@ -21,7 +23,7 @@ _TITLES = {
     "fit": "What forecast is fitted to: so many problems, or a text of another kind",
 }
 _WHOLE = 4096  # slots, more than any trace has
-_STORED = ["bfloat16", "int8", "int4", "int2"]
+_STORED = ["bfloat16", *get_args(KVDtype)]
 
 
 def build(source: Path, to: Path) -> None:

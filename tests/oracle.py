@@ -21,6 +21,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from reasonkv import CompressedCache, Plan, SlotView
 from reasonkv.runtimes.transformers.attention import naive_attention
 from reasonkv.runtimes.transformers.layer import CompressedLayer
+from reasonkv.runtimes.transformers.rotated import codebook, rotation
 
 MASKS: dict[int, Tensor] = {}  # this test process's masks for the forward under way, by layer
 FOLDED: dict[int, FoldedSlots] = {}  # and its explicit slots, where a method folds
@@ -40,9 +41,9 @@ AttentionMaskInterface.register("oracle", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
 class PlanLog:
     """A cache's observer: what its plans did, by layer and by the column its forward began at."""
 
-    def __init__(self, bits: int | None = None) -> None:
+    def __init__(self, dtype: str | None = None) -> None:
         self.cache: CompressedCache | None = None
-        self.bits = bits  # of kept slots, unless they are in the model's dtype
+        self.dtype = dtype  # of kept slots, unless it is the model's
         self.plans: dict[tuple[int, int], list[tuple[list[int], Plan, Tensor]]] = {}
 
     def __call__(self, layer: int, rows: list[int], view: SlotView, plan: Plan) -> None:
@@ -55,7 +56,9 @@ class FoldedSlots:
 
     def __init__(self, rows: int, heads: int, log: PlanLog, layer: int) -> None:
         self.plans = {start: done for (index, start), done in log.plans.items() if index == layer}
-        self.bits, self.packed = log.bits, [0] * rows
+        self.dtype, self.packed = log.dtype, [0] * rows
+        self.channels: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # mean and size of keys, by row and head
+        self.rotated: dict[int, Tensor] = {}  # vectors that stand for codes, by identity
         self.slots: list[list[list[tuple[Tensor, Tensor, float]]]] = [[[] for _ in range(heads)] for _ in range(rows)]
         self.start, self.valid = 0, torch.empty(0)
 
@@ -79,22 +82,38 @@ class FoldedSlots:
                 for head in range(len(self.slots[row])):
                     self.slots[row][head] = self._carried_out(self.slots[row][head], plan, positions, place, head)
                 self.packed[row] = 0  # groups are formed anew
-        if self.bits:
+        if self.dtype:
             for row in range(B):
-                self._pack(row)
+                (self._rotate if self.dtype.startswith("turbo") else self._pack)(row)
         return out
+
+    def _rotate(self, row: int) -> None:
+        """Round the rotated slots that leave the residual to the codebook, unless they are such slots already."""
+        end = max(0, len(self.slots[row][0]) - 32) // 32 * 32
+        for head, slots in enumerate(self.slots[row]):
+            if end and (row, head) not in self.channels:
+                first = torch.stack([key for key, _, _ in slots[:end]])
+                self.channels[row, head] = (first.mean(0), first.std(0, correction=0).sqrt())
+            for place, (key, value, mass) in enumerate(slots[:end]):
+                mean, size = self.channels[row, head]
+                if id(key) not in self.rotated:
+                    key = mean + size * in_codebook((key - mean) / size, int(self.dtype[-1]))
+                if id(value) not in self.rotated:
+                    value = in_codebook(value, int(self.dtype[-1]))
+                self.rotated |= {id(key): key, id(value): value}
+                slots[place] = (key, value, mass)
 
     def _pack(self, row: int) -> None:
         """Quantise the slots that leave the residual: 32 keys at a time per channel, and values by 32 channels."""
-        held = len(self.slots[row][0])
+        held, bits = len(self.slots[row][0]), int(self.dtype[3:])
         end = max(0, held - 32) // 32 * 32
         for head in self.slots[row]:
             for start in range(self.packed[row], end, 32):
                 keys, values, mass = zip(*head[start : start + 32], strict=True)
-                columns = [nested(column, self.bits) for column in torch.stack(keys).unbind(1)]
+                columns = [nested(column, bits) for column in torch.stack(keys).unbind(1)]
                 keys = torch.stack(columns, 1).unbind(0)
                 size = 32 if len(values[0]) % 32 == 0 else len(values[0])
-                values = [torch.cat([nested(part, self.bits) for part in value.split(size)]) for value in values]
+                values = [torch.cat([nested(part, bits) for part in value.split(size)]) for value in values]
                 head[start : start + 32] = list(zip(keys, values, mass, strict=True))
         self.packed[row] = end
 
@@ -114,11 +133,21 @@ class FoldedSlots:
                 value_weights = fold.value_weights_BHN[place, head, members].double()
                 key = (key_weights[:, None] * torch.stack(keys)).sum(0)
                 value = (value_weights[:, None] * torch.stack([slots[slot][1] for slot in members])).sum(0)
-                new[output] = (key, value, slots[home][2])
+                both = [old if old.equal(one) else one for one, old in zip((key, value), slots[home], strict=False)]
+                new[output] = (*both, slots[home][2])
         if plan.log_mass_BHK is not None:
             mass = plan.log_mass_BHK[place, head].tolist()
             new = [(key, value, own) for (key, value, _), own in zip(new, mass, strict=True)]
         return new
+
+
+def in_codebook(x: Tensor, bits: int) -> Tensor:
+    """A vector that has, once rotated, the nearest points times the best scale."""
+    turned = rotation(len(x)) @ x
+    size = float(turned.norm()) / len(x) ** 0.5
+    points = codebook(bits)[(codebook(bits) * size - turned[:, None]).abs().argmin(1)]
+    scale = (turned @ points / (points @ points)).bfloat16().double()
+    return rotation(len(x)).T @ (scale * points)
 
 
 def nested(numbers: Tensor, bits: int) -> Tensor:

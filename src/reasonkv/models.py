@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from pydantic_core import from_json
@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, 
 
 from reasonkv.checkpoints import Checkpoint, ModelError, find_checkpoint, first_line, need_package, why_not_loaded
 from reasonkv.identity import device_words, model_hash
+from reasonkv.numbers import KVDtype
 from reasonkv.offload import input_device
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
@@ -33,7 +34,7 @@ class LoadedModel:
         tokenizer: its tokenizer.
         hash: of configuration, tensor names and shapes, and a sample of the query weights; not of the folder's name.
         calibration_file: statistics of its queries, where they are not looked up beside it.
-        kv_dtype: "int8", "int4" or "int2" of the slots that bounded methods keep; None for the model's own.
+        kv_dtype: of the slots that bounded methods keep; None for the model's own.
     """
 
     name: str
@@ -41,7 +42,7 @@ class LoadedModel:
     tokenizer: PreTrainedTokenizerBase
     hash: str
     calibration_file: Path | None = None
-    kv_dtype: Literal["int8", "int4", "int2"] | None = None
+    kv_dtype: KVDtype | None = None
 
     @property
     def dtype(self) -> str:

@@ -6,10 +6,12 @@ import math
 from collections.abc import Iterable, Sequence
 from numbers import Real
 from operator import index
-from typing import Any
+from typing import Any, Literal, get_args
 
 from reasonkv.errors import BudgetError
 
+KVDtype = Literal["int8", "int4", "int2", "turbo4", "turbo2"]
+"""What kept slots are stored in, unless in the model's dtype; the number says how many bits."""
 LARGEST = 2**53
 """Above it, whole numbers are no longer exact as floats: in JSON elsewhere, in tables, in figures."""
 TOO_MANY = 2**31
@@ -56,6 +58,15 @@ def divide(total: int, weights: Sequence[int]) -> list[int]:
     for at in by_remainder[: total - sum(shares)]:
         shares[at] += 1
     return shares
+
+
+def kv_dtype(value: Any) -> KVDtype | None:
+    """Return what kept slots are stored in, or raise; None, the model's own dtype, stays None."""
+    names: tuple[KVDtype, ...] = get_args(KVDtype)
+    if value is not None and value not in names:
+        listed = f"{', '.join(names[:-1])} or {names[-1]}"
+        raise BudgetError(f"dtype must be {listed}, or None for the model's own, not {value!r}.")
+    return next((name for name in names if name == value), None)
 
 
 def misfit(value: Any) -> str | None:

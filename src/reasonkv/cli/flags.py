@@ -14,7 +14,7 @@ from cyclopts import Group, Parameter, Token
 from reasonkv.cli.console import note, quiet_libraries, show
 from reasonkv.cli.mistakes import UsageError
 from reasonkv.evaluate.job import split_specs
-from reasonkv.numbers import misfit
+from reasonkv.numbers import KVDtype, misfit
 
 if TYPE_CHECKING:
     from reasonkv.models import LoadedModel
@@ -61,7 +61,7 @@ class ModelFlags:
         model: The bundled testbed, a model folder, a .gguf file, a folder of a LoRA adapter, or a name on the Hugging
             Face hub.
         dtype: auto, float32, bfloat16, float16 or float64; of weights and cache.
-        kv_dtype: auto, int8, int4 or int2; of the slots that bounded methods keep. auto is the cache's.
+        kv_dtype: What the slots of bounded methods are stored in; auto is the cache's dtype.
         device: auto, cpu, cuda, cuda:1, ...
         calibration: Query statistics, made by `reasonkv calibrate`. Unless given, looked up for the model.
         revision: Branch, tag or commit of the model on the hub.
@@ -71,7 +71,7 @@ class ModelFlags:
 
     model: str = "testbed"
     dtype: str = "auto"
-    kv_dtype: Literal["auto", "int8", "int4", "int2"] = "auto"
+    kv_dtype: Literal["auto", KVDtype] = "auto"
     device: str = "auto"
     calibration: Path | None = None
     revision: str | None = None

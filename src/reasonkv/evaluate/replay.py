@@ -17,8 +17,8 @@ from reasonkv.evaluate.diagnostics import Diagnostics
 from reasonkv.evaluate.metrics import NonFiniteError, TraceMetrics, TraceScore
 from reasonkv.evaluate.reference import FullAttention
 from reasonkv.evaluate.traces import Trace
+from reasonkv.numbers import KVDtype
 from reasonkv.runtimes.transformers import CompressedCache, RowStats
-from reasonkv.runtimes.transformers.packed import KVDtype
 
 
 class ReplayError(ReasonKVError, RuntimeError):

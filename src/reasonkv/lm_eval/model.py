@@ -41,7 +41,7 @@ class BoundedLM(HFLM):
         method: a method or its spec; options are separated by semicolons, as in rkv:window=16;kernel=5.
         calibration: statistics of the model's queries, for methods that need them; looked up unless given.
         seed: of methods that draw random numbers.
-        kv_dtype: int8, int4 or int2, of the slots that a bounded method keeps.
+        kv_dtype: of the slots that a bounded method keeps, as `dtype` of `CompressedCache`.
         options: fields of `reasonkv.Budget` (tokens, keep, interval, prompt, ...), and arguments of lm-eval's `hf`.
 
     Raises:

@@ -25,7 +25,7 @@ from reasonkv.budget import Budget, BudgetFields
 from reasonkv.calibration import Calibration, default_method
 from reasonkv.layers import is_recurrent, layer_rotaries
 from reasonkv.methods import Method, Requirements, get_method, refuse_future
-from reasonkv.numbers import whole_number, whole_numbers
+from reasonkv.numbers import KVDtype, kv_dtype, whole_number, whole_numbers
 from reasonkv.offload import input_device
 from reasonkv.resolve import UnsupportedModelError, check_model, check_window, context_length, resolve_budget
 from reasonkv.runtimes.transformers import sequences
@@ -35,7 +35,7 @@ from reasonkv.runtimes.transformers.forward import ForwardPlan, SequenceState, c
 from reasonkv.runtimes.transformers.kinds import empty_layers
 from reasonkv.runtimes.transformers.layer import CompressedLayer
 from reasonkv.runtimes.transformers.lightning import FittingCache
-from reasonkv.runtimes.transformers.packed import KVDtype, bits_of, tokens_to_packing
+from reasonkv.runtimes.transformers.packed import tokens_to_packing
 from reasonkv.runtimes.transformers.sequences import LayerGroup
 from reasonkv.runtimes.transformers.session import Observer, Session, callbacks_of, load_statistics, weakly
 from reasonkv.runtimes.transformers.sparse_read import SparseReader
@@ -65,8 +65,8 @@ class CompressedCache(FittingCache):
             (`reasonkv.periodic.periodic_events`) instead of the rows' own lengths.
         calibration: statistics of the model's queries, or the file they are in, for methods that need them; looked up
             beside the model and in the user's cache unless given (`reasonkv.calibration.find_calibration`).
-        dtype: "int8", "int4" or "int2": store all but the newest 32 to 63 slots of a row in groups of 32 numbers, keys
-            per channel and values per token (`reasonkv.runtimes.transformers.packed`); None: in the model's dtype.
+        dtype: what all but the newest 32 to 63 slots of a row are stored in: "int8", "int4", "int2" on grids, "turbo4",
+            "turbo2" rotated and in a codebook (`reasonkv.runtimes.transformers.packed`); None: the model's dtype.
         fields: `tokens`, `keep`, `interval` and the other fields of `Budget`, instead of `budget`.
 
     Raises:
@@ -123,7 +123,7 @@ class CompressedCache(FittingCache):
             reader=reader,
             model_name=type(model).__name__,
             max_length=None if max_length is None else whole_number(max_length, "max_length", 1),
-            bits=bits_of(dtype),
+            kv_dtype=kv_dtype(dtype),
             reads_mask=resolve.reads_mask(model),
             context=context_length(model),
             **callbacks_of(self),
@@ -219,7 +219,7 @@ class CompressedCache(FittingCache):
         groups, layers, events = self.layer_groups, len(self.compressed_layers), self.window_events
         if not groups and self.prompt_lengths:
             groups, _ = sequences.make_groups(self.method, self.budget, layers, self.prompt_lengths, None, events)
-        return sequences.tokens_to_next_event(groups, tokens_to_packing if self.session.bits else None)
+        return sequences.tokens_to_next_event(groups, tokens_to_packing if self.session.kv_dtype else None)
 
     def note_allocation(self) -> None:
         """Remember the most bytes of keys and values that were allocated at once."""

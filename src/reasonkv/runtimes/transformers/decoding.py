@@ -14,9 +14,9 @@ from transformers import CompileConfig, GenerationConfig, PreTrainedModel
 from reasonkv.budget import Budget, BudgetFields
 from reasonkv.calibration import Calibration
 from reasonkv.methods import Method, get_method, refuse_future
+from reasonkv.numbers import KVDtype
 from reasonkv.resolve import UnsupportedModelError, resolve_budget
 from reasonkv.runtimes.transformers.cache import CompressedCache
-from reasonkv.runtimes.transformers.packed import KVDtype
 from reasonkv.runtimes.transformers.session import Observer
 from reasonkv.runtimes.transformers.stats import CacheStats
 from reasonkv.runtimes.transformers.steady import SteadyCache

@@ -57,7 +57,7 @@ class CompressedIndexedLayer(CompressedLayer):
     def __init__(self, session: Session, index: int, leader: int) -> None:
         super().__init__(session, index)
         self.leader = leader
-        if session.bits:
+        if session.kv_dtype:
             raise UnsupportedModelError("The keys of an indexer are not stored in fewer bits; leave out dtype.")
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:

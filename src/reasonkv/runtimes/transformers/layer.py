@@ -123,7 +123,7 @@ class CompressedLayer(CacheLayerMixin):
             if capacity is not None:
                 capacity += -capacity % session.capacity_step
             of_layer = (key_states, value_states, session.needs, capacity)
-            self.storage = PackedStorage(*of_layer, session.bits) if session.bits else LayerStorage(*of_layer)
+            self.storage = PackedStorage(*of_layer, session.kv_dtype) if session.kv_dtype else LayerStorage(*of_layer)
         allocated = self.storage.allocated
         keys, values = self.storage.append(key_states, value_states, forward)
         if self.storage.allocated != allocated:

@@ -1,50 +1,32 @@
-"""Kept slots in 8, 4 or 2 bits: keys per channel and values per token, as in KIVI (Liu et al., 2024, arXiv 2402.02750).
+"""Kept slots in few bits: on grids (`int8`, `int4`, `int2`), or rotated and in a codebook (`turbo4`, `turbo2`).
 
 Between forwards the oldest slots of a layer are codes, and the newest 32 to 63 are in the model's dtype. A forward
 unpacks one layer, attends, compacts, and packs it again; its own tokens attend to each other in the model's dtype.
 
-A compaction breaks the groups that keys are quantised in. So steps are powers of two and every grid has a point at 0:
-grids are nested, and a number that stood on one grid stands on every finer one. Values never change once they are
-packed. A key changes only where its new group needs a coarser step, by half of it, however often it is moved.
-
-Legend: B rows, H KV heads, N slots (a multiple of GROUP), G = GROUP, D width of a key or value.
+Legend: B rows, b some of them, H KV heads, N slots, D width of a key or value.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from reasonkv.budget import BudgetError
+from reasonkv.compaction import gather_slots
 from reasonkv.methods import Requirements
-from reasonkv.methods.ops import upcast
+from reasonkv.numbers import KVDtype
+from reasonkv.plan import Plan
+from reasonkv.runtimes.transformers.codes import SlotCodes
 from reasonkv.runtimes.transformers.forward import ForwardPlan
+from reasonkv.runtimes.transformers.grids import GROUP, GridCodes
+from reasonkv.runtimes.transformers.rotated import RotatedCodes
 from reasonkv.runtimes.transformers.storage import LayerStorage
+from reasonkv.slots import CompactionGroup
+from reasonkv.view import SlotView
 
-KVDtype = Literal["int8", "int4", "int2"]
-"""What kept slots are stored in, unless in the model's dtype."""
-GROUP = 32
-"""Slots whose keys share a step in every channel, and channels of a value that share one; KIVI's group size."""
 RESIDUAL = 32
 """Newest slots that always stay in the model's dtype; KIVI keeps up to its residual length of 128."""
-_OFFSET_BITS = 14  # of an offset in steps, which is stored as int16
-_GRID_BYTES = 3  # of a group: exponent and offset
-
-
-def bits_of(dtype: str | None) -> int | None:
-    """Return the bits of a stored number; None for the model's own dtype.
-
-    Raises:
-        BudgetError: no such dtype.
-    """
-    if dtype is None:
-        return None
-    if dtype not in get_args(KVDtype):
-        raise BudgetError(f"dtype must be int8, int4 or int2, or None for the model's own, not {dtype!r}.")
-    return int(dtype.removeprefix("int"))
 
 
 def packed_slots(held: int) -> int:
@@ -57,126 +39,12 @@ def tokens_to_packing(held: int) -> int:
     return packed_slots(held) + RESIDUAL + GROUP - held
 
 
-class Codes(NamedTuple):
-    """Numbers of groups: (code + offset) * 2 ** exponent; codes uint8, exponents int8, offsets int16."""
-
-    code: Tensor
-    exponent: Tensor
-    offset: Tensor
-
-
-def encode(x: Tensor, bits: int, dim: int) -> Codes:
-    """Return the codes of numbers whose groups lie along one axis.
-
-    The step is the least power of two with which the group's range fits into the codes.
-    """
-    x, levels = upcast(x), 2**bits - 1
-    low, high = x.amin(dim, keepdim=True), x.amax(dim, keepdim=True)
-    mantissa, exponent = torch.frexp((high - low) / levels)
-    exponent = torch.where(mantissa == 0.5, exponent - 1, exponent)  # a range of exactly 2 ** n steps
-    exponent = exponent.maximum(torch.frexp(low.abs().maximum(high.abs())).exponent - _OFFSET_BITS)
-    exponent = exponent.clamp(-126, 126)
-    step = power(exponent, x.dtype)
-    # both ends may be rounded outwards
-    exponent = torch.where((high / step).round() - (low / step).round() > levels, exponent + 1, exponent)
-    step = power(exponent, x.dtype)
-    offset = (low / step).round()
-    code = ((x / step).round() - offset).clamp(0, levels)
-    return Codes(code.to(torch.uint8), exponent.to(torch.int8), offset.to(torch.int16))
-
-
-def decode(codes: Codes, dtype: torch.dtype) -> Tensor:
-    """Return the numbers that codes stand for."""
-    wide = torch.promote_types(dtype, torch.float32)
-    return ((codes.code.to(wide) + codes.offset) * power(codes.exponent, wide)).to(dtype)
-
-
-def power(exponent: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return 2 ** exponent, -126 to 127, exactly: the bits of a float32."""
-    return ((exponent.to(torch.int32) + 127) << 23).view(torch.float32).to(dtype)
-
-
-def _in_bytes(code_bHND: Tensor, bits: int) -> Tensor:
-    """Return codes of neighbouring slots together in one byte, [b, H, N bits / 8, D]."""
-    in_one = 8 // bits
-    whole = code_bHND[:, :, ::in_one]
-    for slot in range(1, in_one):
-        whole = whole | (code_bHND[:, :, slot::in_one] << (slot * bits))
-    return whole
-
-
-def _out_of_bytes(code_bHND: Tensor, bits: int) -> Tensor:
-    """Return the codes that `_in_bytes` put together, [b, H, N, D]."""
-    if bits == 8:
-        return code_bHND
-    parts = [(code_bHND >> shift) & (2**bits - 1) for shift in range(0, 8, bits)]
-    return torch.stack(parts, 3).flatten(2, 3)
-
-
-class _Buffers:
-    """The codes of keys or of values of one layer for slots that are packed; grouped by slots or by channels."""
-
-    def __init__(self, like: Tensor, bits: int, by_channel: bool) -> None:
-        (self.rows, self.heads, _, self.width), self.bits, self.by_channel = like.shape, bits, by_channel
-        self.group = GROUP if by_channel or self.width % GROUP == 0 else self.width
-        self.dtype, self.device, self.slots = like.dtype, like.device, 0
-        self.stored = Codes(*self._new(0))
-
-    def resize(self, slots: int) -> None:
-        """Make room for exactly so many slots."""
-        old, self.slots = self.stored, slots
-        self.stored = Codes(*self._new(slots))
-        for new, before in zip(self.stored, old, strict=True):
-            lines = min(new.shape[2], before.shape[2])
-            new[:, :, :lines] = before[:, :, :lines]
-
-    def write(self, rows: slice | Tensor, start: int, x_bHND: Tensor) -> None:
-        """Encode slots from `start` on, a multiple of GROUP."""
-        end = start + x_bHND.shape[2]
-        codes = encode(self._grouped(x_bHND), self.bits, 3 if self.by_channel else 4)
-        code_bHND = codes.code.reshape(x_bHND.shape)
-        code_bHND = _in_bytes(code_bHND, self.bits)
-        parts = (code_bHND, codes.exponent.flatten(3), codes.offset.flatten(3))
-        for stored, part, step in zip(self.stored, parts, self._slots_a_line(), strict=True):
-            stored[rows, :, start // step : end // step] = part
-
-    def read(self, rows: slice | Tensor, end: int) -> Tensor:
-        """Return the first slots [b, H, end, D] in the model's dtype."""
-        code, exponent, offset = (
-            stored[rows, :, : end // step] for stored, step in zip(self.stored, self._slots_a_line(), strict=True)
-        )
-        code = _out_of_bytes(code, self.bits)
-        dim = 3 if self.by_channel else 4
-        grid = (exponent.unsqueeze(dim), offset.unsqueeze(dim))
-        return decode(Codes(self._grouped(code), *grid), self.dtype).reshape(code.shape)
-
-    def bytes_per_slot(self) -> float:
-        """Bytes of a slot of all KV heads, its part of the grids included."""
-        grids = self.width / GROUP if self.by_channel else self.width / self.group
-        return self.heads * (self.width * self.bits / 8 + _GRID_BYTES * grids)
-
-    def select_rows(self, index: Tensor) -> None:
-        """Reorder, repeat or drop rows."""
-        self.rows = len(index)
-        self.stored = Codes(*(stored.index_select(0, index) for stored in self.stored))
-
-    def _grouped(self, x_bHND: Tensor) -> Tensor:
-        """Return [b, H, N / G, G, D] for groups of slots, [b, H, N, D / g, g] for groups of channels."""
-        return (
-            torch.unflatten(x_bHND, 2, (-1, GROUP)) if self.by_channel else torch.unflatten(x_bHND, 3, (-1, self.group))
-        )
-
-    def _slots_a_line(self) -> tuple[int, int, int]:
-        grid = GROUP if self.by_channel else 1
-        return 8 // self.bits, grid, grid
-
-    def _new(self, slots: int) -> Iterator[Tensor]:
-        numbers = self.width if self.by_channel else self.width // self.group
-        widths = (self.width, numbers, numbers)
-        for step, width, dtype in zip(
-            self._slots_a_line(), widths, (torch.uint8, torch.int8, torch.int16), strict=True
-        ):
-            yield torch.zeros(self.rows, self.heads, slots // step, width, dtype=dtype, device=self.device)
+def codes_of(keys: Tensor, values: Tensor, dtype: KVDtype) -> tuple[SlotCodes, SlotCodes]:
+    """Return empty codes for the keys and for the values of a layer."""
+    bits = int(dtype[-1])
+    if dtype.startswith("turbo"):
+        return RotatedCodes(keys, bits, by_channel=True), RotatedCodes(values, bits, by_channel=False)
+    return GridCodes(keys, bits, by_channel=True), GridCodes(values, bits, by_channel=False)
 
 
 class PackedStorage(LayerStorage):
@@ -184,12 +52,12 @@ class PackedStorage(LayerStorage):
 
     Args:
         keys, values, needs, capacity: as in `LayerStorage`.
-        bits: of a stored number: 8, 4 or 2.
+        dtype: what the packed slots are stored in.
     """
 
-    def __init__(self, keys: Tensor, values: Tensor, needs: Requirements, capacity: int | None, bits: int) -> None:
+    def __init__(self, keys: Tensor, values: Tensor, needs: Requirements, capacity: int | None, dtype: KVDtype) -> None:
         super().__init__(keys, values, needs, capacity)
-        self.packed = (_Buffers(keys, bits, by_channel=True), _Buffers(values, bits, by_channel=False))
+        self.packed = codes_of(keys, values, dtype)
         self.tails = self._new(RESIDUAL + GROUP - 1, keys, values)
         self.held = [0] * self.rows  # slots of every row, packed ones included
 
@@ -203,13 +71,35 @@ class PackedStorage(LayerStorage):
                 whole[at, :, end:held] = tail[at, :, : held - end]
         return super().append(keys_BHqD, values_BHqD, plan)
 
+    def compact(self, plans: list[tuple[CompactionGroup, Plan, SlotView]], forward: ForwardPlan) -> None:
+        """Rewrite the storage after one forward, and the codes of the rows that are compacted."""
+        whole = (self.keys, self.values)
+        before = [[gather_slots(one, list(group.rows), plan.kept_BHK) for one in whole] for group, plan, _ in plans]
+        super().compact(plans, forward)
+        # never less than now: slots are read from where they were
+        self._make_room_for_codes(max(self.packed[0].slots, *(packed_slots(one.physical) for one in forward.after)))
+        for (group, plan, _), pair in zip(plans, before, strict=True):
+            row_b, end = group.numbers(self.device)[0], packed_slots(group.keep)
+            if end == 0:
+                continue
+            source_bHN = plan.kept_BHK[:, :, :end]
+            packed_b = torch.tensor([packed_slots(self.held[row]) for row in group.rows], device=self.device)
+            is_packed_bHN = source_bHN < packed_b[:, None, None]
+            for codes, now, old in zip(self.packed, (self.keys, self.values), pair, strict=True):
+                x_bHND = now[row_b, :, :end]
+                stays_bHN = is_packed_bHN & (x_bHND == old[:, :, :end]).all(3)
+                codes.rewrite(row_b, x_bHND, source_bHN, stays_bHN)
+
     def pack(self, forward: ForwardPlan) -> None:
         """Store what the layer holds after a forward and its compaction, and free the unpacked slots."""
         after = [state.physical for state in forward.after]
         packed = [packed_slots(held) for held in after]
         self._make_room_for_codes(max(packed))
-        # without a compaction, what is packed stays as it is
-        starts = [packed_slots(held) if keep is None else 0 for held, keep in zip(self.held, forward.keep, strict=True)]
+        # a compaction has packed what it left
+        starts = [
+            packed_slots(held if keep is None else now)
+            for held, keep, now in zip(self.held, forward.keep, after, strict=True)
+        ]
         for (start, held), at in self._alike(list(zip(starts, after, strict=True))):
             end = packed_slots(held)
             for whole, codes, tail in zip((self.keys, self.values), self.packed, self.tails, strict=True):
@@ -220,9 +110,13 @@ class PackedStorage(LayerStorage):
         self.keys, self.values = self._new(0, self.keys, self.values)
 
     def bytes_allocated(self) -> int:
-        """Bytes of codes, grids and newest slots for the whole batch, and of the unpacked slots during a forward."""
-        stored = [*self.packed[0].stored, *self.packed[1].stored, *self.tails]
-        return super().bytes_allocated() + sum(tensor.nbytes for tensor in stored)
+        """Bytes of codes and newest slots for the whole batch, and of the unpacked slots during a forward."""
+        stored = sum(codes.nbytes() for codes in self.packed) + sum(tensor.nbytes for tensor in self.tails)
+        return super().bytes_allocated() + stored
+
+    def bytes_per_row(self) -> int:
+        """Bytes of a row that do not depend on its slots: means and sizes of channels, too."""
+        return super().bytes_per_row() + sum(codes.bytes_per_row() for codes in self.packed)
 
     def bytes_per_stored_token(self) -> float:
         """Bytes of a packed key and value."""

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from reasonkv.calibration import Calibration, find_calibration
 from reasonkv.methods import Method, Requirements
+from reasonkv.numbers import KVDtype
 from reasonkv.offload import input_device
 from reasonkv.plan import Plan
 from reasonkv.rotary import Rotary
@@ -38,7 +39,7 @@ class Session:
         reader: chooses what decoded tokens read, for methods that evict nothing.
         model_name: for messages.
         max_length: as in `CompressedCache`.
-        bits: of a stored number, or None for the model's dtype.
+        kv_dtype: what kept slots are stored in, or None for the model's dtype.
         context: most tokens the model was made for, where its configuration says; None once it was warned about.
         reads_mask: the model itself reads the mask of a forward, as an indexer does.
         capacity_step: the capacity of a storage is a multiple of it.
@@ -61,7 +62,7 @@ class Session:
     reader: SparseReader | None
     model_name: str
     max_length: int | None
-    bits: int | None = None
+    kv_dtype: KVDtype | None = None
     context: int | None = None
     reads_mask: bool = False
     capacity_step: int = 1

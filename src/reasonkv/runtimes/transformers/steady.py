@@ -261,7 +261,7 @@ class SteadyCache(CompressedCache):
         refused = {
             "a method that selects what it reads": self.session.reader is not None,
             "full KV, which grows": budget is None,
-            "slots in fewer bits": self.session.bits is not None,
+            "slots in fewer bits": self.session.kv_dtype is not None,
             "a method that reads token ids": needs.token_ids,
             "layers with budgets or turns of their own": needs.layer_budgets or getattr(budget, "stagger", 1) > 1,
             "this model: layers that are not bounded, or attention of its own": not is_plain_model
