@@ -36,6 +36,7 @@ def tables(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
         "pretrained_league",
         "lead",
         "breadth",
+        "layers",
         "leaderboard",
         "equal_bytes",
         "sensitivity",
@@ -82,7 +83,7 @@ def test_no_two_methods_of_a_figure_share_colour_and_marker(
 
 def test_the_records_are_small_and_keep_their_manifests(tables: ModuleType) -> None:
     folders = [path.parent for path in (ROOT / "docs" / "results").glob("*/records.parquet")]
-    assert len(folders) == 12
+    assert len(folders) == 13
     assert sum((folder / "records.parquet").stat().st_size for folder in folders) < 2 * 2**20
     for folder in folders:
         about = tables.manifests(folder)
