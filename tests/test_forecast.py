@@ -251,6 +251,9 @@ def test_layers_hold_their_shares_and_attention_over_them_is_exact() -> None:
     model, spec = tiny_model("qwen3"), "forecast:shares=0.5/1/1.5"
     budget = Budget(24, interval=6, sinks=2, recent=3, prompt="count")
     assert [one.tokens for one in layer_budgets(get_method(spec), budget, 3) if one] == [15, 24, 33]
+    kept = replace(budget, tokens=40, prompt="keep")  # one slot beside the prompt and what is recent
+    shares = layer_budgets(get_method("forecast:shares=0.001/1/1"), kept, 3, 30)
+    assert [one.tokens for one in shares if one] == [34, 43, 43]
     (ids, mask, positions), pieces = batch([60, 47, 31]), [24, 7, *[1] * 15, 7, 7]
     with CompressedCache(model, spec, budget, prompt_lengths=[24, 11, 5], calibration=calibration(model)) as cache:
         run = run_compressed(model, cache, ids, mask, positions, pieces)
