@@ -125,9 +125,10 @@ def section(name: str, found: Row) -> list[str]:
 
 def with_ceiling(rows: Sequence[Row]) -> list[Row]:
     """Return rows with what a cache serves of the ceiling: the load's best rate, if compactions took no time."""
-    free = {id(row): row["tokens/s"] / (1 - row["compactions, share of step time"]) for row in rows}
-    ceilings = [max(free[id(one)] for one in rows if one["requests"] == row["requests"]) for row in rows]
-    return [{**row, "of the ceiling": row["tokens/s"] / most} for row, most in zip(rows, ceilings, strict=True)]
+    frame = pd.DataFrame(rows)
+    free = frame["tokens/s"] / (1 - frame["compactions, share of step time"])
+    ceiling = free.groupby(frame["requests"]).transform("max")
+    return [{**row, "of the ceiling": share} for row, share in zip(rows, frame["tokens/s"] / ceiling, strict=True)]
 
 
 def judged(goal: str, values: Sequence[tuple[str, float]], bound: float, *, least: bool = True) -> Row:

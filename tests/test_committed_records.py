@@ -81,6 +81,17 @@ def test_no_two_methods_of_a_figure_share_colour_and_marker(
         assert len(set(zip(colours, markers, strict=True))) == len(names) > 5
 
 
+def test_the_readme_says_what_shares_of_layers_save(tables: ModuleType) -> None:
+    kl = tables.means(tables.load(ROOT / "docs" / "results" / "layers")["replay"], "kl")["kl", "mean"]
+    found = {(group.count("per_prompt"), method.partition(",shares")[0], "shares" in method): f"{value:.4f}"[1:]
+             for (group, method, _), value in kl.items()}  # fmt: skip
+    fitted = "forecast:window=0"
+    long = f"{found[1, fitted, True]} on long answers of the 0.5B model, where all alike has {found[1, fitted, False]}"
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    assert f"{long} and `expected` {found[1, 'expected', False]}" in readme
+    assert f"{found[0, fitted, True]} instead of {found[0, fitted, False]}" in readme
+
+
 def test_the_records_are_small_and_keep_their_manifests(tables: ModuleType) -> None:
     folders = [path.parent for path in (ROOT / "docs" / "results").glob("*/records.parquet")]
     assert len(folders) == 13

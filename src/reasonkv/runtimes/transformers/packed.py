@@ -73,8 +73,7 @@ class PackedStorage(LayerStorage):
 
     def compact(self, plans: list[tuple[CompactionGroup, Plan, SlotView]], forward: ForwardPlan) -> None:
         """Rewrite the storage after one forward, and the codes of the rows that are compacted."""
-        whole = (self.keys, self.values)
-        before = [[gather_slots(one, list(group.rows), plan.kept_BHK) for one in whole] for group, plan, _ in plans]
+        before = [self._kept(group, plan) if plan.merge is not None else None for group, plan, _ in plans]
         super().compact(plans, forward)
         # never less than now: slots are read from where they were
         self._make_room_for_codes(max(self.packed[0].slots, *(packed_slots(one.physical) for one in forward.after)))
@@ -85,9 +84,10 @@ class PackedStorage(LayerStorage):
             source_bHN = plan.kept_BHK[:, :, :end]
             packed_b = torch.tensor([packed_slots(self.held[row]) for row in group.rows], device=self.device)
             is_packed_bHN = source_bHN < packed_b[:, None, None]
-            for codes, now, old in zip(self.packed, (self.keys, self.values), pair, strict=True):
-                x_bHND = now[row_b, :, :end]
-                stays_bHN = is_packed_bHN & (x_bHND == old[:, :, :end]).all(3)
+            for number, (codes, now) in enumerate(zip(self.packed, (self.keys, self.values), strict=True)):
+                x_bHND, stays_bHN = now[row_b, :, :end], is_packed_bHN
+                if pair is not None:  # merging changes some of what stays
+                    stays_bHN = is_packed_bHN & (x_bHND == pair[number][:, :, :end]).all(3)
                 codes.rewrite(row_b, x_bHND, source_bHN, stays_bHN)
 
     def pack(self, forward: ForwardPlan) -> None:
@@ -136,6 +136,10 @@ class PackedStorage(LayerStorage):
             codes.select_rows(at)
         self.tails = (self.tails[0].index_select(0, at), self.tails[1].index_select(0, at))
         self.held = [self.held[row] for row in index.tolist()]
+
+    def _kept(self, group: CompactionGroup, plan: Plan) -> list[Tensor]:
+        """Return keys and values of the slots that a plan keeps, as they are before it."""
+        return [gather_slots(one, list(group.rows), plan.kept_BHK) for one in (self.keys, self.values)]
 
     def _alike(self, numbers: Sequence[tuple[int, ...]]) -> Iterator[tuple[tuple[int, ...], slice | Tensor]]:
         """Yield every different entry with the rows that have it; all rows are a slice."""

@@ -303,7 +303,9 @@ class SteadyCache(CompressedCache):
         rows, steps = self.layer_groups[0].rows, self.session.needs.observe_steps
         distances = [one for one in super().tokens_to_next_event() if one is not None]
         self._event = min(distances, default=1 << 62)
-        room = (self.layer_groups[0].capacity(self.session.max_length) or 0) - max(row.state.physical for row in rows)
+        most = self.layer_groups[0].capacity(self.session.max_length)
+        assert most is not None  # `_enter` has checked that the storage is bounded
+        room = min(most, len(steady[0].cursor.slot_C)) - max(row.state.physical for row in rows)
         if room == 0:  # a capacity for `max_length` tokens
             raise UnsupportedModelError(f"The text grows beyond the max_length of {self.session.max_length} tokens.")
         self._run = min(self._event, room, steps if self.session.needs.observes else room)
