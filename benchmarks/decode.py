@@ -46,8 +46,8 @@ PROMPT = 128
 """Tokens of the prompt of the runs that are summed up."""
 EQUAL = (512, 2048)
 """Lengths at which nothing was dropped and ours is compared with stock."""
-RAGGED = 8
-"""Largest batch at which rows of different lengths are measured, too."""
+RAGGED = STATIC = 8
+"""Largest batch at which rows of different lengths, and a static cache, are measured, too: both take minutes beyond."""
 Windows = Mapping[str, Mapping[str, Sequence[Any]]]
 """What was measured by arm, one value a round."""
 
@@ -76,10 +76,11 @@ def cell(
 ) -> dict[str, list[Row]]:
     """Measure a model at a batch size: rows of the tables "rows", "lengths" and "equal"."""
     answers, lengths, longest = given.answers, given.lengths, max(given.answers) + PROMPT
+    static = answers if batch <= STATIC else []
     ragged = [(f"{kind}-ragged", EQUAL[1:]) for kind in ("stock", "full") if 1 < batch <= RAGGED]
     arms: dict[str, Any] = {
         f"{kind} {tokens}": partial(length_ms, subject, kind, batch, tokens, given.steps)
-        for kind, at in (("stock", lengths), ("full", lengths[:3]), ("static", answers), *ragged)
+        for kind, at in (("stock", lengths), ("full", lengths[:3]), ("static", static), *ragged)
         for tokens in at
     }
     arms |= {method: partial(steady, one, batch) for method, one in bounded.items()}
@@ -89,10 +90,10 @@ def cell(
     by_length = list(zip(*(found[f"stock {one}"]["ms"] for one in lengths), strict=False))
     runs = {  # seconds of a whole answer in every round, by cache and tokens
         "stock": {n: [run_seconds(lengths, ms, PROMPT, n) for ms in by_length] for n in answers},
-        "static": {n: [ms * n / 1e3 for ms in found[f"static {n}"]["ms"]] for n in answers},
+        "static": {n: [ms * n / 1e3 for ms in found[f"static {n}"]["ms"]] for n in static},
     }
     rows = []
-    for arm in ("stock", "static", *bounded):
+    for arm in ("stock", *(["static"] if static else []), *bounded):
         if arm in bounded:
             every: list[Steady] = list(found[arm]["steady"])
             one = sum(every[1:], every[0])

@@ -27,7 +27,7 @@ from reasonkv import Budget, CompressedCache, get_method
 from reasonkv.calibration import Calibration
 from reasonkv.calibration.job import CalibrateJob
 from reasonkv.calibration.run import run as calibrate
-from reasonkv.evaluate.fitting import UNITS, add_forecast
+from reasonkv.evaluate.fitting import UNITS, add_forecast, texts_of
 from reasonkv.floor import compaction, decode_step, measure_rates, prompt_tokens, shape_of
 from reasonkv.models import ModelError, load_model
 from reasonkv.network import FORECAST_FEATURES, Network
@@ -149,7 +149,9 @@ def calibration_of(subject: Subject, methods: Sequence[str], limit: int = 2) -> 
     job = CalibrateJob(task=["program:lines=24"], limit=limit, forecast="forecast" in methods)
     tasks = [get_task(spec) for spec in job.task]
     found = calibrate(job, subject.model, subject.tokenizer, tasks=tasks)
-    return add_forecast(job, subject.model, subject.tokenizer, found, tasks=tasks)[0] if job.forecast else found
+    if not job.forecast:
+        return found
+    return add_forecast(job, subject.model, texts_of(job, subject.model, subject.tokenizer, tasks=tasks), found)[0]
 
 
 def pieces_of(model: PreTrainedModel, batch: int, tokens: int, start: int = 0) -> list[Piece]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import altair as alt
@@ -63,7 +62,7 @@ def _names(replay: pd.DataFrame) -> list[str]:
 
 def _draw_cells(kl: pd.DataFrame, path: Path) -> None:
     """Draw the KL of every method, best first: a panel for each task, model and budget."""
-    found = kl.drop("full", level="method").rename(_short, level="method").reset_index()
+    found = kl.drop("full", level="method").reset_index()
     found = found.assign(low=found["mean"] - found["sem"], high=found["mean"] + found["sem"])
     panels = []
     for (group, size), own in found.groupby(["group", "size"], sort=False):
@@ -98,7 +97,7 @@ def _table(
     gain = Gains(records["replay"], "kl").over(over)
     rows = []
     for name in names:
-        row = [_short(name)]
+        row = [name]
         for size in budgets if name != "full" else [""] * len(budgets):
             cell = (group, name, size)
             row += [series.get(cell, "-") for series in (kl, top1, slots)] + [words(gain.get(cell))]
@@ -112,11 +111,6 @@ def _table(
     return f"**{group}**\n\n{markdown(['method', *heads], rows)}\n\n{counts}\n"
 
 
-def _short(method: str) -> str:
-    """Return a method's name without the shares of single layers."""
-    return re.sub(r"shares=[\d./]+", "shares", method)
-
-
 def answers_table(answers: pd.DataFrame) -> str:
     """Return how many answers are right, and paired differences to full KV and to `random`."""
     right, gains, rows = means(answers, "correct", "output_tokens", "physical_mean"), Gains(answers, "correct"), []
@@ -125,9 +119,7 @@ def answers_table(answers: pd.DataFrame) -> str:
         rivals = [(group, "full", ""), (group, "random", size)]
         against = [words(gains.between((group, method, size), one), 0) if one[1] != method else "-" for one in rivals]
         numbers = f"{cell['output_tokens', 'mean']:.0f}", f"{cell['physical_mean', 'mean']:.0f}"
-        rows.append(
-            [model_of(group), _short(method), size or "-", f"{100 * cell['correct', 'mean']:.0f}", *against, *numbers]
-        )
+        rows.append([model_of(group), method, size or "-", f"{100 * cell['correct', 'mean']:.0f}", *against, *numbers])
     head = ["model", "method", "slots", "right, %", "to full KV, points", "to `random`, points", "tokens", "mean slots"]
     n = answers["example"].nunique()
     return f"## Answers\n\n{n} problems, greedy; paired differences with 95 % intervals.\n\n{markdown(head, rows)}\n"

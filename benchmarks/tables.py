@@ -93,7 +93,8 @@ def write(table: pa.Table, about: Mapping[str, Any], path: Path) -> Path:
 def load(*folders: Path) -> dict[str, pd.DataFrame]:
     """Return what some folders keep, by kind: `replay`, `answers`, and `lost`, replays with diagnostics.
 
-    Columns beside those of `read_results`: `group`, `policy`, `method` (with its options) and `size`. Of a cell that
+    Columns beside those of `read_results`: `group`, `policy`, `method` (with its options, and whether its layers have
+    shares) and `size`. Of a cell that
     several results folders hold, the last one counts, whole: a cell of two would average two versions of a method.
 
     Raises:
@@ -111,7 +112,8 @@ def load(*folders: Path) -> dict[str, pd.DataFrame]:
     frame["group"] = frame["task"] + ", " + frame["policy"].map(POLICIES)
     if frame["model"].nunique() > 1:
         frame["group"] = frame["model"] + ", " + frame["group"]
-    frame["method"] = frame["label"]
+    shared = frame["budget"].str.contains('"layer_shares"', na=False).map({True: " + shares", False: ""})
+    frame["method"] = frame["label"] + shared
     frame["size"] = frame["budget"].map({text: _size(text) for text in frame["budget"].dropna().unique()}).fillna("")
     key = ["kind", *CELL]
     if (twice := frame.duplicated([*key, "run", "example"])).any():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -12,12 +11,11 @@ from typing import Literal
 import pytest
 import torch
 from command_line import run
-from models import batch, calibration, tiny_model
-from oracle import differences, run_compressed
+from models import calibration, tiny_model
 from slot_views import random_network, random_view
 from torch import Tensor
 
-from reasonkv import Budget, BudgetError, CompressedCache, MethodError, get_method
+from reasonkv import CompressedCache, MethodError, get_method
 from reasonkv.calibration import CalibrationError, load_calibration, save_calibration
 from reasonkv.calibration.files import read_tensors, write_tensors
 from reasonkv.evaluate.chunks import TraceRow
@@ -30,7 +28,6 @@ from reasonkv.evaluate.fitting import (
     _without_queries,
     fit_forecast,
 )
-from reasonkv.methods import layer_budgets
 from reasonkv.methods.forecast import Forecast
 from reasonkv.network import Network
 from reasonkv.rotary import Rotary
@@ -245,37 +242,3 @@ def test_the_command_line_fits_to_questions_of_a_file(tmp_path: Path) -> None:
     assert code == 0, told
     blind = load_calibration(out).forecast
     assert blind is not None and blind.inputs == load_calibration(out).head_dim + 3
-
-
-def test_layers_hold_their_shares_and_attention_over_them_is_exact() -> None:
-    model, spec = tiny_model("qwen3"), "forecast:shares=0.5/1/1.5"
-    budget = Budget(24, interval=6, sinks=2, recent=3, prompt="count")
-    assert [one.tokens for one in layer_budgets(get_method(spec), budget, 3) if one] == [15, 24, 33]
-    kept = replace(budget, tokens=40, prompt="keep")  # one slot beside the prompt and what is recent
-    shares = layer_budgets(get_method("forecast:shares=0.001/1/1"), kept, 3, 30)
-    assert [one.tokens for one in shares if one] == [34, 43, 43]
-    (ids, mask, positions), pieces = batch([60, 47, 31]), [24, 7, *[1] * 15, 7, 7]
-    with CompressedCache(model, spec, budget, prompt_lengths=[24, 11, 5], calibration=calibration(model)) as cache:
-        run = run_compressed(model, cache, ids, mask, positions, pieces)
-        held = [cache.slot_positions(layer)[0].shape[1] for layer in range(3)]
-    assert held[0] < held[1] < held[2] and max(held) < 33 + 6
-    attention, logits = differences(model, run, ids, mask, positions, pieces)
-    assert attention <= 1e-12 and logits <= 1e-6
-
-
-@pytest.mark.parametrize(
-    ("shares", "words"),
-    [
-        ("1/0/2", "shares must be positive numbers with slashes between, as in 1/0.5, not 1/0/2"),
-        ("1/x/2", "not 1/x/2"),
-        ("1//2", "not 1//2"),
-        ("1/-2/3", "not 1/-2/3"),
-        ("1/2", "2 shares are given, and the model has 3 bounded layers"),
-    ],
-)
-def test_shares_that_cannot_be_are_one_sentence(shares: str, words: str) -> None:
-    model = tiny_model("qwen3")
-    with pytest.raises((MethodError, BudgetError), match=re.escape(words)):
-        CompressedCache(
-            model, f"forecast:shares={shares}", Budget(24, sinks=2, recent=3), calibration=calibration(model)
-        )

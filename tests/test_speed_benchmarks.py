@@ -12,9 +12,6 @@ from types import ModuleType
 
 import pytest
 
-from reasonkv import Budget, get_method
-from reasonkv.methods import layer_budgets
-
 ROOT = Path(__file__).parent.parent
 SCRIPTS = [
     "calibrated_cost", "decode", "event_cost", "floor", "gpu", "prefill", "rates", "replay_speed", "scaling",
@@ -56,17 +53,6 @@ def test_the_page_of_performance_is_made_from_the_committed_files(script: Script
 def test_every_method_has_a_formula_of_what_its_compaction_takes(script: Scripts) -> None:
     event_cost = script("event_cost")
     assert set(event_cost.evicting()) <= event_cost.FORMULAS.keys()
-
-
-def test_a_layer_that_loses_more_gets_more_and_one_that_evicts_alone_has_its_slots(script: Scripts) -> None:
-    layer_shares = script("layer_shares")
-    shares = [float(one) for one in layer_shares.shares_of(0.1, [0.1, 0.2, 0.1 + 2 ** (1 / 0.6) / 10]).split("/")]
-    assert sum(shares) == pytest.approx(3, abs=0.01) and shares[2] == pytest.approx(2 * shares[1], rel=0.01)
-    assert 0 < shares[0] < shares[1] / 5
-    free, option = layer_shares.alone(1, 3, 92)
-    method = get_method(f"forecast:window=0,shares={option}")
-    own = [one.tokens for one in layer_budgets(method, Budget(36 + free, recent=32), 3) if one]
-    assert abs(own[1] - 128) <= 1 and min(own[0], own[2]) > 4000
 
 
 def test_a_run_is_the_sum_of_its_steps(script: Scripts) -> None:
@@ -241,13 +227,13 @@ def test_the_readme_says_what_was_measured() -> None:
 
 
 def of_large_cell(results: Path) -> tuple[float, list[float], list[float], str]:
-    """Answers of 4,096 of the larger model: stock's rate, ours, ours over stock; and over kvpress, to one digit."""
+    """Answers of 4,096 of the larger model: stock's rate, ours, ours over stock; and over kvpress, to one digit: one, or its ends."""
     decode, kvpress = (
         json.loads((results / f"{one}.json").read_text())["rows"] for one in ("decode", "against_kvpress")
     )
-    cell = {row["cache"]: row for row in decode if (row["batch"], row["budget"]) == (32, 512)}
-    stock, static, *ours = cell.values()
-    assert [stock["cache"], static["cache"]] == ["stock", "static"] and len(ours) >= 3
+    cell = [row for row in decode if (row["batch"], row["budget"]) == (32, 512) and row["cache"] != "static"]
+    stock, *ours = cell
+    assert stock["cache"] == "stock" and len(ours) >= 3
     rate, ratio = "tokens/s, answers of 4096", "over stock, answers of 4096"
-    (beside,) = {f"{row['ours over kvpress']:.1f}" for row in kvpress if (row["batch"], row["budget"]) == (32, 512)}
-    return stock[rate], [row[rate] for row in ours], [row[ratio] for row in ours], beside
+    beside = {f"{row['ours over kvpress']:.1f}" for row in kvpress if (row["batch"], row["budget"]) == (32, 512)}
+    return stock[rate], [row[rate] for row in ours], [row[ratio] for row in ours], " to ".join(sorted(beside))

@@ -7,14 +7,14 @@ share of the logical length instead, and `Window` the budget of sliding-window c
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from fractions import Fraction
 from functools import cached_property
 from typing import Any, Literal, TypedDict, get_args
 
 from reasonkv.errors import BudgetError as BudgetError
-from reasonkv.numbers import share_of_one, whole_number, whole_numbers
+from reasonkv.numbers import layer_shares, share_of_one, whole_number, whole_numbers
 
 PromptPolicy = Literal["count", "keep", "on_top"]
 Trigger = Literal["occupancy", "grid"]
@@ -22,7 +22,7 @@ TriggerCounts = Literal["all", "decode"]
 CutPrompt = Literal["prefill", "first_event"]
 _CHOICES = {"prompt": PromptPolicy, "trigger": Trigger, "trigger_counts": TriggerCounts, "cut_prompt": CutPrompt}
 _LEAST = {"tokens": 1, "interval": 1, "sinks": 0, "recent": 0, "prefill_chunk": 1, "stagger": 1, "early": 0}
-_OMITTED = {"keep": None, "stagger": 1, "early": 0}  # written only where they are something else
+_OMITTED = {"keep": None, "stagger": 1, "early": 0, "layer_shares": ""}  # written only where they are something else
 _SINKS, _RECENT = 4, 64  # defaults, which shrink where they do not fit
 
 
@@ -40,6 +40,7 @@ class BudgetFields(TypedDict, total=False):
     cut_prompt: CutPrompt
     prefill_chunk: int | None
     stagger: int
+    layer_shares: str | Sequence[float]
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,9 @@ class Budget:
         stagger: compact in so many turns, spread over the interval, so that no decode step waits for all: layers take
             turns in transformers, requests in vLLM. 1: all at once, as papers do.
         early: tokens by which the first compaction after the prompt comes early; what `stagger` gives each turn.
+        layer_shares: what each bounded layer gets of the slots that are not protected, relative to the others: numbers,
+            a text such as "0.5/1.5", or "calibrated", those of the model's calibration (`reasonkv calibrate
+            --layer-shares`). All layers together hold as many as without.
 
     Raises:
         BudgetError: fields of the wrong type, or that contradict each other.
@@ -85,8 +89,10 @@ class Budget:
     keep: float | None = None
     stagger: int = 1
     early: int = 0
+    layer_shares: str | Sequence[float] = ""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "layer_shares", layer_shares(self.layer_shares))
         if (self.tokens is None) == (self.keep is None):
             raise BudgetError("A budget needs either tokens, such as tokens=512, or a share, such as keep=0.25.")
         if self.keep is not None:
@@ -103,9 +109,9 @@ class Budget:
         if self.trigger_counts == "decode" and self.trigger != "grid":
             raise BudgetError("trigger_counts='decode' belongs to trigger='grid'.")
         if self.stagger > self.interval or self.early >= self.interval or (self.stagger > 1 and self.early):
-            raise BudgetError(
-                f"stagger must be at most the interval of {self.interval}, early less than it, and only one is given."
-            )
+            raise BudgetError(f"stagger must be at most the interval of {self.interval}, early less; give one of them.")
+        if self.layer_shares and self.tokens is None:
+            raise BudgetError("layer_shares divides a number of tokens among layers, so it needs tokens, not keep.")
         self.check_protected()
 
     def protected(self, recent: int = 0) -> tuple[int, int]:
@@ -245,6 +251,7 @@ class Window(Budget):
     keep: float | None = field(init=False, default=None)
     stagger: int = field(init=False, default=1)
     early: int = field(init=False, default=0)
+    layer_shares: str | Sequence[float] = field(init=False, default="")
     size: int = 512
     buffer: int = 64
     retention: float = 0.3
@@ -303,9 +310,6 @@ class ExplicitEventsWindow(Window):
 
     Args:
         events: logical lengths of one row's events, ascending and at least `size` apart.
-
-    Raises:
-        BudgetError: fields that contradict each other.
     """
 
     events: tuple[int, ...] = ()
@@ -327,9 +331,6 @@ class PeriodicWindow(Window):
     Args:
         period: steps between two rounds, more than `size`, so that nothing is compressed twice.
         most: rows of a round.
-
-    Raises:
-        BudgetError: fields that contradict each other.
     """
 
     period: int = 1024

@@ -17,6 +17,10 @@ LARGEST = 2**53
 TOO_MANY = 2**31
 """Amounts, which have a least value, are counted in 32 bits by tensors of indices; seeds have 64."""
 
+CALIBRATED = "calibrated"
+"""In place of layers' shares: those that the model's calibration holds."""
+_LEAST_SHARE = 1e-3  # shares are counted in thousandths
+
 
 def whole_number(value: Any, name: str, least: int | None = None) -> int:
     """Return a whole number as an int (NumPy's integers are taken, too), or raise."""
@@ -45,6 +49,22 @@ def share_of_one(value: Any, name: str) -> float:
     if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) < 1:
         raise BudgetError(f"{name} must be a number between 0 and 1, not {value!r}.")
     return float(value)
+
+
+def layer_shares(value: Any) -> str:
+    """Return layers' shares as a text such as "0.5/1.5", from one or from numbers, or raise; "": none."""
+    if value == CALIBRATED:
+        return CALIBRATED
+    try:
+        found = [float(one) for one in (value.split("/") if isinstance(value, str) and value else value)]
+    except (TypeError, ValueError):
+        found = [math.nan]
+    if not all(_LEAST_SHARE <= one < TOO_MANY for one in found):
+        raise BudgetError(
+            f"layer_shares must be numbers of at least {_LEAST_SHARE:g}, one per layer, as in 0.5/1.5, or the word "
+            f"{CALIBRATED}, not {str(value)[:60]!r}."
+        )
+    return "/".join(f"{one:.6g}" for one in found)
 
 
 def divide(total: int, weights: Sequence[int]) -> list[int]:

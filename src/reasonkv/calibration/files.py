@@ -46,6 +46,7 @@ class _Header(BaseModel):
     rope_type: str | None = None
     frequencies: str | None = None
     date: str | None = None
+    layer_shares: str | None = None
     name: str | None = None
     source: str | None = None
 

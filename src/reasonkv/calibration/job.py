@@ -70,6 +70,9 @@ class CalibrateJob(CorpusJob):
         forecast: Also fit the networks of the method forecast. Of a task without reference traces, the model answers
             the problems first.
         without_queries: With forecast, networks that see no queries, for forecast:window=0, which stores none.
+        layer_shares: Also measure what each layer loses when it alone evicts, for a budget with
+            layer_shares=calibrated. It takes as many replays of the texts as the model has layers. Networks of
+            forecast that were fitted earlier are kept.
         import_: Read this file (.safetensors, or the public code's .pt) instead of running a model.
         out: File to write (.safetensors). Unless given, the user's cache, where methods find it.
         export: Also write the public code's format (.pt).
@@ -80,6 +83,7 @@ class CalibrateJob(CorpusJob):
     horizon: bool = False
     forecast: bool = False
     without_queries: bool = False
+    layer_shares: bool = False
     import_: Path | None = None
     out: Path | None = None
     export: Path | None = None

@@ -19,6 +19,7 @@ from torch import Tensor
 from reasonkv.errors import ReasonKVError
 from reasonkv.layers import head_dim_of, layer_rotaries
 from reasonkv.network import Network
+from reasonkv.numbers import layer_shares
 from reasonkv.view import LayerStatistics
 
 _PARTS = {
@@ -45,6 +46,8 @@ class Calibration:
         horizon_LHqJ: float32, every head's weights of the future distances 1, 2, 4, ..., or None
             (`reasonkv.calibration.horizon`).
         forecast: networks of all layers' KV heads, or None (`reasonkv.methods.forecast`).
+        layer_shares: what each bounded layer should have of the slots that are not protected, relative to the others,
+            with slashes between, or None (`reasonkv.evaluate.sharing`).
         norms: float32 [N], the first weights of the model's norms (`reasonkv.identity.norm_weights`), where known.
         head_dim: dimensions of a query head, those that RoPE leaves alone included.
         tokens: how many tokens were averaged, where known.
@@ -66,6 +69,7 @@ class Calibration:
     _: KW_ONLY
     horizon_LHqJ: Tensor | None = None
     forecast: Network | None = None
+    layer_shares: str | None = None
     norms: Tensor | None = None
     head_dim: int
     tokens: int | None = None
@@ -100,10 +104,25 @@ class Calibration:
             raise CalibrationError(
                 f"The calibration's forecast must have a network of finite numbers per KV head of {self.layers} layers."
             )
+        if self.layer_shares is not None:
+            object.__setattr__(self, "layer_shares", layer_shares(self.layer_shares))
         if 2 * self.pairs > self.head_dim:
             raise CalibrationError(
                 f"The calibration has {self.pairs} rotary pairs, more than fit a head_dim of {self.head_dim}."
             )
+
+    def shares(self) -> str:
+        """Return the layers' shares.
+
+        Raises:
+            CalibrationError: there are none.
+        """
+        if self.layer_shares is None:
+            raise CalibrationError(
+                "This calibration holds no layer_shares; measure them with "
+                "`reasonkv calibrate --task QUESTIONS --layer-shares`, or give them as numbers."
+            )
+        return self.layer_shares
 
     @property
     def layers(self) -> int:

@@ -14,7 +14,12 @@ from reasonkv.seer.job import TrainGateJob
 from reasonkv.tasks.options import TaskOptions
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from reasonkv.calibration import Calibration
+    from reasonkv.evaluate.progress import Progress
+    from reasonkv.models import LoadedModel
+    from reasonkv.tasks import Task
 
 _FEW_TOKENS = 2048
 
@@ -60,19 +65,8 @@ def calibrate(
                 bar("tokens", min(done, job.tokens), job.tokens)
 
             found = run(job, loaded.model, loaded.tokenizer, tasks=tasks, name=loaded.name, progress=progress)
-            if job.forecast:
-                from reasonkv.evaluate.fitting import add_forecast
-
-                found, fitted = add_forecast(
-                    job, loaded.model, loaded.tokenizer, found, tasks=tasks, options=options, progress=bar
-                )
-                note(f"Forecast: {fitted.network.numbers:,} numbers, fitted to {fitted.compactions} compactions.")
-                note(
-                    "Of fewer than 8 texts none is left over to measure it on."
-                    if fitted.share is None or fitted.attention_share is None
-                    else f"On other texts its choice holds {fitted.share:.0%} of the attention that the best holds, a "
-                    f"choice by the newest queries' attention {fitted.attention_share:.0%}."
-                )
+            if job.forecast or job.layer_shares:
+                found = _fit(job, loaded, found, tasks, options, bar)
         if (found.tokens or 0) < _FEW_TOKENS:
             note(f"Only {found.tokens:,} tokens were averaged; some thousands give steadier statistics.")
     written = write(job, found)
@@ -84,6 +78,40 @@ def calibrate(
     _print(found)
     for what, where in written.items():
         print(f"{what:<12}{show(where)}")
+
+
+def _fit(
+    job: CalibrateJob, loaded: LoadedModel, found: Calibration, tasks: list[Task], options: TaskOptions, bar: Progress
+) -> Calibration:
+    """Return the statistics with the networks and the shares that a job asks for, and note how well they do."""
+    from reasonkv.evaluate.fitting import add_forecast, texts_of
+    from reasonkv.evaluate.sharing import add_shares
+
+    rows = texts_of(job, loaded.model, loaded.tokenizer, tasks=tasks, options=options, progress=bar)
+    if job.forecast:
+        found, fitted = add_forecast(job, loaded.model, rows, found, progress=bar)
+        note(f"Forecast: {fitted.network.numbers:,} numbers, fitted to {fitted.compactions} compactions.")
+        note(
+            "Of fewer than 8 texts none is left over to measure it on."
+            if fitted.share is None or fitted.attention_share is None
+            else f"On other texts its choice holds {fitted.share:.0%} of the attention that the best holds, a "
+            f"choice by the newest queries' attention {fitted.attention_share:.0%}."
+        )
+    elif (known := _known(loaded.model)) is not None:  # what was fitted earlier goes on serving
+        found = replace(found, forecast=known.forecast)
+    if job.layer_shares:
+        found = add_shares(loaded.model, rows, found, progress=bar)
+        note(f"Shares of the layers: {found.layer_shares}.")
+    return found
+
+
+def _known(model: PreTrainedModel) -> Calibration | None:
+    from reasonkv.calibration import CalibrationError, find_calibration
+
+    try:
+        return find_calibration(model)
+    except CalibrationError:
+        return None
 
 
 def _print(found: Calibration) -> None:

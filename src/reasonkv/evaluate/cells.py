@@ -9,7 +9,7 @@ from typing import Any, cast
 from reasonkv.budget import Budget, BudgetError, Window
 from reasonkv.evaluate.job import RULE, BudgetOptions, GenerateJob, Job, JobError, ReplayJob, Sampling
 from reasonkv.evaluate.matching import budget_for_mean, check_matchable
-from reasonkv.methods import Method, get_method, layer_budgets, refuse_future
+from reasonkv.methods import Method, divides, get_method, layer_budgets, refuse_future
 from reasonkv.resolve import resolve_budget
 from reasonkv.tasks import get_task
 
@@ -155,14 +155,14 @@ def plan_cells(
                 "token, which is never fed; give --budgets instead."
             )
         prompts, fed = zip(*decoding, strict=True)
-        for own in dict.fromkeys(method if method.needs.layer_budgets else None for method in methods):
+        for own in dict.fromkeys(method if divides(method, budgets[0]) else None for method in methods):
             solved[own] = [budget_for_mean(budgets[0], mean, prompts, fed, own, layers or 1) for mean in mean_slots]
     elif mean_slots:  # not known yet: one configuration for each, whose budget is not checked
         budgets = list(budgets) * len(mean_slots)
     longest = None if rows is None else max(prompt for prompt, _ in rows)
     cells = []
     for method in methods:
-        met = solved.get(method if method.needs.layer_budgets else None, budgets)
+        met = solved.get(method if mean_slots and divides(method, budgets[0]) else None, budgets)
         cells += [RunConfig(method, budget) for budget in (met if method.bounded else [None])]
     if mean_slots and rows is None:
         return cells

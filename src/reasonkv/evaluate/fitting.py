@@ -267,23 +267,40 @@ def _share(compactions: Sequence[Compaction], score: Callable[[Compaction], Tens
 def add_forecast(
     job: CalibrateJob,
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[TraceRow],
     calibration: Calibration,
     *,
-    tasks: Sequence[Task] = (),
-    options: TaskOptions | None = None,
     progress: Progress = silent,
 ) -> tuple[Calibration, Fitted]:
     """Return a calibration with the networks that its job asks for beside it, and how well they do.
 
+    Raises:
+        CalibrationError, UnsupportedModelError, RotaryError: see `fit_forecast`.
+    """
+    fitted = fit_forecast(model, rows, calibration, seed=job.seed, queries=not job.without_queries, progress=progress)
+    return replace(calibration, forecast=fitted.network), fitted
+
+
+def texts_of(
+    job: CalibrateJob,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    tasks: Sequence[Task] = (),
+    options: TaskOptions | None = None,
+    progress: Progress = silent,
+) -> list[TraceRow]:
+    """Return a job's texts, each with its prompt.
+
+    They are windows of a text file, of which nothing counts as prompt; reference traces of tasks; and full KV's answers
+    to tasks in words, which have none.
+
     Args:
-        job: the texts: windows of a text file, of which nothing counts as prompt; reference traces of tasks; and full
-            KV's answers to tasks in words, which have none.
         tasks: those that `job.task` names.
         options: how their problems become prompts.
 
     Raises:
-        CorpusError, TraceError, CalibrationError, UnsupportedModelError, RotaryError: see `fit_forecast`.
+        CorpusError, TraceError: a text that cannot be read, or a prompt that does not fit.
     """
     asked, known = [task for task in tasks if task.chat], [task for task in tasks if not task.chat]
     rows = list(own_answers(job, model, tokenizer, asked, options, progress))
@@ -291,8 +308,7 @@ def add_forecast(
         passages, _ = read_corpus(job, model, tokenizer, known)
         texts = [(ids_L, 1 if job.text else max(prompt, 1)) for ids_L, prompt in passages]
         rows += [TraceRow(ids_L[:prompt], ids_L[prompt:]) for ids_L, prompt in texts if len(ids_L) > prompt]
-    fitted = fit_forecast(model, rows, calibration, seed=job.seed, queries=not job.without_queries, progress=progress)
-    return replace(calibration, forecast=fitted.network), fitted
+    return rows
 
 
 def own_answers(

@@ -21,7 +21,8 @@ __all__ = [
 
 Metric = Literal["top1", "nll", "kl", "accuracy"]
 
-RULE = ("interval", "sinks", "recent", "prompt", "trigger", "trigger_counts", "cut_prompt", "prefill_chunk", "stagger")
+RULE = ("interval", "sinks", "recent", "prompt", "trigger", "trigger_counts", "cut_prompt", "prefill_chunk", "stagger",
+        "layer_shares")  # fmt: skip
 """Fields of a budget that say when compactions run and what they protect; the others are its size."""
 MOST_ANSWERS = 10**6
 """Most problems of a task, and most samples of a problem: their list is made before anything runs."""
@@ -62,6 +63,8 @@ class BudgetOptions:
         cut_prompt: When a prompt longer than the budget is cut: after the prefill, or at the first_event of decoding.
         prefill_chunk: Also cut inside the prompt, every so many tokens.
         stagger: Turns in which layers (when serving, requests) are compacted, spread over the interval; 1: all at once.
+        layer_shares: Shares of the layers in the slots that are not protected, relative to each other, as in
+            0.5/1.5; calibrated takes those of the model's calibration.
     """
 
     tokens: Sequence[int] = ()
@@ -79,6 +82,7 @@ class BudgetOptions:
     cut_prompt: CutPrompt = "prefill"
     prefill_chunk: int | None = None
     stagger: int = 1
+    layer_shares: str = ""
 
     def __post_init__(self) -> None:
         for name in ("tokens", "keep", "mean_slots", "retention"):

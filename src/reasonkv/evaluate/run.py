@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -42,6 +42,7 @@ from reasonkv.evaluate.traces import Trace, encode_prompts, file_name, load_or_m
 from reasonkv.layers import bounded_layers
 from reasonkv.methods import Method, get_method
 from reasonkv.models import LoadedModel, one_thread_if_small
+from reasonkv.numbers import CALIBRATED
 from reasonkv.runtimes.transformers import CompressedCache, RowStats
 from reasonkv.tasks import Problem, get_task
 from reasonkv.tasks.given import GivenTraces
@@ -79,8 +80,11 @@ def run(
     check_job(job)  # what is wrong with the arguments alone is reported before any work
     job = with_published(job, model)
     kind = GenerateTask if isinstance(job, GenerateJob) else ReplayTask
-    needed = any(method.needs.calibration for method in make_methods(job))
+    needs_shares = job.budget.layer_shares == CALIBRATED
+    needed = needs_shares or any(method.needs.calibration for method in make_methods(job))
     calibration = find_calibration(model.model, model.calibration_file) if needed else None
+    if needs_shares and calibration is not None:
+        job = replace(job, budget=replace(job.budget, layer_shares=calibration.shares()))
     arguments: dict[str, Any] = {"dtype": model.dtype, **job_arguments(job)}
     if calibration is not None:
         arguments["calibration"] = calibration.digest

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from reasonkv.methods.base import Requirements as Requirements
     from reasonkv.methods.base import ScorerMethod as ScorerMethod
     from reasonkv.methods.base import SlotState as SlotState
+    from reasonkv.methods.base import divides as divides
     from reasonkv.methods.base import layer_budgets as layer_budgets
     from reasonkv.methods.base import refuse_future as refuse_future
     from reasonkv.methods.registry import get_method as get_method
@@ -26,9 +27,11 @@ if TYPE_CHECKING:
     from reasonkv.methods.registry import with_options as with_options
 
 _MODULES = {
-    "base": ("Method", "Observed", "Requirements", "ScorerMethod", "SlotState", "layer_budgets", "refuse_future"),
+    "base": (
+        "Method", "Observed", "Requirements", "ScorerMethod", "SlotState", "divides", "layer_budgets", "refuse_future",
+    ),
     "registry": ("get_method", "method_class", "method_classes", "with_options"),
-}
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -18,6 +18,7 @@ from reasonkv.budget import Budget, BudgetError, Window
 from reasonkv.methods.catalogue import CATALOGUE, MethodError
 from reasonkv.methods.ops import top_k_slots
 from reasonkv.methods.options import checked
+from reasonkv.numbers import CALIBRATED, divide
 from reasonkv.plan import Plan
 from reasonkv.rotary import Rotary
 from reasonkv.schedule import in_turn
@@ -279,13 +280,18 @@ def layer_budgets(
     Raises:
         BudgetError: a share that cannot hold what is protected, or a budget or method whose layers must be alike.
     """
-    divides = method is not None and method.needs.layer_budgets
-    if budget is None or not (divides or budget.stagger > 1):
+    own = divides(method, budget)
+    if budget is None or not (own or budget.stagger > 1):
         return [budget] * layers
     if method is not None and method.needs.scope == "model":
         raise BudgetError(f"{method.name} plans all layers at once, so they cannot have budgets or turns of their own.")
-    own = _divided(method, budget, layers, prompt) if method is not None and divides else [budget] * layers
-    return [in_turn(one, layer) for layer, one in enumerate(own)]
+    found = _divided(method, budget, layers, prompt) if own else [budget] * layers
+    return [in_turn(one, layer) for layer, one in enumerate(found)]
+
+
+def divides(method: Method | None, budget: Budget | None) -> bool:
+    """Return whether layers have tokens of their own, by the budget's shares or by the method."""
+    return budget is not None and (bool(budget.layer_shares) or (method is not None and method.needs.layer_budgets))
 
 
 def protected_tokens(budget: Budget, recent: int, prompt: int) -> int:
@@ -300,19 +306,37 @@ def protected_tokens(budget: Budget, recent: int, prompt: int) -> int:
     return max(sinks + recent, prompt + recent + 1 if budget.prompt == "keep" else 0)
 
 
-def _divided(method: Method, budget: Budget, layers: int, prompt: int | None) -> list[Budget]:
+def _divided(method: Method | None, budget: Budget, layers: int, prompt: int | None) -> list[Budget]:
+    name, own = (method.name, method.needs.recent) if method is not None else ("layer_shares", 0)
     if isinstance(budget, Window):
-        raise BudgetError(f"{method.name} divides tokens among layers, which a Window has none of; give it a Budget.")
-    sinks, recent = budget.protected(method.needs.recent)
+        raise BudgetError(f"{name} divides tokens among layers, which a Window has none of; give it a Budget.")
+    sinks, recent = budget.protected(own)
     least, protected = sinks + recent, f"{sinks} sinks and {recent} recent tokens"
     if budget.prompt == "keep" and prompt is not None:
-        least = protected_tokens(budget, method.needs.recent, prompt)
+        least = protected_tokens(budget, own, prompt)
         protected = f"a prompt of {prompt} tokens, {recent} recent ones and one more"
-    shares = list(method.layer_tokens(budget, layers, prompt or 0))
+    if budget.layer_shares:
+        if method is not None and method.needs.layer_budgets:
+            raise BudgetError(f"{name} divides tokens among layers by itself; leave out layer_shares.")
+        name, shares = "layer_shares", _shared(budget, own, layers, prompt or 0)
+    elif method is not None:
+        shares = list(method.layer_tokens(budget, layers, prompt or 0))
     for layer, tokens in enumerate(shares):
         if tokens < max(1, least):
             raise BudgetError(
-                f"Of {budget.tokens} tokens, {method.name} leaves {tokens} to layer {layer + 1} of {layers}, which "
+                f"Of {budget.tokens} tokens, {name} leaves {tokens} to layer {layer + 1} of {layers}, which "
                 f"cannot hold {protected}; raise tokens, or divide them more evenly."
             )
-    return [replace(budget, tokens=tokens) for tokens in shares]
+    return [replace(budget, tokens=tokens, layer_shares="") for tokens in shares]
+
+
+def _shared(budget: Budget, recent: int, layers: int, prompt: int) -> list[int]:
+    """Return the tokens of every layer by the budget's shares, which divide what is not protected."""
+    if budget.layer_shares == CALIBRATED:
+        raise BudgetError("The calibration's layer_shares are not known here; give them as numbers.")
+    weights = [round(1000 * float(one)) for one in str(budget.layer_shares).split("/")]
+    if len(weights) != layers:
+        raise BudgetError(f"layer_shares has {len(weights)} numbers, and the model has {layers} bounded layers.")
+    assert budget.tokens is not None  # a budget checks it
+    common = protected_tokens(budget, recent, prompt)
+    return [common + share for share in divide(layers * (budget.tokens - common), weights)]

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from reasonkv.budget import Budget, BudgetError
-from reasonkv.methods.base import Requirements, ScorerMethod, protected_tokens
+from reasonkv.methods.base import Requirements, ScorerMethod
 from reasonkv.methods.catalogue import MethodError
 from reasonkv.methods.ops import newest_attention, squared_norms, upcast
 from reasonkv.methods.options import Count
 from reasonkv.network import FORECAST_ATTENTION, FORECAST_FEATURES, Network
-from reasonkv.numbers import TOO_MANY, divide
 from reasonkv.view import SlotView
 
 _WINDOW, _NEWEST = 64, 16
-_NUMBER = re.compile(r"\d{1,6}(\.\d{1,6})?")
 _LEAST = 1e-9  # attention, below which slots are alike
 
 
@@ -39,12 +35,9 @@ class Forecast(ScorerMethod):
     Args:
         window: newest queries that are looked at, as many as the network was fitted with: 64, or 0 for networks that
             see none (`reasonkv calibrate --forecast --without-queries`).
-        shares: what each layer gets of the slots that are not protected, relative to the others: numbers with slashes
-            between them, as `benchmarks/layer_shares.py` measures them. Unless given, every layer gets the same.
     """
 
     window: Count = _WINDOW
-    shares: str = ""
 
     @classmethod
     def fitted(cls, network: Network, head_dim: int) -> Forecast:
@@ -53,28 +46,7 @@ class Forecast(ScorerMethod):
 
     @property
     def needs(self) -> Requirements:
-        return Requirements(
-            queries=self.window, rotary=True, calibration=True, statistics=frozenset({"forecast"}),
-            layer_budgets=bool(self.shares),
-        )  # fmt: skip
-
-    def check_options(self) -> None:
-        if self.shares and not all(0 < weight < TOO_MANY for weight in self.weights()):
-            raise MethodError(
-                f"forecast: shares must be positive numbers with slashes between, as in 1/0.5, not {self.shares}."
-            )
-
-    def weights(self) -> list[int]:
-        """Return the layers' shares in thousandths; 0 for what is none."""
-        return [round(1000 * float(one)) if _NUMBER.fullmatch(one) else 0 for one in self.shares.split("/")]
-
-    def layer_tokens(self, budget: Budget, layers: int, prompt: int) -> list[int]:
-        weights = self.weights()
-        if len(weights) != layers:
-            raise BudgetError(f"forecast: {len(weights)} shares are given, and the model has {layers} bounded layers.")
-        assert budget.tokens is not None  # `resolve_budget` refuses a share of the length
-        common = protected_tokens(budget, 0, prompt)
-        return [common + share for share in divide(layers * (budget.tokens - common), weights)]
+        return Requirements(queries=self.window, rotary=True, calibration=True, statistics=frozenset({"forecast"}))
 
     def score(self, view: SlotView) -> Tensor:
         return self.network(view)(self.inputs(view))

@@ -27,7 +27,7 @@ from reasonkv.layers import is_recurrent, layer_rotaries
 from reasonkv.methods import Method, Requirements, get_method, refuse_future
 from reasonkv.numbers import KVDtype, kv_dtype, whole_number, whole_numbers
 from reasonkv.offload import input_device
-from reasonkv.resolve import UnsupportedModelError, check_model, check_window, context_length, resolve_budget
+from reasonkv.resolve import UnsupportedModelError, check_model, check_window, context_length
 from reasonkv.runtimes.transformers import sequences
 from reasonkv.runtimes.transformers.attachment import Attachment
 from reasonkv.runtimes.transformers.events import settle_layers
@@ -37,7 +37,7 @@ from reasonkv.runtimes.transformers.layer import CompressedLayer
 from reasonkv.runtimes.transformers.lightning import FittingCache
 from reasonkv.runtimes.transformers.packed import tokens_to_packing
 from reasonkv.runtimes.transformers.sequences import LayerGroup
-from reasonkv.runtimes.transformers.session import Observer, Session, callbacks_of, load_statistics, weakly
+from reasonkv.runtimes.transformers.session import Observer, Session, callbacks_of, load_statistics, resolve_for, weakly
 from reasonkv.runtimes.transformers.sparse_read import SparseReader
 from reasonkv.runtimes.transformers.stats import CacheStats, collect_stats
 from reasonkv.runtimes.transformers.storage import LayerStorage
@@ -97,7 +97,7 @@ class CompressedCache(FittingCache):
         if problems := check_model(model, None if method is None else get_method(method)):
             raise UnsupportedModelError(problems[0])
         chosen = get_method(method or "full") if method or whole is None else default_method(model, calibration)
-        self.method, self.budget = resolve_budget(chosen, whole)
+        self.method, self.budget = resolve_for(model, chosen, whole, calibration)
         check_window(self.budget, reopen_prompt=reopen_prompt, listed=window_events is not None)
         if reference is None:
             refuse_future(self.method)

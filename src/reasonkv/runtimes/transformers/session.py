@@ -5,18 +5,20 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from reasonkv.budget import Budget
 from reasonkv.calibration import Calibration, find_calibration
 from reasonkv.methods import Method, Requirements
-from reasonkv.numbers import KVDtype
+from reasonkv.numbers import CALIBRATED, KVDtype
 from reasonkv.offload import input_device
 from reasonkv.plan import Plan
+from reasonkv.resolve import resolve_budget
 from reasonkv.rotary import Rotary
 from reasonkv.runtimes.transformers.forward import ForwardPlan
 from reasonkv.runtimes.transformers.sparse_read import SparseReader
@@ -101,6 +103,21 @@ def weakly(method: Callable[..., T]) -> Callable[..., T]:
         return bound(*args)
 
     return call
+
+
+def resolve_for(
+    model: PreTrainedModel, method: Method, budget: Budget | int | None, calibration: Calibration | str | Path | None
+) -> tuple[Method, Budget | None]:
+    """Return a method and its budget as a model runs them: calibrated shares of the layers are filled in.
+
+    Raises:
+        BudgetError: as `resolve_budget`.
+        CalibrationError: calibrated shares that are missing or of another model.
+    """
+    method, found = resolve_budget(method, budget)
+    if found is not None and found.layer_shares == CALIBRATED:
+        found = replace(found, layer_shares=load_statistics(model, calibration).shares())
+    return method, found
 
 
 def load_statistics(model: PreTrainedModel, given: Calibration | str | Path | None) -> Calibration:

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
-from reasonkv.methods import Observed
+from reasonkv.methods import Observed, divides
 from reasonkv.resolve import UnsupportedModelError
 from reasonkv.runtimes.transformers.attention import base_kernel
 from reasonkv.runtimes.transformers.cache import CompressedCache
@@ -263,7 +263,8 @@ class SteadyCache(CompressedCache):
             "full KV, which grows": budget is None,
             "slots in fewer bits": self.session.kv_dtype is not None,
             "a method that reads token ids": needs.token_ids,
-            "layers with budgets or turns of their own": needs.layer_budgets or getattr(budget, "stagger", 1) > 1,
+            "layers with budgets or turns of their own": budget is not None
+            and (divides(self.method, budget) or budget.stagger > 1),
             "this model: layers that are not bounded, or attention of its own": not is_plain_model
             or any(type(layer) is not CompressedLayer for layer in self.layers),
         }

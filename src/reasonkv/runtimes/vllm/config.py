@@ -132,6 +132,8 @@ def _budget(rest: Mapping[str, Any], window: Any) -> Budget | None:
         raise ServingError(f"Unknown reasonkv fields: {', '.join(unknown)}; known: {known_words}.")
     if rest and not rest.keys() & {"tokens", "keep"}:
         raise ServingError("reasonkv needs tokens, the slots kept per KV head, or keep, the share of the text.")
+    if rest.get("layer_shares"):
+        raise ServingError("layer_shares gives layers different budgets, but vLLM's layers share their blocks.")
     return Budget(**rest) if rest else None
 
 

@@ -1,0 +1,97 @@
+"""Measure what every layer loses when it alone evicts, and with it the share of all slots that each should have.
+
+A layer's share of the slots that are not protected is (its KL - full KV's) ** 0.6: of the powers 0.3, 0.6, 0.8 and 1
+this lost least on other answers (docs/results/layers).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from transformers import PreTrainedModel
+
+from reasonkv.budget import Budget
+from reasonkv.calibration import Calibration, CalibrationError
+from reasonkv.calibration.chosen import method_for
+from reasonkv.evaluate.cells import RunConfig
+from reasonkv.evaluate.chunks import TraceRow
+from reasonkv.evaluate.progress import Progress, silent
+from reasonkv.evaluate.replay import replay_batch
+from reasonkv.evaluate.traces import Trace, reference_logprobs
+from reasonkv.layers import bounded_layers
+from reasonkv.methods import get_method
+from reasonkv.methods.base import protected_tokens
+from reasonkv.numbers import layer_shares
+
+POWER, LEAST = 0.6, 0.005
+"""Of a layer's loss, and the least that is taken for it, relative to the largest."""
+BUDGET = Budget(128, interval=64, recent=32)
+"""Under which `add_shares` measures."""
+_BATCH = 8  # traces replayed at once
+
+
+def add_shares(
+    model: PreTrainedModel, rows: Sequence[TraceRow], calibration: Calibration, *, progress: Progress = silent
+) -> Calibration:
+    """Return a calibration with the layers' shares beside it, measured with the method that it makes the default.
+
+    Args:
+        rows: texts, each with its prompt, which never goes.
+
+    Raises:
+        CalibrationError: no text is long enough for a compaction.
+        UnsupportedModelError: a model that cannot be bounded, or whose layers must be alike.
+        ReplayError: numbers that cannot be trusted.
+    """
+    held = BUDGET.interval + (BUDGET.tokens or 0)
+    long = [row for row in rows if len(row.output_T) > held]
+    if not long:
+        raise CalibrationError(f"The texts are too short to tell layers apart: they need {held} tokens or more.")
+    prompts, outputs = [row.prompt_P for row in long], [row.output_T for row in long]
+    teachers = reference_logprobs(model, prompts, outputs)
+    traces = [
+        Trace(number, row.prompt_P, row.output_T, teacher, None)
+        for number, (row, teacher) in enumerate(zip(long, teachers, strict=True))
+    ]
+    layers = len(bounded_layers(model.config))
+    arms: list[RunConfig] = [RunConfig(get_method("full"), None)]
+    method, most = method_for(calibration), max(row.fed for row in long)
+    arms += [RunConfig(method, alone(layer, layers, BUDGET, most)) for layer in range(layers)]
+    kl = []
+    for number, arm in enumerate(arms):
+        progress("layers measured", number, len(arms))
+        lost = losses(model, traces, arm, calibration)
+        kl.append(sum(lost) / len(lost))
+    progress("layers measured", len(arms), len(arms))
+    return replace(calibration, layer_shares=shares_of(kl[0], kl[1:]))
+
+
+def losses(model: PreTrainedModel, traces: Sequence[Trace], config: RunConfig, calibration: Calibration) -> list[float]:
+    """Return the KL of every trace from full KV, nats a token."""
+    lost = []
+    for first in range(0, len(traces), _BATCH):
+        replayed = replay_batch(model, traces[first : first + _BATCH], config, calibration=calibration)
+        lost += [one.metrics.kl for one in replayed]
+    return lost
+
+
+def alone(layer: int, layers: int, budget: Budget, most: int) -> Budget:
+    """Return the budget with which one layer has the tokens of another budget, and the others are never full.
+
+    Args:
+        layer: the one that evicts.
+        budget: of a number of tokens.
+        most: tokens of the longest text, prompt included.
+    """
+    assert budget.tokens is not None
+    common = protected_tokens(budget, 0, 0)
+    free = [budget.tokens - common if at == layer else most for at in range(layers)]
+    return replace(budget, tokens=common + sum(free) // layers, layer_shares=[one / 1000 for one in free])
+
+
+def shares_of(full: float, layers: Sequence[float]) -> str:
+    """Return the shares of layers that alone lose so much, where full KV's replay loses `full` by rounding."""
+    least = LEAST * max(max(layers) - full, 1e-9)
+    sizes = [max(one - full, least) ** POWER for one in layers]
+    return layer_shares([round(size * len(sizes) / sum(sizes), 3) for size in sizes])
