@@ -71,6 +71,7 @@ def test_layers_hold_their_shares() -> None:
         ({"layer_shares": "1/2"}, "random", "layer_shares has 2 numbers, and the model has 3 bounded layers"),
         ({"layer_shares": "1/2/3", "tokens": None, "keep": 0.5}, "random", "it needs tokens, not keep"),
         ({"tokens": 28}, "pyramidkv:window=4", "pyramidkv divides tokens among layers by itself; leave out"),
+        ({}, "quest", "quest reads equally many slots in every layer; leave out layer_shares"),
         ({"layer_shares": "calibrated"}, "random", "This calibration holds no layer_shares; measure them with"),
     ],
 )

@@ -68,6 +68,8 @@ def resolve_budget(method: Method, budget: Budget | int | None) -> tuple[Method,
     budget = budget if isinstance(budget, Budget) else Budget(tokens=budget)
     method = _shrink_window(method, budget)
     needs = method.needs
+    if budget.layer_shares and needs.selects:
+        raise BudgetError(f"{name} reads equally many slots in every layer; leave out layer_shares.")
     if budget.keep is None:
         budget.check_protected(recent=needs.recent)
     elif needs.selects or needs.layer_budgets:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from reasonkv.calibration import Calibration
     from reasonkv.evaluate.progress import Progress
     from reasonkv.models import LoadedModel
+    from reasonkv.network import Network
     from reasonkv.tasks import Task
 
 _FEW_TOKENS = 2048
@@ -97,21 +98,23 @@ def _fit(
             else f"On other texts its choice holds {fitted.share:.0%} of the attention that the best holds, a "
             f"choice by the newest queries' attention {fitted.attention_share:.0%}."
         )
-    elif (known := _known(loaded.model)) is not None:  # what was fitted earlier goes on serving
-        found = replace(found, forecast=known.forecast)
+    else:
+        found = replace(found, forecast=_fitted_earlier(loaded.model, found))
     if job.layer_shares:
         found = add_shares(loaded.model, rows, found, progress=bar)
         note(f"Shares of the layers: {found.layer_shares}.")
     return found
 
 
-def _known(model: PreTrainedModel) -> Calibration | None:
+def _fitted_earlier(model: PreTrainedModel, found: Calibration) -> Network | None:
+    """Return the networks that the new statistics would hide: those of the calibration that the model has already."""
     from reasonkv.calibration import CalibrationError, find_calibration
 
     try:
-        return find_calibration(model)
+        known = find_calibration(model)
     except CalibrationError:
         return None
+    return known.forecast if known.is_of(found.norms) else None
 
 
 def _print(found: Calibration) -> None:

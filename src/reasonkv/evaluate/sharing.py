@@ -6,6 +6,7 @@ this lost least on other answers (docs/results/layers).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -28,6 +29,7 @@ POWER, LEAST = 0.6, 0.005
 """Of a layer's loss, and the least that is taken for it, relative to the largest."""
 BUDGET = Budget(128, interval=64, recent=32)
 """Under which `add_shares` measures."""
+_MOST_TEXTS = 16  # that are replayed, as often as there are layers
 _BATCH = 8  # traces replayed at once
 
 
@@ -37,7 +39,7 @@ def add_shares(
     """Return a calibration with the layers' shares beside it, measured with the method that it makes the default.
 
     Args:
-        rows: texts, each with its prompt, which never goes.
+        rows: texts, each with its prompt, which never goes; of many, 16 that are spread over them.
 
     Raises:
         CalibrationError: no text is long enough for a compaction.
@@ -48,12 +50,11 @@ def add_shares(
     long = [row for row in rows if len(row.output_T) > held]
     if not long:
         raise CalibrationError(f"The texts are too short to tell layers apart: they need {held} tokens or more.")
-    prompts, outputs = [row.prompt_P for row in long], [row.output_T for row in long]
-    teachers = reference_logprobs(model, prompts, outputs)
-    traces = [
-        Trace(number, row.prompt_P, row.output_T, teacher, None)
-        for number, (row, teacher) in enumerate(zip(long, teachers, strict=True))
-    ]
+    long = long[:: math.ceil(len(long) / _MOST_TEXTS)]
+    traces = list[Trace]()
+    for row in long:
+        (teacher,) = reference_logprobs(model, [row.prompt_P], [row.output_T])
+        traces.append(Trace(len(traces), row.prompt_P, row.output_T, teacher, None))
     layers = len(bounded_layers(model.config))
     arms: list[RunConfig] = [RunConfig(get_method("full"), None)]
     method, most = method_for(calibration), max(row.fed for row in long)
