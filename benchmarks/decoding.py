@@ -30,7 +30,7 @@ from reasonkv.calibration.run import run as calibrate
 from reasonkv.evaluate.fitting import UNITS, add_forecast, texts_of
 from reasonkv.floor import compaction, decode_step, measure_rates, prompt_tokens, shape_of
 from reasonkv.models import ModelError, load_model
-from reasonkv.network import FORECAST_FEATURES, Network
+from reasonkv.network import FORECAST_ATTENTION, FORECAST_FEATURES, Network
 from reasonkv.rotary import Rotary
 from reasonkv.runtimes.transformers.attention import LogitRule
 from reasonkv.tasks import get_task
@@ -65,9 +65,14 @@ def random_model(
     return model
 
 
-def random_calibration(config: Any) -> Calibration:
-    """Return statistics of queries that point one way in some pairs and every way in others, and fresh networks."""
-    layers, heads, width = config.num_hidden_layers, config.num_key_value_heads, config.head_dim + FORECAST_FEATURES
+def random_calibration(config: Any, *, queries: bool = False) -> Calibration:
+    """Return statistics of queries that point one way in some pairs and every way in others, and fresh networks.
+
+    Args:
+        queries: the networks are those that see the newest queries' attention.
+    """
+    layers, heads = config.num_hidden_layers, config.num_key_value_heads
+    width = config.head_dim + FORECAST_FEATURES - (0 if queries else FORECAST_ATTENTION)
     mean = torch.randn(layers, config.num_attention_heads, config.head_dim // 2, dtype=torch.cfloat)
     modulus = mean.abs() + torch.rand(mean.shape)
     network = Network.fresh(layers, heads, width, UNITS)
@@ -141,12 +146,16 @@ def text_ids(tokenizer: PreTrainedTokenizerBase, tokens: int) -> Tensor:
 
 
 def calibration_of(subject: Subject, methods: Sequence[str], limit: int = 2) -> Calibration | None:
-    """Return statistics from a few prompts, if a method asks for any, as `reasonkv calibrate --forecast` makes them."""
+    """Return statistics from a few prompts, if a method asks for any, as `reasonkv calibrate` makes them.
+
+    The networks of forecast see no queries, as those that come with the package.
+    """
     if not any(get_method(method).needs.calibration for method in methods):
         return None
     if subject.tokenizer is None:
         return random_calibration(subject.model.config)
-    job = CalibrateJob(task=["program:lines=24"], limit=limit, forecast="forecast" in methods)
+    fits = any(method.startswith("forecast") for method in methods)
+    job = CalibrateJob(task=["program:lines=24"], limit=limit, forecast=fits, without_queries=True)
     tasks = [get_task(spec) for spec in job.task]
     found = calibrate(job, subject.model, subject.tokenizer, tasks=tasks)
     if not job.forecast:

@@ -102,7 +102,8 @@ class Feeder:
         prompt = HELD - window.size - window.buffer if window else 1
         self.cache = CompressedCache(
             model, method, window or Budget(KEEP, interval=HELD - KEEP, prompt="count"), prompt_lengths=[prompt],
-            max_length=16 * HELD, calibration=random_calibration(model.config) if needs.calibration else None,
+            max_length=16 * HELD,
+            calibration=random_calibration(model.config, queries=True) if needs.calibration else None,
         )  # fmt: skip
         self.model, self.length, self.module = model, 0, nn.Module()
         if needs.output_projection:  # the one thing a method may ask of a module: 64 MiB, more than fit a core's cache

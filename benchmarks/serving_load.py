@@ -31,9 +31,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from decoding import random_model, text_ids
+from decoding import random_calibration, random_model, text_ids
 from timing import Found, Row, interval, median, ratio, script, store, stored
 
+from reasonkv.calibration import save_calibration
+from reasonkv.calibration.files import FILE
 from reasonkv.testbed import testbed_path
 
 BLOCK = 128
@@ -58,18 +60,23 @@ def engine_options(arm: str, policy: str) -> dict[str, Any]:
         options["scheduler_cls"] = "reasonkv.runtimes.vllm.scheduler.Scheduler"
     else:
         given["tokens"] = int(kept_tokens)
-    if method.startswith("cask"):
+    if method.startswith("cask"):  # others find the statistics beside the model
         given["calibration"] = str(testbed_path() / "reasonkv_calibration.safetensors")
     return options | {"additional_config": {"reasonkv": given}}
 
 
 def make_kv_heavy(folder: str) -> str:
-    """Write 2 layers of 8 KV heads and 16 query heads of 128, narrow otherwise, with the bundled model's tokenizer."""
+    """Write 2 layers of 8 KV heads and 16 query heads of 128, narrow otherwise, with the bundled model's tokenizer.
+
+    Statistics for the methods that need some are random, too: what their compactions take does not depend on them.
+    """
     torch.manual_seed(0)
-    random_model(
+    model = random_model(
         dtype=torch.float32, num_hidden_layers=2, num_attention_heads=16, vocab_size=186, hidden_size=256,
         intermediate_size=512, max_position_embeddings=4096, tie_word_embeddings=True, eos_token_id=2,
-    ).save_pretrained(folder)  # fmt: skip
+    )  # fmt: skip
+    model.save_pretrained(folder, max_shard_size="8MB")  # with an index: vLLM reads no other file as weights
+    save_calibration(Path(folder) / FILE, random_calibration(model.config))
     for file in testbed_path().glob("tokenizer*"):
         shutil.copy(file, folder)
     return folder
