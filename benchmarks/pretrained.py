@@ -6,11 +6,13 @@ from pathlib import Path
 
 import altair as alt
 import pandas as pd
-from tables import METRICS, Gains, load, manifests, markdown, means, plus_minus, points, sizes, text, words
+from tables import METRICS, SHARES, Gains, load, manifests, markdown, means, plus_minus, points, sizes, text, words
 
 from reasonkv.report.charts import facets, save_png
 
 _WORDS = {"replay": "traces", "answers": "answers"}
+ALIKE = "all layers alike"
+"""In place of a method that others are compared with: each method with shares, and itself without."""
 _FIRST = ["full", "random", "oracle"]  # the ceiling, the floor, and what choosing by the future gives
 
 
@@ -20,7 +22,7 @@ def build(source: Path, to: Path, over: str = "random", by: str = "docs/your-mod
     Args:
         source: the kept records.
         to: a folder.
-        over: the method that others are compared with, on the same traces.
+        over: the method that others are compared with, on the same traces; or `ALIKE`.
         by: the page with the commands.
     """
     records = load(source)
@@ -94,7 +96,11 @@ def _table(
     records = {kind: own[own["group"] == group] for kind, own in records.items() if group in set(own["group"])}
     names, budgets = _names(replay), sizes(kl)
     top1, slots = plus_minus(replay, "top1", 1, METRICS["top1"][0]), text(replay["physical_mean", "mean"])
-    gain = Gains(records["replay"], "kl").over(over)
+    gains = Gains(records["replay"], "kl")
+    gain = gains.over(over) if over != ALIKE else {
+        cell: gains.between(cell, (cell[0], cell[1].removesuffix(SHARES), cell[2]))
+        for cell in kl.index if cell[1].endswith(SHARES)
+    }  # fmt: skip
     rows = []
     for name in names:
         row = [name]

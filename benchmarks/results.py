@@ -33,7 +33,7 @@ BUILDERS = {
     "equal_bytes": settings.equal_bytes,
     "sensitivity": settings.build,
     "breadth": partial(pretrained.build, by="docs/results/breadth/README.md"),
-    "layers": partial(pretrained.build, over="forecast:window=0", by="docs/results/layers/README.md"),
+    "layers": partial(pretrained.build, over=pretrained.ALIKE, by="docs/results/layers/README.md"),
     "lead": partial(pretrained.build, over="expected", by="docs/results/lead/README.md"),
 }
 

@@ -34,6 +34,8 @@ METRICS = {
     "repetition": (-100.0, 0, "in loops, points"),
 }
 """The factor that makes more of a metric better, digits after the point, and words."""
+SHARES = " + shares"
+"""Behind the name of a method whose layers have shares."""
 CELL = ["group", "method", "size"]
 _MANIFESTS = b"reasonkv.manifests"
 _LEFT_OUT = (
@@ -112,7 +114,7 @@ def load(*folders: Path) -> dict[str, pd.DataFrame]:
     frame["group"] = frame["task"] + ", " + frame["policy"].map(POLICIES)
     if frame["model"].nunique() > 1:
         frame["group"] = frame["model"] + ", " + frame["group"]
-    shared = frame["budget"].str.contains('"layer_shares"', na=False).map({True: " + shares", False: ""})
+    shared = frame["budget"].str.contains('"layer_shares"', na=False).map({True: SHARES, False: ""})
     frame["method"] = frame["label"] + shared
     frame["size"] = frame["budget"].map({text: _size(text) for text in frame["budget"].dropna().unique()}).fillna("")
     key = ["kind", *CELL]

@@ -327,7 +327,9 @@ def _divided(method: Method | None, budget: Budget, layers: int, prompt: int | N
                 f"Of {budget.tokens} tokens, {name} leaves {tokens} to layer {layer + 1} of {layers}, which "
                 f"cannot hold {protected}; raise tokens, or divide them more evenly."
             )
-    return [replace(budget, tokens=tokens, layer_shares="") for tokens in shares]
+    # defaults that shrank with the budget stay what they are in every layer, however many tokens it has
+    sinks, recent = budget.protected()
+    return [replace(budget, tokens=tokens, sinks=sinks, recent=recent, layer_shares="") for tokens in shares]
 
 
 def _shared(budget: Budget, recent: int, layers: int, prompt: int) -> list[int]:
@@ -338,5 +340,5 @@ def _shared(budget: Budget, recent: int, layers: int, prompt: int) -> list[int]:
     if len(weights) != layers:
         raise BudgetError(f"layer_shares has {len(weights)} numbers, and the model has {layers} bounded layers.")
     assert budget.tokens is not None  # a budget checks it
-    common = protected_tokens(budget, recent, prompt)
+    common = max(1, protected_tokens(budget, recent, prompt))
     return [common + share for share in divide(layers * (budget.tokens - common), weights)]
