@@ -229,6 +229,8 @@ def test_a_job_for_another_method_or_budget_than_the_servers_is_refused(job: Gen
     for methods, budget in ((["snapkv"], BudgetOptions(tokens=[24])), (["random"], BudgetOptions(tokens=[25]))):
         with pytest.raises(JobError, match=runs):
             found.fitted(GenerateJob(task=job.task, methods=methods, budget=budget, options=job.options))
+    with pytest.raises(JobError, match="are all alike; leave --layer-shares out"):
+        found.fitted(GenerateJob(task=job.task, budget=BudgetOptions(layer_shares="1/2"), options=job.options))
     with pytest.raises(JobError, match="no --think-budget"):
         found.fitted(GenerateJob(task=job.task, sampling=Sampling(think_budget=5), options=job.options))
 

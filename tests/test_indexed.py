@@ -89,6 +89,10 @@ def test_what_one_mask_for_all_layers_cannot_serve_is_refused_in_one_sentence() 
         CompressedCache(model, "cask", **LIMITS)
     with pytest.raises(BudgetError, match="attend under one mask"):
         CompressedCache(model, "keydiff", stagger=2, **LIMITS)
+    with pytest.raises(BudgetError, match="leave out layer_shares"):
+        CompressedCache(
+            model, "keydiff", **{**LIMITS, "tokens": 24}, layer_shares=range(1, 1 + model.config.num_hidden_layers)
+        )
     with pytest.raises(BudgetError, match="attend under one mask"):
         CompressedCache(model, "pyramidkv:window=4", **{**LIMITS, "tokens": 24})
     with pytest.raises(UnsupportedModelError, match="indexer are not stored in fewer bits"):

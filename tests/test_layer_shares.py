@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from command_line import run
@@ -17,7 +18,9 @@ from test_exactness import Case, check
 
 from reasonkv import Budget, BudgetError, CompressedCache, get_method
 from reasonkv.calibration import CalibrationError, load_calibration, save_calibration
+from reasonkv.evaluate.cells import plan_cells
 from reasonkv.evaluate.chunks import TraceRow
+from reasonkv.evaluate.job import BudgetOptions, JobError
 from reasonkv.evaluate.matching import budget_for_mean, mean_physical
 from reasonkv.evaluate.sharing import add_shares, alone, shares_of
 from reasonkv.methods import layer_budgets
@@ -40,6 +43,11 @@ def test_what_is_not_protected_is_divided_and_nothing_is_lost() -> None:
         shares = [1 + layer % 5 for layer in range(layers)]
         found = tokens_of(replace(BUDGET, tokens=100, layer_shares=shares), layers=layers)
         assert sum(map(int, filter(None, found))) == 100 * layers
+    for one in layer_budgets(get_method("random"), Budget(64, layer_shares="0.5/1/1.1/1.2/1.5/0.7"), 6):
+        assert one is not None and (one.sinks, one.recent) == (4, 32)  # as the defaults shrank with 64 tokens
+    assert tokens_of(Budget(1, sinks=0, recent=0, layer_shares="0.2/0.3/2.5")) == [1, 1, 1]
+    assert replace(BUDGET, layer_shares=[0.123456, 1]).layer_shares == "0.123456/1"
+    assert replace(BUDGET, layer_shares=np.array([0.5, 1.0, 1.5])) == BUDGET
     assert replace(BUDGET, layer_shares=[0.5, 1, 1.5]) == BUDGET and Budget.from_dict(BUDGET.to_dict()) == BUDGET
     assert "layer_shares" not in Budget(64).to_dict() and Budget(64, layer_shares=()) == Budget(64)
 
@@ -67,6 +75,7 @@ def test_layers_hold_their_shares() -> None:
         ({"layer_shares": "1/x/2"}, "random", "not '1/x/2'"),
         ({"layer_shares": "1//2"}, "random", "not '1//2'"),
         ({"layer_shares": 3}, "random", "not '3'"),
+        ({"layer_shares": [True, 1, 2]}, "random", "not '[True, 1, 2]'"),
         ({"layer_shares": [1, float("nan"), 2]}, "random", "not '[1, nan, 2]'"),
         ({"layer_shares": "1/2"}, "random", "layer_shares has 2 numbers, and the model has 3 bounded layers"),
         ({"layer_shares": "1/2/3", "tokens": None, "keep": 0.5}, "random", "it needs tokens, not keep"),
@@ -83,6 +92,13 @@ def test_shares_that_cannot_be_are_one_sentence(fields: dict[str, Any], method: 
             layer_budgets(get_method(method), replace(BUDGET, **fields), 3)
 
 
+def test_a_window_has_nothing_to_divide() -> None:
+    with pytest.raises(JobError, match="which a window has none of"):
+        BudgetOptions(window=64, layer_shares="1/2")
+    with pytest.raises(BudgetError, match="layer_shares must be numbers"):
+        BudgetOptions(layer_shares="nonsense")
+
+
 def test_engines_whose_layers_share_blocks_refuse_shares() -> None:
     with pytest.raises(ServingError, match="layer_shares gives layers different budgets"):
         EngineConfig.parse({"method": "random", "tokens": 64, "layer_shares": "1/2/3"})
@@ -93,6 +109,11 @@ def test_a_mean_length_is_solved_over_the_layers() -> None:
     found = budget_for_mean(rule, 40.0, [26, 13], [300, 250], method, 3)
     assert mean_physical(found, [26, 13], [300, 250], method, 3) == pytest.approx(40, abs=0.6)
     assert found.layer_shares == rule.layer_shares
+    methods = [get_method("random"), get_method("snapkv:window=6")]
+    cells = plan_cells(methods, [rule], [40.0], [(26, 300), (13, 250)], 3)
+    for cell, known in zip(cells, methods, strict=True):
+        mean = mean_physical(cell.budget, [26, 13], [300, 250], known, 3)
+        assert cell.method == known and mean == pytest.approx(40, abs=0.6)
 
 
 def test_calibrated_shares_are_those_of_the_file(tmp_path: Path) -> None:
@@ -101,8 +122,9 @@ def test_calibrated_shares_are_those_of_the_file(tmp_path: Path) -> None:
     assert load_calibration(path).layer_shares == "0.5/1/1.5"
     with CompressedCache(MODEL, "random", asked, calibration=path) as cache:
         assert cache.budget == BUDGET
-    with pytest.raises(BudgetError, match="layer_shares must be"):
-        replace(calibration(MODEL), layer_shares="1/zero")
+    for wrong in ("1/zero", "calibrated", "", "1/1/1/1"):
+        with pytest.raises(CalibrationError, match="layer_shares must be"):
+            replace(calibration(MODEL), layer_shares=wrong)
 
 
 def test_a_layer_that_loses_more_gets_more_and_one_that_evicts_alone_has_its_slots() -> None:
@@ -112,18 +134,21 @@ def test_a_layer_that_loses_more_gets_more_and_one_that_evicts_alone_has_its_slo
     assert shares_of(0.1, [0.1, 0.1]) == "1/1"  # nothing is lost anywhere
     own = tokens_of(alone(1, 3, Budget(128, recent=32), 4096))
     assert own[0] is not None and own[1] is not None and abs(own[1] - 128) <= 1 and own[0] > 4000
+    small = alone(1, 3, Budget(64), 4096, recent=40)  # the method's window is larger than what its default shrinks to
+    own = tokens_of(small, "snapkv:window=40")
+    assert own[1] is not None and abs(own[1] - 64) <= 1
 
 
 def test_shares_are_measured_by_replays_in_which_one_layer_evicts() -> None:
     generator, steps = torch.Generator().manual_seed(3), list[int]()
-    rows = [TraceRow(*torch.randint(5, 200, (290,), generator=generator).split([40, 250])) for _ in range(2)]
+    rows = [TraceRow(*torch.randint(5, 200, (310,), generator=generator).split([40, 270])) for _ in range(2)]
     model = tiny_model("qwen3", dtype=torch.float32)
     found = add_shares(model, rows, calibration(model), progress=lambda what, done, of: steps.append(done))
     assert steps == [0, 1, 2, 3, 4] and found.forecast is not None
     shares = [float(one) for one in str(found.layer_shares).split("/")]
     assert len(shares) == 3 and sum(shares) == pytest.approx(3, abs=0.01) and len(set(shares)) == 3
-    with pytest.raises(CalibrationError, match="they need 192 tokens or more"):
-        add_shares(model, [TraceRow(row.prompt_P, row.output_T[:192]) for row in rows], found)
+    with pytest.raises(CalibrationError, match="more than 256 tokens beside the prompt"):
+        add_shares(model, [TraceRow(row.prompt_P, row.output_T[:256]) for row in rows], found)
 
 
 def test_the_command_line_measures_shares_and_replays_with_them(tmp_path: Path) -> None:
@@ -132,7 +157,11 @@ def test_the_command_line_measures_shares_and_replays_with_them(tmp_path: Path) 
     code, said, told = run("calibrate", "--task", task, "--limit", "2", "--layer-shares", "--out", str(stats))
     assert code == 0, told
     shares = load_calibration(stats).layer_shares
-    assert shares and f"Shares of the layers: {shares}." in told and stats.name in said
+    assert shares and f"Shares of the layers, measured with forecast: {shares}." in told and stats.name in said
+    assert "Kept of the calibration so far: forecast." in told and load_calibration(stats).forecast is not None
+    code, _, told = run("calibrate", "--task", task, "--limit", "1", "--out", str(stats))  # over what is there
+    assert code == 0 and "Kept of the calibration so far: forecast and layer_shares." in told
+    assert load_calibration(stats).layer_shares == shares
     code, _, told = run(
         "replay", "--task", task, "--methods", "random", "--budget", "48", "--recent", "8", "--interval", "16",
         "--layer-shares", "calibrated", "--calibration", str(stats), "--limit", "2", "--out", str(out),

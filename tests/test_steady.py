@@ -133,6 +133,7 @@ def test_copies_and_fewer_rows_go_on_as_in_a_compressed_cache() -> None:
         ("llama", "cask:markers=3", {"tokens": 24}, "reads token ids"),
         ("llama", "pyramidkv:window=6", {"tokens": 24}, "layers with budgets"),
         ("llama", "snapkv:window=6", {"tokens": 24, "stagger": 2}, "layers with budgets"),
+        ("llama", "snapkv:window=6", {"tokens": 24, "layer_shares": "1/2/3"}, "layers with budgets"),
         ("llama", "snapkv:window=6", {"tokens": 24, "kernel": "flash_attention_2"}, "flash attention"),
         ("gemma3", "snapkv:window=6", {"tokens": 24}, "this model"),
         ("deepseek_v3", "snapkv:window=6", {"tokens": 24}, "this model"),

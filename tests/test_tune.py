@@ -9,12 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from models import calibration
 from snippets import parses
 from test_records import record
 from tiny import TASK, tiny_loaded
 
 import reasonkv
 from reasonkv.budget import Budget
+from reasonkv.calibration import save_calibration
 from reasonkv.cli.console import print_json
 from reasonkv.cli.ready import python_line, serve_line
 from reasonkv.evaluate.job import BudgetOptions, ReplayJob, TraceSettings, TuneJob
@@ -22,6 +24,7 @@ from reasonkv.evaluate.records import AnswerRecord, ReplayRecord, read_lines
 from reasonkv.evaluate.run import run
 from reasonkv.evaluate.target import FrontierError, Target
 from reasonkv.evaluate.tune import Search, budget_range, check_search, find_usable_budget, tune
+from reasonkv.layers import bounded_layers
 from reasonkv.methods import get_method
 
 TARGET = Target("top1", 0.9, relative=True)
@@ -167,6 +170,8 @@ def test_the_range_holds_what_is_protected_and_drops_nothing_at_its_end() -> Non
     assert budget_range(Budget(10, sinks=2, recent=8, prompt="count"), get_method("random"), full) == (10, 90 + 49)
     keep = Budget(10, sinks=2, recent=8, prompt="keep")
     assert budget_range(keep, get_method("random"), full) == (90 + 8 + 1, 90 + 49)
+    shared = replace(RULE, layer_shares="0.2/1/1.8")  # until the smallest share holds 49: 10 + .2 * 382
+    assert budget_range(shared, get_method("random"), full, 3) == (10, 8 * 49)
 
 
 def test_a_real_search_leaves_one_folder_and_resumes_without_recomputing(tmp_path: Path) -> None:
@@ -198,6 +203,21 @@ def test_a_real_search_leaves_one_folder_and_resumes_without_recomputing(tmp_pat
     assert both
     assert all(path.stat().st_mtime_ns == times[path] for path in times)  # nothing was run again
     print_json([first.to_dict(), other.to_dict()])
+
+
+def test_calibrated_shares_are_recorded_as_numbers(tmp_path: Path) -> None:
+    loaded, stats = tiny_loaded(), tmp_path / "stats.safetensors"
+    layers = len(bounded_layers(loaded.model.config))
+    shares = "/".join(f"{1 + layer}" for layer in range(layers))
+    save_calibration(stats, replace(calibration(loaded.model), layer_shares=shares))
+    loaded, rule = replace(loaded, calibration_file=stats), replace(job().budget, layer_shares="calibrated")
+    (found,) = tune(job(budget=rule, resolution=2.0, target="0.9x"), loaded, tmp_path / "out")
+    budgets = json.loads((tmp_path / "out" / "manifest.json").read_text())["arguments"]["budgets"]
+    assert budgets and {one["layer_shares"] for one in budgets} == {shares}
+    records = read_lines(tmp_path / "out" / "records.jsonl", ReplayRecord)
+    same = merged_job({probe.tokens for probe in found.probes})
+    same = replace(same, budget=replace(same.budget, layer_shares="calibrated"))
+    assert records == run(same, loaded, tmp_path / "out")  # an ordinary folder: nothing is missing
 
 
 def test_a_search_for_accuracy_generates(tmp_path: Path) -> None:
@@ -251,6 +271,8 @@ def test_full_kv_at_zero_is_no_yardstick() -> None:
          "CompressedCache(model, Kara(), Window(size=128, buffer=64, retention=0.75))",
          "reasonkv serve some/model --method kara --window 128 --window-buffer 64 --retention 0.75"),
         ("h2o", {}, "CompressedCache(model, H2O(), tokens=96)", "# "),
+        ("random", {"layer_shares": "0.5/1.5"},
+         "CompressedCache(model, RandomEviction(), tokens=96, layer_shares='0.5/1.5')", "# "),
         ("oracle", {}, "# ", "# "),
     ],
 )  # fmt: skip

@@ -11,36 +11,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from fractions import Fraction
 from functools import cached_property
-from typing import Any, Literal, TypedDict, get_args
+from typing import Any, get_args
 
+from reasonkv.budget_fields import BudgetFields as BudgetFields
+from reasonkv.budget_fields import CutPrompt as CutPrompt
+from reasonkv.budget_fields import PromptPolicy as PromptPolicy
+from reasonkv.budget_fields import Trigger as Trigger
+from reasonkv.budget_fields import TriggerCounts as TriggerCounts
 from reasonkv.errors import BudgetError as BudgetError
 from reasonkv.numbers import layer_shares, share_of_one, whole_number, whole_numbers
 
-PromptPolicy = Literal["count", "keep", "on_top"]
-Trigger = Literal["occupancy", "grid"]
-TriggerCounts = Literal["all", "decode"]
-CutPrompt = Literal["prefill", "first_event"]
 _CHOICES = {"prompt": PromptPolicy, "trigger": Trigger, "trigger_counts": TriggerCounts, "cut_prompt": CutPrompt}
 _LEAST = {"tokens": 1, "interval": 1, "sinks": 0, "recent": 0, "prefill_chunk": 1, "stagger": 1, "early": 0}
 _OMITTED = {"keep": None, "stagger": 1, "early": 0, "layer_shares": ""}  # written only where they are something else
 _SINKS, _RECENT = 4, 64  # defaults, which shrink where they do not fit
-
-
-class BudgetFields(TypedDict, total=False):
-    """The fields of `Budget`, as keywords of `CompressedCache` and `generate_with`."""
-
-    tokens: int
-    keep: float
-    interval: int
-    sinks: int
-    recent: int
-    prompt: PromptPolicy
-    trigger: Trigger
-    trigger_counts: TriggerCounts
-    cut_prompt: CutPrompt
-    prefill_chunk: int | None
-    stagger: int
-    layer_shares: str | Sequence[float]
 
 
 @dataclass(frozen=True)
@@ -71,7 +55,7 @@ class Budget:
         early: tokens by which the first compaction after the prompt comes early; what `stagger` gives each turn.
         layer_shares: what each bounded layer gets of the slots that are not protected, relative to the others: numbers,
             a text such as "0.5/1.5", or "calibrated", those of the model's calibration (`reasonkv calibrate
-            --layer-shares`). All layers together hold as many as without.
+            --layer-shares`). They count in thousandths, and the layers' budgets sum to as many tokens as without.
 
     Raises:
         BudgetError: fields of the wrong type, or that contradict each other.
@@ -109,7 +93,9 @@ class Budget:
         if self.trigger_counts == "decode" and self.trigger != "grid":
             raise BudgetError("trigger_counts='decode' belongs to trigger='grid'.")
         if self.stagger > self.interval or self.early >= self.interval or (self.stagger > 1 and self.early):
-            raise BudgetError(f"stagger must be at most the interval of {self.interval}, early less; give one of them.")
+            raise BudgetError(
+                f"stagger must be at most the interval of {self.interval}, early less than it, and only one is given."
+            )
         if self.layer_shares and self.tokens is None:
             raise BudgetError("layer_shares divides a number of tokens among layers, so it needs tokens, not keep.")
         self.check_protected()
@@ -310,6 +296,9 @@ class ExplicitEventsWindow(Window):
 
     Args:
         events: logical lengths of one row's events, ascending and at least `size` apart.
+
+    Raises:
+        BudgetError: fields that contradict each other.
     """
 
     events: tuple[int, ...] = ()
@@ -331,6 +320,9 @@ class PeriodicWindow(Window):
     Args:
         period: steps between two rounds, more than `size`, so that nothing is compressed twice.
         most: rows of a round.
+
+    Raises:
+        BudgetError: fields that contradict each other.
     """
 
     period: int = 1024

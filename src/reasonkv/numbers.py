@@ -53,10 +53,11 @@ def share_of_one(value: Any, name: str) -> float:
 
 def layer_shares(value: Any) -> str:
     """Return layers' shares as a text such as "0.5/1.5", from one or from numbers, or raise; "": none."""
-    if value == CALIBRATED:
+    if isinstance(value, str) and value == CALIBRATED:
         return CALIBRATED
     try:
-        found = [float(one) for one in (value.split("/") if isinstance(value, str) and value else value)]
+        parts = value.split("/") if isinstance(value, str) and value else list(value)
+        found = [math.nan if isinstance(one, (bool, bytes)) else float(one) for one in parts]
     except (TypeError, ValueError):
         found = [math.nan]
     if not all(_LEAST_SHARE <= one < TOO_MANY for one in found):

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reasonkv.errors import ReasonKVError
+from reasonkv.errors import BudgetError, ReasonKVError
 from reasonkv.layers import head_dim_of, layer_rotaries
 from reasonkv.network import Network
-from reasonkv.numbers import layer_shares
+from reasonkv.numbers import CALIBRATED, layer_shares
 from reasonkv.view import LayerStatistics
 
 _PARTS = {
@@ -105,7 +105,7 @@ class Calibration:
                 f"The calibration's forecast must have a network of finite numbers per KV head of {self.layers} layers."
             )
         if self.layer_shares is not None:
-            object.__setattr__(self, "layer_shares", layer_shares(self.layer_shares))
+            self._check_shares(self.layer_shares)
         if 2 * self.pairs > self.head_dim:
             raise CalibrationError(
                 f"The calibration has {self.pairs} rotary pairs, more than fit a head_dim of {self.head_dim}."
@@ -228,6 +228,14 @@ class Calibration:
         if own is None or norms is None:
             return None
         return own.shape == norms.shape and bool((own - norms).norm() < _OTHER_WEIGHTS * own.norm())
+
+    def _check_shares(self, given: str) -> None:
+        try:
+            shares = layer_shares(given)
+        except BudgetError as error:
+            raise CalibrationError(str(error)) from None
+        if shares in ("", CALIBRATED) or len(shares.split("/")) > self.layers:
+            raise CalibrationError(f"The calibration's layer_shares must be a number for each layer, not {given!r}.")
 
     def _tensors(self) -> dict[str, Tensor]:
         return {name: getattr(self, name) for name in _PARTS if getattr(self, name) is not None}

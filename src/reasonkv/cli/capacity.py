@@ -24,7 +24,7 @@ def plan_capacity(
     gpu: str = "H200",
     load: Load,
     method: str = "random",
-    budget: Annotated[BudgetOptions, Without(("mean_slots",))],
+    budget: Annotated[BudgetOptions, Without(("mean_slots", "layer_shares"))],
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto",
     json: Json = False,
 ) -> None:

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from reasonkv.calibration import Calibration
     from reasonkv.evaluate.progress import Progress
     from reasonkv.models import LoadedModel
-    from reasonkv.network import Network
     from reasonkv.tasks import Task
 
 _FEW_TOKENS = 2048
@@ -66,13 +65,14 @@ def calibrate(
                 bar("tokens", min(done, job.tokens), job.tokens)
 
             found = run(job, loaded.model, loaded.tokenizer, tasks=tasks, name=loaded.name, progress=progress)
+            found = _with_known(job, loaded.model, found)
             if job.forecast or job.layer_shares:
                 found = _fit(job, loaded, found, tasks, options, bar)
         if (found.tokens or 0) < _FEW_TOKENS:
             note(f"Only {found.tokens:,} tokens were averaged; some thousands give steadier statistics.")
     written = write(job, found)
     if json:
-        names = "name model layers query_heads head_dim pairs rope_type tokens date verified source"
+        names = "name model layers query_heads head_dim pairs rope_type tokens date verified source layer_shares"
         facts = {name: getattr(found, name) for name in names.split()}
         print_json(facts | {"layers_concentration": found.layer_concentrations(), "files": written})
         return
@@ -85,10 +85,13 @@ def _fit(
     job: CalibrateJob, loaded: LoadedModel, found: Calibration, tasks: list[Task], options: TaskOptions, bar: Progress
 ) -> Calibration:
     """Return the statistics with the networks and the shares that a job asks for, and note how well they do."""
+    from reasonkv.calibration.chosen import method_for
     from reasonkv.evaluate.fitting import add_forecast, texts_of
-    from reasonkv.evaluate.sharing import add_shares
+    from reasonkv.evaluate.sharing import add_shares, long_enough
 
     rows = texts_of(job, loaded.model, loaded.tokenizer, tasks=tasks, options=options, progress=bar)
+    if job.layer_shares:
+        long_enough(rows)  # said before the networks are fitted
     if job.forecast:
         found, fitted = add_forecast(job, loaded.model, rows, found, progress=bar)
         note(f"Forecast: {fitted.network.numbers:,} numbers, fitted to {fitted.compactions} compactions.")
@@ -98,23 +101,26 @@ def _fit(
             else f"On other texts its choice holds {fitted.share:.0%} of the attention that the best holds, a "
             f"choice by the newest queries' attention {fitted.attention_share:.0%}."
         )
-    else:
-        found = replace(found, forecast=_fitted_earlier(loaded.model, found))
     if job.layer_shares:
         found = add_shares(loaded.model, rows, found, progress=bar)
-        note(f"Shares of the layers: {found.layer_shares}.")
+        note(f"Shares of the layers, measured with {method_for(found).spec()}: {found.layer_shares}.")
     return found
 
 
-def _fitted_earlier(model: PreTrainedModel, found: Calibration) -> Network | None:
-    """Return the networks that the new statistics would hide: those of the calibration that the model has already."""
+def _with_known(job: CalibrateJob, model: PreTrainedModel, found: Calibration) -> Calibration:
+    """Return new statistics with the networks and shares that they would overwrite or hide: the model's so far."""
     from reasonkv.calibration import CalibrationError, find_calibration
 
     try:
-        known = find_calibration(model)
+        known = find_calibration(model, job.out if job.out is not None and job.out.is_file() else None)
     except CalibrationError:
-        return None
-    return known.forecast if known.is_of(found.norms) else None
+        return found
+    parts = {name: getattr(known, name) for name in ("forecast", "layer_shares")}
+    is_same = found.model == known.model or known.is_of(found.norms)
+    if not is_same or not any(parts.values()):
+        return found
+    note(f"Kept of the calibration so far: {' and '.join(name for name, part in parts.items() if part)}.")
+    return replace(found, **parts)
 
 
 def _print(found: Calibration) -> None:

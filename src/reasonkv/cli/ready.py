@@ -61,6 +61,8 @@ def serve_line(model: str, method: str, budget: BudgetOptions, tokens: int) -> s
         served = vllm_variant(get_method(method)).spec()
     except ReasonKVError as error:
         return f"# {error}"
+    if budget.layer_shares:
+        return "# layer_shares gives layers different budgets, but vLLM's layers share their blocks."
     words = ["reasonkv", "serve", model, "--method", served]
     if budget.window is not None:
         words += ["--window", str(budget.window), "--window-buffer", str(budget.window_buffer)]

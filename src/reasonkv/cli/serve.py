@@ -34,7 +34,7 @@ def serve(
     /,
     *others: Annotated[str, Parameter(allow_leading_hyphen=True, show=False)],
     method: str | None = None,
-    budget: Annotated[BudgetOptions, Without(("mean_slots",))],
+    budget: Annotated[BudgetOptions, Without(("mean_slots", "layer_shares"))],
     seed: int | None = None,
     calibration: Path | None = None,
     log_requests: bool = False,

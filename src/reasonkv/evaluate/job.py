@@ -12,6 +12,7 @@ from typing import Literal, Protocol
 
 from reasonkv.budget import CutPrompt, PromptPolicy, Trigger, TriggerCounts
 from reasonkv.evaluate.settings import JobError, Sampling, TraceSettings, check_choice, check_least
+from reasonkv.numbers import layer_shares
 from reasonkv.tasks.options import TaskOptions
 
 __all__ = [
@@ -91,6 +92,8 @@ class BudgetOptions:
         given += ["window"] * (self.window is not None and not self.mean_slots)
         if len(given) > 1:
             raise JobError(f"Give one of {' and '.join(given)}, not both; each says how many slots stay.")
+        if layer_shares(self.layer_shares) and self.window is not None:
+            raise JobError("layer_shares divides a budget of tokens among layers, which a window has none of.")
         if self.window is not None and not self.retention:
             raise JobError("A window needs at least one retention, as in 0.3.")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,9 @@ def merge(job: ReplayJob | GenerateJob, folder: Path, sources: Sequence[Path]) -
     arguments: dict[str, Any] = {}
     for one in manifests:
         arguments |= one.arguments
+    budgets = [budget for one in manifests for budget in one.arguments["budgets"]]
+    if shares := next((budget["layer_shares"] for budget in budgets if "layer_shares" in budget), None):
+        job = replace(job, budget=replace(job.budget, layer_shares=shares))  # as they ran, not the word "calibrated"
     whole = job_arguments(job)
     arguments |= {name: whole[name] for name in ("task", "methods", "budgets", "mean_slots")}
     manifest = manifests[0].model_copy(update={"arguments": arguments})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -38,11 +38,11 @@ from reasonkv.evaluate.records import (
     record_key,
 )
 from reasonkv.evaluate.replay import replay_batch
+from reasonkv.evaluate.sharing import with_shares
 from reasonkv.evaluate.traces import Trace, encode_prompts, file_name, load_or_make_traces
 from reasonkv.layers import bounded_layers
 from reasonkv.methods import Method, get_method
 from reasonkv.models import LoadedModel, one_thread_if_small
-from reasonkv.numbers import CALIBRATED
 from reasonkv.runtimes.transformers import CompressedCache, RowStats
 from reasonkv.tasks import Problem, get_task
 from reasonkv.tasks.given import GivenTraces
@@ -74,17 +74,15 @@ def run(
     Raises:
         JobError, BudgetError, MethodError, TaskError, TraceError: arguments that cannot be carried out.
         ResultsError, RecordError: the folder belongs to something else, or is damaged.
-        CalibrationError: a method needs statistics of the model's queries, and there are none.
+        CalibrationError: a method needs statistics of the model's queries, or a budget calibrated shares of the layers,
+            and there are none.
         ReplayError, DecodingError: numbers that cannot be trusted.
     """
     check_job(job)  # what is wrong with the arguments alone is reported before any work
-    job = with_published(job, model)
+    job = with_shares(with_published(job, model), model)
     kind = GenerateTask if isinstance(job, GenerateJob) else ReplayTask
-    needs_shares = job.budget.layer_shares == CALIBRATED
-    needed = needs_shares or any(method.needs.calibration for method in make_methods(job))
+    needed = any(method.needs.calibration for method in make_methods(job))
     calibration = find_calibration(model.model, model.calibration_file) if needed else None
-    if needs_shares and calibration is not None:
-        job = replace(job, budget=replace(job.budget, layer_shares=calibration.shares()))
     arguments: dict[str, Any] = {"dtype": model.dtype, **job_arguments(job)}
     if calibration is not None:
         arguments["calibration"] = calibration.digest

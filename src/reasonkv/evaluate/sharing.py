@@ -9,22 +9,27 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 from transformers import PreTrainedModel
 
 from reasonkv.budget import Budget
-from reasonkv.calibration import Calibration, CalibrationError
+from reasonkv.calibration import Calibration, CalibrationError, find_calibration
 from reasonkv.calibration.chosen import method_for
 from reasonkv.evaluate.cells import RunConfig
 from reasonkv.evaluate.chunks import TraceRow
+from reasonkv.evaluate.job import Job
 from reasonkv.evaluate.progress import Progress, silent
 from reasonkv.evaluate.replay import replay_batch
 from reasonkv.evaluate.traces import Trace, reference_logprobs
 from reasonkv.layers import bounded_layers
 from reasonkv.methods import get_method
 from reasonkv.methods.base import protected_tokens
-from reasonkv.numbers import layer_shares
+from reasonkv.models import LoadedModel
+from reasonkv.numbers import CALIBRATED, layer_shares
 
+J = TypeVar("J", bound=Job)
+"""The same kind of job goes out as came in."""
 POWER, LEAST = 0.6, 0.005
 """Of a layer's loss, and the least that is taken for it, relative to the largest."""
 BUDGET = Budget(128, interval=64, recent=32)
@@ -39,17 +44,15 @@ def add_shares(
     """Return a calibration with the layers' shares beside it, measured with the method that it makes the default.
 
     Args:
-        rows: texts, each with its prompt, which never goes; of many, 16 that are spread over them.
+        rows: texts, each with its prompt, which is never evicted; of many, 16 that are spread over them.
 
     Raises:
-        CalibrationError: no text is long enough for a compaction.
-        UnsupportedModelError: a model that cannot be bounded, or whose layers must be alike.
+        CalibrationError: no text is long enough (`long_enough`).
+        UnsupportedModelError: a model that cannot be bounded.
+        BudgetError: a model whose layers must be alike.
         ReplayError: numbers that cannot be trusted.
     """
-    held = BUDGET.interval + (BUDGET.tokens or 0)
-    long = [row for row in rows if len(row.output_T) > held]
-    if not long:
-        raise CalibrationError(f"The texts are too short to tell layers apart: they need {held} tokens or more.")
+    long = long_enough(rows)
     long = long[:: math.ceil(len(long) / _MOST_TEXTS)]
     traces = list[Trace]()
     for row in long:
@@ -58,7 +61,7 @@ def add_shares(
     layers = len(bounded_layers(model.config))
     arms: list[RunConfig] = [RunConfig(get_method("full"), None)]
     method, most = method_for(calibration), max(row.fed for row in long)
-    arms += [RunConfig(method, alone(layer, layers, BUDGET, most)) for layer in range(layers)]
+    arms += [RunConfig(method, alone(layer, layers, BUDGET, most, method.needs.recent)) for layer in range(layers)]
     kl = []
     for number, arm in enumerate(arms):
         progress("layers measured", number, len(arms))
@@ -66,6 +69,33 @@ def add_shares(
         kl.append(sum(lost) / len(lost))
     progress("layers measured", len(arms), len(arms))
     return replace(calibration, layer_shares=shares_of(kl[0], kl[1:]))
+
+
+def with_shares(job: J, model: LoadedModel) -> J:
+    """Return a job with the shares of the model's calibration in place of the word "calibrated".
+
+    Raises:
+        CalibrationError: there are none.
+    """
+    if job.budget.layer_shares != CALIBRATED:
+        return job
+    found = find_calibration(model.model, model.calibration_file).shares()
+    return replace(job, budget=replace(job.budget, layer_shares=found))
+
+
+def long_enough(rows: Sequence[TraceRow]) -> list[TraceRow]:
+    """Return the texts that go on for an interval after their first compaction.
+
+    Raises:
+        CalibrationError: there is none.
+    """
+    least = (BUDGET.tokens or 0) + 2 * BUDGET.interval
+    long = [row for row in rows if len(row.output_T) > least]
+    if not long:
+        raise CalibrationError(
+            f"The texts are too short to tell layers apart: they need more than {least} tokens beside the prompt."
+        )
+    return long
 
 
 def losses(model: PreTrainedModel, traces: Sequence[Trace], config: RunConfig, calibration: Calibration) -> list[float]:
@@ -77,18 +107,21 @@ def losses(model: PreTrainedModel, traces: Sequence[Trace], config: RunConfig, c
     return lost
 
 
-def alone(layer: int, layers: int, budget: Budget, most: int) -> Budget:
+def alone(layer: int, layers: int, budget: Budget, most: int, recent: int = 0) -> Budget:
     """Return the budget with which one layer has the tokens of another budget, and the others are never full.
 
     Args:
         layer: the one that evicts.
         budget: of a number of tokens.
         most: tokens of the longest text, prompt included.
+        recent: newest slots that the method itself always keeps.
     """
     assert budget.tokens is not None
-    common = protected_tokens(budget, 0, 0)
+    common = protected_tokens(budget, recent, 0)
     free = [budget.tokens - common if at == layer else most for at in range(layers)]
-    return replace(budget, tokens=common + sum(free) // layers, layer_shares=[one / 1000 for one in free])
+    sinks, newest = budget.protected()  # which shrank with its tokens, where they are the defaults
+    shares = [one / 1000 for one in free]
+    return replace(budget, tokens=common + sum(free) // layers, sinks=sinks, recent=newest, layer_shares=shares)
 
 
 def shares_of(full: float, layers: Sequence[float]) -> str:

@@ -19,16 +19,18 @@ from reasonkv.budget import Budget, Window
 from reasonkv.evaluate.cells import make_methods, make_rule
 from reasonkv.evaluate.frontier import Comparison, Point, UsableBudget, compared, measured_points, usable_budget
 from reasonkv.evaluate.job import BudgetOptions, GenerateJob, ReplayJob, TraceSettings, TuneJob
-from reasonkv.evaluate.matching import selecting_method, smallest
+from reasonkv.evaluate.matching import selecting_method, sized, smallest
 from reasonkv.evaluate.merging import merge, without_full
 from reasonkv.evaluate.progress import Progress, silent
 from reasonkv.evaluate.records import AnswerRecord, ReplayRecord
 from reasonkv.evaluate.run import run
+from reasonkv.evaluate.sharing import with_shares
 from reasonkv.evaluate.statistics import RESAMPLES
 from reasonkv.evaluate.table import to_frame
 from reasonkv.evaluate.target import DEFAULT_TARGETS, FrontierError, Target
 from reasonkv.evaluate.traces import file_name
-from reasonkv.methods import Method
+from reasonkv.layers import bounded_layers
+from reasonkv.methods import Method, divides, layer_budgets
 from reasonkv.models import LoadedModel
 from reasonkv.tasks import get_task
 
@@ -107,6 +109,7 @@ def tune(
     Raises:
         FrontierError: a job that cannot be searched.
     """
+    job, layers = with_shares(job, model), len(bounded_layers(model.model.config))
     target, rule, methods = check_search(job)
     inner, cells, found = _inner_job(job), folder / "cells", list[Search]()
     folders, sizes = list[Path](), set[int]()
@@ -124,7 +127,7 @@ def tune(
                 own = replace(inner, task=(spec,), methods=("full", name), budget=_with_sizes(job.budget, [tokens]))
                 return run(own, model, folders[-1], without_full(progress), sources=[place / "full"])
 
-            low, high = budget_range(rule, method, full)
+            low, high = budget_range(rule, method, full, layers)
             found.append(
                 find_usable_budget(
                     run_cell, low, high, target, resolution=job.resolution, seed=job.seed, on_probe=on_probe
@@ -174,14 +177,25 @@ def _inner_job(job: TuneJob) -> ReplayJob | GenerateJob:
     return ReplayJob(traces=traces, **shared)
 
 
-def budget_range(rule: Budget, method: Method, full: Records) -> tuple[int, int]:
-    """Return the smallest budget that holds what is never evicted, and one that evicts nothing of full KV's rows."""
+def budget_range(rule: Budget, method: Method, full: Records, layers: int = 1) -> tuple[int, int]:
+    """Return the smallest budget that holds what is never evicted, and one that evicts nothing of full KV's rows.
+
+    Args:
+        layers: compressed layers, for methods and budgets that divide tokens among them.
+    """
     if isinstance(rule, Window):
         return 1, rule.size
     low = smallest(rule, method, max(one.prompt_tokens for one in full))
     # the last output token is never fed; a prompt on top of the budget takes none of it
     high = max(one.output_tokens - 1 + (one.prompt_tokens if rule.prompt != "on_top" else 0) for one in full)
-    return low, max(low, high)
+    most = high = max(low, high)
+    while divides(method, rule) and _least_share(method, sized(rule, high), layers) < most:
+        high *= 2
+    return low, high
+
+
+def _least_share(method: Method, budget: Budget, layers: int) -> int:
+    return min(one.tokens or 0 for one in layer_budgets(method, budget, layers) if one is not None)
 
 
 def find_usable_budget(

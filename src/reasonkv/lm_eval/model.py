@@ -69,7 +69,9 @@ class BoundedLM(HFLM):
         self.budget = Budget.from_fields(None, given)
         self.cache_options: dict[str, Any] = {"seed": seed, "calibration": calibration, "dtype": kv_dtype}
         self.measured: list[RowStats] = []
-        self.open_cache().detach()  # a model that cannot be bounded is reported before the tasks are loaded
+        cache = self.open_cache()  # a model that cannot be bounded is reported before the tasks are loaded
+        cache.detach()
+        self.budget = cache.budget  # with calibrated shares filled in
 
     def open_cache(self, **more: Any) -> CompressedCache:
         """Return an empty cache."""

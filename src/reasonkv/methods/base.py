@@ -311,7 +311,7 @@ def _divided(method: Method | None, budget: Budget, layers: int, prompt: int | N
     if isinstance(budget, Window):
         raise BudgetError(f"{name} divides tokens among layers, which a Window has none of; give it a Budget.")
     sinks, recent = budget.protected(own)
-    least, protected = sinks + recent, f"{sinks} sinks and {recent} recent tokens"
+    least, protected = max(1, sinks + recent), f"{sinks} sinks and {recent} recent tokens"
     if budget.prompt == "keep" and prompt is not None:
         least = protected_tokens(budget, own, prompt)
         protected = f"a prompt of {prompt} tokens, {recent} recent ones and one more"
@@ -322,7 +322,7 @@ def _divided(method: Method | None, budget: Budget, layers: int, prompt: int | N
     elif method is not None:
         shares = list(method.layer_tokens(budget, layers, prompt or 0))
     for layer, tokens in enumerate(shares):
-        if tokens < max(1, least):
+        if tokens < least:
             raise BudgetError(
                 f"Of {budget.tokens} tokens, {name} leaves {tokens} to layer {layer + 1} of {layers}, which "
                 f"cannot hold {protected}; raise tokens, or divide them more evenly."

@@ -193,6 +193,7 @@ class Inspector:
                 nll.append(-logprobs_NV.gather(1, tokens_N[:, None])[:, 0].cpu())
                 top.append(logprobs_NV.argmax(-1).cpu())
             stats = cache.stats().rows[0]
+            budget = cache.budget if budget is not None and budget.layer_shares else budget  # shares as numbers
         nll_T, top_T, best_T = torch.cat(nll), torch.cat(top), teacher.best_N()
         ids = torch.cat([row.prompt_P, row.output_T])
         found = fates(recorder.plans if recorder else plans or [], len(ids), layers=attention.layers)

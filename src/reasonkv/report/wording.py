@@ -109,11 +109,12 @@ def budget_sentence(frame: pd.DataFrame) -> str:
             f"Budget: slots that stay of every window of {budget['size']} decoded tokens, which are cut once; the "
             f"{budget['buffer']} newest and the prompt stay besides. {reads}"
         )
+    layers = "layer (a mean: layers have shares)" if budget.get("layer_shares") else "layer"
     rule = "every" if budget["trigger"] == "occupancy" else "on the grid of"
     protected = (Budget.from_dict(json.loads(one)).protected() for one in bounded["budget"].unique())
     sinks, recent = (span(f"{min(own)}", f"{max(own)}") for own in zip(*protected, strict=True))
     return (
-        f"Budget: slots per KV head and layer that stay after a compaction ({rule} {budget['interval']} tokens), "
+        f"Budget: slots per KV head and {layers} that stay after a compaction ({rule} {budget['interval']} tokens), "
         f"{sinks} sinks and the {recent} newest among them; {PROMPT_WORDS[budget['prompt']]}. {reads}"
     )
 
@@ -134,7 +135,13 @@ def rule_words(rules: Sequence[str]) -> dict[str, str]:
     parsed = {rule: json.loads(rule) for rule in dict.fromkeys(rules)}
     names = sorted({name for one in parsed.values() for name in one})
     varying = [name for name in names if len({json.dumps(one.get(name)) for one in parsed.values()}) > 1]
-    return {rule: ", ".join(f"{name}={one.get(name)}" for name in varying) for rule, one in parsed.items()}
+    return {rule: ", ".join(_field_words(name, one.get(name)) for name in varying) for rule, one in parsed.items()}
+
+
+def _field_words(name: str, value: Any) -> str:
+    if name == "layer_shares":  # one number a layer
+        return "with layer_shares" if value else "all layers alike"
+    return f"{name}={value}"
 
 
 def byte_unit(value: float) -> tuple[int, str]:

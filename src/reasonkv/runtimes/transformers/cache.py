@@ -63,15 +63,15 @@ class CompressedCache(FittingCache):
         reference: full KV's attention over the rows that will be fed, for methods that look into the future.
         window_events: (row, logical length) of every event, for a `Window` whose events a scheduler decides
             (`reasonkv.periodic.periodic_events`) instead of the rows' own lengths.
-        calibration: statistics of the model's queries, or the file they are in, for methods that need them; looked up
-            beside the model and in the user's cache unless given (`reasonkv.calibration.find_calibration`).
+        calibration: statistics of the model's queries, or their file, for methods and calibrated `layer_shares`; looked
+            up beside the model and in the user's cache unless given (`reasonkv.calibration.find_calibration`).
         dtype: what all but the newest 32 to 63 slots of a row are stored in: "int8", "int4", "int2" on grids, "turbo4",
             "turbo2" rotated and in a codebook (`reasonkv.runtimes.transformers.packed`); None: the model's dtype.
         fields: `tokens`, `keep`, `interval` and the other fields of `Budget`, instead of `budget`.
 
     Raises:
         UnsupportedModelError, BudgetError, MethodError: the model or the choice cannot be served.
-        CalibrationError: the method needs statistics that are missing or of another model.
+        CalibrationError: statistics or shares that are needed are missing or of another model.
     """
 
     def __init__(

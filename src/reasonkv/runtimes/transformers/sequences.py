@@ -66,7 +66,7 @@ def check_layers(method: Method, budget: Budget | None, layers: int, is_one_mask
     if len(set(layer_budgets(method, budget, layers))) > 1 and is_one_mask:
         raise BudgetError(
             "The layers of this model attend under one mask, so they cannot have budgets or turns of their own; choose "
-            "a method that divides nothing among layers, such as snapkv, and leave out stagger."
+            "a method that divides nothing among layers, such as snapkv, and leave out layer_shares and stagger."
         )
 
 
