@@ -148,14 +148,14 @@ def text_ids(tokenizer: PreTrainedTokenizerBase, tokens: int) -> Tensor:
 def calibration_of(subject: Subject, methods: Sequence[str], limit: int = 2) -> Calibration | None:
     """Return statistics from a few prompts, if a method asks for any, as `reasonkv calibrate` makes them.
 
-    The networks of forecast see no queries, as those that come with the package.
+    The networks of forecast see no queries, as those that come with the package, unless its form with queries is timed.
     """
     if not any(get_method(method).needs.calibration for method in methods):
         return None
     if subject.tokenizer is None:
         return random_calibration(subject.model.config)
     fits = any(method.startswith("forecast") for method in methods)
-    job = CalibrateJob(task=["program:lines=24"], limit=limit, forecast=fits, without_queries=True)
+    job = CalibrateJob(task=["program:lines=24"], limit=limit, forecast=fits, without_queries="forecast" not in methods)
     tasks = [get_task(spec) for spec in job.task]
     found = calibrate(job, subject.model, subject.tokenizer, tasks=tasks)
     if not job.forecast:

@@ -72,7 +72,7 @@ class CalibrateJob(CorpusJob):
         without_queries: With forecast, networks that see no queries, for forecast:window=0, which stores none.
         layer_shares: Also measure what each layer loses when it alone evicts, for a budget with
             layer_shares=calibrated. It takes as many replays of the texts (16 of them at most) as the model has
-            layers. Networks of forecast that were fitted earlier are kept.
+            layers. Networks and shares that are there already are kept.
         import_: Read this file (.safetensors, or the public code's .pt) instead of running a model.
         out: File to write (.safetensors). Unless given, the user's cache, where methods find it.
         export: Also write the public code's format (.pt).
