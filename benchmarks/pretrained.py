@@ -72,7 +72,9 @@ def _draw_cells(kl: pd.DataFrame, path: Path) -> None:
         title = [model.rpartition("/")[2].removesuffix("-Instruct"), f"{cell}, {size} slots"]
         base = alt.Chart(own).encode(
             y=alt.Y("method:N", sort=own.sort_values("mean")["method"].tolist(), title=None, axis=alt.Axis(grid=True)),
-            color=alt.condition(alt.datum.method == "forecast:window=0", alt.value("#d95f02"), alt.value("#4c72b0")),
+            color=alt.condition(
+                "indexof(datum.method, 'forecast:window=0') == 0", alt.value("#d95f02"), alt.value("#4c72b0")
+            ),
         )
         x = alt.X("mean:Q", scale=alt.Scale(type="log", nice=False, padding=10), title="KL from full KV, nats (log)")
         bars = base.mark_rule(strokeWidth=2).encode(x="low:Q", x2="high:Q")

@@ -83,13 +83,18 @@ def test_no_two_methods_of_a_figure_share_colour_and_marker(
 
 def test_the_readme_says_what_shares_of_layers_save(tables: ModuleType) -> None:
     kl = tables.means(tables.load(ROOT / "docs" / "results" / "layers")["replay"], "kl")["kl", "mean"]
-    found = {(group.count("per_prompt"), method.partition(",shares")[0], "shares" in method): f"{value:.4f}"[1:]
-             for (group, method, _), value in kl.items()}  # fmt: skip
-    fitted = "forecast:window=0"
-    long = f"{found[1, fitted, True]} on long answers of the 0.5B model, where all alike has {found[1, fitted, False]}"
+    found = {(group, method): f"{value:.4f}"[1:] for (group, method, _), value in kl.items()}
+    small, large = (f"Qwen/Qwen2.5-Coder-{size}B-Instruct, gym:gsm_symbolic" for size in ("0.5", "1.5"))
     readme = " ".join((ROOT / "README.md").read_text().split())
-    assert f"{long} and `expected` {found[1, 'expected', False]}" in readme
-    assert f"{found[0, fitted, True]} instead of {found[0, fitted, False]}" in readme
+    for group, method in (
+        *((f"{small},per_prompt=4", one) for one in ("forecast:window=0", "expected", "random")),
+        *((small, one) for one in ("forecast:window=0", "vase-attnv")),
+        (large, "forecast:window=0"),
+    ):
+        group += ", prompt kept"
+        name = method.partition(":")[0]
+        alike, shared = found[group, method], found[group, method + tables.SHARES]
+        assert f"`{name}` {shared} instead of {alike}" in readme
 
 
 def test_the_records_are_small_and_keep_their_manifests(tables: ModuleType) -> None:

@@ -20,6 +20,7 @@ from reasonkv.calibration import save_calibration
 from reasonkv.cli.console import print_json
 from reasonkv.cli.ready import python_line, serve_line
 from reasonkv.evaluate.job import BudgetOptions, ReplayJob, TraceSettings, TuneJob
+from reasonkv.evaluate.merging import merge
 from reasonkv.evaluate.records import AnswerRecord, ReplayRecord, read_lines
 from reasonkv.evaluate.run import run
 from reasonkv.evaluate.target import FrontierError, Target
@@ -218,6 +219,9 @@ def test_calibrated_shares_are_recorded_as_numbers(tmp_path: Path) -> None:
     same = merged_job({probe.tokens for probe in found.probes})
     same = replace(same, budget=replace(same.budget, layer_shares="calibrated"))
     assert records == run(same, loaded, tmp_path / "out")  # an ordinary folder: nothing is missing
+    merge(same, tmp_path / "plan", [tmp_path / "out"])  # a plan knows the word alone
+    merged = json.loads((tmp_path / "plan" / "manifest.json").read_text())["arguments"]["budgets"]
+    assert sorted(map(json.dumps, merged)) == sorted(map(json.dumps, budgets))
 
 
 def test_a_search_for_accuracy_generates(tmp_path: Path) -> None:
