@@ -128,7 +128,7 @@ def _budget(rest: Mapping[str, Any], window: Any) -> Budget | None:
     known = {one.name for one in fields(Budget)}
     unknown = sorted(set(rest) - known)
     if unknown:
-        known_words = ", ".join((*_NOT_BUDGET, "window", *sorted(known)))
+        known_words = ", ".join((*_NOT_BUDGET, "window", *sorted(known - {"layer_shares"})))
         raise ServingError(f"Unknown reasonkv fields: {', '.join(unknown)}; known: {known_words}.")
     if rest and not rest.keys() & {"tokens", "keep"}:
         raise ServingError("reasonkv needs tokens, the slots kept per KV head, or keep, the share of the text.")
