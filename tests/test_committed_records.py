@@ -89,6 +89,7 @@ def test_the_readme_says_what_shares_of_layers_save(tables: ModuleType) -> None:
     for group, method in (
         *((f"{small},per_prompt=4", one) for one in ("forecast:window=0", "expected", "random")),
         *((small, one) for one in ("forecast:window=0", "vase-attnv")),
+        (f"{small.partition(',')[0]}, benchmarks/questions.yaml", "expected"),
         (large, "forecast:window=0"),
     ):
         group += ", prompt kept"
