@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from calibrated import calibration_of
 from decoding import (
     Bounded,
     Floor,
     Steady,
     Subject,
-    calibration_of,
     load,
     plain,
     ragged_mask,

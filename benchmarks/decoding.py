@@ -25,12 +25,8 @@ from transformers.initialization import no_init_weights
 
 from reasonkv import Budget, CompressedCache, get_method
 from reasonkv.calibration import Calibration
-from reasonkv.calibration.job import CalibrateJob
-from reasonkv.calibration.run import run as calibrate
-from reasonkv.evaluate.fitting import UNITS, add_forecast, texts_of
 from reasonkv.floor import compaction, decode_step, measure_rates, prompt_tokens, shape_of
 from reasonkv.models import ModelError, load_model
-from reasonkv.network import FORECAST_ATTENTION, FORECAST_FEATURES, Network
 from reasonkv.rotary import Rotary
 from reasonkv.runtimes.transformers.attention import LogitRule
 from reasonkv.tasks import get_task
@@ -63,20 +59,6 @@ def random_model(
     for parameter in model.parameters():
         parameter.data.normal_(0, 0.02) if parameter.ndim > 1 else parameter.data.fill_(1.0)
     return model
-
-
-def random_calibration(config: Any, *, queries: bool = False) -> Calibration:
-    """Return statistics of queries that point one way in some pairs and every way in others, and fresh networks.
-
-    Args:
-        queries: the networks are those that see the newest queries' attention.
-    """
-    layers, heads = config.num_hidden_layers, config.num_key_value_heads
-    width = config.head_dim + FORECAST_FEATURES - (0 if queries else FORECAST_ATTENTION)
-    mean = torch.randn(layers, config.num_attention_heads, config.head_dim // 2, dtype=torch.cfloat)
-    modulus = mean.abs() + torch.rand(mean.shape)
-    network = Network.fresh(layers, heads, width, UNITS)
-    return Calibration(mean, modulus, modulus.square() * 1.2, head_dim=config.head_dim, forecast=network)
 
 
 @dataclass(frozen=True)
@@ -143,24 +125,6 @@ def text_ids(tokenizer: PreTrainedTokenizerBase, tokens: int) -> Tensor:
         ids += tokenizer(f"{problem.prompt} {problem.trace}\n", add_special_tokens=False)["input_ids"]
         example += 1
     return torch.tensor([ids[:tokens]])
-
-
-def calibration_of(subject: Subject, methods: Sequence[str], limit: int = 2) -> Calibration | None:
-    """Return statistics from a few prompts, if a method asks for any, as `reasonkv calibrate` makes them.
-
-    The networks of forecast see no queries, as those that come with the package, unless its form with queries is timed.
-    """
-    if not any(get_method(method).needs.calibration for method in methods):
-        return None
-    if subject.tokenizer is None:
-        return random_calibration(subject.model.config)
-    fits = any(method.startswith("forecast") for method in methods)
-    job = CalibrateJob(task=["program:lines=24"], limit=limit, forecast=fits, without_queries="forecast" not in methods)
-    tasks = [get_task(spec) for spec in job.task]
-    found = calibrate(job, subject.model, subject.tokenizer, tasks=tasks)
-    if not job.forecast:
-        return found
-    return add_forecast(job, subject.model, texts_of(job, subject.model, subject.tokenizer, tasks=tasks), found)[0]
 
 
 def pieces_of(model: PreTrainedModel, batch: int, tokens: int, start: int = 0) -> list[Piece]:

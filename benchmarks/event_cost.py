@@ -19,13 +19,15 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-from decoding import UNITS, feed, pieces_of, random_calibration, random_model
+from calibrated import random_calibration
+from decoding import feed, pieces_of, random_model
 from timing import Found, interval, median, median_interval, milliseconds, script
 from torch import nn
 from transformers import PreTrainedModel
 
 from reasonkv import Budget, CompressedCache, get_method
 from reasonkv.budget import Window
+from reasonkv.evaluate.fitting import UNITS
 from reasonkv.methods import Method, method_names
 
 QUERY_HEADS, KV_HEADS, D, WIDTH = 32, 8, 128, 4096

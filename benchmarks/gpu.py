@@ -20,7 +20,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from decoding import SHAPES, plain, random_calibration, random_model, step_ms
+from calibrated import random_calibration
+from decoding import SHAPES, plain, random_model, step_ms
 from timing import RESULTS, Found, Row, median, script, store, stored
 from transformers import Cache, PreTrainedModel, Qwen3Config
 

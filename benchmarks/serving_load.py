@@ -31,7 +31,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from decoding import random_calibration, random_model, text_ids
+from calibrated import random_calibration
+from decoding import random_model, text_ids
 from timing import Found, Row, interval, median, ratio, script, store, stored
 
 from reasonkv.calibration import save_calibration
