@@ -37,7 +37,8 @@ def measure(given: argparse.Namespace, found: dict[str, Any]) -> None:
     method, budget = get_method(given.method), Budget(given.budget, interval=given.interval, recent=given.recent)
     layers, longest = len(bounded_layers(model.config)), max(trace.row.fed for trace in traces)
     arms = {"full": RunConfig(get_method("full"), None), "all": RunConfig(method, budget)}
-    arms |= {str(layer): RunConfig(method, alone(layer, layers, budget, longest)) for layer in range(layers)}
+    arms |= {str(layer): RunConfig(method, alone(layer, layers, budget, longest, method.needs.recent))
+             for layer in range(layers)}  # fmt: skip
     for name, config in arms.items():
         if name not in found["kl"]:
             found["kl"][name] = [round(one, 6) for one in losses(model, traces, config, statistics)]

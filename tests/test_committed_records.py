@@ -98,6 +98,17 @@ def test_the_readme_says_what_shares_of_layers_save(tables: ModuleType) -> None:
         assert f"`{name}` {shared} instead of {alike}" in readme
 
 
+def test_the_readme_says_how_many_answers_are_right(tables: ModuleType) -> None:
+    answers = tables.load(ROOT / "docs" / "results" / "breadth")["answers"]
+    right = {method: f"{100 * value:.0f}" for (_, method, _), value in
+             tables.means(answers, "correct")["correct", "mean"].items()}  # fmt: skip
+    fitted = "forecast:window=0"
+    assert right[fitted] == right[fitted + tables.SHARES]
+    words = f"{right[fitted]}, with or without shares of the layers, where full KV had {right['full']}, "
+    words += f"`streaming` {right['streaming']}, `random` {right['random']} and `expected` {right['expected']}"
+    assert words in " ".join((ROOT / "README.md").read_text().split())
+
+
 def test_the_records_are_small_and_keep_their_manifests(tables: ModuleType) -> None:
     folders = [path.parent for path in (ROOT / "docs" / "results").glob("*/records.parquet")]
     assert len(folders) == 13

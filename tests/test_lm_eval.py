@@ -6,6 +6,7 @@ import json
 import runpy
 import sys
 import tomllib
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ lm_eval = pytest.importorskip("lm_eval")
 from lm_eval.api.registry import model_registry  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
+from reasonkv.calibration import load_calibration, save_calibration  # noqa: E402
+from reasonkv.calibration.files import FILE  # noqa: E402
 from reasonkv.errors import ReasonKVError  # noqa: E402
 from reasonkv.lm_eval.model import BoundedLM  # noqa: E402
 from reasonkv.tasks import get_task  # noqa: E402
@@ -104,6 +107,20 @@ def test_log_likelihoods_of_a_budget_that_holds_everything_are_those_of_full_kv(
 def test_options_of_a_method_are_separated_by_semicolons() -> None:
     lm = BoundedLM(str(testbed_path()), method="snapkv:window=8;kernel=3", tokens=64, device="cpu")
     assert lm.method.spec() == "snapkv:window=8,kernel=3"
+
+
+def test_every_cache_has_the_budget_that_was_given_with_calibrated_shares_as_numbers(tmp_path: Path) -> None:
+    selecting = BoundedLM(str(testbed_path()), method="quest", tokens=64, device="cpu")
+    selecting.open_cache().detach()
+    assert selecting.get_model_info()["reasonkv"]["budget"]["tokens"] == 64
+    known = load_calibration(testbed_path() / FILE)
+    shares = "/".join(f"{1 + layer}" for layer in range(known.layers))
+    save_calibration(tmp_path / "stats.safetensors", replace(known, layer_shares=shares))
+    calibrated = BoundedLM(
+        str(testbed_path()), method="random", tokens=200, layer_shares="calibrated", device="cpu",
+        calibration=str(tmp_path / "stats.safetensors"),
+    )  # fmt: skip
+    assert calibrated.get_model_info()["reasonkv"]["budget"]["layer_shares"] == shares
 
 
 @pytest.mark.parametrize(

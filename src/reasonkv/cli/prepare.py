@@ -115,7 +115,8 @@ def _with_known(job: CalibrateJob, model: PreTrainedModel, found: Calibration) -
         known = find_calibration(model, job.out if job.out is not None and job.out.is_file() else None)
     except CalibrationError:
         return found
-    parts = {name: getattr(known, name) for name in ("forecast", "layer_shares")}
+    anew = {"forecast": job.forecast, "layer_shares": job.layer_shares}
+    parts = {name: getattr(known, name) for name, is_made in anew.items() if not is_made}
     is_same = found.model == known.model or known.is_of(found.norms)
     if not is_same or not any(parts.values()):
         return found

@@ -71,7 +71,8 @@ class BoundedLM(HFLM):
         self.measured: list[RowStats] = []
         cache = self.open_cache()  # a model that cannot be bounded is reported before the tasks are loaded
         cache.detach()
-        self.budget = cache.budget  # with calibrated shares filled in
+        if self.budget is not None and self.budget.layer_shares:
+            self.budget = cache.budget  # calibrated shares as numbers
 
     def open_cache(self, **more: Any) -> CompressedCache:
         """Return an empty cache."""
