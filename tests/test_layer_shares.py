@@ -24,6 +24,7 @@ from reasonkv.evaluate.job import BudgetOptions, JobError
 from reasonkv.evaluate.matching import budget_for_mean, mean_physical
 from reasonkv.evaluate.sharing import add_shares, alone, shares_of
 from reasonkv.methods import layer_budgets
+from reasonkv.numbers import shares_in_groups
 from reasonkv.runtimes.vllm.config import EngineConfig, ServingError
 
 MODEL, PROMPTS, LENGTHS = tiny_model("qwen3"), [24, 11, 5], [60, 47, 31]
@@ -99,9 +100,28 @@ def test_a_window_has_nothing_to_divide() -> None:
         BudgetOptions(layer_shares="nonsense")
 
 
-def test_engines_whose_layers_share_blocks_refuse_shares() -> None:
-    with pytest.raises(ServingError, match="layer_shares gives layers different budgets"):
-        EngineConfig.parse({"method": "random", "tokens": 64, "layer_shares": "1/2/3"})
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({"prompt": "keep"}, "with prompt='keep' differs from request to request"),
+        ({"method": "cask:mass=none"}, "cask plans all layers at once"),
+        ({"method": "pyramidkv"}, "pyramidkv divides tokens among layers by itself; leave out layer_shares"),
+        ({"layer_groups": 0}, "layer_groups must be at least 1, not 0"),
+        ({"layer_groups": "2"}, "layer_groups must be a whole number"),
+        ({"layer_shares": "1/x"}, "layer_shares must be numbers"),
+    ],
+)
+def test_engines_refuse_shares_that_they_cannot_give(given: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ServingError, match=re.escape(sentence)):
+        EngineConfig.parse({"method": "random", "tokens": 64, "layer_shares": "1/2/3"} | given)
+
+
+def test_layers_of_a_group_have_its_mean_and_groups_are_alike_in_size() -> None:
+    assert shares_in_groups("0.4/2/0.5/1.1", 2) == "0.45/1.55/0.45/1.55"
+    assert shares_in_groups("3/1/2", 3) == shares_in_groups("3/1/2", 9) == "3/1/2"
+    assert shares_in_groups("3/1/2", 1) == "2/2/2"
+    assert shares_in_groups("5/1/2/3/4", 2) == "4/1.5/1.5/4/4"
+    assert shares_in_groups(shares_in_groups("0.4/2/0.5/1.1", 2), 2) == "0.45/1.55/0.45/1.55"
 
 
 def test_a_mean_length_is_solved_over_the_layers() -> None:

@@ -276,7 +276,9 @@ def test_full_kv_at_zero_is_no_yardstick() -> None:
          "reasonkv serve some/model --method kara --window 128 --window-buffer 64 --retention 0.75"),
         ("h2o", {}, "CompressedCache(model, H2O(), tokens=96)", "# "),
         ("random", {"layer_shares": "0.5/1.5"},
-         "CompressedCache(model, RandomEviction(), tokens=96, layer_shares='0.5/1.5')", "# "),
+         "CompressedCache(model, RandomEviction(), tokens=96, layer_shares='0.5/1.5')",
+         "reasonkv serve some/model --method random --budget 96 --layer-shares 0.5/1.5"
+         "  # layers in groups of like shares, which loses a little more"),
         ("oracle", {}, "# ", "# "),
     ],
 )  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from numbers import Real
 from operator import index
 from typing import Any, Literal, get_args
@@ -66,6 +67,25 @@ def layer_shares(value: Any) -> str:
             f"{CALIBRATED}, not {str(value)[:60]!r}."
         )
     return "/".join(f"{one:.6g}" for one in found)
+
+
+def shares_in_groups(shares: str, groups: int) -> str:
+    """Return layers' shares with the mean of its group for every layer.
+
+    Groups are of layers of like shares, and of as many layers each as can be.
+
+    Args:
+        shares: numbers, as `layer_shares` returns them.
+        groups: how many; as many as layers leave the shares as they are.
+    """
+    each = [float(one) for one in shares.split("/")]
+    by_share = sorted(range(len(each)), key=lambda at: each[at])
+    cuts = [len(each) * group // groups for group in range(groups + 1)]
+    for start, end in pairwise(cuts):
+        layers = by_share[start:end]
+        mean = sum(each[at] for at in layers) / max(1, len(layers))
+        each = [round(mean, 3) if at in layers else one for at, one in enumerate(each)]
+    return layer_shares(each)
 
 
 def divide(total: int, weights: Sequence[int]) -> list[int]:

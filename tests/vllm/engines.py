@@ -107,6 +107,16 @@ def manager_of(llm: Any) -> Any:
     return next((one for one in managers if isinstance(one, BoundedManager)), managers[0])
 
 
+def bounded_managers(llm: Any) -> list[tuple[Any, Any]]:
+    """The scheduler's managers of blocks, one for every group of bounded layers, and the worker's tier of each."""
+    from reasonkv.runtimes.vllm.manager import BoundedManager
+
+    runtime = runtime_of(llm)
+    tiers = {layer.group: runtime.tiers[layer.tier] for layer in runtime.layers}
+    managers = core_of(llm).scheduler.kv_cache_manager.coordinator.single_type_managers
+    return [(one, tiers[one.kv_cache_group_id]) for one in managers if isinstance(one, BoundedManager)]
+
+
 def greedy(tokens: int, **options: Any) -> Any:
     """Sampling parameters of a greedy request that goes on to the end."""
     from vllm import SamplingParams
@@ -266,15 +276,18 @@ class Watcher:
         assert self.llm.reset_prefix_cache(reset_running_requests=True)
 
     def step(self) -> None:
-        """One step, after which scheduler and worker must agree in every number and block."""
-        runtime, manager = runtime_of(self.llm), manager_of(self.llm)
+        """One step, after which scheduler and worker must agree in every number and block.
+
+        Blocks are counted in all groups of bounded layers.
+        """
+        runtime, managers = runtime_of(self.llm), bounded_managers(self.llm)
         before = {name: (one, one.state.logical) for name, one in runtime.requests.items()}
         for output in self.engine.step():
             self.tokens[output.request_id] = list(output.outputs[0].token_ids)
             self.ends[output.request_id] = output.outputs[0].finish_reason
         batch = core_of(self.llm).model_executor.driver_worker.worker.model_runner.input_batch
         for name, one in runtime.requests.items():
-            if name not in manager.req_to_blocks:  # it has finished, or was preempted
+            if name not in managers[0][0].req_to_blocks:  # it has finished, or was preempted
                 continue
             short = name.rsplit("-", 1)[0]
             was, start = before.get(name, (None, 0))
@@ -284,22 +297,26 @@ class Watcher:
                     self.preempted.add(short)
             if one.state.logical > start:
                 self.pieces[short].append(one.state.logical - start)
-            blocks = [block.block_id for block in manager.req_to_blocks[name]]
-            assert len(set(blocks)) == len(blocks)
-            assert manager.allocations[name].now == one.state  # the scheduler's integers are the worker's
-            assert one.state.physical <= len(blocks) * manager.block_size
-            if one.budget is None:
-                assert len(blocks) == -(-one.state.logical // manager.block_size)
-            if name in batch.req_id_to_index:
-                table = batch.block_table[manager.kv_cache_group_id]
-                row = table.block_table.np[batch.req_id_to_index[name]]
-                assert row[: len(blocks)].tolist() == blocks
-            self.most[short] = max(self.most[short], len(blocks))
-            self.last[short] = len(blocks)
-        managers = core_of(self.llm).scheduler.kv_cache_manager.coordinator.single_type_managers
+            total = 0
+            for manager, tier in managers:
+                blocks, mine = [block.block_id for block in manager.req_to_blocks[name]], tier.requests[name]
+                assert len(set(blocks)) == len(blocks)
+                assert manager.allocations[name].now == mine.state  # the scheduler's integers are the worker's
+                assert mine.state.logical == one.state.logical and mine.row == one.row
+                assert mine.state.physical <= len(blocks) * manager.block_size
+                if mine.budget is None:
+                    assert len(blocks) == -(-mine.state.logical // manager.block_size)
+                if name in batch.req_id_to_index:
+                    table = batch.block_table[manager.kv_cache_group_id]
+                    row = table.block_table.np[batch.req_id_to_index[name]]
+                    assert row[: len(blocks)].tolist() == blocks
+                total += len(blocks)
+            self.most[short] = max(self.most[short], total)
+            self.last[short] = total
+        every = core_of(self.llm).scheduler.kv_cache_manager.coordinator.single_type_managers
         owned = [
             block.block_id
-            for one in managers  # all groups of layers take their blocks from one pool
+            for one in every  # all groups of layers take their blocks from one pool
             for blocks in one.req_to_blocks.values()
             for block in blocks
             if not block.is_null

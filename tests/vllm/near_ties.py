@@ -41,7 +41,8 @@ def check_agreement(mine: Run, theirs: Run, method: Method, asked: list[list[int
     assert mine.kept.keys() == theirs.kept.keys()
     same = 0
     for request, prompt in enumerate(map(len, asked)):
-        events = sorted((event, layer) for number, layer, event in theirs.kept if number == request)
+        keys = [key for key in theirs.kept if key[0] == request]  # layers of other budgets count their own events
+        events = [(event, layer) for _, layer, event in sorted(keys, key=lambda key: int(theirs.views[key].length_B))]
         assert events, "a request without an event tests nothing"
         apart = [
             (event, layer)

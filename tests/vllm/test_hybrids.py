@@ -14,6 +14,7 @@ import torch
 from engines import (
     FULL_KV,
     Watcher,
+    bounded_managers,
     engine,
     free_blocks,
     greedy,
@@ -134,8 +135,9 @@ def test_a_request_that_opts_out_keeps_full_kv_beside_compressed_ones(hybrid: Hy
     assert [watcher.tokens[str(number)] for number in range(3)] == [compressed[0], stock[1], compressed[2]]
     assert compressed[1] != stock[1]
     size = manager_of(hybrid.llm).block_size  # vLLM takes larger ones where a state would not fit
-    steady = -(-(64 + 32) // size)
-    assert [watcher.last[str(number)] for number in range(3)] == [steady, -(-(47 + 149) // size), steady]
+    groups, steady = len(bounded_managers(hybrid.llm)), -(-(64 + 32) // size)
+    held = [watcher.last[str(number)] for number in range(3)]
+    assert held == [groups * blocks for blocks in (steady, -(-(47 + 149) // size), steady)]
 
 
 def test_all_blocks_come_back_and_every_text_is_its_own_whoever_is_aborted(hybrid: Hybrid) -> None:

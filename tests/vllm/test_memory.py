@@ -24,7 +24,7 @@ from engines import (
 
 from reasonkv import Budget
 from reasonkv.methods import get_method
-from reasonkv.runtimes.vllm import runtime
+from reasonkv.runtimes.vllm import tiers
 from reasonkv.runtimes.vllm.config import SCHEDULER, EngineConfig
 from reasonkv.testbed import testbed_path
 
@@ -67,7 +67,7 @@ def test_a_step_without_a_compaction_copies_nothing_to_the_device(
         copies.append(len(numbers))
         return torch.from_numpy(numbers).to(device)
 
-    monkeypatch.setattr(runtime, "to_device", spy)
+    monkeypatch.setattr(tiers, "to_device", spy)
     with engine(folder, {"method": "snapkv:window=16", **SMALL}, **OURS) as llm:
         serve(llm, prompts((40, 50)), greedy(100))
         # the batch, each prompt's first step, and the three compactions of each of the two

@@ -153,7 +153,7 @@ def test_lengths_that_scheduler_and_worker_do_not_agree_on_are_never_served(
             llm.llm_engine.step()
         runtime = runtime_of(llm)
         (request,) = runtime.requests.values()
-        runtime.lengths.start(request.row, BUDGET, request.state._replace(**wrong))
+        runtime.tiers[0].lengths.start(request.row, BUDGET, request.state._replace(**wrong))
         with pytest.raises(RuntimeError, match=sentence):
             llm.llm_engine.step()
 
@@ -175,7 +175,7 @@ def test_a_batch_that_is_padded_as_graphs_pad_it_has_the_slots_that_are_there(fo
             block_table_tensor=torch.tensor([[7, 8], [0, 0], [0, 0]], dtype=torch.int32),
         )  # fmt: skip
         made = runtime.physical_metadata(common, 64)
-        runtime.fed = runtime.step = None
+        runtime.fed = runtime.tiers[0].step = None
         assert made.seq_lens.tolist() == [67, 0, 0] and made.seq_lens_cpu_upper_bound.tolist() == [68, 0, 0]
         assert made.slot_mapping.tolist() == [8 * 64 + 2, -1, -1, -1] and made.max_seq_len == 67
 
@@ -200,7 +200,7 @@ def test_the_meter_counts_what_the_schedule_says(folder: Path) -> None:
     ("given", "options", "sentence"),
     [
         ({"method": "cask", "tokens": 96}, {}, "mass=none"),
-        ({"method": "triattention", "tokens": 96}, {}, "needs statistics of the model's queries"),
+        ({"method": "triattention", "tokens": 96}, {}, "The method or layer_shares need a calibration"),
         (
             {"method": "triattention:horizon=variational", "tokens": 96, "calibration": CALIBRATION},
             {},

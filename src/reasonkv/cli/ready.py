@@ -61,8 +61,6 @@ def serve_line(model: str, method: str, budget: BudgetOptions, tokens: int) -> s
         served = vllm_variant(get_method(method)).spec()
     except ReasonKVError as error:
         return f"# {error}"
-    if budget.layer_shares:
-        return "# layer_shares gives layers different budgets, but vLLM's layers share their blocks."
     words = ["reasonkv", "serve", model, "--method", served]
     if budget.window is not None:
         words += ["--window", str(budget.window), "--window-buffer", str(budget.window_buffer)]
@@ -71,7 +69,8 @@ def serve_line(model: str, method: str, budget: BudgetOptions, tokens: int) -> s
         words += ["--budget", str(tokens)] if tokens else ["--keep", f"{budget.keep[0]:g}"]
         for name, value in rule_fields(budget).items():
             words += [NAMES.get(f"BudgetOptions.{name}", (f"--{name.replace('_', '-')}",))[0], str(value)]
-    return shlex.join(words)
+    grouped = "  # layers in groups of like shares, which loses a little more" if budget.layer_shares else ""
+    return shlex.join(words) + grouped
 
 
 def rule_fields(budget: BudgetOptions) -> dict[str, Any]:

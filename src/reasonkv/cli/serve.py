@@ -21,6 +21,7 @@ from reasonkv.cli.flags import Without, command
 from reasonkv.cli.mistakes import UsageError
 from reasonkv.cli.ready import one_budget, rule_fields
 from reasonkv.evaluate.job import BudgetOptions
+from reasonkv.numbers import CALIBRATED
 
 OURS = ("--worker-cls", "--additional-config", "--scheduler-cls")
 PROCESSORS = "--logits-processors"
@@ -34,7 +35,8 @@ def serve(
     /,
     *others: Annotated[str, Parameter(allow_leading_hyphen=True, show=False)],
     method: str | None = None,
-    budget: Annotated[BudgetOptions, Without(("mean_slots", "layer_shares"))],
+    budget: Annotated[BudgetOptions, Without(("mean_slots",))],
+    layer_groups: int | None = None,
     seed: int | None = None,
     calibration: Path | None = None,
     log_requests: bool = False,
@@ -54,6 +56,8 @@ def serve(
         method: Method, with options: rkv:KEY=VALUE. Unless given, forecast where the statistics hold its networks, else
             expected.
         budget: Its budget.
+        layer_groups: How many groups of layers with equal shares --layer-shares make, each with block tables of its
+            own; about 6 unless given, by what divides the layers.
         seed: Seed of methods, and of vLLM.
         calibration: Query statistics, made by `reasonkv calibrate`. Unless given, looked up in the model's folder and
             where `calibrate` writes; if there are none, the first start makes them.
@@ -72,12 +76,13 @@ def serve(
     if not chosen.bounded:
         raise UsageError(f"{chosen.name} keeps every slot, which vLLM does by itself: vllm serve MODEL.")
     given = {"method": chosen.spec(), **_budget_fields(budget)} | ({} if seed is None else {"seed": seed})
+    given |= {} if layer_groups is None else {"layer_groups": layer_groups}
     given |= {name: True for name, on in (("log_requests", log_requests), ("untested", untested)) if on}
     config.EngineConfig.parse(given)  # refuses what the engine would refuse
     package, _ = config.installed_package(untested=untested)
     names = [_option_name(argument) for argument in others]
     host = _host(names, others)
-    if chosen.needs.calibration or calibration is not None:
+    if chosen.needs.calibration or calibration is not None or budget.layer_shares == CALIBRATED:
         given["calibration"] = str(_statistics(calibration, folder, chosen.needs.statistics, dry_run=dry_run).resolve())
     processor = f"{config.OPT_OUT if opt_out else config.OPTIONS}.{chosen.name}"
     passed = _passed_on(names, others, processor) + host + ([] if seed is None else ["--seed", str(seed)])

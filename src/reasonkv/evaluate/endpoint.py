@@ -133,8 +133,8 @@ class Endpoint:
         asked = [get_method(one) for one in job.methods] if tuple(job.methods) != DEFAULT_METHODS else []  # type: ignore[arg-type]
         if any(one not in methods for one in asked) or (make_budgets(job.budget) or budgets) != budgets:
             raise JobError(f"The server at {self.url} runs {runs}; leave --methods and --budgets out.")
-        if job.budget.layer_shares:
-            raise JobError(f"The layers of the server at {self.url} are all alike; leave --layer-shares out.")
+        if job.budget.layer_shares not in ("", options.layer_shares):
+            raise JobError(f"The server at {self.url} has shares of its layers by itself; leave --layer-shares out.")
         if job.sampling.think_budget is not None or job.sampling.preset is not None:
             raise JobError("A server takes no --think-budget and no --sampling published; give the numbers themselves.")
         return replace(job, methods=tuple(one.spec() for one in methods), budget=options)

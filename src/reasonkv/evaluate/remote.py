@@ -26,6 +26,7 @@ from reasonkv.evaluate.progress import Progress, silent
 from reasonkv.evaluate.records import AnswerItem, AnswerRecord
 from reasonkv.evaluate.run import AnswerTask, Session
 from reasonkv.evaluate.traces import TraceError
+from reasonkv.methods import Method, layer_budgets
 from reasonkv.schedule import attended_slots, walk
 from reasonkv.tasks import Problem, TaskError, get_task
 from reasonkv.tasks.needle import NeedleTask
@@ -102,7 +103,7 @@ class RemoteTask(AnswerTask):
                     config, item, answer.prompt_tokens, answer.tokens, answer.text, output_tokens=answer.output_tokens,
                     seconds=round(answer.seconds, 4), truncated=answer.truncated,
                     thinking_tokens=answer.thinking_tokens,
-                    **held(config.budget, answer.prompt_tokens, fed, slot_bytes),
+                    **held(config.method, config.budget, answer.prompt_tokens, fed, slot_bytes),
                 )  # fmt: skip
         if failed:
             raise failed[0]
@@ -223,26 +224,30 @@ class Answer:
         return cls(text, tokens, prompt_tokens, output_tokens, choice.get("finish_reason") == "length", thinking)
 
 
-def held(budget: Budget | None, prompt: int, fed: int, slot_bytes: int) -> dict[str, Any]:
+def held(method: Method, budget: Budget | None, prompt: int, fed: int, slot_bytes: int) -> dict[str, Any]:
     """Return what a sequence held, as `Measured` records have it; a policy of lengths alone decides all of it.
 
     Args:
+        method: the one that evicts.
         budget: None for full KV.
         fed: tokens fed in all, prompt included.
         slot_bytes: of one slot in all layers; 0 where it is not known.
     """
-    slots = peak = events = 0
-    for before, n, after_it, compacted in walk(budget, prompt, fed):
-        slots, peak, events = after_it.physical, max(peak, before.physical + n), events + compacted
+    shares = "" if budget is None else str(budget.layer_shares)
+    budgets = layer_budgets(method, budget, len(shares.split("/")), prompt) if shares else [budget]
+    walks = [list(walk(one, prompt, fed)) for one in budgets]  # of every layer
+    peak = sum(max(before.physical + n for before, n, _, _ in one) for one in walks) / len(walks)
+    slots = sum(one[-1][2].physical for one in walks) / len(walks)
     after = fed - prompt
+    attended = sum(attended_slots(one, prompt, fed) for one in budgets) / len(budgets)
     return {
-        "physical_mean": attended_slots(budget, prompt, fed) / after if after else 0.0,
-        "physical_peak": float(peak),
-        "physical_terminal": float(slots),
+        "physical_mean": attended / after if after else 0.0,
+        "physical_peak": peak,
+        "physical_terminal": slots,
         "saved_ratio_terminal": 1 - slots / fed,
-        "bytes_held": slots * slot_bytes,
-        "bytes_peak": peak * slot_bytes,
+        "bytes_held": round(slots * slot_bytes),
+        "bytes_peak": round(peak * slot_bytes),
         "bytes_full": fed * slot_bytes,
-        "events": events,
-        "tokens_dropped": fed - slots,
+        "events": max(sum(compacted for *_, compacted in one) for one in walks),
+        "tokens_dropped": round(fed - slots),
     }

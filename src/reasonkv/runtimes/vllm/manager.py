@@ -24,7 +24,6 @@ from reasonkv import schedule
 from reasonkv.budget import Budget, ExplicitEventsWindow, PeriodicWindow
 from reasonkv.runtimes.vllm.options import RequestConfig
 from reasonkv.runtimes.vllm.spec import BoundedSpec
-from reasonkv.runtimes.vllm.step import StepNote
 
 _REMEMBERED = 4096  # prompt lengths of requests that gave their blocks back: more than can wait preempted
 
@@ -86,7 +85,7 @@ class BoundedManager(FullAttentionManager):  # type: ignore[misc]
         super().__init__(*args, **kwargs)
         self.allocations: dict[str, RequestAllocation] = {}
         self.prompts: OrderedDict[str, int] = OrderedDict()
-        self.layers = 0  # that are bounded, of all groups; our scheduler shows them
+        self.layers = 0  # of this group; our scheduler shows them
         self.steps = 0  # with at least one token, so far
 
     def get_num_blocks_to_allocate(
@@ -170,10 +169,11 @@ class BoundedManager(FullAttentionManager):  # type: ignore[misc]
         blocks: list[KVCacheBlock] = super().pop_blocks_for_free(request_id)
         return blocks
 
-    def end_step(self, fed: Mapping[str, int]) -> StepNote:
+    def end_step(self, fed: Mapping[str, int]) -> tuple[dict[str, int], list[str]]:
         """Note the compactions that a scheduled step's number brings (`PeriodicWindow`); `fed` are its tokens.
 
-        Returns what workers are told. They count no steps themselves, because they also run warm-up steps.
+        Returns the slots of every request after the step, and which ones its number compacts. Workers are told, and
+        count no steps themselves, because they also run warm-up steps.
         """
         policy, self.steps = self.kv_cache_spec.budget, self.steps + bool(fed)
         periodic: list[str] = []
@@ -186,7 +186,7 @@ class BoundedManager(FullAttentionManager):  # type: ignore[misc]
             periodic = schedule.periodic_round(policy, self.steps - 1, raw)
             for name in periodic:
                 self.allocations[name].compact(policy.dropped)
-        return StepNote({name: self.allocations[name].now.physical for name in fed}, periodic)
+        return {name: self.allocations[name].now.physical for name in fed}, periodic
 
     def tokens_to_compaction(self, request_id: str, computed: int) -> int | None:
         """Return how many more tokens a request is fed until its next compaction; None: it never has one.
@@ -199,17 +199,16 @@ class BoundedManager(FullAttentionManager):  # type: ignore[misc]
         boundary = schedule.next_event(one.budget, state)
         return None if boundary is None else boundary - state.logical
 
-    def held(self, request_id: str) -> dict[str, int] | None:
-        """Return what a request holds that is about to be freed, and the bytes of a slot in this rank's bounded layers.
-
-        None: it has had no step.
-        """
+    def held(self, request_id: str) -> schedule.Lengths | None:
+        """Return what a request holds that is about to be freed; None: it has had no step."""
         one = self.allocations.get(request_id)
-        if one is None:
-            return None
-        state = one.now
-        slot_bytes = self.kv_cache_spec.unpadded_page_size_bytes * self.layers // self.block_size
-        return {"tokens": state.logical, "slots": state.physical, "slot_bytes": slot_bytes}
+        return None if one is None else one.now
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of a slot in this rank's layers of the group."""
+        page: int = self.kv_cache_spec.unpadded_page_size_bytes
+        return page * self.layers // int(self.block_size)
 
     def _new_allocation(self, request_id: str, num_tokens: int, computed: int) -> RequestAllocation:
         longest, budget = self.kv_cache_spec.max_length, self.kv_cache_spec.budget

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,14 +20,17 @@ from reasonkv.runtimes.vllm.step import StepLayout
 logger = logging.getLogger("vllm.reasonkv")
 
 COUNTERS = {
-    "compactions": ("reasonkv:events", "Compactions, one per request and event."),
-    "dropped": ("reasonkv:slots_dropped", "Slots evicted or merged, per KV head."),
+    "compactions": ("reasonkv:events", "Compactions, one per request, event and budget of layers."),
+    "dropped": ("reasonkv:slots_dropped", "Slots evicted or merged, per KV head, a mean over layers."),
     "folded": ("reasonkv:slots_folded", "Slots merged into others, a mean over layers and heads."),
     "seconds": ("reasonkv:compaction_seconds", "Host seconds spent compacting."),
     "step_seconds": ("reasonkv:step_seconds", "Host seconds of engine steps."),
 }
 GAUGES = {
-    "physical": ("reasonkv:physical_tokens", "Slots held by the requests of the newest step, per KV head."),
+    "physical": (
+        "reasonkv:physical_tokens",
+        "Slots the newest step's requests hold, per KV head, a mean over layers.",
+    ),
     "logical": ("reasonkv:logical_tokens", "Tokens seen by the requests of the newest step."),
     "peak": ("reasonkv:peak_slots", "Most slots a request held at once."),
 }
@@ -47,26 +51,24 @@ class Meter:
 
     exporter: Exporter | None = None  # shows them to Prometheus
     steps: int = 0  # with at least one token
-    compactions: int = 0  # one per request and compaction
-    dropped: int = 0  # slots evicted or merged, per KV head
+    compactions: int = 0  # one per request, compaction and tier of layers
+    dropped: float = 0.0  # slots evicted or merged per KV head, a mean over layers
     folded: float = 0.0  # slots merged, a mean over layers and heads
     seconds: float = 0.0  # host time spent compacting (on an accelerator, without waiting for it)
     step_seconds: float = 0.0  # host time of all steps
-    peak: int = 0  # most slots a request held at once
-    newest: StepLayout | None = None
+    peak: int = 0  # most slots a request held at once, a mean over layers
+    newest: Sequence[StepLayout] = ()  # by tier
+    shares: Sequence[float] = ()  # of all layers, those of every tier
 
     @property
     def physical(self) -> int:
         """Slots held by the requests of the newest step, after its compactions."""
-        if self.newest is None:
-            return 0
-        dropped = sum(one.held - one.after.physical for one in self.newest.due)
-        return int(self.newest.held.sum()) + self.newest.tokens - dropped
+        return round(sum(share * step.slots_after for step, share in zip(self.newest, self.shares, strict=True)))
 
     @property
     def logical(self) -> int:
         """Tokens seen by the requests of the newest step."""
-        return 0 if self.newest is None else int(self.newest.lengths.sum()) + self.newest.tokens
+        return int(self.newest[0].lengths.sum()) + self.newest[0].tokens if self.newest else 0
 
     def note_plans(self, plans: list[Plan], layers: int) -> None:
         """Count merged slots of one or all of so many layers."""
@@ -74,27 +76,28 @@ class Meter:
             merged_B = plan.merged_B()
             self.folded += 0.0 if merged_B is None else float(merged_B.sum()) / layers
 
-    def note_step(self, step: StepLayout, seconds: float) -> None:
-        """Count one finished step."""
+    def note_step(self, steps: Sequence[StepLayout], shares: Sequence[float], seconds: float) -> None:
+        """Count one finished step: what it did in every tier, which have such shares of all layers."""
         self.steps += 1
         self.step_seconds += seconds
-        self.peak = max(self.peak, step.longest)
-        self.newest = step
+        self.newest, self.shares = steps, shares
+        held_B = sum(share * (step.held + step.fed) for step, share in zip(steps, shares, strict=True))
+        self.peak = max(self.peak, round(held_B.max()))
         if self.exporter is not None:
             self.exporter.update(self)
 
     def note_idle(self) -> None:
         """Count no slots any more: every request has ended."""
-        if self.newest is not None:
-            self.newest = None
+        if self.newest:
+            self.newest = self.shares = ()
             if self.exporter is not None:
                 self.exporter.update(self)
 
     def __str__(self) -> str:
         share = self.seconds / self.step_seconds if self.step_seconds else 0.0
         return (
-            f"{self.compactions} compactions, {self.dropped} slots dropped per head, peak {self.peak} slots a request, "
-            f"{self.seconds:.2f} s ({share:.1%} of step time) compacting"
+            f"{self.compactions} compactions, {self.dropped:.0f} slots dropped per head, peak {self.peak} slots a "
+            f"request, {self.seconds:.2f} s ({share:.1%} of step time) compacting"
         )
 
 

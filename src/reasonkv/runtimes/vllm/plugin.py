@@ -19,7 +19,6 @@ def register() -> None:
         del os.environ[METRICS_OWNER]
         atexit.register(shutil.rmtree, os.environ["PROMETHEUS_MULTIPROC_DIR"], ignore_errors=True)
     from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager  # noqa: F401  (registers the built-ins)
-    from vllm.v1.kv_cache_interface import FullAttentionSpec
     from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
     from reasonkv.runtimes.vllm.manager import BoundedManager
@@ -27,4 +26,4 @@ def register() -> None:
 
     # Registering first would leave vLLM's own specs out: it registers them only while the registry is empty.
     KVCacheSpecRegistry._ensure_registered()
-    KVCacheSpecRegistry.register(BoundedSpec, BoundedManager, uniform_type_base_spec=FullAttentionSpec)
+    KVCacheSpecRegistry.register(BoundedSpec, BoundedManager)

@@ -8,17 +8,14 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from vllm.logger import init_logger
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from reasonkv import schedule
-from reasonkv.batch_schedule import BatchSchedule
-from reasonkv.budget import Budget, ExplicitEventsWindow
+from reasonkv.batch_schedule import BatchSchedule, Integers
 from reasonkv.methods import Method
 from reasonkv.runtimes.vllm import setup
 from reasonkv.runtimes.vllm.compactions import Compactor, Layer
@@ -27,7 +24,8 @@ from reasonkv.runtimes.vllm.metrics import Exporter, Meter, note_resumed
 from reasonkv.runtimes.vllm.observing import Observing
 from reasonkv.runtimes.vllm.options import RequestConfig, method_of
 from reasonkv.runtimes.vllm.slots import PagedSlotStore
-from reasonkv.runtimes.vllm.step import RunningRequest, StepLayout, StepNote, StepPlaces, padded, to_device
+from reasonkv.runtimes.vllm.step import RunningRequest, StepLayout, StepNote, StepPlaces
+from reasonkv.runtimes.vllm.tiers import Tier
 
 logger = init_logger("vllm.reasonkv")
 
@@ -47,20 +45,16 @@ class Runtime:
         self.counts = counts
         self.device: torch.device = runner.device
         self.has_scheduler = has_scheduler(vllm_config)
-        self.requests: dict[str, RunningRequest] = {}
         self.rows = 0  # in the slot stores, one for each request that can be compressed at once
         self.fed: Mapping[str, int] | None = None  # tokens of every request of the step that begins, by id
-        self.step: StepLayout | None = None  # the same step, once the batch is known
         self.meter = Meter(Exporter.where_collected() if counts else None)
         self._note: StepNote | None = None  # what the scheduler says about the step
-        self._pending: StepLayout | None = None  # the step before, if it has compactions that are not carried out yet
         self._computed: dict[str, int] = {}  # tokens that the scheduler counts as computed before the step
-        self._places: dict[int, StepPlaces] = {}  # of the newest step, by group of layers
-        self._sent: tuple[NDArray[np.int64], Tensor] | None = None  # rows and dropped slots, on host and device
         self._suspended: dict[str, Callable[[int], None]] = {}  # preempted requests: what starts them again
         self._modules = setup.growing_layers(vllm_config)
         setup.check_layers(self._modules, vllm_config)
         self.layers: list[Layer] = []
+        self.tiers: list[Tier] = []
         self.use(config)
         for number, layer in enumerate(self.layers):
             layer.module.impl.runtime, layer.module.impl.layer_number = self, number
@@ -70,11 +64,12 @@ class Runtime:
 
         Raises a ServingError where the statistics or the rotary embedding that the method needs are missing.
         """
-        for name in list(self.requests):
+        for name in list(self.requests) if self.tiers else ():
             self._free(name)
-        self._pending = None
+        config = setup.with_shares(config, self.vllm_config, len(self._modules), self.device)
         method = setup.with_markers(config.method, self.vllm_config)
         self.config = replace(config, method=method)
+        self.budgets = setup.budgets_by_layer(self.config, list(self._modules))
         needs = method.needs
         rotates = needs.rotary or needs.observes or needs.calibration
         known = None
@@ -88,6 +83,12 @@ class Runtime:
             slots = self._slot_store(module, 0)
             known_layer = before[number] if before else Layer(index, module, slots)
             self.layers.append(replace(known_layer, slots=slots, calibration=statistics))
+        self.tiers = []
+        for budget in dict.fromkeys(self.budgets.values()):
+            same = [layer for layer, one in zip(self.layers, self.budgets.values(), strict=True) if one == budget]
+            for layer in same:
+                layer.tier = len(self.tiers)
+            self.tiers.append(Tier(budget, same))
         indices = [layer.index for layer in self.layers]
         self.compactor = Compactor(
             method, config.seed, self.layers, self.meter,
@@ -104,8 +105,10 @@ class Runtime:
         self.free_rows = list(reversed(range(rows)))
         # requests with full KV store nothing beside their blocks: what they would write goes to the row behind the last
         self.free_full_rows = list(reversed(range(rows, rows + most)))
-        self.lengths = BatchSchedule(rows + most)
-        self.observing = Observing(self.config.method, self.lengths, rows, self.compactor.rotary)
+        for tier in self.tiers:
+            tier.lengths = BatchSchedule(rows + most)
+        # all tiers have seen the same tokens
+        self.observing = Observing(self.config.method, self.tiers[0].lengths, rows, self.compactor.rotary)
         for layer in self.layers:
             layer.slots = self._slot_store(layer.module, rows + 1)
             if layer.layout is not None:
@@ -122,6 +125,11 @@ class Runtime:
         """
         most: int = self.vllm_config.scheduler_config.max_num_seqs
         return min(most, requests) if self.has_scheduler else most
+
+    @property
+    def requests(self) -> dict[str, RunningRequest]:
+        """The requests of this worker by id, as its first tier has them."""
+        return self.tiers[0].requests
 
     @property
     def row_bytes(self) -> int:
@@ -168,7 +176,7 @@ class Runtime:
         """
         for name in scheduled.finished_req_ids:
             if self.config.log_requests and self.counts and name in self.requests:
-                logger.info("Request %s ended: %s.", name, self.requests[name])
+                logger.info("Request %s ended: %s.", name, " | ".join(str(tier.requests[name]) for tier in self.tiers))
             self._free(name)
             self._suspended.pop(name, None)
         for name in scheduled.preempted_req_ids or ():
@@ -184,7 +192,7 @@ class Runtime:
             if self._suspended.pop(new.req_id, None) is not None:  # the second model runner is told it is new
                 note_resumed(new.req_id, self.config.budget, self.has_scheduler)
             if is_warm_up:
-                self._start(new.req_id, new.prompt_len, None, self.config.method, 0)
+                self._start(new.req_id, new.prompt_len, self.config.method, 0, full_kv=True)
             else:
                 self._admit(new)
         for name in cached.resumed_req_ids:
@@ -193,9 +201,8 @@ class Runtime:
         if scheduled.num_scheduled_tokens:
             self.fed = scheduled.num_scheduled_tokens
             for name in () if self._note is None else self._note.periodic:
-                one, window = self.requests[name], self.requests[name].budget
-                assert isinstance(window, ExplicitEventsWindow)
-                self.lengths.set_budget(one.row, schedule.listed(window, one.state.logical + self.fed[name]))
+                for tier in self.tiers:
+                    tier.compact_after(name, self.fed[name])
 
     def physical_metadata(
         self, common: CommonAttentionMetadata, block_size: int, number: int = 0
@@ -205,37 +212,19 @@ class Runtime:
         It is asked for once a step and group of layers, by one of the group's, `number`. Raises a RuntimeError where
         the scheduler counts other tokens than the worker.
         """
-        group = self.layers[number].group
-        if self.step is None:
-            self._begin_step(common, group)
-        places = self._places[group] = next(iter(self._places.values())).for_layers(common.block_table_tensor)
-        step = places.step
-        assert self._sent is not None
-        numbers, (_, dropped_B) = self._sent
-        lengths_B, upper_B = common.seq_lens, common.seq_lens_cpu_upper_bound
-        if upper_B is not None:
-            upper_B = upper_B - padded(torch.from_numpy(numbers[1]), common.num_reqs, 0).to(upper_B.dtype)
-        return common.replace(
-            seq_lens=lengths_B - padded(dropped_B, common.num_reqs, 0).to(lengths_B.dtype),
-            seq_lens_cpu_upper_bound=upper_B,
-            max_seq_len=step.longest,
-            slot_mapping=padded(places.physical_slots(block_size), len(common.slot_mapping), -1),
-        )
-
-    def _begin_step(self, common: CommonAttentionMetadata, group: int) -> None:
-        """Find out what the step does to every request, which is the same for all groups of layers."""
         assert self.fed is not None
-        step = self.step = StepLayout(self.fed, self.requests, self._batch_order(common))
-        self._agree("tokens", step, [self._computed.get(name, 0) for name in step.order], step.lengths)
-        numbers = np.stack([np.minimum(step.rows, self.rows), step.lengths - step.held])
-        if self._sent is None or not np.array_equal(self._sent[0], numbers):
-            self._sent = numbers, to_device(numbers, self.device)
-        row_B, dropped_B = self._sent[1]
-        places = StepPlaces(step, row_B, dropped_B, common.query_start_loc, common.seq_lens, common.block_table_tensor)
-        self._places = {group: places}
-        self.observing.begin(places)
+        layer = self.layers[number]
+        tier = self.tiers[layer.tier]
+        if tier.step is None:
+            is_first = all(one.step is None for one in self.tiers)
+            places = tier.begin_step(self.fed, self._batch_order(common), common, layer.group, self.rows)
+            step = places.step
+            self._agree("tokens", step, [self._computed.get(name, 0) for name in step.order], step.lengths)
+            if is_first:
+                self.observing.begin(places)
+        return tier.metadata(common, block_size, layer.group)
 
-    def _agree(self, what: str, step: StepLayout, theirs: list[int], ours: NDArray[np.int64]) -> None:
+    def _agree(self, what: str, step: StepLayout, theirs: list[int], ours: Integers) -> None:
         """Raise a RuntimeError where the scheduler counts otherwise than the worker."""
         if ours.tolist() != theirs:
             both = zip(step.order, theirs, ours.tolist(), strict=True)
@@ -244,36 +233,38 @@ class Runtime:
 
     def after_attention(self, number: int, query: Tensor) -> None:
         """Remember a layer's rotated queries [tokens, Hq, D], padding behind them, for compactions of this step on."""
-        if self.step is None:  # a warm-up that no scheduler asked for
-            return
         layer = self.layers[number]
+        tier = self.tiers[layer.tier]
+        if tier.step is None:  # a warm-up that no scheduler asked for
+            return
         if number == 0 and self.compactor.token_ids is not None:
-            self._note_tokens(self._places[layer.group], self.compactor.token_ids)
+            self._note_tokens(tier.places[layer.group], self.compactor.token_ids)
         self.observing.take_in(layer, query)
 
     def end(self, seconds: float) -> None:
         """Move the requests on after a step that took so long, the compactions at its beginning included."""
-        step, self.step, self.fed = self.step, None, None
-        if step is not None:
-            step.end()
+        self.fed = None
+        steps = [step for tier in self.tiers if (step := tier.end_step()) is not None]
+        if steps:
             self.observing.end()
-            if self._note is not None:
-                theirs = [self._note.slots[name] for name in step.order]
-                self._agree("slots", step, theirs, self.lengths.lengths(step.rows)[1])
-            self.meter.note_step(step, seconds)
-            self._pending = step if step.due else None
+            noted = {} if self._note is None else self._note.slots
+            for tier, step in zip(self.tiers, steps, strict=True) if noted else ():
+                slots = noted[tier.layers[0].group]
+                self._agree("slots", step, [slots[name] for name in step.order], tier.lengths.lengths(step.rows)[1])
+            self.meter.note_step(steps, [len(tier.layers) / len(self.layers) for tier in self.tiers], seconds)
         elif not self.requests:
             self.meter.note_idle()
 
     def _compact(self) -> None:
-        step, self._pending = self._pending, None
-        if step is None:
+        pending = [(tier, step) for tier in self.tiers if (step := tier.take_pending()) is not None]
+        if not pending:
             return
         start = time.perf_counter()
-        running = [one.request.row for one in step.due if self.requests.get(one.name) is one.request]
-        self.observing.before_compaction(self.layers, running)
-        tables = {group: places.block_table for group, places in self._places.items()}
-        self.compactor.run(step, tables, self.requests)
+        due = [one for tier, step in pending for one in step.due if tier.requests.get(one.name) is one.request]
+        self.observing.before_compaction(self.layers, sorted({one.request.row for one in due}))
+        for tier, step in pending:
+            tables = {group: places.block_table for group, places in tier.places.items()}
+            self.compactor.run(step, tier.layers, tables, tier.requests)
         self.meter.seconds += time.perf_counter() - start
 
     def _note_tokens(self, places: StepPlaces, token_ids: Tensor) -> None:
@@ -302,7 +293,7 @@ class Runtime:
         engine_method, budget = self.config.method, self.config.budget
         if not asked.enabled:
             if self.has_scheduler:
-                self._start(name, prompt, None, engine_method, asked.seed, computed)
+                self._start(name, prompt, engine_method, asked.seed, computed, full_kv=True)
                 return
             logger.warning("Request %s is compressed: to keep full KV it needs --scheduler-cls %s.", name, SCHEDULER)
         needed = prompt + max(budget.recent, engine_method.needs.recent)
@@ -318,32 +309,31 @@ class Runtime:
             method = engine_method
         # one and the same object for all requests with equal options, so that they are planned together
         method = next((one.method for one in self.requests.values() if one.method == method), method)
-        self._start(name, prompt, self._budget_of(prompt, asked.seed), method, asked.seed, computed)
+        self._start(name, prompt, method, asked.seed, computed)
 
     def _start(
-        self, name: str, prompt: int, budget: Budget | None, method: Method, seed: int, computed: int = 0
+        self, name: str, prompt: int, method: Method, seed: int, computed: int = 0, *, full_kv: bool = False
     ) -> None:
         """Give a request a row; `computed` tokens of its prompt are in blocks that it shares with others."""
-        row = (self.free_full_rows if budget is None else self.free_rows).pop()
-        if budget is not None:
+        row = (self.free_full_rows if full_kv else self.free_rows).pop()
+        if not full_kv:
             self.observing.start(row)
             for layer in self.layers:
                 layer.slots.start(row)
-        self.lengths.start(row, budget, schedule.Lengths(computed, computed, prompt))
-        self.requests[name] = RunningRequest(lengths=self.lengths, row=row, method=method, seed=seed)
-
-    def _budget_of(self, prompt: int, seed: int) -> Budget:
-        """What a request follows; only our scheduler knows its seed."""
-        return schedule.row_budget(self.config.budget, prompt, seed if self.has_scheduler else 0)
+        turn = seed if self.has_scheduler else 0  # only our scheduler knows a request's seed, too
+        for tier in self.tiers:
+            budget = None if full_kv else schedule.row_budget(tier.budget, prompt, turn)
+            tier.start(name, row, schedule.Lengths(computed, computed, prompt), method, seed, budget)
 
     def _suspend(self, name: str) -> None:
         """Free a preempted request's row; it restarts with the same prompt length, budget, method and seed."""
         one = self.requests[name]
-        budget = None if one.budget is None else self._budget_of(one.state.prompt, one.seed)
-        self._suspended[name] = partial(self._start, name, one.state.prompt, budget, one.method, one.seed)
+        self._suspended[name] = partial(
+            self._start, name, one.state.prompt, one.method, one.seed, full_kv=one.budget is None
+        )
         self._free(name)
 
     def _free(self, name: str) -> None:
-        request = self.requests.pop(name, None)
+        request, *_ = [tier.requests.pop(name, None) for tier in self.tiers]
         if request is not None:
             (self.free_rows if request.row < self.rows else self.free_full_rows).append(request.row)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,10 +16,12 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec, FullAttentionSpec, MambaSpec, SlidingWindowSpec
 
+from reasonkv.budget import Budget, BudgetError
 from reasonkv.calibration import Calibration, CalibrationError
 from reasonkv.calibration.files import FILE, load_calibration
 from reasonkv.layers import layer_rotaries
-from reasonkv.methods import Method, Requirements
+from reasonkv.methods import Method, Requirements, layer_budgets
+from reasonkv.numbers import CALIBRATED, shares_in_groups
 from reasonkv.resolve import check_model
 from reasonkv.rotary import Rotary, RotaryError, RotaryLimits
 from reasonkv.runtimes.vllm.backend import CompressedImpl
@@ -41,12 +45,14 @@ def _grows(spec: Any) -> bool:
 
 
 def bounded_specs(
-    found: dict[str, Any], config: EngineConfig, max_length: int, max_chunk: int, *, allows_groups: bool
-) -> dict[str, Any]:
+    found: dict[str, Any], config: EngineConfig, budgets: Mapping[str, Budget], max_length: int, max_chunk: int,
+    *, allows_groups: bool,
+) -> dict[str, Any]:  # fmt: skip
     """Return every layer's cache as the scheduler is to see it: a budget for those that grow, others as they are.
 
-    `found` is what vLLM has, by layer; `allows_groups`: vLLM gives kinds of layers blocks of their own. Raises a
-    ServingError for a kind of cache that is neither, or for layers that grow but are of different shapes.
+    `found` is what vLLM has, and `budgets` are those of the layers that grow, by layer; `allows_groups`: vLLM gives
+    kinds of layers blocks of their own. Raises a ServingError for a kind of cache that is neither, or for layers that
+    grow but are of different shapes.
     """
     grows = {name: _grows(spec) for name, spec in found.items()}
     foreign = [name for name, spec in found.items() if not grows[name] and type(spec) not in STOCK]
@@ -54,17 +60,57 @@ def bounded_specs(
         kind = type(found[foreign[0]]).__name__
         raise ServingError(f"Layer {foreign[0]} keeps a cache of vLLM's kind {kind}, which reasonkv does not bound.")
     is_hybrid = not all(grows.values())
-    if is_hybrid and not allows_groups:
+    if (is_hybrid or config.budget.layer_shares) and not allows_groups:
         raise ServingError(
-            "A hybrid model needs blocks of their own for layers of each kind; drop --disable-hybrid-kv-cache-manager."
+            "A hybrid model needs blocks of their own for layers of each kind, and layer_shares for layers of each "
+            "budget; drop --disable-hybrid-kv-cache-manager."
         )
-    made = {
-        name: BoundedSpec.of(spec, config, max_length, max_chunk, is_hybrid=is_hybrid) if grows[name] else spec
+    if len({found[name] for name, one in grows.items() if one}) > 1:
+        raise ServingError("Full-attention layers of different shapes are not served yet; use them with transformers.")
+    return {
+        name: BoundedSpec.of(spec, config, budgets[name], max_length, max_chunk, is_hybrid=is_hybrid)
+        if grows[name]
+        else spec
         for name, spec in found.items()
     }
-    if len({made[name] for name, one in grows.items() if one}) > 1:
-        raise ServingError("Full-attention layers of different shapes are not served yet; use them with transformers.")
-    return made
+
+
+def with_shares(config: EngineConfig, vllm_config: Any, layers: int, device: torch.device) -> EngineConfig:
+    """Return the configuration with its layers' shares as numbers, alike within each of its groups of layers.
+
+    Raises a ServingError for shares that the calibration lacks, that are those of another number of layers, or that
+    leave a layer too little.
+    """
+    shares = str(config.budget.layer_shares)
+    if not shares:
+        return config
+    try:
+        if shares == CALIBRATED:
+            shares = statistics_of(vllm_config, config.calibration, Requirements(), device).shares()
+        budget = replace(
+            config.budget, layer_shares=shares_in_groups(shares, config.layer_groups or groups_for(layers))
+        )
+        layer_budgets(config.method, budget, layers)
+    except (BudgetError, CalibrationError) as error:
+        raise ServingError(str(error)) from None
+    return replace(config, budget=budget)
+
+
+def groups_for(layers: int) -> int:
+    """Return into how many groups shares put so many layers: about six, and such that few are padded.
+
+    More groups are closer to the shares, but a step makes attention metadata for each. vLLM pads all to one size.
+    """
+    return min(range(4, 9), key=lambda groups: (-(-layers // groups) * groups, abs(groups - 6.5)))
+
+
+def budgets_by_layer(config: EngineConfig, names: Sequence[str]) -> dict[str, Budget]:
+    """Return the budget of every bounded layer, by name; `names` are in the order the layers run."""
+    if not config.budget.layer_shares:
+        return dict.fromkeys(names, config.budget)
+    # requests take turns here (`stagger`), not layers
+    each = layer_budgets(config.method, replace(config.budget, stagger=1), len(names))
+    return {name: replace(one, stagger=config.budget.stagger) for name, one in zip(names, each, strict=True) if one}
 
 
 def check_layers(modules: dict[str, Any], vllm_config: Any) -> None:
@@ -146,8 +192,8 @@ def statistics_of(vllm_config: Any, given: str | None, needs: Requirements, devi
     path = Path(given).expanduser() if given is not None else Path(model.model) / FILE
     if given is None and not path.is_file():
         raise ServingError(
-            f"The method needs statistics of the model's queries, and {model.model} is no folder that has them; make "
-            f"them with `reasonkv calibrate --model {model.model} --text FILE --out stats.safetensors` and put "
+            f"The method or layer_shares need a calibration, and {model.model} is no folder that has one; make "
+            f"it with `reasonkv calibrate --model {model.model} --text FILE --out stats.safetensors` and put "
             '"calibration": "stats.safetensors" into the configuration.'
         )
     try:

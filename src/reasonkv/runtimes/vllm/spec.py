@@ -22,12 +22,14 @@ class BoundedSpec(FullAttentionSpec):  # type: ignore[misc]
     max_chunk: int  # of a chunk that crosses a compaction: 1 where chunks end there, else `max_num_batched_tokens`
     own_tokens: int | None = None  # newest of a prompt, which a request feeds itself; None: no prompt is shared
     recent: int = 0  # newest slots that the method itself protects
+    layer_shares: str = ""  # of all bounded layers, by which `budget` is this one's; "": all are alike
 
     @classmethod
     def of(
-        cls, spec: FullAttentionSpec, config: EngineConfig, max_length: int, max_chunk: int, *, is_hybrid: bool = False
-    ) -> BoundedSpec:
-        """Return a stock full-attention spec with an engine's budget; `is_hybrid`: other layers are of other kinds."""
+        cls, spec: FullAttentionSpec, config: EngineConfig, budget: Budget, max_length: int, max_chunk: int,
+        *, is_hybrid: bool = False,
+    ) -> BoundedSpec:  # fmt: skip
+        """Return a stock full-attention spec with a layer's budget; `is_hybrid`: other layers are of other kinds."""
         stock = {one.name: getattr(spec, one.name) for one in fields(FullAttentionSpec) if one.init}
         needs = config.method.needs
         # what a method collects of a prompt's tokens would be missing where another request fed them, and a merge
@@ -36,8 +38,8 @@ class BoundedSpec(FullAttentionSpec):  # type: ignore[misc]
         collects = needs.observes or needs.token_ids or needs.merges or bool(needs.stored_state)
         own = None if collects or is_hybrid or max_chunk > 1 else max(1, needs.queries)
         return cls(
-            **stock, budget=config.budget, max_length=max_length, max_chunk=max_chunk, own_tokens=own,
-            recent=needs.recent,
+            **stock, budget=budget, max_length=max_length, max_chunk=max_chunk, own_tokens=own,
+            recent=needs.recent, layer_shares=str(config.budget.layer_shares),
         )  # fmt: skip
 
     def shares(self, prompt: int) -> bool:
@@ -82,6 +84,10 @@ class BoundedSpec(FullAttentionSpec):  # type: ignore[misc]
         used: int = self.blocks(schedule.capacity(self.budget, 1, longest)) * self.page_size_bytes
         return used
 
+    def is_uniform_with_collection(self, kv_cache_specs: dict[str, Any]) -> bool:
+        """Return whether vLLM may give all these layers one block table: layers of other budgets have their own."""
+        return all(spec == self for spec in kv_cache_specs.values())
+
     @classmethod
     def merge(cls, specs: list[Self]) -> Self:
         """Return one spec for the layers of a group; an AssertionError tells vLLM that these are no group."""
@@ -91,7 +97,7 @@ class BoundedSpec(FullAttentionSpec):  # type: ignore[misc]
 
 
 def bounded_groups(groups: Sequence[Any]) -> list[Any]:
-    """Return those of vLLM's groups of layers whose requests have a budget; all have the same spec."""
+    """Return those of vLLM's groups of layers whose requests have a budget."""
     return [one for one in groups if isinstance(one.kv_cache_spec, BoundedSpec)]
 
 

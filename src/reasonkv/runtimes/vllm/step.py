@@ -80,7 +80,7 @@ class StepNote:
     A step without a note is a warm-up, or comes from the stock scheduler.
     """
 
-    slots: Mapping[str, int]  # of every request that the step feeds, after the step and its compaction
+    slots: Mapping[int, Mapping[str, int]]  # by group of layers: of every request that the step feeds, after the step
     periodic: Sequence[str]  # requests that are compacted because of the step's number
 
 
@@ -111,6 +111,12 @@ class StepLayout:
     def longest(self) -> int:
         """Most slots a request holds during the step's attention."""
         return int((self.held + self.fed).max())
+
+    @property
+    def slots_after(self) -> int:
+        """Slots of all requests together after the step, its compactions included."""
+        dropped = sum(one.held - one.after.physical for one in self.due)
+        return int(self.held.sum()) + self.tokens - dropped
 
     def end(self) -> None:
         """Move the requests on, once all layers have attended: to lengths after compactions, as the scheduler has."""

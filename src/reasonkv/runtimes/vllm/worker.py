@@ -31,7 +31,7 @@ from reasonkv.runtimes.vllm.config import (
 )
 from reasonkv.runtimes.vllm.runtime import Runtime
 from reasonkv.runtimes.vllm.setup import bounded_specs
-from reasonkv.runtimes.vllm.spec import BoundedSpec, bounded_groups, stock_blocks
+from reasonkv.runtimes.vllm.spec import bounded_groups, stock_blocks
 
 if current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker as PlatformWorker
@@ -91,8 +91,9 @@ class Worker(PlatformWorker):  # type: ignore[misc]
         if self.compression is None:
             return found
         chunk = 1 if has_scheduler(self.vllm_config) else self.scheduler_config.max_num_batched_tokens
+        assert self.runtime is not None  # the model is loaded
         return bounded_specs(
-            found, self.compression, self.model_config.max_model_len, chunk,
+            found, self.runtime.config, self.runtime.budgets, self.model_config.max_model_len, chunk,
             allows_groups=not self.scheduler_config.disable_hybrid_kv_cache_manager,
         )  # fmt: skip
 
@@ -103,17 +104,11 @@ class Worker(PlatformWorker):  # type: ignore[misc]
             return found
         runtime, groups = self.runtime, get_kv_cache_groups(self.vllm_config, self.get_kv_cache_spec())
         bounded = bounded_groups(groups)
-        spec = bounded[0].kv_cache_spec
         page = max(one.kv_cache_spec.page_size_bytes * len(one.layer_names) for one in groups)
-        beside = runtime.slot_bytes * spec.block_size
-        fewest = spec.blocks(self._fewest_slots(spec)) * len(bounded)
-        request = fewest * (page + beside) + runtime.row_bytes
+        beside = runtime.slot_bytes * bounded[0].kv_cache_spec.block_size
+        request = _fewest_blocks(bounded) * (page + beside) + runtime.row_bytes
         rows = runtime.rows_in(found // request + 1)  # one more than fit: what is left of the memory may hold one
         return max(0, found - (rows + 1) * runtime.row_bytes) * page // (page + beside)
-
-    def _fewest_slots(self, spec: BoundedSpec) -> int:
-        """Return the fewest slots that a compressed request reserves while it runs."""
-        return 1 if not spec.budget.is_bounded else spec.slots_in_decode(1)
 
     def initialize_from_config(self, kv_cache_config: Any) -> None:
         """Allocate blocks and what is kept beside them, and find out how the platform fills blocks."""
@@ -122,10 +117,10 @@ class Worker(PlatformWorker):  # type: ignore[misc]
             return
         groups = kv_cache_config.kv_cache_groups
         bounded = bounded_groups(groups)
-        spec, others = bounded[0].kv_cache_spec, stock_blocks(groups, self.vllm_config)
+        specs, others = [one.kv_cache_spec for one in bounded], stock_blocks(groups, self.vllm_config)
         longest = self.model_config.max_model_len
         blocks = kv_cache_config.num_blocks - 1
-        needed = spec.blocks(spec.slots_in_prefill(longest, longest)) * len(bounded) + others
+        needed = sum(spec.blocks(spec.slots_in_prefill(longest, longest)) for spec in specs) + others
         if needed > blocks:
             raise ServingError(
                 f"A prompt of {longest} tokens needs {needed} blocks until it is compacted, but there are {blocks}; "
@@ -133,13 +128,13 @@ class Worker(PlatformWorker):  # type: ignore[misc]
                 "as they come."
             )
         self.runtime.find_layout([one.layer_names for one in groups])
-        self.runtime.allocate(self.runtime.rows_in(blocks // (spec.blocks(self._fewest_slots(spec)) * len(bounded))))
-        steady = spec.blocks(spec.slots_in_decode(1)) * len(bounded) + others
+        self.runtime.allocate(self.runtime.rows_in(blocks // _fewest_blocks(bounded)))
+        steady = sum(spec.blocks(spec.slots_in_decode(1)) for spec in specs) + others
         logger.info(
             "reasonkv on vLLM %s: %s. %d blocks of %d a request (full KV: up to %d), so %d requests at once; "
             "%.1f MiB of queries and token indices beside the cache, for %d of them.",
-            self._vllm_version, self.runtime.config.describe(), steady, spec.block_size,
-            spec.blocks(longest) * len(bounded) + others,
+            self._vllm_version, self.runtime.config.describe(), steady, specs[0].block_size,
+            specs[0].blocks(longest) * len(bounded) + others,
             blocks // steady, self.runtime.bytes / 2**20, self.runtime.rows,
         )  # fmt: skip
 
@@ -161,3 +156,9 @@ class Worker(PlatformWorker):  # type: ignore[misc]
                 if stock.is_overridden() and stock.get_path() == path:
                     stock.clear_override()
         super().shutdown()
+
+
+def _fewest_blocks(bounded: list[Any]) -> int:
+    """Return the fewest blocks that a compressed request reserves while it runs, in all groups of bounded layers."""
+    specs = [one.kv_cache_spec for one in bounded]
+    return sum(spec.blocks(1 if not spec.budget.is_bounded else spec.slots_in_decode(1)) for spec in specs)
