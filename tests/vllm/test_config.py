@@ -133,8 +133,6 @@ def test_an_engine_that_would_go_wrong_is_refused_in_one_sentence(changes: dict[
 def test_pipeline_stages_are_refused_for_methods_whose_layers_decide_together(method: str) -> None:
     stages = stock(parallel_config__pipeline_parallel_size=2)
     check_engine(stages, RANDOM)
-    with pytest.raises(ServingError, match=r"layer_shares with pipeline parallelism, .* use --tensor-parallel-size"):
-        check_engine(stages, EngineConfig.parse({"method": "random", "tokens": 256, "layer_shares": "1/2"}))
     config = EngineConfig.parse({"method": method, "tokens": 256, "calibration": "stats.safetensors"})
     check_engine(stock(), config)
     with pytest.raises(ServingError, match=r"^.*pipeline parallelism, because its layers decide together.*\Z"):

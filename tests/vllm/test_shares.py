@@ -23,12 +23,13 @@ from engines import (
     serve,
 )
 from near_ties import check_agreement
+from test_config import stock
 
 from reasonkv import Budget, schedule
 from reasonkv.calibration import load_calibration, save_calibration
 from reasonkv.methods import get_method, layer_budgets
 from reasonkv.numbers import shares_in_groups
-from reasonkv.runtimes.vllm.config import SCHEDULER, EngineConfig, ServingError
+from reasonkv.runtimes.vllm.config import SCHEDULER, EngineConfig, ServingError, check_engine
 from reasonkv.testbed import testbed_path
 from tools.tiny_models import VOCABULARY, tiny_model
 
@@ -144,6 +145,12 @@ def test_groups_of_several_layers_and_shares_of_a_calibration(tmp_path: Path) ->
             for one in budgets
         ]
         assert meter.dropped == sum(dropped) / 4
+
+
+def test_shares_are_refused_where_every_worker_has_some_of_the_layers() -> None:
+    stages = stock(parallel_config__pipeline_parallel_size=2)
+    with pytest.raises(ServingError, match=r"layer_shares with pipeline parallelism, .* use --tensor-parallel-size"):
+        check_engine(stages, EngineConfig.parse({"method": "random", **GIVEN}))
 
 
 def test_shares_that_the_engine_cannot_give_are_refused_in_one_sentence(folder: Path, tmp_path: Path) -> None:
