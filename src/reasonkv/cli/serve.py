@@ -85,7 +85,8 @@ def serve(
     if budget.layer_shares == CALIBRATED and _found(calibration, folder) is None:
         raise UsageError(
             "Shares of the layers are measured on what a model will be used for; run `reasonkv calibrate --model "
-            f"{folder} --task QUESTIONS --layer-shares --out stats.safetensors` first and give --calibration stats.safetensors."
+            f"{folder} --task QUESTIONS --layer-shares --out stats.safetensors` first and give --calibration "
+            "stats.safetensors."
         )
     if chosen.needs.calibration or calibration is not None or budget.layer_shares == CALIBRATED:
         given["calibration"] = str(_statistics(calibration, folder, chosen.needs.statistics, dry_run=dry_run).resolve())
