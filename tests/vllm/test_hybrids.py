@@ -28,7 +28,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec, Slid
 
 from reasonkv import Budget
 from reasonkv.runtimes.vllm.config import SCHEDULER, EngineConfig, ServingError
-from reasonkv.runtimes.vllm.setup import bounded_specs
+from reasonkv.runtimes.vllm.setup import bounded_specs, budgets_by_layer
 from tools.tiny_models import VOCABULARY, tiny_config, tiny_model
 
 SEED = 7
@@ -196,8 +196,9 @@ def window() -> SlidingWindowSpec:
 
 def test_layers_of_other_kinds_stay_stock_and_no_prompt_is_shared_beside_them() -> None:
     config = EngineConfig.parse({"method": "random", **SMALL, "prompt": "on_top"})
-    plain = bounded_specs({"a": attention()}, config, 512, 1, allows_groups=False)
-    mixed = bounded_specs({"a": attention(), "b": window()}, config, 512, 1, allows_groups=True)
+    budgets = budgets_by_layer(config, ["a"])
+    plain = bounded_specs({"a": attention()}, config, budgets, 512, 1, allows_groups=False)
+    mixed = bounded_specs({"a": attention(), "b": window()}, config, budgets, 512, 1, allows_groups=True)
     assert plain["a"].shares(60) and not mixed["a"].shares(60)
     assert mixed["b"] == window() and mixed["a"].budget == plain["a"].budget == config.budget
 
@@ -220,7 +221,7 @@ def test_layers_of_other_kinds_stay_stock_and_no_prompt_is_shared_beside_them() 
 def test_layers_that_cannot_be_served_are_refused_in_one_sentence(found: dict[str, Any], sentence: str) -> None:
     config = EngineConfig.parse({"method": "random", **SMALL})
     with pytest.raises(ServingError, match=sentence):
-        bounded_specs(found, config, 512, 1, allows_groups=False)
+        bounded_specs(found, config, budgets_by_layer(config, list(found)), 512, 1, allows_groups=False)
 
 
 def test_latent_attention_is_refused_before_its_weights_are_loaded(tmp_path: Path) -> None:
