@@ -27,6 +27,7 @@ from reasonkv.evaluate.records import AnswerRecord, read_lines
 from reasonkv.evaluate.remote import held, run_remote
 from reasonkv.evaluate.settings import Sampling
 from reasonkv.methods import get_method
+from reasonkv.schedule import row_budget
 from reasonkv.tasks import TaskOptions
 
 Reply = Callable[[str, dict[str, Any]], tuple[int, Any]]
@@ -230,7 +231,7 @@ def test_a_job_for_another_method_or_budget_than_the_servers_is_refused(job: Gen
     for methods, budget in ((["snapkv"], BudgetOptions(tokens=[24])), (["random"], BudgetOptions(tokens=[25]))):
         with pytest.raises(JobError, match=runs):
             found.fitted(GenerateJob(task=job.task, methods=methods, budget=budget, options=job.options))
-    with pytest.raises(JobError, match="has shares of its layers by itself; leave --layer-shares out"):
+    with pytest.raises(JobError, match="decides the shares of its layers; leave --layer-shares out"):
         found.fitted(GenerateJob(task=job.task, budget=BudgetOptions(layer_shares="1/2"), options=job.options))
     with pytest.raises(JobError, match="no --think-budget"):
         found.fitted(GenerateJob(task=job.task, sampling=Sampling(think_budget=5), options=job.options))
@@ -243,6 +244,7 @@ def test_a_job_for_another_method_or_budget_than_the_servers_is_refused(job: Gen
         Budget(24, interval=8, sinks=2, recent=8),
         Budget(keep=0.5, interval=8, sinks=2, recent=8),
         Budget(24, interval=8, sinks=2, recent=8, layer_shares="0.3/1.7"),
+        Budget(24, interval=8, sinks=2, recent=8, layer_shares="0.3/1.7", stagger=4),
         Window(size=24, buffer=8, retention=0.25),
     ],
     ids=str,
@@ -250,10 +252,10 @@ def test_a_job_for_another_method_or_budget_than_the_servers_is_refused(job: Gen
 def test_what_a_request_held_is_computed_as_a_cache_measures_it(budget: Budget) -> None:
     model = tiny_loaded().model
     ids = torch.arange(40)[None] % 50 + 5
-    with CompressedCache(model, "random", budget) as cache:
+    with CompressedCache(model, "random", row_budget(budget, 40, 3)) as cache:  # a server's requests take turns
         model.generate(ids, past_key_values=cache, max_new_tokens=61, min_new_tokens=61, do_sample=False)
         found = cache.stats().rows[0]
-    computed = held(get_method("random"), budget, 40, 100, 1)
+    computed = held(get_method("random"), budget, 40, 100, 1, seed=3)
     for name in ("physical_mean", "physical_peak", "physical_terminal", "events", "tokens_dropped"):
         assert computed[name] == pytest.approx(getattr(found, name)), name
 

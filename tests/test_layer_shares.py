@@ -41,9 +41,12 @@ def test_what_is_not_protected_is_divided_and_nothing_is_lost() -> None:
     kept = replace(BUDGET, tokens=40, prompt="keep", layer_shares="0.001/1/1")
     assert tokens_of(kept, prompt=30) == [34, 43, 43]  # one slot beside the prompt and what is recent
     for layers in (1, 7, 24):
-        shares = [1 + layer % 5 for layer in range(layers)]
-        found = tokens_of(replace(BUDGET, tokens=100, layer_shares=shares), layers=layers)
-        assert sum(map(int, filter(None, found))) == 100 * layers
+        found = tokens_of(replace(BUDGET, tokens=100, layer_shares=range(1, layers + 1)), layers=layers)
+        assert sum(map(int, filter(None, found))) == 100 * layers and found == sorted(found, key=lambda one: one or 0)
+        alike = [1 + layer % 5 for layer in range(layers)]  # equal shares are equal budgets, none too many
+        found = tokens_of(replace(BUDGET, tokens=100, layer_shares=alike), layers=layers)
+        assert len(set(zip(alike, found, strict=True))) == len(set(alike))
+        assert 100 * layers - -(-layers // 5) < sum(map(int, filter(None, found))) <= 100 * layers
     for one in layer_budgets(get_method("random"), Budget(64, layer_shares="0.5/1/1.1/1.2/1.5/0.7"), 6):
         assert one is not None and (one.sinks, one.recent) == (4, 32)  # as the defaults shrank with 64 tokens
     assert tokens_of(Budget(1, sinks=0, recent=0, layer_shares="0.2/0.3/2.5")) == [1, 1, 1]
@@ -106,6 +109,7 @@ def test_a_window_has_nothing_to_divide() -> None:
         ({"prompt": "keep"}, "with prompt='keep' differs from request to request"),
         ({"method": "cask:mass=none"}, "cask plans all layers at once"),
         ({"method": "pyramidkv"}, "pyramidkv divides tokens among layers by itself; leave out layer_shares"),
+        ({"layer_groups": 2, "layer_shares": ""}, "puts layers of like layer_shares together; give layer_shares, too"),
         ({"layer_groups": 0}, "layer_groups must be at least 1, not 0"),
         ({"layer_groups": "2"}, "layer_groups must be a whole number"),
         ({"layer_shares": "1/x"}, "layer_shares must be numbers"),

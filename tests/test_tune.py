@@ -279,6 +279,8 @@ def test_full_kv_at_zero_is_no_yardstick() -> None:
          "CompressedCache(model, RandomEviction(), tokens=96, layer_shares='0.5/1.5')",
          "reasonkv serve some/model --method random --budget 96 --layer-shares 0.5/1.5"
          "  # layers in groups of like shares, which loses a little more"),
+        ("random", {"layer_shares": "0.5/1.5", "prompt": "keep"},
+         "CompressedCache(model, RandomEviction(), tokens=96, prompt='keep', layer_shares='0.5/1.5')", "# "),
         ("oracle", {}, "# ", "# "),
     ],
 )  # fmt: skip

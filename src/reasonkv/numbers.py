@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from numbers import Real
@@ -70,35 +71,39 @@ def layer_shares(value: Any) -> str:
 
 
 def shares_in_groups(shares: str, groups: int) -> str:
-    """Return layers' shares with the mean of its group for every layer.
+    """Return layers' shares, each replaced by the mean of its group of layers.
 
-    Groups are of layers of like shares, and of as many layers each as can be.
+    Groups are of layers of like shares. Their sizes differ by one layer at most.
 
     Args:
         shares: numbers, as `layer_shares` returns them.
-        groups: how many; as many as layers leave the shares as they are.
+        groups: how many; one for every layer leaves the shares as they are.
     """
     each = [float(one) for one in shares.split("/")]
+    groups = min(groups, len(each))
     by_share = sorted(range(len(each)), key=lambda at: each[at])
     cuts = [len(each) * group // groups for group in range(groups + 1)]
     for start, end in pairwise(cuts):
         layers = by_share[start:end]
-        mean = sum(each[at] for at in layers) / max(1, len(layers))
+        mean = sum(each[at] for at in layers) / len(layers)
         each = [round(mean, 3) if at in layers else one for at, one in enumerate(each)]
     return layer_shares(each)
 
 
 def divide(total: int, weights: Sequence[int]) -> list[int]:
-    """Return shares in proportion to weights which sum to exactly the total.
+    """Return shares in proportion to weights, equal ones for equal weights, whose sum is at most the total.
 
-    Integers throughout, so every machine divides alike: what rounding down leaves goes to the largest remainders.
+    Integers throughout, so every machine divides alike: what rounding down leaves goes to the largest remainders. The
+    sum misses the total by less than the largest number of equal weights: by nothing where no two are equal.
     """
-    whole = sum(weights)
-    shares = [total * weight // whole for weight in weights]
-    by_remainder = sorted(range(len(weights)), key=lambda at: (-(total * weights[at] % whole), at))
-    for at in by_remainder[: total - sum(shares)]:
-        shares[at] += 1
-    return shares
+    whole, count = sum(weights), Counter(weights)
+    share = {weight: total * weight // whole for weight in count}
+    left = total - sum(share[weight] for weight in weights)
+    for weight in sorted(count, key=lambda one: -(total * one % whole)):  # of equal remainders, what comes first
+        if count[weight] <= left:
+            share[weight] += 1
+            left -= count[weight]
+    return [share[weight] for weight in weights]
 
 
 def kv_dtype(value: Any) -> KVDtype | None:

@@ -13,7 +13,7 @@ from reasonkv.batch_schedule import BatchSchedule
 from reasonkv.methods import Method, Observed, get_method
 from reasonkv.plan import PlanError
 from reasonkv.rotary import Rotary
-from reasonkv.runtimes.vllm.step import RunningRequest, StepLayout, StepPlaces
+from reasonkv.runtimes.vllm.step import Asked, RunningRequest, StepLayout, StepPlaces
 from reasonkv.schedule import Lengths
 from reasonkv.slots import SlotStore
 
@@ -47,7 +47,7 @@ def test_pieces_of_a_batch_give_the_state_of_the_whole_alone(spec: str) -> None:
     courses, sequences = BatchSchedule(PLACES), {}
     for name, place in zip("abc", (2, 0, 4), strict=True):
         courses.start(place, Budget(128, prompt="count"), Lengths(prompt=40))
-        sequences[name] = RunningRequest(lengths=courses, row=place, method=method)
+        sequences[name] = RunningRequest(lengths=courses, row=place, asked=Asked(method))
     slots = slots_of(method)
     for fed in STEPS:
         step = StepLayout(fed, sequences, list(fed))

@@ -40,6 +40,8 @@ FUNCTIONS = {
     "fast_build",
     ("v1/attention/backends/registry.py", "register_backend"): "backend class_path is_mamba",
     (GROUPS, "get_kv_cache_groups"): "vllm_config kv_cache_spec",
+    (GROUPS, "_get_kv_cache_groups_uniform_page_size"): "kv_cache_spec",
+    ("v1/kv_cache_interface.py", "KVCacheSpec.is_uniform_with_collection"): "self kv_cache_specs",
     ("v1/kv_cache_interface.py", "MambaSpec.max_memory_usage_bytes"): "self vllm_config",
     ("v1/kv_cache_interface.py", "SlidingWindowSpec.max_memory_usage_bytes"): "self vllm_config",
     ("model_executor/layers/attention/attention.py", "Attention.get_kv_cache_spec"): "self vllm_config",
@@ -72,8 +74,10 @@ FIELDS = {
 WORDS = {
     SCHEDULER: "self.kv_cache_manager self.max_model_len self.requests grammar_compile_error_reqs "
     "kv_transfer_params,ec_transfer_params=self._free_request(request)",
-    "v1/core/kv_cache_coordinator.py": "self.single_type_managers self.block_pool",
-    GROUPS: "except(AssertionError,ValueError): exceptAssertionError:",
+    # each kind of full attention is looked up once, as far as those before it were found
+    "v1/core/kv_cache_coordinator.py": "self.single_type_managers self.block_pool curr_hit_length=_new_hit_length "
+    "ifisinstance(spec,FullAttentionSpec)andcached_blocksisnotNone:",
+    GROUPS: "except(AssertionError,ValueError): exceptAssertionError: ifmax_num_layers<min_num_layers*1.5:",
     "v1/kv_cache_interface.py": "classChunkedLocalAttentionSpec( defunpadded_page_size_bytes(self) sliding_window:",
     "config/scheduler.py": "disable_hybrid_kv_cache_manager",
     "v1/request.py": "self.skip_reading_prefix_cache self.num_prompt_tokens self.max_tokens",

@@ -55,10 +55,12 @@ def serve_line(model: str, method: str, budget: BudgetOptions, tokens: int) -> s
     A size of 0 is the budget's share.
     """
     from reasonkv.methods import get_method
-    from reasonkv.runtimes.vllm.config import vllm_variant
+    from reasonkv.runtimes.vllm.config import EngineConfig, vllm_variant
 
     try:
         served = vllm_variant(get_method(method)).spec()
+        if budget.layer_shares:  # which go with fewer rules there
+            EngineConfig.parse({"method": served, "tokens": tokens, **rule_fields(budget)})
     except ReasonKVError as error:
         return f"# {error}"
     words = ["reasonkv", "serve", model, "--method", served]

@@ -82,12 +82,8 @@ def serve(
     package, _ = config.installed_package(untested=untested)
     names = [_option_name(argument) for argument in others]
     host = _host(names, others)
-    if budget.layer_shares == CALIBRATED and _found(calibration, folder) is None:
-        raise UsageError(
-            "Shares of the layers are measured on what a model will be used for; run `reasonkv calibrate --model "
-            f"{folder} --task QUESTIONS --layer-shares --out stats.safetensors` first and give --calibration "
-            "stats.safetensors."
-        )
+    if budget.layer_shares == CALIBRATED:
+        _check_shares(calibration, folder)
     if chosen.needs.calibration or calibration is not None or budget.layer_shares == CALIBRATED:
         given["calibration"] = str(_statistics(calibration, folder, chosen.needs.statistics, dry_run=dry_run).resolve())
     processor = f"{config.OPT_OUT if opt_out else config.OPTIONS}.{chosen.name}"
@@ -172,6 +168,18 @@ def _default(given: Path | None, folder: str) -> str:
 
     found = _found(given, folder)
     return method_for(None if found is None else load_calibration(found)).spec()
+
+
+def _check_shares(given: Path | None, folder: str) -> None:
+    from reasonkv.calibration.files import load_calibration
+
+    found = _found(given, folder)
+    if found is None or load_calibration(found).layer_shares is None:
+        raise UsageError(
+            "Shares of the layers are measured on what a model will be used for; run `reasonkv calibrate --model "
+            f"{folder} --task QUESTIONS --layer-shares --out stats.safetensors` first and give --calibration "
+            "stats.safetensors."
+        )
 
 
 def _statistics(given: Path | None, folder: str, parts: Collection[str], *, dry_run: bool) -> Path:

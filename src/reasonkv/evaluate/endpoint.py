@@ -134,7 +134,7 @@ class Endpoint:
         if any(one not in methods for one in asked) or (make_budgets(job.budget) or budgets) != budgets:
             raise JobError(f"The server at {self.url} runs {runs}; leave --methods and --budgets out.")
         if job.budget.layer_shares not in ("", options.layer_shares):
-            raise JobError(f"The server at {self.url} has shares of its layers by itself; leave --layer-shares out.")
+            raise JobError(f"The server at {self.url} decides the shares of its layers; leave --layer-shares out.")
         if job.sampling.think_budget is not None or job.sampling.preset is not None:
             raise JobError("A server takes no --think-budget and no --sampling published; give the numbers themselves.")
         return replace(job, methods=tuple(one.spec() for one in methods), budget=options)

@@ -27,7 +27,7 @@ from reasonkv.evaluate.records import AnswerItem, AnswerRecord
 from reasonkv.evaluate.run import AnswerTask, Session
 from reasonkv.evaluate.traces import TraceError
 from reasonkv.methods import Method, layer_budgets
-from reasonkv.schedule import attended_slots, walk
+from reasonkv.schedule import attended_slots, row_budget, walk
 from reasonkv.tasks import Problem, TaskError, get_task
 from reasonkv.tasks.needle import NeedleTask
 from reasonkv.tasks.options import THINK
@@ -103,7 +103,10 @@ class RemoteTask(AnswerTask):
                     config, item, answer.prompt_tokens, answer.tokens, answer.text, output_tokens=answer.output_tokens,
                     seconds=round(answer.seconds, 4), truncated=answer.truncated,
                     thinking_tokens=answer.thinking_tokens,
-                    **held(config.method, config.budget, answer.prompt_tokens, fed, slot_bytes),
+                    **held(
+                        config.method, config.budget, answer.prompt_tokens, fed, slot_bytes,
+                        row_seed(item.example, item.sample),
+                    ),
                 )  # fmt: skip
         if failed:
             raise failed[0]
@@ -224,7 +227,9 @@ class Answer:
         return cls(text, tokens, prompt_tokens, output_tokens, choice.get("finish_reason") == "length", thinking)
 
 
-def held(method: Method, budget: Budget | None, prompt: int, fed: int, slot_bytes: int) -> dict[str, Any]:
+def held(
+    method: Method, budget: Budget | None, prompt: int, fed: int, slot_bytes: int, seed: int = 0
+) -> dict[str, Any]:
     """Return what a sequence held, as `Measured` records have it; a policy of lengths alone decides all of it.
 
     Args:
@@ -232,9 +237,11 @@ def held(method: Method, budget: Budget | None, prompt: int, fed: int, slot_byte
         budget: None for full KV.
         fed: tokens fed in all, prompt included.
         slot_bytes: of one slot in all layers; 0 where it is not known.
+        seed: the request's own, which with `stagger` decides its turn.
     """
-    shares = "" if budget is None else str(budget.layer_shares)
-    budgets = layer_budgets(method, budget, len(shares.split("/")), prompt) if shares else [budget]
+    own = None if budget is None else row_budget(budget, prompt, seed)  # requests take turns on a server, not layers
+    shares = "" if own is None else str(own.layer_shares)
+    budgets = layer_budgets(method, own, len(shares.split("/")), prompt) if shares else [own]
     walks = [list(walk(one, prompt, fed)) for one in budgets]  # of every layer
     peak = sum(max(before.physical + n for before, n, _, _ in one) for one in walks) / len(walks)
     slots = sum(one[-1][2].physical for one in walks) / len(walks)

@@ -333,7 +333,10 @@ def _divided(method: Method | None, budget: Budget, layers: int, prompt: int | N
 
 
 def _shared(budget: Budget, recent: int, layers: int, prompt: int) -> list[int]:
-    """Return the tokens of every layer by the budget's shares, which divide what is not protected."""
+    """Return the tokens of every layer by the budget's shares, which divide what is not protected.
+
+    Layers of equal shares have equal budgets: vLLM gives every other budget a block table of its own.
+    """
     if budget.layer_shares == CALIBRATED:
         raise BudgetError("The calibration's layer_shares are not known here; give them as numbers.")
     weights = [round(1000 * float(one)) for one in str(budget.layer_shares).split("/")]

@@ -48,6 +48,7 @@ class Layer:
     calibration: LayerStatistics | None = None  # of its queries, this rank's heads
     tier: int = 0  # which of the engine's; its layers follow one budget
     group: int = 0  # which of vLLM's groups of layers; each has a block table of its own
+    place: int = 0  # in its group; the layers at a place of all groups share memory, for they hold different blocks
     layout: Layout | None = None  # where the platform puts keys and values, once blocks exist
     codec: Codec | None = None  # what they stand for, if they are stored in 8 bits
 
@@ -137,11 +138,12 @@ class Compactor:
         for layers in together:
             for due, group in zip(parts, groups, strict=True):
                 self._compact(layers, block_tables, due, group)
+        share = len(tier) / len(self.layers)
         for one in (one for due in parts for one in due):
             one.request.compactions += 1
             one.request.compacted_slots = one.after.physical
-            self.meter.compactions += 1
-            self.meter.dropped += (one.held - one.after.physical) * len(tier) / len(self.layers)
+            self.meter.compactions += share
+            self.meter.dropped += (one.held - one.after.physical) * share
 
     def _compact(
         self,
@@ -184,7 +186,7 @@ class Compactor:
                 method.spec(), error or type(error).__name__,
             )  # fmt: skip
             for one in due:
-                one.request.method = self.method
+                one.request.asked.method = self.method
             return make_plans(self.method, views, keep)
 
     def view(self, layer: Layer, due: list[DueCompaction], group: CompactionGroup, blocks_BM: Tensor) -> PagedView:

@@ -96,6 +96,8 @@ class EngineConfig:
         groups = typed(given, "layer_groups", None, "reasonkv's", int)
         if groups is not None and groups < 1:
             raise ServingError(f"reasonkv's layer_groups must be at least 1, not {groups}.")
+        if groups is not None and not given.get("layer_shares"):
+            raise ServingError("layer_groups puts layers of like layer_shares together; give layer_shares, too.")
         calibration = typed(given, "calibration", None, "reasonkv's", str)
         rest = {key: value for key, value in given.items() if key not in (*_NOT_BUDGET, "window")}
         try:
@@ -121,6 +123,8 @@ class EngineConfig:
         what = kept.describe() if isinstance(kept, Window) else f"{kept.describe()}, every {kept.interval} tokens"
         if isinstance(kept, PeriodicWindow):
             what = f"{kept.tokens} of {kept.size} tokens of {kept.most} requests every {kept.period} steps"
+        if self.budget.layer_shares:
+            what += f", divided among layers by {self.budget.layer_shares}"
         return f"{self.method.spec()}, {what}, seed {self.seed}"
 
 

@@ -151,7 +151,10 @@ class BoundedManager(FullAttentionManager):  # type: ignore[misc]
         cls, block_hashes: Any, max_length: int, kv_cache_group_ids: list[int], block_pool: Any,
         kv_cache_spec: BoundedSpec, *args: Any, **kwargs: Any,
     ) -> tuple[tuple[list[KVCacheBlock], ...], int]:  # fmt: skip
-        """Find blocks that hold the beginning of a new prompt, but for the tokens whose queries the method reads."""
+        """Find blocks that hold the beginning of a new prompt, but for the tokens whose queries the method reads.
+
+        `max_length` leaves one token to feed; of a second budget of layers it is what was found for the first.
+        """
         own = kv_cache_spec.own_tokens
         shared = max_length + 1 - own if own is not None and kv_cache_spec.shares(max_length + 1) else 0
         found: tuple[tuple[list[KVCacheBlock], ...], int] = super().find_longest_cache_hit(

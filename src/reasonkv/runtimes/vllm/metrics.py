@@ -20,7 +20,7 @@ from reasonkv.runtimes.vllm.step import StepLayout
 logger = logging.getLogger("vllm.reasonkv")
 
 COUNTERS = {
-    "compactions": ("reasonkv:events", "Compactions, one per request, event and budget of layers."),
+    "compactions": ("reasonkv:events", "Compactions, one per request and event, a mean over layers."),
     "dropped": ("reasonkv:slots_dropped", "Slots evicted or merged, per KV head, a mean over layers."),
     "folded": ("reasonkv:slots_folded", "Slots merged into others, a mean over layers and heads."),
     "seconds": ("reasonkv:compaction_seconds", "Host seconds spent compacting."),
@@ -51,7 +51,7 @@ class Meter:
 
     exporter: Exporter | None = None  # shows them to Prometheus
     steps: int = 0  # with at least one token
-    compactions: int = 0  # one per request, compaction and tier of layers
+    compactions: float = 0.0  # one per request and event, a mean over layers
     dropped: float = 0.0  # slots evicted or merged per KV head, a mean over layers
     folded: float = 0.0  # slots merged, a mean over layers and heads
     seconds: float = 0.0  # host time spent compacting (on an accelerator, without waiting for it)
@@ -96,7 +96,7 @@ class Meter:
     def __str__(self) -> str:
         share = self.seconds / self.step_seconds if self.step_seconds else 0.0
         return (
-            f"{self.compactions} compactions, {self.dropped:.0f} slots dropped per head, peak {self.peak} slots a "
+            f"{self.compactions:.0f} compactions, {self.dropped:.0f} slots dropped per head, peak {self.peak} slots a "
             f"request, {self.seconds:.2f} s ({share:.1%} of step time) compacting"
         )
 

@@ -16,6 +16,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from reasonkv import schedule
 from reasonkv.batch_schedule import BatchSchedule, Integers
+from reasonkv.budget import Budget
 from reasonkv.methods import Method
 from reasonkv.runtimes.vllm import setup
 from reasonkv.runtimes.vllm.compactions import Compactor, Layer
@@ -24,7 +25,7 @@ from reasonkv.runtimes.vllm.metrics import Exporter, Meter, note_resumed
 from reasonkv.runtimes.vllm.observing import Observing
 from reasonkv.runtimes.vllm.options import RequestConfig, method_of
 from reasonkv.runtimes.vllm.slots import PagedSlotStore
-from reasonkv.runtimes.vllm.step import RunningRequest, StepLayout, StepNote, StepPlaces
+from reasonkv.runtimes.vllm.step import Asked, RunningRequest, StepLayout, StepNote, StepPlaces
 from reasonkv.runtimes.vllm.tiers import Tier
 
 logger = init_logger("vllm.reasonkv")
@@ -55,6 +56,7 @@ class Runtime:
         setup.check_layers(self._modules, vllm_config)
         self.layers: list[Layer] = []
         self.tiers: list[Tier] = []
+        self.budgets: dict[str, Budget] = {}  # by layer's name
         self.use(config)
         for number, layer in enumerate(self.layers):
             layer.module.impl.runtime, layer.module.impl.layer_number = self, number
@@ -62,19 +64,23 @@ class Runtime:
     def use(self, config: EngineConfig) -> None:
         """Serve by another method from now on, under the same budget, while no request is running.
 
-        Raises a ServingError where the statistics or the rotary embedding that the method needs are missing.
+        Raises a ServingError where the statistics or the rotary embedding that the method needs are missing, or for
+        another budget.
         """
         for name in list(self.requests) if self.tiers else ():
             self._free(name)
-        config = setup.with_shares(config, self.vllm_config, len(self._modules), self.device)
+        config = setup.with_shares(config, self.vllm_config, len(self._modules))
         method = setup.with_markers(config.method, self.vllm_config)
         self.config = replace(config, method=method)
-        self.budgets = setup.budgets_by_layer(self.config, list(self._modules))
+        budgets = setup.budgets_by_layer(self.config, list(self._modules))
+        if any(one.layout is not None for one in self.layers) and budgets != self.budgets:
+            raise ServingError("Blocks were made for the budget that the engine started with.")
+        self.budgets = budgets
         needs = method.needs
         rotates = needs.rotary or needs.observes or needs.calibration
-        known = None
-        if needs.calibration:
-            known = setup.statistics_of(self.vllm_config, config.calibration, needs, self.device)
+        known = (
+            setup.statistics_of(self.vllm_config, config.calibration, needs, self.device) if needs.calibration else None
+        )
         before, self.layers = self.layers, []
         for number, (name, module) in enumerate(self._modules.items()):
             index = extract_layer_index(name)
@@ -109,11 +115,15 @@ class Runtime:
             tier.lengths = BatchSchedule(rows + most)
         # all tiers have seen the same tokens
         self.observing = Observing(self.config.method, self.tiers[0].lengths, rows, self.compactor.rotary)
+        stores: dict[int, PagedSlotStore] = {}  # by place
         for layer in self.layers:
             layer.slots = self._slot_store(layer.module, rows + 1)
-            if layer.layout is not None:
+            if layer.place in stores:
+                layer.slots.share(stores[layer.place])
+            elif layer.layout is not None:
                 blocks, _, block_size, *_ = layer.module.kv_cache.shape
                 layer.slots.reserve(blocks, block_size)
+                stores[layer.place] = layer.slots
         if self.config.method.needs.token_ids:
             shape = (rows + 1, self.vllm_config.model_config.max_model_len)
             self.compactor.token_ids = torch.zeros(shape, dtype=torch.int32, device=self.device)
@@ -139,8 +149,8 @@ class Runtime:
 
     @property
     def slot_bytes(self) -> int:
-        """Bytes of what is kept per slot beside its keys and values, in all layers of this rank."""
-        return sum(layer.slots.slot_bytes() for layer in self.layers)
+        """Bytes of what is kept per slot of one layer beside its keys and values; all layers are of one shape."""
+        return self.layers[0].slots.slot_bytes()
 
     def _slot_store(self, module: Any, rows: int) -> PagedSlotStore:
         """Return a store of one layer, without its slots."""
@@ -154,9 +164,9 @@ class Runtime:
 
         `groups` are the names of layers that share block tables.
         """
-        group_of = {name: number for number, names in enumerate(groups) for name in names}
+        found = {name: (group, place) for group, names in enumerate(groups) for place, name in enumerate(names)}
         for name, layer in zip(self._modules, self.layers, strict=True):
-            layer.group = group_of[name]
+            layer.group, layer.place = found[name]
             layer.layout, layer.codec = setup.layout_of(layer.module, self.vllm_config.model_config.dtype)
 
     @property
@@ -176,7 +186,8 @@ class Runtime:
         """
         for name in scheduled.finished_req_ids:
             if self.config.log_requests and self.counts and name in self.requests:
-                logger.info("Request %s ended: %s.", name, " | ".join(str(tier.requests[name]) for tier in self.tiers))
+                said = (tier.describe(name, is_only=len(self.tiers) == 1) for tier in self.tiers)
+                logger.info("Request %s ended: %s.", name, " | ".join(said))
             self._free(name)
             self._suspended.pop(name, None)
         for name in scheduled.preempted_req_ids or ():
@@ -321,9 +332,10 @@ class Runtime:
             for layer in self.layers:
                 layer.slots.start(row)
         turn = seed if self.has_scheduler else 0  # only our scheduler knows a request's seed, too
+        asked = Asked(method, seed)
         for tier in self.tiers:
             budget = None if full_kv else schedule.row_budget(tier.budget, prompt, turn)
-            tier.start(name, row, schedule.Lengths(computed, computed, prompt), method, seed, budget)
+            tier.start(name, row, schedule.Lengths(computed, computed, prompt), asked, budget)
 
     def _suspend(self, name: str) -> None:
         """Free a preempted request's row; it restarts with the same prompt length, budget, method and seed."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -13,6 +14,7 @@ from torch import Tensor
 from vllm.config import get_layers_from_vllm_config
 from vllm.distributed import get_tp_group
 from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec, FullAttentionSpec, MambaSpec, SlidingWindowSpec
 
@@ -67,41 +69,87 @@ def bounded_specs(
         )
     if len({found[name] for name, one in grows.items() if one}) > 1:
         raise ServingError("Full-attention layers of different shapes are not served yet; use them with transformers.")
+    first = next((budgets[name] for name in found if grows[name]), None)
     return {
-        name: BoundedSpec.of(spec, config, budgets[name], max_length, max_chunk, is_hybrid=is_hybrid)
+        name: BoundedSpec.of(
+            spec, config, budgets[name], max_length, max_chunk, is_hybrid=is_hybrid, is_first=budgets[name] == first
+        )
         if grows[name]
         else spec
         for name, spec in found.items()
     }
 
 
-def with_shares(config: EngineConfig, vllm_config: Any, layers: int, device: torch.device) -> EngineConfig:
+def check_shares(config: EngineConfig, vllm_config: Any) -> None:
+    """Raise a ServingError for shares that the calibration lacks, before any weight is loaded."""
+    if config.budget.layer_shares == CALIBRATED:
+        _calibrated_shares(config, vllm_config)
+
+
+def with_shares(config: EngineConfig, vllm_config: Any, layers: int) -> EngineConfig:
     """Return the configuration with its layers' shares as numbers, alike within each of its groups of layers.
 
-    Raises a ServingError for shares that the calibration lacks, that are those of another number of layers, or that
-    leave a layer too little.
+    `layers` is the number of bounded ones. Raises a ServingError for shares that the calibration lacks, that are those
+    of another number of layers, or that leave a layer too little.
     """
     shares = str(config.budget.layer_shares)
     if not shares:
         return config
+    if shares == CALIBRATED:
+        shares = _calibrated_shares(config, vllm_config)
     try:
-        if shares == CALIBRATED:
-            shares = statistics_of(vllm_config, config.calibration, Requirements(), device).shares()
-        budget = replace(
-            config.budget, layer_shares=shares_in_groups(shares, config.layer_groups or groups_for(layers))
-        )
+        groups = config.layer_groups or groups_for(layers, _other_layers(vllm_config))
+        budget = replace(config.budget, layer_shares=shares_in_groups(shares, groups))
         layer_budgets(config.method, budget, layers)
-    except (BudgetError, CalibrationError) as error:
+    except BudgetError as error:
         raise ServingError(str(error)) from None
     return replace(config, budget=budget)
 
 
-def groups_for(layers: int) -> int:
-    """Return into how many groups shares put so many layers: about six, and such that few are padded.
+def _calibrated_shares(config: EngineConfig, vllm_config: Any) -> str:
+    found = statistics_of(
+        vllm_config, config.calibration, Requirements(), torch.device("cpu"), "--task QUESTIONS --layer-shares"
+    )
+    try:
+        return found.shares()
+    except CalibrationError as error:
+        raise ServingError(str(error)) from None
 
-    More groups are closer to the shares, but a step makes attention metadata for each. vLLM pads all to one size.
+
+def _other_layers(vllm_config: Any) -> list[int]:
+    """Return the numbers of layers of every kind that is not bounded."""
+    every: Any = AttentionLayerBase
+    found = (one.get_kv_cache_spec(vllm_config) for one in get_layers_from_vllm_config(vllm_config, every).values())
+    return list(Counter(spec for spec in found if spec is not None and not _grows(spec)).values())
+
+
+def groups_for(layers: int, others: Sequence[int] = ()) -> int:
+    """Return into how many groups shares put so many layers: about six with all others, and few padded.
+
+    More groups are closer to the shares, but a step makes attention metadata for each.
+
+    Args:
+        layers: that are bounded.
+        others: numbers of layers of other kinds, of hybrid models.
     """
-    return min(range(4, 9), key=lambda groups: (-(-layers // groups) * groups, abs(groups - 6.5)))
+
+    def cost(groups: int) -> float:
+        sizes = [layers * (at + 1) // groups - layers * at // groups for at in range(groups)]
+        size, found = grouped([*sizes, *others])
+        padded = size * found / (layers + sum(others)) - 1
+        return padded + abs(found - 6.5) / 20
+
+    return min(range(2, min(8, layers) + 1), key=cost, default=1)
+
+
+def grouped(kinds: Sequence[int]) -> tuple[int, int]:
+    """Return how many layers vLLM puts into each group, and how many groups it makes, of so many layers of each kind.
+
+    All groups are of one size, padded where layers lack: that of the smallest kind, or of the largest if none is half
+    as large again.
+    """
+    size = max(kinds) if max(kinds) < 1.5 * min(kinds) else min(kinds)
+    return size, sum(-(-layers // size) for layers in kinds)
 
 
 def budgets_by_layer(config: EngineConfig, names: Sequence[str]) -> dict[str, Budget]:
@@ -182,18 +230,20 @@ def rotary_of(vllm_config: Any, layers: list[int], device: torch.device) -> Rota
     return first.to(device)
 
 
-def statistics_of(vllm_config: Any, given: str | None, needs: Requirements, device: torch.device) -> Calibration:
+def statistics_of(
+    vllm_config: Any, given: str | None, needs: Requirements, device: torch.device, flags: str = "--text FILE"
+) -> Calibration:
     """Return statistics of the model's queries: from the file that is given, or from the model's folder.
 
     They are checked against the configuration, but not against the weights: vLLM lays those out otherwise. Raises a
-    ServingError for none, another model's, or a missing part.
+    ServingError for none (with `flags`, `reasonkv calibrate` makes some), another model's, or a missing part.
     """
     model = vllm_config.model_config
     path = Path(given).expanduser() if given is not None else Path(model.model) / FILE
     if given is None and not path.is_file():
         raise ServingError(
             f"The method or layer_shares need a calibration, and {model.model} is no folder that has one; make "
-            f"it with `reasonkv calibrate --model {model.model} --text FILE --out stats.safetensors` and put "
+            f"it with `reasonkv calibrate --model {model.model} {flags} --out stats.safetensors` and put "
             '"calibration": "stats.safetensors" into the configuration.'
         )
     try:

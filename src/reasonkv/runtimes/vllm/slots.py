@@ -20,10 +20,14 @@ class PagedSlotStore(SlotStore):
     waiting: Tensor | None = None
     """Queries that a method which observes several decode steps at once was not given yet: a ring as `ring`."""
 
+    _owns_blocks = True
+
     @property
     def bytes(self) -> int:
         """Bytes of everything stored here."""
-        return super().bytes + (0 if self.waiting is None else self.waiting.nbytes)
+        of_rows = [self.ring, self.waiting, *self.row_state.values()]
+        of_blocks = [self.token_index, self.counts, *self.state.values()] if self._owns_blocks else []
+        return sum(one.nbytes for one in (*of_rows, *of_blocks) if one is not None)
 
     def prepare(self, method: Method, query_heads: int, head_dim: int, observed_dim: int | None = None) -> None:
         """Allocate what has a row per request, as `SlotStore.prepare`, and the ring of queries that wait."""
@@ -33,8 +37,13 @@ class PagedSlotStore(SlotStore):
             self.waiting = torch.zeros(shape, dtype=self.dtype, device=self.device)
 
     def slot_bytes(self) -> int:
-        """Return the bytes of one slot of all heads."""
+        """Return the bytes of one slot of all heads, beside its keys and values."""
         return 4 * self.heads * (1 + self.needs.merges + len(self.needs.stored_state))
+
+    def share(self, other: PagedSlotStore) -> None:
+        """Write what compactions leave to the blocks of another store, whose layer's requests hold other blocks."""
+        self.token_index, self.counts, self.state = other.token_index, other.counts, other.state
+        self._owns_blocks = False
 
     def reserve(self, blocks: int, block_size: int) -> None:
         """Allocate what compactions write, for so many blocks."""

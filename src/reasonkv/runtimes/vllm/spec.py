@@ -20,23 +20,28 @@ class BoundedSpec(FullAttentionSpec):  # type: ignore[misc]
     budget: Budget  # of every request
     max_length: int  # most tokens of a request (the engine's `max_model_len`)
     max_chunk: int  # of a chunk that crosses a compaction: 1 where chunks end there, else `max_num_batched_tokens`
-    own_tokens: int | None = None  # newest of a prompt, which a request feeds itself; None: no prompt is shared
+    own_tokens: int | None = None  # newest of a prompt that are not looked up for sharing; None: no prompt is shared
     recent: int = 0  # newest slots that the method itself protects
     layer_shares: str = ""  # of all bounded layers, by which `budget` is this one's; "": all are alike
 
     @classmethod
     def of(
         cls, spec: FullAttentionSpec, config: EngineConfig, budget: Budget, max_length: int, max_chunk: int,
-        *, is_hybrid: bool = False,
+        *, is_hybrid: bool = False, is_first: bool = True,
     ) -> BoundedSpec:  # fmt: skip
-        """Return a stock full-attention spec with a layer's budget; `is_hybrid`: other layers are of other kinds."""
+        """Return a stock full-attention spec with a layer's budget.
+
+        `is_hybrid`: other layers are of other kinds. `is_first`: it has the budget of the first layer. vLLM looks up
+        blocks for these first, and for the others only as far as it found some. So these alone leave out the tokens
+        whose queries the method reads.
+        """
         stock = {one.name: getattr(spec, one.name) for one in fields(FullAttentionSpec) if one.init}
         needs = config.method.needs
         # what a method collects of a prompt's tokens would be missing where another request fed them, and a merge
         # changes slots that others read; the other layers of a hybrid would share answers, too, which compressed
         # attention wrote
         collects = needs.observes or needs.token_ids or needs.merges or bool(needs.stored_state)
-        own = None if collects or is_hybrid or max_chunk > 1 else max(1, needs.queries)
+        own = None if collects or is_hybrid or max_chunk > 1 else max(1, needs.queries if is_first else 0)
         return cls(
             **stock, budget=budget, max_length=max_length, max_chunk=max_chunk, own_tokens=own,
             recent=needs.recent, layer_shares=str(config.budget.layer_shares),

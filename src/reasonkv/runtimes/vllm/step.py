@@ -23,16 +23,33 @@ from reasonkv.budget import Budget
 from reasonkv.methods import Method
 
 
-@dataclass(kw_only=True)
-class RunningRequest:
-    """One request of this worker."""
+@dataclass
+class Asked:
+    """How one request is compressed, in all tiers of layers."""
 
-    lengths: BatchSchedule  # of all requests
-    row: int  # of everything that is kept per request: lengths, query rings, positions, state
     method: Method  # the engine's, or with options of the request's own
     seed: int = 0  # its row seed
+
+
+@dataclass(kw_only=True)
+class RunningRequest:
+    """One request of this worker, in one tier of layers."""
+
+    lengths: BatchSchedule  # of all requests in the tier
+    row: int  # of everything that is kept per request: lengths, query rings, positions, state
+    asked: Asked
     compacted_slots: int = 0  # slots that the newest compaction left; later ones hold consecutive tokens
     compactions: int = 0  # carried out so far
+
+    @property
+    def method(self) -> Method:
+        """The engine's, or with options of the request's own."""
+        return self.asked.method
+
+    @property
+    def seed(self) -> int:
+        """Its row seed."""
+        return self.asked.seed
 
     @property
     def state(self) -> schedule.Lengths:

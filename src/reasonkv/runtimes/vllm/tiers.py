@@ -18,9 +18,8 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from reasonkv import schedule
 from reasonkv.batch_schedule import BatchSchedule
 from reasonkv.budget import Budget, ExplicitEventsWindow
-from reasonkv.methods import Method
 from reasonkv.runtimes.vllm.compactions import Layer
-from reasonkv.runtimes.vllm.step import RunningRequest, StepLayout, StepPlaces, padded, to_device
+from reasonkv.runtimes.vllm.step import Asked, RunningRequest, StepLayout, StepPlaces, padded, to_device
 
 
 @dataclass
@@ -36,12 +35,15 @@ class Tier:
     places: dict[int, StepPlaces] = field(default_factory=dict)  # of the newest step, by group of layers
     _sent: tuple[NDArray[np.int64], Tensor] | None = None  # rows and dropped slots, on host and device
 
-    def start(
-        self, name: str, row: int, lengths: schedule.Lengths, method: Method, seed: int, budget: Budget | None
-    ) -> None:
+    def start(self, name: str, row: int, lengths: schedule.Lengths, asked: Asked, budget: Budget | None) -> None:
         """Start a request in a row; a budget of None keeps its full KV."""
         self.lengths.start(row, budget, lengths)
-        self.requests[name] = RunningRequest(lengths=self.lengths, row=row, method=method, seed=seed)
+        self.requests[name] = RunningRequest(lengths=self.lengths, row=row, asked=asked)
+
+    def describe(self, name: str, *, is_only: bool) -> str:
+        """Return what a request holds, in words for the log; unless the tier `is_only`, in which layers."""
+        layers = "" if is_only else f"layers {', '.join(str(one.index) for one in self.layers)}: "
+        return f"{layers}{self.requests[name]}"
 
     def compact_after(self, name: str, fed: int) -> None:
         """Note that a request is compacted at the end of the step because of the step's number."""

@@ -30,7 +30,7 @@ from reasonkv.runtimes.vllm.config import (
     installed_package,
 )
 from reasonkv.runtimes.vllm.runtime import Runtime
-from reasonkv.runtimes.vllm.setup import bounded_specs
+from reasonkv.runtimes.vllm.setup import bounded_specs, check_shares
 from reasonkv.runtimes.vllm.spec import bounded_groups, stock_blocks
 
 if current_platform.is_cpu():
@@ -70,6 +70,7 @@ class Worker(PlatformWorker):  # type: ignore[misc]
         if self.compression is not None:
             self._vllm_version = installed_package(untested=self.compression.untested)[1]
             check_engine(vllm_config, self.compression)
+            check_shares(self.compression, vllm_config)
             for stock, path in DRIVEN.items():
                 register_backend(stock, path)
             if vllm_config.attention_config.backend is None:
@@ -105,7 +106,8 @@ class Worker(PlatformWorker):  # type: ignore[misc]
         runtime, groups = self.runtime, get_kv_cache_groups(self.vllm_config, self.get_kv_cache_spec())
         bounded = bounded_groups(groups)
         page = max(one.kv_cache_spec.page_size_bytes * len(one.layer_names) for one in groups)
-        beside = runtime.slot_bytes * bounded[0].kv_cache_spec.block_size
+        most = max(len(one.layer_names) for one in bounded)
+        beside = runtime.slot_bytes * most * bounded[0].kv_cache_spec.block_size
         request = _fewest_blocks(bounded) * (page + beside) + runtime.row_bytes
         rows = runtime.rows_in(found // request + 1)  # one more than fit: what is left of the memory may hold one
         return max(0, found - (rows + 1) * runtime.row_bytes) * page // (page + beside)
