@@ -53,6 +53,11 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(
     assert words in sentence(replay(model, tmp_path / "out", **changes))
 
 
+def test_statistics_that_are_read_are_not_measured(tmp_path: Path) -> None:
+    for flag in ("--forecast", "--horizon", "--layer-shares"):
+        assert "leave --forecast, --horizon" in sentence(run("calibrate", "--import", tmp_path / "stats.pt", flag))
+
+
 def empty(folder: Path) -> None:
     folder.mkdir()
 

@@ -64,6 +64,18 @@ def test_attention_over_what_each_layer_holds_is_exact(method: str, pieces: str,
     check(Case(method, "qwen3", pieces, kind, "sdpa", prompt), limits=replace(BUDGET, prompt=prompt))
 
 
+@pytest.mark.parametrize("method", ["forecast", "snapkv"])
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [("gemma3", {"layer_shares": "0.5/1.5"}), ("qwen3", {"stagger": 3})],  # beside sliding windows; taking turns
+)
+def test_attention_is_exact_beside_other_layers_and_where_layers_take_turns(
+    method: str, family: str, changes: dict[str, Any]
+) -> None:
+    limits = replace(BUDGET, prompt="on_top", **changes)
+    check(Case(method, family, "decode", "padded", "sdpa", "on_top"), limits=limits)
+
+
 def test_layers_hold_their_shares() -> None:
     (ids, mask, positions), pieces = batch(LENGTHS), [24, 7, *[1] * 15, 7, 7]
     with CompressedCache(MODEL, "random", BUDGET, prompt_lengths=PROMPTS) as cache:

@@ -8,12 +8,14 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from command_line import run
+from command_line import sentence as one_sentence
 from models import calibration, tiny_model
 
 from reasonkv import testbed
@@ -117,6 +119,20 @@ def test_without_a_method_the_statistics_say_which(tmp_path: Path, monkeypatch: 
     _, stdout, _ = run("serve", "Some/Model", "--budget", "512", "--dry-run")  # what comes with the package
     given = given_to(shlex.split(stdout))
     assert given["method"] == "forecast" and given["calibration"].endswith("some--model.safetensors")
+
+
+@pytest.mark.usefixtures("installed")
+def test_shares_of_the_layers_come_from_the_statistics_or_are_asked_for(tmp_path: Path) -> None:
+    file, asked = tmp_path / "stats.safetensors", (*BASIC, "--layer-shares", "calibrated", "--layer-groups", "4")
+    known = calibration(tiny_model("qwen3", torch.float32))
+    save_calibration(file, replace(known, layer_shares=None))
+    for given in ((), ("--calibration", str(file))):
+        assert "--task QUESTIONS --layer-shares --out" in one_sentence(run(*asked, *given, "--dry-run"))
+    save_calibration(file, replace(known, layer_shares="1/2/3"))
+    found = given_to(dry(*asked, "--calibration", str(file)))
+    assert (found["layer_shares"], found["layer_groups"]) == ("calibrated", 4)
+    assert found["calibration"] == str(file.resolve())
+    assert "give layer_shares, too" in one_sentence(run(*BASIC, "--layer-groups", "4"))
 
 
 @pytest.mark.usefixtures("installed")

@@ -85,6 +85,7 @@ def test_inspect_takes_a_window(model: str, tmp_path: Path) -> None:
         ("inspect --method rkv", "rkv needs one budget"),
         ("inspect --method full --window 64", "full takes no budget"),
         ("inspect . --window 64", "A results folder has its own budgets"),
+        ("inspect . --budget 64 --layer-shares 1/2", "A results folder has its own budgets"),
         ("inspect --window 1", "A window's size must be a whole number of at least 2"),
         (f"generate --task {TASK} --method kara --window 64 --retention 0.2,0.3", "one budget"),
         (f"tune --task {TASK} --methods kara --window 0 --out x", "A window's size must be"),

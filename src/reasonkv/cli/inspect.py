@@ -59,6 +59,7 @@ def inspect(
         out: The page to write.
         save: Also keep the data and the plans in this folder.
     """
+    from reasonkv.cli.ready import rule_fields
     from reasonkv.evaluate.cells import make_config
     from reasonkv.evaluate.table import read_manifest
     from reasonkv.files import write_atomically
@@ -92,8 +93,8 @@ def inspect(
         inspector = Inspector(loaded, cell)
         made = inspector.generation(row, subject) if generate else inspector.replay(row, subject)
     else:
-        if budget.window is not None or budget.keep or len(budget.tokens) > 1:
-            raise UsageError("A results folder has its own budgets; choose one of its sizes by --budget TOKENS.")
+        if budget.window is not None or budget.keep or len(budget.tokens) > 1 or rule_fields(budget):
+            raise UsageError("A results folder has its own budgets; choose one of its sizes by --budget TOKENS alone.")
         loaded = replace(loading, model=model or read_manifest(folder)["model"]["name"]).load()
         choices = {"task": task, "example": example, "method": method, "tokens": next(iter(budget.tokens), None)}
         made = inspect_folder(folder, loaded, choices | {"grade": options.grade}, generate=generate)

@@ -10,6 +10,7 @@ from cyclopts import Parameter
 from reasonkv.calibration.job import CalibrateJob
 from reasonkv.cli.console import note, print_json, print_tables, progress_bars, quiet_libraries, show
 from reasonkv.cli.flags import GROUPS, ConfigFile, Json, ModelFlags, Without, command, load
+from reasonkv.cli.mistakes import UsageError
 from reasonkv.seer.job import TrainGateJob
 from reasonkv.tasks.options import TaskOptions
 
@@ -47,6 +48,8 @@ def calibrate(
     from reasonkv.calibration.run import run, write
 
     if job.import_ is not None:
+        if job.forecast or job.horizon or job.layer_shares:
+            raise UsageError("--import takes a file as it is; leave --forecast, --horizon and --layer-shares out.")
         found = import_pt(job.import_) if job.import_.suffix == ".pt" else load_calibration(job.import_)
         if model is not None:
             from reasonkv.checkpoints import load_config

@@ -64,8 +64,7 @@ class Runtime:
     def use(self, config: EngineConfig) -> None:
         """Serve by another method from now on, under the same budget, while no request is running.
 
-        Raises a ServingError where the statistics or the rotary embedding that the method needs are missing, or for
-        another budget.
+        Raises a ServingError for another budget, or where statistics or a rotary embedding that it needs are missing.
         """
         for name in list(self.requests) if self.tiers else ():
             self._free(name)
