@@ -133,11 +133,11 @@ def groups_for(layers: int, others: Sequence[int] = ()) -> int:
         others: numbers of layers of other kinds, of hybrid models.
     """
 
-    def cost(groups: int) -> float:
+    def cost(groups: int) -> tuple[float, int]:
         sizes = [layers * (at + 1) // groups - layers * at // groups for at in range(groups)]
         size, found = grouped([*sizes, *others])
         padded = size * found / (layers + sum(others)) - 1
-        return padded + abs(found - 6.5) / 20
+        return padded + abs(found - 6.5) / 20, -groups
 
     return min(range(2, min(8, layers) + 1), key=cost, default=1)
 
