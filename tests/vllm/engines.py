@@ -245,7 +245,6 @@ class Watcher:
     Args:
         llm: the engine.
         repeats: a request that is fed again must have every event again, and keep the same slots.
-
     """
 
     def __init__(self, llm: Any, *, repeats: bool = False) -> None:

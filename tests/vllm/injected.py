@@ -41,7 +41,6 @@ class Injected(Method):
         plans: by request, layer and event; one row each.
         views: what they were made from.
         asked: what their method needs.
-
     """
 
     name: ClassVar[str] = "injected"

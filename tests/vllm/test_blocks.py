@@ -251,7 +251,6 @@ def replay(ids: list[int], tokens: list[int], pieces: list[int], budget: Budget,
 
     Returns:
         How many tokens were compared; all are equal.
-
     """
     model, _ = load_testbed()
     text, fed, compared = ids + tokens, 0, 0

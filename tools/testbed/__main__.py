@@ -30,7 +30,6 @@ def run(
         recipe: `smoke` trains a tiny model in seconds, to test the machinery.
         minutes: end after so much training time.
         resume: continue the run found in `out`.
-
     """
     chosen = Recipe.bundled() if recipe == "bundled" else Recipe.smoke()
     try:

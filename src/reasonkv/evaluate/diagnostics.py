@@ -131,7 +131,6 @@ class CaskDiagnostics:
     Args:
         reference: full KV's attention over the very rows that are fed, for instance
             `reasonkv.evaluate.reference.FullAttention.collect(model, rows)`.
-
     """
 
     def __init__(self, reference: TraceAttention) -> None:

@@ -27,7 +27,6 @@ class Attachment:
         kernel: attention kernel to drive; None for the model's own.
         receive: called as `receive(cache, input_ids)` before every forward, for methods that read token ids.
         unrotates: the method un-rotates keys by the index of their token.
-
     """
 
     def __init__(

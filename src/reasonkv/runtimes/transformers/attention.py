@@ -42,7 +42,6 @@ class LogitRule:
         scaling: factor on the products.
         softcap: Gemma 2's cap * tanh(x / cap), or None.
         sinks: learned sink logits [Hq] (gpt-oss), which take probability and give nothing, or None.
-
     """
 
     scaling: float
@@ -95,7 +94,6 @@ def base_kernel(config: PreTrainedConfig, requested: str | None = None) -> str:
 
     Raises:
         UnsupportedModelError: a kernel that cannot be driven.
-
     """
     kernel = requested or (text_config(config)._attn_implementation or "eager").removeprefix(PREFIX)
     if kernel not in KERNELS:
@@ -128,7 +126,6 @@ def naive_attention(
 
     Returns:
         [B, q, Hq, Dv] and None.
-
     """
     B, Hq, q, D = query.shape
     H, S = key.shape[1], key.shape[2]

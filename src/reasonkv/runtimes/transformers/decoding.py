@@ -73,7 +73,6 @@ def check_mode(config: GenerationConfig) -> None:
 
     Raises:
         UnsupportedModelError: one sentence.
-
     """
     mode = config.get_generation_mode().value
     if mode not in MODES:
@@ -90,7 +89,6 @@ def compile_steps(config: GenerationConfig) -> None:
 
     Raises:
         UnsupportedModelError: beams, or a prompt in chunks.
-
     """
     if (config.num_beams or 1) > 1 or config.prefill_chunk_size is not None:
         raise UnsupportedModelError("compile=True serves no beams and no prefill_chunk_size; leave one of them out.")
@@ -116,7 +114,6 @@ def generate_with(
     Raises:
         BudgetError: a budget that makes no sense.
         MethodError: an unknown method, or one that looks into the future.
-
     """
     made = None if method is None else get_method(method)
     fields = {name: value for name, value in options.items() if name in BudgetFields.__annotations__}

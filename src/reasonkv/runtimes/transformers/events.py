@@ -24,7 +24,6 @@ def settle_layers(
 
     Raises:
         PlanError: a plan that cannot be carried out, a defect of the method.
-
     """
     start = time.perf_counter()
     if layers and any(keep is not None for keep in forward.keep):
@@ -45,7 +44,6 @@ def compact_layers(
 
     Raises:
         PlanError: a plan that cannot be carried out, a defect of the method.
-
     """
     done: dict[int, list[tuple[CompactionGroup, Plan, SlotView]]] = {layer.leader: [] for layer in layers}
     for group in forward.groups(method.needs.queries):

@@ -52,7 +52,6 @@ class SequenceState:
         padding: slots held that nothing attends to (log mass -inf), per KV head, averaged over heads and layers.
         padding_left: what the forward under way leaves of them, summed over the layers that were compacted.
         padding_passed: such slots, summed over the tokens fed after the prompt.
-
     """
 
     state: schedule.Lengths
@@ -107,7 +106,6 @@ class ForwardPlan:
         keep: slots a row's compaction keeps, or None.
         layers: compressed layers it is fed to.
         made: tensors of the forward that its layers share.
-
     """
 
     rows: list[SequenceState]
@@ -281,7 +279,6 @@ def fed_tokens(batch: int, columns: int, attention_mask: Tensor | None) -> tuple
 
     Raises:
         UnsupportedModelError: the mask does not cover the forward, or there is nothing to feed.
-
     """
     if columns == 0:
         raise UnsupportedModelError(
@@ -311,7 +308,6 @@ def check_padding(attention_mask: Tensor, columns: int, has_tokens: Sequence[boo
 
     Raises:
         UnsupportedModelError: a row has tokens, padding, and tokens again.
-
     """
     valid = attention_mask[:, -columns - 1 :].bool()
     starts = (valid[:, 1:] & ~valid[:, :-1]).sum(-1)  # of a row with tokens, each one follows padding

@@ -26,7 +26,6 @@ class CompressedHybridLayer(CompressedLayer, LinearAttentionAndFullAttentionLaye
     Args:
         session, index: as in `CompressedLayer`.
         number_of_states: states that the layer carries.
-
     """
 
     is_croppable = False
@@ -51,7 +50,6 @@ class CompressedIndexedLayer(CompressedLayer):
     Args:
         session, index: as in `CompressedLayer`.
         leader: the layer whose indexer chooses for this one; itself where it has its own.
-
     """
 
     def __init__(self, session: Session, index: int, leader: int) -> None:

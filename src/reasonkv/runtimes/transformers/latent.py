@@ -31,7 +31,6 @@ class Expansion:
         expand: the attention module's own function of latents [B, 1, N, R] and rotated parts [B, 1, N, r].
         latent: R.
         rotated: r.
-
     """
 
     expand: Expand
@@ -73,7 +72,6 @@ def name_layers(model: PreTrainedModel) -> list[Any]:
 
     Returns:
         Handles; removing them undoes it.
-
     """
     latent = [module for module in model.modules() if hasattr(module, "expand_kv")]
     return [module.register_forward_pre_hook(_name_layer, with_kwargs=True) for module in latent]

@@ -34,7 +34,6 @@ class CompressedLayer(CacheLayerMixin):
     Args:
         session: what all layers share.
         index: its number in the model.
-
     """
 
     is_sliding = False
@@ -144,7 +143,6 @@ class CompressedLayer(CacheLayerMixin):
             query: rotated queries [B, Hq, q, D].
             rule: how this layer's logits come from query-key products.
             module: the model's attention module.
-
         """
         storage = self.storage
         assert storage is not None
@@ -166,7 +164,6 @@ class CompressedLayer(CacheLayerMixin):
 
         Args:
             query_heads: Hq.
-
         """
         assert self.storage is not None
         self.rule, self.query_heads = LogitRule(self.storage.keys.shape[3] ** -0.5), query_heads
@@ -244,7 +241,6 @@ class CompressedLayer(CacheLayerMixin):
 
         Raises:
             ValueError: the layer has not seen a token.
-
         """
         if self.storage is None or self.group is None:
             raise ValueError(f"Layer {self.index} has not seen a token.")

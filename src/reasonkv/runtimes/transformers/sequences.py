@@ -43,7 +43,6 @@ class LayerGroup:
 
         Raises:
             BudgetError: the prompt no longer fits.
-
         """
         for row, count in zip(self.rows, fed, strict=True):
             row.reopen(count)
@@ -61,7 +60,6 @@ def check_layers(method: Method, budget: Budget | None, layers: int, is_one_mask
 
     Raises:
         BudgetError: a share that cannot hold what is protected, or layers that must be alike and are not.
-
     """
     if len(set(layer_budgets(method, budget, layers))) > 1 and is_one_mask:
         raise BudgetError(
@@ -90,7 +88,6 @@ def make_groups(
 
     Raises:
         BudgetError: what is protected does not fit a layer's share.
-
     """
     seeds = seeds or [0] * len(prompts)
     budgets = row_budgets(budget, window_events, len(prompts))
@@ -112,7 +109,6 @@ def check_first_forward(
     Raises:
         UnsupportedModelError: the reference is of other rows.
         BudgetError: more is fed than the prompt that was declared.
-
     """
     if reference is not None and len(reference.lengths) != len(fed):
         raise UnsupportedModelError(
@@ -134,7 +130,6 @@ def later_prompt(
 
     Raises:
         BudgetError: nobody said where the prompt ends, or it no longer fits.
-
     """
     still_prompt = all(row.decoded == 0 for row in groups[0].rows)
     if still_prompt and not is_declared:
@@ -153,7 +148,6 @@ def tokens_to_next_event(groups: Sequence[LayerGroup], packing: Callable[[int], 
     Args:
         groups: the layers by budget.
         packing: after how many tokens slots are packed, given those held; decoding may not cross that either.
-
     """
     found: list[int | None] = []
     for rows in zip(*(group.rows for group in groups), strict=True):

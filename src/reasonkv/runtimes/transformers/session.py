@@ -51,7 +51,6 @@ class Session:
         begin_forward: announces batch, columns and the 2-D mask of a forward, and returns its plan.
         layer_done: called by every layer, with itself, after it attended.
         note_allocation: called by a layer that allocated.
-
     """
 
     method: Method
@@ -125,7 +124,6 @@ def load_statistics(model: PreTrainedModel, given: Calibration | str | Path | No
 
     Raises:
         CalibrationError: none to be found, or another model's.
-
     """
     found = given if isinstance(given, Calibration) else find_calibration(model, given)
     found.check(model.config)

@@ -32,7 +32,6 @@ class PageTable:
         state: summaries of full pages by name, [B, H, pages allocated, ...]; zeros where a row has none yet.
         read_B3: float64, sums over decoded tokens: slots they read per KV head, pages whose summaries they read, and
             how many tokens there were; None before the first.
-
     """
 
     state: dict[str, Tensor] = field(default_factory=dict)
@@ -78,7 +77,6 @@ class SparseReader:
 
     Raises:
         BudgetError: a budget below the pages that are always read, or a window.
-
     """
 
     def __init__(self, method: SelectionMethod, prepared: Prepared, budget: Budget, rotaries: Rotaries) -> None:
@@ -103,7 +101,6 @@ class SparseReader:
 
         Raises:
             BudgetError, MethodError: a budget too small, or parameters that cannot be found.
-
         """
         if not isinstance(method, SelectionMethod) or budget is None:
             return None, budget
@@ -140,7 +137,6 @@ class SparseReader:
 
         Yields:
             Columns of the forward, and their additive mask [B, Hq, columns, width], 0 or -inf, in the queries' dtype.
-
         """
         B, Hq, q, _ = queries_BHqqD.shape
         step = max(1, MASK_ELEMENTS // (B * Hq * forward.width))
@@ -159,7 +155,6 @@ class SparseReader:
 
         Returns:
             Slots per KV head, mean over layers; bytes over all KV heads and layers.
-
         """
         slots, summaries = [], 0.0
         for table in self.tables.values():

@@ -35,7 +35,6 @@ class RowStats:
             nothing attends to; None: all that are held.
         bytes_read_mean: the bytes of their keys and values in all layers, and of the page summaries read to choose.
         bytes_in_use: bytes of the slots held now, and of what does not depend on them.
-
     """
 
     length: int
@@ -66,7 +65,6 @@ class CacheStats:
         bytes_allocated: bytes of keys and values allocated now for the whole batch, ragged tails included.
         bytes_allocated_peak: the most that was allocated at once; a long prompt is staged one layer at a time.
         bytes_beside: bytes allocated beside them: token indices, counts, method state, queries and page summaries.
-
     """
 
     rows: list[RowStats]
@@ -123,7 +121,6 @@ def collect_stats(
         groups: its layers by budget.
         storages: every compressed layer's that has seen a token, with the number of its group.
         is_bounded: the cache has a budget.
-
     """
     if not groups:
         return []

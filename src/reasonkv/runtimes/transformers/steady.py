@@ -41,7 +41,6 @@ class Cursor:
 
     Args:
         storage: of a layer.
-
     """
 
     def __init__(self, storage: LayerStorage) -> None:
@@ -76,7 +75,6 @@ class Beside:
         layer: the compressed layer.
         cursor: of all layers.
         steps: steps whose queries the method is given at once; 0 if it observes nothing.
-
     """
 
     def __init__(self, layer: CompressedLayer, cursor: Cursor, steps: int) -> None:
@@ -107,7 +105,6 @@ class SteadyLayer(CacheLayerMixin):
     Args:
         layer: the compressed layer; its storage has the capacity.
         cursor, steps: as in `Beside`.
-
     """
 
     is_compileable = True
@@ -167,7 +164,6 @@ class SteadyCache(CompressedCache):
 
     Raises:
         UnsupportedModelError: a model, a method or a budget that has no static shapes.
-
     """
 
     def __init__(self, model: PreTrainedModel, *args: Any, **options: Any) -> None:

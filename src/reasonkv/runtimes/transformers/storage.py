@@ -27,7 +27,6 @@ class LayerStorage(SlotStore):
         keys, values: of that forward, [B, H, q, D]; they say how wide slots are.
         needs: what the method asks for.
         capacity: slots that are allocated from the first compaction on, or None for a cache without bound.
-
     """
 
     def __init__(self, keys: Tensor, values: Tensor, needs: Requirements, capacity: int | None) -> None:

@@ -21,7 +21,6 @@ class TokenLog:
 
         Raises:
             UnsupportedModelError: the forward was not announced with token ids.
-
         """
         new, self.announced = self.announced, None
         if new is None or tuple(new.shape) != (len(forward.rows), forward.columns):

@@ -59,7 +59,6 @@ class Layout:
         offset_HSD: by kind, int64, elements from the start of the block.
         is_rows: by kind: every slot is a row of D elements at a multiple of D, which is copied several times faster.
         stride: by kind, elements from one dimension of every slot to its next; None where it is not the same.
-
     """
 
     offset_HSD: dict[Kind, Tensor]

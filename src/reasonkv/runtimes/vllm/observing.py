@@ -40,7 +40,6 @@ class Observing:
         lengths: of all requests.
         rows: of the slot stores, without the spare one behind them.
         rotary: of the layers, if the method observes.
-
     """
 
     def __init__(self, method: Method, lengths: BatchSchedule, rows: int, rotary: Rotary | None) -> None:

@@ -110,7 +110,6 @@ class StepLayout:
         fed: tokens of every request that is scheduled, by request id.
         requests: the worker's requests, by id.
         order: request ids as they stand in the batch.
-
     """
 
     def __init__(self, fed: Mapping[str, int], requests: Mapping[str, RunningRequest], order: list[str]) -> None:
@@ -168,7 +167,6 @@ class StepPlaces:
         query_start_loc: vLLM's, [requests + 1 or more], where each request's tokens begin in the batch.
         seq_lens: vLLM's, [requests or more], logical lengths after the step.
         block_table: [requests or more, blocks], of the kernel's blocks.
-
     """
 
     def for_layers(self, block_table: Tensor) -> StepPlaces:

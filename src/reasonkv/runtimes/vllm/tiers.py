@@ -62,7 +62,6 @@ class Tier:
             common: vLLM's metadata of the step for `group`.
             group: one of this tier's groups of layers.
             rows: of the slot stores; requests beyond them keep full KV.
-
         """
         step = self.step = StepLayout(fed, self.requests, order)
         numbers = np.stack([np.minimum(step.rows, rows), step.lengths - step.held])
