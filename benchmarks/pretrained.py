@@ -8,6 +8,7 @@ import altair as alt
 import pandas as pd
 from tables import METRICS, SHARES, Gains, load, manifests, markdown, means, plus_minus, points, sizes, text, words
 
+from reasonkv.evaluate.statistics import wilson
 from reasonkv.report.charts import facets, save_png
 
 _WORDS = {"replay": "traces", "answers": "answers"}
@@ -131,6 +132,24 @@ def answers_table(answers: pd.DataFrame) -> str:
     head = ["model", "method", "slots", "right, %", "to full KV, points", "to `random`, points", "tokens", "mean slots"]
     n = answers["example"].nunique()
     return f"## Answers\n\n{n} problems, greedy; paired differences with 95 % intervals.\n\n{markdown(head, rows)}\n"
+
+
+def build_answers(source: Path, to: Path) -> None:
+    """Write the table and the figure of answers at one budget, where nothing was replayed; arguments as `build`'s."""
+    answers = load(source)["answers"]
+    about = f"Made by `python benchmarks/results.py {source.name}` from the records of its README.md.\n\n"
+    (to / "tables.md").write_text(about + answers_table(answers))
+    right = answers.groupby("method")["correct"].agg(["mean", "count"]).sort_values("mean", ascending=False)
+    bounds = [wilson(mean, n) for mean, n in right.itertuples(index=False)]
+    data = (100 * right.assign(low=[low for low, _ in bounds], high=[high for _, high in bounds])).reset_index()
+    base = alt.Chart(data).encode(
+        y=alt.Y("method:N", sort=data["method"].tolist(), title=None, axis=alt.Axis(grid=True)),
+        color=alt.condition("datum.method == 'full'", alt.value("#333333"), alt.value("#4c72b0")),
+    )
+    bars = base.mark_rule(strokeWidth=2).encode(x="low:Q", x2="high:Q")
+    dots = base.mark_point(filled=True, size=46, opacity=1).encode(x=alt.X("mean:Q", title="answers right, %"))
+    note = f"{answers['example'].nunique()} problems, the same for all; bars: 95 % of each by itself."
+    save_png((bars + dots).properties(width=420, height=alt.Step(20)), to / f"{source.name}.png", note)
 
 
 def model_of(group: str) -> str:

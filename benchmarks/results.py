@@ -32,6 +32,7 @@ BUILDERS = {
     "leaderboard": leaderboard.build,
     "equal_bytes": settings.equal_bytes,
     "sensitivity": settings.build,
+    "answers": pretrained.build_answers,
     "breadth": partial(pretrained.build, by="docs/results/breadth/README.md"),
     "layers": partial(pretrained.build, over=pretrained.ALIKE, by="docs/results/layers/README.md"),
     "lead": partial(pretrained.build, over="expected", by="docs/results/lead/README.md"),

@@ -82,13 +82,15 @@ def keep(roots: Iterable[Path], folder: Path) -> Path:
 
 def write(table: pa.Table, about: Mapping[str, Any], path: Path) -> Path:
     """Write records as small as they get, with the manifests of their runs; return the path."""
-    packed = base64.b85encode(zlib.compress(json.dumps(about).encode(), 9))  # a parquet file holds its schema twice
-    table = table.replace_schema_metadata({**(table.schema.metadata or {}), _MANIFESTS: packed})
     split = {name: "BYTE_STREAM_SPLIT" for name in ("kl",) if name in table.column_names}
-    pq.write_table(
-        table, path, compression="brotli", compression_level=11, column_encoding=split,
-        use_dictionary=[name for name in table.column_names if name not in split], write_statistics=False,
-    )  # fmt: skip
+    # without what pandas and Arrow say about the columns, which is half of a small file
+    table = table.replace_schema_metadata(None)
+    with pq.ParquetWriter(
+        path, table.schema, compression="brotli", compression_level=11, column_encoding=split, write_statistics=False,
+        use_dictionary=[name for name in table.column_names if name not in split], store_schema=False,
+    ) as writer:  # fmt: skip
+        writer.write_table(table)
+        writer.add_key_value_metadata({_MANIFESTS: base64.b85encode(zlib.compress(json.dumps(about).encode(), 9))})
     return path
 
 

@@ -35,6 +35,7 @@ def tables(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
         "pretrained",
         "pretrained_league",
         "lead",
+        "answers",
         "breadth",
         "layers",
         "leaderboard",
@@ -105,12 +106,24 @@ def test_the_readme_says_how_many_answers_are_right(tables: ModuleType) -> None:
     assert right[fitted] == right[fitted + tables.SHARES]
     words = f"{right[fitted]}, with or without shares of the layers, where full KV had {right['full']}, "
     words += f"`streaming` {right['streaming']}, `random` {right['random']} and `expected` {right['expected']}"
-    assert words in " ".join((ROOT / "README.md").read_text().split())
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    assert words in readme
+    second = tables.load(ROOT / "docs" / "results" / "answers")["answers"]
+    right = {method: f"{100 * mean:.0f}" for method, mean in second.groupby("method")["correct"].mean().items()}
+    words = f"it has {right[fitted]}, full KV {right['full']}, `random` {right['random']} "
+    assert words + f"and `triattention` {right['triattention']}." in readme
+    folder = ROOT / "docs" / "results" / "answers"
+    page = [line.replace("*", "") for line in (folder / "README.md").read_text().splitlines()]
+    for line in (folder / "tables.md").read_text().splitlines()[8:]:
+        _, _, method, _, hits, to_full, to_random, *_ = (cell.strip() for cell in line.split("|"))
+        name = "... with" if tables.SHARES in method else f"`{method.partition(':')[0]}`"
+        (row,) = (one for one in page if one.startswith(f"| {name}"))
+        assert [cell.strip() or "-" for cell in row.split("|")[2:5]] == [hits, to_full, to_random], method
 
 
 def test_the_records_are_small_and_keep_their_manifests(tables: ModuleType) -> None:
     folders = [path.parent for path in (ROOT / "docs" / "results").glob("*/records.parquet")]
-    assert len(folders) == 13
+    assert len(folders) == 14
     assert sum((folder / "records.parquet").stat().st_size for folder in folders) < 2 * 2**20
     for folder in folders:
         about = tables.manifests(folder)
