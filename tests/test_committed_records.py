@@ -116,7 +116,7 @@ def test_the_readme_says_how_many_answers_are_right(tables: ModuleType) -> None:
     page = [line.replace("*", "") for line in (folder / "README.md").read_text().splitlines()]
     for line in (folder / "tables.md").read_text().splitlines()[8:]:
         _, _, method, _, hits, to_full, to_random, *_ = (cell.strip() for cell in line.split("|"))
-        name = "... with" if tables.SHARES in method else f"`{method.partition(':')[0]}`"
+        name = "... with" if tables.SHARES in method else f"`{method}`"
         (row,) = (one for one in page if one.startswith(f"| {name}"))
         assert [cell.strip() or "-" for cell in row.split("|")[2:5]] == [hits, to_full, to_random], method
 
