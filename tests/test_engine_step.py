@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from reasonkv import Budget
 from reasonkv.batch_schedule import BatchSchedule
 from reasonkv.methods import get_method
-from reasonkv.runtimes.vllm.step import RunningRequest, StepLayout, StepPlaces
+from reasonkv.runtimes.vllm.step import Asked, RunningRequest, StepLayout, StepPlaces
 from reasonkv.schedule import Lengths, step
 
 PLACES, BLOCK = 7, 4
@@ -29,7 +29,7 @@ def requests(draw: st.DrawFn) -> tuple[dict[str, RunningRequest], list[int]]:
         for _ in range(draw(st.integers(0, 9))):
             state, _ = step(budget, state, 1)
         courses.start(place, budget, state)
-        sequences[name] = RunningRequest(lengths=courses, row=place, method=METHOD)
+        sequences[name] = RunningRequest(lengths=courses, row=place, asked=Asked(METHOD))
     pieces = st.just(1) if draw(st.booleans()) else st.integers(1, 9)
     return sequences, [draw(pieces) for _ in sequences]
 
